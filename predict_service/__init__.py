@@ -1,0 +1,1 @@
+"""The predict service: tensors -> tensors, by ONNX Runtime. Knows nothing of scikit-learn."""

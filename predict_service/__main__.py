@@ -1,0 +1,54 @@
+"""``python -m predict_service``: its life, from settings to stop."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from functools import partial
+
+import structlog
+
+from predict_service.service import PredictService
+from predict_service.settings import PredictSettings
+from splitserve import __version__
+from splitserve.oip import ServerMetadata
+from splitserve.repository import Repository
+from splitserve.runtimes import predictor
+from splitserve.server import lifecycle, logs, settings
+from splitserve.server.grpc_face import GrpcFace
+from splitserve.server.versions import VersionStore, keep_refreshing
+
+
+async def serve() -> None:
+    config = settings.read(PredictSettings)
+    logs.configure(level=config.log_level, format=config.log_format, service="predict")
+    log = structlog.get_logger()
+    stop = lifecycle.StopSignal()
+    load = partial(
+        predictor.load, intra_op_num_threads=config.intra_op_num_threads, providers=config.providers.split(",")
+    )
+    predictors = VersionStore(Repository(config.model_repository), "predict", load)
+    async with AsyncExitStack() as stack:
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
+        service = PredictService(predictors, executor)
+        face = await stack.enter_async_context(
+            GrpcFace(
+                service,
+                stage="predict",
+                address=f"{config.host}:{config.grpc_port}",
+                metadata=ServerMetadata("splitserve-predict", __version__),
+                max_message_bytes=config.max_message_bytes,
+            )
+        )
+        log.info("listening", grpc_port=face.port)
+        await stack.enter_async_context(
+            lifecycle.background(keep_refreshing(predictors, interval_s=config.refresh_interval_s))
+        )
+        await stop.wait()
+        log.info("draining")
+        await face.drain(delay_s=config.drain_delay_s, grace_s=config.grace_s)
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    lifecycle.run(serve)

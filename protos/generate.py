@@ -1,0 +1,51 @@
+"""Generate the Python stubs in splitserve/api from the .proto files beside this script.
+
+``python protos/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
+
+The generated module registers its messages in a descriptor pool of its own instead of protobuf's default one: tritonclient,
+kserve and mlserver each register the package ``inference`` there, and a second registration of a name is an error.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROTOS = Path(__file__).parent
+API = PROTOS.parent / "splitserve" / "api"
+SHARED_POOL = "_descriptor_pool.Default()"
+OWN_POOL = "_descriptor_pool.DescriptorPool()"
+
+
+def generate(into: Path) -> None:
+    """Run the compiler of the pinned grpcio-tools and swap the pool."""
+    sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"--python_out={into}", f"--pyi_out={into}", *sources],
+        check=True,
+    )
+    for module in into.rglob("*_pb2.py"):
+        text = module.read_text()
+        if text.count(SHARED_POOL) != 1:
+            raise SystemExit(f"{module.name}: expected one {SHARED_POOL}, so that one replacement isolates its messages")
+        module.write_text(text.replace(SHARED_POOL, OWN_POOL))
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        generate(Path(scratch))
+        fresh = {path.relative_to(scratch): path.read_bytes() for path in Path(scratch).rglob("*_pb2.py*")}
+    if "--check" in sys.argv[1:]:
+        stale = [str(path) for path, text in fresh.items() if not (API / path).exists() or (API / path).read_bytes() != text]
+        if stale:
+            raise SystemExit(f"stale stubs: {', '.join(stale)}; run `make stubs`")
+        return
+    for path, text in fresh.items():
+        (API / path).parent.mkdir(parents=True, exist_ok=True)
+        (API / path).write_bytes(text)
+
+
+if __name__ == "__main__":
+    main()

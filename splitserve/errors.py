@@ -1,0 +1,184 @@
+"""The errors that cross a hop, with the status that each has over gRPC and over HTTP.
+
+One class is one row of the table in docs/errors.md; both faces render from the class, so the two can not disagree.
+Knows no gRPC and no HTTP library: a code is a name and a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+DOMAIN = "splitserve"
+"""``google.rpc.ErrorInfo.domain`` of every error that a splitserve service raised."""
+
+
+class SplitserveError(Exception):
+    """An error that a caller sees. Raise a subclass.
+
+    Args:
+        message: names the thing, what was expected and what came; never payloads, paths or addresses.
+        stage: the service that failed; filled in by the first face that the error passes.
+        model: the model that was called.
+        pair: the version that was called, ``"K.M"`` at preprocess and proxy.
+        retry_after_s: when a retry may help, the least time to wait before it.
+    """
+
+    grpc_code: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    reason: ClassVar[str] = "INTERNAL"
+    is_retryable: ClassVar[bool] = False
+
+    def __init__(
+        self, message: str, *, stage: str = "", model: str = "", pair: str = "", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.stage = stage
+        self.model = model
+        self.pair = pair
+        self.retry_after_s = retry_after_s
+
+    def at(self, *, stage: str = "", model: str = "", pair: str = "") -> SplitserveError:
+        """This error, with what it did not yet know of where it happened."""
+        self.stage = self.stage or stage
+        self.model = self.model or model
+        self.pair = self.pair or pair
+        return self
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What ``google.rpc.ErrorInfo.metadata`` and the REST body say of where it happened."""
+        facts = {"stage": self.stage, "model": self.model, "pair": self.pair}
+        return {key: value for key, value in facts.items() if value}
+
+
+class InvalidInput(SplitserveError):
+    """A tensor, a row or the request is malformed: its name, shape, datatype, length or JSON."""
+
+    grpc_code = "INVALID_ARGUMENT"
+    http_status = 400
+    reason = "INVALID_INPUT"
+
+
+class TooLarge(SplitserveError):
+    """Larger than a limit."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 413
+    reason = "TOO_LARGE"
+
+
+class Unauthenticated(SplitserveError):
+    """No credentials, or wrong ones."""
+
+    grpc_code = "UNAUTHENTICATED"
+    http_status = 401
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SplitserveError):
+    """The caller is known and may not do this."""
+
+    grpc_code = "PERMISSION_DENIED"
+    http_status = 403
+    reason = "PERMISSION_DENIED"
+
+
+class NotFound(SplitserveError):
+    """No such model, version or path."""
+
+    grpc_code = "NOT_FOUND"
+    http_status = 404
+    reason = "NOT_FOUND"
+
+
+class Overloaded(SplitserveError):
+    """A queue or a concurrency limit is full."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    reason = "OVERLOADED"
+    is_retryable = True
+
+
+class Unavailable(SplitserveError):
+    """Loading, draining, or the next stage can not be reached."""
+
+    grpc_code = "UNAVAILABLE"
+    http_status = 503
+    reason = "UNAVAILABLE"
+    is_retryable = True
+
+
+class DeadlineExceeded(SplitserveError):
+    """Out of time, or too little of it left to begin."""
+
+    grpc_code = "DEADLINE_EXCEEDED"
+    http_status = 504
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Cancelled(SplitserveError):
+    """The caller left."""
+
+    grpc_code = "CANCELLED"
+    http_status = 499
+    reason = "CANCELLED"
+
+
+class Unsupported(SplitserveError):
+    """Not offered by this build."""
+
+    grpc_code = "UNIMPLEMENTED"
+    http_status = 501
+    reason = "UNSUPPORTED"
+
+
+class PairMismatch(SplitserveError):
+    """The halves of a pair do not fit, or a stage broke its signature. Never the caller's fault."""
+
+    grpc_code = "INTERNAL"
+    http_status = 500
+    reason = "PAIR_MISMATCH"
+
+
+class Internal(SplitserveError):
+    """Anything else. The message is all that a caller learns; the cause is in the log."""
+
+
+TABLE: tuple[type[SplitserveError], ...] = (
+    InvalidInput,
+    TooLarge,
+    Unauthenticated,
+    PermissionDenied,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    DeadlineExceeded,
+    Cancelled,
+    Unsupported,
+    PairMismatch,
+    Internal,
+)
+
+_BY_REASON = {error.reason: error for error in TABLE}
+_BY_GRPC_CODE = {error.grpc_code: error for error in reversed(TABLE)} | {
+    # Without a reason the two meanings of these codes can not be told apart; the harmless one is taken.
+    "RESOURCE_EXHAUSTED": Overloaded,
+    "INTERNAL": Internal,
+}
+
+
+def from_wire(grpc_code: str, message: str, reason: str = "", metadata: Mapping[str, str] | None = None) -> SplitserveError:
+    """The error that another stage raised.
+
+    Args:
+        grpc_code: a gRPC status name, e.g. ``"NOT_FOUND"``.
+        message: the status message.
+        reason: of the answer's ``ErrorInfo``; without one (another maker's server) the code decides.
+        metadata: of the answer's ``ErrorInfo``.
+    """
+    facts = metadata or {}
+    kind = _BY_REASON.get(reason) or _BY_GRPC_CODE.get(grpc_code, Internal)
+    return kind(message, stage=facts.get("stage", ""), model=facts.get("model", ""), pair=facts.get("pair", ""))

@@ -1,0 +1,125 @@
+"""The manifest of a bundle: everything that is known of an artefact without loading it.
+
+Its JSON schema is docs/manifest.schema.json, written from these classes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import msgspec
+
+from splitserve.signature import TensorSpec
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GOLDEN_FILE = "golden.npz"
+PIPELINE_FILE = "pipeline.skops"
+MODEL_FILE = "model.onnx"
+
+Kind = Literal["preprocess", "predict"]
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a model may be called: it becomes a folder, a path of the REST API and a label of metrics."""
+
+
+class BundleError(Exception):
+    """A bundle can not be read, trusted or run here; the message says which, what is wrong and what to do."""
+
+
+class FileDigest(msgspec.Struct, frozen=True):
+    """What a file of the bundle must be."""
+
+    sha256: str
+    size: int
+
+
+class Tolerance(msgspec.Struct, frozen=True):
+    """How far a number may be from the golden one: ``atol + rtol * abs(golden)``. Integers, booleans and text are exact."""
+
+    rtol: float = 0.0
+    atol: float = 0.0
+
+
+class Column(msgspec.Struct, frozen=True):
+    """One column of the training DataFrame.
+
+    ``dtype`` is pandas' name for it. ``missing`` says what stood for a missing value in training, ``""`` when the column
+    takes none: an empty string on the wire becomes that. ``categories`` are those of a categorical column.
+    """
+
+    name: str
+    dtype: str
+    missing: Literal["", "nan", "none"] = ""
+    categories: tuple[str, ...] = ()
+
+
+class Rows(msgspec.Struct, frozen=True):
+    """What the transforms were fitted on, so that a request's tensors can be made into the same.
+
+    ``form`` "frame": a DataFrame with these columns, each an input of the signature. ``form`` "array": one array of ``n_dims``
+    dimensions, the only input; ``element`` is a numpy dtype, "str" or "bytes".
+    """
+
+    form: Literal["frame", "array"]
+    columns: tuple[Column, ...] = ()
+    element: str = ""
+    n_dims: int = 2
+
+
+class Postprocess(msgspec.Struct, frozen=True):
+    """Turns a predictor's scores (batch, n_labels) into ``probabilities`` and the best ``label``.
+
+    ``scores`` names the predictor's output, ``activation`` what makes probabilities of it.
+    """
+
+    scores: str
+    activation: Literal["softmax", "none"] = "softmax"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``manifest.json`` of a bundle.
+
+    ``files`` lists every other file. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what clients send and what
+    the predictor gets. ``labels`` name the classes in the order of the scores. ``rows`` and ``postprocess`` belong to a
+    preprocessor only.
+    """
+
+    schema_version: int
+    name: str
+    kind: Kind
+    version: int
+    created: str
+    files: dict[str, FileDigest]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    environment: dict[str, str]
+    tolerances: dict[str, Tolerance] = {}
+    labels: tuple[str, ...] = ()
+    rows: Rows | None = None
+    postprocess: Postprocess | None = None
+
+
+class _Versioned(msgspec.Struct):
+    schema_version: int
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest in a file's bytes.
+
+    Raises:
+        BundleError: not JSON, of another schema version, or a field is missing, unknown or of the wrong type.
+    """
+    try:
+        found = msgspec.json.decode(data, type=_Versioned).schema_version
+        if found != SCHEMA_VERSION:
+            raise BundleError(f"{MANIFEST_FILE}: schema version {found}, this splitserve reads version {SCHEMA_VERSION}")
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_FILE}: {error}") from None
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's bytes, indented for people."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)

@@ -1,0 +1,125 @@
+"""The Open Inference Protocol as Python objects: its messages and its verbs, free of any transport.
+
+Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
+front of that, or a stub for one of them at the far end of a channel. The faces (gRPC, REST) serve any of them, so a system is
+split or fused by what is put behind what.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+
+Parameter = bool | int | float | str
+
+NO_DEADLINE = math.inf
+
+
+def deadline_after(timeout_s: float) -> float:
+    """The point on the monotonic clock that lies ``timeout_s`` seconds ahead."""
+    return time.monotonic() + timeout_s
+
+
+def remaining_s(deadline: float) -> float:
+    """Seconds until ``deadline``; negative when it has passed, infinite when there is none."""
+    return deadline - time.monotonic()
+
+
+class RequestedOutput(msgspec.Struct, frozen=True):
+    """One output that the caller wants, by name."""
+
+    name: str
+    parameters: Mapping[str, Parameter] = {}
+
+
+class InferRequest(msgspec.Struct, frozen=True):
+    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all."""
+
+    model: str
+    inputs: tuple[Tensor, ...]
+    version: str = ""
+    outputs: tuple[RequestedOutput, ...] = ()
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+    deadline: float = NO_DEADLINE
+
+
+class InferResponse(msgspec.Struct, frozen=True):
+    """One answer; ``version`` is the one that was really used."""
+
+    model: str
+    version: str
+    outputs: tuple[Tensor, ...]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+
+
+class ModelMetadata(msgspec.Struct, frozen=True):
+    """Signature of one version of a model, and the versions that are ready."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    properties: Mapping[str, str] = {}
+
+
+READY, UNAVAILABLE, LOADING = "READY", "UNAVAILABLE", "LOADING"
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """One version of a model in a service's index: ``state`` is READY, LOADING or UNAVAILABLE, the latter with a reason."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class ServerMetadata(msgspec.Struct, frozen=True):
+    """Who answers, and which extensions of the protocol it offers."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...] = ()
+
+
+class InferenceService(Protocol):
+    """The verbs of the protocol. Every method may raise a `splitserve.errors.SplitserveError`."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the first loading is over, whatever came of it: from then on calls are better sent here than held back."""
+        ...
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Raises:
+        NotFound: no such model or version.
+        Unavailable: it is known, and not ready.
+        InvalidInput: the request does not fit the signature.
+        DeadlineExceeded: the request's deadline passed.
+        """
+        ...
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """Raises:
+        NotFound: no such model or version.
+        Unavailable: it is known, and not ready.
+        """
+        ...
+
+    async def index(self) -> list[ModelState]:
+        """All versions that the service knows of, ready or not."""
+        ...
+
+    async def not_ready_reason(self) -> str:
+        """Why nothing can be inferred now; "" when something can."""
+        ...

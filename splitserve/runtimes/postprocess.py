@@ -1,0 +1,49 @@
+"""The postprocess step of a preprocessor: scores into probabilities and a label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from splitserve.arrays import Array, from_array, to_array
+from splitserve.manifest import Postprocess
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+
+PROBABILITIES, LABEL = "probabilities", "label"
+
+
+def differences(step: Postprocess, labels: Sequence[str], outputs: Sequence[TensorSpec]) -> list[str]:
+    """What keeps the step from being applied to a predictor's outputs; empty when nothing does."""
+    scores = next((spec for spec in outputs if spec.name == step.scores), None)
+    if scores is None:
+        return [f'"{step.scores}" is wanted by the postprocess step but not given']
+    if scores.datatype not in ("FP32", "FP64") or len(scores.shape) != 2:
+        return [f'"{step.scores}": {scores} is given, the postprocess step wants FP32 or FP64 (batch, n_labels)']
+    if scores.shape[1] != len(labels):
+        return [f'"{step.scores}": {scores.shape[1]} scores a row are given for {len(labels)} labels']
+    return []
+
+
+def output_specs(step: Postprocess, outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The signature of what `apply` gives for a predictor's outputs: the scores replaced by probabilities and label."""
+    scores = next(spec for spec in outputs if spec.name == step.scores)
+    rest = tuple(spec for spec in outputs if spec.name != step.scores)
+    made = TensorSpec(PROBABILITIES, scores.datatype, scores.shape), TensorSpec(LABEL, "BYTES", scores.shape[:1])
+    return (*made, *rest)
+
+
+def apply(step: Postprocess, labels: Sequence[str], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Replace the scores (batch, n_labels) by ``probabilities`` of the same shape and ``label`` (batch,) as BYTES."""
+    scores = to_array(next(tensor for tensor in outputs if tensor.name == step.scores))
+    probabilities = _softmax(scores) if step.activation == "softmax" else scores
+    names = np.array(labels, dtype=np.object_)
+    best = names[np.argmax(scores, axis=1)]
+    rest = tuple(tensor for tensor in outputs if tensor.name != step.scores)
+    return (from_array(PROBABILITIES, probabilities), from_array(LABEL, best), *rest)
+
+
+def _softmax(scores: Array) -> Array:
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -1,0 +1,144 @@
+"""A loaded predictor: tensors -> tensors, by ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from splitserve import golden as goldens
+from splitserve.arrays import Array, from_array, to_array
+from splitserve.errors import InvalidInput
+from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
+from splitserve.repository import Bundle
+from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs
+from splitserve.tensors import Tensor
+
+_DATATYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+"""Source: ONNX Runtime Python API, ``NodeArg.type``."""
+
+
+class Predictor:
+    """An ONNX Runtime session and its signature. Knows no transport; safe to call from several threads.
+
+    Args:
+        model: the ONNX file's bytes.
+        intra_op_num_threads: threads that one run may use.
+        providers: ONNX Runtime's execution providers, most wanted first.
+
+    Raises:
+        BundleError: not a model that ONNX Runtime here can run, or with inputs or outputs that are no tensors.
+    """
+
+    def __init__(
+        self, model: bytes, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)
+    ) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = intra_op_num_threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(model, options, providers=list(providers))
+        except Exception as error:
+            raise BundleError(f"{MODEL_FILE}: ONNX Runtime {ort.__version__} can not load it: {error}") from None
+        self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
+        self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+
+    def infer(self, inputs: Sequence[Tensor], wanted: Sequence[str] = ()) -> tuple[Tensor, ...]:
+        """Run the model.
+
+        Args:
+            inputs: as the signature has them, in any order.
+            wanted: names of the outputs to compute, in the order to give them; all when empty.
+
+        Raises:
+            InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
+        """
+        check_inputs(self.inputs, inputs, widen=False)
+        names = list(wanted) or [spec.name for spec in self.outputs]
+        known = {spec.name: spec for spec in self.outputs}
+        if unknown := next((name for name in names if name not in known), None):
+            raise InvalidInput(f'unknown output "{unknown[:64]}", expected one of {", ".join(known)}')
+        feeds = {tensor.name: _feed(tensor) for tensor in inputs}
+        try:
+            arrays = self._session.run(names, feeds)
+        except Exception as error:
+            if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
+                raise InvalidInput("the model refuses the values of these tensors") from error
+            raise
+        return tuple(from_array(name, array, known[name].datatype) for name, array in zip(names, arrays, strict=True))
+
+
+def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:
+    """Read, check and try a predictor's bundle.
+
+    Raises:
+        BundleError: a file is damaged, ONNX Runtime can not run the model, its signature is not the manifest's, or its golden
+            samples come out otherwise.
+    """
+    manifest = bundle.manifest
+    try:
+        predictor = Predictor(bundle.read(MODEL_FILE), intra_op_num_threads=intra_op_num_threads, providers=providers)
+        _check_signature("input", manifest.inputs, predictor.inputs)
+        _check_signature("output", manifest.outputs, predictor.outputs)
+        golden = goldens.decode(bundle.read(GOLDEN_FILE), manifest.inputs, manifest.outputs)
+        found = predictor.infer(golden.inputs)
+    except InvalidInput as error:
+        raise BundleError(f"golden samples: {error.message}") from error
+    if worst := goldens.worst_difference(golden.outputs, found, manifest.tolerances):
+        raise BundleError(str(worst))
+    return predictor
+
+
+def _check_signature(side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
+    if {spec.name: spec for spec in promised} != {spec.name: spec for spec in found}:
+        raise BundleError(
+            f"{MODEL_FILE}: its {side}s are {_listed(found)}, manifest.json says {_listed(promised)}",
+        )
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f'"{spec.name}" {spec}' for spec in specs)
+
+
+def _spec(node: Any) -> TensorSpec:
+    datatype = _DATATYPES.get(node.type)
+    if datatype is None:
+        raise BundleError(
+            f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes'
+        )
+    return TensorSpec(node.name, datatype, tuple(_dimension(axis, size) for axis, size in enumerate(node.shape)))
+
+
+def _dimension(axis: int, size: int | str | None) -> Dimension:
+    if isinstance(size, int):
+        return size
+    return BATCH if axis == 0 else size or f"d{axis}"
+
+
+def _feed(tensor: Tensor) -> Array:
+    array = to_array(tensor)
+    if tensor.datatype != "BYTES":
+        return array
+    text = np.empty(array.shape, dtype=np.object_)
+    try:
+        text.flat = [element.decode() for element in array.ravel().tolist()]
+    except UnicodeDecodeError:
+        raise InvalidInput(f'input "{tensor.name}": an element is not UTF-8 text') from None
+    return text

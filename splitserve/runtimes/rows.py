@@ -1,0 +1,183 @@
+"""Wire tensors <-> the rows that transforms are fitted on: a DataFrame with the training columns, or an array.
+
+`observe` writes down what the training data was; `to_rows` builds the same from a request; `to_tensors` is its inverse. pandas
+is imported only where a DataFrame is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from splitserve.arrays import Array, datatype_of, from_array, to_array
+from splitserve.errors import InvalidInput
+from splitserve.manifest import Column, Rows
+from splitserve.signature import BATCH, TensorSpec
+from splitserve.tensors import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    Rowset = Array | pd.DataFrame
+
+_TEXT_DTYPES = ("object", "str", "string", "category")
+_MISSING = {"nan": np.nan, "none": None}
+
+
+class UnsupportedRows(ValueError):
+    """The training data has a form that the wire can not carry; the message names the column and the way out."""
+
+
+def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]]:
+    """What kind of rows these are, and the signature that a request for such rows has.
+
+    Args:
+        rows: the training data, or a part that shows every kind of value in it: a DataFrame, or an array of at least one
+            dimension whose leading one is the rows.
+        input_name: what the input is called if the data is one array.
+
+    Raises:
+        UnsupportedRows: a column or the array has a type that the wire can not carry.
+    """
+    if hasattr(rows, "columns"):
+        columns = tuple(_observe_column(str(name), rows[name]) for name in rows.columns)
+        specs = tuple(TensorSpec(column.name, _datatype(column.dtype), (BATCH, 1)) for column in columns)
+        return Rows("frame", columns), specs
+    element = _observe_elements(rows, f'"{input_name}"')
+    inner = tuple(rows.shape[1:]) or (1,)
+    spec = TensorSpec(input_name, _datatype(element), (BATCH, *inner))
+    missing = _missing_value(rows.ravel().tolist()) if element == "str" else ""
+    return Rows("array", (Column(input_name, element, missing),), element, rows.ndim), (spec,)
+
+
+def _observe_column(name: str, series: pd.Series) -> Column:
+    dtype = str(series.dtype)
+    if dtype not in _TEXT_DTYPES:
+        if _plain_datatype(dtype) is None:
+            raise UnsupportedRows(f'column "{name}": dtype {dtype} can not be sent; convert it, e.g. with .astype("float64")')
+        return Column(name, dtype)
+    values = series.tolist()
+    _check_text(f'column "{name}"', [value for value in values if not is_missing(value)])
+    categories = tuple(str(value) for value in series.cat.categories) if dtype == "category" else ()
+    return Column(name, dtype, _missing_value(values), categories)
+
+
+def _observe_elements(array: Array, name: str) -> str:
+    if array.dtype.kind not in "OSU":
+        if datatype_of(array.dtype) is None:
+            raise UnsupportedRows(f"{name}: dtype {array.dtype} can not be sent")
+        return str(array.dtype)
+    present = [value for value in array.ravel().tolist() if not is_missing(value)]
+    if present and all(isinstance(value, bytes) for value in present):
+        return "bytes"
+    _check_text(name, present)
+    return "str"
+
+
+def _check_text(name: str, values: Sequence[object]) -> None:
+    other = next((value for value in values if not isinstance(value, str)), None)
+    if other is not None:
+        raise UnsupportedRows(
+            f"{name}: expected text or numbers, got objects with a {type(other).__name__} among them; convert it to one type"
+        )
+
+
+def is_missing(value: object) -> bool:
+    """None, NaN or pandas' NA: the values that differ from themselves or are not there."""
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+
+
+def _missing_value(values: Sequence[object]) -> Any:
+    """What "" on the wire becomes: the missing value of the data, unless "" is a value of its own there."""
+    if "" in values:
+        return ""
+    found = next((value for value in values if is_missing(value)), "")
+    return "none" if found is None else "" if found == "" else "nan"
+
+
+def _plain_datatype(dtype: str) -> str | None:
+    try:
+        return datatype_of(np.dtype(dtype))
+    except TypeError:
+        return None
+
+
+def _datatype(dtype: str) -> str:
+    return "BYTES" if dtype in (*_TEXT_DTYPES, "bytes") else _plain_datatype(dtype) or ""
+
+
+def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> Rowset:
+    """What the transforms expect, from tensors that were checked against the signature.
+
+    Numbers narrower than the training data's are widened; an empty string is the missing value where the column takes one.
+
+    Raises:
+        InvalidInput: an element of a text column is not UTF-8.
+    """
+    by_name = {tensor.name: tensor for tensor in inputs}
+    if rows.form == "array":
+        array = _elements(rows.columns[0], by_name[specs[0].name])
+        return array.reshape(-1) if rows.n_dims == 1 else array
+    import pandas as pd
+
+    data = {column.name: _column_values(column, by_name[column.name]) for column in rows.columns}
+    return pd.DataFrame(data, copy=False)
+
+
+def _elements(column: Column, tensor: Tensor) -> Array:
+    array = to_array(tensor)
+    if column.dtype == "bytes":
+        return array
+    if tensor.datatype != "BYTES":
+        return array.astype(column.dtype, copy=False)
+    text = np.empty(array.shape, dtype=np.object_)
+    text.flat = _decode_text(column, array)
+    return text
+
+
+def _decode_text(column: Column, array: Array) -> list[Any]:
+    missing = _MISSING.get(column.missing, "")
+    try:
+        return [element.decode() if element else missing for element in array.ravel().tolist()]
+    except UnicodeDecodeError:
+        raise InvalidInput(f'input "{column.name}": an element is not UTF-8 text') from None
+
+
+def _column_values(column: Column, tensor: Tensor) -> Any:
+    values = _elements(column, tensor).reshape(-1)
+    if column.dtype == "category":
+        import pandas as pd
+
+        unseen = {value for value in values if isinstance(value, str)}.difference(column.categories)
+        return pd.Categorical(values, categories=[*column.categories, *sorted(unseen)])
+    if column.dtype in ("str", "string"):
+        import pandas as pd
+
+        return pd.array(values, dtype=column.dtype)
+    return values
+
+
+def to_tensors(rows: Rows, specs: Sequence[TensorSpec], data: Rowset) -> tuple[Tensor, ...]:
+    """The tensors that a client would send for these rows."""
+    if rows.form == "array":
+        spec = specs[0]
+        array = np.asarray(data)
+        return (_to_tensor(rows.columns[0], spec, array.reshape(array.shape[0], *spec.wire_shape[1:])),)
+    return tuple(
+        _to_tensor(column, spec, np.asarray(data[column.name], dtype=_numpy_dtype(column)).reshape(-1, 1))
+        for column, spec in zip(rows.columns, specs, strict=True)
+    )
+
+
+def _numpy_dtype(column: Column) -> Any:
+    return np.object_ if column.dtype in _TEXT_DTYPES else column.dtype
+
+
+def _to_tensor(column: Column, spec: TensorSpec, array: Array) -> Tensor:
+    if spec.datatype == "BYTES" and column.dtype != "bytes":
+        text = np.empty(array.shape, dtype=np.object_)
+        text.flat = ["" if is_missing(value) else value for value in array.ravel().tolist()]
+        array = text
+    return from_array(spec.name, array, spec.datatype)

@@ -1,0 +1,231 @@
+"""The gRPC face: serves any `InferenceService` as the Open Inference Protocol, with grpc.health.v1 and reflection.
+
+Methods get and give bytes, so that a message that does not parse is answered like any other bad input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import any_pb2, descriptor_pool, descriptor_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from splitserve import oip_grpc
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.errors import DOMAIN, Internal, NotFound, SplitserveError, Unavailable
+from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Source: gRPC proposal A6: how long a client waits before its next attempt."""
+
+HEALTH_INTERVAL_S = 0.2
+
+Call = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
+
+
+class GrpcFace:
+    """A gRPC server in front of a service; entered, it listens; left, it is gone.
+
+    Health: ``""`` is SERVING while something can be inferred, ``inference.GRPCInferenceService`` while calls are taken: from the
+    end of the first loading until draining begins.
+
+    Args:
+        service: what is served.
+        stage: the name that errors carry, e.g. ``"predict"``.
+        address: ``host:port``; port 0 takes a free one, see `port`.
+        metadata: what ServerMetadata answers.
+        max_message_bytes: the largest message taken or given.
+        default_timeout_s: the deadline of callers that set none.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        *,
+        stage: str,
+        address: str,
+        metadata: ServerMetadata,
+        max_message_bytes: int,
+        default_timeout_s: float = 0.0,
+    ) -> None:
+        self._service = service
+        self._stage = stage
+        self._metadata = metadata
+        self._default_timeout_s = default_timeout_s
+        self._log = structlog.get_logger()
+        self._health = health.aio.HealthServicer()
+        self._is_draining = False
+        self._watching: asyncio.Task[None] | None = None
+        self._server = grpc.aio.server(options=_server_options(max_message_bytes))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (oip_grpc.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected_pool()
+        )
+        self.port = self._server.add_insecure_port(address)
+
+    async def __aenter__(self) -> GrpcFace:
+        await self._server.start()
+        self._watching = asyncio.create_task(self._watch_health())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._server.stop(None)
+
+    async def drain(self, *, delay_s: float, grace_s: float) -> None:
+        """Say that no more calls are wanted, serve on for ``delay_s``, then refuse new ones and give those in flight ``grace_s``."""
+        self._is_draining = True
+        await self._set_health()
+        await asyncio.sleep(delay_s)
+        await self._server.stop(grace_s)
+
+    async def _watch_health(self) -> None:
+        while True:
+            await self._set_health()
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _set_health(self) -> None:
+        is_ready = not self._is_draining and not await self._service.not_ready_reason()
+        takes_calls = not self._is_draining and self._service.is_loaded
+        for name, serving in (("", is_ready), (oip_grpc.SERVICE, takes_calls)):
+            status = health_pb2.HealthCheckResponse
+            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        methods: dict[str, Call] = {
+            "ServerLive": self._server_live,
+            "ServerReady": self._server_ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._model_metadata,
+            "ModelInfer": self._model_infer,
+            "RepositoryIndex": self._repository_index,
+        }
+        return {name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()}
+
+    def _answering(self, call: Call) -> Call:
+        """Errors become statuses here and nowhere else."""
+
+        async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            try:
+                return await call(data, context)
+            except SplitserveError as error:
+                failure = error.at(stage=self._stage)
+            except asyncio.CancelledError:
+                raise
+            except Exception:  # a caller must not learn what went wrong inside
+                self._log.exception("internal error", stage=self._stage)
+                failure = Internal("internal error", stage=self._stage)
+            await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, _trailing_metadata(failure))
+            raise AssertionError("abort raises")
+
+        return answer
+
+    async def _server_live(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return pb.ServerLiveResponse(live=True).SerializeToString()
+
+    async def _server_ready(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        is_ready = not self._is_draining and not await self._service.not_ready_reason()
+        return pb.ServerReadyResponse(ready=is_ready).SerializeToString()
+
+    async def _model_ready(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        request = oip_grpc.parse(pb.ModelReadyRequest, data)
+        try:
+            await self._service.metadata(request.name, request.version)
+        except (NotFound, Unavailable):
+            return pb.ModelReadyResponse(ready=False).SerializeToString()
+        return pb.ModelReadyResponse(ready=True).SerializeToString()
+
+    async def _server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
+
+    async def _model_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        request = oip_grpc.parse(pb.ModelMetadataRequest, data)
+        metadata = await self._service.metadata(request.name, request.version)
+        return oip_grpc.encode_metadata(metadata).SerializeToString()
+
+    async def _repository_index(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
+        states = await self._service.index()
+        return oip_grpc.encode_index(
+            state for state in states if state.state == READY or not request.ready
+        ).SerializeToString()
+
+    async def _model_infer(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        started = time.monotonic()
+        message = oip_grpc.parse(pb.ModelInferRequest, data)
+        status, version = "OK", message.model_version
+        try:
+            response = await self._service.infer(oip_grpc.decode_request(message, self._deadline(context)))
+            version = response.version
+            return oip_grpc.encode_response(response).SerializeToString()
+        except BaseException as error:
+            status = error.grpc_code if isinstance(error, SplitserveError) else type(error).__name__
+            if isinstance(error, SplitserveError):
+                error.at(stage=self._stage, model=message.model_name[:128], pair=message.model_version[:32])
+            raise
+        finally:
+            self._log.info(
+                "infer",
+                model=message.model_name[:128],
+                version=version[:32],
+                status=status,
+                duration_ms=round((time.monotonic() - started) * 1000, 2),
+            )
+
+    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
+        remaining = context.time_remaining()
+        if remaining is not None:
+            return deadline_after(remaining)
+        return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
+
+
+def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.so_reuseport", 0),
+        # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
+        ("grpc.server.max_pending_requests", 100_000),
+        ("grpc.server.max_pending_requests_hard_limit", 100_000),
+        # Clients may ask whether we are still there as often as ours do, calls under way or not.
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ]
+
+
+def _trailing_metadata(error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    code = code_pb2.Code.Value(error.grpc_code)
+    status = status_pb2.Status(code=code, message=error.message, details=[detail])
+    metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
+    if error.retry_after_s is not None:
+        metadata += ((PUSHBACK_KEY, str(int(error.retry_after_s * 1000))),)
+    return metadata
+
+
+def _reflected_pool() -> descriptor_pool.DescriptorPool:
+    """Our messages live in a pool of their own; reflection has to find them and the other services in one."""
+    pool = descriptor_pool.DescriptorPool()
+    for file in (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        copy = descriptor_pb2.FileDescriptorProto()
+        file.CopyToProto(copy)
+        pool.Add(copy)
+    return pool

@@ -1,0 +1,56 @@
+"""Start and stop of a service process: one event loop, one stop signal, background work that ends with its owner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+
+class StopSignal:
+    """SIGTERM or SIGINT, as something to wait for. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._came = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    async def wait(self) -> None:
+        """Until the first signal."""
+        await self._came.wait()
+
+    def _on_signal(self, number: int) -> None:
+        if self._came.is_set():
+            os._exit(128 + number)
+        self._came.set()
+
+
+@contextlib.asynccontextmanager
+async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these beside what is inside the ``with``; they are cancelled when it is left."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    """Run a service's main on the fastest event loop that there is here."""
+    if sys.platform == "win32":
+        asyncio.run(_awaited(main))
+        return
+    import uvloop
+
+    uvloop.run(_awaited(main))
+
+
+async def _awaited(main: Callable[[], Awaitable[None]]) -> None:
+    await main()

@@ -1,0 +1,161 @@
+"""Signatures: what a version takes and gives. Checks a request against one, and two halves of a pair against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from splitserve.errors import InvalidInput, PairMismatch
+from splitserve.tensors import Tensor, validate
+
+Dimension = int | str
+"""A fixed size, or the name of one that varies, e.g. ``"batch"``."""
+
+BATCH = "batch"
+"""The name of the leading dimension: rows, which are independent of each other."""
+
+
+class TensorSpec(msgspec.Struct, frozen=True):
+    """Name, datatype and shape of one tensor of a signature. ``optional`` inputs may be left out of a request."""
+
+    name: str
+    datatype: str
+    shape: tuple[Dimension, ...]
+
+    @property
+    def wire_shape(self) -> tuple[int, ...]:
+        """The shape as the protocol writes it: -1 where the size varies."""
+        return tuple(size if isinstance(size, int) else -1 for size in self.shape)
+
+    @property
+    def is_column(self) -> bool:
+        """One value a row: declared (batch, 1), and accepted as (batch,) too."""
+        return len(self.shape) == 2 and self.shape[1] == 1 and not isinstance(self.shape[0], int)
+
+    def __str__(self) -> str:
+        return f"{self.datatype} {list(self.shape)}"
+
+
+_WIDER: dict[str, tuple[str, ...]] = {
+    "FP64": ("FP32", "FP16", "BF16", "INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8"),
+    "FP32": ("FP16", "BF16", "INT16", "INT8", "UINT16", "UINT8"),
+    "INT64": ("INT32", "INT16", "INT8", "UINT32", "UINT16", "UINT8"),
+    "INT32": ("INT16", "INT8", "UINT16", "UINT8"),
+    "INT16": ("INT8", "UINT8"),
+    "UINT64": ("UINT32", "UINT16", "UINT8"),
+    "UINT32": ("UINT16", "UINT8"),
+    "UINT16": ("UINT8",),
+}
+"""Datatypes that a preprocessor takes in place of the declared one: those that numpy casts to it under the rule "safe"."""
+
+
+def accepts(declared: str, sent: str) -> bool:
+    """Whether a tensor of datatype ``sent`` may stand where ``declared`` is expected, to be widened without loss."""
+    return declared == sent or sent in _WIDER.get(declared, ())
+
+
+def check_inputs(specs: Sequence[TensorSpec], inputs: Iterable[Tensor], *, widen: bool) -> None:
+    """Check a request's tensors, their bytes included, against a signature's inputs.
+
+    Args:
+        specs: the inputs of the signature.
+        inputs: the tensors of the request, in any order.
+        widen: take narrower numbers where they convert without loss, and (batch,) where (batch, 1) is declared.
+
+    Raises:
+        InvalidInput: names the input, what was expected and what came.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    seen: dict[str, Tensor] = {}
+    for tensor in inputs:
+        if tensor.name in seen:
+            raise InvalidInput(f'input "{tensor.name[:64]}" is given twice')
+        spec = by_name.get(tensor.name)
+        if spec is None:
+            raise InvalidInput(f'unknown input "{tensor.name[:64]}", expected {_names(by_name)}')
+        _check_input(spec, tensor, widen)
+        seen[tensor.name] = tensor
+    if missing := by_name.keys() - seen.keys():
+        raise InvalidInput(f"missing input {_names(name for name in by_name if name in missing)}")
+    _check_batch([seen[spec.name] for spec in specs if spec.shape and not isinstance(spec.shape[0], int)])
+
+
+def _check_input(spec: TensorSpec, tensor: Tensor, widen: bool) -> None:
+    if not (accepts(spec.datatype, tensor.datatype) if widen else spec.datatype == tensor.datatype):
+        raise InvalidInput(f'input "{spec.name}": expected datatype {spec.datatype}, got {tensor.datatype[:32]}')
+    if not (_shape_fits(spec.shape, tensor.shape) or (widen and spec.is_column and len(tensor.shape) == 1)):
+        raise InvalidInput(f'input "{spec.name}": expected shape {list(spec.wire_shape)}, got {list(tensor.shape)[:16]}')
+    try:
+        validate(tensor)
+    except InvalidInput as error:
+        raise InvalidInput(f"input {error.message}") from None
+
+
+def _shape_fits(expected: Sequence[Dimension], shape: Sequence[int]) -> bool:
+    return len(expected) == len(shape) and all(
+        size >= 0 and (isinstance(want, str) or want in (-1, size)) for want, size in zip(expected, shape, strict=True)
+    )
+
+
+def _check_batch(tensors: Sequence[Tensor]) -> None:
+    """All inputs with a free leading dimension have the same number of rows."""
+    for tensor in tensors[1:]:
+        if tensor.shape[0] != tensors[0].shape[0]:
+            raise InvalidInput(
+                f'input "{tensor.name}" has {tensor.shape[0]} rows, but input "{tensors[0].name}" has {tensors[0].shape[0]}'
+            )
+
+
+def _names(names: Iterable[str]) -> str:
+    shown = [f'"{name}"' for name in names]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
+    """What keeps one stage's outputs from being the next stage's inputs; empty when they fit.
+
+    Order never matters. A varying size fits only where the taker's may vary too.
+
+    Args:
+        outputs: of the preprocessor.
+        inputs: of the predictor.
+    """
+    given = {spec.name: spec for spec in outputs}
+    wanted = {spec.name: spec for spec in inputs}
+    differences = [f'"{name}" is wanted but not given' for name in wanted if name not in given]
+    differences += [f'"{name}" is given but not wanted' for name in given if name not in wanted]
+    for name, want in wanted.items():
+        if name in given:
+            differences += _differences(given[name], want)
+    return differences
+
+
+def _differences(give: TensorSpec, want: TensorSpec) -> list[str]:
+    if give.datatype != want.datatype:
+        return [f'"{give.name}": datatype {give.datatype} is given, {want.datatype} is wanted']
+    if len(give.shape) != len(want.shape):
+        return [f'"{give.name}": shape {list(give.shape)} is given, {list(want.shape)} is wanted']
+    return [
+        f'"{give.name}": dimension {axis} is {have} where {need} is wanted'
+        for axis, (have, need) in enumerate(zip(give.shape, want.shape, strict=True))
+        if isinstance(need, int) and need != -1 and have != need
+    ]
+
+
+def check_outputs(specs: Sequence[TensorSpec], outputs: Sequence[Tensor], n_rows: int) -> None:
+    """Check what a stage answered against its signature.
+
+    Raises:
+        PairMismatch: a tensor is missing, or its datatype, shape or number of rows is not the promised one.
+    """
+    by_name = {tensor.name: tensor for tensor in outputs}
+    for spec in specs:
+        tensor = by_name.get(spec.name)
+        if tensor is None:
+            raise PairMismatch(f'output "{spec.name}" is missing')
+        expected = tuple(n_rows if size == BATCH else size for size in spec.shape)
+        if tensor.datatype != spec.datatype or not _shape_fits(expected, tensor.shape):
+            raise PairMismatch(
+                f'output "{spec.name}": expected {spec.datatype} {list(expected)}, got {tensor.datatype} {list(tensor.shape)}'
+            )

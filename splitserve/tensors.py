@@ -1,0 +1,222 @@
+"""Tensors as the wire has them: a name, a datatype, a shape and raw bytes. The one table of datatypes.
+
+Row-major little-endian bytes need no numerics to be checked, joined or cut, so this module, and the proxy above it, has no
+numpy. `splitserve.arrays` turns these tensors into numpy arrays and back.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from splitserve.errors import InvalidInput, TooLarge
+
+MAX_RANK = 16
+MAX_ELEMENTS = 2**31
+
+
+class Datatype(msgspec.Struct, frozen=True):
+    """One datatype of the protocol.
+
+    ``itemsize`` is in bytes, 0 where elements vary (BYTES). ``format`` is the letter that `struct` and `memoryview` know the
+    elements by, "" where Python has none. ``low`` and ``high`` bound integers.
+    """
+
+    name: str
+    itemsize: int
+    format: str
+    low: int = 0
+    high: int = 0
+
+    @property
+    def is_integer(self) -> bool:
+        return self.high > 0 and self.name != "BOOL"
+
+    @property
+    def is_float(self) -> bool:
+        return self.name in ("FP16", "BF16", "FP32", "FP64")
+
+
+DATATYPES: dict[str, Datatype] = {
+    datatype.name: datatype
+    for datatype in (
+        Datatype("BOOL", 1, "?", 0, 1),
+        Datatype("INT8", 1, "b", -(2**7), 2**7 - 1),
+        Datatype("INT16", 2, "h", -(2**15), 2**15 - 1),
+        Datatype("INT32", 4, "i", -(2**31), 2**31 - 1),
+        Datatype("INT64", 8, "q", -(2**63), 2**63 - 1),
+        Datatype("UINT8", 1, "B", 0, 2**8 - 1),
+        Datatype("UINT16", 2, "H", 0, 2**16 - 1),
+        Datatype("UINT32", 4, "I", 0, 2**32 - 1),
+        Datatype("UINT64", 8, "Q", 0, 2**64 - 1),
+        Datatype("FP16", 2, "e"),
+        Datatype("BF16", 2, ""),
+        Datatype("FP32", 4, "f"),
+        Datatype("FP64", 8, "d"),
+        Datatype("BYTES", 0, ""),
+    )
+}
+"""Source: Open Inference Protocol, "Tensor Data Types"."""
+
+
+class Tensor(msgspec.Struct, frozen=True):
+    """A named tensor.
+
+    ``raw`` holds the elements row-major and little-endian, without padding; an element of a BYTES tensor is preceded by its
+    length as four bytes. Source: Open Inference Protocol gRPC, "Raw Tensor Contents".
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    raw: bytes
+
+    @property
+    def n_rows(self) -> int:
+        """The size of the leading dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+
+def datatype_of(tensor_name: str, name: str) -> Datatype:
+    """The datatype called ``name``.
+
+    Raises:
+        InvalidInput: the protocol has none of that name.
+    """
+    found = DATATYPES.get(name)
+    if found is None:
+        raise InvalidInput(f'"{tensor_name}": unknown datatype "{name[:32]}", expected one of {", ".join(DATATYPES)}')
+    return found
+
+
+def n_elements(tensor_name: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of this shape has.
+
+    Raises:
+        InvalidInput: a dimension is negative, or there are more than ``MAX_RANK``.
+        TooLarge: more than ``MAX_ELEMENTS``.
+    """
+    if len(shape) > MAX_RANK:
+        raise InvalidInput(f'"{tensor_name}": expected at most {MAX_RANK} dimensions, got {len(shape)}')
+    for size in shape:
+        if size < 0:
+            raise InvalidInput(f'"{tensor_name}": shape {list(shape)} has a negative dimension')
+    count = math.prod(shape)
+    if count > MAX_ELEMENTS:
+        raise TooLarge(f'"{tensor_name}": shape {list(shape)} has more than {MAX_ELEMENTS} elements')
+    return count
+
+
+def validate(tensor: Tensor) -> Tensor:
+    """The tensor itself, if its bytes are what its datatype and shape say.
+
+    Raises:
+        InvalidInput: unknown datatype, negative dimension, wrong number of bytes or elements, a BOOL that is not 0 or 1.
+        TooLarge: more elements than a tensor may have.
+    """
+    datatype = datatype_of(tensor.name, tensor.datatype)
+    count = n_elements(tensor.name, tensor.shape)
+    if datatype.name == "BYTES":
+        found = sum(1 for _ in _elements(tensor))
+        if found != count:
+            raise InvalidInput(
+                f'"{tensor.name}": shape {list(tensor.shape)} needs {count} BYTES elements, got {found}',
+            )
+    elif len(tensor.raw) != count * datatype.itemsize:
+        raise InvalidInput(
+            f'"{tensor.name}": {tensor.datatype} of shape {list(tensor.shape)} needs {count * datatype.itemsize} bytes, '
+            f"got {len(tensor.raw)}"
+        )
+    elif datatype.name == "BOOL" and tensor.raw.translate(None, b"\x00\x01"):
+        raise InvalidInput(f'"{tensor.name}": a BOOL element is one byte, 0 or 1')
+    return tensor
+
+
+def encode_bytes(elements: Iterable[bytes]) -> bytes:
+    """The raw form of a BYTES tensor with these elements."""
+    return b"".join(part for element in elements for part in (len(element).to_bytes(4, "little"), element))
+
+
+def decode_bytes(tensor: Tensor) -> list[bytes]:
+    """The elements of a BYTES tensor, row-major.
+
+    Raises:
+        InvalidInput: a length points beyond the end.
+    """
+    return list(_elements(tensor))
+
+
+def _elements(tensor: Tensor) -> Iterable[bytes]:
+    raw, offset, end = tensor.raw, 0, len(tensor.raw)
+    while offset < end:
+        start = offset + 4
+        if start > end:
+            raise InvalidInput(f'"{tensor.name}": the length of a BYTES element is cut off at byte {offset} of {end}')
+        offset = start + int.from_bytes(raw[offset:start], "little")
+        if offset > end:
+            raise InvalidInput(f'"{tensor.name}": a BYTES element at byte {start} is longer than what is left of {end} bytes')
+        yield raw[start:offset]
+
+
+def pack(name: str, datatype: Datatype, values: Sequence[Any]) -> bytes:
+    """The raw form of Python numbers, booleans or bytes. Nothing is converted that would change its value.
+
+    Raises:
+        InvalidInput: a value is not of the datatype, or does not fit it.
+    """
+    if not set(map(type, values)) <= _PYTHON_TYPES[datatype.name]:
+        raise _misfit(name, datatype, values)
+    if datatype.name == "BYTES":
+        return encode_bytes(values)
+    try:
+        raw = struct.pack(f"<{len(values)}{datatype.format}", *values)
+    except (OverflowError, struct.error):
+        raise _misfit(name, datatype, values) from None
+    if datatype.name == "BOOL" and not set(values) <= {0, 1}:
+        raise _misfit(name, datatype, values)
+    return raw
+
+
+_PYTHON_TYPES: dict[str, set[type]] = {
+    name: {bytes} if name == "BYTES" else {float, int} if datatype.is_float else {bool, int} if name == "BOOL" else {int}
+    for name, datatype in DATATYPES.items()
+}
+
+
+def _misfit(name: str, datatype: Datatype, values: Sequence[Any]) -> InvalidInput:
+    """Names the first value that does not fit; looked for only once packing has failed."""
+    index = next((index for index, value in enumerate(values) if not _fits(datatype, value)), None)
+    bounds = f" ({datatype.low} to {datatype.high})" if datatype.is_integer else ""
+    return InvalidInput(f'"{name}": element {index} is not a {datatype.name}{bounds}')
+
+
+def _fits(datatype: Datatype, value: Any) -> bool:
+    if type(value) not in _PYTHON_TYPES[datatype.name]:
+        return False
+    if datatype.name in ("BYTES", "BOOL"):
+        return datatype.name == "BYTES" or value in (0, 1)
+    try:
+        struct.pack(f"<{datatype.format}", value)
+    except (OverflowError, struct.error):
+        return False
+    return True
+
+
+def unpack(tensor: Tensor) -> list[Any]:
+    """The elements as Python numbers, booleans or bytes, row-major.
+
+    Raises:
+        InvalidInput: BF16, which Python has no number for.
+    """
+    datatype = datatype_of(tensor.name, tensor.datatype)
+    if datatype.name == "BYTES":
+        return decode_bytes(tensor)
+    if datatype.name == "FP16":
+        return list(struct.unpack(f"<{len(tensor.raw) // 2}e", tensor.raw))
+    if not datatype.format:
+        raise InvalidInput(f'"{tensor.name}": {datatype.name} travels as raw bytes only')
+    return memoryview(tensor.raw).cast(datatype.format).tolist()
