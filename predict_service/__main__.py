@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from functools import partial
 
 import structlog
 
+from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
 from splitserve import __version__
 from splitserve.oip import ServerMetadata
-from splitserve.repository import Repository
-from splitserve.runtimes import predictor
 from splitserve.server import lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
-from splitserve.server.versions import VersionStore, keep_refreshing
 
 
 async def serve() -> None:
@@ -24,10 +21,7 @@ async def serve() -> None:
     logs.configure(level=config.log_level, format=config.log_format, service="predict")
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
-    load = partial(
-        predictor.load, intra_op_num_threads=config.intra_op_num_threads, providers=config.providers.split(",")
-    )
-    predictors = VersionStore(Repository(config.model_repository), "predict", load)
+    predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
         service = PredictService(predictors, executor)
@@ -42,7 +36,7 @@ async def serve() -> None:
         )
         log.info("listening", grpc_port=face.port)
         await stack.enter_async_context(
-            lifecycle.background(keep_refreshing(predictors, interval_s=config.refresh_interval_s))
+            lifecycle.background(lifecycle.keep_refreshing(predictors, interval_s=config.refresh_interval_s))
         )
         await stop.wait()
         log.info("draining")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import Executor
 
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.catalogue import STILL_LOADING, why_not_ready
+from splitserve.errors import Unavailable, at_stage
+from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor
-from splitserve.server.versions import VersionStore, parse_version, why_not_ready
+from splitserve.server.store import VersionStore
+from splitserve.versions import parse_version
 
+STAGE = "predict"
 PLATFORM = "onnx_onnxv1"
 """What clients of the protocol know ONNX models by. Source: Open Inference Protocol, "Platforms"."""
 
@@ -30,19 +34,26 @@ class PredictService:
         return self._predictors.is_loaded
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        version, predictor = self._predictors.get(request.model, parse_version(request.model, request.version))
-        outputs = await asyncio.get_running_loop().run_in_executor(
-            self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
-        )
+        with at_stage(STAGE, model=request.model):
+            check_time_left(request.deadline)
+            version, predictor = self._choose(request.model, request.version)
+            outputs = await asyncio.get_running_loop().run_in_executor(
+                self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
+            )
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        _, predictor = self._predictors.get(model, parse_version(model, version))
-        versions = sorted(number for name, number in self._predictors.loaded() if name == model)
-        return ModelMetadata(model, tuple(map(str, versions)), PLATFORM, predictor.inputs, predictor.outputs)
+        _, predictor = self._choose(model, version)
+        versions = tuple(map(str, self._predictors.catalogue.ready_versions(model)))
+        return ModelMetadata(model, versions, PLATFORM, predictor.inputs, predictor.outputs)
 
     async def index(self) -> list[ModelState]:
-        return self._predictors.index()
+        return self._predictors.catalogue.index()
 
     async def not_ready_reason(self) -> str:
-        return why_not_ready(self._predictors.index(), self._predictors.is_loaded)
+        return why_not_ready(await self.index()) if self.is_loaded else STILL_LOADING
+
+    def _choose(self, model: str, version: str) -> tuple[int, Predictor]:
+        if not self.is_loaded and model not in self._predictors.catalogue.models():
+            raise Unavailable(STILL_LOADING, model=model[:128], retry_after_s=1)
+        return self._predictors.catalogue.choose(model, parse_version(model, version))

@@ -6,7 +6,8 @@ Knows no gRPC and no HTTP library: a code is a name and a number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 DOMAIN = "splitserve"
@@ -182,3 +183,19 @@ def from_wire(grpc_code: str, message: str, reason: str = "", metadata: Mapping[
     facts = metadata or {}
     kind = _BY_REASON.get(reason) or _BY_GRPC_CODE.get(grpc_code, Internal)
     return kind(message, stage=facts.get("stage", ""), model=facts.get("model", ""), pair=facts.get("pair", ""))
+
+
+@contextmanager
+def at_stage(stage: str, *, model: str = "", pair: str = "") -> Iterator[None]:
+    """Name the stage in every error that leaves the ``with``, unless a stage further on has named itself.
+
+    Raises:
+        Internal: in place of an exception that is no `SplitserveError`, which stays its cause.
+    """
+    try:
+        yield
+    except SplitserveError as error:
+        error.at(stage=stage, model=model[:128], pair=pair)
+        raise
+    except Exception as error:
+        raise Internal("internal error", stage=stage, model=model[:128], pair=pair) from error

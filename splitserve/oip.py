@@ -14,6 +14,7 @@ from typing import Protocol
 
 import msgspec
 
+from splitserve.errors import DeadlineExceeded
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
@@ -30,6 +31,14 @@ def deadline_after(timeout_s: float) -> float:
 def remaining_s(deadline: float) -> float:
     """Seconds until ``deadline``; negative when it has passed, infinite when there is none."""
     return deadline - time.monotonic()
+
+
+def check_time_left(deadline: float) -> None:
+    """Raises:
+    DeadlineExceeded: ``deadline`` has passed, so work for it would be for nobody.
+    """
+    if remaining_s(deadline) <= 0:
+        raise DeadlineExceeded("out of time before the work began")
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):

@@ -74,7 +74,7 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE)
         if len(raws) != len(inputs):
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
-        raws = [_pack_contents(tensor.name, tensor.datatype, tensor.contents) for tensor in inputs]
+        raws = [_pack_contents("input", tensor) for tensor in inputs]
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
@@ -115,7 +115,7 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
     outputs = message.outputs
     raws = list(message.raw_output_contents)
     if not raws:
-        raws = [_pack_contents(tensor.name, tensor.datatype, tensor.contents) for tensor in outputs]
+        raws = [_pack_contents("output", tensor) for tensor in outputs]
     elif len(raws) != len(outputs):
         raise InvalidInput(f"expected one raw_output_contents for each of {len(outputs)} outputs, got {len(raws)}")
     return InferResponse(
@@ -145,21 +145,22 @@ def encode_response(response: InferResponse) -> pb.ModelInferResponse:
     return message
 
 
-def _pack_contents(name: str, datatype_name: str, contents: pb.InferTensorContents) -> bytes:
-    datatype = datatype_of(f"input {name[:64]}", datatype_name)
-    filled = contents.ListFields()
+def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> bytes:
+    what = f'{side} "{tensor.name[:64]}"'
+    datatype = datatype_of(what, tensor.datatype)
+    filled = tensor.contents.ListFields()
     if not filled:
         return b""
     field = _CONTENTS_FIELDS.get(datatype.name)
     if field is None:
-        raise InvalidInput(f'input "{name}": {datatype.name} travels in raw_input_contents only')
+        raise InvalidInput(f"{what}: {datatype.name} travels in raw contents only")
     if len(filled) > 1 or filled[0][0].name != field:
         found = ", ".join(descriptor.name for descriptor, _ in filled)
-        raise InvalidInput(f'input "{name}": the contents of {datatype.name} belong in {field}, got {found}')
-    values = getattr(contents, field)
+        raise InvalidInput(f"{what}: the contents of {datatype.name} belong in {field}, got {found}")
+    values = filled[0][1]
     if datatype.name in _SAME_WIDTH:
         return array(_SAME_WIDTH[datatype.name], values).tobytes()
-    return pack(f"input {name}", datatype, values)
+    return pack(what, datatype, values)
 
 
 def _decode_parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:

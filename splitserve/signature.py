@@ -86,10 +86,7 @@ def _check_input(spec: TensorSpec, tensor: Tensor, widen: bool) -> None:
         raise InvalidInput(f'input "{spec.name}": expected datatype {spec.datatype}, got {tensor.datatype[:32]}')
     if not (_shape_fits(spec.shape, tensor.shape) or (widen and spec.is_column and len(tensor.shape) == 1)):
         raise InvalidInput(f'input "{spec.name}": expected shape {list(spec.wire_shape)}, got {list(tensor.shape)[:16]}')
-    try:
-        validate(tensor)
-    except InvalidInput as error:
-        raise InvalidInput(f"input {error.message}") from None
+    validate(f'input "{spec.name}"', tensor)
 
 
 def _shape_fits(expected: Sequence[Dimension], shape: Sequence[int]) -> bool:
@@ -110,6 +107,21 @@ def _check_batch(tensors: Sequence[Tensor]) -> None:
 def _names(names: Iterable[str]) -> str:
     shown = [f'"{name}"' for name in names]
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[str]:
+    """Names of the outputs to answer with, in the order asked for; all when none is asked for.
+
+    Raises:
+        InvalidInput: one is not an output, or is asked for twice.
+    """
+    names = [spec.name for spec in specs]
+    for index, name in enumerate(wanted):
+        if name not in names:
+            raise InvalidInput(f'unknown output "{name[:64]}", expected one of {_names(names)}')
+        if name in wanted[:index]:
+            raise InvalidInput(f'output "{name}" is asked for twice')
+    return list(wanted) or names
 
 
 def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:

@@ -81,19 +81,19 @@ class Tensor(msgspec.Struct, frozen=True):
         return self.shape[0] if self.shape else 1
 
 
-def datatype_of(tensor_name: str, name: str) -> Datatype:
-    """The datatype called ``name``.
+def datatype_of(what: str, name: str) -> Datatype:
+    """The datatype called ``name``; ``what`` it is the datatype of, e.g. ``input "features"``, begins the error's message.
 
     Raises:
         InvalidInput: the protocol has none of that name.
     """
     found = DATATYPES.get(name)
     if found is None:
-        raise InvalidInput(f'"{tensor_name}": unknown datatype "{name[:32]}", expected one of {", ".join(DATATYPES)}')
+        raise InvalidInput(f'{what}: unknown datatype "{name[:32]}", expected one of {", ".join(DATATYPES)}')
     return found
 
 
-def n_elements(tensor_name: str, shape: Sequence[int]) -> int:
+def n_elements(what: str, shape: Sequence[int]) -> int:
     """How many elements a tensor of this shape has.
 
     Raises:
@@ -101,39 +101,36 @@ def n_elements(tensor_name: str, shape: Sequence[int]) -> int:
         TooLarge: more than ``MAX_ELEMENTS``.
     """
     if len(shape) > MAX_RANK:
-        raise InvalidInput(f'"{tensor_name}": expected at most {MAX_RANK} dimensions, got {len(shape)}')
+        raise InvalidInput(f'{what}: expected at most {MAX_RANK} dimensions, got {len(shape)}')
     for size in shape:
         if size < 0:
-            raise InvalidInput(f'"{tensor_name}": shape {list(shape)} has a negative dimension')
+            raise InvalidInput(f'{what}: shape {list(shape)} has a negative dimension')
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
-        raise TooLarge(f'"{tensor_name}": shape {list(shape)} has more than {MAX_ELEMENTS} elements')
+        raise TooLarge(f'{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements')
     return count
 
 
-def validate(tensor: Tensor) -> Tensor:
-    """The tensor itself, if its bytes are what its datatype and shape say.
+def validate(what: str, tensor: Tensor) -> None:
+    """Check that a tensor's bytes are what its datatype and shape say.
 
     Raises:
         InvalidInput: unknown datatype, negative dimension, wrong number of bytes or elements, a BOOL that is not 0 or 1.
         TooLarge: more elements than a tensor may have.
     """
-    datatype = datatype_of(tensor.name, tensor.datatype)
-    count = n_elements(tensor.name, tensor.shape)
+    datatype = datatype_of(what, tensor.datatype)
+    count = n_elements(what, tensor.shape)
     if datatype.name == "BYTES":
-        found = sum(1 for _ in _elements(tensor))
+        found = sum(1 for _ in _elements(what, tensor.raw))
         if found != count:
-            raise InvalidInput(
-                f'"{tensor.name}": shape {list(tensor.shape)} needs {count} BYTES elements, got {found}',
-            )
+            raise InvalidInput(f"{what}: shape {list(tensor.shape)} needs {count} BYTES elements, got {found}")
     elif len(tensor.raw) != count * datatype.itemsize:
         raise InvalidInput(
-            f'"{tensor.name}": {tensor.datatype} of shape {list(tensor.shape)} needs {count * datatype.itemsize} bytes, '
+            f'{what}: {tensor.datatype} of shape {list(tensor.shape)} needs {count * datatype.itemsize} bytes, '
             f"got {len(tensor.raw)}"
         )
     elif datatype.name == "BOOL" and tensor.raw.translate(None, b"\x00\x01"):
-        raise InvalidInput(f'"{tensor.name}": a BOOL element is one byte, 0 or 1')
-    return tensor
+        raise InvalidInput(f"{what}: a BOOL element is one byte, 0 or 1")
 
 
 def encode_bytes(elements: Iterable[bytes]) -> bytes:
@@ -147,37 +144,37 @@ def decode_bytes(tensor: Tensor) -> list[bytes]:
     Raises:
         InvalidInput: a length points beyond the end.
     """
-    return list(_elements(tensor))
+    return list(_elements(f'tensor "{tensor.name}"', tensor.raw))
 
 
-def _elements(tensor: Tensor) -> Iterable[bytes]:
-    raw, offset, end = tensor.raw, 0, len(tensor.raw)
+def _elements(what: str, raw: bytes) -> Iterable[bytes]:
+    offset, end = 0, len(raw)
     while offset < end:
         start = offset + 4
         if start > end:
-            raise InvalidInput(f'"{tensor.name}": the length of a BYTES element is cut off at byte {offset} of {end}')
+            raise InvalidInput(f"{what}: the length of a BYTES element is cut off at byte {offset} of {end}")
         offset = start + int.from_bytes(raw[offset:start], "little")
         if offset > end:
-            raise InvalidInput(f'"{tensor.name}": a BYTES element at byte {start} is longer than what is left of {end} bytes')
+            raise InvalidInput(f"{what}: the BYTES element at byte {start} is longer than what is left of {end} bytes")
         yield raw[start:offset]
 
 
-def pack(name: str, datatype: Datatype, values: Sequence[Any]) -> bytes:
+def pack(what: str, datatype: Datatype, values: Sequence[Any]) -> bytes:
     """The raw form of Python numbers, booleans or bytes. Nothing is converted that would change its value.
 
     Raises:
         InvalidInput: a value is not of the datatype, or does not fit it.
     """
     if not set(map(type, values)) <= _PYTHON_TYPES[datatype.name]:
-        raise _misfit(name, datatype, values)
+        raise _misfit(what, datatype, values)
     if datatype.name == "BYTES":
         return encode_bytes(values)
     try:
         raw = struct.pack(f"<{len(values)}{datatype.format}", *values)
     except (OverflowError, struct.error):
-        raise _misfit(name, datatype, values) from None
+        raise _misfit(what, datatype, values) from None
     if datatype.name == "BOOL" and not set(values) <= {0, 1}:
-        raise _misfit(name, datatype, values)
+        raise _misfit(what, datatype, values)
     return raw
 
 
@@ -187,11 +184,11 @@ _PYTHON_TYPES: dict[str, set[type]] = {
 }
 
 
-def _misfit(name: str, datatype: Datatype, values: Sequence[Any]) -> InvalidInput:
+def _misfit(what: str, datatype: Datatype, values: Sequence[Any]) -> InvalidInput:
     """Names the first value that does not fit; looked for only once packing has failed."""
     index = next((index for index, value in enumerate(values) if not _fits(datatype, value)), None)
     bounds = f" ({datatype.low} to {datatype.high})" if datatype.is_integer else ""
-    return InvalidInput(f'"{name}": element {index} is not a {datatype.name}{bounds}')
+    return InvalidInput(f"{what}: element {index} is not a {datatype.name}{bounds}")
 
 
 def _fits(datatype: Datatype, value: Any) -> bool:
@@ -207,12 +204,12 @@ def _fits(datatype: Datatype, value: Any) -> bool:
 
 
 def unpack(tensor: Tensor) -> list[Any]:
-    """The elements as Python numbers, booleans or bytes, row-major.
+    """The elements of a valid tensor as Python numbers, booleans or bytes, row-major.
 
     Raises:
         InvalidInput: BF16, which Python has no number for.
     """
-    datatype = datatype_of(tensor.name, tensor.datatype)
+    datatype = DATATYPES[tensor.datatype]
     if datatype.name == "BYTES":
         return decode_bytes(tensor)
     if datatype.name == "FP16":

@@ -13,7 +13,7 @@ from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
 from splitserve.repository import Bundle
-from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs
+from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs
 from splitserve.tensors import Tensor
 
 _DATATYPES = {
@@ -71,10 +71,8 @@ class Predictor:
             InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
         """
         check_inputs(self.inputs, inputs, widen=False)
-        names = list(wanted) or [spec.name for spec in self.outputs]
-        known = {spec.name: spec for spec in self.outputs}
-        if unknown := next((name for name in names if name not in known), None):
-            raise InvalidInput(f'unknown output "{unknown[:64]}", expected one of {", ".join(known)}')
+        names = choose_outputs(self.outputs, wanted)
+        datatypes = {spec.name: spec.datatype for spec in self.outputs}
         feeds = {tensor.name: _feed(tensor) for tensor in inputs}
         try:
             arrays = self._session.run(names, feeds)
@@ -82,7 +80,7 @@ class Predictor:
             if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
                 raise InvalidInput("the model refuses the values of these tensors") from error
             raise
-        return tuple(from_array(name, array, known[name].datatype) for name, array in zip(names, arrays, strict=True))
+        return tuple(from_array(name, array, datatypes[name]) for name, array in zip(names, arrays, strict=True))
 
 
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:

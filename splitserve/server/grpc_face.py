@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import DOMAIN, Internal, NotFound, SplitserveError, Unavailable
+from splitserve.errors import DOMAIN, Internal, SplitserveError, at_stage
 from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -123,14 +123,12 @@ class GrpcFace:
 
         async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
             try:
-                return await call(data, context)
+                with at_stage(self._stage):
+                    return await call(data, context)
             except SplitserveError as error:
-                failure = error.at(stage=self._stage)
-            except asyncio.CancelledError:
-                raise
-            except Exception:  # a caller must not learn what went wrong inside
-                self._log.exception("internal error", stage=self._stage)
-                failure = Internal("internal error", stage=self._stage)
+                failure = error
+            if isinstance(failure, Internal):  # the caller does not learn what went wrong inside; the log does
+                self._log.error("internal error", stage=failure.stage, exc_info=failure)
             await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, _trailing_metadata(failure))
             raise AssertionError("abort raises")
 
@@ -145,11 +143,11 @@ class GrpcFace:
 
     async def _model_ready(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         request = oip_grpc.parse(pb.ModelReadyRequest, data)
-        try:
-            await self._service.metadata(request.name, request.version)
-        except (NotFound, Unavailable):
-            return pb.ModelReadyResponse(ready=False).SerializeToString()
-        return pb.ModelReadyResponse(ready=True).SerializeToString()
+        is_ready = not self._is_draining and any(
+            state.state == READY and state.name == request.name and request.version in ("", state.version)
+            for state in await self._service.index()
+        )
+        return pb.ModelReadyResponse(ready=is_ready).SerializeToString()
 
     async def _server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
@@ -174,10 +172,11 @@ class GrpcFace:
             response = await self._service.infer(oip_grpc.decode_request(message, self._deadline(context)))
             version = response.version
             return oip_grpc.encode_response(response).SerializeToString()
+        except SplitserveError as error:
+            status = error.grpc_code
+            raise
         except BaseException as error:
-            status = error.grpc_code if isinstance(error, SplitserveError) else type(error).__name__
-            if isinstance(error, SplitserveError):
-                error.at(stage=self._stage, model=message.model_name[:128], pair=message.model_version[:32])
+            status = type(error).__name__
             raise
         finally:
             self._log.info(

@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
+
+import structlog
 
 
 class StopSignal:
@@ -40,6 +42,23 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Refreshing(Protocol):
+    """Something that follows the outside world by looking again and again."""
+
+    async def refresh(self) -> None: ...
+
+
+async def keep_refreshing(what: Refreshing, *, interval_s: float) -> None:
+    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again."""
+    log = structlog.get_logger()
+    while True:
+        try:
+            await what.refresh()
+        except Exception:
+            log.exception("refresh failed", of=type(what).__name__)
+        await asyncio.sleep(interval_s)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:

@@ -1,0 +1,1 @@
+"""All three services in one process, calling each other directly: the one place where they are composed."""

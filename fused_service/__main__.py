@@ -1,0 +1,58 @@
+"""``python -m fused_service``: the proxy's faces over preprocess and predict in one process.
+
+Each part reads the settings that it reads when it runs alone; those that concern the wire between them have no effect.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+import structlog
+
+from predict_service.loading import predictor_store
+from predict_service.service import PredictService
+from predict_service.settings import PredictSettings
+from preprocess_service.loading import preprocessor_store
+from preprocess_service.service import PreprocessService
+from preprocess_service.settings import PreprocessSettings
+from proxy.faces import Faces
+from proxy.service import ProxyService
+from proxy.settings import ProxySettings
+from splitserve.server import lifecycle, logs, settings
+from splitserve.server.lifecycle import keep_refreshing
+
+
+async def serve() -> None:
+    config = settings.read(ProxySettings)
+    preprocess_config = settings.read(PreprocessSettings)
+    predict_config = settings.read(PredictSettings)
+    logs.configure(level=config.log_level, format=config.log_format, service="fused")
+    log = structlog.get_logger()
+    stop = lifecycle.StopSignal()
+    predictors = predictor_store(predict_config)
+    preprocessors = preprocessor_store(preprocess_config)
+    async with AsyncExitStack() as stack:
+        n_workers = preprocess_config.n_workers + predict_config.n_workers
+        executor = stack.enter_context(ThreadPoolExecutor(n_workers, thread_name_prefix="compute"))
+        predict = PredictService(predictors, executor)
+        preprocess = PreprocessService(preprocessors, predict, executor)
+        service = ProxyService(preprocess)
+        faces = await stack.enter_async_context(Faces(service, config))
+        log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
+        await stack.enter_async_context(
+            lifecycle.background(
+                *(
+                    keep_refreshing(part, interval_s=config.refresh_interval_s)
+                    for part in (predictors, preprocessors, preprocess, service)
+                )
+            )
+        )
+        await stop.wait()
+        log.info("draining")
+        await faces.drain()
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    lifecycle.run(serve)

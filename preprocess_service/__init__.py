@@ -1,0 +1,1 @@
+"""The preprocess service: rows -> tensors by scikit-learn, on to predict, and back. Knows nothing of ONNX Runtime."""

@@ -1,0 +1,55 @@
+"""``python -m preprocess_service``: its life, from settings to stop."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+import structlog
+
+from preprocess_service.loading import preprocessor_store
+from preprocess_service.service import PreprocessService
+from preprocess_service.settings import PreprocessSettings
+from splitserve import __version__
+from splitserve.oip import ServerMetadata
+from splitserve.remote import RemoteInference
+from splitserve.server import lifecycle, logs, settings
+from splitserve.server.grpc_face import GrpcFace
+
+
+async def serve() -> None:
+    config = settings.read(PreprocessSettings)
+    logs.configure(level=config.log_level, format=config.log_format, service="preprocess")
+    log = structlog.get_logger()
+    stop = lifecycle.StopSignal()
+    preprocessors = preprocessor_store(config)
+    async with AsyncExitStack() as stack:
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="preprocess"))
+        predict = await stack.enter_async_context(
+            RemoteInference(config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes)
+        )
+        service = PreprocessService(preprocessors, predict, executor)
+        face = await stack.enter_async_context(
+            GrpcFace(
+                service,
+                stage="preprocess",
+                address=f"{config.host}:{config.grpc_port}",
+                metadata=ServerMetadata("splitserve-preprocess", __version__),
+                max_message_bytes=config.max_message_bytes,
+            )
+        )
+        log.info("listening", grpc_port=face.port)
+        await stack.enter_async_context(
+            lifecycle.background(
+                lifecycle.keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),
+                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s),
+            )
+        )
+        await stop.wait()
+        log.info("draining")
+        await face.drain(delay_s=config.drain_delay_s, grace_s=config.grace_s)
+    log.info("stopped")
+
+
+if __name__ == "__main__":
+    lifecycle.run(serve)

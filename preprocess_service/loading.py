@@ -1,0 +1,21 @@
+"""The store of preprocessors that the settings ask for."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from preprocess_service.settings import PreprocessSettings
+from splitserve.repository import Repository
+from splitserve.runtimes import preprocessor
+from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.server.store import VersionStore
+
+
+def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:
+    """Nothing is loaded yet; the store's ``refresh`` does that."""
+    load = partial(
+        preprocessor.load,
+        trusted_modules=[name.strip() for name in config.trusted_modules.split(",") if name.strip()],
+        allow_environment_mismatch=config.allow_environment_mismatch,
+    )
+    return VersionStore(Repository(config.model_repository), "preprocess", load)

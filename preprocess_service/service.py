@@ -1,0 +1,173 @@
+"""What preprocess does: transform with K, call predict with M, postprocess with K. Knows no transport."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import msgspec
+import structlog
+
+from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
+from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
+from splitserve.oip import (
+    READY,
+    UNAVAILABLE,
+    InferenceService,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    check_time_left,
+)
+from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.server.store import VersionStore
+from splitserve.signature import check_outputs, choose_outputs
+from splitserve.tensors import Tensor
+from splitserve.versions import Pair, parse_pair
+
+STAGE = "preprocess"
+PLATFORM = "splitserve_pair"
+
+
+class AdmittedPair(msgspec.Struct, frozen=True):
+    """A preprocessor and the signature of the predictor that it fits."""
+
+    preprocessor: Preprocessor
+    predictor: ModelMetadata
+
+
+class PreprocessService:
+    """An `InferenceService` over pairs: the preprocessors here with the predictors of the service behind.
+
+    Args:
+        preprocessors: the loaded versions.
+        predict: the service behind.
+        executor: where transforms run.
+    """
+
+    def __init__(self, preprocessors: VersionStore[Preprocessor], predict: InferenceService, executor: Executor) -> None:
+        self._preprocessors = preprocessors
+        self._predict = predict
+        self._executor = executor
+        self._log = structlog.get_logger()
+        self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
+        self._signatures: dict[tuple[str, str], ModelMetadata] = {}
+        self._broken_link = "the predict service has not been asked yet"
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._preprocessors.is_loaded
+
+    async def refresh(self) -> None:
+        """Look at what predict has, and match it with what is here."""
+        try:
+            predictors = await self._predict.index()
+            await self._fetch_signatures(predictors)
+        except SplitserveError as error:
+            if not self._broken_link:
+                self._log.warning("predict lost", reason=error.message)
+            self._broken_link = error.message
+            return
+        if self._broken_link:
+            self._log.info("predict reached")
+        self._broken_link = ""
+        self._pairs = self._match(predictors)
+
+    async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
+        """Ask for the signatures that are not known yet; forget those of versions that are gone."""
+        ready = [(state.name, state.version) for state in predictors if state.state == READY]
+        known = {key: signature for key, signature in self._signatures.items() if key in ready}
+        for key in ready:
+            if key not in known:
+                known[key] = await self._predict.metadata(*key)
+        self._signatures = known
+
+    def _match(self, predictors: Sequence[ModelState]) -> Catalogue[Pair, AdmittedPair]:
+        """Every preprocessor version with every predictor version of the same model."""
+        pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
+        mine = self._preprocessors.catalogue
+        for model in sorted({*mine.models(), *(state.name for state in predictors)}):
+            theirs = [state for state in predictors if state.name == model and state.version.isdecimal()]
+            if not mine.entries(model):
+                pairs.put_incomplete(model, "it has a predictor but no preprocessor")
+            elif not theirs:
+                pairs.put_incomplete(model, "it has a preprocessor but no predictor")
+            for number, entry in mine.entries(model).items():
+                for state in theirs:
+                    pair = Pair(number, int(state.version))
+                    pairs.put(model, pair, self._admit(model, pair, entry, state))
+        return pairs
+
+    def _admit(self, model: str, pair: Pair, mine: Entry[Preprocessor], theirs: ModelState) -> Entry[AdmittedPair]:
+        signature = self._signatures.get((model, theirs.version))
+        if mine.value is None:
+            return Entry(mine.state, mine.reason)
+        if signature is None:
+            return Entry(theirs.state, theirs.reason)
+        if differences := mine.value.differences(signature.inputs, signature.outputs):
+            reason = f"the halves do not fit: {'; '.join(differences)}"
+            if (model, pair) not in self._pairs:
+                self._log.error("pair refused", model=model, pair=str(pair), reason=reason)
+            return Entry(UNAVAILABLE, reason)
+        if (model, pair) not in self._pairs:
+            self._log.info("pair admitted", model=model, pair=str(pair))
+        return Entry(READY, value=AdmittedPair(mine.value, signature))
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        with at_stage(STAGE, model=request.model):
+            pair, admitted = self._choose(request.model, request.version)
+        with at_stage(STAGE, model=request.model, pair=str(pair)):
+            check_time_left(request.deadline)
+            outputs = await self._infer(request, pair, admitted)
+        return InferResponse(request.model, str(pair), outputs, request.id)
+
+    async def _infer(self, request: InferRequest, pair: Pair, admitted: AdmittedPair) -> tuple[Tensor, ...]:
+        preprocessor = admitted.preprocessor
+        wanted = choose_outputs(
+            preprocessor.answer_specs(admitted.predictor.outputs), [output.name for output in request.outputs]
+        )
+        loop = asyncio.get_running_loop()
+        features = await loop.run_in_executor(self._executor, preprocessor.transform, request.inputs)
+        n_rows = features[0].n_rows
+        try:
+            response = await self._predict.infer(
+                InferRequest(
+                    request.model, features, version=str(pair.predictor), id=request.id, deadline=request.deadline
+                )
+            )
+        except InvalidInput as error:  # the caller did not make these tensors
+            raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
+        except NotFound as error:  # it was there a moment ago
+            raise Unavailable(error.message, stage=error.stage, retry_after_s=1) from error
+        check_outputs(admitted.predictor.outputs, response.outputs, n_rows)
+        answer = {tensor.name: tensor for tensor in preprocessor.answer(response.outputs)}
+        return tuple(answer[name] for name in wanted)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        _, admitted = self._choose(model, version)
+        return ModelMetadata(
+            model,
+            tuple(map(str, self._pairs.ready_versions(model))),
+            PLATFORM,
+            admitted.preprocessor.inputs,
+            admitted.preprocessor.answer_specs(admitted.predictor.outputs),
+        )
+
+    async def index(self) -> list[ModelState]:
+        states = self._pairs.index()
+        if self._broken_link:
+            return [ModelState(state.name, state.version, UNAVAILABLE, self._broken_link) for state in states]
+        return states
+
+    async def not_ready_reason(self) -> str:
+        if not self.is_loaded:
+            return STILL_LOADING
+        return self._broken_link or why_not_ready(self._pairs.index())
+
+    def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:
+        if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
+            raise Unavailable(reason, model=model[:128], retry_after_s=1)
+        return self._pairs.choose(model, parse_pair(model, version))
+

@@ -1,0 +1,29 @@
+"""What the preprocess service can be told, by environment variables that begin with ``PREPROCESS_``."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from splitserve.server.settings import RepositorySettings
+
+
+class PreprocessSettings(RepositorySettings):
+    """Settings of the preprocess service."""
+
+    model_config = SettingsConfigDict(env_prefix="PREPROCESS_")
+
+    grpc_port: int = Field(8011, ge=0, le=65535)
+    """Port of the gRPC face."""
+
+    predict_target: str = "127.0.0.1:8021"
+    """Where predict is: a gRPC name. `dns:///predict:8021` uses every address that the name has."""
+
+    trusted_modules: str = ""
+    """Modules whose types may be loaded from a bundle, separated by commas. Add those of your own transformers, and install them here."""
+
+    allow_environment_mismatch: bool = False
+    """Load bundles of another minor version of scikit-learn and rely on their golden samples."""
+
+    n_workers: int = Field(2, ge=1)
+    """Threads that run transforms, so that calls overlap and health checks are answered meanwhile."""

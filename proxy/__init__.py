@@ -1,0 +1,1 @@
+"""The proxy: the one address for clients, REST and gRPC. Binds each request to a pair; has no numerics."""

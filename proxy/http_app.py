@@ -1,0 +1,278 @@
+"""The REST face, as an ASGI application: Open Inference Protocol V2, the V1 form, the API's own documentation.
+
+Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import structlog
+
+from proxy.openapi import document
+from proxy.service import STAGE, ProxyService
+from splitserve import oip_rest, v1
+from splitserve.errors import Internal, InvalidInput, SplitserveError, TooLarge, Unavailable, at_stage
+from splitserve.oip import READY, ServerMetadata, deadline_after
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = "application/json"  # exactly: KServe's client compares the whole header
+_HEADER_LENGTH = "inference-header-content-length"
+
+
+class Request(msgspec.Struct):
+    """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; header names are lower case."""
+
+    path: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    deadline: float
+
+
+class Response(msgspec.Struct):
+    """An HTTP answer."""
+
+    status: int
+    body: bytes
+    content_type: str = JSON
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class Refused(Exception):
+    """A request that HTTP itself has a status for: no such path, another method, a form of body that is not taken."""
+
+    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
+
+
+class HttpApp:
+    """Serves a `ProxyService` over HTTP.
+
+    Args:
+        service: what is served.
+        metadata: what ``GET /v2`` answers.
+        max_body_bytes: larger bodies are refused.
+        default_timeout_s: the deadline of a request.
+    """
+
+    def __init__(
+        self, service: ProxyService, *, metadata: ServerMetadata, max_body_bytes: int, default_timeout_s: float
+    ) -> None:
+        self._service = service
+        self._metadata = metadata
+        self._max_body_bytes = max_body_bytes
+        self._default_timeout_s = default_timeout_s
+        self._log = structlog.get_logger()
+        self._openapi = msgspec.json.encode(document(metadata.version))
+        self._page = files("proxy").joinpath("docs.html").read_bytes()
+        self.is_draining = False
+        """Set to say "not ready" while calls are still answered."""
+        self._routes: list[tuple[re.Pattern[str], dict[str, Handler]]] = [
+            (re.compile(pattern), methods)
+            for pattern, methods in (
+                (rf"/v2{_MODEL}/infer", {"POST": self._infer}),
+                (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
+                (r"/v2/health/live", {"GET": self._live}),
+                (r"/v2/health/ready", {"GET": self._ready}),
+                (rf"/v2{_MODEL}", {"GET": self._model_metadata}),
+                (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
+                (r"/v2/?", {"GET": self._server_metadata}),
+                (r"/v2/models", {"GET": self._models}),
+                (r"/v1/models", {"GET": self._models}),
+                (rf"/v1{_MODEL}", {"GET": self._model_ready}),
+                (r"/openapi\.json", {"GET": self._openapi_document}),
+                (r"/docs", {"GET": self._docs_page}),
+                (r"/", {"GET": self._alive}),
+            )
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"expected an HTTP request, got {scope['type']}")
+        response = await self._answer(scope, receive)
+        headers = [("content-type", response.content_type), ("content-length", str(len(response.body)))]
+        headers += response.headers
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": [(name.encode(), value.encode()) for name, value in headers],
+            }
+        )
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else response.body})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Response:
+        """Errors become statuses here and nowhere else."""
+        try:
+            handler, path = self._route(scope["method"], scope["path"])
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            _check_form(headers)
+            with at_stage(STAGE):
+                body = await self._body(headers, receive)
+                return await handler(Request(path, headers, body, deadline_after(self._default_timeout_s)))
+        except Refused as refused:
+            return _json(refused.status, {"error": str(refused)}, refused.headers)
+        except SplitserveError as error:
+            if isinstance(error, Internal):  # the caller does not learn what went wrong inside; the log does
+                self._log.error("internal error", stage=error.stage, exc_info=error)
+            return _error(error)
+
+    def _route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
+        for pattern, methods in self._routes:
+            if match := pattern.fullmatch(path):
+                handler = methods.get("GET" if method == "HEAD" else method)
+                if handler is None:
+                    allowed = ", ".join(methods) + (", HEAD" if "GET" in methods else "")
+                    raise Refused(405, f"{method[:16]} is not a method of this path", (("allow", allowed),))
+                return handler, {name: value or "" for name, value in match.groupdict().items()}
+        raise Refused(404, "Not Found")
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body_bytes:
+            raise TooLarge(f"the body has {length} bytes, at most {self._max_body_bytes} are taken")
+        chunks, size = [], 0
+        while True:
+            message = await receive()
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self._max_body_bytes:
+                raise TooLarge(f"the body has more than the {self._max_body_bytes} bytes that are taken")
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _infer(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        with _Logged(self._log, "infer", model, version) as line:
+            asked = oip_rest.decode_request(
+                model, version, request.body, header_length=_header_length(request.headers), deadline=request.deadline
+            )
+            answer = await self._service.infer(asked)
+            line.version = answer.version
+            body, header_length = oip_rest.encode_response(answer, asked)
+        if header_length is None:
+            return Response(200, body)
+        return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH, str(header_length)),))
+
+    async def _predict(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        with _Logged(self._log, "predict", model, version) as line:
+            pair, metadata = self._service.choose(model, version)
+            line.version = str(pair)
+            answer = await self._service.infer(
+                v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
+            )
+            return Response(200, v1.encode_response(answer))
+
+    async def _live(self, request: Request) -> Response:
+        return _json(200, {"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
+            raise Unavailable(reason, retry_after_s=1)
+        return _json(200, {"ready": True, "live": True})
+
+    async def _server_metadata(self, request: Request) -> Response:
+        return _json(200, self._metadata)
+
+    async def _models(self, request: Request) -> Response:
+        return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
+
+    async def _model_metadata(self, request: Request) -> Response:
+        return _json(
+            200, oip_rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"]))
+        )
+
+    async def _model_ready(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        self._service.choose(model, version)  # or the error that says why not
+        states = [
+            state for state in await self._service.index() if state.name == model and version in ("", state.version)
+        ]
+        if not any(state.state == READY for state in states):
+            reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
+            raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version, retry_after_s=1)
+        return _json(200, {"name": model, "ready": True})
+
+    async def _openapi_document(self, request: Request) -> Response:
+        return Response(200, self._openapi)
+
+    async def _docs_page(self, request: Request) -> Response:
+        return Response(200, self._page, "text/html; charset=utf-8")
+
+    async def _alive(self, request: Request) -> Response:
+        return _json(200, {"status": "alive"})
+
+
+class _Logged:
+    """One line for an inference, whatever became of it."""
+
+    def __init__(self, log: Any, event: str, model: str, version: str) -> None:
+        self._log = log
+        self._event = event
+        self._model = model
+        self.version = version
+
+    def __enter__(self) -> _Logged:
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._log.info(
+            self._event,
+            model=self._model[:128],
+            version=self.version[:32],
+            status="OK" if error is None else error.grpc_code if isinstance(error, SplitserveError) else "INTERNAL",
+            duration_ms=round((time.monotonic() - self._started) * 1000, 2),
+        )
+
+
+def _check_form(headers: dict[str, str]) -> None:
+    """Raises:
+    Refused: the body comes in a form that is not taken. Its content type does not matter otherwise: clients send many.
+    """
+    if headers.get("content-type", "").startswith("multipart/"):
+        raise Refused(415, "multipart bodies are not taken, send JSON")
+    if (encoding := headers.get("content-encoding", "identity")) != "identity":
+        raise Refused(415, f"content-encoding {encoding[:32]} is not taken")
+
+
+def _header_length(headers: dict[str, str]) -> int | None:
+    value = headers.get(_HEADER_LENGTH)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 12):
+        raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
+    return int(value)
+
+
+def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    return Response(status, msgspec.json.encode(content), JSON, headers)
+
+
+def _error(error: SplitserveError) -> Response:
+    headers: Iterable[tuple[str, str]] = ()
+    if error.retry_after_s is not None:
+        headers = (("retry-after", str(math.ceil(error.retry_after_s))),)
+    content = {"error": error.message, "reason": error.reason, **error.metadata}
+    return _json(error.http_status, content, tuple(headers))
+
+

@@ -1,0 +1,115 @@
+"""What the proxy does: binds a request to a pair, checks it against the pair's signature, sends it on. Knows no transport."""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
+from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
+from splitserve.oip import (
+    READY,
+    UNAVAILABLE,
+    InferenceService,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    check_time_left,
+)
+from splitserve.signature import check_inputs, choose_outputs
+from splitserve.versions import Pair, parse_pair
+
+STAGE = "proxy"
+
+
+class ProxyService:
+    """An `InferenceService` in front of preprocess.
+
+    What is known of the pairs decides which one a request gets and whether we say "ready". Whether a pair can still be served
+    is for preprocess to say: a request for a known pair is sent even if the last look found it unavailable.
+
+    Args:
+        preprocess: the service behind.
+    """
+
+    def __init__(self, preprocess: InferenceService) -> None:
+        self._preprocess = preprocess
+        self._log = structlog.get_logger()
+        self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
+        self._broken_link = STILL_LOADING
+
+    @property
+    def is_loaded(self) -> bool:
+        return True
+
+    async def refresh(self) -> None:
+        """Look at which pairs preprocess has."""
+        try:
+            states = await self._preprocess.index()
+            reason = "" if states else await self._preprocess.not_ready_reason()
+            pairs = await self._catalogue(states)
+        except SplitserveError as error:
+            if not self._broken_link:
+                self._log.warning("preprocess lost", reason=error.message)
+            self._broken_link = error.message
+            return
+        if self._broken_link and not reason:
+            self._log.info("preprocess reached", models=pairs.models())
+        self._broken_link = reason
+        self._pairs = pairs
+
+    async def _catalogue(self, states: list[ModelState]) -> Catalogue[Pair, ModelMetadata]:
+        """The pairs in an index with their signatures, asking for those that are not known yet."""
+        pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
+        for state in states:
+            if not state.version:
+                pairs.put_incomplete(state.name, state.reason)
+            elif pair := parse_pair(state.name, state.version):
+                pairs.put(state.name, pair, Entry(state.state, state.reason, await self._signature(state, pair)))
+        return pairs
+
+    async def _signature(self, state: ModelState, pair: Pair) -> ModelMetadata | None:
+        known = self._pairs.entries(state.name).get(pair)
+        if known and known.value is not None and known.state == state.state:
+            return known.value
+        if state.state != READY:
+            return known.value if known else None
+        try:
+            return await self._preprocess.metadata(state.name, state.version)
+        except (NotFound, Unavailable):  # gone since the index was made
+            return None
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        with at_stage(STAGE, model=request.model):
+            pair, metadata = self.choose(request.model, request.version)
+        with at_stage(STAGE, model=request.model, pair=str(pair)):
+            check_time_left(request.deadline)
+            check_inputs(metadata.inputs, request.inputs, widen=True)
+            choose_outputs(metadata.outputs, [output.name for output in request.outputs])
+            return await self._preprocess.infer(msgspec.structs.replace(request, version=str(pair)))
+
+    def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
+        """The pair that a request for this version gets, and its signature.
+
+        Raises:
+            NotFound: no such model or pair.
+            Unavailable: it is known and can not be served, or nothing is known yet.
+        """
+        if self._broken_link and model not in self._pairs.models():
+            raise Unavailable(self._broken_link, model=model[:128], retry_after_s=1)
+        return self._pairs.choose(model, parse_pair(model, version))
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        with at_stage(STAGE, model=model):
+            _, metadata = self.choose(model, version)
+        return msgspec.structs.replace(metadata, versions=tuple(map(str, self._pairs.ready_versions(model))))
+
+    async def index(self) -> list[ModelState]:
+        states = self._pairs.index()
+        if self._broken_link:
+            return [ModelState(state.name, state.version, UNAVAILABLE, self._broken_link) for state in states]
+        return states
+
+    async def not_ready_reason(self) -> str:
+        return self._broken_link or why_not_ready(self._pairs.index())

@@ -1,0 +1,102 @@
+"""What a service knows of its models: their versions, the state of each, and what it serves them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+import msgspec
+
+from splitserve.errors import NotFound, Unavailable
+from splitserve.oip import READY, UNAVAILABLE, ModelState
+from splitserve.versions import Pair, unknown_model
+
+STILL_LOADING = "models are still being loaded"
+
+V = TypeVar("V", int, Pair)
+T = TypeVar("T")
+
+
+class Entry(msgspec.Struct, Generic[T], frozen=True):
+    """One version: its state, why it is not ready, and what serves it, if there is anything."""
+
+    state: str
+    reason: str = ""
+    value: T | None = None
+
+
+class Catalogue(Generic[V, T]):
+    """Versions by model. A version that can be served has a value; one that can not has a reason."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[V, Entry[T]]] = {}
+        self._incomplete: dict[str, str] = {}
+
+    def put(self, model: str, version: V, entry: Entry[T]) -> None:
+        """Add a version, or replace what was known of it."""
+        self._models.setdefault(model, {})[version] = entry
+
+    def put_incomplete(self, model: str, reason: str) -> None:
+        """Add a model of which there is nothing to serve, whatever the version."""
+        self._incomplete[model] = reason
+
+    def __contains__(self, key: tuple[str, V]) -> bool:
+        return key[1] in self._models.get(key[0], {})
+
+    def models(self) -> list[str]:
+        """Names of all models, sorted."""
+        return sorted(self._models.keys() | self._incomplete.keys())
+
+    def entries(self, model: str) -> dict[V, Entry[T]]:
+        """All versions of a model, ascending."""
+        return dict(sorted(self._models.get(model, {}).items()))
+
+    def ready_versions(self, model: str) -> tuple[V, ...]:
+        """Versions of a model that are ready, ascending."""
+        return tuple(version for version, entry in self.entries(model).items() if entry.state == READY)
+
+    def choose(self, model: str, version: V | None) -> tuple[V, T]:
+        """A version that can be served, and what serves it.
+
+        Args:
+            model: its name.
+            version: None takes the newest that is ready, or, if none is, the newest that can be tried.
+
+        Raises:
+            NotFound: no such model, or no such version of it.
+            Unavailable: it is known, and there is nothing to serve it with.
+        """
+        entries = self._models.get(model)
+        if not entries:
+            if model in self._incomplete:
+                raise Unavailable(f'model "{model}" can not be served: {self._incomplete[model]}', model=model)
+            raise NotFound(unknown_model(model), model=model[:128])
+        if version is None:
+            version = max(entries, key=lambda each: (entries[each].state == READY, entries[each].value is not None, each))
+        elif version not in entries:
+            raise NotFound(f"{unknown_model(model)}, version {version}", model=model)
+        entry = entries[version]
+        if entry.value is None:
+            reason = entry.reason or entry.state.lower()
+            raise Unavailable(
+                f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version), retry_after_s=1
+            )
+        return version, entry.value
+
+    def index(self) -> list[ModelState]:
+        """All versions, ready or not; a model that is incomplete has the version ""."""
+        versions = [
+            ModelState(model, str(version), entry.state, entry.reason)
+            for model in sorted(self._models)
+            for version, entry in self.entries(model).items()
+        ]
+        return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
+
+
+def why_not_ready(states: Iterable[ModelState]) -> str:
+    """Why a service with this index can infer nothing; "" when it can."""
+    states = list(states)
+    if any(state.state == READY for state in states):
+        return ""
+    reasons = [f"{state.name} {state.version}: {state.reason or state.state.lower()}" for state in states[:5]]
+    return "no model is ready" + (f": {'; '.join(reasons)}" if reasons else ", there are none")

@@ -1,0 +1,248 @@
+"""Open Inference Protocol over REST: JSON bodies, with binary tensors behind them, <-> the objects of `splitserve.oip`.
+
+Knows bodies, not HTTP servers. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from splitserve.errors import InvalidInput
+from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.signature import TensorSpec
+from splitserve.tensors import MAX_RANK, Datatype, Tensor, datatype_of, n_elements, pack, unpack
+
+_BINARY_SIZE = "binary_data_size"
+_BINARY_OUTPUT = "binary_data"
+_ALL_BINARY = "binary_data_output"
+_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any = msgspec.UNSET
+    parameters: dict[str, Parameter] | None = None
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Parameter] | None = None
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str | None = None
+    parameters: dict[str, Parameter] | None = None
+    outputs: list[_Output] | None = None
+
+
+_decoder = msgspec.json.Decoder(_Request)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+    """What a JSON body says; the bare tokens NaN, Infinity and -Infinity, which Python's and other clients write, are taken too.
+
+    Args:
+        body: UTF-8.
+        decoder: checks the types as well; plain JSON when None.
+
+    Raises:
+        InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which is named.
+    """
+    try:
+        return decoder.decode(body) if decoder else msgspec.json.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"the request body: {error}") from None
+    except RecursionError:
+        raise InvalidInput("the request body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if b"NaN" not in body and b"Infinity" not in body:
+            raise InvalidInput(f"the request body is not JSON: {error}") from None
+    try:
+        lenient = json.loads(body)
+        return msgspec.convert(lenient, decoder.type) if decoder else lenient
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise InvalidInput(f"the request body is not JSON: {error}") from None
+
+
+def decode_request(
+    model: str, version: str, body: bytes, *, header_length: int | None = None, deadline: float = NO_DEADLINE
+) -> InferRequest:
+    """The request in a body.
+
+    Args:
+        model: from the path.
+        version: from the path, "" if it has none.
+        body: JSON, and behind it the binary tensors if there are any.
+        header_length: bytes of JSON, from the header Inference-Header-Content-Length; None: all of it.
+        deadline: of the request.
+
+    Raises:
+        InvalidInput: names the input, what was expected and what came.
+    """
+    if header_length is None:
+        header_length = len(body)
+    if not 0 < header_length <= len(body):
+        raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+    message = decode_json(body[:header_length], _decoder)
+    inputs, end = [], header_length
+    for item in message.inputs:
+        parameters = item.parameters or {}
+        if _BINARY_SIZE in parameters:
+            raw, end = _binary(item, parameters[_BINARY_SIZE], body, end)
+        else:
+            raw = _pack_json(item)
+        inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
+    if end != len(body):
+        raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+    return InferRequest(
+        model,
+        tuple(inputs),
+        version=version,
+        outputs=tuple(RequestedOutput(item.name, item.parameters or {}) for item in message.outputs or ()),
+        id=message.id or "",
+        parameters=message.parameters or {},
+        deadline=deadline,
+    )
+
+
+def _binary(item: _Input, size: Parameter, body: bytes, start: int) -> tuple[bytes, int]:
+    if item.data is not msgspec.UNSET:
+        raise InvalidInput(f'input "{item.name}": has both data and {_BINARY_SIZE}')
+    if type(size) is not int or size < 0 or size > len(body) - start:
+        raise InvalidInput(f'input "{item.name}": {_BINARY_SIZE} is {size}, {len(body) - start} bytes are left of the body')
+    return body[start : start + size], start + size
+
+
+def _pack_json(item: _Input) -> bytes:
+    what = f'input "{item.name[:64]}"'
+    datatype = datatype_of(what, item.datatype)
+    if item.data is msgspec.UNSET:
+        raise InvalidInput(f'input "{item.name}": has neither data nor {_BINARY_SIZE}')
+    if datatype.name in ("FP16", "BF16"):
+        raise InvalidInput(f'input "{item.name}": {datatype.name} has no JSON form, send it as binary data')
+    count = n_elements(what, item.shape)
+    values = flatten(what, item.data, item.shape)
+    if len(values) != count:
+        raise InvalidInput(f'input "{item.name}": shape {item.shape} needs {count} elements, got {len(values)}')
+    return pack_values(what, datatype, values)
+
+
+def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
+    """The elements of a flat or nested list, row-major; a nested one must be nested as ``shape`` says.
+
+    Raises:
+        InvalidInput: it is no list, or a list in it has another length than its dimension.
+    """
+    if not isinstance(data, list):
+        raise InvalidInput(f"{what}: data is a list, got {_json_type(data)}")
+    if not any(isinstance(item, list) for item in data):
+        return data
+    level = [data]
+    for size in shape[:MAX_RANK]:
+        if any(not isinstance(item, list) or len(item) != size for item in level):
+            raise InvalidInput(f"{what}: the nested lists are not of shape {list(shape)}")
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
+    """The raw form of JSON values: text as UTF-8; for floats, null and "NaN" are NaN; for BYTES, null is the empty string.
+
+    Raises:
+        InvalidInput: a value is not of the datatype, or does not fit it.
+    """
+    if datatype.name == "BYTES":
+        try:
+            values = [value.encode() if isinstance(value, str) else b"" if value is None else value for value in values]
+        except UnicodeEncodeError:
+            raise InvalidInput(f"{what}: an element is not text that UTF-8 can hold") from None
+    elif datatype.is_float and not set(map(type, values)) <= {float, int}:
+        values = [math.nan if value is None else _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
+                  for value in values]  # fmt: skip
+    return pack(what, datatype, values)
+
+
+def is_binary_wanted(request: InferRequest, output: str) -> bool:
+    """Whether the caller wants this output behind the JSON instead of in it."""
+    for wanted in request.outputs:
+        if wanted.name == output and _BINARY_OUTPUT in wanted.parameters:
+            return wanted.parameters[_BINARY_OUTPUT] is True
+    return request.parameters.get(_ALL_BINARY) is True
+
+
+def encode_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
+    """The body of an answer, and how many bytes of it are JSON if binary tensors follow.
+
+    Values that are not finite are null in JSON, and counted in the output's parameter ``nonfinite_values``.
+
+    Raises:
+        InvalidInput: an output has no JSON form and was not asked for as binary data.
+    """
+    outputs, binary = [], []
+    for tensor in response.outputs:
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if is_binary_wanted(request, tensor.name):
+            entry["parameters"] = {_BINARY_SIZE: len(tensor.raw)}
+            binary.append(tensor.raw)
+        else:
+            entry["data"] = values = json_values(tensor)
+            if tensor.datatype in ("FP32", "FP64") and (n_bad := len(values) - sum(map(math.isfinite, values))):
+                entry["parameters"] = {"nonfinite_values": n_bad}
+        outputs.append(entry)
+    message: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
+    if response.id:
+        message["id"] = response.id
+    if response.parameters:
+        message["parameters"] = response.parameters
+    head = _encoder.encode(message)
+    return (b"".join((head, *binary)), len(head)) if binary else (head, None)
+
+
+def json_values(tensor: Tensor) -> list[Any]:
+    """The elements, row-major, as values that have a JSON form.
+
+    Raises:
+        InvalidInput: FP16, BF16, or BYTES that are not UTF-8.
+    """
+    if tensor.datatype in ("FP16", "BF16"):
+        raise InvalidInput(f'output "{tensor.name}": {tensor.datatype} has no JSON form, request binary_data for it')
+    values = unpack(tensor)
+    if tensor.datatype != "BYTES":
+        return values
+    try:
+        return [value.decode() for value in values]
+    except UnicodeDecodeError:
+        raise InvalidInput(f'output "{tensor.name}": an element is not UTF-8 text, request binary_data for it') from None
+
+
+def encode_metadata(metadata: ModelMetadata) -> dict[str, Any]:
+    """The JSON object for a model's signature."""
+    document: dict[str, Any] = {
+        "name": metadata.name,
+        "versions": metadata.versions,
+        "platform": metadata.platform,
+        "inputs": [_encode_spec(spec) for spec in metadata.inputs],
+        "outputs": [_encode_spec(spec) for spec in metadata.outputs],
+    }
+    if metadata.properties:
+        document["properties"] = metadata.properties
+    return document
+
+
+def _encode_spec(spec: TensorSpec) -> Mapping[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.wire_shape}
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,136 @@
+"""The V1 protocol of TensorFlow Serving and KServe: ``instances`` in, ``predictions`` out.
+
+A body names no datatypes, so the model's signature says what its values are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from splitserve.errors import InvalidInput
+from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata
+from splitserve.oip_rest import decode_json, flatten, json_values, pack_values
+from splitserve.signature import TensorSpec
+from splitserve.tensors import DATATYPES, Tensor
+
+
+class _Request(msgspec.Struct):
+    instances: list[Any]
+
+
+_decoder = msgspec.json.Decoder(_Request)
+_encoder = msgspec.json.Encoder()
+
+
+def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
+    """The request in a body.
+
+    An instance is a record by input name, or, without names, the row of a model's only input or the list of one value for each
+    input in the signature's order. A value ``{"b64": "…"}`` stands for bytes.
+
+    Args:
+        body: JSON with ``instances``; other fields are ignored.
+        metadata: signature of the model.
+        version: the one to call.
+        deadline: of the request.
+
+    Raises:
+        InvalidInput: names the instance or input, what was expected and what came.
+    """
+    instances = decode_json(body, _decoder).instances
+    specs = metadata.inputs
+    rows = [_row(index, instance, specs) for index, instance in enumerate(instances)]
+    inputs = tuple(_tensor(spec, [row[position] for row in rows]) for position, spec in enumerate(specs))
+    return InferRequest(metadata.name, inputs, version=version, deadline=deadline)
+
+
+def _row(index: int, instance: Any, specs: Sequence[TensorSpec]) -> list[Any]:
+    """The values of one instance, one for each input."""
+    if isinstance(instance, dict) and instance.keys() != {"b64"}:
+        names = [spec.name for spec in specs]
+        if missing := [name for name in names if name not in instance]:
+            raise InvalidInput(f"instance {index}: missing {_listed(missing)}")
+        if unknown := instance.keys() - set(names):
+            raise InvalidInput(f"instance {index}: unknown {_listed(sorted(unknown))}, expected {_listed(names)}")
+        return [instance[name] for name in names]
+    if len(specs) == 1:
+        return [instance]
+    if not isinstance(instance, list) or len(instance) != len(specs):
+        raise InvalidInput(f"instance {index}: expected a record or {len(specs)} values, one for each input")
+    return instance
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name[:64]}"' for name in names[:20])
+
+
+def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
+    inner = tuple(spec.wire_shape[1:])
+    what = f'input "{spec.name}"'
+    if inner == (1,) and not any(isinstance(value, list) for value in values):
+        elements = values
+    else:
+        inner = inner if -1 not in inner else _observed_shape(values)
+        elements = list(chain.from_iterable(_elements(spec, index, value, inner) for index, value in enumerate(values)))
+    datatype = DATATYPES[spec.datatype]
+    if datatype.name == "BYTES":
+        elements = [_from_base64(spec, element) for element in elements]
+    elif datatype.is_integer:
+        elements = [int(each) if isinstance(each, float) and each.is_integer() else each for each in elements]
+    return Tensor(spec.name, spec.datatype, (len(values), *inner), pack_values(what, datatype, elements))
+
+
+def _elements(spec: TensorSpec, index: int, value: Any, shape: tuple[int, ...]) -> list[Any]:
+    elements = flatten(f'instance {index}, input "{spec.name}"', value, shape)
+    if len(elements) != math.prod(shape):
+        raise InvalidInput(
+            f'instance {index}: input "{spec.name}" expects shape {list(shape)}, got {len(elements)} values'
+        )
+    return elements
+
+
+def _observed_shape(values: Sequence[Any]) -> tuple[int, ...]:
+    """The shape of the first instance, for inputs whose inner dimensions vary."""
+    shape, value = [], values[0] if values else []
+    while isinstance(value, list):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return tuple(shape)
+
+
+def _from_base64(spec: TensorSpec, element: Any) -> Any:
+    if not isinstance(element, dict):
+        return element
+    try:
+        return base64.b64decode(element["b64"], validate=True)
+    except (KeyError, TypeError, binascii.Error, ValueError):
+        raise InvalidInput(f'input "{spec.name}": expected text or {{"b64": "base64 text"}}') from None
+
+
+def encode_response(response: InferResponse) -> bytes:
+    """The body of an answer: a row's value if the model has one output, otherwise an object by output name.
+
+    Raises:
+        InvalidInput: an output has no JSON form.
+    """
+    columns = {tensor.name: _rows(tensor) for tensor in response.outputs}
+    if len(columns) == 1:
+        return _encoder.encode({"predictions": next(iter(columns.values()))})
+    names = list(columns)
+    rows = zip(*columns.values(), strict=True)
+    return _encoder.encode({"predictions": [dict(zip(names, row, strict=True)) for row in rows]})
+
+
+def _rows(tensor: Tensor) -> list[Any]:
+    """The elements, nested as the shape says."""
+    values = json_values(tensor)
+    for size in reversed(tensor.shape[1:]):
+        values = [values[start : start + size] for start in range(0, len(values), size)] if size else []
+    return values

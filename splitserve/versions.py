@@ -1,0 +1,53 @@
+"""Version strings of the protocol: a number for half a model, and for both halves a pair, ``"K.M"``."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from splitserve.errors import NotFound
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+
+
+class Pair(msgspec.Struct, frozen=True, order=True):
+    """Preprocessor version K with predictor version M; the greater is the newer."""
+
+    preprocessor: int
+    predictor: int
+
+    def __str__(self) -> str:
+        return f"{self.preprocessor}.{self.predictor}"
+
+
+def unknown_model(name: str) -> str:
+    """The message that clients of the protocol know. Source: the error that Triton gives, which its client programs match."""
+    return f"Request for unknown model: '{name[:128]}' is not found"
+
+
+def parse_version(model: str, version: str) -> int | None:
+    """The number in a request's ``version``; None for "", which leaves the choice to the service.
+
+    Raises:
+        NotFound: it is no number, so no version is called that.
+    """
+    if not version:
+        return None
+    if _NUMBER.fullmatch(version):
+        return int(version)
+    raise NotFound(f"{unknown_model(model)}, version {version[:32]}", model=model[:128])
+
+
+def parse_pair(model: str, version: str) -> Pair | None:
+    """The pair in a request's ``version``; None for "", which leaves the choice to the service.
+
+    Raises:
+        NotFound: it is not of the form ``"K.M"``, so no pair is called that.
+    """
+    if not version:
+        return None
+    halves = version.split(".")
+    if len(halves) == 2 and all(_NUMBER.fullmatch(half) for half in halves):
+        return Pair(int(halves[0]), int(halves[1]))
+    raise NotFound(f'{unknown_model(model)}, version {version[:32]} (a pair is written "K.M")', model=model[:128])
