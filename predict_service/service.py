@@ -55,5 +55,5 @@ class PredictService:
 
     def _choose(self, model: str, version: str) -> tuple[int, Predictor]:
         if not self.is_loaded and model not in self._predictors.catalogue.models():
-            raise Unavailable(STILL_LOADING, model=model[:128], retry_after_s=1)
+            raise Unavailable(STILL_LOADING, model=model[:128])
         return self._predictors.catalogue.choose(model, parse_version(model, version))

@@ -140,7 +140,7 @@ class PreprocessService:
         except InvalidInput as error:  # the caller did not make these tensors
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
         except NotFound as error:  # it was there a moment ago
-            raise Unavailable(error.message, stage=error.stage, retry_after_s=1) from error
+            raise Unavailable(error.message, stage=error.stage) from error
         check_outputs(admitted.predictor.outputs, response.outputs, n_rows)
         answer = {tensor.name: tensor for tensor in preprocessor.answer(response.outputs)}
         return tuple(answer[name] for name in wanted)
@@ -168,6 +168,6 @@ class PreprocessService:
 
     def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:
         if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
-            raise Unavailable(reason, model=model[:128], retry_after_s=1)
+            raise Unavailable(reason, model=model[:128])
         return self._pairs.choose(model, parse_pair(model, version))
 

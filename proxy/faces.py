@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack
 from types import TracebackType
 
-from proxy.http_app import HttpApp
+from proxy.http_app import RETRY_AFTER_S, HttpApp
 from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
@@ -38,6 +38,7 @@ class Faces:
             metadata=metadata,
             max_message_bytes=config.max_message_bytes,
             default_timeout_s=config.default_timeout_s,
+            retry_after_s=RETRY_AFTER_S,
         )
 
     async def __aenter__(self) -> Faces:

@@ -5,10 +5,9 @@ Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`
 
 from __future__ import annotations
 
-import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
 from typing import Any
 
@@ -27,6 +26,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 JSON = "application/json"  # exactly: KServe's client compares the whole header
+RETRY_AFTER_S = 1
+"""What clients are told to wait before they retry, over REST and gRPC alike."""
+
 _HEADER_LENGTH = "inference-header-content-length"
 
 
@@ -187,7 +189,7 @@ class HttpApp:
 
     async def _ready(self, request: Request) -> Response:
         if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
-            raise Unavailable(reason, retry_after_s=1)
+            raise Unavailable(reason)
         return _json(200, {"ready": True, "live": True})
 
     async def _server_metadata(self, request: Request) -> Response:
@@ -209,7 +211,7 @@ class HttpApp:
         ]
         if not any(state.state == READY for state in states):
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
-            raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version, retry_after_s=1)
+            raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
         return _json(200, {"name": model, "ready": True})
 
     async def _openapi_document(self, request: Request) -> Response:
@@ -269,10 +271,5 @@ def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) 
 
 
 def _error(error: SplitserveError) -> Response:
-    headers: Iterable[tuple[str, str]] = ()
-    if error.retry_after_s is not None:
-        headers = (("retry-after", str(math.ceil(error.retry_after_s))),)
-    content = {"error": error.message, "reason": error.reason, **error.metadata}
-    return _json(error.http_status, content, tuple(headers))
-
-
+    headers = (("retry-after", str(RETRY_AFTER_S)),) if error.is_retryable else ()
+    return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

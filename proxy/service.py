@@ -97,7 +97,7 @@ class ProxyService:
             Unavailable: it is known and can not be served, or nothing is known yet.
         """
         if self._broken_link and model not in self._pairs.models():
-            raise Unavailable(self._broken_link, model=model[:128], retry_after_s=1)
+            raise Unavailable(self._broken_link, model=model[:128])
         return self._pairs.choose(model, parse_pair(model, version))
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

@@ -79,7 +79,7 @@ class Catalogue(Generic[V, T]):
         if entry.value is None:
             reason = entry.reason or entry.state.lower()
             raise Unavailable(
-                f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version), retry_after_s=1
+                f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version)
             )
         return version, entry.value
 
@@ -95,8 +95,12 @@ class Catalogue(Generic[V, T]):
 
 def why_not_ready(states: Iterable[ModelState]) -> str:
     """Why a service with this index can infer nothing; "" when it can."""
-    states = list(states)
-    if any(state.state == READY for state in states):
-        return ""
-    reasons = [f"{state.name} {state.version}: {state.reason or state.state.lower()}" for state in states[:5]]
-    return "no model is ready" + (f": {'; '.join(reasons)}" if reasons else ", there are none")
+    affected: dict[str, list[str]] = {}
+    for state in states:
+        if state.state == READY:
+            return ""
+        affected.setdefault(state.reason or state.state.lower(), []).append(f"{state.name} {state.version}".strip())
+    if not affected:
+        return "no model is ready, there are none"
+    reasons = [f"{', '.join(names[:5])}{' and others' if len(names) > 5 else ''}: {why}" for why, names in affected.items()]
+    return f"no model is ready: {'; '.join(reasons[:5])}"

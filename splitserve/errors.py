@@ -22,7 +22,6 @@ class SplitserveError(Exception):
         stage: the service that failed; filled in by the first face that the error passes.
         model: the model that was called.
         pair: the version that was called, ``"K.M"`` at preprocess and proxy.
-        retry_after_s: when a retry may help, the least time to wait before it.
     """
 
     grpc_code: ClassVar[str] = "INTERNAL"
@@ -30,15 +29,12 @@ class SplitserveError(Exception):
     reason: ClassVar[str] = "INTERNAL"
     is_retryable: ClassVar[bool] = False
 
-    def __init__(
-        self, message: str, *, stage: str = "", model: str = "", pair: str = "", retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, stage: str = "", model: str = "", pair: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.stage = stage
         self.model = model
         self.pair = pair
-        self.retry_after_s = retry_after_s
 
     def at(self, *, stage: str = "", model: str = "", pair: str = "") -> SplitserveError:
         """This error, with what it did not yet know of where it happened."""

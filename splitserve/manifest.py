@@ -82,8 +82,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``manifest.json`` of a bundle.
 
     ``files`` lists every other file. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what clients send and what
-    the predictor gets. ``labels`` name the classes in the order of the scores. ``rows`` and ``postprocess`` belong to a
-    preprocessor only.
+    the predictor gets. ``labels`` name the classes in the order of the scores. The rest belongs to a preprocessor only:
+    ``rows``, ``postprocess``, and ``refuses``: what must not be among its results because the estimator that the predictor was
+    made of would not have taken it, "inf" infinities, "nan" these and NaN.
     """
 
     schema_version: int
@@ -99,6 +100,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     labels: tuple[str, ...] = ()
     rows: Rows | None = None
     postprocess: Postprocess | None = None
+    refuses: Literal["", "inf", "nan"] = ""
 
 
 class _Versioned(msgspec.Struct):

@@ -132,7 +132,7 @@ class RemoteInference:
         if reason:
             return from_wire(error.code().name, message, reason, metadata)
         if error.code() is grpc.StatusCode.UNAVAILABLE:  # its text names addresses
-            return Unavailable(f"the {self._stage} service can not be reached", stage=self._stage, retry_after_s=1)
+            return Unavailable(f"the {self._stage} service can not be reached", stage=self._stage)
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage)
         return from_wire(error.code().name, message, metadata={"stage": self._stage})
@@ -162,7 +162,7 @@ def _channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
         ("grpc.keepalive_time_ms", 10_000),

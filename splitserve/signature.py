@@ -109,6 +109,11 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
+def empty(spec: TensorSpec) -> Tensor:
+    """A tensor of no rows."""
+    return Tensor(spec.name, spec.datatype, tuple(max(size, 0) for size in spec.wire_shape), b"")
+
+
 def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[str]:
     """Names of the outputs to answer with, in the order asked for; all when none is asked for.
 

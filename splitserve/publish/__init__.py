@@ -14,6 +14,7 @@ import onnx
 from sklearn.exceptions import NotFittedError
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from splitserve import environment
@@ -130,7 +131,7 @@ def publish(
     for precision in ("FP32", "FP64"):
         preprocessor = _Half.of_transformer(
             transformer, rows, name=name, input_name=input_name, output_name=INPUT_NAME, precision=precision,
-            only_floats=True, trusted_modules=trusted_modules,
+            only_floats=True, trusted_modules=trusted_modules, refuses=_refuses(estimator),
         )  # fmt: skip
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
@@ -230,7 +231,7 @@ class _Half(msgspec.Struct):
     def of_transformer(
         cls, transformer: Any, rows: Rowset, *, name: str, input_name: str, output_name: str, precision: str,
         only_floats: bool = False, trusted_modules: Sequence[str], labels: Sequence[object] = (),
-        postprocess: Postprocess | None = None,
+        postprocess: Postprocess | None = None, refuses: str = "",
     ) -> _Half:  # fmt: skip
         try:
             form, inputs = observe(rows, input_name)
@@ -244,7 +245,7 @@ class _Half(msgspec.Struct):
         data = sklearn_pipeline.dump(transformer)
         manifest = _manifest(
             name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES,
-            rows=form, labels=tuple(map(str, labels)), postprocess=postprocess,
+            rows=form, labels=tuple(map(str, labels)), postprocess=postprocess, refuses=refuses,
         )  # fmt: skip
         try:
             loaded = Preprocessor(manifest, sklearn_pipeline.load(data, trusted_modules))
@@ -355,6 +356,11 @@ def _n_features(half: _Half) -> int:
     if len(shape) != 2:
         raise PublishError(f"the transforms give {half.manifest.outputs[0]}; an estimator takes (n_rows, n_features)")
     return int(shape[1])
+
+
+def _refuses(estimator: Any) -> str:
+    """What scikit-learn would not have let the estimator take. Source: its ``check_array`` and estimator tags."""
+    return "inf" if get_tags(estimator).input_tags.allow_nan else "nan"
 
 
 def _labels(estimator: Any) -> list[str]:

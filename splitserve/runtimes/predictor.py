@@ -13,7 +13,7 @@ from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
 from splitserve.repository import Bundle
-from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs
+from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs, empty
 from splitserve.tensors import Tensor
 
 _DATATYPES = {
@@ -72,7 +72,9 @@ class Predictor:
         """
         check_inputs(self.inputs, inputs, widen=False)
         names = choose_outputs(self.outputs, wanted)
-        datatypes = {spec.name: spec.datatype for spec in self.outputs}
+        specs = {spec.name: spec for spec in self.outputs}
+        if any(tensor.shape[:1] == (0,) for tensor in inputs):  # which some operators can not do
+            return tuple(empty(specs[name]) for name in names)
         feeds = {tensor.name: _feed(tensor) for tensor in inputs}
         try:
             arrays = self._session.run(names, feeds)
@@ -80,7 +82,7 @@ class Predictor:
             if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
                 raise InvalidInput("the model refuses the values of these tensors") from error
             raise
-        return tuple(from_array(name, array, datatypes[name]) for name, array in zip(names, arrays, strict=True))
+        return tuple(from_array(name, array, specs[name].datatype) for name, array in zip(names, arrays, strict=True))
 
 
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:

@@ -15,7 +15,7 @@ from splitserve.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, Manifes
 from splitserve.repository import Bundle
 from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.rows import to_rows
-from splitserve.signature import TensorSpec, check_inputs, check_outputs, fits
+from splitserve.signature import TensorSpec, check_inputs, check_outputs, empty, fits
 from splitserve.tensors import Tensor
 
 _MESSAGE_LENGTH = 300
@@ -31,6 +31,7 @@ class Preprocessor:
         self._transformer = transformer
         self._postprocess = manifest.postprocess
         self._labels = manifest.labels
+        self._refuses = manifest.refuses
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
 
@@ -45,15 +46,25 @@ class Preprocessor:
         rows = to_rows(self._rows, self.inputs, inputs)
         n_rows = len(rows)
         if n_rows == 0:
-            return tuple(_empty(spec) for spec in self.outputs)
+            return tuple(empty(spec) for spec in self.outputs)
         try:
             features = self._transformer.transform(rows)
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
+        dense = to_dense(features)
+        self._check_values(dense)
         spec = self.outputs[0]
-        outputs = (from_array(spec.name, to_dense(features), spec.datatype),)
+        outputs = (from_array(spec.name, dense, spec.datatype),)
         check_outputs(self.outputs, outputs, n_rows)
         return outputs
+
+    def _check_values(self, features: Array) -> None:
+        if self._refuses and features.dtype.kind == "f":
+            bad = np.isinf(features) if self._refuses == "inf" else ~np.isfinite(features)
+            if bad.any():
+                row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+                what = "an infinite value" if self._refuses == "inf" else "a missing or infinite value"
+                raise InvalidInput(f"row {row}: the transforms leave {what}, which the model does not take")
 
     def differences(self, predictor_inputs: Sequence[TensorSpec], predictor_outputs: Sequence[TensorSpec]) -> list[str]:
         """What keeps this from being paired with a predictor of that signature; empty when they fit."""
@@ -101,10 +112,6 @@ def to_dense(features: Any) -> Array:
     if hasattr(features, "toarray"):
         features = features.toarray()
     return np.asarray(features)
-
-
-def _empty(spec: TensorSpec) -> Tensor:
-    return Tensor(spec.name, spec.datatype, (0, *spec.wire_shape[1:]), b"")
 
 
 def _first_line(error: Exception) -> str:

@@ -46,7 +46,9 @@ class GrpcFace:
         address: ``host:port``; port 0 takes a free one, see `port`.
         metadata: what ServerMetadata answers.
         max_message_bytes: the largest message taken or given.
-        default_timeout_s: the deadline of callers that set none.
+        default_timeout_s: the deadline of callers that set none; 0: none.
+        retry_after_s: at the edge, how long clients are told to wait before they retry. 0 between stages: there a caller may try
+            another replica at once, but not for what went wrong further on, which has been retried there.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class GrpcFace:
         metadata: ServerMetadata,
         max_message_bytes: int,
         default_timeout_s: float = 0.0,
+        retry_after_s: float = 0.0,
     ) -> None:
         self._service = service
         self._stage = stage
         self._metadata = metadata
         self._default_timeout_s = default_timeout_s
+        self._retry_after_s = retry_after_s
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
@@ -129,10 +133,18 @@ class GrpcFace:
                 failure = error
             if isinstance(failure, Internal):  # the caller does not learn what went wrong inside; the log does
                 self._log.error("internal error", stage=failure.stage, exc_info=failure)
-            await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, _trailing_metadata(failure))
+            await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, self._trailing_metadata(failure))
             raise AssertionError("abort raises")
 
         return answer
+
+    def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
+        metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, _rich_status(error)),)
+        if error.is_retryable and self._retry_after_s:
+            metadata += ((PUSHBACK_KEY, str(round(self._retry_after_s * 1000))),)
+        elif error.is_retryable and error.stage != self._stage:
+            metadata += ((PUSHBACK_KEY, "-1"),)
+        return metadata
 
     async def _server_live(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
@@ -208,16 +220,12 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
-def _trailing_metadata(error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
+def _rich_status(error: SplitserveError) -> bytes:
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     detail = any_pb2.Any()
     detail.Pack(info)
     code = code_pb2.Code.Value(error.grpc_code)
-    status = status_pb2.Status(code=code, message=error.message, details=[detail])
-    metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, status.SerializeToString()),)
-    if error.retry_after_s is not None:
-        metadata += ((PUSHBACK_KEY, str(int(error.retry_after_s * 1000))),)
-    return metadata
+    return status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
 
 
 def _reflected_pool() -> descriptor_pool.DescriptorPool:
