@@ -1,3 +1,23 @@
 """splitserve: preprocess/predict split serving over the Open Inference Protocol."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitserve.client import Client
+    from splitserve.publishing import Published, PublishError, publish, publish_predictor, publish_preprocessor
+
 __version__ = "0.1.0"
+
+__all__ = ["Client", "PublishError", "Published", "publish", "publish_predictor", "publish_preprocessor"]
+
+_HOMES = {"Client": "splitserve.client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use: the client has no need of scikit-learn, and publishing none of gRPC."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES.get(name, "splitserve.publishing")), name)

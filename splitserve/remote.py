@@ -24,6 +24,9 @@ from splitserve.oip import (
     remaining_s,
 )
 
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""The largest message, in bytes, that is sent or taken unless settings say otherwise."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _SERVICE_CONFIG = {
@@ -46,7 +49,7 @@ _SERVICE_CONFIG = {
 """Every replica of a name in turn, those that drain or load left out, and another try elsewhere when one is gone."""
 
 
-_METHODS: dict[str, tuple[Any, Any]] = {
+METHODS: dict[str, tuple[Any, Any]] = {
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
     "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
     "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
@@ -64,18 +67,18 @@ class RemoteInference:
         poll_timeout_s: how long questions other than inference may take.
     """
 
-    def __init__(self, target: str, *, stage: str, max_message_bytes: int, poll_timeout_s: float = 5.0) -> None:
+    def __init__(self, target: str, *, stage: str, max_message_bytes: int = MAX_MESSAGE_BYTES, poll_timeout_s: float = 5.0) -> None:
         self.target = target
         self._stage = stage
         self._poll_timeout_s = poll_timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=_channel_options(max_message_bytes))
+        self._channel = grpc.aio.insecure_channel(target, options=channel_options(max_message_bytes))
         self._methods = {
             name: self._channel.unary_unary(
                 f"/{oip_grpc.SERVICE}/{name}",
                 request_serializer=request.SerializeToString,
                 response_deserializer=response.FromString,
             )
-            for name, (request, response) in _METHODS.items()
+            for name, (request, response) in METHODS.items()
         }
         self.is_loaded = True
 
@@ -123,19 +126,25 @@ class RemoteInference:
         try:
             return await self._methods[method](request, timeout=None if deadline == NO_DEADLINE else timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise self._translated(error) from error
+            raise translate(error, self._stage) from error
 
-    def _translated(self, error: grpc.aio.AioRpcError) -> SplitserveError:
-        """The error that the far end raised, or one of our own where it did not get to raise any."""
-        reason, metadata = _error_info(error.trailing_metadata())
-        message = error.details() or ""
-        if reason:
-            return from_wire(error.code().name, message, reason, metadata)
-        if error.code() is grpc.StatusCode.UNAVAILABLE:  # its text names addresses
-            return Unavailable(f"the {self._stage} service can not be reached", stage=self._stage)
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage)
-        return from_wire(error.code().name, message, metadata={"stage": self._stage})
+
+def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
+    """The error that the far end raised, or one of our own where it did not get to raise any.
+
+    Args:
+        error: of a call that failed.
+        stage: what the far end is.
+    """
+    reason, metadata = _error_info(error.trailing_metadata())
+    message = error.details() or ""
+    if reason:
+        return from_wire(error.code().name, message, reason, metadata)
+    if error.code() is grpc.StatusCode.UNAVAILABLE:  # its text names addresses
+        return Unavailable(f"the {stage} service can not be reached", stage=stage)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"the {stage} service did not answer in time", stage=stage)
+    return from_wire(error.code().name, message, metadata={"stage": stage})
 
 
 def _error_info(metadata: Sequence[tuple[str, str | bytes]] | None) -> tuple[str, dict[str, str]]:
@@ -153,7 +162,8 @@ def _error_info(metadata: Sequence[tuple[str, str | bytes]] | None) -> tuple[str
     return "", {}
 
 
-def _channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """Options of a channel that outlives its servers: all replicas used, dead ones noticed, retries of what is safe to retry."""
     return [
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
         ("grpc.max_receive_message_length", max_message_bytes),

@@ -44,7 +44,13 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
     Raises:
         InvalidInput: names the instance or input, what was expected and what came.
     """
-    instances = decode_json(body, _decoder).instances
+    return from_instances(decode_json(body, _decoder).instances, metadata, version, deadline=deadline)
+
+
+def from_instances(
+    instances: Sequence[Any], metadata: ModelMetadata, version: str = "", *, deadline: float = NO_DEADLINE
+) -> InferRequest:
+    """The request for instances that are Python values already; as `decode_request`."""
     specs = metadata.inputs
     rows = [_row(index, instance, specs) for index, instance in enumerate(instances)]
     inputs = tuple(_tensor(spec, [row[position] for row in rows]) for position, spec in enumerate(specs))

@@ -34,8 +34,8 @@ from splitserve.manifest import (
     Postprocess,
     Tolerance,
 )
-from splitserve.publish import samples
-from splitserve.publish.convert import LABEL, PREDICTION, PROBABILITIES, NotConvertible, to_onnx
+from splitserve.publishing import samples
+from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, NotConvertible, to_onnx
 from splitserve.repository import Bundle, BundleKey, Repository
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.predictor import Predictor

@@ -1,0 +1,60 @@
+# The verbs of this repository. Needs make and CPython 3.11 or newer; brings the rest into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS ?= ./models
+PACKAGES := splitserve proxy preprocess_service predict_service fused_service
+
+.PHONY: help up demo test fix stubs docs lock clean
+
+help:
+	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
+	@echo "make test          everything that a contributor must pass, but the container tests"
+	@echo "make test-compose  the container tests; needs docker"
+	@echo "make fix           mend what a tool can mend"
+	@echo "make imagenet      publish the picture model (fetches torch once)"
+	@echo "make lock          renew the locks in requirements/"
+	@echo "make stubs docs    renew what is generated"
+
+$(BIN)/.installed: requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "splitserve needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+up: $(BIN)/.installed demo
+	@exec $(BIN)/splitserve up --repository $(MODELS) $(if $(FUSED),--fused)
+
+demo: $(BIN)/.installed
+	@if [ -z "$$(ls -A $(MODELS) 2>/dev/null)" ]; then $(BIN)/python -m training.demo --repository $(MODELS); fi
+
+test: $(BIN)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/pytest
+
+fix: $(BIN)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+stubs: $(BIN)/.installed
+	$(BIN)/python protos/generate.py
+
+docs: $(BIN)/.installed
+	$(BIN)/python docs/generate.py
+
+# One resolution for everything; each image's lock is a part of it.
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+lock: $(BIN)/.installed
+	$(BIN)/$(COMPILE) --upgrade --all-extras --group dev -o requirements/dev.txt
+	for part in proxy preprocess predict; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

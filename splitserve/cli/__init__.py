@@ -1,0 +1,155 @@
+"""``splitserve …``: the commands and their help. What a command does is imported when it is called, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from splitserve import __version__
+
+GRPC_URL = "127.0.0.1:8001"
+DEFAULT_REPOSITORY = Path("./models")
+
+app = typer.Typer(
+    name="splitserve",
+    help="Serve a scikit-learn transform and an ONNX model as two services behind one address.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RepositoryOption = Annotated[
+    Path, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="Folder of the model repository.")
+]
+UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def up(
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    fused: Annotated[bool, typer.Option("--fused", help="All in one process instead of three.")] = False,
+    host: Annotated[str, typer.Option(help="Address that the proxy listens on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="REST port of the proxy.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="gRPC port of the proxy.")] = 8001,
+    preprocess_port: Annotated[int, typer.Option(help="gRPC port of preprocess, on loopback.")] = 8011,
+    predict_port: Annotated[int, typer.Option(help="gRPC port of predict, on loopback.")] = 8021,
+) -> None:
+    """Start all services on this machine.
+
+    Waits until they are ready, says how to call them, follows their logs, and stops them on Ctrl-C.
+    """
+    from splitserve.cli.up import Ports, run
+
+    ports = Ports(http=http_port, grpc=grpc_port, preprocess=preprocess_port, predict=predict_port)
+    raise typer.Exit(run(repository, host=host, ports=ports, is_fused=fused))
+
+
+@app.command()
+def serve(
+    service: Annotated[Literal["proxy", "preprocess", "predict", "fused"], typer.Argument(help="Which service.")],
+) -> None:
+    """Run one service in the foreground.
+
+    It is set up by environment variables; docs/settings.md lists them.
+    """
+    from splitserve.cli.serve import run
+
+    run(service)
+
+
+@app.command()
+def publish(
+    name: Annotated[str, typer.Argument(help="What clients call the model.")],
+    data: Annotated[Path, typer.Option("--data", "-d", help="Sample rows: .csv (with a header), .npy or .npz.")],
+    pipeline: Annotated[
+        Path | None, typer.Option(help="A fitted Pipeline (.skops, or .joblib with --allow-pickle): publishes both halves.")
+    ] = None,
+    transformer: Annotated[Path | None, typer.Option(help="Fitted transforms: publishes a preprocessor.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An ONNX model: publishes a predictor.")] = None,
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    version: Annotated[int | None, typer.Option(help="Version number; the next free one by default.")] = None,
+    input_name: Annotated[str, typer.Option(help="What the input is called if the data is one array.")] = "features",
+    trusted_module: Annotated[
+        list[str] | None, typer.Option(help="A module of your own transformers; may be given several times.")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .joblib and .pkl files. They can run any code: only your own.")
+    ] = False,
+) -> None:
+    """Publish a model, or half of one, to a model repository."""
+    from splitserve.cli.publish import run
+
+    run(
+        name,
+        data,
+        pipeline=pipeline,
+        transformer=transformer,
+        onnx=onnx,
+        repository=repository,
+        version=version,
+        input_name=input_name,
+        trusted_modules=trusted_module or [],
+        allow_pickle=allow_pickle,
+    )
+
+
+@app.command()
+def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+    """List what is in a model repository."""
+    from splitserve.cli.models import run
+
+    raise typer.Exit(run(repository))
+
+
+@app.command()
+def infer(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="The rows themselves, as JSON.")] = None,
+    url: UrlOption = GRPC_URL,
+    version: Annotated[str, typer.Option(help='A pair, "K.M"; the server\'s choice by default.')] = "",
+    timeout_s: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 30.0,
+) -> None:
+    """Send rows, print the answer as a table.
+
+    JSON is a list of records by column name, or of rows, or an object with such a list in "instances".
+    """
+    from splitserve.cli.infer import run
+
+    raise typer.Exit(run(model, file, rows=rows, url=url, version=version, timeout_s=timeout_s))
+
+
+@app.command()
+def health(url: UrlOption = GRPC_URL) -> None:
+    """Say which models are ready.
+
+    And why the others are not. Exits 1 if none is.
+    """
+    from splitserve.cli.health import run
+
+    raise typer.Exit(run(url))

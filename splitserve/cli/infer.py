@@ -1,0 +1,119 @@
+"""``splitserve infer``: rows from a file to a running system, the answer as a table."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from splitserve.cli.tables import print_table
+from splitserve.errors import InvalidInput, SplitserveError
+from splitserve.oip import InferResponse, ModelMetadata, deadline_after
+from splitserve.oip_rest import decode_json
+from splitserve.remote import RemoteInference
+from splitserve.tensors import DATATYPES, Tensor, unpack
+from splitserve.v1 import from_instances
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+N_SHOWN = 5
+"""So many of the numbers of a longer row are shown: the largest, with their places."""
+
+
+def run(model: str, file: Path | None, *, rows: str | None, url: str, version: str, timeout_s: float) -> int:
+    """Print a row for each row sent; 1 and the reason if that fails."""
+    if (file is None) == (rows is None):
+        print("give a file or --rows", file=sys.stderr)
+        return 2
+    try:
+        response = asyncio.run(_infer(model, _reader(file, rows), url, version, timeout_s))
+    except (SplitserveError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{response.model} {response.version}")
+    header = [tensor.name for tensor in response.outputs]
+    print_table(header, zip(*map(_cells, response.outputs), strict=True))
+    return 0
+
+
+def _reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
+    """What makes instances of the input, once the model's signature is known."""
+    if rows is not None:
+        return lambda _: _from_json(rows.encode())
+    assert file is not None, "run checks it"
+    if str(file) == "-":
+        return lambda _: _from_json(sys.stdin.buffer.read())
+    if file.suffix.lower() in IMAGE_SUFFIXES:
+        return lambda _: [file.read_bytes()]
+    if file.suffix.lower() == ".csv":
+        return lambda metadata: _from_csv(file, metadata)
+    return lambda _: _from_json(file.read_bytes())
+
+
+def _from_json(text: bytes) -> list[Any]:
+    content = decode_json(text)
+    instances = content.get("instances") if isinstance(content, dict) else content
+    if not isinstance(instances, list):
+        raise InvalidInput('expected a list of rows or records, or an object with one in "instances"')
+    return instances
+
+
+def _from_csv(file: Path, metadata: ModelMetadata) -> list[Any]:
+    """Records by column name; columns that the model does not know are left out, empty cells are missing values."""
+    datatypes = {spec.name: spec.datatype for spec in metadata.inputs}
+    with file.open(newline="", encoding="utf-8") as lines:
+        records = list(csv.DictReader(lines))
+    is_table = len(metadata.inputs) == 1 and metadata.inputs[0].name not in (records[0] if records else {})
+    if is_table:  # one input that takes all columns
+        datatype = metadata.inputs[0].datatype
+        return [[_value(cell, datatype) for cell in record.values()] for record in records]
+    return [
+        {name: _value(cell, datatypes[name]) for name, cell in record.items() if name in datatypes} for record in records
+    ]
+
+
+def _value(cell: str, datatype: str) -> Any:
+    if datatype == "BYTES":
+        return cell
+    if cell.strip() in ("", "NA", "NaN", "nan"):
+        return None
+    if datatype == "BOOL":
+        return cell.strip().lower() in ("1", "true", "yes")
+    try:
+        number = float(cell)
+    except ValueError:
+        raise InvalidInput(f'"{cell[:32]}" is not a number') from None
+    return int(number) if DATATYPES[datatype].is_integer and number.is_integer() else number
+
+
+async def _infer(
+    model: str, read: Callable[[ModelMetadata], list[Any]], url: str, version: str, timeout_s: float
+) -> InferResponse:
+    deadline = deadline_after(timeout_s)
+    async with RemoteInference(url, stage="proxy") as remote:
+        metadata = await remote.metadata(model, version)
+        instances = read(metadata)
+        return await remote.infer(from_instances(instances, metadata, version, deadline=deadline))
+
+
+def _cells(tensor: Tensor) -> list[str]:
+    """The text of each row of an output."""
+    values = [each.decode("utf-8", "replace") if isinstance(each, bytes) else each for each in unpack(tensor)]
+    if len(tensor.shape) < 2:
+        return [_shown(value) for value in values]
+    n_rows = tensor.n_rows
+    width = len(values) // n_rows if n_rows else 0
+    return [_row(values[row * width : (row + 1) * width]) for row in range(n_rows)]
+
+
+def _row(values: Sequence[Any]) -> str:
+    if len(values) <= 2 * N_SHOWN or isinstance(values[0], str):
+        return " ".join(map(_shown, values))
+    largest = sorted(range(len(values)), key=lambda index: values[index], reverse=True)[:N_SHOWN]
+    return " ".join(f"{_shown(values[index])} [{index}]" for index in largest) + f" … of {len(values)}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

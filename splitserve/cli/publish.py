@@ -1,0 +1,105 @@
+"""``splitserve publish``: files -> bundles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+_PICKLES = (".joblib", ".pkl", ".pickle")
+
+
+def run(
+    name: str,
+    data: Path,
+    *,
+    pipeline: Path | None,
+    transformer: Path | None,
+    onnx: Path | None,
+    repository: Path,
+    version: int | None,
+    input_name: str,
+    trusted_modules: Sequence[str],
+    allow_pickle: bool,
+) -> None:
+    """Publish the one of pipeline, transformer and onnx that is given; exits 1 with the reason if that fails."""
+    if sum(path is not None for path in (pipeline, transformer, onnx)) != 1:
+        raise typer.BadParameter("give one of --pipeline, --transformer and --onnx")
+    try:
+        from splitserve.publishing import PublishError, publish, publish_predictor, publish_preprocessor
+    except ImportError as error:
+        print(f'publishing needs more packages ({error.name}): pip install "splitserve[publish]"', file=sys.stderr)
+        raise typer.Exit(1) from None
+    sys.path.insert(0, "")  # so that --trusted-module finds modules of this folder
+    common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
+    try:
+        rows = _read_data(data)
+        if onnx is not None:
+            print(_written(publish_predictor(onnx, rows, **common)))
+        elif transformer is not None:
+            fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
+            print(_written(publish_preprocessor(
+                fitted, rows, input_name=input_name, trusted_modules=trusted_modules, **common
+            )))  # fmt: skip
+        elif pipeline is not None:
+            fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
+            print(publish(fitted, rows, input_name=input_name, trusted_modules=trusted_modules, **common))
+    except PublishError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _written(bundle: Any) -> str:
+    return f"{bundle.key}: {bundle.folder}"
+
+
+def _read_data(path: Path) -> Any:
+    """A DataFrame, an array, or arrays by name.
+
+    Raises:
+        PublishError: not readable, or of a format that is not known.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from splitserve.publishing import PublishError
+
+    try:
+        if path.suffix == ".csv":
+            return pd.read_csv(path)
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise PublishError(f"{path}: {error}") from error
+    raise PublishError(f"{path}: expected .csv, .npy or .npz")
+
+
+def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bool) -> Any:
+    """A fitted estimator.
+
+    Raises:
+        PublishError: not readable, of a format that is not known, or a pickle that is not allowed.
+    """
+    from splitserve.manifest import BundleError
+    from splitserve.publishing import PublishError
+    from splitserve.runtimes import sklearn_pipeline
+
+    if path.suffix in _PICKLES and not allow_pickle:
+        raise PublishError(f"{path}: reading a pickle runs the code in it; save the pipeline with skops.io.dump, or give "
+                           "--allow-pickle for a file of your own")  # fmt: skip
+    try:
+        if path.suffix in _PICKLES:
+            import joblib
+
+            return joblib.load(path)
+        if path.suffix == ".skops":
+            return sklearn_pipeline.load(path.read_bytes(), trusted_modules)
+    except (OSError, BundleError) as error:
+        raise PublishError(f"{path}: {error}") from error
+    raise PublishError(f"{path}: expected .skops, or .joblib or .pkl with --allow-pickle")

@@ -1,0 +1,202 @@
+"""``splitserve up``: the services as processes of this machine, for one terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from splitserve.cli.serve import MODULES
+from splitserve.cli.tables import print_table
+
+STOP_TIMEOUT_S = 35.0
+"""A service that has not ended by then is killed; longer than the grace that it gives its calls."""
+
+REPORT_AFTER_S = 5.0
+POLL_INTERVAL_S = 0.1
+
+
+class Ports(NamedTuple):
+    """Where the faces listen."""
+
+    http: int
+    grpc: int
+    preprocess: int
+    predict: int
+
+
+class Service(NamedTuple):
+    """One process to start: its name, its settings, and what it is reached by."""
+
+    name: str
+    environment: Mapping[str, str]
+    addresses: str
+
+
+def run(repository: Path, *, host: str, ports: Ports, is_fused: bool) -> int:
+    """Start, wait, follow, stop; 1 if a service ended by itself."""
+    return asyncio.run(_run(repository, host, ports, is_fused))
+
+
+def plan(repository: Path, host: str, ports: Ports, is_fused: bool) -> list[Service]:
+    """The services in the order in which they start; they stop in the reverse."""
+    proxy = {"PROXY_HOST": host, "PROXY_HTTP_PORT": str(ports.http), "PROXY_GRPC_PORT": str(ports.grpc)}
+    models = {"MODEL_REPOSITORY": str(repository)}
+    edge = f"http://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
+    if is_fused:
+        return [Service("fused", {**proxy, **models}, edge)]
+    return [
+        Service("predict", {**models, "PREDICT_GRPC_PORT": str(ports.predict)}, f"127.0.0.1:{ports.predict} (gRPC)"),
+        Service(
+            "preprocess",
+            {
+                **models,
+                "PREPROCESS_GRPC_PORT": str(ports.preprocess),
+                "PREPROCESS_PREDICT_TARGET": f"127.0.0.1:{ports.predict}",
+            },
+            f"127.0.0.1:{ports.preprocess} (gRPC)",
+        ),
+        Service("proxy", {**proxy, "PROXY_PREPROCESS_TARGET": f"127.0.0.1:{ports.preprocess}"}, edge),
+    ]
+
+
+async def _run(repository: Path, host: str, ports: Ports, is_fused: bool) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    services = plan(repository, host, ports, is_fused)
+    fleet = _Fleet()
+    try:
+        for service in services:
+            await fleet.start(service)
+        stopping = asyncio.create_task(stop.wait())
+        failing = asyncio.create_task(fleet.first_end())
+        welcome = asyncio.create_task(_welcome(services, fleet, repository, f"http://{host}:{ports.http}", f"{host}:{ports.grpc}"))
+        await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
+        welcome.cancel()
+        await asyncio.gather(welcome, return_exceptions=True)
+        if failing.done():
+            print(f"{failing.result()} ended by itself, the lines above say why", file=sys.stderr)
+            return 1
+        print("\nstopping", flush=True)
+        return 0
+    finally:
+        await fleet.stop()
+        print("stopped", flush=True)
+
+
+class _Fleet:
+    """Child processes, with their output on ours."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self._followers: list[asyncio.Task[None]] = []
+
+    async def start(self, service: Service) -> None:
+        """In a session of its own: Ctrl-C reaches this process only, which stops the others in order."""
+        defaults = {"LOG_FORMAT": "text" if sys.stdout.isatty() else "json"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", MODULES[service.name],
+            env={**defaults, **os.environ, **service.environment},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        self.processes[service.name] = process
+        self._followers.append(asyncio.create_task(self._follow(service.name, process)))
+
+    async def _follow(self, name: str, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None, "start pipes it"
+        async for line in process.stdout:
+            print(f"{name:<10} | {line.decode(errors='replace').rstrip()}", flush=True)
+
+    async def first_end(self) -> str:
+        """Name of the first process to end."""
+        waits = {asyncio.create_task(process.wait()): name for name, process in self.processes.items()}
+        done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        return waits[done.pop()]
+
+    async def stop(self) -> None:
+        """In the reverse order of start, each when the one before has ended, so that no call in flight loses its next stage."""
+        for process in reversed(self.processes.values()):
+            if process.returncode is None:
+                process.terminate()
+                try:
+                    await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+                except TimeoutError:
+                    process.kill()
+                    await process.wait()
+        await asyncio.gather(*self._followers, return_exceptions=True)
+
+
+async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: Path, http_url: str, grpc_url: str) -> None:
+    """Wait until the system is ready, then say what runs where and how to call it."""
+    started, reported = time.monotonic(), ""
+    while reason := await asyncio.to_thread(_not_ready_reason, http_url):
+        if reason != reported and time.monotonic() - started > REPORT_AFTER_S:
+            reported = reason
+            print(f"waiting: {reason}", flush=True)
+        await asyncio.sleep(POLL_INTERVAL_S)
+    index = await asyncio.to_thread(_models, http_url)
+    example = await asyncio.to_thread(_example, repository, index)
+    print()
+    print_table(
+        ("service", "address", "pid"),
+        [(service.name, service.addresses, str(fleet.processes[service.name].pid)) for service in services],
+    )
+    print(f"\nmodels: {', '.join(index)}\n")
+    if example:
+        model, instance = example
+        body = json.dumps({"instances": [instance]})
+        print(f"REST   curl -s {http_url}/v1/models/{model}:predict -d {shlex.quote(body)}")
+        command = shlex.join([_own_command(), "infer", model, "--url", grpc_url, "--rows", json.dumps([instance])])
+        print(f"gRPC   {command}")
+    print(f"docs   {http_url}/docs\n\nCtrl-C stops everything.\n", flush=True)
+
+
+def _not_ready_reason(http_url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{http_url}/v2/health/ready", timeout=5):
+            return ""
+    except urllib.error.HTTPError as error:
+        return str(json.load(error).get("error", error))
+    except OSError:
+        return "the proxy does not answer yet"
+
+
+def _models(http_url: str) -> list[str]:
+    with urllib.request.urlopen(f"{http_url}/v2/models", timeout=5) as answer:
+        names: list[str] = json.load(answer)["models"]
+        return names
+
+
+def _example(repository: Path, models: Sequence[str]) -> tuple[str, Any] | None:
+    """A model and one of its golden samples as a V1 instance: of all models, the one that takes the least room."""
+    from splitserve.cli.samples import golden_instance
+
+    instances = {model: golden_instance(repository, model) for model in models}
+    shown = {model: json.dumps(instance) for model, instance in instances.items() if instance is not None}
+    model = min(shown, key=lambda name: (not isinstance(instances[name], dict), len(shown[name])), default=None)
+    return None if model is None else (model, instances[model])
+
+
+def _own_command() -> str:
+    """How the user called this program, as far as it can be pasted."""
+    path = Path(sys.argv[0])
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
