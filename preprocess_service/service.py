@@ -133,9 +133,7 @@ class PreprocessService:
         n_rows = features[0].n_rows
         try:
             response = await self._predict.infer(
-                InferRequest(
-                    request.model, features, version=str(pair.predictor), id=request.id, deadline=request.deadline
-                )
+                InferRequest(request.model, features, version=str(pair.predictor), id=request.id, deadline=request.deadline)
             )
         except InvalidInput as error:  # the caller did not make these tensors
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
@@ -170,4 +168,3 @@ class PreprocessService:
         if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
             raise Unavailable(reason, model=model[:128])
         return self._pairs.choose(model, parse_pair(model, version))
-

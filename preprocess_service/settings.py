@@ -20,7 +20,7 @@ class PreprocessSettings(RepositorySettings):
     """Where predict is: a gRPC name. `dns:///predict:8021` uses every address that the name has."""
 
     trusted_modules: str = ""
-    """Modules whose types may be loaded from a bundle, separated by commas. Add those of your own transformers, and install them here."""
+    """Modules whose types may be loaded from a bundle, separated by commas: those of your transformers, installed here too."""
 
     allow_environment_mismatch: bool = False
     """Load bundles of another minor version of scikit-learn and rely on their golden samples."""

@@ -46,14 +46,10 @@ class Faces:
         await self._stack.enter_async_context(self.grpc)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._stack.aclose()
 
     async def drain(self) -> None:
         """Say "not ready", refuse new calls after the delay, let those in flight finish."""
         delay_s = self._config.drain_delay_s
-        await asyncio.gather(
-            self.http.drain(delay_s=delay_s), self.grpc.drain(delay_s=delay_s, grace_s=self._config.grace_s)
-        )
+        await asyncio.gather(self.http.drain(delay_s=delay_s), self.grpc.drain(delay_s=delay_s, grace_s=self._config.grace_s))

@@ -6,8 +6,7 @@ Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from importlib.resources import files
 from typing import Any
 
@@ -19,6 +18,7 @@ from proxy.service import STAGE, ProxyService
 from splitserve import oip_rest, v1
 from splitserve.errors import Internal, InvalidInput, SplitserveError, TooLarge, Unavailable, at_stage
 from splitserve.oip import READY, ServerMetadata, deadline_after
+from splitserve.server.logs import RequestLine
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -59,7 +59,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
@@ -74,9 +74,7 @@ class HttpApp:
         default_timeout_s: the deadline of a request.
     """
 
-    def __init__(
-        self, service: ProxyService, *, metadata: ServerMetadata, max_body_bytes: int, default_timeout_s: float
-    ) -> None:
+    def __init__(self, service: ProxyService, *, metadata: ServerMetadata, max_body_bytes: int, default_timeout_s: float) -> None:
         self._service = service
         self._metadata = metadata
         self._max_body_bytes = max_body_bytes
@@ -86,24 +84,22 @@ class HttpApp:
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
-        self._routes: list[tuple[re.Pattern[str], dict[str, Handler]]] = [
-            (re.compile(pattern), methods)
-            for pattern, methods in (
-                (rf"/v2{_MODEL}/infer", {"POST": self._infer}),
-                (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
-                (r"/v2/health/live", {"GET": self._live}),
-                (r"/v2/health/ready", {"GET": self._ready}),
-                (rf"/v2{_MODEL}", {"GET": self._model_metadata}),
-                (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
-                (r"/v2/?", {"GET": self._server_metadata}),
-                (r"/v2/models", {"GET": self._models}),
-                (r"/v1/models", {"GET": self._models}),
-                (rf"/v1{_MODEL}", {"GET": self._model_ready}),
-                (r"/openapi\.json", {"GET": self._openapi_document}),
-                (r"/docs", {"GET": self._docs_page}),
-                (r"/", {"GET": self._alive}),
-            )
-        ]
+        routes: tuple[tuple[str, dict[str, Handler]], ...] = (
+            (rf"/v2{_MODEL}/infer", {"POST": self._infer}),
+            (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
+            (r"/v2/health/live", {"GET": self._live}),
+            (r"/v2/health/ready", {"GET": self._ready}),
+            (rf"/v2{_MODEL}", {"GET": self._model_metadata}),
+            (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
+            (r"/v2/?", {"GET": self._server_metadata}),
+            (r"/v2/models", {"GET": self._models}),
+            (r"/v1/models", {"GET": self._models}),
+            (rf"/v1{_MODEL}", {"GET": self._model_ready}),
+            (r"/openapi\.json", {"GET": self._openapi_document}),
+            (r"/docs", {"GET": self._docs_page}),
+            (r"/", {"GET": self._alive}),
+        )
+        self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,7 +159,7 @@ class HttpApp:
 
     async def _infer(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
-        with _Logged(self._log, "infer", model, version) as line:
+        with RequestLine("infer", model, version) as line:
             asked = oip_rest.decode_request(
                 model, version, request.body, header_length=_header_length(request.headers), deadline=request.deadline
             )
@@ -176,12 +172,10 @@ class HttpApp:
 
     async def _predict(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
-        with _Logged(self._log, "predict", model, version) as line:
+        with RequestLine("predict", model, version) as line:
             pair, metadata = self._service.choose(model, version)
             line.version = str(pair)
-            answer = await self._service.infer(
-                v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
-            )
+            answer = await self._service.infer(v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline))
             return Response(200, v1.encode_response(answer))
 
     async def _live(self, request: Request) -> Response:
@@ -199,16 +193,12 @@ class HttpApp:
         return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
 
     async def _model_metadata(self, request: Request) -> Response:
-        return _json(
-            200, oip_rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"]))
-        )
+        return _json(200, oip_rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"])))
 
     async def _model_ready(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
         self._service.choose(model, version)  # or the error that says why not
-        states = [
-            state for state in await self._service.index() if state.name == model and version in ("", state.version)
-        ]
+        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
         if not any(state.state == READY for state in states):
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
@@ -222,29 +212,6 @@ class HttpApp:
 
     async def _alive(self, request: Request) -> Response:
         return _json(200, {"status": "alive"})
-
-
-class _Logged:
-    """One line for an inference, whatever became of it."""
-
-    def __init__(self, log: Any, event: str, model: str, version: str) -> None:
-        self._log = log
-        self._event = event
-        self._model = model
-        self.version = version
-
-    def __enter__(self) -> _Logged:
-        self._started = time.monotonic()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._log.info(
-            self._event,
-            model=self._model[:128],
-            version=self.version[:32],
-            status="OK" if error is None else error.grpc_code if isinstance(error, SplitserveError) else "INTERNAL",
-            duration_ms=round((time.monotonic() - self._started) * 1000, 2),
-        )
 
 
 def _check_form(headers: dict[str, str]) -> None:

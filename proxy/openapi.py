@@ -174,8 +174,11 @@ def _schemas() -> dict[str, Schema]:
                 "outputs": _array(spec),
                 "properties": {"type": "object", "additionalProperties": text},
             },
-            "name", "platform", "inputs", "outputs",
-        ),  # fmt: skip
+            "name",
+            "platform",
+            "inputs",
+            "outputs",
+        ),
         "InferRequest": _object(
             {
                 "id": text,
@@ -194,8 +197,10 @@ def _schemas() -> dict[str, Schema]:
                 "parameters": parameters,
                 "outputs": _array(_object({**tensor, "data": data}, "name", "datatype", "shape")),
             },
-            "model_name", "model_version", "outputs",
-        ),  # fmt: skip
+            "model_name",
+            "model_version",
+            "outputs",
+        ),
         "PredictRequest": _object(
             {
                 "instances": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 _DATATYPE_NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items() if name != "BYTES"}
 
+
 def to_array(tensor: Tensor) -> Array:
     """The elements as an array of the tensor's shape; read-only, without a copy, but for BYTES and BF16.
 
@@ -41,9 +43,7 @@ def to_array(tensor: Tensor) -> Array:
     """
     try:
         if tensor.datatype == "BYTES":
-            elements = np.empty(len(items := decode_bytes(tensor)), dtype=np.object_)
-            elements[:] = items
-            return elements.reshape(tensor.shape)
+            return objects(decode_bytes(tensor), tensor.shape)
         if tensor.datatype == "BF16":
             halves = np.frombuffer(tensor.raw, dtype="<u2").astype("<u4")
             return (halves << np.uint32(16)).view("<f4").reshape(tensor.shape)
@@ -52,6 +52,17 @@ def to_array(tensor: Tensor) -> Array:
         raise InvalidInput(
             f'"{tensor.name}": {len(tensor.raw)} bytes are not {tensor.datatype} of shape {list(tensor.shape)}'
         ) from error
+
+
+def objects(elements: Sequence[Any], shape: tuple[int, ...]) -> Array:
+    """An object array of these elements, row-major.
+
+    Raises:
+        ValueError: there are more or fewer than the shape has.
+    """
+    array = np.empty(len(elements), dtype=np.object_)
+    array[:] = elements
+    return array.reshape(shape)
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str | None:

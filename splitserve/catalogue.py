@@ -78,9 +78,7 @@ class Catalogue(Generic[V, T]):
         entry = entries[version]
         if entry.value is None:
             reason = entry.reason or entry.state.lower()
-            raise Unavailable(
-                f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version)
-            )
+            raise Unavailable(f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version))
         return version, entry.value
 
     def index(self) -> list[ModelState]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,10 +16,9 @@ from splitserve.oip import InferRequest, ModelMetadata, RequestedOutput
 from splitserve.remote import MAX_MESSAGE_BYTES, METHODS, channel_options, translate
 from splitserve.tensors import Tensor
 
-if TYPE_CHECKING:
-    import pandas as pd
+Inputs = Mapping[str, Any]
+"""Or a DataFrame, which is one as far as it is read here."""
 
-    Inputs = Mapping[str, Any] | pd.DataFrame
 
 class Client:
     """A connection to a proxy, or to any server of the Open Inference Protocol over gRPC.
@@ -39,9 +38,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class SplitserveError(Exception):
         self.pair = pair
 
     def at(self, *, stage: str = "", model: str = "", pair: str = "") -> SplitserveError:
-        """This error, with what it did not yet know of where it happened."""
+        """The error itself, with what it did not yet know of where it happened."""
         self.stage = self.stage or stage
         self.model = self.model or model
         self.pair = self.pair or pair

@@ -52,7 +52,7 @@ def encode(golden: Golden) -> bytes:
             else:
                 arrays[f"{side}/{tensor.name}"] = to_array(tensor)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
@@ -82,9 +82,7 @@ def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
     return from_array(spec.name, array)
 
 
-def worst_difference(
-    expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]
-) -> Difference | None:
+def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:
     """Where an answer is farthest beyond its tolerance from the golden one; None when it is nowhere beyond it.
 
     A NaN agrees with a NaN.
@@ -99,9 +97,7 @@ def worst_difference(
         found_excess, index = _excess(to_array(want), to_array(have), tolerances.get(want.name, Tolerance()))
         if found_excess > excess:
             excess = found_excess
-            worst = Difference(
-                want.name, index[0] if index else 0, index, str(to_array(want)[index]), str(to_array(have)[index])
-            )
+            worst = Difference(want.name, index[0] if index else 0, index, str(to_array(want)[index]), str(to_array(have)[index]))
     return worst
 
 

@@ -220,9 +220,7 @@ def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:
     """The message for what a service knows of its models."""
     entry = pb.RepositoryIndexResponse.ModelIndex
     return pb.RepositoryIndexResponse(
-        models=[
-            entry(name=state.name, version=state.version, state=state.state, reason=state.reason) for state in states
-        ]
+        models=[entry(name=state.name, version=state.version, state=state.state, reason=state.reason) for state in states]
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -67,7 +67,9 @@ class RemoteInference:
         poll_timeout_s: how long questions other than inference may take.
     """
 
-    def __init__(self, target: str, *, stage: str, max_message_bytes: int = MAX_MESSAGE_BYTES, poll_timeout_s: float = 5.0) -> None:
+    def __init__(
+        self, target: str, *, stage: str, max_message_bytes: int = MAX_MESSAGE_BYTES, poll_timeout_s: float = 5.0
+    ) -> None:
         self.target = target
         self._stage = stage
         self._poll_timeout_s = poll_timeout_s
@@ -85,9 +87,7 @@ class RemoteInference:
     async def __aenter__(self) -> RemoteInference:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._channel.close()
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -105,9 +105,7 @@ class RemoteInference:
 
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""
-        return oip_grpc.decode_index(
-            await self._call("RepositoryIndex", pb.RepositoryIndexRequest())
-        )
+        return oip_grpc.decode_index(await self._call("RepositoryIndex", pb.RepositoryIndexRequest()))
 
     async def not_ready_reason(self) -> str:
         """Call ServerReady."""
@@ -147,7 +145,7 @@ def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
     return from_wire(error.code().name, message, metadata={"stage": stage})
 
 
-def _error_info(metadata: Sequence[tuple[str, str | bytes]] | None) -> tuple[str, dict[str, str]]:
+def _error_info(metadata: Iterable[Any] | None) -> tuple[str, dict[str, str]]:
     """Reason and facts of an answer's ErrorInfo, if it is one of ours."""
     for key, value in metadata or ():
         if key == _DETAILS_KEY and isinstance(value, bytes):

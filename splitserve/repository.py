@@ -1,6 +1,6 @@
 """The model repository: a folder of bundles, each a folder with a manifest, written whole or not at all.
 
-    <repository>/<model>/{preprocess,predict}/<version>/{manifest.json, …}
+<repository>/<model>/{preprocess,predict}/<version>/{manifest.json, …}
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class Repository:
 
     def models(self) -> list[str]:
         """Names of the models that have at least one bundle, sorted."""
-        return sorted({key.model for key in self.keys()})
+        return sorted({key.model for key in self.bundles()})
 
-    def keys(self) -> Iterator[BundleKey]:
+    def bundles(self) -> Iterator[BundleKey]:
         """All bundles, by model, kind and version."""
         for model in _folders(self.root):
             if MODEL_NAME.fullmatch(model.name):

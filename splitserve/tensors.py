@@ -101,13 +101,13 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
         TooLarge: more than ``MAX_ELEMENTS``.
     """
     if len(shape) > MAX_RANK:
-        raise InvalidInput(f'{what}: expected at most {MAX_RANK} dimensions, got {len(shape)}')
+        raise InvalidInput(f"{what}: expected at most {MAX_RANK} dimensions, got {len(shape)}")
     for size in shape:
         if size < 0:
-            raise InvalidInput(f'{what}: shape {list(shape)} has a negative dimension')
+            raise InvalidInput(f"{what}: shape {list(shape)} has a negative dimension")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
-        raise TooLarge(f'{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements')
+        raise TooLarge(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")
     return count
 
 
@@ -126,7 +126,7 @@ def validate(what: str, tensor: Tensor) -> None:
             raise InvalidInput(f"{what}: shape {list(tensor.shape)} needs {count} BYTES elements, got {found}")
     elif len(tensor.raw) != count * datatype.itemsize:
         raise InvalidInput(
-            f'{what}: {tensor.datatype} of shape {list(tensor.shape)} needs {count * datatype.itemsize} bytes, '
+            f"{what}: {tensor.datatype} of shape {list(tensor.shape)} needs {count * datatype.itemsize} bytes, "
             f"got {len(tensor.raw)}"
         )
     elif datatype.name == "BOOL" and tensor.raw.translate(None, b"\x00\x01"):
@@ -216,4 +216,5 @@ def unpack(tensor: Tensor) -> list[Any]:
         return list(struct.unpack(f"<{len(tensor.raw) // 2}e", tensor.raw))
     if not datatype.format:
         raise InvalidInput(f'"{tensor.name}": {datatype.name} travels as raw bytes only')
-    return memoryview(tensor.raw).cast(datatype.format).tolist()
+    elements: list[Any] = memoryview(tensor.raw).cast(datatype.format).tolist()  # type: ignore[call-overload]
+    return elements

@@ -96,9 +96,7 @@ def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
 def _elements(spec: TensorSpec, index: int, value: Any, shape: tuple[int, ...]) -> list[Any]:
     elements = flatten(f'instance {index}, input "{spec.name}"', value, shape)
     if len(elements) != math.prod(shape):
-        raise InvalidInput(
-            f'instance {index}: input "{spec.name}" expects shape {list(shape)}, got {len(elements)} values'
-        )
+        raise InvalidInput(f'instance {index}: input "{spec.name}" expects shape {list(shape)}, got {len(elements)} values')
     return elements
 
 

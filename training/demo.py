@@ -44,7 +44,7 @@ def digits() -> tuple[Pipeline, Any]:
     """Handwritten digits: images (1797, 8, 8) uint8, 0 to 16."""
     data = load_digits()
     images = data.images.astype("uint8")
-    model = make_pipeline(Flatten(), MinMaxScaler(), MLPClassifier((64,), max_iter=300, random_state=SEED))
+    model = make_pipeline(Flatten(), MinMaxScaler(), MLPClassifier((64,), max_iter=1000, random_state=SEED))
     return model.fit(images, data.target), images
 
 

@@ -127,9 +127,7 @@ def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
 @app.command()
 def infer(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
-    file: Annotated[
-        Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")] = None,
     rows: Annotated[str | None, typer.Option(help="The rows themselves, as JSON.")] = None,
     url: UrlOption = GRPC_URL,
     version: Annotated[str, typer.Option(help='A pair, "K.M"; the server\'s choice by default.')] = "",

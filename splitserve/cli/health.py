@@ -6,9 +6,9 @@ import asyncio
 import sys
 
 from splitserve.cli.tables import print_table
-from splitserve.remote import RemoteInference
 from splitserve.errors import SplitserveError
 from splitserve.oip import READY, ModelState
+from splitserve.remote import RemoteInference
 
 
 def run(url: str) -> int:

@@ -69,9 +69,7 @@ def _from_csv(file: Path, metadata: ModelMetadata) -> list[Any]:
     if is_table:  # one input that takes all columns
         datatype = metadata.inputs[0].datatype
         return [[_value(cell, datatype) for cell in record.values()] for record in records]
-    return [
-        {name: _value(cell, datatypes[name]) for name, cell in record.items() if name in datatypes} for record in records
-    ]
+    return [{name: _value(cell, datatypes[name]) for name, cell in record.items() if name in datatypes} for record in records]
 
 
 def _value(cell: str, datatype: str) -> Any:

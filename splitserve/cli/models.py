@@ -17,7 +17,7 @@ def run(root: Path) -> int:
         print(f"{root}: no such folder", file=sys.stderr)
         return 1
     repository = Repository(root)
-    rows = [_row(repository, key) for key in repository.keys()]
+    rows = [_row(repository, key) for key in repository.bundles()]
     if not rows:
         print(f"{root} holds no models")
         return 0

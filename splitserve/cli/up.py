@@ -9,14 +9,16 @@ import shlex
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from splitserve.catalogue import why_not_ready
 from splitserve.cli.serve import MODULES
 from splitserve.cli.tables import print_table
+from splitserve.errors import SplitserveError
+from splitserve.oip import LOADING, READY
+from splitserve.remote import RemoteInference
 
 STOP_TIMEOUT_S = 35.0
 """A service that has not ended by then is killed; longer than the grace that it gives its calls."""
@@ -81,7 +83,9 @@ async def _run(repository: Path, host: str, ports: Ports, is_fused: bool) -> int
             await fleet.start(service)
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(fleet.first_end())
-        welcome = asyncio.create_task(_welcome(services, fleet, repository, f"http://{host}:{ports.http}", f"{host}:{ports.grpc}"))
+        welcome = asyncio.create_task(
+            _welcome(services, fleet, repository, f"http://{host}:{ports.http}", f"{host}:{ports.grpc}")
+        )
         await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         welcome.cancel()
         await asyncio.gather(welcome, return_exceptions=True)
@@ -143,21 +147,15 @@ class _Fleet:
 
 
 async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: Path, http_url: str, grpc_url: str) -> None:
-    """Wait until the system is ready, then say what runs where and how to call it."""
-    started, reported = time.monotonic(), ""
-    while reason := await asyncio.to_thread(_not_ready_reason, http_url):
-        if reason != reported and time.monotonic() - started > REPORT_AFTER_S:
-            reported = reason
-            print(f"waiting: {reason}", flush=True)
-        await asyncio.sleep(POLL_INTERVAL_S)
-    index = await asyncio.to_thread(_models, http_url)
-    example = await asyncio.to_thread(_example, repository, index)
+    """Wait until everything is loaded, then say what runs where and how to call it."""
+    models = await _loaded_models(grpc_url)
+    example = await asyncio.to_thread(_example, repository, models)
     print()
     print_table(
         ("service", "address", "pid"),
         [(service.name, service.addresses, str(fleet.processes[service.name].pid)) for service in services],
     )
-    print(f"\nmodels: {', '.join(index)}\n")
+    print(f"\nmodels: {', '.join(models)}\n")
     if example:
         model, instance = example
         body = json.dumps({"instances": [instance]})
@@ -167,20 +165,24 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: Path,
     print(f"docs   {http_url}/docs\n\nCtrl-C stops everything.\n", flush=True)
 
 
-def _not_ready_reason(http_url: str) -> str:
-    try:
-        with urllib.request.urlopen(f"{http_url}/v2/health/ready", timeout=5):
-            return ""
-    except urllib.error.HTTPError as error:
-        return str(json.load(error).get("error", error))
-    except OSError:
-        return "the proxy does not answer yet"
-
-
-def _models(http_url: str) -> list[str]:
-    with urllib.request.urlopen(f"{http_url}/v2/models", timeout=5) as answer:
-        names: list[str] = json.load(answer)["models"]
-        return names
+async def _loaded_models(grpc_url: str) -> list[str]:
+    """Names of the models that are ready, once nothing is being loaded any more; says meanwhile what is waited for."""
+    started, reported = time.monotonic(), ""
+    async with RemoteInference(grpc_url, stage="proxy") as proxy:
+        while True:
+            try:
+                states = await proxy.index()
+                reason = why_not_ready(states) or await proxy.not_ready_reason()
+            except SplitserveError as error:
+                states, reason = [], error.message
+            loading = [f"{state.name} {state.version}" for state in states if state.state == LOADING]
+            if not reason and not loading:
+                return sorted({state.name for state in states if state.state == READY})
+            reason = reason or f"loading {', '.join(loading)}"
+            if reason != reported and time.monotonic() - started > REPORT_AFTER_S:
+                reported = reason
+                print(f"waiting: {reason}", flush=True)
+            await asyncio.sleep(POLL_INTERVAL_S)
 
 
 def _example(repository: Path, models: Sequence[str]) -> tuple[str, Any] | None:

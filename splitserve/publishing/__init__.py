@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -40,11 +40,8 @@ from splitserve.repository import Bundle, BundleKey, Repository
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.predictor import Predictor
 from splitserve.runtimes.preprocessor import Preprocessor, to_dense
-from splitserve.runtimes.rows import UnsupportedRows, observe, to_tensors
+from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
 from splitserve.signature import BATCH, TensorSpec
-
-if TYPE_CHECKING:
-    from splitserve.runtimes.rows import Rowset
 
 INPUT_NAME = "features"
 """What a preprocessor's input is called if the data is one array, and what its output and a predictor's input are called."""
@@ -262,9 +259,7 @@ class _Half(msgspec.Struct):
         return cls(manifest, {PIPELINE_FILE: data, GOLDEN_FILE: goldens.encode(golden)}, golden, loaded)
 
     @classmethod
-    def of_model(
-        cls, model: bytes, sample_inputs: Mapping[str, Array] | Array, *, name: str, labels: Sequence[object]
-    ) -> _Half:
+    def of_model(cls, model: bytes, sample_inputs: Mapping[str, Array] | Array, *, name: str, labels: Sequence[object]) -> _Half:
         try:
             loaded = Predictor(model)
             _check_batched(loaded)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from splitserve.runtimes.rows import is_missing
-
-if TYPE_CHECKING:
-    from splitserve.runtimes.rows import Rowset
+from splitserve.runtimes.rows import Rowset, is_missing
 
 N_GOLDEN = 16
 """Rows spread evenly over the data, before those that are added so that each category and a missing value occurs."""
@@ -52,4 +49,3 @@ def _columns(rows: Rowset) -> list[list[Any]]:
     if rows.dtype.kind not in "OSUf" or rows.ndim > 2:
         return []
     return [column.tolist() for column in (rows.T if rows.ndim == 2 else [rows])]
-

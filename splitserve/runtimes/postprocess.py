@@ -46,4 +46,5 @@ def apply(step: Postprocess, labels: Sequence[str], outputs: Sequence[Tensor]) -
 
 def _softmax(scores: Array) -> Array:
     exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+    probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return probabilities

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from splitserve import golden as goldens
-from splitserve.arrays import Array, from_array, to_array
+from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
 from splitserve.repository import Bundle
@@ -120,9 +119,7 @@ def _listed(specs: Sequence[TensorSpec]) -> str:
 def _spec(node: Any) -> TensorSpec:
     datatype = _DATATYPES.get(node.type)
     if datatype is None:
-        raise BundleError(
-            f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes'
-        )
+        raise BundleError(f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes')
     return TensorSpec(node.name, datatype, tuple(_dimension(axis, size) for axis, size in enumerate(node.shape)))
 
 
@@ -136,9 +133,7 @@ def _feed(tensor: Tensor) -> Array:
     array = to_array(tensor)
     if tensor.datatype != "BYTES":
         return array
-    text = np.empty(array.shape, dtype=np.object_)
     try:
-        text.flat = [element.decode() for element in array.ravel().tolist()]
+        return objects([element.decode() for element in array.ravel().tolist()], array.shape)
     except UnicodeDecodeError:
         raise InvalidInput(f'input "{tensor.name}": an element is not UTF-8 text') from None
-    return text

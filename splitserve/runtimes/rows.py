@@ -7,20 +7,20 @@ is imported only where a DataFrame is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
-from splitserve.arrays import Array, datatype_of, from_array, to_array
+from splitserve.arrays import Array, datatype_of, from_array, objects, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import Column, Rows
 from splitserve.signature import BATCH, TensorSpec
 from splitserve.tensors import Tensor
 
-if TYPE_CHECKING:
-    import pandas as pd
+Rowset = Any
+"""A DataFrame, or an array whose leading dimension is the rows."""
 
-    Rowset = Array | pd.DataFrame
+Missing = Literal["", "nan", "none"]
 
 _TEXT_DTYPES = ("object", "str", "string", "category")
 _MISSING = {"nan": np.nan, "none": None}
@@ -48,11 +48,11 @@ def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]
     element = _observe_elements(rows, f'"{input_name}"')
     inner = tuple(rows.shape[1:]) or (1,)
     spec = TensorSpec(input_name, _datatype(element), (BATCH, *inner))
-    missing = _missing_value(rows.ravel().tolist()) if element == "str" else ""
+    missing: Missing = _missing_value(rows.ravel().tolist()) if element == "str" else ""
     return Rows("array", (Column(input_name, element, missing),), element, rows.ndim), (spec,)
 
 
-def _observe_column(name: str, series: pd.Series) -> Column:
+def _observe_column(name: str, series: Any) -> Column:
     dtype = str(series.dtype)
     if dtype not in _TEXT_DTYPES:
         if _plain_datatype(dtype) is None:
@@ -89,7 +89,7 @@ def is_missing(value: object) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
 
 
-def _missing_value(values: Sequence[object]) -> Any:
+def _missing_value(values: Sequence[object]) -> Missing:
     """What "" on the wire becomes: the missing value of the data, unless "" is a value of its own there."""
     if "" in values:
         return ""
@@ -132,9 +132,7 @@ def _elements(column: Column, tensor: Tensor) -> Array:
         return array
     if tensor.datatype != "BYTES":
         return array.astype(column.dtype, copy=False)
-    text = np.empty(array.shape, dtype=np.object_)
-    text.flat = _decode_text(column, array)
-    return text
+    return objects(_decode_text(column, array), array.shape)
 
 
 def _decode_text(column: Column, array: Array) -> list[Any]:
@@ -177,7 +175,5 @@ def _numpy_dtype(column: Column) -> Any:
 
 def _to_tensor(column: Column, spec: TensorSpec, array: Array) -> Tensor:
     if spec.datatype == "BYTES" and column.dtype != "bytes":
-        text = np.empty(array.shape, dtype=np.object_)
-        text.flat = ["" if is_missing(value) else value for value in array.ravel().tolist()]
-        array = text
+        array = objects(["" if is_missing(value) else value for value in array.ravel().tolist()], array.shape)
     return from_array(spec.name, array, spec.datatype)

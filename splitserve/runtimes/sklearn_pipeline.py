@@ -1,4 +1,4 @@
-"""Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and types that are not allowed are refused."""
+"""Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and unknown types are refused."""
 
 from __future__ import annotations
 
@@ -71,4 +71,3 @@ def _is_trusted(type_name: str, trusted_modules: Sequence[str]) -> bool:
         return isinstance(getattr(importlib.import_module(module), attribute, None), type)
     except ImportError:
         return False
-

@@ -6,14 +6,13 @@ Methods get and give bytes, so that a message that does not parse is answered li
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2, descriptor_pool, descriptor_pb2
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
@@ -22,6 +21,7 @@ from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, SplitserveError, at_stage
 from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
+from splitserve.server.logs import RequestLine
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
@@ -31,7 +31,8 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 HEALTH_INTERVAL_S = 0.2
 
-Call = Callable[[bytes, grpc.aio.ServicerContext], Awaitable[bytes]]
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Call = Callable[[bytes, Context], Awaitable[bytes]]
 
 
 class GrpcFace:
@@ -84,15 +85,13 @@ class GrpcFace:
         self._watching = asyncio.create_task(self._watch_health())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
         await self._server.stop(None)
 
     async def drain(self, *, delay_s: float, grace_s: float) -> None:
-        """Say that no more calls are wanted, serve on for ``delay_s``, then refuse new ones and give those in flight ``grace_s``."""
+        """Say "not ready", serve on for ``delay_s``, then refuse new calls and give those in flight ``grace_s`` to finish."""
         self._is_draining = True
         await self._set_health()
         await asyncio.sleep(delay_s)
@@ -110,7 +109,7 @@ class GrpcFace:
             status = health_pb2.HealthCheckResponse
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
         methods: dict[str, Call] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -125,7 +124,7 @@ class GrpcFace:
     def _answering(self, call: Call) -> Call:
         """Errors become statuses here and nowhere else."""
 
-        async def answer(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async def answer(data: bytes, context: Context) -> bytes:
             try:
                 with at_stage(self._stage):
                     return await call(data, context)
@@ -133,8 +132,7 @@ class GrpcFace:
                 failure = error
             if isinstance(failure, Internal):  # the caller does not learn what went wrong inside; the log does
                 self._log.error("internal error", stage=failure.stage, exc_info=failure)
-            await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, self._trailing_metadata(failure))
-            raise AssertionError("abort raises")
+            return await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, self._trailing_metadata(failure))
 
         return answer
 
@@ -146,14 +144,14 @@ class GrpcFace:
             metadata += ((PUSHBACK_KEY, "-1"),)
         return metadata
 
-    async def _server_live(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _server_live(self, data: bytes, context: Context) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
-    async def _server_ready(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _server_ready(self, data: bytes, context: Context) -> bytes:
         is_ready = not self._is_draining and not await self._service.not_ready_reason()
         return pb.ServerReadyResponse(ready=is_ready).SerializeToString()
 
-    async def _model_ready(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _model_ready(self, data: bytes, context: Context) -> bytes:
         request = oip_grpc.parse(pb.ModelReadyRequest, data)
         is_ready = not self._is_draining and any(
             state.state == READY and state.name == request.name and request.version in ("", state.version)
@@ -161,46 +159,28 @@ class GrpcFace:
         )
         return pb.ModelReadyResponse(ready=is_ready).SerializeToString()
 
-    async def _server_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _server_metadata(self, data: bytes, context: Context) -> bytes:
         return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
 
-    async def _model_metadata(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _model_metadata(self, data: bytes, context: Context) -> bytes:
         request = oip_grpc.parse(pb.ModelMetadataRequest, data)
         metadata = await self._service.metadata(request.name, request.version)
         return oip_grpc.encode_metadata(metadata).SerializeToString()
 
-    async def _repository_index(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def _repository_index(self, data: bytes, context: Context) -> bytes:
         request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
-        return oip_grpc.encode_index(
-            state for state in states if state.state == READY or not request.ready
-        ).SerializeToString()
+        return oip_grpc.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
 
-    async def _model_infer(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        started = time.monotonic()
+    async def _model_infer(self, data: bytes, context: Context) -> bytes:
         message = oip_grpc.parse(pb.ModelInferRequest, data)
-        status, version = "OK", message.model_version
-        try:
+        with RequestLine("infer", message.model_name, message.model_version) as line:
             response = await self._service.infer(oip_grpc.decode_request(message, self._deadline(context)))
-            version = response.version
+            line.version = response.version
             return oip_grpc.encode_response(response).SerializeToString()
-        except SplitserveError as error:
-            status = error.grpc_code
-            raise
-        except BaseException as error:
-            status = type(error).__name__
-            raise
-        finally:
-            self._log.info(
-                "infer",
-                model=message.model_name[:128],
-                version=version[:32],
-                status=status,
-                duration_ms=round((time.monotonic() - started) * 1000, 2),
-            )
 
-    def _deadline(self, context: grpc.aio.ServicerContext) -> float:
-        remaining = context.time_remaining()
+    def _deadline(self, context: Context) -> float:
+        remaining: float | None = context.time_remaining()
         if remaining is not None:
             return deadline_after(remaining)
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
@@ -225,7 +205,8 @@ def _rich_status(error: SplitserveError) -> bytes:
     detail = any_pb2.Any()
     detail.Pack(info)
     code = code_pb2.Code.Value(error.grpc_code)
-    return status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
+    status: bytes = status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
+    return status
 
 
 def _reflected_pool() -> descriptor_pool.DescriptorPool:

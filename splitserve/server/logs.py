@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+import time
+from types import TracebackType
 from typing import Any, Literal
 
 import msgspec
 import structlog
+
+from splitserve.errors import SplitserveError
 
 Format = Literal["auto", "json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -42,3 +47,39 @@ class _ToStructlog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
+
+
+class RequestLine:
+    """One line for a request, whatever becomes of it: model, version, status, time. Never payloads.
+
+    Args:
+        event: what was asked for.
+        model: as the caller named it.
+        version: likewise; set ``version`` to the one that was used.
+    """
+
+    def __init__(self, event: str, model: str, version: str) -> None:
+        self._event = event
+        self._model = model
+        self.version = version
+        self._started = time.monotonic()
+
+    def __enter__(self) -> RequestLine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        structlog.get_logger().info(
+            self._event,
+            model=self._model[:128],
+            version=self.version[:32],
+            status=_status(error),
+            duration_ms=round((time.monotonic() - self._started) * 1000, 2),
+        )
+
+
+def _status(error: BaseException | None) -> str:
+    if error is None:
+        return "OK"
+    if isinstance(error, SplitserveError):
+        return error.grpc_code
+    return "CANCELLED" if isinstance(error, asyncio.CancelledError) else "INTERNAL"

@@ -39,16 +39,16 @@ class VersionStore(Generic[T]):
 
     async def refresh(self) -> None:
         """Load what is new in the repository."""
-        for key in await asyncio.to_thread(self._new_keys):
+        new = await asyncio.to_thread(self._new_keys)
+        for key in new:
             self.catalogue.put(key.model, key.version, Entry(LOADING))
+        for key in new:
             self.catalogue.put(key.model, key.version, await asyncio.to_thread(self._try_to_load, key))
         self.is_loaded = True
 
     def _new_keys(self) -> list[BundleKey]:
         return [
-            key
-            for key in self._repository.keys()
-            if key.kind == self._kind and (key.model, key.version) not in self.catalogue
+            key for key in self._repository.bundles() if key.kind == self._kind and (key.model, key.version) not in self.catalogue
         ]
 
     def _try_to_load(self, key: BundleKey) -> Entry[T]:

@@ -1,0 +1,87 @@
+"""Write the documents that code says best: settings, errors, the manifest's schema.
+
+``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+from pydantic_core import PydanticUndefined
+
+from predict_service.settings import PredictSettings
+from preprocess_service.settings import PreprocessSettings
+from proxy.settings import ProxySettings
+from splitserve.errors import TABLE
+from splitserve.manifest import Manifest
+from splitserve.server.settings import ServiceSettings, variable_name
+
+DOCS = Path(__file__).parent
+SERVICES: dict[str, type[ServiceSettings]] = {
+    "proxy": ProxySettings,
+    "preprocess": PreprocessSettings,
+    "predict": PredictSettings,
+}
+
+
+def settings_page() -> str:
+    """docs/settings.md"""
+    lines = [
+        "# Settings",
+        "",
+        "Each service reads environment variables when it starts. A wrong value stops it, with status 2, before it listens.",
+        "`splitserve up` passes its own environment on. Written from the settings classes by `make docs`.",
+    ]
+    for service, settings in SERVICES.items():
+        lines += ["", f"## {service}", "", "| variable | default | meaning |", "|---|---|---|"]
+        for name, field in settings.model_fields.items():
+            default = "" if field.default is PydanticUndefined or field.default == "" else f"`{_shown(field.default)}`"
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"| `{variable_name(settings, name)}` | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def errors_page() -> str:
+    """docs/errors.md"""
+    lines = [
+        "# Errors",
+        "",
+        "One table for both faces. Over gRPC the status details hold a `google.rpc.ErrorInfo` with `reason`, domain",
+        "`splitserve`, and metadata `stage`, `model` and `pair`; over REST the same stand next to `error`. `stage` names",
+        "the service that failed, however many hops away. Written from `splitserve/errors.py` by `make docs`.",
+        "",
+        "| reason | gRPC | HTTP | a retry helps | raised when |",
+        "|---|---|---|---|---|",
+    ]
+    for error in TABLE:
+        retry = "yes" if error.is_retryable else "no"
+        meaning = " ".join((error.__doc__ or "").split())
+        lines.append(f"| `{error.reason}` | {error.grpc_code} | {error.http_status} | {retry} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def manifest_schema() -> str:
+    """docs/manifest.schema.json"""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Manifest)}
+    return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
+
+
+def main() -> None:
+    pages = {"settings.md": settings_page(), "errors.md": errors_page(), "manifest.schema.json": manifest_schema()}
+    if "--check" in sys.argv[1:]:
+        stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]
+        if stale:
+            raise SystemExit(f"stale documents: {', '.join(stale)}; run `make docs`")
+        return
+    for name, text in pages.items():
+        (DOCS / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
