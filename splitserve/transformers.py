@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from splitserve.arrays import Array
 
 MAX_PIXELS = 50_000_000
-"""Larger pictures are refused before they are decoded: a small file can hold a very large one."""
+"""A larger picture is refused before it is decoded: a small file can hold a very large one."""
 
-IMAGE_FORMATS = ("JPEG", "PNG")
+MAX_PIXELS_TOGETHER = 200_000_000
+"""What the pictures of one call may have together; decoded, they take three bytes a pixel."""
+
+_READERS: dict[bytes, type[ImageFile]] = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
+"""By the first bytes of a file. Not `Image.open`: it has a limit of its own, which only warns up to twice its size."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes an EXIF orientation. Not `ImageOps.exif_transpose`: it writes the EXIF block anew and fails on a damaged one."""
 
 
 class _Stateless(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Nothing is learnt: fitted from the start."""
 
-    def fit(self, X: Any, y: Any = None) -> _Stateless:
+    def fit(self, X: Any, y: Any = None) -> Self:
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -35,17 +54,23 @@ class Flatten(_Stateless):
 
 
 class DecodeImage(_Stateless):
-    """(n, 1) JPEG or PNG files as ``bytes`` -> (n,) objects, each a uint8 array (height, width, 3).
+    """(n, 1) JPEG or PNG files as ``bytes`` -> (n,) objects, each a uint8 array (height, width, 3) of RGB.
+
+    Pictures are turned upright as their EXIF orientation says; transparency and colour profiles are ignored.
 
     Raises:
-        ValueError: an element is not a JPEG or PNG file, is damaged, or has more than ``MAX_PIXELS`` pixels.
+        ValueError: an element is not a JPEG or PNG file or is damaged, or has more than ``MAX_PIXELS`` pixels, or all together
+            have more than ``MAX_PIXELS_TOGETHER``.
     """
 
     def transform(self, X: Array) -> Array:
-        files = np.asarray(X, dtype=np.object_).ravel()
-        images = np.empty(len(files), dtype=np.object_)
-        for index, file in enumerate(files):
-            images[index] = _decode(file, index)
+        opened = [_open(file, index) for index, file in enumerate(np.asarray(X, dtype=np.object_).ravel())]
+        n_pixels = sum(image.width * image.height for image in opened)
+        if n_pixels > MAX_PIXELS_TOGETHER:
+            raise ValueError(f"the images have {n_pixels} pixels together, at most {MAX_PIXELS_TOGETHER} are taken at once")
+        images = np.empty(len(opened), dtype=np.object_)
+        for index, image in enumerate(opened):
+            images[index] = _decode(image, index)
         return images
 
 
@@ -54,7 +79,9 @@ class ResizeImage(_Stateless):
 
     Args:
         size: height and width of the result, in pixels.
-        crop: which part of the shorter side the square takes, 0 to 1.
+        crop: which part of the shorter side the square takes, above 0 and at most 1.
+
+    Source: EfficientNet's ``preprocessing.py``, "decode and center crop", whose rounding this has.
     """
 
     def __init__(self, size: int = 224, crop: float = 0.875) -> None:
@@ -62,18 +89,11 @@ class ResizeImage(_Stateless):
         self.crop = crop
 
     def transform(self, X: Array) -> Array:
-        from PIL import Image
-
-        result = np.empty((len(X), self.size, self.size, 3), dtype=np.uint8)
+        squares = np.empty((len(X), self.size, self.size, 3), dtype=np.uint8)
         for index, image in enumerate(X):
-            height, width = image.shape[:2]
-            side = min(height, width) * self.crop
-            left, top = (width - side) / 2, (height - side) / 2
-            resized = Image.fromarray(image).resize(
-                (self.size, self.size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-            )
-            result[index] = np.asarray(resized)
-        return result
+            middle = Image.fromarray(_middle_square(image, self.crop))
+            squares[index] = np.asarray(middle.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return squares
 
 
 class NormaliseImage(_Stateless):
@@ -92,16 +112,57 @@ class NormaliseImage(_Stateless):
         scale = 1 / (255 * np.asarray(self.std, dtype=np.float32))
         offset = np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
         normalised = X.astype(np.float32) * scale - offset
-        return np.ascontiguousarray(np.moveaxis(normalised, -1, 1), dtype=np.float32)
+        return np.ascontiguousarray(np.moveaxis(normalised, -1, 1))
 
 
-def _decode(file: bytes, index: int) -> Array:
-    from PIL import Image, UnidentifiedImageError
-
+def _open(file: object, index: int) -> ImageFile:
+    """A picture of which only the header has been read."""
+    data = file if isinstance(file, bytes) else b""
+    reader = next((reader for start, reader in _READERS.items() if data.startswith(start)), None)
+    if reader is None:
+        raise ValueError(f"image {index} is not a JPEG or PNG file")
     try:
-        with Image.open(io.BytesIO(file), formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"image {index} has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, TypeError, Image.DecompressionBombError):
-        raise ValueError(f"image {index} is not a readable JPEG or PNG file") from None
+        image = reader(io.BytesIO(data))
+    except Exception as error:  # Pillow raises what its parsers happen to
+        raise _damaged(index) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"image {index} has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken")
+    return image
+
+
+def _decode(image: ImageFile, index: int) -> Array:
+    try:
+        with image:
+            image.load()
+            return np.asarray(_upright(_rgb(image), image))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _damaged(index) from error
+
+
+def _damaged(index: int) -> ValueError:
+    return ValueError(f"image {index} is damaged")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # grey of 16 bits, which convert would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # else convert warns that it is lost
+    return image.convert("RGB")
+
+
+def _upright(picture: Image.Image, file: Image.Image) -> Image.Image:
+    try:
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged EXIF block says nothing
+        return picture
+    turn = _UPRIGHT.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _middle_square(image: Array, crop: float) -> Array:
+    height, width = image.shape[:2]
+    side = max(1, int(crop * min(height, width)))
+    top, left = (height - side + 1) // 2, (width - side + 1) // 2
+    return image[top : top + side, left : left + side]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,15 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
-from splitserve import environment
-from splitserve import golden as goldens
-from splitserve.arrays import Array, from_array, to_array
-from splitserve.errors import SplitserveError
-from splitserve.golden import Golden
-from splitserve.manifest import (
-    GOLDEN_FILE,
-    MODEL_FILE,
-    MODEL_NAME,
-    PIPELINE_FILE,
-    SCHEMA_VERSION,
-    BundleError,
-    Kind,
-    Manifest,
-    Postprocess,
-    Tolerance,
-)
+from splitserve.arrays import Array, to_array
+from splitserve.manifest import Postprocess
 from splitserve.publishing import samples
-from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, NotConvertible, to_onnx
-from splitserve.repository import Bundle, BundleKey, Repository
-from splitserve.runtimes import sklearn_pipeline
-from splitserve.runtimes.predictor import Predictor
-from splitserve.runtimes.preprocessor import Preprocessor, to_dense
-from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
-from splitserve.signature import BATCH, TensorSpec
+from splitserve.publishing.agreement import compare, expected_answer, split_answer
+from splitserve.publishing.convert import NotConvertible, to_onnx
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import PreprocessorHalf, predictor_half, preprocessor_half, write
+from splitserve.repository import Bundle, Repository
+from splitserve.runtimes.rows import Rowset
 
 INPUT_NAME = "features"
 """What a preprocessor's input is called if the data is one array, and what its output and a predictor's input are called."""
@@ -51,16 +34,6 @@ DEFAULT_TOLERANCE = 1e-4
 
 ONNX models compute in float32 where scikit-learn uses float64: that alone makes a difference of up to about 1e-6.
 """
-
-GOLDEN_TOLERANCE = Tolerance(rtol=1e-4, atol=1e-5)
-"""What replaying floats on another machine may differ by."""
-
-_PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "skops", "splitserve")
-_PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
-
-
-class PublishError(ValueError):
-    """Nothing was published; the message says what is wrong and what to do."""
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -121,29 +94,35 @@ def publish(
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = _as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
-    expected = _expected(pipeline, checked)
-    target = Repository(repository)
+    expected = expected_answer(pipeline, checked)
 
-    refused: list[str] = []
+    complaints: list[str] = []
     for precision in ("FP32", "FP64"):
-        preprocessor = _Half.of_transformer(
-            transformer, rows, name=name, input_name=input_name, output_name=INPUT_NAME, precision=precision,
-            only_floats=True, trusted_modules=trusted_modules, refuses=_refuses(estimator),
-        )  # fmt: skip
+        preprocessor = preprocessor_half(
+            transformer,
+            rows,
+            name=name,
+            input_name=input_name,
+            output_name=INPUT_NAME,
+            precision=precision,
+            all_as_floats=True,
+            trusted_modules=trusted_modules,
+            refuses=_refuses(estimator),
+        )
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
         except NotConvertible as error:
-            refused.append(str(error))
+            complaints.append(str(error))
             break
         features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
-        predictor = _Half.of_model(model.SerializeToString(), features, name=name, labels=_labels(estimator))
-        worst, complaint = _compare(_answer(preprocessor, predictor, checked), expected, tolerance)
+        predictor = predictor_half(model.SerializeToString(), features, name=name, labels=_labels(estimator))
+        worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
         if not complaint:
-            bundles = _write(target, preprocessor, predictor, version=version)
-            pair = f"{bundles[0].key.version}.{bundles[1].key.version}"
-            return Published(name, pair, bundles[0].folder, bundles[1].folder, len(checked), worst)
-        refused.append(f"at {precision}, {complaint}")
-    raise PublishError("; ".join(refused))
+            first, second = write(Repository(repository), preprocessor, predictor, version=version)
+            pair = f"{first.key.version}.{second.key.version}"
+            return Published(name, pair, first.folder, second.folder, len(checked), worst)
+        complaints.append(f"at {precision}, {complaint}")
+    raise PublishError("; ".join(complaints))
 
 
 def publish_preprocessor(
@@ -179,11 +158,19 @@ def publish_preprocessor(
         PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
     """
     _check_fitted(transformer)
-    half = _Half.of_transformer(
-        transformer, _as_rows(X), name=name, input_name=input_name, output_name=output_name, precision=precision,
-        trusted_modules=trusted_modules, labels=labels, postprocess=postprocess,
-    )  # fmt: skip
-    return _write(Repository(repository), half, version=version)[0]
+    half = preprocessor_half(
+        transformer,
+        _as_rows(X),
+        name=name,
+        input_name=input_name,
+        output_name=output_name,
+        precision=precision,
+        all_as_floats=False,
+        trusted_modules=trusted_modules,
+        labels=tuple(map(str, labels)),
+        postprocess=postprocess,
+    )
+    return write(Repository(repository), half, version=version)[0]
 
 
 def publish_predictor(
@@ -212,107 +199,8 @@ def publish_predictor(
         data = model.SerializeToString()
     else:
         data = model if isinstance(model, bytes) else _read(model)
-    half = _Half.of_model(data, sample_inputs, name=name, labels=labels)
-    return _write(Repository(repository), half, version=version)[0]
-
-
-class _Half(msgspec.Struct):
-    """One bundle about to be written: what its manifest will say, its files, and it loaded as a service would."""
-
-    manifest: Manifest
-    files: dict[str, bytes]
-    golden: Golden
-    runtime: Any
-
-    @classmethod
-    def of_transformer(
-        cls, transformer: Any, rows: Rowset, *, name: str, input_name: str, output_name: str, precision: str,
-        only_floats: bool = False, trusted_modules: Sequence[str], labels: Sequence[object] = (),
-        postprocess: Postprocess | None = None, refuses: str = "",
-    ) -> _Half:  # fmt: skip
-        try:
-            form, inputs = observe(rows, input_name)
-            chosen = samples.take(rows, samples.golden_rows(rows))
-            features = to_dense(transformer.transform(chosen))
-        except UnsupportedRows as error:
-            raise PublishError(str(error)) from error
-        except Exception as error:  # a transform raises what it happens to
-            raise PublishError(f"X does not fit the transforms: {error}") from error
-        output = _feature_spec(output_name, features, precision, only_floats)
-        data = sklearn_pipeline.dump(transformer)
-        manifest = _manifest(
-            name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES,
-            rows=form, labels=tuple(map(str, labels)), postprocess=postprocess, refuses=refuses,
-        )  # fmt: skip
-        try:
-            loaded = Preprocessor(manifest, sklearn_pipeline.load(data, trusted_modules))
-            golden_inputs = to_tensors(form, inputs, chosen)
-            golden = Golden(golden_inputs, loaded.transform(golden_inputs))
-        except BundleError as error:
-            own = sklearn_pipeline.untrusted_modules(data)
-            raise PublishError(f"{error} (here: trusted_modules={own})") from error
-        except SplitserveError as error:
-            raise PublishError(f"X does not survive the wire: {error.message}") from error
-        direct = from_array(output.name, features, output.datatype)
-        if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: GOLDEN_TOLERANCE}):
-            raise PublishError(f"the transforms answer otherwise when loaded from disk: {worst}")
-        return cls(manifest, {PIPELINE_FILE: data, GOLDEN_FILE: goldens.encode(golden)}, golden, loaded)
-
-    @classmethod
-    def of_model(cls, model: bytes, sample_inputs: Mapping[str, Array] | Array, *, name: str, labels: Sequence[object]) -> _Half:
-        try:
-            loaded = Predictor(model)
-            _check_batched(loaded)
-            by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {loaded.inputs[0].name: sample_inputs}
-            inputs = tuple(from_array(key, np.asarray(array)) for key, array in by_name.items())
-            golden = Golden(inputs, loaded.infer(inputs))
-        except BundleError as error:
-            raise PublishError(str(error)) from error
-        except SplitserveError as error:
-            raise PublishError(f"the sample inputs do not fit the model: {error.message}") from error
-        opsets = onnx.load_from_string(model)
-        made = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in opsets.opset_import}
-        manifest = _manifest(
-            name, "predict", loaded.inputs, loaded.outputs, _PREDICT_PACKAGES,
-            labels=tuple(map(str, labels)), environment_extra={"ONNX IR": str(opsets.ir_version), **made},
-        )  # fmt: skip
-        return cls(manifest, {MODEL_FILE: model, GOLDEN_FILE: goldens.encode(golden)}, golden, loaded)
-
-
-def _manifest(
-    name: str, kind: Kind, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], packages: Sequence[str],
-    *, environment_extra: Mapping[str, str] | None = None, **fields: Any,
-) -> Manifest:  # fmt: skip
-    if not MODEL_NAME.fullmatch(name):
-        raise PublishError(f'name "{name}": expected letters, digits, ".", "_" and "-", a letter or digit first, at most 128')
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=name,
-        kind=kind,
-        version=0,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files={},
-        inputs=inputs,
-        outputs=outputs,
-        environment={**environment.observe(packages), **(environment_extra or {})},
-        tolerances={spec.name: GOLDEN_TOLERANCE for spec in outputs if spec.datatype.startswith(("FP", "BF"))},
-        **fields,
-    )
-
-
-def _write(repository: Repository, *halves: _Half, version: int | None) -> list[Bundle]:
-    """All halves or none."""
-    written: list[Bundle] = []
-    try:
-        for half in halves:
-            manifest = half.manifest
-            number = version or repository.next_version(manifest.name, manifest.kind)
-            written.append(repository.write(msgspec.structs.replace(manifest, version=number), half.files))
-    except BundleError as error:
-        for bundle in written:
-            repository.remove(bundle.key)
-        raise PublishError(str(error)) from error
-    return written
+    half = predictor_half(data, sample_inputs, name=name, labels=labels)
+    return write(Repository(repository), half, version=version)[0]
 
 
 def _check_fitted(transformer: Any) -> None:
@@ -340,13 +228,7 @@ def _as_rows(X: Any) -> Rowset:
     return rows
 
 
-def _feature_spec(name: str, features: Array, precision: str, only_floats: bool) -> TensorSpec:
-    is_float = only_floats or features.dtype.kind == "f"
-    datatype = precision if is_float else from_array(name, features[:0]).datatype
-    return TensorSpec(name, datatype, (BATCH, *features.shape[1:]))
-
-
-def _n_features(half: _Half) -> int:
+def _n_features(half: PreprocessorHalf) -> int:
     shape = half.manifest.outputs[0].shape
     if len(shape) != 2:
         raise PublishError(f"the transforms give {half.manifest.outputs[0]}; an estimator takes (n_rows, n_features)")
@@ -362,68 +244,6 @@ def _labels(estimator: Any) -> list[str]:
     return [str(label) for label in getattr(estimator, "classes_", ())]
 
 
-def _check_batched(predictor: Predictor) -> None:
-    for spec in (*predictor.inputs, *predictor.outputs):
-        if not spec.shape or spec.shape[0] != BATCH:
-            raise BundleError(
-                f'{MODEL_FILE}: "{spec.name}" has shape {list(spec.shape)}; the leading dimension must be a free batch'
-            )
-
-
-def _expected(pipeline: Pipeline, rows: Rowset) -> dict[str, Array]:
-    """What the pipeline answers, by the names that the converted model uses."""
-    try:
-        predicted = np.asarray(pipeline.predict(rows))
-        if hasattr(pipeline, "predict_proba"):
-            return {LABEL: predicted, PROBABILITIES: np.asarray(pipeline.predict_proba(rows))}
-    except Exception as error:  # a step raises what it happens to
-        raise PublishError(f"X does not fit the pipeline: {error}") from error
-    return {LABEL: predicted, PREDICTION: predicted}
-
-
-def _answer(preprocessor: _Half, predictor: _Half, rows: Rowset) -> dict[str, Array]:
-    """What the two halves, as a service loads them, answer to these rows."""
-    manifest = preprocessor.manifest
-    assert manifest.rows is not None, "of_transformer sets it"
-    features = preprocessor.runtime.transform(to_tensors(manifest.rows, manifest.inputs, rows))
-    return {tensor.name: to_array(tensor) for tensor in predictor.runtime.infer(features)}
-
-
-def _compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> tuple[float, str]:
-    """The largest difference between the split and the original, and a complaint if it is too large."""
-    worst, scale = 0.0, 1.0
-    for name in (PROBABILITIES, PREDICTION):
-        if name in found:
-            want = expected[name].reshape(found[name].shape)
-            scale = 1.0 if name == PROBABILITIES else float(np.abs(want).max()) or 1.0
-            difference = np.abs(found[name] - want) / scale
-            worst = max(worst, float(difference.max()))
-            if worst > tolerance:
-                row = int(np.argmax(difference.reshape(len(difference), -1).max(axis=1)))
-                return worst, f"{name} of row {row} differ by {worst:.1e}, more than {tolerance:.0e}: the pipeline gives " \
-                              f"{want[row]}, the split {found[name][row]}"  # fmt: skip
-    if LABEL in found:
-        wrong = _wrong_labels(found[LABEL], expected, tolerance)
-        if wrong is not None:
-            return worst, f'label of row {wrong}: the pipeline gives "{expected[LABEL][wrong]}", the split ' \
-                          f'"{_text(found[LABEL][wrong])}"'  # fmt: skip
-    return worst, ""
-
-
-def _wrong_labels(labels: Array, expected: Mapping[str, Array], tolerance: float) -> int | None:
-    """The first row with another label, unless its best two probabilities are too close to tell apart."""
-    for row, (have, want) in enumerate(zip(labels.tolist(), expected[LABEL].tolist(), strict=True)):
-        if _text(have) != _text(want):
-            ranked = np.sort(expected[PROBABILITIES][row])[-2:] if PROBABILITIES in expected else np.array([0.0, 1.0])
-            if ranked[-1] - ranked[0] > 2 * tolerance:
-                return row
-    return None
-
-
-def _text(label: object) -> str:
-    return label.decode() if isinstance(label, bytes) else str(int(label) if isinstance(label, bool) else label)
-
-
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
         return Path(path).read_bytes()
@@ -432,7 +252,6 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 
 __all__ = [
-    "BundleKey",
     "Postprocess",
     "PublishError",
     "Published",

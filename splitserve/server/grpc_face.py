@@ -71,6 +71,7 @@ class GrpcFace:
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
+        self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._server = grpc.aio.server(options=_server_options(max_message_bytes))
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
@@ -78,7 +79,10 @@ class GrpcFace:
         reflection.enable_server_reflection(
             (oip_grpc.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected_pool()
         )
-        self.port = self._server.add_insecure_port(address)
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise SystemExit(f"can not listen on {address}: is another process there?") from None
 
     async def __aenter__(self) -> GrpcFace:
         await self._server.start()
@@ -103,11 +107,21 @@ class GrpcFace:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     async def _set_health(self) -> None:
-        is_ready = not self._is_draining and not await self._service.not_ready_reason()
+        reason = "draining" if self._is_draining else await self._service.not_ready_reason()
+        self._report(reason)
         takes_calls = not self._is_draining and self._service.is_loaded
-        for name, serving in (("", is_ready), (oip_grpc.SERVICE, takes_calls)):
+        for name, serving in (("", not reason), (oip_grpc.SERVICE, takes_calls)):
             status = health_pb2.HealthCheckResponse
             await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    def _report(self, reason: str) -> None:
+        """A line when readiness changes, or why it is missing does."""
+        if reason != self._reported_reason:
+            self._reported_reason = reason
+            if reason:
+                self._log.info("not ready", reason=reason)
+            else:
+                self._log.info("ready")
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
         methods: dict[str, Call] = {

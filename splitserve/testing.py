@@ -1,0 +1,83 @@
+"""For tests, ours and yours: a service that answers what it is told, and a gRPC server for any service on a free port."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from splitserve.catalogue import why_not_ready
+from splitserve.errors import NotFound
+from splitserve.oip import READY, InferRequest, InferResponse, ModelMetadata, ModelState, ServerMetadata
+from splitserve.remote import MAX_MESSAGE_BYTES
+from splitserve.server.grpc_face import GrpcFace
+from splitserve.signature import TensorSpec
+from splitserve.versions import unknown_model
+
+
+class FakeInference:
+    """An `InferenceService` with one version for each signature it is given.
+
+    Args:
+        signatures: what is served, each metadata's first version being the one it describes.
+        answer: called with every request, which is kept in `requests`; by default the inputs come back as the outputs.
+    """
+
+    def __init__(
+        self, *signatures: ModelMetadata, answer: Callable[[InferRequest], InferResponse] | None = None, not_ready: str = ""
+    ) -> None:
+        self.signatures = {(each.name, each.versions[0]): each for each in signatures}
+        self.states = [ModelState(name, version, READY) for name, version in self.signatures]
+        self.requests: list[InferRequest] = []
+        self.not_ready = not_ready
+        self.is_loaded = True
+        self._answer = answer or _echo
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Keep the request, give the answer."""
+        self.requests.append(request)
+        return self._answer(request)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """The signature it was given."""
+        for (name, number), signature in self.signatures.items():
+            if name == model and version in ("", number):
+                return signature
+        raise NotFound(unknown_model(model))
+
+    async def index(self) -> list[ModelState]:
+        """`states`, which a test may change."""
+        return list(self.states)
+
+    async def not_ready_reason(self) -> str:
+        """`not_ready`, which a test may change."""
+        return self.not_ready or why_not_ready(self.states)
+
+
+def _echo(request: InferRequest) -> InferResponse:
+    return InferResponse(request.model, request.version or "1", request.inputs, request.id)
+
+
+def signature(
+    name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec] = (), *, version: str = "1"
+) -> ModelMetadata:
+    """Metadata of a version; the outputs are the inputs unless they are given."""
+    return ModelMetadata(name, (version,), "test", tuple(inputs), tuple(outputs or inputs))
+
+
+@asynccontextmanager
+async def serving(service: FakeInference, *, stage: str = "predict", **options: float) -> AsyncIterator[str]:
+    """Serve over gRPC on a free port of loopback.
+
+    Yields:
+        The address, ``127.0.0.1:port``.
+    """
+    face = GrpcFace(
+        service,
+        stage=stage,
+        address="127.0.0.1:0",
+        metadata=ServerMetadata("test", "0"),
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        **options,
+    )
+    async with face:
+        yield f"127.0.0.1:{face.port}"

@@ -1,0 +1,179 @@
+"""docker-compose.yml under test: a project of its own name and ports, its containers, their logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVICES = ("proxy", "preprocess", "predict")
+PATIENCE_S = 60.0
+
+NO_DOCKER = """\
+the compose tests need docker with its compose plugin and a running daemon; none of {tried} is that: {reason}
+`make test` leaves these tests out."""
+
+
+def find_docker() -> str:
+    """A docker client that has compose and reaches a daemon; fails the test if there is none.
+
+    The first on PATH need not be it: an older client without plugins may come before the one of the system.
+    """
+    found = {os.environ.get("DOCKER"), shutil.which("docker"), shutil.which("docker", path="/usr/bin")} - {None}
+    reason = "no docker is installed"
+    for client in sorted(map(str, found)):
+        for question in (["compose", "version"], ["info", "--format", "{{.ServerVersion}}"]):
+            answer = subprocess.run([client, *question], capture_output=True, text=True)
+            if answer.returncode:
+                reason = answer.stderr.strip() or f"`{client} {' '.join(question)}` failed"
+                break
+        else:
+            return client
+    pytest.fail(NO_DOCKER.format(tried=sorted(map(str, found)) or "docker", reason=reason), pytrace=False)
+
+
+def wait_until(claim: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
+    """The first true value of ``claim``; fails after ``patience_s``, saying ``what`` did not come."""
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end:
+        if value := claim():
+            return value
+        threading.Event().wait(0.1)
+    raise AssertionError(f"waited {patience_s} s in vain: {what}")
+
+
+class Container:
+    """One container of a stack."""
+
+    def __init__(self, docker: str, identity: str) -> None:
+        self._docker = docker
+        self.identity = identity
+
+    def facts(self) -> dict[str, Any]:
+        """What ``docker inspect`` says."""
+        facts: dict[str, Any] = json.loads(run([self._docker, "inspect", self.identity]))[0]
+        return facts
+
+    def lines(self) -> list[str]:
+        """What it has written so far, standard output and standard error."""
+        return run([self._docker, "logs", self.identity], stderr=subprocess.STDOUT).splitlines()
+
+    def n_events(self, name: str) -> int:
+        """How many log lines have this event."""
+        return sum(json.loads(line)["event"] == name for line in self.lines() if line.startswith("{"))
+
+    def try_python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the image's Python inside."""
+        command = [self._docker, "exec", self.identity, "python", *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def python(self, code: str) -> str:
+        """What code prints, run inside."""
+        answer = self.try_python("-c", code)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout.strip()
+
+    def kill(self) -> None:
+        """End it without a word: SIGKILL."""
+        run([self._docker, "kill", self.identity])
+
+
+class Stack:
+    """The services of docker-compose.yml.
+
+    Args:
+        docker: the client.
+        project: a name that no other stack on this machine has.
+        models: folder of the model repository.
+    """
+
+    def __init__(self, docker: str, project: str, models: Path) -> None:
+        self._docker = docker
+        self.project = project
+        http_port, grpc_port = free_ports(2)
+        self.http = f"http://127.0.0.1:{http_port}"
+        self.grpc = f"127.0.0.1:{grpc_port}"
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "SPLITSERVE_"))},
+            "SPLITSERVE_MODELS": str(models),
+            "SPLITSERVE_HTTP_PORT": str(http_port),
+            "SPLITSERVE_GRPC_PORT": str(grpc_port),
+        }
+
+    def compose(self, *arguments: str) -> str:
+        """Run ``docker compose`` on this project."""
+        command = [self._docker, "compose", "--project-directory", str(ROOT), "--project-name", self.project, *arguments]
+        return run(command, env=self._environment)
+
+    def build(self) -> None:
+        """Make the images."""
+        self.compose("build")
+
+    def up(self, **replicas: int) -> None:
+        """Start what is missing, stop what is too many, wait until all is healthy. One replica of each unless told otherwise."""
+        scale = [word for name in SERVICES for word in ("--scale", f"{name}={replicas.get(name, 1)}")]
+        try:
+            self.compose("up", "--no-build", "--detach", "--wait", "--wait-timeout", "120", *scale)
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}\n{self.compose('logs', '--tail', '50')}") from None
+
+    def down(self) -> None:
+        """Stop and remove the containers, the network and the images."""
+        self.compose("down", "--volumes", "--rmi", "local", "--remove-orphans")
+
+    @contextmanager
+    def scaled(self, **replicas: int) -> Iterator[None]:
+        """More replicas, for a while."""
+        self.up(**replicas)
+        try:
+            yield
+        finally:
+            self.up()
+
+    def containers(self, service: str) -> list[Container]:
+        """The containers of a service, stopped ones too."""
+        return [Container(self._docker, line) for line in self.compose("ps", "--all", "--quiet", service).splitlines()]
+
+    def container(self, service: str) -> Container:
+        """The only container of a service."""
+        (only,) = self.containers(service)
+        return only
+
+    def leftovers(self) -> dict[str, list[str]]:
+        """What docker still has of this project, by kind."""
+        label = f"label=com.docker.compose.project={self.project}"
+        questions = {
+            "containers": ["ps", "--all", "--quiet", "--filter", label],
+            "networks": ["network", "ls", "--quiet", "--filter", label],
+            "volumes": ["volume", "ls", "--quiet", "--filter", label],
+            "images": ["images", "--quiet", "--filter", f"reference={self.project}-*"],
+        }
+        return {kind: run([self._docker, *question]).splitlines() for kind, question in questions.items()}
+
+
+def run(command: Sequence[str], *, stderr: int = subprocess.PIPE, env: dict[str, str] | None = None) -> str:
+    """What a command prints; fails with what it said if it fails."""
+    answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
+    if answer.returncode:
+        raise AssertionError(f"{' '.join(command)}: exit status {answer.returncode}\n{answer.stdout}\n{answer.stderr}")
+    return answer.stdout
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports

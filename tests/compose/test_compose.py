@@ -1,0 +1,255 @@
+"""The containers as a user runs them: what the images hold, what they may do, what they answer, how they scale and stop."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc
+from tritonclient.utils import np_to_triton_dtype
+
+from tests.compose.conftest import Model, wait_until_ready
+from tests.compose.stack import SERVICES, Container, Stack, wait_until
+
+pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
+
+N_ROWS = 60
+TOLERANCE = 1e-4
+NAMES = ("breast-cancer", "digits", "weather")
+
+OWN = {
+    "proxy": {"proxy", "splitserve", "httptools", "uvicorn"},
+    "preprocess": {"preprocess_service", "splitserve", "numpy", "pandas", "scipy", "sklearn", "skops"},
+    "predict": {"predict_service", "splitserve", "numpy", "onnxruntime"},
+}
+"""What each image holds of all that the three together need, and of what none needs."""
+ALL = set.union(*OWN.values()) | {"fused_service", "training", "tests", "onnx", "skl2onnx", "torch", "pip", "pytest"}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_an_image_holds_only_what_its_service_needs(stack: Stack, service: str) -> None:
+    """No scikit-learn in predict, no ONNX Runtime in preprocess, no numerics in the proxy, and no service's code in another's."""
+    code = f"import importlib.util, json; print(json.dumps([n for n in {sorted(ALL)} if importlib.util.find_spec(n)]))"
+
+    found = json.loads(stack.container(service).python(code))
+
+    assert set(found) == OWN[service]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_container_has_no_rights(stack: Stack, service: str) -> None:
+    """Not root, no capabilities, no way to gain any, and nothing to write to."""
+    container = stack.container(service)
+
+    status = dict(line.split(":\t", 1) for line in container.python("print(open('/proc/1/status').read())").splitlines())
+    written = container.try_python("-c", "open('/app/file', 'w')")
+
+    assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"10001"}
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert "Read-only file system" in written.stderr
+
+
+@pytest.mark.parametrize("service", ["preprocess", "predict"])
+def test_models_can_not_be_written(stack: Stack, service: str) -> None:
+    """A service reads the model repository and no more."""
+    written = stack.container(service).try_python("-c", "open('/models/file', 'w')")
+
+    assert "Read-only file system" in written.stderr
+
+
+def test_only_the_proxy_is_published_and_only_on_loopback(stack: Stack) -> None:
+    """The hops inside are nobody's business, and nothing asks for credentials yet."""
+    published = {
+        service: {
+            (port, binding["HostIp"])
+            for port, bindings in stack.container(service).facts()["NetworkSettings"]["Ports"].items()
+            for binding in bindings or ()
+        }
+        for service in SERVICES
+    }
+
+    assert published == {"proxy": {("8000/tcp", "127.0.0.1"), ("8001/tcp", "127.0.0.1")}, "preprocess": set(), "predict": set()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rest_gives_the_answer_of_the_pipeline(stack: Stack, models: dict[str, Model], name: str) -> None:
+    """Labels are equal and probabilities within 1e-4, missing values included."""
+    rows = models[name].rows[:N_ROWS]
+
+    answer = httpx.post(f"{stack.http}/v2/models/{name}/infer", json={"inputs": rest_inputs(rows)}, timeout=60)
+
+    assert answer.status_code == 200, answer.text
+    check(
+        {output["name"]: np.array(output["data"]).reshape(output["shape"]) for output in answer.json()["outputs"]}, models[name]
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grpc_gives_the_answer_of_the_pipeline(stack: Stack, models: dict[str, Model], name: str) -> None:
+    """The same, asked by another project's client."""
+    tensors = [grpc_input(*column) for column in columns_of(models[name].rows[:N_ROWS]).items()]
+
+    with tritonclient.grpc.InferenceServerClient(stack.grpc) as client:
+        answer = client.infer(name, tensors)
+
+    check({output: answer.as_numpy(output) for output in ("label", "probabilities")}, models[name])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_line_that_a_service_writes_is_json(stack: Stack, service: str) -> None:
+    """Also what libraries write: one that says something at start gets a second look."""
+    for line in stack.container(service).lines():
+        assert json.loads(line)["event"]
+
+
+def test_health_is_a_service_s_own_and_readiness_is_everyone_s(stack: Stack, models: dict[str, Model]) -> None:
+    """With predict away the others are not to blame, so nothing may restart them; but nobody should send requests."""
+    healthy, ready = ["127.0.0.1:8001"], ["127.0.0.1:8001", "--ready"]
+    proxy = stack.container("proxy")
+    assert probe(proxy, healthy)
+    assert probe(proxy, ready)
+
+    stack.compose("stop", "predict")
+
+    wait_until(lambda: not probe(proxy, ready), "the proxy not ready")
+    assert probe(proxy, healthy)
+    assert probe(stack.container("preprocess"), ["127.0.0.1:8011"])
+    stack.up()
+    wait_until_ready(stack, models)
+
+
+def test_scaling_out_and_in_gives_every_replica_work_and_loses_no_call(stack: Stack, models: dict[str, Model]) -> None:
+    """New replicas are found without a restart of who calls them, and leave without anyone's loss."""
+    with Calls(stack, models) as calls:
+        with stack.scaled(preprocess=2, predict=2):
+            replicas = [*stack.containers("preprocess"), *stack.containers("predict")]
+            wait_until(lambda: all(replica.n_events("infer") >= 10 for replica in replicas), "work for all replicas")
+        calls.wait_for(100)
+
+    assert len(replicas) == 4
+    assert calls.failures == []
+
+
+def test_calls_go_on_when_a_predict_replica_is_killed(stack: Stack, models: dict[str, Model]) -> None:
+    """What a replica takes down with it is tried on the other one."""
+    with stack.scaled(predict=2), Calls(stack, models) as calls:
+        replicas = stack.containers("predict")
+        before = [replica.n_events("infer") for replica in replicas]
+        wait_until(
+            lambda: all(replica.n_events("infer") > count for replica, count in zip(replicas, before, strict=True)),
+            "work for both replicas",
+        )
+
+        replicas[0].kill()
+
+        calls.wait_for(300)
+
+    assert calls.failures == []
+
+
+def test_stop_ends_every_service_in_order_and_down_leaves_nothing(
+    docker: str, project: str, repository: Any, models: dict[str, Model]
+) -> None:
+    """SIGTERM reaches Python, which ends by itself with status 0; then nothing of the project is left."""
+    stack = Stack(docker, f"{project}-2", repository)
+    try:
+        stack.build()
+        stack.up()
+        containers = {service: stack.container(service) for service in SERVICES}
+
+        stack.compose("stop")
+
+        for service, container in containers.items():
+            assert container.facts()["State"]["ExitCode"] == 0, service
+            assert json.loads(container.lines()[-1])["event"] == "stopped", service
+        assert stopped_at(containers["proxy"]) < stopped_at(containers["preprocess"]) < stopped_at(containers["predict"])
+    finally:
+        stack.down()
+    assert not any(stack.leftovers().values()), stack.leftovers()
+
+
+class Calls:
+    """Calls one after another, all the while that this is entered."""
+
+    def __init__(self, stack: Stack, models: dict[str, Model]) -> None:
+        self._url = f"{stack.http}/v2/models/breast-cancer/infer"
+        self._content = {"inputs": rest_inputs(models["breast-cancer"].rows[:1])}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._call)
+        self.n_answered = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Calls:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def wait_for(self, count: int) -> None:
+        """Until so many more were answered."""
+        goal = self.n_answered + count
+        wait_until(lambda: self.n_answered >= goal, f"{count} more answers; failures: {self.failures[:3]}")
+
+    def _call(self) -> None:
+        with httpx.Client(timeout=60) as client:
+            while not self._is_over.is_set():
+                try:
+                    answer = client.post(self._url, json=self._content)
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                    continue
+                if answer.is_success:
+                    self.n_answered += 1
+                else:
+                    self.failures.append(answer.text)
+
+
+def probe(container: Container, arguments: list[str]) -> bool:
+    return container.try_python("-m", "splitserve.server.probe", *arguments).returncode == 0
+
+
+def stopped_at(container: Container) -> str:
+    finished: str = container.facts()["State"]["FinishedAt"]
+    return finished
+
+
+def columns_of(rows: Any) -> dict[str, np.ndarray]:
+    """What a client sends: a column each, or one array."""
+    if not hasattr(rows, "columns"):
+        return {"rows": rows}
+    return {name: rows[name].to_numpy().reshape(-1, 1) for name in rows.columns}
+
+
+def rest_inputs(rows: Any) -> list[dict[str, Any]]:
+    datatypes = {"f": "FP64", "u": "UINT8", "O": "BYTES"}
+    return [
+        {
+            "name": name,
+            "datatype": datatypes[column.dtype.kind],
+            "shape": column.shape,
+            "data": [None if value != value else value for value in column.ravel().tolist()],
+        }
+        for name, column in columns_of(rows).items()
+    ]
+
+
+def grpc_input(name: str, column: np.ndarray) -> tritonclient.grpc.InferInput:
+    if column.dtype == np.object_:
+        column = np.array([["" if value != value else value] for value in column.ravel()], dtype=np.object_)
+    tensor = tritonclient.grpc.InferInput(name, list(column.shape), np_to_triton_dtype(column.dtype))
+    tensor.set_data_from_numpy(column)
+    return tensor
+
+
+def check(answer: dict[str, np.ndarray], model: Model) -> None:
+    rows = model.rows[:N_ROWS]
+    labels = [label.decode() if isinstance(label, bytes) else label for label in answer["label"].tolist()]
+    assert labels == model.pipeline.predict(rows).tolist()
+    np.testing.assert_allclose(answer["probabilities"], model.pipeline.predict_proba(rows), rtol=0, atol=TOLERANCE)

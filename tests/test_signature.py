@@ -1,0 +1,323 @@
+"""Signatures: requests checked against one, halves of a pair against each other, answers against what was promised."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.arrays import DTYPES
+from splitserve.errors import InvalidInput, PairMismatch, SplitserveError, TooLarge
+from splitserve.signature import TensorSpec, accepts, check_inputs, check_outputs, choose_outputs, empty, fits
+from splitserve.tensors import DATATYPES, Tensor, encode_bytes
+from tests.strategies import ALL, FLOATS, INTEGERS
+
+AGE = TensorSpec("age", "FP64", ("batch", 1))
+ISLAND = TensorSpec("island", "BYTES", ("batch", 1))
+IMAGE = TensorSpec("image", "UINT8", ("batch", 2, 3))
+SPECS = (AGE, IMAGE)
+
+NUMBERS = tuple(name for name in (*INTEGERS, *FLOATS) if name != "BF16")
+
+
+def zeros(name: str, datatype: str, shape: tuple[int, ...]) -> Tensor:
+    """A valid tensor."""
+    count = math.prod(shape)
+    return Tensor(name, datatype, shape, encode_bytes([b""] * count) if datatype == "BYTES" else bytes(count * DATATYPES[datatype].itemsize))
+
+
+def age(n_rows: int = 2) -> Tensor:
+    return zeros("age", "FP64", (n_rows, 1))
+
+
+def image(n_rows: int = 2) -> Tensor:
+    return zeros("image", "UINT8", (n_rows, 2, 3))
+
+
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize("n_rows", [0, 1, 7])
+def test_inputs_of_the_signature_pass_in_any_order(widen, n_rows):
+    """The order of inputs means nothing; a batch may have any number of rows, none included."""
+    check_inputs(SPECS, [age(n_rows), image(n_rows)], widen=widen)
+    check_inputs(SPECS, [image(n_rows), age(n_rows)], widen=widen)
+
+
+@pytest.mark.parametrize("widen", [True, False])
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([age()], 'missing input "image"'),
+        ([], 'missing input "age", "image"'),
+        ([age(), image(), zeros("size", "FP32", (2, 1))], 'unknown input "size", expected "age", "image"'),
+        ([age(), image(), age()], 'input "age" is given twice'),
+        ([zeros("age", "BYTES", (2, 1)), image()], 'input "age": expected datatype FP64, got BYTES'),
+        ([zeros("age", "BOOL", (2, 1)), image()], 'input "age": expected datatype FP64, got BOOL'),
+        ([Tensor("age", "fp64", (2, 1), bytes(16)), image()], 'input "age": expected datatype FP64, got fp64'),
+        ([age(), zeros("image", "INT8", (2, 2, 3))], 'input "image": expected datatype UINT8, got INT8'),
+        ([zeros("age", "FP64", (2, 2)), image()], 'input "age": expected shape [-1, 1], got [2, 2]'),
+        ([zeros("age", "FP64", (2, 1, 1)), image()], 'input "age": expected shape [-1, 1], got [2, 1, 1]'),
+        ([zeros("age", "FP64", ()), image()], 'input "age": expected shape [-1, 1], got []'),
+        ([Tensor("age", "FP64", (-1, 1), bytes(8)), image()], 'input "age": expected shape [-1, 1], got [-1, 1]'),
+        ([age(), zeros("image", "UINT8", (2, 3, 2))], 'input "image": expected shape [-1, 2, 3], got [2, 3, 2]'),
+        ([age(), zeros("image", "UINT8", (12,))], 'input "image": expected shape [-1, 2, 3], got [12]'),
+        ([age(), image(3)], 'input "image" has 3 rows, but input "age" has 2'),
+        ([image(3), age()], 'input "image" has 3 rows, but input "age" has 2'),
+        ([Tensor("age", "FP64", (2, 1), bytes(15)), image()], 'input "age": FP64 of shape [2, 1] needs 16 bytes, got 15'),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(inputs, message, widen):
+    """The message names the input, what was expected and what came (I-09, I-19)."""
+    with pytest.raises(InvalidInput) as caught:
+        check_inputs(SPECS, inputs, widen=widen)
+
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [Tensor("n" * 10_000, "FP64", (1, 1), bytes(8)), Tensor("age", "d" * 10_000, (1, 1), b""), Tensor("age", "FP64", (1,) * 9_000, b"")],
+    ids=["name", "datatype", "shape"],
+)
+def test_a_message_stays_short(tensor):
+    """A message travels in trailing metadata, which is small; what came is shown only in part."""
+    with pytest.raises(InvalidInput) as caught:
+        check_inputs([AGE], [tensor], widen=True)
+
+    assert len(caught.value.message) < 200
+
+
+def test_many_missing_inputs_are_listed_in_part():
+    """Twenty names help, a thousand do not."""
+    specs = [TensorSpec(f"x{number}", "FP32", ("batch", 1)) for number in range(1000)]
+
+    with pytest.raises(InvalidInput) as caught:
+        check_inputs(specs, [], widen=False)
+
+    assert caught.value.message == f"missing input {', '.join(f'"x{number}"' for number in range(20))} and 980 more"
+
+
+def test_too_many_rows_are_too_large():
+    """More elements than a tensor may have is a matter of size, not of form."""
+    with pytest.raises(TooLarge):
+        check_inputs([AGE], [Tensor("age", "FP64", (2**31 + 1, 1), b"")], widen=False)
+
+
+def test_only_free_leading_dimensions_are_a_batch():
+    """Inputs with a fixed leading dimension, and scalars, have no rows that could differ."""
+    specs = [AGE, TensorSpec("weights", "FP32", (3, 2)), TensorSpec("scale", "FP32", ())]
+
+    check_inputs(specs, [age(5), zeros("weights", "FP32", (3, 2)), zeros("scale", "FP32", ())], widen=False)
+
+
+@pytest.mark.parametrize("free", ["length", -1])
+def test_a_free_dimension_takes_any_size(free):
+    """By name in our manifests, as -1 in other servers' metadata."""
+    spec = TensorSpec("x", "FP32", ("batch", free))
+
+    for size in (0, 1, 9):
+        check_inputs([spec], [zeros("x", "FP32", (2, size))], widen=False)
+
+
+@pytest.mark.parametrize("declared", NUMBERS)
+def test_numbers_widen_as_numpy_says_is_safe(declared):
+    """A preprocessor takes a narrower datatype where numpy casts it under the rule "safe", and no other."""
+    taken = {sent for sent in ALL if accepts(declared, sent) and sent != "BF16"}
+
+    assert taken == {sent for sent in NUMBERS if np.can_cast(DTYPES[sent], DTYPES[declared], "safe")}
+
+
+def test_bf16_widens_to_the_floats_that_hold_it():
+    """numpy has no such dtype: float32 has BF16's exponent and more digits, float16 has neither enough."""
+    assert [declared for declared in ALL if accepts(declared, "BF16")] == ["BF16", "FP32", "FP64"]
+    assert [sent for sent in ALL if accepts("BF16", sent)] == ["BF16"]
+
+
+@pytest.mark.parametrize("declared", ["BOOL", "BYTES"])
+def test_what_is_no_number_is_taken_as_it_is_declared(declared):
+    """Neither text nor truth is a narrow number."""
+    assert [sent for sent in ALL if accepts(declared, sent)] == [declared]
+
+
+@pytest.mark.parametrize("sent", ["INT32", "FP32", "BF16", "UINT8"])
+def test_widening_is_the_preprocessors_alone(sent):
+    """A predictor gets what its signature says and nothing else."""
+    check_inputs([AGE], [zeros("age", sent, (2, 1))], widen=True)
+
+    with pytest.raises(InvalidInput, match=f'input "age": expected datatype FP64, got {sent}'):
+        check_inputs([AGE], [zeros("age", sent, (2, 1))], widen=False)
+
+
+@pytest.mark.parametrize("spec", [AGE, ISLAND], ids=lambda spec: spec.name)
+def test_one_value_a_row_may_come_without_its_inner_dimension(spec):
+    """(batch,) is taken for (batch, 1) by a preprocessor, and counts as the batch."""
+    tensor = zeros(spec.name, spec.datatype, (3,))
+
+    check_inputs([spec, IMAGE], [tensor, image(3)], widen=True)
+
+    with pytest.raises(InvalidInput, match=r"expected shape \[-1, 1\], got \[3\]"):
+        check_inputs([spec, IMAGE], [tensor, image(3)], widen=False)
+    with pytest.raises(InvalidInput, match='input "image" has 2 rows'):
+        check_inputs([spec, IMAGE], [tensor, image(2)], widen=True)
+
+
+@pytest.mark.parametrize("shape", [("batch", 2), ("batch", 1, 1), ("batch",), (1, 1)])
+def test_only_a_column_may_lose_its_inner_dimension(shape):
+    """Where a row has more than one value, or rows are not free, a missing dimension is a mistake."""
+    sent = (3, 1) if shape == ("batch",) else (3,)
+
+    with pytest.raises(InvalidInput, match="expected shape"):
+        check_inputs([TensorSpec("x", "FP32", shape)], [zeros("x", "FP32", sent)], widen=True)
+
+
+def test_free_dimensions_are_minus_one_on_the_wire():
+    """Names are ours, -1 is the protocol's."""
+    assert TensorSpec("x", "FP32", ("batch", 3, "width", -1)).wire_shape == (-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("shape", [("batch",), ("batch", 3), ("batch", "width", 2)])
+def test_an_empty_tensor_has_no_rows(shape):
+    """It passes its own signature."""
+    spec = TensorSpec("x", "FP32", shape)
+
+    tensor = empty(spec)
+
+    assert (tensor.n_rows, tensor.raw) == (0, b"")
+    check_inputs([spec], [tensor], widen=False)
+
+
+def test_all_outputs_are_the_answer_when_none_is_asked_for():
+    """In the signature's order."""
+    assert choose_outputs(SPECS, []) == ["age", "image"]
+
+
+def test_outputs_come_in_the_order_asked_for():
+    """And only those (I-22)."""
+    assert choose_outputs((*SPECS, ISLAND), ["island", "age"]) == ["island", "age"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["age", "size"], 'unknown output "size", expected one of "age", "image"'),
+        (["age", "image", "age"], 'output "age" is asked for twice'),
+        (["n" * 1000], f'unknown output "{"n" * 64}", expected one of "age", "image"'),
+    ],
+)
+def test_an_output_that_can_not_be_given_is_refused(wanted, message):
+    """Unknown (I-20), or asked for twice (I-21)."""
+    with pytest.raises(InvalidInput) as caught:
+        choose_outputs(SPECS, wanted)
+
+    assert caught.value.message == message
+
+
+FEATURES = TensorSpec("features", "FP32", ("batch", 4))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs"),
+    [
+        ([FEATURES], [FEATURES]),
+        ([AGE, FEATURES], [FEATURES, AGE]),
+        ([FEATURES], [TensorSpec("features", "FP32", ("n", 4))]),
+        ([FEATURES], [TensorSpec("features", "FP32", (-1, 4))]),
+        ([FEATURES], [TensorSpec("features", "FP32", ("batch", "n_features"))]),
+        ([TensorSpec("features", "FP32", ("batch", "n"))], [TensorSpec("features", "FP32", (-1, -1))]),
+        ([], []),
+    ],
+)
+def test_halves_that_fit_differ_in_nothing(outputs, inputs):
+    """Order and the names of dimensions do not matter; a fixed size fits where any is taken."""
+    assert fits(outputs, inputs) == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "differences"),
+    [
+        ([], [FEATURES], ['"features" is wanted but not given']),
+        ([FEATURES], [], ['"features" is given but not wanted']),
+        (
+            [FEATURES],
+            [TensorSpec("input", "FP32", ("batch", 4))],
+            ['"input" is wanted but not given', '"features" is given but not wanted'],
+        ),
+        (
+            [FEATURES],
+            [TensorSpec("features", "FP64", ("batch", 4))],
+            ['"features": datatype FP32 is given, FP64 is wanted'],
+        ),
+        (
+            [FEATURES],
+            [TensorSpec("features", "FP32", ("batch", 4, 1))],
+            ["\"features\": shape ['batch', 4] is given, ['batch', 4, 1] is wanted"],
+        ),
+        ([FEATURES], [TensorSpec("features", "FP32", ("batch", 5))], ['"features": dimension 1 is 4 where 5 is wanted']),
+        (
+            [TensorSpec("features", "FP32", ("batch", "n"))],
+            [FEATURES],
+            ['"features": dimension 1 is n where 4 is wanted'],
+        ),
+        ([FEATURES], [TensorSpec("features", "FP32", (1, 4))], ['"features": dimension 0 is batch where 1 is wanted']),
+        (
+            [TensorSpec("features", "FP32", ("batch", 3, 8))],
+            [TensorSpec("features", "FP32", ("batch", 8, 3))],
+            ['"features": dimension 1 is 3 where 8 is wanted', '"features": dimension 2 is 8 where 3 is wanted'],
+        ),
+    ],
+)
+def test_every_difference_between_halves_is_named(outputs, inputs, differences):
+    """Tensor, what is given and what is wanted; a datatype is never widened between halves."""
+    assert fits(outputs, inputs) == differences
+
+
+@given(st.lists(st.sampled_from([AGE, IMAGE, ISLAND, FEATURES]), unique=True))
+def test_a_signature_fits_itself(specs):
+    """In any order."""
+    assert fits(specs, specs[::-1]) == []
+
+
+def test_an_answer_that_keeps_the_promise_passes():
+    """In any order; what nobody asked for does not matter."""
+    check_outputs(SPECS, [image(3), age(3), zeros("more", "FP32", (1,))], 3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ([age(3)], 'output "image" is missing'),
+        ([age(2), image(3)], "output \"age\": expected FP64 [3, 1], got FP64 [2, 1]"),
+        ([age(4), image(4)], "output \"age\": expected FP64 [3, 1], got FP64 [4, 1]"),
+        ([age(3), zeros("image", "INT8", (3, 2, 3))], "output \"image\": expected UINT8 [3, 2, 3], got INT8 [3, 2, 3]"),
+        ([age(3), zeros("image", "UINT8", (3, 3, 2))], "output \"image\": expected UINT8 [3, 2, 3], got UINT8 [3, 3, 2]"),
+        ([zeros("age", "FP64", (3,)), image(3)], "output \"age\": expected FP64 [3, 1], got FP64 [3]"),
+        ([zeros("age", "FP32", (3, 1)), image(3)], "output \"age\": expected FP64 [3, 1], got FP32 [3, 1]"),
+    ],
+)
+def test_a_stage_that_breaks_its_promise_is_a_mismatch(outputs, message):
+    """Never the caller's fault, who would otherwise get another's rows, too few, or other numbers."""
+    with pytest.raises(PairMismatch) as caught:
+        check_outputs(SPECS, outputs, 3)
+
+    assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [Tensor("age", "FP64", (3, 1), bytes(23)), Tensor("age", "FP64", (3, 1), bytes(32)), Tensor("age", "FP64", (3, 1), b"")],
+)
+def test_an_answer_whose_bytes_are_not_its_shape_is_a_mismatch(tensor):
+    """A stage that sends other bytes than it says breaks its promise as well; unchecked, the caller would be blamed for it."""
+    with pytest.raises(PairMismatch, match='output "age"'):
+        check_outputs([AGE], [tensor], 3)
+
+
+@pytest.mark.parametrize("spec", [TensorSpec("x", "FP32", ("batch", "n")), TensorSpec("x", "FP32", ("batch", -1))])
+def test_an_answers_free_dimensions_take_any_size(spec):
+    """All but the batch."""
+    check_outputs([spec], [zeros("x", "FP32", (2, 9))], 2)
+
+    with pytest.raises(SplitserveError):
+        check_outputs([spec], [zeros("x", "FP32", (9, 2))], 2)
