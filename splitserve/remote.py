@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import DOMAIN, DeadlineExceeded, InvalidInput, PairMismatch, SplitserveError, Unavailable, from_wire
+from splitserve.errors import DOMAIN, DeadlineExceeded, InvalidInput, PairMismatch, SplitserveError, TooLarge, Unavailable, from_wire
 from splitserve.oip import (
     NO_DEADLINE,
     InferRequest,
@@ -142,6 +142,8 @@ def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
         return Unavailable(f"the {stage} service can not be reached", stage=stage)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the {stage} service did not answer in time", stage=stage)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:  # grpc's own limit
+        return TooLarge(f"the message to or from {stage} is larger than its limit", stage=stage)
     return from_wire(error.code().name, message, metadata={"stage": stage})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
@@ -65,7 +66,7 @@ def signature(
 
 
 @asynccontextmanager
-async def serving(service: FakeInference, *, stage: str = "predict", **options: float) -> AsyncIterator[str]:
+async def serving(service: FakeInference, *, stage: str = "predict", **options: Any) -> AsyncIterator[str]:
     """Serve over gRPC on a free port of loopback.
 
     Yields:
@@ -76,8 +77,7 @@ async def serving(service: FakeInference, *, stage: str = "predict", **options: 
         stage=stage,
         address="127.0.0.1:0",
         metadata=ServerMetadata("test", "0"),
-        max_message_bytes=MAX_MESSAGE_BYTES,
-        **options,
+        **{"max_message_bytes": MAX_MESSAGE_BYTES, **options},
     )
     async with face:
         yield f"127.0.0.1:{face.port}"

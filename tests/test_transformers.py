@@ -15,6 +15,7 @@ import sklearn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
@@ -262,6 +263,18 @@ def test_pictures_of_too_many_pixels_together_are_refused(monkeypatch: pytest.Mo
     assert len(decode(file, file)) == 2
     with pytest.raises(ValueError, match="72 pixels together, at most 48 are taken at once"):
         decode(file, file, file)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch):
+    """It says something of this machine, so it is no ValueError, which would be the caller's error."""
+
+    def load(image: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+
+    with pytest.raises(MemoryError):
+        decode(encode(noise()))
 
 
 @settings(deadline=None)

@@ -30,9 +30,10 @@ def find_docker() -> str:
 
     The first on PATH need not be it: an older client without plugins may come before the one of the system.
     """
-    found = {os.environ.get("DOCKER"), shutil.which("docker"), shutil.which("docker", path="/usr/bin")} - {None}
+    clients = [os.environ.get("DOCKER"), shutil.which("docker"), shutil.which("docker", path="/usr/bin")]
+    found = list(dict.fromkeys(client for client in clients if client))
     reason = "no docker is installed"
-    for client in sorted(map(str, found)):
+    for client in found:
         for question in (["compose", "version"], ["info", "--format", "{{.ServerVersion}}"]):
             answer = subprocess.run([client, *question], capture_output=True, text=True)
             if answer.returncode:
@@ -40,7 +41,7 @@ def find_docker() -> str:
                 break
         else:
             return client
-    pytest.fail(NO_DOCKER.format(tried=sorted(map(str, found)) or "docker", reason=reason), pytrace=False)
+    pytest.fail(NO_DOCKER.format(tried=", ".join(found) or "the places on PATH", reason=reason), pytrace=False)
 
 
 def wait_until(claim: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:

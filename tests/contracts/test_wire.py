@@ -1,0 +1,99 @@
+"""Our .proto against the descriptors that an independent client of the protocol, tritonclient, registers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
+from tritonclient.grpc import service_pb2 as triton
+
+from splitserve import oip_grpc
+from splitserve.api.inference import inference_pb2 as ours
+
+NOT_IN_TRITONCLIENT = {
+    # Field 6 of the protocol's newer text; a client that does not know it skips it.
+    ".inference.ModelMetadataResponse.properties",
+    ".inference.ModelMetadataResponse.PropertiesEntry.key",
+    ".inference.ModelMetadataResponse.PropertiesEntry.value",
+}
+
+
+def file_of(module: Any) -> FileDescriptorProto:
+    file = FileDescriptorProto()
+    module.DESCRIPTOR.CopyToProto(file)
+    return file
+
+
+def fields(file: FileDescriptorProto) -> dict[str, tuple[Any, ...]]:
+    """By full name: number, type, label, the message that it holds, the oneof that it is part of."""
+    return {name: facts for message in file.message_type for name, facts in _fields(message, f".{file.package}")}
+
+
+def _fields(message: DescriptorProto, scope: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    scope = f"{scope}.{message.name}"
+    for field in message.field:
+        oneof = message.oneof_decl[field.oneof_index].name if field.HasField("oneof_index") else ""
+        kind = FieldDescriptorProto.Type.Name(field.type), FieldDescriptorProto.Label.Name(field.label)
+        yield f"{scope}.{field.name}", (field.number, *kind, field.type_name, oneof)
+    for nested in message.nested_type:
+        yield from _fields(nested, scope)
+
+
+def methods(file: FileDescriptorProto) -> dict[str, tuple[str, str, bool, bool]]:
+    """By path: request, answer, and which of them are streams."""
+    return {
+        f"/{file.package}.{service.name}/{method.name}": (
+            method.input_type,
+            method.output_type,
+            method.client_streaming,
+            method.server_streaming,
+        )
+        for service in file.service
+        for method in service.method
+    }
+
+
+def messages(file: FileDescriptorProto) -> set[str]:
+    return {f"{file.package}.{message.name}" for message in file.message_type}
+
+
+def test_every_message_is_one_of_the_protocols():
+    """Also those without fields."""
+    assert messages(file_of(ours)) <= messages(file_of(triton))
+
+
+def test_every_field_is_where_other_clients_have_it():
+    """Number, type, label, message and oneof of each field: one that differs would be read as another or not at all."""
+    mine, theirs = fields(file_of(ours)), fields(file_of(triton))
+
+    different = {name for name, facts in mine.items() if theirs.get(name) != facts}
+
+    assert different == NOT_IN_TRITONCLIENT
+
+
+def test_the_newer_field_is_not_taken_by_another():
+    """Where we have `properties`, tritonclient has nothing: what it does not know it skips."""
+    theirs = {facts[0] for name, facts in fields(file_of(triton)).items() if name.startswith(".inference.ModelMetadataResponse.")}
+
+    assert fields(file_of(ours))[".inference.ModelMetadataResponse.properties"][0] == 6
+    assert 6 not in theirs
+
+
+def test_every_method_is_where_other_clients_call_it():
+    """Path, request, answer and streams of each method."""
+    mine, theirs = methods(file_of(ours)), methods(file_of(triton))
+
+    assert mine == {path: theirs.get(path) for path in mine}
+
+
+def test_the_protocols_own_methods_are_all_there():
+    """The six of the standard; Triton's further ones are optional."""
+    core = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+
+    assert methods(file_of(ours)).keys() >= {f"/{oip_grpc.SERVICE}/{name}" for name in core}
+
+
+def test_our_messages_are_in_a_pool_of_their_own():
+    """tritonclient, kserve and mlserver each register the same names in protobuf's default pool, where a second one is an error."""
+    assert ours.DESCRIPTOR.pool is not triton.DESCRIPTOR.pool

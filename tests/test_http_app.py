@@ -1,0 +1,272 @@
+"""The REST face over a service that echoes: paths, methods, statuses, headers, bodies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from proxy.http_app import HttpApp
+from proxy.service import ProxyService
+from splitserve.errors import Overloaded, PairMismatch
+from splitserve.oip import InferRequest, InferResponse, ServerMetadata
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+from splitserve.testing import FakeInference, signature
+
+LIMIT = 10_000
+ROW = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
+
+
+@pytest.fixture
+def backend() -> FakeInference:
+    return FakeInference(signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1"))
+
+
+@pytest.fixture
+async def app(backend: FakeInference) -> HttpApp:
+    service = ProxyService(backend)
+    await service.refresh()
+    metadata = ServerMetadata("splitserve", "0", ("binary_tensor_data",))
+    return HttpApp(service, metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30)
+
+
+@pytest.fixture
+async def client(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/", {"status": "alive"}),
+        ("/v2/health/live", {"live": True}),
+        ("/v2/health/ready", {"ready": True, "live": True}),
+        ("/v2", {"name": "splitserve", "version": "0", "extensions": ["binary_tensor_data"]}),
+        ("/v2/", {"name": "splitserve", "version": "0", "extensions": ["binary_tensor_data"]}),
+        ("/v2/models", {"models": ["echo"]}),
+        ("/v1/models", {"models": ["echo"]}),
+        ("/v2/models/echo/ready", {"name": "echo", "ready": True}),
+        ("/v2/models/echo/versions/1.1/ready?why=not", {"name": "echo", "ready": True}),
+        ("/v1/models/echo", {"name": "echo", "ready": True}),
+    ],
+)
+async def test_what_can_be_asked_is_answered(client: httpx.AsyncClient, path: str, content: Any) -> None:
+    """Every question of the protocol has its path; a query string is no hindrance."""
+    answer = await client.get(path)
+
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    assert answer.json() == content
+
+
+async def test_metadata_shows_the_signature_with_its_batch(client: httpx.AsyncClient) -> None:
+    """A size that varies is -1; the batch dimension is included."""
+    answer = await client.get("/v2/models/echo")
+
+    assert answer.json() == {
+        "name": "echo",
+        "versions": ["1.1"],
+        "platform": "test",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}],
+        "outputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2]}],
+    }
+
+
+async def test_an_inference_is_bound_to_a_pair_and_answered(client: httpx.AsyncClient, backend: FakeInference) -> None:
+    """The stage behind gets the pair that was chosen here."""
+    answer = await client.post("/v2/models/echo/infer", json={"id": "7", "inputs": [ROW]})
+
+    assert answer.json() == {"id": "7", "model_name": "echo", "model_version": "1.1", "outputs": [ROW]}
+    assert backend.requests[0].version == "1.1"
+
+
+async def test_binary_tensors_go_in_and_out(client: httpx.AsyncClient) -> None:
+    """The JSON's length is in the header, in both directions; the bytes are the tensor's."""
+    raw = np.array([[1.5, -2]], np.float32).tobytes()
+    head = json.dumps(
+        {
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "parameters": {"binary_data_size": 8}}],
+            "outputs": [{"name": "x", "parameters": {"binary_data": True}}],
+        }
+    ).encode()
+
+    answer = await client.post(
+        "/v2/models/echo/infer", content=head + raw, headers={"Inference-Header-Content-Length": str(len(head))}
+    )
+
+    length = int(answer.headers["inference-header-content-length"])
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert json.loads(answer.content[:length])["outputs"][0]["parameters"] == {"binary_data_size": 8}
+    assert answer.content[length:] == raw
+
+
+REFUSED: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
+    "unknown path": ("GET", "/v3", {}, 404, "Not Found"),
+    "unknown model": ("POST", "/v2/models/nope/infer", {"json": {"inputs": []}}, 404, "Request for unknown model"),
+    "unknown version": ("POST", "/v2/models/echo/versions/2.1/infer", {"json": {"inputs": []}}, 404, "version 2.1"),
+    "a folder above": ("GET", "/v2/models/..%2f..%2fetc", {}, 404, "Not Found"),
+    "wrong method": ("GET", "/v2/models/echo/infer", {}, 405, "GET is not a method of this path"),
+    "empty body": ("POST", "/v2/models/echo/infer", {}, 400, "the body has 0 bytes"),
+    "not JSON": ("POST", "/v2/models/echo/infer", {"content": b"{"}, 400, "not JSON"),
+    "no inputs": ("POST", "/v2/models/echo/infer", {"json": {}}, 400, "inputs"),
+    "multipart": ("POST", "/v2/models/echo/infer", {"files": {"x": b"1"}}, 415, "multipart"),
+    "compressed": ("POST", "/v2/models/echo/infer", {"content": b"", "headers": {"content-encoding": "br"}}, 415, "br"),
+    "too large": ("POST", "/v2/models/echo/infer", {"content": b" " * (LIMIT + 1)}, 413, f"at most {LIMIT}"),
+    "unknown output": (
+        "POST",
+        "/v2/models/echo/infer",
+        {"json": {"inputs": [ROW], "outputs": [{"name": "y"}]}},
+        400,
+        'unknown output "y", expected one of "x"',
+    ),
+    "header length": (
+        "POST",
+        "/v2/models/echo/infer",
+        {"json": {"inputs": [ROW]}, "headers": {"inference-header-content-length": "-1"}},
+        400,
+        "Inference-Header-Content-Length",
+    ),
+    "huge header length": (
+        "POST",
+        "/v2/models/echo/infer",
+        {"json": {"inputs": [ROW]}, "headers": {"inference-header-content-length": "99999999999"}},
+        400,
+        "Inference-Header-Content-Length",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_what_is_wrong_is_told_in_the_protocols_form(client: httpx.AsyncClient, case: str) -> None:
+    """Every refusal has ``{"error": …}``, and the content type that clients compare."""
+    method, path, options, status, message = REFUSED[case]
+
+    answer = await client.request(method, path, **options)
+
+    assert answer.status_code == status
+    assert message in answer.json()["error"]
+    assert answer.headers["content-type"] == "application/json"
+
+
+async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+    """405 comes with Allow."""
+    infer = await client.get("/v2/models/echo/infer")
+    live = await client.post("/v2/health/live")
+
+    assert infer.headers["allow"] == "POST"
+    assert live.headers["allow"] == "GET, HEAD"
+
+
+async def test_head_is_get_without_a_body(client: httpx.AsyncClient) -> None:
+    """Probes may use it."""
+    answer = await client.head("/v2/health/ready")
+
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert int(answer.headers["content-length"]) > 0
+
+
+async def test_a_body_without_a_length_is_cut_off_at_the_limit(app: HttpApp) -> None:
+    """Nothing is gathered beyond the limit, however much is sent."""
+    n_chunks = 0
+
+    async def receive() -> dict[str, Any]:
+        nonlocal n_chunks
+        n_chunks += 1
+        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app({"type": "http", "method": "POST", "path": "/v2/models/echo/infer", "headers": []}, receive, send)
+
+    assert sent[0]["status"] == 413
+    assert n_chunks == LIMIT // 1000 + 1
+
+
+async def test_not_ready_is_503_with_the_reason(client: httpx.AsyncClient, app: HttpApp) -> None:
+    """A probe sees the status, a person the reason; live stays true."""
+    app.is_draining = True
+
+    ready = await client.get("/v2/health/ready")
+    live = await client.get("/v2/health/live")
+
+    assert (ready.status_code, ready.json()["error"], ready.headers["retry-after"]) == (503, "draining", "1")
+    assert live.status_code == 200
+
+
+def failing(error: Exception) -> Any:
+    def answer(request: InferRequest) -> InferResponse:
+        raise error
+
+    return answer
+
+
+async def answer_to(error: Exception) -> httpx.Response:
+    """What a client gets when the stage behind fails like this."""
+    backend = FakeInference(signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1"), answer=failing(error))
+    service = ProxyService(backend)
+    await service.refresh()
+    app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        return await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
+
+
+async def test_an_error_of_a_stage_behind_keeps_its_meaning() -> None:
+    """Status, reason, stage, model and pair come through; what may be retried says when."""
+    overloaded = await answer_to(Overloaded("full", stage="predict"))
+    mismatch = await answer_to(PairMismatch("broken", stage="preprocess"))
+
+    assert (overloaded.status_code, overloaded.headers["retry-after"]) == (429, "1")
+    assert overloaded.json() == {
+        "error": "full",
+        "reason": "OVERLOADED",
+        "stage": "predict",
+        "model": "echo",
+        "pair": "1.1",
+    }
+    assert (mismatch.status_code, mismatch.json()["stage"]) == (500, "preprocess")
+    assert "retry-after" not in mismatch.headers
+
+
+async def test_an_unexpected_exception_is_not_shown() -> None:
+    """The caller learns that it was internal, and nothing of what it was."""
+    answer = await answer_to(KeyError("/secret/path"))
+
+    assert answer.status_code == 500
+    assert answer.json()["error"] == "internal error"
+    assert "secret" not in answer.text
+
+
+async def test_an_output_without_a_json_form_is_refused_with_the_way_out() -> None:
+    """FP16 and bytes that are not text need the binary form."""
+
+    def answer(request: InferRequest) -> InferResponse:
+        return InferResponse("echo", "1.1", (Tensor("x", "FP16", (1, 2), b"\x00" * 4),))
+
+    backend = FakeInference(signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1"), answer=answer)
+    service = ProxyService(backend)
+    await service.refresh()
+    app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        refused = await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
+
+    assert refused.status_code == 400
+    assert "binary_data" in refused.json()["error"]
+
+
+async def test_the_page_and_the_document_come_without_any_other_host(client: httpx.AsyncClient) -> None:
+    """The API's page works offline: it names no other address."""
+    page = await client.get("/docs")
+    document = await client.get("/openapi.json")
+
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert document.json()["openapi"].startswith("3.1")
