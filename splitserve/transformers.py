@@ -81,7 +81,7 @@ class ResizeImage(_Stateless):
         size: height and width of the result, in pixels.
         crop: which part of the shorter side the square takes, above 0 and at most 1.
 
-    Source: EfficientNet's ``preprocessing.py``, "decode and center crop", whose rounding this has.
+    Source: tensorflow/tpu, EfficientNet's ``preprocessing.py``, ``_decode_and_center_crop``: the rounding is the same.
     """
 
     def __init__(self, size: int = 224, crop: float = 0.875) -> None:

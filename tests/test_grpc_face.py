@@ -13,7 +13,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import TABLE, DeadlineExceeded, Internal, InvalidInput, NotFound, PairMismatch, SplitserveError, TooLarge, Unavailable
+from splitserve.errors import (
+    TABLE,
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    NotFound,
+    PairMismatch,
+    SplitserveError,
+    TooLarge,
+    Unavailable,
+)
 from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
 from splitserve.oip_grpc import SERVICE
 from splitserve.remote import RemoteInference

@@ -60,7 +60,11 @@ def only_input(data: bytes) -> Tensor:
 
 def raw_of(datatype: str, values: list[Any]) -> bytes:
     """What numpy says that the bytes are."""
-    return encode_bytes([value.encode() for value in values]) if datatype == "BYTES" else np.array(values, dtype=DTYPES[datatype]).tobytes()
+    return (
+        encode_bytes([value.encode() for value in values])
+        if datatype == "BYTES"
+        else np.array(values, dtype=DTYPES[datatype]).tobytes()
+    )
 
 
 def refusal(data: bytes, header_length: int | None = None) -> str:
@@ -116,7 +120,9 @@ def test_a_request_says_what_it_wants():
     assert request.outputs == (RequestedOutput("label"), RequestedOutput("probabilities", {"binary_data": True}))
 
 
-@pytest.mark.parametrize("fields", [{}, {"id": None, "parameters": None, "outputs": None}, {"id": "", "parameters": {}, "outputs": []}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"id": None, "parameters": None, "outputs": None}, {"id": "", "parameters": {}, "outputs": []}]
+)
 def test_absent_null_and_empty_mean_the_same(fields):
     """No id (I-23, D6), no parameters, all outputs."""
     request = decode(body(entry(data=[1], parameters=fields.get("parameters")), **fields))
@@ -244,7 +250,9 @@ def test_a_dimension_is_a_number_that_counts(size):
     refusal(body(entry("FP32", [size], data=[1.0])))
 
 
-@pytest.mark.parametrize("shape", [[16, 2**60 + 2], [2**31 + 1], [2**70], [1] * 17], ids=["wraps", "large", "beyond int64", "rank"])
+@pytest.mark.parametrize(
+    "shape", [[16, 2**60 + 2], [2**31 + 1], [2**70], [1] * 17], ids=["wraps", "large", "beyond int64", "rank"]
+)
 @pytest.mark.parametrize("fields", [{"data": [1] * 32}, {"parameters": {"binary_data_size": 0}}], ids=["data", "binary"])
 def test_a_shape_that_no_tensor_has_is_refused(shape, fields):
     """Before any allocation, by arithmetic that does not wrap (I-07), however the elements come."""
@@ -600,7 +608,9 @@ def test_an_output_is_binary_if_it_was_asked_for_so(parameters, outputs, is_bina
 
 def test_binary_outputs_follow_the_json_in_order():
     """With their sizes in it and no data (B-03); an empty one has size 0 (B-10)."""
-    asked = InferRequest("m", (), parameters={"binary_data_output": True}, outputs=(RequestedOutput("json", {"binary_data": False}),))
+    asked = InferRequest(
+        "m", (), parameters={"binary_data_output": True}, outputs=(RequestedOutput("json", {"binary_data": False}),)
+    )
     outputs = (FLOATS, Tensor("json", "INT8", (1,), b"\x07"), Tensor("empty", "FP16", (0,), b""), TEXT)
 
     data, header_length = oip_rest.encode_response(InferResponse("penguins", "1.2", outputs), asked)

@@ -98,9 +98,7 @@ async def test_predict_takes_the_latest_version_by_default(repository: Repositor
 
 
 @pytest.mark.parametrize(("model", "version"), [("nope", ""), ("m", "9"), ("m", "abc"), ("m", "1.1"), ("m", "01")])
-async def test_predict_knows_no_other_versions(
-    repository: Repository, executor: Executor, model: str, version: str
-) -> None:
+async def test_predict_knows_no_other_versions(repository: Repository, executor: Executor, model: str, version: str) -> None:
     """An unknown version is never answered by another one."""
     service = await predict_service(repository, executor)
 
@@ -142,9 +140,7 @@ async def test_a_request_whose_time_is_over_is_not_worked_on(repository: Reposit
     assert predict.requests == []
 
 
-async def test_preprocess_transforms_calls_predict_and_answers_with_the_pair(
-    repository: Repository, executor: Executor
-) -> None:
+async def test_preprocess_transforms_calls_predict_and_answers_with_the_pair(repository: Repository, executor: Executor) -> None:
     """Version K.M: transformed with K, sent to M with the caller's id and deadline."""
     predict = fake_predict("1", "2")
     service = await preprocess_service(repository, predict, executor)

@@ -26,7 +26,9 @@ NUMBERS = tuple(name for name in (*INTEGERS, *FLOATS) if name != "BF16")
 def zeros(name: str, datatype: str, shape: tuple[int, ...]) -> Tensor:
     """A valid tensor."""
     count = math.prod(shape)
-    return Tensor(name, datatype, shape, encode_bytes([b""] * count) if datatype == "BYTES" else bytes(count * DATATYPES[datatype].itemsize))
+    return Tensor(
+        name, datatype, shape, encode_bytes([b""] * count) if datatype == "BYTES" else bytes(count * DATATYPES[datatype].itemsize)
+    )
 
 
 def age(n_rows: int = 2) -> Tensor:
@@ -78,7 +80,11 @@ def test_what_does_not_fit_is_refused_by_name(inputs, message, widen):
 
 @pytest.mark.parametrize(
     "tensor",
-    [Tensor("n" * 10_000, "FP64", (1, 1), bytes(8)), Tensor("age", "d" * 10_000, (1, 1), b""), Tensor("age", "FP64", (1,) * 9_000, b"")],
+    [
+        Tensor("n" * 10_000, "FP64", (1, 1), bytes(8)),
+        Tensor("age", "d" * 10_000, (1, 1), b""),
+        Tensor("age", "FP64", (1,) * 9_000, b""),
+    ],
     ids=["name", "datatype", "shape"],
 )
 def test_a_message_stays_short(tensor):
@@ -289,12 +295,12 @@ def test_an_answer_that_keeps_the_promise_passes():
     ("outputs", "message"),
     [
         ([age(3)], 'output "image" is missing'),
-        ([age(2), image(3)], "output \"age\": expected FP64 [3, 1], got FP64 [2, 1]"),
-        ([age(4), image(4)], "output \"age\": expected FP64 [3, 1], got FP64 [4, 1]"),
-        ([age(3), zeros("image", "INT8", (3, 2, 3))], "output \"image\": expected UINT8 [3, 2, 3], got INT8 [3, 2, 3]"),
-        ([age(3), zeros("image", "UINT8", (3, 3, 2))], "output \"image\": expected UINT8 [3, 2, 3], got UINT8 [3, 3, 2]"),
-        ([zeros("age", "FP64", (3,)), image(3)], "output \"age\": expected FP64 [3, 1], got FP64 [3]"),
-        ([zeros("age", "FP32", (3, 1)), image(3)], "output \"age\": expected FP64 [3, 1], got FP32 [3, 1]"),
+        ([age(2), image(3)], 'output "age": expected FP64 [3, 1], got FP64 [2, 1]'),
+        ([age(4), image(4)], 'output "age": expected FP64 [3, 1], got FP64 [4, 1]'),
+        ([age(3), zeros("image", "INT8", (3, 2, 3))], 'output "image": expected UINT8 [3, 2, 3], got INT8 [3, 2, 3]'),
+        ([age(3), zeros("image", "UINT8", (3, 3, 2))], 'output "image": expected UINT8 [3, 2, 3], got UINT8 [3, 3, 2]'),
+        ([zeros("age", "FP64", (3,)), image(3)], 'output "age": expected FP64 [3, 1], got FP64 [3]'),
+        ([zeros("age", "FP32", (3, 1)), image(3)], 'output "age": expected FP64 [3, 1], got FP32 [3, 1]'),
     ],
 )
 def test_a_stage_that_breaks_its_promise_is_a_mismatch(outputs, message):

@@ -2,8 +2,8 @@
 
 Two questions, because two things are done with the answers:
 
-- By default: does this process take calls? Only itself matters: yes from the end of its first loading until it drains, even with an
-  empty repository or while the service behind it is away. What restarts containers may act on this; restarting this one for
+- By default: does this process take calls? Only itself matters: yes from the end of its first loading until it drains, even with
+  an empty repository or while the service behind it is away. What restarts containers may act on this; restarting this one for
   what another one lacks would spread an outage.
 - ``--ready``: can something be inferred now, over all hops? What waits for the system before it sends requests wants this.
 """

@@ -34,7 +34,7 @@ def find_docker() -> str:
     found = list(dict.fromkeys(client for client in clients if client))
     reason = "no docker is installed"
     for client in found:
-        for question in (["compose", "version"], ["info", "--format", "{{.ServerVersion}}"]):
+        for question in (["compose", "version"], ["version", "--format", "{{.Server.Version}}"]):
             answer = subprocess.run([client, *question], capture_output=True, text=True)
             if answer.returncode:
                 reason = answer.stderr.strip() or f"`{client} {' '.join(question)}` failed"

@@ -1,0 +1,54 @@
+"""The OpenAPI document: valid, and of exactly the paths that there are."""
+
+from __future__ import annotations
+
+import re
+
+from openapi_spec_validator import validate
+
+from proxy.http_app import HttpApp
+from proxy.openapi import document
+from proxy.service import ProxyService
+from splitserve.errors import TABLE
+from splitserve.oip import ServerMetadata
+from splitserve.testing import FakeInference
+
+FOR_PEOPLE = {"/", "/docs", "/openapi.json"}
+"""Paths that are no part of the API."""
+
+
+def test_the_document_is_valid() -> None:
+    """By the schema of OpenAPI 3.1."""
+    validate(document("1.0.0"))
+
+
+def test_every_documented_path_is_served_and_every_served_one_documented() -> None:
+    """With the same methods."""
+    app = HttpApp(ProxyService(FakeInference()), metadata=ServerMetadata("s", "0"), max_body_bytes=1, default_timeout_s=1)
+    documented = {
+        (re.sub(r"\{version\}", "1.1", re.sub(r"\{model\}", "m", path)), method.upper())
+        for path, item in document("0")["paths"].items()
+        for method in item
+        if method in ("get", "post")
+    }
+
+    served = {(path, method) for path, method in documented if any(
+        pattern.fullmatch(path) and method in methods for pattern, methods in app._routes
+    )}  # fmt: skip
+    undocumented = [
+        pattern.pattern
+        for pattern, methods in app._routes
+        if not any(pattern.fullmatch(path) and method in methods for path, method in documented)
+        and not any(pattern.fullmatch(path) for path in FOR_PEOPLE)
+    ]
+
+    assert served == documented
+    assert undocumented == []
+
+
+def test_every_status_that_an_inference_can_have_is_documented() -> None:
+    """The error table and the document agree, but for what has no client (499) or no door yet (401, 403, 501)."""
+    responses = set(document("0")["paths"]["/v2/models/{model}/infer"]["post"]["responses"])
+
+    expected = {str(error.http_status) for error in TABLE} - {"499", "401", "403", "501"}
+    assert responses == expected | {"200", "415"}

@@ -1,0 +1,264 @@
+"""The commands: what they print, their exit status, what they do not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import skops.io
+from PIL import Image
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from typer.testing import CliRunner
+
+from splitserve.cli import app
+from splitserve.cli.samples import golden_instance
+from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState
+from splitserve.repository import Repository
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor, encode_bytes
+from splitserve.testing import FakeInference, serving, signature
+from tests.demo_models import Demos
+from tests.system.models import softmax_model
+
+IRIS, SPECIES = load_iris(return_X_y=True)
+COMMAND = Path(sys.executable).with_name("splitserve")
+
+
+def run(*arguments: Any) -> Any:
+    """The command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own, against a server in this one."""
+    import asyncio
+
+    async with serving(service, stage="proxy") as address:
+        process = await asyncio.create_subprocess_exec(
+            COMMAND, *map(str, arguments), "--url", address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), err.decode())
+
+
+@pytest.mark.parametrize("command", [[], ["up"], ["serve"], ["publish"], ["models"], ["infer"], ["health"]])
+def test_every_command_has_help(command: list[str]) -> None:
+    """Names its arguments, says what it does."""
+    result = run(*command, "--help")
+
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+    assert "--help" in result.output
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What a command needs is imported when it is called, so that help comes at once."""
+    check = (
+        "import sys; from typer.testing import CliRunner; from splitserve.cli import app;"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0;"
+        "print(sorted({'grpc', 'numpy', 'pandas', 'sklearn', 'onnxruntime', 'pydantic', 'rich', 'msgspec'} & set(sys.modules)))"
+    )
+
+    loaded = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
+
+    assert loaded.strip() == "[]"
+
+
+def test_the_version_is_the_packages() -> None:
+    """``--version`` prints it and nothing else."""
+    from splitserve import __version__
+
+    assert run("--version").output.strip() == __version__
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A pipeline and its data, as files of every kind that the command reads."""
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+    skops.io.dump(pipeline, tmp_path / "pipeline.skops")
+    skops.io.dump(pipeline[:-1], tmp_path / "transforms.skops")
+    joblib.dump(pipeline, tmp_path / "pipeline.joblib")
+    np.save(tmp_path / "rows.npy", IRIS)
+    np.savez(tmp_path / "sample.npz", features=np.zeros((2, 4), np.float32))
+    (tmp_path / "model.onnx").write_bytes(softmax_model(4))
+    frame = pd.DataFrame(IRIS, columns=["a", "b", "c", "d"])
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    by_name = make_pipeline(StandardScaler(), LogisticRegression()).fit(frame, SPECIES)
+    skops.io.dump(by_name, tmp_path / "by_name.skops")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "printed", "written"),
+    [
+        (["--pipeline", "pipeline.skops", "--data", "rows.npy"], "m 1.1: ", {"preprocess": [1], "predict": [1]}),
+        (["--pipeline", "by_name.skops", "--data", "rows.csv"], "m 1.1: ", {"preprocess": [1], "predict": [1]}),
+        (
+            ["--pipeline", "pipeline.joblib", "--allow-pickle", "--data", "rows.npy", "--version", "4"],
+            "m 4.4: ",
+            {"preprocess": [4], "predict": [4]},
+        ),
+        (["--transformer", "transforms.skops", "--data", "rows.npy"], "m/preprocess/1: ", {"preprocess": [1], "predict": []}),
+        (["--onnx", "model.onnx", "--data", "sample.npz"], "m/predict/1: ", {"preprocess": [], "predict": [1]}),
+    ],
+)
+def test_publish_writes_what_it_is_given(
+    files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], printed: str, written: dict[str, list[int]]
+) -> None:
+    """A pipeline becomes both halves, transforms a preprocessor, an ONNX model a predictor."""
+    monkeypatch.chdir(files)
+
+    result = run("publish", "m", "--repository", "models", *options)
+
+    assert result.output.startswith(printed), result.output
+    assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--pipeline", "pipeline.joblib", "--data", "rows.npy"], "reading a pickle runs the code in it"),
+        (["--pipeline", "missing.skops", "--data", "rows.npy"], "missing.skops"),
+        (["--pipeline", "rows.npy", "--data", "rows.npy"], "expected .skops"),
+        (["--pipeline", "pipeline.skops", "--data", "model.onnx"], "expected .csv, .npy or .npz"),
+        (["--pipeline", "pipeline.skops", "--data", "missing.csv"], "missing.csv"),
+        (["--data", "rows.npy"], "give one of --pipeline, --transformer and --onnx"),
+    ],
+)
+def test_publish_says_what_is_wrong(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+    """A line, not a traceback, and an exit status that a script sees."""
+    monkeypatch.chdir(files)
+
+    result = run("publish", "m", "--repository", "models", *options)
+
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not Path("models").exists()
+
+
+def test_models_lists_bundles_and_names_broken_ones(demos: Demos, tmp_path: Path) -> None:
+    """A row each; a broken manifest is a reason to exit 1."""
+    import shutil
+
+    shutil.copytree(demos.repository, tmp_path / "models")
+    whole = run("models", "--repository", tmp_path / "models")
+    (tmp_path / "models" / "digits" / "predict" / "1" / "manifest.json").write_text("{")
+
+    broken = run("models", "--repository", tmp_path / "models")
+
+    assert (whole.exit_code, broken.exit_code) == (0, 1)
+    assert "penguins" in whole.output
+    assert "broken: manifest.json" in broken.output
+    assert run("models", "--repository", tmp_path / "nowhere").exit_code == 1
+
+
+def echo_service() -> FakeInference:
+    """Gives a label and two scores for each row of columns ``size`` and ``word``."""
+
+    def answer(request: InferRequest) -> InferResponse:
+        word = next(tensor for tensor in request.inputs if tensor.name == "word")
+        n_rows = word.n_rows
+        scores = Tensor("scores", "FP32", (n_rows, 2), np.array([[0.25, 0.75]] * n_rows, np.float32).tobytes())
+        return InferResponse("m", "1.1", (Tensor("label", "BYTES", (n_rows,), word.raw), scores))
+
+    inputs = [TensorSpec("size", "FP64", ("batch", 1)), TensorSpec("word", "BYTES", ("batch", 1))]
+    outputs = [TensorSpec("label", "BYTES", ("batch",)), TensorSpec("scores", "FP32", ("batch", 2))]
+    return FakeInference(signature("m", inputs, outputs, version="1.1"), answer=answer)
+
+
+@pytest.mark.parametrize("form", ["records.json", "object.json", "rows.json", "rows.csv"])
+async def test_infer_sends_a_file_and_prints_a_table(tmp_path: Path, form: str) -> None:
+    """Records, rows, an object with instances, or a CSV with a header: the same request."""
+    records = [{"size": 1.5, "word": "one"}, {"size": None, "word": "two"}]
+    contents = {
+        "records.json": json.dumps(records),
+        "object.json": json.dumps({"instances": records}),
+        "rows.json": json.dumps([list(record.values()) for record in records]),
+        "rows.csv": "size,unused,word\n1.5,x,one\n,y,two\n",
+    }
+    (tmp_path / form).write_text(contents[form])
+    service = echo_service()
+
+    result = await run_beside(service, "infer", "m", tmp_path / form)
+
+    assert result.returncode == 0, result.stderr
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["m", "1.1"],
+        ["label", "scores"],
+        ["one", "0.25", "0.75"],
+        ["two", "0.25", "0.75"],
+    ]
+    size = next(tensor for tensor in service.requests[0].inputs if tensor.name == "size")
+    np.testing.assert_array_equal(np.frombuffer(size.raw), [1.5, np.nan])
+
+
+async def test_infer_sends_an_image_as_it_is(tmp_path: Path) -> None:
+    """One BYTES element, the file's own bytes."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
+    service = FakeInference(signature("m", [TensorSpec("image", "BYTES", ("batch", 1))]))
+    service._answer = lambda request: InferResponse("m", "1", (Tensor("label", "BYTES", (1,), encode_bytes([b"cat"])),))
+
+    result = await run_beside(service, "infer", "m", tmp_path / "cat.png")
+
+    assert "cat" in result.stdout
+    assert service.requests[0].inputs[0].raw == encode_bytes([(tmp_path / "cat.png").read_bytes()])
+
+
+async def test_infer_reports_an_error_in_a_line(tmp_path: Path) -> None:
+    """The server's own words, exit status 1."""
+    result = await run_beside(echo_service(), "infer", "nope", "--rows", "[]")
+
+    assert result.returncode == 1
+    assert result.stderr == "Request for unknown model: 'nope' is not found\n"
+
+
+def test_infer_wants_rows() -> None:
+    """From a file or from the command line, not neither and not both."""
+    neither, both = run("infer", "m"), run("infer", "m", "rows.json", "--rows", "[]")
+
+    assert (neither.exit_code, both.exit_code) == (2, 2)
+    assert neither.output == both.output == "give a file or --rows\n"
+
+
+async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
+    """Exit status 1 only if nothing is ready."""
+    service = echo_service()
+    service.states.append(ModelState("other", "2.1", UNAVAILABLE, "damaged"))
+
+    some = await run_beside(service, "health")
+    service.states = service.states[1:]
+    none = await run_beside(service, "health")
+
+    assert (some.returncode, none.returncode) == (0, 1)
+    assert "damaged" in some.stdout
+
+
+def test_health_says_so_when_nobody_answers() -> None:
+    """A line with the address that was asked."""
+    result = run("health", "--url", "127.0.0.1:1")
+
+    assert result.exit_code == 1
+    assert result.output == "127.0.0.1:1: the proxy service can not be reached\n"
+
+
+@pytest.mark.parametrize("model", ["penguins", "breast-cancer", "digits"])
+def test_an_example_is_the_first_golden_sample(demos: Demos, model: str) -> None:
+    """What ``up`` prints to paste is a request that the model was published with."""
+    rows = demos.models[model].rows
+
+    instance = golden_instance(demos.repository, model)
+
+    first = rows.iloc[0].to_dict() if hasattr(rows, "iloc") else rows[0].tolist()
+    assert instance == first

@@ -1,0 +1,395 @@
+"""Publishing: the split answers as the original did, or nothing is written."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.compose import make_column_transformer
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.decomposition import PCA
+from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.svm import LinearSVC
+
+from splitserve import PublishError, publish, publish_predictor, publish_preprocessor
+from splitserve.arrays import to_array
+from splitserve.errors import InvalidInput
+from splitserve.manifest import BundleError
+from splitserve.publishing.agreement import compare
+from splitserve.publishing.samples import N_GOLDEN_MAX, golden_rows
+from splitserve.repository import BundleKey, Repository
+from splitserve.runtimes import predictor, preprocessor
+from splitserve.runtimes.rows import to_tensors
+from tests.system.models import softmax_model
+
+IRIS, SPECIES = load_iris(return_X_y=True)
+NAMES = np.array(["setosa", "versicolor", "virginica"])[SPECIES]
+DIABETES, PROGRESS = load_diabetes(return_X_y=True)
+MIXED = pd.DataFrame(
+    {
+        "length": [1.0, 2.0, np.nan, 4.0, 5.0, 6.0] * 5,
+        "colour": ["red", "blue", "red", np.nan, "green", "blue"] * 5,
+        "kind": ["a", "b"] * 15,
+        "count": np.arange(30),
+        "is_new": [True, False, True] * 10,
+    }
+)
+
+
+def mixed_transforms(**encoder: Any) -> Any:
+    return make_column_transformer(
+        (make_pipeline(SimpleImputer(), StandardScaler()), ["length", "count"]),
+        (make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(**encoder)), ["colour"]),
+        (OneHotEncoder(**encoder), ["kind"]),
+        ("passthrough", ["is_new"]),
+    )
+
+
+def load(repository: Path, name: str, pair: str = "1.1") -> tuple[Any, Any]:
+    """Both halves, as the services load them."""
+    first, second = map(int, pair.split("."))
+    found = Repository(repository)
+    return (
+        found.load(BundleKey(name, "preprocess", first), preprocessor.load),
+        found.load(BundleKey(name, "predict", second), predictor.load),
+    )
+
+
+def answer(repository: Path, name: str, rows: Any) -> dict[str, np.ndarray]:
+    """What the published halves answer to these rows."""
+    half, other = load(repository, name)
+    manifest = Repository(repository).open(BundleKey(name, "preprocess", 1)).manifest
+    outputs = other.infer(half.transform(to_tensors(manifest.rows, manifest.inputs, rows)))
+    return {tensor.name: to_array(tensor) for tensor in outputs}
+
+
+PIPELINES = {
+    "logistic regression": (make_pipeline(StandardScaler(), LogisticRegression()), IRIS, NAMES),
+    "random forest": (make_pipeline(PCA(3), RandomForestClassifier(10, random_state=0)), IRIS, SPECIES),
+    "boosted trees": (make_pipeline(StandardScaler(), HistGradientBoostingClassifier(max_iter=10)), IRIS, SPECIES),
+    "network": (make_pipeline(StandardScaler(), MLPClassifier((8,), max_iter=2000, random_state=0)), IRIS, NAMES),
+    "two classes, booleans": (make_pipeline(StandardScaler(), LogisticRegression()), IRIS, SPECIES == 1),
+    "without probabilities": (make_pipeline(StandardScaler(), LinearSVC(random_state=0)), IRIS, NAMES),
+    "no transforms": (make_pipeline(LogisticRegression(max_iter=1000)), IRIS, SPECIES),
+    "mixed columns": (
+        make_pipeline(mixed_transforms(handle_unknown="ignore"), LogisticRegression()),
+        MIXED,
+        np.array(["yes", "no", "no"] * 10),
+    ),
+    "ordinal columns": (
+        make_pipeline(OrdinalEncoder(), LogisticRegression()),
+        MIXED[["kind", "is_new"]],
+        SPECIES[:30] * 0 + [0, 1] * 15,
+    ),
+    "text": (make_pipeline(CountVectorizer(), MultinomialNB()), ["good film", "bad film", "very bad", "very good"], [1, 0, 0, 1]),
+}
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_a_classifier_answers_as_before(tmp_path: Path, case: str) -> None:
+    """Labels are the same and probabilities within the tolerance; what scikit-learn does not give is not given."""
+    pipeline, rows, target = PIPELINES[case]
+    pipeline.fit(rows, target)
+
+    published = publish(pipeline, rows, name="m", repository=tmp_path)
+    found = answer(tmp_path, "m", rows)
+
+    labels = [each.decode() if isinstance(each, bytes) else str(each) for each in found["label"].tolist()]
+    expected = pipeline.predict(rows)
+    assert labels == [str(int(each) if isinstance(each, bool) else each) for each in expected.tolist()]
+    assert ("probabilities" in found) is hasattr(pipeline, "predict_proba")
+    if "probabilities" in found:
+        np.testing.assert_allclose(found["probabilities"], pipeline.predict_proba(rows), atol=1e-5)
+    assert (published.pair, published.worst_difference < 1e-5) == ("1.1", True)
+
+
+@pytest.mark.parametrize("estimator", [LinearRegression(), GradientBoostingRegressor(random_state=0)])
+def test_a_regressor_answers_as_before(tmp_path: Path, estimator: Any) -> None:
+    """One output, ``prediction``, close to the original relative to the largest value."""
+    pipeline = make_pipeline(StandardScaler(), estimator).fit(DIABETES, PROGRESS)
+
+    publish(pipeline, DIABETES, name="m", repository=tmp_path)
+    found = answer(tmp_path, "m", DIABETES)
+
+    assert list(found) == ["prediction"]
+    np.testing.assert_allclose(found["prediction"].ravel(), pipeline.predict(DIABETES), rtol=1e-4)
+
+
+def test_what_float32_can_not_hold_is_published_at_float64(tmp_path: Path) -> None:
+    """Features that differ in the ninth digit need the wider form, which the bundle then has."""
+    rows = 1e8 + np.arange(40.0).reshape(-1, 1)
+    estimator = LinearRegression().fit(rows, np.arange(40.0))
+    pipeline = make_pipeline(FunctionTransformer().fit(rows), estimator)
+
+    publish(pipeline, rows, name="m", repository=tmp_path)
+    half, other = load(tmp_path, "m")
+
+    assert half.outputs[0].datatype == other.inputs[0].datatype == "FP64"
+
+
+def test_versions_count_up_and_never_change(tmp_path: Path) -> None:
+    """Each half has its own numbers; a number that is taken is refused and nothing is left half-written."""
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+    publish(pipeline, IRIS, name="m", repository=tmp_path)
+    publish_preprocessor(pipeline[:-1], IRIS, name="m", repository=tmp_path)
+
+    second = publish(pipeline, IRIS, name="m", repository=tmp_path)
+    with pytest.raises(PublishError, match="m/preprocess/3: already published"):
+        publish(pipeline, IRIS, name="m", repository=tmp_path, version=3)
+
+    assert second.pair == "3.2"
+    assert Repository(tmp_path).versions("m", "predict") == [1, 2]
+
+
+def test_if_the_second_half_can_not_be_written_the_first_is_taken_back(tmp_path: Path) -> None:
+    """Both or none."""
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+    publish_predictor(softmax_model(4, 3), IRIS[:1].astype(np.float32), name="m", repository=tmp_path, version=5)
+
+    with pytest.raises(PublishError, match="m/predict/5: already published"):
+        publish(pipeline, IRIS, name="m", repository=tmp_path, version=5)
+
+    assert Repository(tmp_path).versions("m", "preprocess") == []
+
+
+class Unknown(ClassifierMixin, BaseEstimator):
+    """An estimator that skl2onnx has never heard of."""
+
+    def fit(self, X: Any, y: Any) -> Unknown:
+        self.classes_ = np.unique(y)
+        return self
+
+    def predict(self, X: Any) -> Any:
+        return np.zeros(len(X), int)
+
+
+FITTED = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "not a pipeline": (LogisticRegression(), IRIS, {}, "expected a scikit-learn Pipeline, got LogisticRegression"),
+    "not fitted": (make_pipeline(StandardScaler(), LogisticRegression()), IRIS, {}, "Pipeline is not fitted; call fit first"),
+    "no estimator": (make_pipeline(StandardScaler()).fit(IRIS), IRIS, {}, "the last step, StandardScaler, has no predict"),
+    "unsupported estimator": (
+        make_pipeline(StandardScaler(), Unknown()).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "Unknown can not be converted",
+    ),
+    "fewer columns": (FITTED, IRIS[:, :3], {}, "X has 3 features, but .* is expecting 4 features"),
+    "text for numbers": (FITTED, np.full((3, 4), "a"), {}, "X does not fit"),
+    "no rows": (FITTED, IRIS[:0], {}, "X has no rows"),
+    "a ragged list": (FITTED, [[1, 2], [3]], {}, "X is not an array"),
+    "a name that is a path": (FITTED, IRIS, {"name": "../m"}, 'name "../m": expected letters'),
+    "a function of one's own": (
+        make_pipeline(FunctionTransformer(np.sort), StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "holds types that are not allowed",
+    ),
+    "a tolerance that can not be met": (FITTED, IRIS, {"tolerance": 0.0}, "probabilities of row .* more than 0e"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+    """The message says what is wrong; the repository is as it was."""
+    pipeline, rows, options, message = MISTAKES[case]
+
+    with warnings.catch_warnings(), pytest.raises(PublishError, match=message):
+        warnings.simplefilter("ignore")  # scikit-learn's, about the mistake that is made here
+        publish(pipeline, rows, **{"name": "m", "repository": tmp_path / "models", **options})
+
+    assert not list((tmp_path / "models").rglob("*"))
+
+
+def test_a_repository_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+    """A file where the folder should be."""
+    (tmp_path / "models").write_text("")
+
+    with pytest.raises(PublishError, match="m/preprocess/1: can not be written"):
+        publish(FITTED, IRIS, name="m", repository=tmp_path / "models")
+
+
+def test_golden_samples_show_every_category_and_a_missing_value() -> None:
+    """Also where they are rare; a bound keeps the file small."""
+    frame = pd.DataFrame({"word": ["common"] * 500, "size": np.ones(500)})
+    frame.loc[321, "word"] = "rare"
+    frame.loc[322, "word"] = None
+    frame.loc[323, "size"] = np.nan
+
+    chosen = golden_rows(frame)
+    crowded = golden_rows(pd.DataFrame({"word": [str(index) for index in range(500)]}))
+
+    assert {321, 322, 323} <= set(chosen)
+    assert len(crowded) == N_GOLDEN_MAX
+
+
+def test_what_the_estimator_would_not_take_is_refused_by_the_preprocessor(tmp_path: Path) -> None:
+    """scikit-learn refuses NaN for this estimator, so the split does, and names the row."""
+    publish(FITTED, IRIS, name="strict", repository=tmp_path)
+    trees = make_pipeline(StandardScaler(), HistGradientBoostingClassifier(max_iter=5)).fit(IRIS, SPECIES)
+    publish(trees, IRIS, name="lenient", repository=tmp_path)
+    rows = IRIS[:3].copy()
+    rows[2, 1] = np.nan
+
+    with pytest.raises(InvalidInput, match="row 2: the transforms leave a missing or infinite value"):
+        answer(tmp_path, "strict", rows)
+    found = answer(tmp_path, "lenient", rows)
+
+    np.testing.assert_allclose(found["probabilities"], trees.predict_proba(rows), atol=1e-5)
+
+
+def test_an_empty_string_is_a_missing_value_where_the_transforms_take_one(tmp_path: Path) -> None:
+    """Observed in the data, or tried out; where "" was a value in training it stays one."""
+    frame = pd.DataFrame(
+        {"gaps": ["a", None, "b"] * 4, "full": ["a", "b", "c"] * 4, "blank": ["a", "", "b"] * 4, "text": ["one two"] * 12}
+    )
+    transforms = make_column_transformer(
+        (OneHotEncoder(handle_unknown="ignore"), ["gaps", "full", "blank"]), (CountVectorizer(), "text")
+    ).fit(frame)
+
+    bundle = publish_preprocessor(transforms, frame, name="m", repository=tmp_path)
+
+    columns = {column.name: column.missing for column in bundle.manifest.rows.columns}
+    assert {name: bool(missing) for name, missing in columns.items()} == {
+        "gaps": True,
+        "full": True,
+        "blank": False,
+        "text": False,
+    }
+
+
+def test_a_value_that_the_transforms_refuse_is_bad_input(tmp_path: Path) -> None:
+    """scikit-learn's own words, on one line."""
+    bundle = publish_preprocessor(mixed_transforms().fit(MIXED), MIXED, name="m", repository=tmp_path)
+    half = preprocessor.load(bundle)
+    strange = MIXED[:1].assign(kind="zebra")
+
+    with pytest.raises(InvalidInput, match="the transforms refuse a row: Found unknown categories"):
+        half.transform(to_tensors(bundle.manifest.rows, bundle.manifest.inputs, strange))
+
+
+def test_a_predictor_is_taken_as_path_bytes_or_model(tmp_path: Path) -> None:
+    """All three publish the same file."""
+    data = softmax_model(3)
+    (tmp_path / "model.onnx").write_bytes(data)
+    sample = np.zeros((2, 3), np.float32)
+
+    bundles = [
+        publish_predictor(model, sample, name="m", repository=tmp_path / "models", labels=["no", "yes"])
+        for model in (tmp_path / "model.onnx", data, onnx.load_from_string(data))
+    ]
+
+    assert [bundle.key.version for bundle in bundles] == [1, 2, 3]
+    assert bundles[0].manifest.labels == ("no", "yes")
+    assert bundles[0].manifest.environment["ONNX IR"] == "8"
+    assert {bundle.read("model.onnx") for bundle in bundles[:2]} == {data}
+
+
+@pytest.mark.parametrize(
+    ("model", "sample", "message"),
+    [
+        (b"no model", np.zeros((2, 3), np.float32), "ONNX Runtime .* can not load it"),
+        ("missing.onnx", np.zeros((2, 3), np.float32), "missing.onnx: No such file"),
+        (softmax_model(3), np.zeros((2, 4), np.float32), "the sample inputs do not fit the model"),
+        (softmax_model(3), {"wrong": np.zeros((2, 3), np.float32)}, 'unknown input "wrong"'),
+    ],
+)
+def test_a_predictor_that_can_not_run_is_refused(tmp_path: Path, model: Any, sample: Any, message: str) -> None:
+    """Named, and nothing is written."""
+    with pytest.raises(PublishError, match=message):
+        publish_predictor(model, sample, name="m", repository=tmp_path)
+
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_predictor_without_a_free_batch_is_refused(tmp_path: Path) -> None:
+    """Rows are the leading dimension, and there may be any number of them."""
+    model = onnx.load_from_string(softmax_model(3))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+    with pytest.raises(PublishError, match="the leading dimension must be a free batch"):
+        publish_predictor(model, np.zeros((1, 3), np.float32), name="m", repository=tmp_path)
+
+
+def test_a_version_that_answers_otherwise_than_where_it_was_made_is_refused(tmp_path: Path) -> None:
+    """Golden samples are replayed at load; the worst difference is shown with sample, tensor, index, expected and got."""
+    sample = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+    published = publish_predictor(softmax_model(3), sample, name="m", repository=tmp_path)
+    other = onnx.load_from_string(softmax_model(3))
+    weights = onnx.numpy_helper.to_array(other.graph.initializer[0])[:, ::-1]
+    other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights.copy(), "weights"))
+    changed = publish_predictor(other, sample, name="other", repository=tmp_path)
+
+    data = changed.read("model.onnx")
+    digest, old = changed.manifest.files["model.onnx"], published.manifest.files["model.onnx"]
+    (published.folder / "model.onnx").write_bytes(data)
+    manifest = published.folder / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace(old.sha256, digest.sha256).replace(f'"size": {old.size}', f'"size": {digest.size}')
+    )
+
+    with pytest.raises(BundleError, match=r'm/predict/1: output "scores" of golden sample \d at \[\d, \d\]: expected .*, got'):
+        Repository(tmp_path).load(published.key, predictor.load)
+
+
+def test_another_minor_version_of_scikit_learn_is_refused_unless_allowed(tmp_path: Path) -> None:
+    """Both versions and the ways out are named; allowed, the golden samples decide."""
+    bundle = publish_preprocessor(StandardScaler().fit(IRIS), IRIS, name="m", repository=tmp_path)
+    manifest = bundle.folder / "manifest.json"
+    here = bundle.manifest.environment["scikit-learn"]
+    manifest.write_text(manifest.read_text().replace(f'"scikit-learn": "{here}"', '"scikit-learn": "0.24.2"'))
+    repository = Repository(tmp_path)
+
+    with pytest.raises(BundleError, match="published with scikit-learn 0.24.2, this service runs .*ALLOW_ENVIRONMENT_MISMATCH"):
+        repository.load(bundle.key, preprocessor.load)
+    loaded = repository.load(bundle.key, lambda each: preprocessor.load(each, allow_environment_mismatch=True))
+
+    assert loaded.inputs[0].name == "features"
+
+
+@pytest.mark.parametrize(
+    ("found", "worst", "complaint"),
+    [
+        ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])}, 0.0, ""),
+        ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.25, 0.75]])}, 0.05, "probabilities of row 1"),
+        ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [np.nan, 0.8]])}, np.nan, "probabilities of row 1"),
+        (
+            {"label": np.array([1, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])},
+            0.0,
+            'label of row 0: .* "0", the split "1"',
+        ),
+    ],
+)
+def test_agreement_is_of_probabilities_and_labels(found: dict[str, np.ndarray], worst: float, complaint: str) -> None:
+    """The row that is farthest off is named; a NaN is never close to anything."""
+    import re
+
+    expected = {"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])}
+
+    found_worst, found_complaint = compare(found, expected, 1e-4)
+
+    np.testing.assert_allclose(found_worst, worst, atol=1e-9)
+    assert re.search(complaint, found_complaint) if complaint else not found_complaint
+
+
+def test_a_label_may_differ_where_two_probabilities_are_too_close_to_tell() -> None:
+    """The tie is decided by the last bit, which no conversion keeps."""
+    expected = {"label": np.array([0]), "probabilities": np.array([[0.50001, 0.49999]])}
+
+    _, complaint = compare({"label": np.array([1]), "probabilities": np.array([[0.49999, 0.50001]])}, expected, 1e-4)
+
+    assert complaint == ""

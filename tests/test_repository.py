@@ -1,0 +1,300 @@
+"""The model repository: bundles are written whole or not at all, and read only if they are what was written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from splitserve import manifest as manifests
+from splitserve.manifest import BundleError, Manifest
+from splitserve.repository import Bundle, BundleKey, Repository
+
+FILES = {"pipeline.skops": b"fitted", "golden.npz": b"samples"}
+KEY = BundleKey("penguins", "preprocess", 1)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "models")
+
+
+def manifest_of(key: BundleKey = KEY) -> Manifest:
+    return Manifest(
+        schema_version=1,
+        name=key.model,
+        kind=key.kind,
+        version=key.version,
+        created="2026-01-02T03:04:05+00:00",
+        files={},
+        inputs=(),
+        outputs=(),
+        environment={},
+    )
+
+
+def publish(repository: Repository, key: BundleKey = KEY) -> Bundle:
+    return repository.write(manifest_of(key), FILES)
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_bundle_is_read_as_it_was_written(repository):
+    """The manifest with the digests filled in, and every file."""
+    written = publish(repository)
+
+    found = repository.open(KEY)
+
+    assert found.manifest == written.manifest
+    assert found.key == written.key == KEY
+    assert {name: found.read(name) for name in found.manifest.files} == FILES
+    assert written.read("golden.npz") == b"samples"
+
+
+def test_the_tree_is_model_kind_version(repository):
+    """People and other tools look there too, so every account may."""
+    publish(repository)
+
+    assert everything_below(repository.root) == [
+        "penguins",
+        "penguins/preprocess",
+        "penguins/preprocess/1",
+        "penguins/preprocess/1/golden.npz",
+        "penguins/preprocess/1/manifest.json",
+        "penguins/preprocess/1/pipeline.skops",
+    ]
+    assert (repository.root / "penguins/preprocess/1").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_published_version_never_changes(repository):
+    """A second publish of it is refused, and leaves the first as it was."""
+    publish(repository)
+    before = everything_below(repository.root)
+
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: already published"):
+        repository.write(manifest_of(), {"pipeline.skops": b"other"})
+
+    assert everything_below(repository.root) == before
+    assert repository.open(KEY).read("pipeline.skops") == b"fitted"
+
+
+def test_a_write_that_fails_leaves_nothing(repository):
+    """Not even for a moment under the bundle's name: what was begun goes with the error."""
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: can not be written: No such file or directory$"):
+        repository.write(manifest_of(), {**FILES, "no-such-folder/file": b""})
+
+    assert everything_below(repository.root) == ["penguins", "penguins/preprocess"]
+    assert list(repository.bundles()) == []
+
+
+def test_a_write_that_is_interrupted_leaves_nothing(repository):
+    """Whatever ends it, it ends the scratch folder too."""
+
+    class Interrupted(dict[str, bytes]):
+        def keys(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repository.write(manifest_of(), Interrupted(FILES))
+
+    assert everything_below(repository.root) == ["penguins", "penguins/preprocess"]
+
+
+def test_a_repository_that_can_not_be_written_says_so(tmp_path):
+    """A file is where the folder should be."""
+    (tmp_path / "models").write_text("not a folder")
+
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: can not be written: Not a directory$"):
+        publish(Repository(tmp_path / "models"))
+
+
+def test_what_a_writer_left_behind_is_passed_over(repository):
+    """A process that was killed while it wrote leaves a folder under a temporary name; readers and writers do not mind."""
+    leftover = repository.root / "penguins/preprocess/.1-abc"
+    leftover.mkdir(parents=True)
+    (leftover / "manifest.json").write_bytes(b"half")
+
+    assert list(repository.bundles()) == []
+    assert repository.next_version("penguins", "preprocess") == 1
+
+    publish(repository)
+    assert list(repository.bundles()) == [KEY]
+
+
+def test_bundles_come_by_model_kind_and_version(repository):
+    """Versions as numbers; a half of a model is there without the other."""
+    keys = [
+        BundleKey("digits", "predict", 1),
+        BundleKey("penguins", "preprocess", 2),
+        BundleKey("penguins", "preprocess", 10),
+        BundleKey("penguins", "predict", 1),
+    ]
+    for key in reversed(keys):
+        publish(repository, key)
+
+    assert list(repository.bundles()) == keys
+    assert repository.models() == ["digits", "penguins"]
+    assert repository.versions("penguins", "preprocess") == [2, 10]
+    assert repository.next_version("penguins", "preprocess") == 11
+    assert repository.next_version("digits", "preprocess") == 1
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "penguins/preprocess/0",
+        "penguins/preprocess/01",
+        "penguins/preprocess/-1",
+        "penguins/preprocess/1.0",
+        "penguins/preprocess/1a",
+        "penguins/preprocess/latest",
+        "penguins/preprocess/\u0661",
+        "penguins/preprocess/\u00b2",
+        "penguins/preprocess/.1",
+        "penguins/postprocess/1",
+        "penguins/1",
+        ".git/preprocess/1",
+        "my model/preprocess/1",
+        "-x/preprocess/1",
+        "lost+found/preprocess/1",
+    ],
+)
+def test_a_folder_with_another_name_is_passed_over(repository, folder):
+    """What is no model, kind or version is somebody else's."""
+    (repository.root / folder).mkdir(parents=True)
+
+    assert list(repository.bundles()) == []
+    assert repository.models() == []
+
+
+@pytest.mark.parametrize("file", ["penguins", "penguins/preprocess", "penguins/preprocess/1"])
+def test_a_file_in_place_of_a_folder_is_passed_over(repository, file):
+    """At every level."""
+    path = repository.root / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+
+    assert list(repository.bundles()) == []
+
+
+def test_a_repository_that_is_not_there_is_empty(repository):
+    """It may be mounted later."""
+    assert list(repository.bundles()) == []
+    assert repository.models() == []
+    assert repository.versions("penguins", "predict") == []
+    assert repository.next_version("penguins", "predict") == 1
+
+
+def test_a_bundle_that_is_not_there_says_so(repository):
+    """The system's reason, without the path of the host."""
+    with pytest.raises(BundleError) as caught:
+        repository.open(KEY)
+
+    assert str(caught.value) == "manifest.json can not be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"fittes", "pipeline.skops has sha256 .*, manifest.json says .*"),
+        (b"fitte", "pipeline.skops has 5 bytes, manifest.json says 6"),
+        (b"fitted!", "pipeline.skops has 7 bytes, manifest.json says 6"),
+        (b"", "pipeline.skops has 0 bytes, manifest.json says 6"),
+        (None, "pipeline.skops can not be read: No such file or directory"),
+    ],
+    ids=["damaged", "truncated", "longer", "empty", "missing"],
+)
+def test_a_file_that_is_not_what_was_written_is_refused(repository, content, message):
+    """By its size, its digest or its absence; the other files are as good as before."""
+    file = publish(repository).folder / "pipeline.skops"
+    file.unlink() if content is None else file.write_bytes(content)
+    bundle = repository.open(KEY)
+
+    with pytest.raises(BundleError, match=f"^{message}$"):
+        bundle.read("pipeline.skops")
+
+    assert bundle.read("golden.npz") == b"samples"
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "../1/golden.npz"])
+def test_only_what_the_manifest_lists_is_read(repository, name):
+    """Anything else was never checked."""
+    bundle = publish(repository)
+
+    with pytest.raises(BundleError, match=r"^manifest\.json lists no "):
+        bundle.read(name)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(repository):
+    """Somebody put it there; all of them are named."""
+    folder = publish(repository).folder
+    (folder / "b.txt").write_bytes(b"")
+    (folder / "a").mkdir()
+
+    with pytest.raises(BundleError, match=r"^manifest\.json does not list a, b\.txt$"):
+        repository.open(KEY)
+
+
+@pytest.mark.parametrize("there", [BundleKey("penguins", "preprocess", 2), BundleKey("penguins", "predict", 1), BundleKey("digits", "preprocess", 1)])
+def test_another_bundles_manifest_is_refused(repository, there):
+    """A folder that was copied or renamed is not the version that its name says."""
+    shutil.copytree(publish(repository).folder, repository.folder(there))
+
+    with pytest.raises(BundleError, match=r"^manifest\.json is that of penguins/preprocess/1$"):
+        repository.open(there)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, r"manifest\.json: schema version 2, this splitserve reads version 1"),
+        ({"surprise": True}, r"manifest\.json: .*`surprise`.*"),
+    ],
+)
+def test_a_manifest_that_is_not_understood_is_refused(repository, change, message):
+    """Of another schema version, or with a field that is not known."""
+    file = publish(repository).folder / "manifest.json"
+    file.write_bytes(msgspec.json.encode({**msgspec.json.decode(file.read_bytes()), **change}))
+
+    with pytest.raises(BundleError, match=f"^{message}$"):
+        repository.open(KEY)
+
+
+def test_loading_names_the_bundle(repository):
+    """Of all that are loaded, the one that failed; what was made of it is given back otherwise."""
+    publish(repository)
+
+    def refuse(bundle: Bundle) -> None:
+        raise BundleError("golden samples differ")
+
+    assert repository.load(KEY, lambda bundle: bundle.read("golden.npz")) == b"samples"
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: golden samples differ$"):
+        repository.load(KEY, refuse)
+    with pytest.raises(BundleError, match=r"^digits/predict/3: manifest\.json can not be read: No such file or directory$"):
+        repository.load(BundleKey("digits", "predict", 3), refuse)
+
+
+def test_a_bundle_can_be_taken_back(repository):
+    """As if it had never been; one that is not there can be taken back too."""
+    publish(repository)
+    other = publish(repository, BundleKey("penguins", "preprocess", 2))
+
+    repository.remove(KEY)
+    repository.remove(KEY)
+
+    assert list(repository.bundles()) == [other.key]
+
+
+def test_the_digests_are_those_of_the_contents(repository):
+    """SHA-256; whatever the caller's manifest said of files is replaced."""
+    lying = msgspec.structs.replace(manifest_of(), files={"golden.npz": manifests.FileDigest("00", 1), "other": manifests.FileDigest("00", 1)})
+
+    bundle = repository.write(lying, {"golden.npz": b"samples"})
+
+    assert bundle.manifest.files == {
+        "golden.npz": manifests.FileDigest("24baa7a731ce04b431af93d94cba8e0160a0e6a4607edc2d70c595dd098e56cf", 7)
+    }

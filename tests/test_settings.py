@@ -1,0 +1,59 @@
+"""Settings: from the environment, checked before anything is bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from predict_service.settings import PredictSettings
+from preprocess_service.settings import PreprocessSettings
+from proxy.settings import ProxySettings
+from splitserve.server import settings
+
+ALL = (ProxySettings, PreprocessSettings, PredictSettings)
+
+
+def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix keeps services apart that share an environment; some variables are shared on purpose."""
+    monkeypatch.setenv("PREDICT_GRPC_PORT", "1234")
+    monkeypatch.setenv("MODEL_REPOSITORY", "/somewhere")
+
+    predict, preprocess = settings.read(PredictSettings), settings.read(PreprocessSettings)
+
+    assert (predict.grpc_port, preprocess.grpc_port) == (1234, 8011)
+    assert predict.model_repository == preprocess.model_repository == "/somewhere"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("PROXY_HTTP_PORT", "70000"), ("PROXY_GRACE_S", "-1"), ("LOG_LEVEL", "loud"), ("PROXY_DEFAULT_TIMEOUT_S", "x")],
+)
+def test_a_wrong_value_ends_the_process_naming_the_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
+) -> None:
+    """Exit status 2 and one line."""
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(SystemExit) as raised:
+        settings.read(ProxySettings)
+
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.startswith(f"{variable}: ")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_setting_says_what_it_means(kind: type[settings.ServiceSettings]) -> None:
+    """A field without a docstring is not documented."""
+    assert [name for name, field in kind.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_nothing_listens_beyond_loopback_unless_told(kind: type[settings.ServiceSettings]) -> None:
+    """No one is asked for credentials, so no one from outside gets in by default."""
+    assert settings.read(kind).host == "127.0.0.1"
+
+
+def test_defaults_are_the_ports_that_clients_expect() -> None:
+    """8000 REST, 8001 gRPC at the edge."""
+    proxy = settings.read(ProxySettings)
+
+    assert (proxy.http_port, proxy.grpc_port) == (8000, 8001)

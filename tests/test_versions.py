@@ -1,0 +1,112 @@
+"""Versions: a number for half a model, "K.M" for both."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.errors import NotFound
+from splitserve.versions import Pair, parse_pair, parse_version, unknown_model
+
+NUMBERS = st.integers(1, 999_999_999)
+
+NO_NUMBERS = [
+    "0",
+    "01",
+    "-1",
+    "+1",
+    " 1",
+    "1 ",
+    "1\n",
+    "1.0",
+    "1e1",
+    "v1",
+    "latest",
+    "1_0",
+    "\u0661",
+    "\u00b2",
+    "1000000000",
+    "9" * 5000,
+]
+
+
+@given(NUMBERS)
+def test_a_number_is_a_version(number):
+    """As it is written in the repository."""
+    assert parse_version("penguins", str(number)) == number
+
+
+@given(NUMBERS, NUMBERS)
+def test_a_pair_is_two_numbers(preprocessor, predictor):
+    """Preprocessor first; it is written as it is read."""
+    pair = parse_pair("penguins", f"{preprocessor}.{predictor}")
+
+    assert pair == Pair(preprocessor, predictor)
+    assert str(pair) == f"{preprocessor}.{predictor}"
+
+
+def test_no_version_leaves_the_choice_to_the_service():
+    """Absent is empty on the wire."""
+    assert parse_version("penguins", "") is None
+    assert parse_pair("penguins", "") is None
+
+
+@pytest.mark.parametrize("version", NO_NUMBERS)
+def test_what_is_no_number_is_not_found(version):
+    """Never ignored, never rounded to one that exists (D14)."""
+    with pytest.raises(NotFound) as caught:
+        parse_version("penguins", version)
+
+    assert caught.value.message == f"Request for unknown model: 'penguins' is not found, version {version[:32]}"
+    assert caught.value.model == "penguins"
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        "1",
+        "1.",
+        ".1",
+        "1.2.3",
+        "1,2",
+        "1.0",
+        "0.1",
+        "01.2",
+        " 1.2",
+        "1.2 ",
+        "1. 2",
+        "1.x",
+        ".",
+        *(f"1.{bad}" for bad in NO_NUMBERS),
+    ],
+)
+def test_what_is_no_pair_is_not_found(version):
+    """And how a pair is written is said."""
+    with pytest.raises(NotFound) as caught:
+        parse_pair("penguins", version)
+
+    assert caught.value.message == (
+        f"Request for unknown model: 'penguins' is not found, version {version[:32]} (a pair is written \"K.M\")"
+    )
+
+
+def test_the_newest_pair_is_the_greatest():
+    """By preprocessor first, as numbers."""
+    pairs = [Pair(2, 1), Pair(1, 10), Pair(1, 9), Pair(10, 1)]
+
+    assert sorted(pairs) == [Pair(1, 9), Pair(1, 10), Pair(2, 1), Pair(10, 1)]
+
+
+def test_an_unknown_model_is_told_in_words_that_clients_match():
+    """Four programs of tritonclient compare the beginning (D10); an endless name is cut."""
+    assert unknown_model("x") == "Request for unknown model: 'x' is not found"
+    assert unknown_model("x" * 1000) == f"Request for unknown model: '{'x' * 128}' is not found"
+
+
+def test_a_model_name_is_cut_to_what_a_header_holds():
+    """It comes from the caller and goes into trailing metadata."""
+    with pytest.raises(NotFound) as caught:
+        parse_pair("m" * 1000, "x")
+
+    assert caught.value.model == "m" * 128
