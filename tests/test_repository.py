@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import UserDict
 from pathlib import Path
 
 import msgspec
@@ -94,8 +95,8 @@ def test_a_write_that_fails_leaves_nothing(repository):
 def test_a_write_that_is_interrupted_leaves_nothing(repository):
     """Whatever ends it, it ends the scratch folder too."""
 
-    class Interrupted(dict[str, bytes]):
-        def keys(self):
+    class Interrupted(UserDict):
+        def keys(self):  # asked for once the scratch folder is there
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -40,7 +40,7 @@ from splitserve.signature import BATCH, TensorSpec
 GOLDEN_TOLERANCE = Tolerance(rtol=1e-4, atol=1e-5)
 """What replaying floats on another machine may differ by."""
 
-_PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "skops", "splitserve")
+_PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "pillow", "skops", "splitserve")
 _PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
 
 

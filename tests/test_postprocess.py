@@ -1,0 +1,144 @@
+"""The postprocess step: scores into probabilities and a label."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.arrays import DTYPES, from_array, to_array
+from splitserve.manifest import Postprocess
+from splitserve.runtimes.postprocess import apply, differences, output_specs
+from splitserve.signature import TensorSpec, check_outputs
+from splitserve.tensors import Tensor, decode_bytes
+
+LABELS = ("cat", "dog", "é")
+STEP = Postprocess("scores")
+SCORES = TensorSpec("scores", "FP32", ("batch", 3))
+MORE = TensorSpec("embedding", "FP32", ("batch", 2))
+
+
+def scores(values: object, datatype: str = "FP32") -> Tensor:
+    return from_array("scores", np.array(values, dtype=DTYPES[datatype]).reshape(-1, 3))
+
+
+@pytest.mark.parametrize("datatype", ["FP32", "FP64"])
+def test_scores_become_probabilities_and_the_best_label(datatype):
+    """Softmax along the labels, in the scores' own datatype; the label is UTF-8 text."""
+    values = [[0.0, np.log(2.0), np.log(5.0)], [5.0, 5.0, -1000.0]]
+
+    probabilities, label = apply(STEP, LABELS, [scores(values, datatype)])
+
+    assert (probabilities.name, probabilities.datatype, probabilities.shape) == ("probabilities", datatype, (2, 3))
+    np.testing.assert_allclose(to_array(probabilities), [[1 / 8, 2 / 8, 5 / 8], [0.5, 0.5, 0.0]], rtol=1e-6)
+    assert (label.name, label.datatype, label.shape) == ("label", "BYTES", (2,))
+    assert decode_bytes(label) == ["é".encode(), b"cat"]
+
+
+def test_without_an_activation_scores_are_the_probabilities():
+    """Bit for bit; the label is still made."""
+    sent = scores([[0.25, 0.5, 0.25]])
+
+    probabilities, label = apply(Postprocess("scores", "none"), LABELS, [sent])
+
+    assert probabilities.raw == sent.raw
+    assert decode_bytes(label) == [b"dog"]
+
+
+@given(st.lists(st.floats(-3e38, 3e38, width=32), min_size=3, max_size=30).filter(lambda values: len(values) % 3 == 0))
+def test_probabilities_are_between_0_and_1_and_add_up(values):
+    """However large the scores are: nothing overflows."""
+    array = to_array(scores(values))
+
+    probabilities, label = (to_array(tensor) for tensor in apply(STEP, LABELS, [scores(values)]))
+
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert label.tolist() == [LABELS[best].encode() for best in array.argmax(axis=1)]
+
+
+def test_no_rows_are_answered_with_no_rows():
+    """The shapes are those of the signature."""
+    answer = apply(STEP, LABELS, [scores([])])
+
+    assert [tensor.shape for tensor in answer] == [(0, 3), (0,)]
+
+
+def test_other_outputs_pass_through_behind_the_made_ones():
+    """Untouched, in their order."""
+    before, after = from_array("a", np.zeros((1, 2))), from_array("b", np.ones((1, 2)))
+
+    answer = apply(STEP, LABELS, [before, scores([[1, 2, 3]]), after])
+
+    assert [tensor.name for tensor in answer] == ["probabilities", "label", "a", "b"]
+    assert answer[2:] == (before, after)
+
+
+@pytest.mark.parametrize("outputs", [[SCORES], [MORE, SCORES], [SCORES, MORE]])
+@pytest.mark.parametrize("n_rows", [0, 1, 4])
+def test_the_answer_is_what_the_signature_says(outputs, n_rows):
+    """What is promised for a predictor is what `apply` gives for it."""
+    specs = output_specs(STEP, outputs)
+    sent = [from_array(spec.name, np.ones((n_rows, spec.shape[1]), dtype="f4")) for spec in outputs]
+
+    answer = apply(STEP, LABELS, sent)
+
+    assert differences(STEP, LABELS, outputs) == []
+    assert [tensor.name for tensor in answer] == [spec.name for spec in specs]
+    check_outputs(specs, answer, n_rows)
+
+
+def test_the_signature_replaces_the_scores():
+    """By probabilities of their form and one label a row."""
+    assert output_specs(STEP, [MORE, SCORES]) == (
+        TensorSpec("probabilities", "FP32", ("batch", 3)),
+        TensorSpec("label", "BYTES", ("batch",)),
+        MORE,
+    )
+
+
+@pytest.mark.parametrize(
+    ("outputs", "difference"),
+    [
+        ([], '"scores" is wanted by the postprocess step but not given'),
+        ([MORE], '"scores" is wanted by the postprocess step but not given'),
+        (
+            [TensorSpec("scores", "INT64", ("batch", 3))],
+            "\"scores\": INT64 ['batch', 3] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+        ),
+        (
+            [TensorSpec("scores", "FP16", ("batch", 3))],
+            "\"scores\": FP16 ['batch', 3] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+        ),
+        (
+            [TensorSpec("scores", "FP32", ("batch",))],
+            "\"scores\": FP32 ['batch'] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+        ),
+        ([TensorSpec("scores", "FP32", ("batch", 4))], '"scores": 4 scores a row are given for 3 labels'),
+        ([TensorSpec("scores", "FP32", ("batch", 2))], '"scores": 2 scores a row are given for 3 labels'),
+        ([TensorSpec("scores", "FP32", ("batch", "n"))], '"scores": n scores a row are given for 3 labels'),
+    ],
+)
+def test_a_predictor_that_the_step_does_not_fit_is_told(outputs, difference):
+    """Before the pair is live, not with its first request."""
+    assert differences(STEP, LABELS, outputs) == [difference]
+
+
+def test_scores_may_be_called_as_what_they_become():
+    """They are replaced, so the name is free."""
+    step = Postprocess("probabilities", "none")
+    outputs = [TensorSpec("probabilities", "FP32", ("batch", 3))]
+
+    assert differences(step, LABELS, outputs) == []
+    assert [spec.name for spec in output_specs(step, outputs)] == ["probabilities", "label"]
+
+
+@pytest.mark.parametrize("name", ["label", "probabilities"])
+def test_an_output_of_a_name_that_the_step_makes_does_not_fit(name):
+    """An answer can not have two tensors of one name: one would take the other's place."""
+    outputs = [SCORES, TensorSpec(name, "INT64", ("batch",))]
+
+    (difference,) = differences(STEP, LABELS, outputs)
+
+    assert f'"{name}"' in difference

@@ -1,0 +1,236 @@
+"""Fitted transforms on disk: what is loaded is what was saved, and a file runs no code by being read."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import math
+import operator
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_equal
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.compose import make_column_transformer
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
+
+from splitserve.manifest import BundleError
+from splitserve.runtimes.sklearn_pipeline import dump, load, untrusted_modules
+from splitserve.transformers import Flatten
+
+HERE = __name__
+NUMBERS = np.array([[1.0, 2.0], [3.0, np.nan], [5.0, 6.0]])
+
+
+class Doubler(TransformerMixin, BaseEstimator):
+    """A user's own transformer, of a module that nobody trusts unless told to."""
+
+    def fit(self, X: Any, y: Any = None) -> Doubler:
+        return self
+
+    def transform(self, X: Any) -> Any:
+        return X * 2
+
+
+def double(X: Any) -> Any:
+    """A user's own function."""
+    return X * 2
+
+
+class Canary:
+    """Sings when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def forged(data: bytes, **changes: str) -> bytes:
+    """A skops file whose outermost object says that it is something else."""
+    source = zipfile.ZipFile(io.BytesIO(data))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, json.dumps({**json.loads(content), **changes}) if name == "schema.json" else content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "transformer",
+    [
+        make_pipeline(SimpleImputer(), StandardScaler()),
+        make_column_transformer((StandardScaler(), [0]), (make_pipeline(SimpleImputer(), OneHotEncoder()), [1])),
+        make_pipeline(Flatten()),
+        FunctionTransformer(np.log1p),
+        FunctionTransformer(),
+    ],
+    ids=["pipeline", "columns", "ours", "ufunc", "identity"],
+)
+def test_transforms_are_the_same_after_the_file(transformer):
+    """Those of scikit-learn and our own need nobody's permission."""
+    transformer.fit(NUMBERS)
+
+    data = dump(transformer)
+
+    np.testing.assert_array_equal(load(data).transform(NUMBERS), transformer.transform(NUMBERS))
+    assert untrusted_modules(data) == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        assert_equal,
+        np.load,
+        np.fromfile,
+        np.frompyfunc,
+        os.system,
+        eval,
+        lambda X: X,
+        double,
+        math.sqrt,
+        functools.partial(double),
+        operator.methodcaller("tofile", "/tmp/x"),
+        np.vectorize(double),
+        StandardScaler().fit(NUMBERS).transform,
+    ],
+    ids=[
+        "numpy.testing",
+        "numpy.load",
+        "numpy.fromfile",
+        "numpy.frompyfunc",
+        "os.system",
+        "eval",
+        "lambda",
+        "own function",
+        "math",
+        "partial",
+        "methodcaller",
+        "vectorize",
+        "method",
+    ],
+)
+def test_a_function_is_not_trusted_for_where_it_comes_from(function):
+    """numpy alone has functions that run text as code or read any file; only ufuncs compute and nothing else."""
+    data = dump(FunctionTransformer(function))
+
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: holds types that are not allowed: .*PREPROCESS_TRUSTED_MODULES"):
+        load(data)
+    assert untrusted_modules(data) != []
+
+
+def test_an_unknown_type_is_refused_by_its_name():
+    """And the setting that would allow it."""
+    with pytest.raises(BundleError) as caught:
+        load(dump(make_pipeline(StandardScaler(), Doubler(), FunctionTransformer(double)).fit(NUMBERS)))
+
+    assert str(caught.value) == (
+        f"pipeline.skops: holds types that are not allowed: {HERE}.Doubler, {HERE}.double; "
+        "name their modules in PREPROCESS_TRUSTED_MODULES if you trust them"
+    )
+
+
+@pytest.mark.parametrize("trusted", [HERE, HERE.partition(".")[0]])
+def test_a_module_that_is_named_is_trusted(trusted):
+    """Itself or a package above it, with all that is in it."""
+    data = dump(make_pipeline(Doubler(), FunctionTransformer(double)).fit(NUMBERS))
+
+    np.testing.assert_array_equal(load(data, [trusted]).transform(NUMBERS), NUMBERS * 4)
+    assert untrusted_modules(data) == [HERE]
+
+
+@pytest.mark.parametrize("trusted", ["", HERE[:-1], f"{HERE}.Doubler", f"{HERE}.more", "other", "*"])
+def test_a_name_that_only_resembles_the_module_is_not_it(trusted):
+    """Neither a beginning of it nor something below it."""
+    with pytest.raises(BundleError, match="Doubler"):
+        load(dump(Doubler()), [trusted])
+
+
+@pytest.mark.parametrize("module", ["numpyx", "sklearn_extra", "scipy2.sub", "splitserve.transformersx", "splitserve"])
+def test_a_package_is_trusted_by_its_whole_name(module):
+    """Anybody can publish a package whose name begins like a trusted one's."""
+    data = forged(dump(StandardScaler().fit(NUMBERS)), __module__=module, __class__="StandardScaler")
+
+    with pytest.raises(BundleError, match=rf"not allowed: {module}\.StandardScaler"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("numpy.no_such_module", "X"), ("numpy", "no_such_type"), ("numpy..x", "X"), ("sklearn.", "X"), ("os", "system")],
+)
+def test_a_type_that_does_not_exist_is_refused(module, name):
+    """A trusted package's name is not enough."""
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: "):
+        load(forged(dump(StandardScaler().fit(NUMBERS)), __module__=module, __class__=name))
+
+
+def test_reading_runs_no_program_of_a_trusted_package(monkeypatch, capsys):
+    """numpy has modules that do their work when they are imported: a file must not choose which are."""
+    monkeypatch.setattr(sys, "argv", ["serve"])
+    data = forged(dump(StandardScaler().fit(NUMBERS)), __module__="numpy.f2py.__main__", __class__="X")
+
+    with pytest.raises(BundleError, match="not allowed"):
+        load(data)
+
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_is_refused_unread(tmp_path, protocol):
+    """Its canary stays silent."""
+    canary = tmp_path / "sang"
+    data = pickle.dumps(Canary(canary), protocol=protocol)
+
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: not a skops file$"):
+        load(data)
+    assert not canary.exists()
+
+    pickle.loads(data)  # it would have sung
+    assert canary.exists()
+
+
+def a_zip(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("_", "."), content)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", dump(Flatten())[:-30]], ids=["empty", "junk", "cut"])
+def test_what_is_no_zip_is_refused(data):
+    """Before anything looks into it."""
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: not a skops file$"):
+        load(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        a_zip(),
+        a_zip(other_txt=b""),
+        a_zip(schema_json=b"{"),
+        a_zip(schema_json=b"{}"),
+        a_zip(schema_json=b"[]"),
+        a_zip(schema_json=b"[" * 100_000),
+        forged(dump(StandardScaler().fit(NUMBERS)), __loader__="NoSuchNode"),
+        forged(dump(StandardScaler().fit(NUMBERS)), __module__="numpy", __class__="ndarray"),
+    ],
+    ids=["empty", "no schema", "no JSON", "no object", "list", "deep", "loader", "wrong type"],
+)
+def test_a_zip_that_is_no_skops_file_is_the_bundles_fault(data):
+    """Whatever skops happens to raise."""
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: "):
+        load(data)
