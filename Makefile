@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet test fix stubs docs lock clean
+.PHONY: help up demo imagenet test test-imagenet test-compose images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
 	@echo "make test          everything that a contributor must pass, but the container tests"
 	@echo "make test-compose  the container tests; needs docker"
+	@echo "make test-imagenet tests of the picture model; fetches torch once"
 	@echo "make fix           mend what a tool can mend"
 	@echo "make imagenet      publish the picture model (fetches torch once)"
 	@echo "make lock          renew the locks in requirements/"
@@ -50,6 +51,9 @@ test: $(BIN)/.installed
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/pytest
 
+test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
+	$(BIN)/pytest -m imagenet tests/system/test_imagenet.py
+
 fix: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -59,6 +63,12 @@ stubs: $(BIN)/.installed
 
 docs: $(BIN)/.installed
 	$(BIN)/python docs/generate.py
+
+images:
+	docker compose build
+
+test-compose: $(BIN)/.installed
+	$(BIN)/pytest -n 0 -m compose tests/compose
 
 # One resolution for everything; each image's lock is a part of it.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml

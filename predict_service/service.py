@@ -51,7 +51,9 @@ class PredictService:
         return self._predictors.catalogue.index()
 
     async def not_ready_reason(self) -> str:
-        return why_not_ready(await self.index()) if self.is_loaded else STILL_LOADING
+        if not self.is_loaded:
+            return self._predictors.problem or STILL_LOADING
+        return why_not_ready(await self.index())
 
     def _choose(self, model: str, version: str) -> tuple[int, Predictor]:
         if not self.is_loaded and model not in self._predictors.catalogue.models():

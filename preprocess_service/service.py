@@ -55,13 +55,16 @@ class PreprocessService:
         self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
         self._signatures: dict[tuple[str, str], ModelMetadata] = {}
         self._broken_link = "the predict service has not been asked yet"
+        self._is_matched = False
 
     @property
     def is_loaded(self) -> bool:
-        return self._preprocessors.is_loaded
+        """Whether what was loaded first has been matched with what predict has: before, a request would find no pair."""
+        return self._is_matched
 
     async def refresh(self) -> None:
         """Look at what predict has, and match it with what is here."""
+        everything_is_loaded = self._preprocessors.is_loaded
         try:
             predictors = await self._predict.index()
             await self._fetch_signatures(predictors)
@@ -69,11 +72,24 @@ class PreprocessService:
             if not self._broken_link:
                 self._log.warning("predict lost", reason=error.message)
             self._broken_link = error.message
-            return
-        if self._broken_link:
-            self._log.info("predict reached")
-        self._broken_link = ""
-        self._pairs = self._match(predictors)
+        else:
+            if self._broken_link:
+                self._log.info("predict reached")
+            self._broken_link = ""
+            before, self._pairs = self._pairs, self._match(predictors)
+            self._report_changes(before)
+        self._is_matched = self._is_matched or everything_is_loaded
+
+    def _report_changes(self, before: Catalogue[Pair, AdmittedPair]) -> None:
+        """A line for each pair that has become ready, or has become known to be refused."""
+        for model in self._pairs.models():
+            earlier = before.entries(model)
+            for pair, entry in self._pairs.entries(model).items():
+                was = earlier.get(pair)
+                if entry.state != (was.state if was else "") and entry.state == READY:
+                    self._log.info("pair admitted", model=model, pair=str(pair))
+                elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
+                    self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
     async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
         """Ask for the signatures that are not known yet; forget those of versions that are gone."""
@@ -107,12 +123,7 @@ class PreprocessService:
         if signature is None:
             return Entry(theirs.state, theirs.reason)
         if differences := mine.value.differences(signature.inputs, signature.outputs):
-            reason = f"the halves do not fit: {'; '.join(differences)}"
-            if (model, pair) not in self._pairs:
-                self._log.error("pair refused", model=model, pair=str(pair), reason=reason)
-            return Entry(UNAVAILABLE, reason)
-        if (model, pair) not in self._pairs:
-            self._log.info("pair admitted", model=model, pair=str(pair))
+            return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
         return Entry(READY, value=AdmittedPair(mine.value, signature))
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -161,7 +172,7 @@ class PreprocessService:
 
     async def not_ready_reason(self) -> str:
         if not self.is_loaded:
-            return STILL_LOADING
+            return self._preprocessors.problem or STILL_LOADING
         return self._broken_link or why_not_ready(self._pairs.index())
 
     def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:

@@ -13,7 +13,16 @@ from google.rpc import error_details_pb2, status_pb2
 
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import DOMAIN, DeadlineExceeded, InvalidInput, PairMismatch, SplitserveError, TooLarge, Unavailable, from_wire
+from splitserve.errors import (
+    DOMAIN,
+    DeadlineExceeded,
+    InvalidInput,
+    PairMismatch,
+    SplitserveError,
+    TooLarge,
+    Unavailable,
+    from_wire,
+)
 from splitserve.oip import (
     NO_DEADLINE,
     InferRequest,
@@ -138,7 +147,8 @@ def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
     message = error.details() or ""
     if reason:
         return from_wire(error.code().name, message, reason, metadata)
-    if error.code() is grpc.StatusCode.UNAVAILABLE:  # its text names addresses
+    # CANCELLED that the far end did not raise: it stopped as the call arrived. The texts of both name addresses.
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return Unavailable(f"the {stage} service can not be reached", stage=stage)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the {stage} service did not answer in time", stage=stage)
@@ -180,4 +190,6 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.use_local_subchannel_pool", 1),
+        # A proxy in the environment is for what leaves the cluster.
+        ("grpc.enable_http_proxy", 0),
     ]

@@ -158,8 +158,14 @@ class Repository:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Visible folders below ``parent``; none when it is missing or can not be read."""
+    """Visible folders below ``parent``; none when it is missing.
+
+    Raises:
+        BundleError: it is there and can not be read.
+    """
     try:
         return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise BundleError(f"{parent.name}: can not be read: {error.strerror}") from error

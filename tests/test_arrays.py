@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.strategies import ALL, tensors
 
 from splitserve.arrays import DTYPES, datatype_of, from_array, objects, to_array
 from splitserve.errors import InvalidInput
 from splitserve.tensors import Tensor, unpack
+from tests.strategies import ALL, tensors
 
 OWN_DTYPE = tuple(name for name in ALL if name not in ("BF16", "BYTES"))
 FLOAT32_BITS = st.integers(0, 2**32 - 1)

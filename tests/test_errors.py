@@ -112,15 +112,23 @@ def test_metadata_says_what_is_known_and_no_more():
 
 
 def test_the_innermost_stage_stays_named():
-    """An error that passes several stages names the one that raised it, and what each knows beside that."""
+    """An error that passes several stages says what the first of them knew."""
     with (
         pytest.raises(NotFound) as caught,
-        at_stage("proxy", model="penguins", pair="1.2"),
-        at_stage("preprocess", model="penguins"),
+        at_stage("proxy", model="outer", pair="9.9"),
+        at_stage("preprocess", model="penguins", pair="1.2"),
     ):
         raise NotFound("no such version", stage="predict")
 
     assert caught.value.metadata == {"stage": "predict", "model": "penguins", "pair": "1.2"}
+
+
+def test_a_stage_adds_what_was_not_known():
+    """The raiser need not know where it runs."""
+    with pytest.raises(NotFound) as caught, at_stage("proxy", model="penguins", pair="1.2"), at_stage("preprocess"):
+        raise NotFound("no such version")
+
+    assert caught.value.metadata == {"stage": "preprocess", "model": "penguins", "pair": "1.2"}
 
 
 def test_a_foreign_exception_becomes_internal_without_its_text():

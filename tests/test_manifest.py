@@ -158,7 +158,9 @@ def test_a_model_name_is_a_plain_word(name):
     assert MODEL_NAME.fullmatch(name)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a b", "a\n", "é", "a:b", "X" * 129, "../x", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a b", "a\n", "é", "a:b", "X" * 129, "../x", "a\\b"]
+)
 def test_a_name_that_would_mean_something_is_none(name):
     """To a shell, a file system or a URL."""
     assert not MODEL_NAME.fullmatch(name)
@@ -179,7 +181,9 @@ def test_scikit_learn_may_differ_in_the_patch_only():
     environment.check_sklearn({"scikit-learn": f"{major}.{minor}.99"})
 
 
-@pytest.mark.parametrize(("made_with", "shown"), [({"scikit-learn": "0.24.1"}, "0.24.1"), ({"numpy": "2.0"}, "(unknown)"), ({}, "(unknown)")])
+@pytest.mark.parametrize(
+    ("made_with", "shown"), [({"scikit-learn": "0.24.1"}, "0.24.1"), ({"numpy": "2.0"}, "(unknown)"), ({}, "(unknown)")]
+)
 def test_another_scikit_learn_is_refused_with_both_versions(made_with, shown):
     """And the ways out."""
     with pytest.raises(BundleError) as caught:

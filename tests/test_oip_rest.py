@@ -341,7 +341,7 @@ def test_parameters_are_text_numbers_and_booleans(level, parameters):
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1])
 @pytest.mark.parametrize("level", ["request", "output"])
 def test_a_parameter_that_the_wire_can_not_carry_is_refused(level, number):
-    """The next stage gets a parameter as int64 or uint64 (D16); a larger number is the caller's mistake, not an accident there."""
+    """The next stage gets it as int64 or uint64 (D16): a larger number is the caller's mistake, not an accident there."""
     wanted = [{"name": "y", "parameters": {"a": number} if level == "output" else {}}]
 
     refusal(body(entry(data=[1]), outputs=wanted, parameters={"a": number} if level == "request" else {}))

@@ -240,7 +240,9 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(repository):
         repository.open(KEY)
 
 
-@pytest.mark.parametrize("there", [BundleKey("penguins", "preprocess", 2), BundleKey("penguins", "predict", 1), BundleKey("digits", "preprocess", 1)])
+@pytest.mark.parametrize(
+    "there", [BundleKey("penguins", "preprocess", 2), BundleKey("penguins", "predict", 1), BundleKey("digits", "preprocess", 1)]
+)
 def test_another_bundles_manifest_is_refused(repository, there):
     """A folder that was copied or renamed is not the version that its name says."""
     shutil.copytree(publish(repository).folder, repository.folder(there))
@@ -292,7 +294,9 @@ def test_a_bundle_can_be_taken_back(repository):
 
 def test_the_digests_are_those_of_the_contents(repository):
     """SHA-256; whatever the caller's manifest said of files is replaced."""
-    lying = msgspec.structs.replace(manifest_of(), files={"golden.npz": manifests.FileDigest("00", 1), "other": manifests.FileDigest("00", 1)})
+    lying = msgspec.structs.replace(
+        manifest_of(), files={"golden.npz": manifests.FileDigest("00", 1), "other": manifests.FileDigest("00", 1)}
+    )
 
     bundle = repository.write(lying, {"golden.npz": b"samples"})
 

@@ -8,10 +8,10 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.strategies import ALL, INTEGERS, MAX_ELEMENTS, python_values, tensors
 
 from splitserve.errors import InvalidInput, SplitserveError, TooLarge
 from splitserve.tensors import DATATYPES, Tensor, datatype_of, decode_bytes, encode_bytes, n_elements, pack, unpack, validate
+from tests.strategies import ALL, INTEGERS, MAX_ELEMENTS, python_values, tensors
 
 PYTHON_HAS = tuple(name for name in ALL if name != "BF16")
 FIXED_SIZE = tuple(name for name in ALL if name != "BYTES")
@@ -200,8 +200,19 @@ def test_unpacking_then_packing_gives_the_same_bytes(tensor):
 
 @pytest.mark.parametrize(
     ("name", "letter"),
-    [("INT8", "b"), ("INT16", "h"), ("INT32", "i"), ("INT64", "q"), ("UINT8", "B"), ("UINT16", "H"), ("UINT32", "I")]
-    + [("UINT64", "Q"), ("FP16", "e"), ("FP32", "f"), ("FP64", "d")],
+    [
+        ("INT8", "b"),
+        ("INT16", "h"),
+        ("INT32", "i"),
+        ("INT64", "q"),
+        ("UINT8", "B"),
+        ("UINT16", "H"),
+        ("UINT32", "I"),
+        ("UINT64", "Q"),
+        ("FP16", "e"),
+        ("FP32", "f"),
+        ("FP64", "d"),
+    ],
 )
 def test_numbers_are_little_endian(name, letter):
     """The lowest byte comes first, whatever the machine."""

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 import skimage.data
 from PIL import Image
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from splitserve.arrays import Array
+from splitserve.arrays import Array, from_array, to_array
 from splitserve.manifest import Postprocess
 from splitserve.publishing import PublishError, publish_predictor, publish_preprocessor
 from splitserve.repository import KINDS, BundleKey, Repository
+from splitserve.runtimes.predictor import Predictor
 from splitserve.transformers import DecodeImage, NormaliseImage, ResizeImage
 
 NAME, VERSION = "imagenet", 1
@@ -89,7 +89,8 @@ def check(exported: Exported, pixels: Array) -> None:
     Raises:
         PublishError: they differ.
     """
-    logits = ort.InferenceSession(exported.model).run(["logits"], {"pixels": pixels})[0]
+    outputs = Predictor(exported.model).infer([from_array("pixels", pixels)])
+    logits = to_array(outputs[0])
     worst = float(np.abs(logits - exported.logits).max())
     if not worst <= TOLERANCE:
         raise PublishError(f"ONNX Runtime's logits differ from torch's by {worst:.1e}, expected at most {TOLERANCE:.0e}")

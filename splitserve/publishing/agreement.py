@@ -51,13 +51,13 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance
             row = int(np.argmax(difference))
             if not difference[row] <= tolerance:
                 return float(difference[row]), (
-                    f"{name} of row {row} differ by {difference[row]:.1e}, more than {tolerance:.0e}: the pipeline gives {want[row]}, "
-                    f"the split {found[name][row]}"
+                    f"{name} of row {row} differ by {difference[row]:.1e}, more than {tolerance:.0e}: "
+                    f"the pipeline gives {want[row]}, the split {found[name][row]}"
                 )
             worst = max(worst, float(difference[row]))
-    if LABEL in found and (row_or_none := _wrong_label(found[LABEL], expected, tolerance)) is not None:
-        want_label, have_label = expected[LABEL][row_or_none], _text(found[LABEL][row_or_none])
-        return worst, f'label of row {row_or_none}: the pipeline gives "{want_label}", the split "{have_label}"'
+    if LABEL in found and (wrong := _wrong_label(found[LABEL], expected, tolerance)) is not None:
+        want_label, have_label = expected[LABEL][wrong], _text(found[LABEL][wrong])
+        return worst, f'label of row {wrong}: the pipeline gives "{want_label}", the split "{have_label}"'
     return worst, ""
 
 

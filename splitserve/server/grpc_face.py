@@ -208,6 +208,9 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 100_000),
+        # A client that keeps its connections never learns of new replicas: each is ended now and then, calls on it first.
+        ("grpc.max_connection_age_ms", 10_000),
+        ("grpc.max_connection_age_grace_ms", 60_000),
         # Clients may ask whether we are still there as often as ours do, calls under way or not.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),

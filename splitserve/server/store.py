@@ -36,10 +36,19 @@ class VersionStore(Generic[T]):
         self.catalogue: Catalogue[int, T] = Catalogue()
         self.is_loaded = False
         """Whether everything that was in the repository at the first look has been tried."""
+        self.problem = ""
+        """Why the repository could not be looked at the last time."""
 
     async def refresh(self) -> None:
         """Load what is new in the repository."""
-        new = await asyncio.to_thread(self._new_keys)
+        try:
+            new = await asyncio.to_thread(self._new_keys)
+        except BundleError as error:
+            if str(error) != self.problem:
+                self._log.error("model repository can not be read", reason=str(error))
+            self.problem = str(error)
+            return
+        self.problem = ""
         for key in new:
             self.catalogue.put(key.model, key.version, Entry(LOADING))
         for key in new:

@@ -18,6 +18,7 @@ from tests.compose.stack import SERVICES, Container, Stack, wait_until
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
 
 N_ROWS = 60
+N_CALLERS = 8
 TOLERANCE = 1e-4
 NAMES = ("breast-cancer", "digits", "weather")
 
@@ -174,41 +175,43 @@ def test_stop_ends_every_service_in_order_and_down_leaves_nothing(
 
 
 class Calls:
-    """Calls one after another, all the while that this is entered."""
+    """Several callers, each with one call after another, all the while that this is entered."""
 
     def __init__(self, stack: Stack, models: dict[str, Model]) -> None:
         self._url = f"{stack.http}/v2/models/breast-cancer/infer"
-        self._content = {"inputs": rest_inputs(models["breast-cancer"].rows[:1])}
+        self._body = json.dumps({"inputs": rest_inputs(models["breast-cancer"].rows[:N_ROWS])})
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._call)
-        self.n_answered = 0
-        self.failures: list[str] = []
+        self._callers = [threading.Thread(target=self._call) for _ in range(N_CALLERS)]
+        self._outcomes: list[str] = []
 
     def __enter__(self) -> Calls:
-        self._thread.start()
+        for caller in self._callers:
+            caller.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
-        self._thread.join()
+        for caller in self._callers:
+            caller.join()
+
+    @property
+    def failures(self) -> list[str]:
+        """What the calls said that were not answered."""
+        return [outcome for outcome in self._outcomes if outcome]
 
     def wait_for(self, count: int) -> None:
         """Until so many more were answered."""
-        goal = self.n_answered + count
-        wait_until(lambda: self.n_answered >= goal, f"{count} more answers; failures: {self.failures[:3]}")
+        goal = self._outcomes.count("") + count
+        wait_until(lambda: self._outcomes.count("") >= goal, f"{count} more answers; failures: {self.failures[:3]}")
 
     def _call(self) -> None:
         with httpx.Client(timeout=60) as client:
             while not self._is_over.is_set():
                 try:
-                    answer = client.post(self._url, json=self._content)
+                    answer = client.post(self._url, content=self._body)
+                    self._outcomes.append("" if answer.is_success else answer.text)
                 except httpx.HTTPError as error:
-                    self.failures.append(repr(error))
-                    continue
-                if answer.is_success:
-                    self.n_answered += 1
-                else:
-                    self.failures.append(answer.text)
+                    self._outcomes.append(repr(error))
 
 
 def probe(container: Container, arguments: list[str]) -> bool:

@@ -95,5 +95,5 @@ def test_the_protocols_own_methods_are_all_there():
 
 
 def test_our_messages_are_in_a_pool_of_their_own():
-    """tritonclient, kserve and mlserver each register the same names in protobuf's default pool, where a second one is an error."""
+    """Other clients register the same names in protobuf's default pool, where a second registration is an error."""
     assert ours.DESCRIPTOR.pool is not triton.DESCRIPTOR.pool

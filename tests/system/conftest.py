@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 
-
 from tests.demo_models import Demos
 from tests.system.processes import System
 
