@@ -99,7 +99,10 @@ def _as_bytes(name: str, element: object) -> bytes:
     if isinstance(element, bytes):
         return element
     if isinstance(element, str):
-        return element.encode()
+        try:
+            return element.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput(f'"{name}": an element is not text that UTF-8 can hold') from None
     raise InvalidInput(f'"{name}": a BYTES element is bytes or text, got {type(element).__name__}')
 
 

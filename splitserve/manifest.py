@@ -42,7 +42,7 @@ class Tolerance(msgspec.Struct, frozen=True):
     atol: float = 0.0
 
 
-class Column(msgspec.Struct, frozen=True):
+class Column(msgspec.Struct, frozen=True, omit_defaults=True):
     """One column of the training DataFrame.
 
     ``dtype`` is pandas' name for it. ``missing`` says what stood for a missing value in training, ``""`` when the column
@@ -53,6 +53,7 @@ class Column(msgspec.Struct, frozen=True):
     dtype: str
     missing: Literal["", "nan", "none"] = ""
     categories: tuple[str, ...] = ()
+    ordered: bool = False
 
 
 class Rows(msgspec.Struct, frozen=True):
@@ -118,7 +119,7 @@ def decode(data: bytes) -> Manifest:
         if found != SCHEMA_VERSION:
             raise BundleError(f"{MANIFEST_FILE}: schema version {found}, this splitserve reads version {SCHEMA_VERSION}")
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{MANIFEST_FILE}: {error}") from None
 
 

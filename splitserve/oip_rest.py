@@ -68,10 +68,20 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -
         if b"NaN" not in body and b"Infinity" not in body:
             raise InvalidInput(f"the request body is not JSON: {error}") from None
     try:
-        lenient = json.loads(body)
+        text = body.decode()
+        lenient = json.loads(text, parse_float=_finite)
+        if "\\u" in text:
+            json.dumps(lenient, ensure_ascii=False).encode()  # fails for a lone surrogate, which no answer of ours could hold
         return msgspec.convert(lenient, decoder.type) if decoder else lenient
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise InvalidInput(f"the request body is not JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"number out of range: {text[:32]}")
+    return number
 
 
 def decode_request(
@@ -97,6 +107,9 @@ def decode_request(
     inputs, end = [], header_length
     for item in message.inputs:
         parameters = item.parameters or {}
+        what = f'input "{item.name[:64]}"'
+        datatype_of(what, item.datatype)
+        n_elements(what, item.shape)
         if _BINARY_SIZE in parameters:
             raw, end = _binary(item, parameters[_BINARY_SIZE], body, end)
         else:
@@ -108,11 +121,18 @@ def decode_request(
         model,
         tuple(inputs),
         version=version,
-        outputs=tuple(RequestedOutput(item.name, item.parameters or {}) for item in message.outputs or ()),
+        outputs=tuple(RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()),
         id=message.id or "",
-        parameters=message.parameters or {},
+        parameters=_parameters(message.parameters),
         deadline=deadline,
     )
+
+
+def _parameters(given: dict[str, Parameter] | None) -> dict[str, Parameter]:
+    for name, value in (given or {}).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise InvalidInput(f'parameter "{name[:64]}": expected a number of 64 bits')
+    return given or {}
 
 
 def _binary(item: _Input, size: Parameter, body: bytes, start: int) -> tuple[bytes, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from splitserve.errors import InvalidInput, PairMismatch
+from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
 from splitserve.tensors import Tensor, validate
 
 Dimension = int | str
@@ -40,6 +40,7 @@ class TensorSpec(msgspec.Struct, frozen=True):
 _WIDER: dict[str, tuple[str, ...]] = {
     "FP64": ("FP32", "FP16", "BF16", "INT64", "INT32", "INT16", "INT8", "UINT64", "UINT32", "UINT16", "UINT8"),
     "FP32": ("FP16", "BF16", "INT16", "INT8", "UINT16", "UINT8"),
+    "FP16": ("INT8", "UINT8"),
     "INT64": ("INT32", "INT16", "INT8", "UINT32", "UINT16", "UINT8"),
     "INT32": ("INT16", "INT8", "UINT16", "UINT8"),
     "INT16": ("INT8", "UINT8"),
@@ -164,7 +165,7 @@ def check_outputs(specs: Sequence[TensorSpec], outputs: Sequence[Tensor], n_rows
     """Check what a stage answered against its signature.
 
     Raises:
-        PairMismatch: a tensor is missing, or its datatype, shape or number of rows is not the promised one.
+        PairMismatch: a tensor is missing, or its datatype, shape, number of rows or bytes are not the promised ones.
     """
     by_name = {tensor.name: tensor for tensor in outputs}
     for spec in specs:
@@ -176,3 +177,7 @@ def check_outputs(specs: Sequence[TensorSpec], outputs: Sequence[Tensor], n_rows
             raise PairMismatch(
                 f'output "{spec.name}": expected {spec.datatype} {list(expected)}, got {tensor.datatype} {list(tensor.shape)}'
             )
+        try:
+            validate(f'output "{spec.name}"', tensor)
+        except SplitserveError as error:  # the caller did not make these bytes
+            raise PairMismatch(error.message) from None

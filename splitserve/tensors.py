@@ -105,6 +105,8 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
     for size in shape:
         if size < 0:
             raise InvalidInput(f"{what}: shape {list(shape)} has a negative dimension")
+        if size >= 2**63:
+            raise TooLarge(f"{what}: shape {list(shape)} has a dimension that int64 can not hold")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise TooLarge(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")

@@ -80,10 +80,10 @@ def _listed(names: Sequence[str]) -> str:
 def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
     inner = tuple(spec.wire_shape[1:])
     what = f'input "{spec.name}"'
-    if inner == (1,) and not any(isinstance(value, list) for value in values):
+    if inner in ((), (1,)) and not any(isinstance(value, list) for value in values):
         elements = values
     else:
-        inner = inner if -1 not in inner else _observed_shape(values)
+        inner = inner if -1 not in inner else _observed_shape(values) if values else tuple(max(size, 0) for size in inner)
         elements = list(chain.from_iterable(_elements(spec, index, value, inner) for index, value in enumerate(values)))
     datatype = DATATYPES[spec.datatype]
     if datatype.name == "BYTES":
@@ -102,7 +102,7 @@ def _elements(spec: TensorSpec, index: int, value: Any, shape: tuple[int, ...]) 
 
 def _observed_shape(values: Sequence[Any]) -> tuple[int, ...]:
     """The shape of the first instance, for inputs whose inner dimensions vary."""
-    shape, value = [], values[0] if values else []
+    shape, value = [], values[0]
     while isinstance(value, list):
         shape.append(len(value))
         value = value[0] if value else None
@@ -135,6 +135,7 @@ def encode_response(response: InferResponse) -> bytes:
 def _rows(tensor: Tensor) -> list[Any]:
     """The elements, nested as the shape says."""
     values = json_values(tensor)
-    for size in reversed(tensor.shape[1:]):
-        values = [values[start : start + size] for start in range(0, len(values), size)] if size else []
+    for axis in range(len(tensor.shape) - 1, 0, -1):
+        size, count = tensor.shape[axis], math.prod(tensor.shape[:axis])
+        values = [values[index * size : (index + 1) * size] for index in range(count)]
     return values

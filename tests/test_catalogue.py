@@ -153,6 +153,10 @@ def test_the_index_has_everything():
             "no model is ready: a 1, a 2: lost; b 1: loading",
         ),
         (
+            [ModelState("a", str(number), UNAVAILABLE, "lost") for number in range(5)],
+            "no model is ready: a 0, a 1, a 2, a 3, a 4: lost",
+        ),
+        (
             [ModelState("a", str(number), UNAVAILABLE, "lost") for number in range(9)],
             "no model is ready: a 0, a 1, a 2, a 3, a 4 and others: lost",
         ),

@@ -73,6 +73,13 @@ def test_a_manifest_is_read_as_it_was_written():
     assert manifest.decode(json.dumps(DOCUMENT).encode()) == FULL
 
 
+def test_the_files_of_a_bundle_have_these_names():
+    """Bundles that are published have them."""
+    names = (manifest.MANIFEST_FILE, manifest.GOLDEN_FILE, manifest.PIPELINE_FILE, manifest.MODEL_FILE)
+
+    assert names == ("manifest.json", "golden.npz", "pipeline.skops", "model.onnx")
+
+
 def test_what_is_not_said_is_left_out():
     """A predictor's manifest has nothing of a preprocessor's."""
     small = manifest.decode(without(*OPTIONAL))

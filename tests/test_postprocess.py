@@ -142,6 +142,12 @@ def test_scores_may_be_called_as_what_they_become():
     assert [spec.name for spec in output_specs(step, outputs)] == ["probabilities", "label"]
 
 
+def test_scores_of_either_precision_fit():
+    """Those that `apply` computes in."""
+    for datatype in ("FP32", "FP64"):
+        assert differences(STEP, LABELS, [TensorSpec("scores", datatype, ("batch", 3))]) == []
+
+
 @pytest.mark.parametrize("name", ["label", "probabilities"])
 def test_an_output_of_a_name_that_the_step_makes_does_not_fit(name):
     """An answer can not have two tensors of one name: one would take the other's place."""

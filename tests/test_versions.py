@@ -104,9 +104,10 @@ def test_an_unknown_model_is_told_in_words_that_clients_match():
     assert unknown_model("x" * 1000) == f"Request for unknown model: '{'x' * 128}' is not found"
 
 
-def test_a_model_name_is_cut_to_what_a_header_holds():
+@pytest.mark.parametrize("parse", [parse_version, parse_pair])
+def test_a_model_name_is_cut_to_what_a_header_holds(parse):
     """It comes from the caller and goes into trailing metadata."""
     with pytest.raises(NotFound) as caught:
-        parse_pair("m" * 1000, "x")
+        parse("m" * 1000, "x")
 
     assert caught.value.model == "m" * 128

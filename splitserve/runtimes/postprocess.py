@@ -23,7 +23,12 @@ def differences(step: Postprocess, labels: Sequence[str], outputs: Sequence[Tens
         return [f'"{step.scores}": {scores} is given, the postprocess step wants FP32 or FP64 (batch, n_labels)']
     if scores.shape[1] != len(labels):
         return [f'"{step.scores}": {scores.shape[1]} scores a row are given for {len(labels)} labels']
-    return []
+    made = (PROBABILITIES, LABEL)
+    return [
+        f'"{spec.name}" is given and made by the postprocess step too'
+        for spec in outputs
+        if spec.name in made and spec is not scores
+    ]
 
 
 def output_specs(step: Postprocess, outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

@@ -42,7 +42,12 @@ def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]
         UnsupportedRows: a column or the array has a type that the wire can not carry.
     """
     if hasattr(rows, "columns"):
-        columns = tuple(_observe_column(str(name), rows[name]) for name in rows.columns)
+        if not all(isinstance(name, str) for name in rows.columns) or not rows.columns.is_unique:
+            raise UnsupportedRows(
+                "the columns of a DataFrame are inputs and need a name each, as text and only once; rename them, or publish with "
+                "X.to_numpy()"
+            )
+        columns = tuple(_observe_column(name, rows[name]) for name in rows.columns)
         specs = tuple(TensorSpec(column.name, _datatype(column.dtype), (BATCH, 1)) for column in columns)
         return Rows("frame", columns), specs
     element = _observe_elements(rows, f'"{input_name}"')
@@ -61,7 +66,7 @@ def _observe_column(name: str, series: Any) -> Column:
     values = series.tolist()
     _check_text(f'column "{name}"', [value for value in values if not is_missing(value)])
     categories = tuple(str(value) for value in series.cat.categories) if dtype == "category" else ()
-    return Column(name, dtype, _missing_value(values), categories)
+    return Column(name, dtype, _missing_value(values), categories, dtype == "category" and bool(series.cat.ordered))
 
 
 def _observe_elements(array: Array, name: str) -> str:
@@ -71,6 +76,8 @@ def _observe_elements(array: Array, name: str) -> str:
         return str(array.dtype)
     present = [value for value in array.ravel().tolist() if not is_missing(value)]
     if present and all(isinstance(value, bytes) for value in present):
+        if len(present) < array.size:
+            raise UnsupportedRows(f'{name}: an element is missing, and no bytes could stand for it; replace it, e.g. with b""')
         return "bytes"
     _check_text(name, present)
     return "str"
@@ -86,15 +93,19 @@ def _check_text(name: str, values: Sequence[object]) -> None:
 
 def is_missing(value: object) -> bool:
     """None, NaN or pandas' NA: the values that differ from themselves or are not there."""
-    return value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    return (
+        value is None
+        or type(value).__name__ in ("NAType", "NaTType")
+        or (isinstance(value, float | np.floating) and bool(value != value))
+    )
 
 
 def _missing_value(values: Sequence[object]) -> Missing:
     """What "" on the wire becomes: the missing value of the data, unless "" is a value of its own there."""
-    if "" in values:
+    if any(isinstance(value, str) and not value for value in values):
         return ""
-    found = next((value for value in values if is_missing(value)), "")
-    return "none" if found is None else "" if found == "" else "nan"
+    missing = [value for value in values if is_missing(value)]
+    return ("none" if missing[0] is None else "nan") if missing else ""
 
 
 def _plain_datatype(dtype: str) -> str | None:
@@ -119,7 +130,7 @@ def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -
     by_name = {tensor.name: tensor for tensor in inputs}
     if rows.form == "array":
         array = _elements(rows.columns[0], by_name[specs[0].name])
-        return array.reshape(-1) if rows.n_dims == 1 else array
+        return array.reshape(-1) if rows.n_dims == 1 else array.reshape(len(array), *specs[0].wire_shape[1:])
     import pandas as pd
 
     data = {column.name: _column_values(column, by_name[column.name]) for column in rows.columns}
@@ -149,11 +160,15 @@ def _column_values(column: Column, tensor: Tensor) -> Any:
         import pandas as pd
 
         unseen = {value for value in values if isinstance(value, str)}.difference(column.categories)
-        return pd.Categorical(values, categories=[*column.categories, *sorted(unseen)])
+        return pd.Categorical(values, categories=[*column.categories, *sorted(unseen)], ordered=column.ordered)
     if column.dtype in ("str", "string"):
         import pandas as pd
 
         return pd.array(values, dtype=column.dtype)
+    if column.dtype == "object":
+        import pandas as pd
+
+        return pd.Series(values, dtype="object")  # a bare array of text would become pandas' own text dtype
     return values
 
 
