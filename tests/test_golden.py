@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,9 +100,32 @@ def an_npy(array: np.ndarray) -> bytes:
     ids=["empty", "junk", "cut", "half", "pickle", "npy", "empty zip", "no arrays", "no npy", "objects"],
 )
 def test_what_is_no_such_file_is_refused(data):
-    """Whatever it is, the bundle is what is wrong, and no pickle is loaded."""
+    """Whatever it is, the bundle is what is wrong."""
     with pytest.raises(BundleError, match=r"^golden\.npz: "):
         decode(data, INPUTS, OUTPUTS)
+
+
+class Canary:
+    """Sings when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_no_object_in_the_file_is_unpickled(tmp_path):
+    """Reading samples runs no code: the canary stays silent."""
+    canary = tmp_path / "sang"
+    npy = an_npy(np.array([Canary(canary)], dtype=object))
+
+    with pytest.raises(BundleError):
+        decode(a_zip({"inputs/age.npy": npy}), INPUTS, [])
+    assert not canary.exists()
+
+    np.load(io.BytesIO(npy), allow_pickle=True)  # it would have sung
+    assert canary.exists()
 
 
 def test_no_damage_leads_to_another_error():

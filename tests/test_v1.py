@@ -129,6 +129,7 @@ def test_a_size_that_varies_is_the_first_instances():
     metadata = model(TensorSpec("x", "UINT8", ("batch", "height", "width")))
 
     assert decode([[[1, 2], [3, 4], [5, 6]]], metadata) == (Tensor("x", "UINT8", (1, 3, 2), bytes([1, 2, 3, 4, 5, 6])),)
+    assert decode([[], []], model(TensorSpec("x", "UINT8", ("batch", "length")))) == (Tensor("x", "UINT8", (2, 0), b""),)
     assert refusal([[[1, 2]], [[1], [2]]], metadata) == 'instance 1, input "x": the nested lists are not of shape [1, 2]'
 
 
