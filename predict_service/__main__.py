@@ -32,6 +32,7 @@ async def serve() -> None:
                 address=f"{config.host}:{config.grpc_port}",
                 metadata=ServerMetadata("splitserve-predict", __version__),
                 max_message_bytes=config.max_message_bytes,
+                allow_control=config.allow_repository_control,
             )
         )
         log.info("listening", grpc_port=face.port)

@@ -18,4 +18,10 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
         intra_op_num_threads=config.intra_op_num_threads,
         providers=[name.strip() for name in config.providers.split(",")],
     )
-    return VersionStore(Repository(config.model_repository), "predict", load)
+    return VersionStore(
+        Repository(config.model_repository),
+        "predict",
+        load,
+        selection=config.selection,
+        unload_delay_s=config.unload_delay_s,
+    )

@@ -58,4 +58,10 @@ class PredictService:
     def _choose(self, model: str, version: str) -> tuple[int, Predictor]:
         if not self.is_loaded and model not in self._predictors.catalogue.models():
             raise Unavailable(STILL_LOADING, model=model[:128])
-        return self._predictors.catalogue.choose(model, parse_version(model, version))
+        return self._predictors.choose(model, parse_version(model, version))
+
+    async def load(self, model: str) -> None:
+        await self._predictors.load(model)
+
+    async def unload(self, model: str) -> None:
+        await self._predictors.unload(model)

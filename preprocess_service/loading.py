@@ -18,4 +18,10 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         trusted_modules=[name.strip() for name in config.trusted_modules.split(",") if name.strip()],
         allow_environment_mismatch=config.allow_environment_mismatch,
     )
-    return VersionStore(Repository(config.model_repository), "preprocess", load)
+    return VersionStore(
+        Repository(config.model_repository),
+        "preprocess",
+        load,
+        selection=config.selection,
+        unload_delay_s=config.unload_delay_s,
+    )

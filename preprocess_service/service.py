@@ -175,7 +175,26 @@ class PreprocessService:
             return self._preprocessors.problem or STILL_LOADING
         return self._broken_link or why_not_ready(self._pairs.index())
 
+    async def load(self, model: str) -> None:
+        """Both halves look; the model is unknown only if neither has it."""
+        failures = []
+        for half in (self._predict, self._preprocessors):
+            try:
+                await half.load(model)
+            except NotFound as error:
+                failures.append(error)
+        if len(failures) == 2:
+            raise failures[0]
+        await self.refresh()
+
+    async def unload(self, model: str) -> None:
+        """The preprocessors' half; predict may serve others."""
+        await self._preprocessors.unload(model)
+        await self.refresh()
+
     def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:
         if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
             raise Unavailable(reason, model=model[:128])
-        return self._pairs.choose(model, parse_pair(model, version))
+        pair, admitted = self._pairs.choose(model, parse_pair(model, version))
+        self._preprocessors.touch(model, pair.preprocessor)
+        return pair, admitted

@@ -39,6 +39,7 @@ class Faces:
             max_message_bytes=config.max_message_bytes,
             default_timeout_s=config.default_timeout_s,
             retry_after_s=RETRY_AFTER_S,
+            allow_control=config.allow_repository_control,
         )
 
     async def __aenter__(self) -> Faces:

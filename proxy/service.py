@@ -111,5 +111,13 @@ class ProxyService:
             return [ModelState(state.name, state.version, UNAVAILABLE, self._broken_link) for state in states]
         return states
 
+    async def load(self, model: str) -> None:
+        await self._preprocess.load(model)
+        await self.refresh()
+
+    async def unload(self, model: str) -> None:
+        await self._preprocess.unload(model)
+        await self.refresh()
+
     async def not_ready_reason(self) -> str:
         return self._broken_link or why_not_ready(self._pairs.index())

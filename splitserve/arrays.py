@@ -48,6 +48,8 @@ def to_array(tensor: Tensor) -> Array:
             halves = np.frombuffer(tensor.raw, dtype="<u2").astype("<u4")
             return (halves << np.uint32(16)).view("<f4").reshape(tensor.shape)
         return np.frombuffer(tensor.raw, dtype=DTYPES[tensor.datatype]).reshape(tensor.shape)
+    except KeyError:
+        raise InvalidInput(f'"{tensor.name}": unknown datatype "{tensor.datatype[:32]}"') from None
     except ValueError as error:
         raise InvalidInput(
             f'"{tensor.name}": {len(tensor.raw)} bytes are not {tensor.datatype} of shape {list(tensor.shape)}'

@@ -40,6 +40,17 @@ class Catalogue(Generic[V, T]):
         """Add a model of which there is nothing to serve, whatever the version."""
         self._incomplete[model] = reason
 
+    def remove(self, model: str, version: V) -> None:
+        """Forget a version."""
+        versions = self._models.get(model, {})
+        versions.pop(version, None)
+        if not versions:
+            self._models.pop(model, None)
+
+    def remove_incomplete(self, model: str) -> None:
+        """Take `put_incomplete` back."""
+        self._incomplete.pop(model, None)
+
     def __contains__(self, key: tuple[str, V]) -> bool:
         return key[1] in self._models.get(key[0], {})
 

@@ -47,7 +47,7 @@ def encode(golden: Golden) -> bytes:
         for tensor in tensors:
             if tensor.datatype in _RAW_DATATYPES:
                 arrays[f"{side}/{tensor.name}"] = np.frombuffer(tensor.raw, dtype=np.uint8)
-                arrays[f"{side}/{tensor.name}#shape"] = np.array(tensor.shape, dtype=np.int64)
+                arrays[f"{side}_shapes/{tensor.name}"] = np.array(tensor.shape, dtype=np.int64)
             else:
                 arrays[f"{side}/{tensor.name}"] = to_array(tensor)
     buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
 def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
     array = arrays[f"{side}/{spec.name}"]
     if spec.datatype in _RAW_DATATYPES:
-        shape = tuple(int(size) for size in arrays[f"{side}/{spec.name}#shape"])
+        shape = tuple(int(size) for size in arrays[f"{side}_shapes/{spec.name}"])
         return Tensor(spec.name, spec.datatype, shape, array.tobytes())
     return from_array(spec.name, array)
 

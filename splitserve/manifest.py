@@ -28,6 +28,10 @@ class BundleError(Exception):
     """A bundle can not be read, trusted or run here; the message says which, what is wrong and what to do."""
 
 
+class NotFetched(BundleError):
+    """A bundle can not be had at the moment; another try may help."""
+
+
 class FileDigest(msgspec.Struct, frozen=True):
     """What a file of the bundle must be."""
 

@@ -132,3 +132,19 @@ class InferenceService(Protocol):
     async def not_ready_reason(self) -> str:
         """Why nothing can be inferred now; "" when something can."""
         ...
+
+    async def load(self, model: str) -> None:
+        """Look at the model repository now, and serve the model again if it was unloaded.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Serve no version of the model until `load`.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        ...

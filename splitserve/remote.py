@@ -58,11 +58,16 @@ _SERVICE_CONFIG = {
 """Every replica of a name in turn, those that drain or load left out, and another try elsewhere when one is gone."""
 
 
+CONTROL_TIMEOUT_S = 300.0
+"""Loading may have to fetch."""
+
 METHODS: dict[str, tuple[Any, Any]] = {
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
     "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
     "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
     "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse),
+    "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, pb.RepositoryModelLoadResponse),
+    "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, pb.RepositoryModelUnloadResponse),
 }
 
 
@@ -115,6 +120,16 @@ class RemoteInference:
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""
         return oip_grpc.decode_index(await self._call("RepositoryIndex", pb.RepositoryIndexRequest()))
+
+    async def load(self, model: str) -> None:
+        """Call RepositoryModelLoad."""
+        request = pb.RepositoryModelLoadRequest(model_name=model)
+        await self._call("RepositoryModelLoad", request, deadline_after(CONTROL_TIMEOUT_S))
+
+    async def unload(self, model: str) -> None:
+        """Call RepositoryModelUnload."""
+        request = pb.RepositoryModelUnloadRequest(model_name=model)
+        await self._call("RepositoryModelUnload", request, deadline_after(CONTROL_TIMEOUT_S))
 
     async def not_ready_reason(self) -> str:
         """Call ServerReady."""

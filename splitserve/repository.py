@@ -9,14 +9,16 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from splitserve import manifest as manifests
+from splitserve import routes
 from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, BundleError, FileDigest, Kind, Manifest
+from splitserve.routes import ROUTE_FILE, Route
 
 T = TypeVar("T")
 
@@ -62,8 +64,52 @@ class Bundle:
         return data
 
 
+class BundleSource(Protocol):
+    """Where services get bundles from: a folder (`Repository`), or something far away with a cache in front."""
+
+    def bundles(self) -> Iterable[BundleKey]:
+        """All that are published now, by model, kind and version.
+
+        Raises:
+            BundleError: the source can not be looked at; the message says why.
+        """
+        ...
+
+    def routes(self) -> dict[str, Route]:
+        """The routes of the models that have one.
+
+        Raises:
+            BundleError: one is broken, or the source can not be looked at.
+        """
+        ...
+
+    def open(self, key: BundleKey) -> Bundle:
+        """A bundle, its manifest read and its files at hand.
+
+        Raises:
+            NotFetched: it can not be had now; another try may help.
+            BundleError: it is broken.
+        """
+        ...
+
+
+def load_bundle(source: BundleSource, key: BundleKey, how: Callable[[Bundle], T]) -> T:
+    """What ``how`` makes of a bundle.
+
+    Raises:
+        BundleError: as the source and ``how`` raise it, with the bundle named.
+    """
+    try:
+        return how(source.open(key))
+    except BundleError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
 class Repository:
-    """Bundles below a folder. Names of folders that are not a model, a kind or a version are passed over."""
+    """A model repository in a folder: a `BundleSource` that can be written.
+
+    Folders whose names are not a model's, a kind's or a version's are passed over.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -103,16 +149,21 @@ class Repository:
             raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
         return Bundle(key, folder, manifest)
 
-    def load(self, key: BundleKey, how: Callable[[Bundle], T]) -> T:
-        """What ``how`` makes of a bundle.
+    def routes(self) -> dict[str, Route]:
+        """The routes of the models that have one.
 
         Raises:
-            BundleError: as `open` and ``how`` raise it, with the bundle named.
+            BundleError: one is broken; the message names its model.
         """
-        try:
-            return how(self.open(key))
-        except BundleError as error:
-            raise BundleError(f"{key}: {error}") from error
+        found = {}
+        for model in self.models():
+            try:
+                found[model] = routes.decode((self.root / model / ROUTE_FILE).read_bytes())
+            except FileNotFoundError:
+                continue
+            except (OSError, BundleError) as error:
+                raise BundleError(f"{model}: {error}") from error
+        return found
 
     def folder(self, key: BundleKey) -> Path:
         """Where a bundle is, or would be."""

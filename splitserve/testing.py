@@ -29,6 +29,7 @@ class FakeInference:
         self.signatures = {(each.name, each.versions[0]): each for each in signatures}
         self.states = [ModelState(name, version, READY) for name, version in self.signatures]
         self.requests: list[InferRequest] = []
+        self.controlled: list[tuple[str, str]] = []
         self.not_ready = not_ready
         self.is_loaded = True
         self._answer = answer or _echo
@@ -48,6 +49,14 @@ class FakeInference:
     async def index(self) -> list[ModelState]:
         """`states`, which a test may change."""
         return list(self.states)
+
+    async def load(self, model: str) -> None:
+        """Remember it in `controlled`."""
+        self.controlled.append(("load", model))
+
+    async def unload(self, model: str) -> None:
+        """Remember it in `controlled`."""
+        self.controlled.append(("unload", model))
 
     async def not_ready_reason(self) -> str:
         """`not_ready`, which a test may change."""

@@ -30,7 +30,7 @@ from splitserve.errors import InvalidInput
 from splitserve.manifest import BundleError
 from splitserve.publishing.agreement import compare
 from splitserve.publishing.samples import N_GOLDEN_MAX, golden_rows
-from splitserve.repository import BundleKey, Repository
+from splitserve.repository import BundleKey, Repository, load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.rows import to_tensors
 from tests.system.models import softmax_model
@@ -63,8 +63,8 @@ def load(repository: Path, name: str, pair: str = "1.1") -> tuple[Any, Any]:
     first, second = map(int, pair.split("."))
     found = Repository(repository)
     return (
-        found.load(BundleKey(name, "preprocess", first), preprocessor.load),
-        found.load(BundleKey(name, "predict", second), predictor.load),
+        load_bundle(found, BundleKey(name, "preprocess", first), preprocessor.load),
+        load_bundle(found, BundleKey(name, "predict", second), predictor.load),
     )
 
 
@@ -343,7 +343,7 @@ def test_a_version_that_answers_otherwise_than_where_it_was_made_is_refused(tmp_
     )
 
     with pytest.raises(BundleError, match=r'm/predict/1: output "scores" of golden sample \d at \[\d, \d\]: expected .*, got'):
-        Repository(tmp_path).load(published.key, predictor.load)
+        load_bundle(Repository(tmp_path), published.key, predictor.load)
 
 
 def test_another_minor_version_of_scikit_learn_is_refused_unless_allowed(tmp_path: Path) -> None:
@@ -355,8 +355,8 @@ def test_another_minor_version_of_scikit_learn_is_refused_unless_allowed(tmp_pat
     repository = Repository(tmp_path)
 
     with pytest.raises(BundleError, match="published with scikit-learn 0.24.2, this service runs .*ALLOW_ENVIRONMENT_MISMATCH"):
-        repository.load(bundle.key, preprocessor.load)
-    loaded = repository.load(bundle.key, lambda each: preprocessor.load(each, allow_environment_mismatch=True))
+        load_bundle(repository, bundle.key, preprocessor.load)
+    loaded = load_bundle(repository, bundle.key, lambda each: preprocessor.load(each, allow_environment_mismatch=True))
 
     assert loaded.inputs[0].name == "features"
 

@@ -11,7 +11,7 @@ import pytest
 
 from splitserve import manifest as manifests
 from splitserve.manifest import BundleError, Manifest
-from splitserve.repository import Bundle, BundleKey, Repository
+from splitserve.repository import Bundle, BundleKey, Repository, load_bundle
 
 FILES = {"pipeline.skops": b"fitted", "golden.npz": b"samples"}
 KEY = BundleKey("penguins", "preprocess", 1)
@@ -274,11 +274,11 @@ def test_loading_names_the_bundle(repository):
     def refuse(bundle: Bundle) -> None:
         raise BundleError("golden samples differ")
 
-    assert repository.load(KEY, lambda bundle: bundle.read("golden.npz")) == b"samples"
+    assert load_bundle(repository, KEY, lambda bundle: bundle.read("golden.npz")) == b"samples"
     with pytest.raises(BundleError, match=r"^penguins/preprocess/1: golden samples differ$"):
-        repository.load(KEY, refuse)
+        load_bundle(repository, KEY, refuse)
     with pytest.raises(BundleError, match=r"^digits/predict/3: manifest\.json can not be read: No such file or directory$"):
-        repository.load(BundleKey("digits", "predict", 3), refuse)
+        load_bundle(repository, BundleKey("digits", "predict", 3), refuse)
 
 
 def test_a_bundle_can_be_taken_back(repository):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from splitserve import golden as goldens
-from splitserve.arrays import Array, from_array
+from splitserve.arrays import DTYPES, Array, from_array
 from splitserve.environment import check_sklearn
 from splitserve.errors import InvalidInput, PairMismatch
 from splitserve.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, Manifest
@@ -51,10 +51,11 @@ class Preprocessor:
             features = self._transformer.transform(rows)
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
-        dense = to_dense(features)
-        self._check_values(dense)
         spec = self.outputs[0]
-        outputs = (from_array(spec.name, dense, spec.datatype),)
+        with np.errstate(over="ignore"):  # what float32 can not hold becomes infinite, and is refused below if it must not be
+            dense = to_dense(features).astype(DTYPES[spec.datatype], copy=False)
+        self._check_values(dense)
+        outputs = (from_array(spec.name, dense),)
         check_outputs(self.outputs, outputs, n_rows)
         return outputs
 

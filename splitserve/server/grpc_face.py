@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import DOMAIN, Internal, SplitserveError, at_stage
+from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, at_stage
 from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
 from splitserve.server.logs import RequestLine
 
@@ -50,6 +50,7 @@ class GrpcFace:
         default_timeout_s: the deadline of callers that set none; 0: none.
         retry_after_s: at the edge, how long clients are told to wait before they retry. 0 between stages: there a caller may try
             another replica at once, but not for what went wrong further on, which has been retried there.
+        allow_control: take requests to load and unload models.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class GrpcFace:
         max_message_bytes: int,
         default_timeout_s: float = 0.0,
         retry_after_s: float = 0.0,
+        allow_control: bool = False,
     ) -> None:
         self._service = service
         self._stage = stage
         self._metadata = metadata
         self._default_timeout_s = default_timeout_s
         self._retry_after_s = retry_after_s
+        self._allow_control = allow_control
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
@@ -132,6 +135,8 @@ class GrpcFace:
             "ModelMetadata": self._model_metadata,
             "ModelInfer": self._model_infer,
             "RepositoryIndex": self._repository_index,
+            "RepositoryModelLoad": self._repository_model_load,
+            "RepositoryModelUnload": self._repository_model_unload,
         }
         return {name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()}
 
@@ -185,6 +190,30 @@ class GrpcFace:
         request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
         return oip_grpc.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
+
+    async def _repository_model_load(self, data: bytes, context: Context) -> bytes:
+        request = oip_grpc.parse(pb.RepositoryModelLoadRequest, data)
+        await self._service.load(self._controlled(request))
+        return pb.RepositoryModelLoadResponse().SerializeToString()
+
+    async def _repository_model_unload(self, data: bytes, context: Context) -> bytes:
+        request = oip_grpc.parse(pb.RepositoryModelUnloadRequest, data)
+        await self._service.unload(self._controlled(request))
+        return pb.RepositoryModelUnloadResponse().SerializeToString()
+
+    def _controlled(self, request: Any) -> str:
+        """The model that a control request names. KServe's clients have its name where others have the repository's.
+
+        Raises:
+            PermissionDenied: this face takes no such requests.
+            InvalidInput: it brings parameters: what is loaded is decided by the repository, not by callers.
+        """
+        if not self._allow_control:
+            raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+        if request.parameters:
+            raise InvalidInput("parameters are not taken: the model repository says what is loaded")
+        name: str = request.model_name or request.repository_name
+        return name
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
         message = oip_grpc.parse(pb.ModelInferRequest, data)

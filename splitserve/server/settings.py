@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from typing import Any, TypeVar
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from splitserve.selection import Selection, parse_models, parse_policies
 from splitserve.server import logs
 
 MIB = 1024 * 1024
@@ -39,6 +40,9 @@ class ServiceSettings(BaseSettings):
     grace_s: float = Field(30.0, ge=0)
     """Seconds that calls in flight get to finish once no new ones are taken."""
 
+    allow_repository_control: bool = Field(False, validation_alias=AliasChoices("ALLOW_REPOSITORY_CONTROL"))
+    """Take requests to load and unload models, from anyone who can reach the port. Polling needs none of it."""
+
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
 
@@ -48,6 +52,32 @@ class RepositorySettings(ServiceSettings):
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
     """Folder of the model repository."""
+
+    models: str = Field("", validation_alias=AliasChoices("MODELS"))
+    """Names of the models to serve, separated by commas; all when empty."""
+
+    model_versions: str = Field("latest:2", validation_alias=AliasChoices("MODEL_VERSIONS"))
+    """Versions of each half to hold: all, latest:N, or those of pairs like 1.1,2.1; by model as in `latest:2; penguins=all`."""
+
+    unload_delay_s: float = Field(30.0, ge=0)
+    """Seconds that a version which is no longer wanted is kept after it was last asked for."""
+
+    @property
+    def selection(self) -> Selection:
+        """Which models and versions are wanted."""
+        return Selection(parse_models(self.models), parse_policies(self.model_versions))
+
+    @field_validator("models")
+    @classmethod
+    def _check_models(cls, text: str) -> str:
+        parse_models(text)
+        return text
+
+    @field_validator("model_versions")
+    @classmethod
+    def _check_versions(cls, text: str) -> str:
+        parse_policies(text)
+        return text
 
 
 S = TypeVar("S", bound=ServiceSettings)

@@ -1,73 +1,186 @@
-"""The bundles of one kind, loaded as they appear in the model repository."""
+"""The bundles of one kind, loaded as they appear at the source and let go when nobody needs them any more."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import structlog
 
 from splitserve.catalogue import Catalogue, Entry
-from splitserve.manifest import BundleError, Kind
+from splitserve.errors import NotFound
+from splitserve.manifest import BundleError, Kind, NotFetched
 from splitserve.oip import LOADING, READY, UNAVAILABLE
-from splitserve.repository import Bundle, BundleKey, Repository
+from splitserve.repository import Bundle, BundleKey, BundleSource, load_bundle
+from splitserve.routes import Route
+from splitserve.selection import Selection, pinned, wanted
+from splitserve.versions import unknown_model
 
 T = TypeVar("T")
+
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+"""After how long a bundle that could not be fetched is tried again: twice as long each time."""
 
 
 class VersionStore(Generic[T]):
     """Loads bundles and keeps what came of each.
 
-    A bundle that can not be loaded is kept with the reason and takes no other one down. A published version never changes, so
-    none is loaded twice.
+    A bundle that is broken is kept with the reason and takes no other one down; one that can not be fetched is tried again. A
+    published version never changes, so none is loaded twice while it is held. New versions are loaded beside those that serve;
+    a version that is no longer wanted is let go once nobody has asked for it for a while, and is freed when its last call ends.
 
     Args:
-        repository: where the bundles are.
+        source: where the bundles are.
         kind: which half.
         load: makes what is served of a bundle, or raises `BundleError`; called in a thread.
+        selection: which models and versions are wanted.
+        unload_delay_s: how long a version that is no longer wanted is kept after it was last asked for.
+        clock: seconds that never go back.
     """
 
-    def __init__(self, repository: Repository, kind: Kind, load: Callable[[Bundle], T]) -> None:
-        self._repository = repository
+    def __init__(
+        self,
+        source: BundleSource,
+        kind: Kind,
+        load: Callable[[Bundle], T],
+        *,
+        selection: Selection | None = None,
+        unload_delay_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
         self._kind = kind
         self._load = load
+        self._selection = selection or Selection()
+        self._unload_delay_s = unload_delay_s
+        self._clock = clock
         self._log = structlog.get_logger()
+        self._lock = asyncio.Lock()
+        self._last_asked: dict[tuple[str, int], float] = {}
+        self._retry_at: dict[tuple[str, int], float] = {}
+        self._n_tries: dict[tuple[str, int], int] = {}
+        self._held_back: set[str] = set()
         self.catalogue: Catalogue[int, T] = Catalogue()
         self.is_loaded = False
-        """Whether everything that was in the repository at the first look has been tried."""
+        """Whether everything that was wanted at the first look has been tried."""
         self.problem = ""
-        """Why the repository could not be looked at the last time."""
+        """Why the source could not be looked at the last time."""
+
+    def choose(self, model: str, version: int | None) -> tuple[int, T]:
+        """As `Catalogue.choose`; who asks for a version keeps it from being let go."""
+        number, value = self.catalogue.choose(model, version)
+        self.touch(model, number)
+        return number, value
+
+    def touch(self, model: str, version: int) -> None:
+        """Somebody needs this version."""
+        self._last_asked[(model, version)] = self._clock()
 
     async def refresh(self) -> None:
-        """Load what is new in the repository."""
-        try:
-            new = await asyncio.to_thread(self._new_keys)
-        except BundleError as error:
-            if str(error) != self.problem:
-                self._log.error("model repository can not be read", reason=str(error))
-            self.problem = str(error)
-            return
-        self.problem = ""
-        for key in new:
-            self.catalogue.put(key.model, key.version, Entry(LOADING))
-        for key in new:
-            self.catalogue.put(key.model, key.version, await asyncio.to_thread(self._try_to_load, key))
-        self.is_loaded = True
+        """Look at the source: load what is wanted and not held, newest first; let go what is held and not wanted."""
+        async with self._lock:
+            try:
+                published, routes = await asyncio.to_thread(self._look)
+            except BundleError as error:
+                if str(error) != self.problem:
+                    self._log.error("model repository can not be read", reason=str(error))
+                self.problem = str(error)
+                return
+            self.problem = ""
+            for model in sorted(published.keys() - self._held_back):
+                await self._hold(model, published[model], routes.get(model))
+            for model in self.catalogue.models():
+                self._let_go(model, published.get(model, set()), routes.get(model))
+            self.is_loaded = True
 
-    def _new_keys(self) -> list[BundleKey]:
-        return [
-            key for key in self._repository.bundles() if key.kind == self._kind and (key.model, key.version) not in self.catalogue
-        ]
+    def _look(self) -> tuple[dict[str, set[int]], Mapping[str, Route]]:
+        """Versions of this half by model, and the routes."""
+        published: dict[str, set[int]] = {}
+        for key in self._source.bundles():
+            if key.kind == self._kind and self._selection.serves(key.model):
+                published.setdefault(key.model, set()).add(key.version)
+        return published, self._source.routes()
 
-    def _try_to_load(self, key: BundleKey) -> Entry[T]:
+    async def _hold(self, model: str, published: set[int], route: Route | None) -> None:
+        """Load versions of a model until those that are wanted are held, going further down for each that is refused."""
+        due = {version for version in published if self._retry_at.get((model, version), math.inf) <= self._clock()}
+        while missing := due | (self._wanted(model, published, route) - self.catalogue.entries(model).keys()):
+            due = set()
+            for version in missing:
+                if (model, version) not in self.catalogue:
+                    self.catalogue.put(model, version, Entry(LOADING))
+            for version in sorted(missing, reverse=True):
+                self.catalogue.put(model, version, await self._try_to_load(BundleKey(model, self._kind, version)))
+
+    def _wanted(self, model: str, published: set[int], route: Route | None) -> set[int]:
+        policy = self._selection.policy(model)
+        refused = {version for version, entry in self.catalogue.entries(model).items() if entry.state == UNAVAILABLE}
+        return wanted(published, refused, pinned(self._kind, policy, route), policy.n_latest)
+
+    async def _try_to_load(self, key: BundleKey) -> Entry[T]:
+        place = (key.model, key.version)
         try:
-            loaded = self._repository.load(key, self._load)
+            loaded = await asyncio.to_thread(load_bundle, self._source, key, self._load)
+        except NotFetched as error:
+            self._n_tries[place] = self._n_tries.get(place, 0) + 1
+            delay_s = min(FIRST_RETRY_S * 2 ** (self._n_tries[place] - 1), LAST_RETRY_S)
+            self._retry_at[place] = self._clock() + delay_s
+            self._log.warning("bundle can not be fetched yet", bundle=str(key), reason=str(error), retry_in_s=delay_s)
+            return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
         except BundleError as error:
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))
         except Exception:  # one bundle's failure, whatever it is, must not end the others
             self._log.exception("bundle failed to load", bundle=str(key))
             return Entry(UNAVAILABLE, f"{key}: failed to load; the log has the cause")
+        finally:
+            self.touch(*place)
+        self._retry_at.pop(place, None)
+        self._n_tries.pop(place, None)
         self._log.info("bundle loaded", bundle=str(key))
         return Entry(READY, value=loaded)
+
+    def _let_go(self, model: str, published: set[int], route: Route | None) -> None:
+        """Drop what is gone from the source and could not be served anyway, and what is not wanted and not asked for."""
+        kept = self._wanted(model, published, route)
+        for version, entry in self.catalogue.entries(model).items():
+            idle_s = self._clock() - self._last_asked.get((model, version), 0.0)
+            if entry.state == UNAVAILABLE and version not in published:
+                self._forget(model, version)
+            elif entry.state == READY and version not in kept and idle_s >= self._unload_delay_s:
+                self._forget(model, version)
+                self._log.info("bundle let go", bundle=str(BundleKey(model, self._kind, version)))
+
+    def _forget(self, model: str, version: int) -> None:
+        self.catalogue.remove(model, version)
+        for memory in (self._last_asked, self._retry_at, self._n_tries):
+            memory.pop((model, version), None)
+
+    async def unload(self, model: str) -> None:
+        """Hold no version of a model until `load`.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        async with self._lock:
+            if model not in self.catalogue.models():
+                raise NotFound(unknown_model(model), model=model[:128])
+            self._held_back.add(model)
+            for version in self.catalogue.entries(model):
+                self._forget(model, version)
+            self.catalogue.put_incomplete(model, "it was unloaded")
+
+    async def load(self, model: str) -> None:
+        """Look at the source now, and serve the model again if it was unloaded.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        self._held_back.discard(model)
+        self.catalogue.remove_incomplete(model)
+        await self.refresh()
+        if model not in self.catalogue.models():
+            raise NotFound(unknown_model(model), model=model[:128])
