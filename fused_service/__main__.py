@@ -36,7 +36,9 @@ async def serve() -> None:
         n_workers = preprocess_config.n_workers + predict_config.n_workers
         executor = stack.enter_context(ThreadPoolExecutor(n_workers, thread_name_prefix="compute"))
         predict = PredictService(predictors, executor)
-        preprocess = PreprocessService(preprocessors, predict, executor)
+        preprocess = PreprocessService(
+            preprocessors, predict, executor, allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch
+        )
         service = ProxyService(preprocess)
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)

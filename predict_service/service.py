@@ -45,7 +45,7 @@ class PredictService:
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         _, predictor = self._choose(model, version)
         versions = tuple(map(str, self._predictors.catalogue.ready_versions(model)))
-        return ModelMetadata(model, versions, PLATFORM, predictor.inputs, predictor.outputs)
+        return ModelMetadata(model, versions, PLATFORM, predictor.inputs, predictor.outputs, predictor.properties)
 
     async def index(self) -> list[ModelState]:
         return self._predictors.catalogue.index()

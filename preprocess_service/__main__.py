@@ -28,7 +28,9 @@ async def serve() -> None:
         predict = await stack.enter_async_context(
             RemoteInference(config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes)
         )
-        service = PreprocessService(preprocessors, predict, executor)
+        service = PreprocessService(
+            preprocessors, predict, executor, allow_fingerprint_mismatch=config.allow_fingerprint_mismatch
+        )
         face = await stack.enter_async_context(
             GrpcFace(
                 service,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import msgspec
 import structlog
 
+from splitserve import pairing
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
 from splitserve.oip import (
@@ -36,6 +38,18 @@ class AdmittedPair(msgspec.Struct, frozen=True):
 
     preprocessor: Preprocessor
     predictor: ModelMetadata
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Facts about the pair, for its metadata."""
+        facts = {
+            "fingerprint": self.preprocessor.manifest.fingerprint,
+            "preprocessor_created": self.preprocessor.manifest.created,
+            "predictor_created": self.predictor.properties.get("created", ""),
+            "warnings": "; ".join(self.warnings),
+        }
+        return {name: fact for name, fact in facts.items() if fact}
 
 
 class PreprocessService:
@@ -45,9 +59,18 @@ class PreprocessService:
         preprocessors: the loaded versions.
         predict: the service behind.
         executor: where transforms run.
+        allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
     """
 
-    def __init__(self, preprocessors: VersionStore[Preprocessor], predict: InferenceService, executor: Executor) -> None:
+    def __init__(
+        self,
+        preprocessors: VersionStore[Preprocessor],
+        predict: InferenceService,
+        executor: Executor,
+        *,
+        allow_fingerprint_mismatch: bool = False,
+    ) -> None:
+        self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
         self._preprocessors = preprocessors
         self._predict = predict
         self._executor = executor
@@ -78,7 +101,16 @@ class PreprocessService:
             self._broken_link = ""
             before, self._pairs = self._pairs, self._match(predictors)
             self._report_changes(before)
+            await self._keep_newest()
         self._is_matched = self._is_matched or everything_is_loaded
+
+    async def _keep_newest(self) -> None:
+        """Ask for the halves of each model's newest pair, so that neither is let go while it is the one that is chosen."""
+        for model in self._pairs.models():
+            if ready := self._pairs.ready_versions(model):
+                self._preprocessors.touch(model, ready[-1].preprocessor)
+                with contextlib.suppress(SplitserveError):
+                    await self._predict.metadata(model, str(ready[-1].predictor))
 
     def _report_changes(self, before: Catalogue[Pair, AdmittedPair]) -> None:
         """A line for each pair that has become ready, or has become known to be refused."""
@@ -87,7 +119,8 @@ class PreprocessService:
             for pair, entry in self._pairs.entries(model).items():
                 was = earlier.get(pair)
                 if entry.state != (was.state if was else "") and entry.state == READY:
-                    self._log.info("pair admitted", model=model, pair=str(pair))
+                    warnings = entry.value.warnings if entry.value else ()
+                    self._log.info("pair admitted", model=model, pair=str(pair), **({"warnings": warnings} if warnings else {}))
                 elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
@@ -124,7 +157,12 @@ class PreprocessService:
             return Entry(theirs.state, theirs.reason)
         if differences := mine.value.differences(signature.inputs, signature.outputs):
             return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
-        return Entry(READY, value=AdmittedPair(mine.value, signature))
+        warnings = mine.value.warnings
+        if other := pairing.other_meaning(mine.value.manifest, signature.properties.get(pairing.FINGERPRINT, "")):
+            if not self._allow_fingerprint_mismatch:
+                return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
+            warnings += (f"{other}, allowed by a setting",)
+        return Entry(READY, value=AdmittedPair(mine.value, signature, warnings))
 
     async def infer(self, request: InferRequest) -> InferResponse:
         with at_stage(STAGE, model=request.model):
@@ -144,7 +182,13 @@ class PreprocessService:
         n_rows = features[0].n_rows
         try:
             response = await self._predict.infer(
-                InferRequest(request.model, features, version=str(pair.predictor), id=request.id, deadline=request.deadline)
+                InferRequest(
+                    request.model,
+                    preprocessor.sent(features),
+                    version=str(pair.predictor),
+                    id=request.id,
+                    deadline=request.deadline,
+                )
             )
         except InvalidInput as error:  # the caller did not make these tensors
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
@@ -162,6 +206,7 @@ class PreprocessService:
             PLATFORM,
             admitted.preprocessor.inputs,
             admitted.preprocessor.answer_specs(admitted.predictor.outputs),
+            admitted.properties,
         )
 
     async def index(self) -> list[ModelState]:

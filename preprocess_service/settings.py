@@ -25,5 +25,8 @@ class PreprocessSettings(RepositorySettings):
     allow_environment_mismatch: bool = False
     """Load bundles of another minor version of scikit-learn and rely on their golden samples."""
 
+    allow_fingerprint_mismatch: bool = False
+    """Pair halves that fit in shape although the features mean something else than the predictor was trained on."""
+
     n_workers: int = Field(2, ge=1)
     """Threads that run transforms, so that calls overlap and health checks are answered meanwhile."""

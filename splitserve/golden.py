@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
-from splitserve.manifest import GOLDEN_FILE, BundleError, Tolerance
+from splitserve.errors import SplitserveError
+from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
@@ -79,6 +80,30 @@ def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
         shape = tuple(int(size) for size in arrays[f"{side}_shapes/{spec.name}"])
         return Tensor(spec.name, spec.datatype, shape, array.tobytes())
     return from_array(spec.name, array)
+
+
+def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
+    """Run the samples of a bundle and compare.
+
+    Args:
+        data: the contents of ``golden.npz``.
+        manifest: of the bundle: signature and tolerances.
+        run: what was loaded of the bundle.
+
+    Raises:
+        BundleError: the samples are damaged or not of the signature, can not be run, or come out otherwise; then the message
+            shows the worst difference.
+    """
+    golden = decode(data, manifest.inputs, manifest.outputs)
+    for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
+        if tensor.datatype != spec.datatype:
+            raise BundleError(f'{GOLDEN_FILE}: "{spec.name}" is {tensor.datatype}, manifest.json says {spec.datatype}')
+    try:
+        found = run(golden.inputs)
+    except SplitserveError as error:
+        raise BundleError(f"golden samples: {error.message}") from error
+    if worst := worst_difference(golden.outputs, found, manifest.tolerances):
+        raise BundleError(str(worst))
 
 
 def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:

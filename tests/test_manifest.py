@@ -178,32 +178,3 @@ def test_the_environment_is_what_is_installed():
     found = environment.observe(["numpy", "no-such-package"])
 
     assert found == {"python": platform.python_version(), "numpy": version("numpy")}
-
-
-def test_scikit_learn_may_differ_in_the_patch_only():
-    """Source: scikit-learn, "Model persistence"."""
-    major, minor = version("scikit-learn").split(".")[:2]
-
-    environment.check_sklearn({"scikit-learn": version("scikit-learn")})
-    environment.check_sklearn({"scikit-learn": f"{major}.{minor}.99"})
-
-
-@pytest.mark.parametrize(
-    ("made_with", "shown"), [({"scikit-learn": "0.24.1"}, "0.24.1"), ({"numpy": "2.0"}, "(unknown)"), ({}, "(unknown)")]
-)
-def test_another_scikit_learn_is_refused_with_both_versions(made_with, shown):
-    """And the ways out."""
-    with pytest.raises(BundleError) as caught:
-        environment.check_sklearn(made_with)
-
-    message = str(caught.value)
-    assert message.startswith(f"published with scikit-learn {shown}, this service runs {version('scikit-learn')}; ")
-    assert "PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH" in message
-
-
-def test_a_longer_minor_version_is_another_one():
-    """1.10 is not 1.1."""
-    major, minor = version("scikit-learn").split(".")[:2]
-
-    with pytest.raises(BundleError):
-        environment.check_sklearn({"scikit-learn": f"{major}.{minor}0.0"})

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES, from_array, to_array
 from splitserve.manifest import Postprocess
-from splitserve.runtimes.postprocess import apply, differences, output_specs
+from splitserve.pairing import postprocess_misfits as differences
+from splitserve.runtimes.postprocess import apply, output_specs
 from splitserve.signature import TensorSpec, check_outputs
 from splitserve.tensors import Tensor, decode_bytes
 

@@ -151,3 +151,17 @@ def health(url: UrlOption = GRPC_URL) -> None:
     from splitserve.cli.health import run
 
     raise typer.Exit(run(url))
+
+
+@app.command()
+def reload(
+    models: Annotated[list[str] | None, typer.Argument(help="Names of models; all by default.")] = None,
+    url: UrlOption = GRPC_URL,
+) -> None:
+    """Look at the model repository now.
+
+    Services look by themselves every second or so. This needs ALLOW_REPOSITORY_CONTROL=true at each of them.
+    """
+    from splitserve.cli.reload import run
+
+    raise typer.Exit(run(models or [], url))

@@ -24,6 +24,7 @@ from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PreprocessorHalf, predictor_half, preprocessor_half, write
 from splitserve.repository import Bundle, Repository
+from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.runtimes.rows import Rowset
 
 INPUT_NAME = "features"
@@ -115,7 +116,9 @@ def publish(
             complaints.append(str(error))
             break
         features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
-        predictor = predictor_half(model.SerializeToString(), features, name=name, labels=_labels(estimator))
+        predictor = predictor_half(
+            model.SerializeToString(), features, name=name, labels=_labels(estimator), meaning=meaning_of(transformer)
+        )
         worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
         if not complaint:
             first, second = write(Repository(repository), preprocessor, predictor, version=version)
@@ -181,6 +184,7 @@ def publish_predictor(
     repository: str | os.PathLike[str],
     version: int | None = None,
     labels: Sequence[object] = (),
+    trained_on: Any = None,
 ) -> Bundle:
     """Publish an ONNX model, made by whatever means, as a predictor.
 
@@ -191,6 +195,8 @@ def publish_predictor(
         repository: folder of the model repository.
         version: the next free number by default.
         labels: class names in the order of its scores.
+        trained_on: the fitted transforms whose results it was trained on; then it is paired only with preprocessors whose
+            features mean the same.
 
     Raises:
         PublishError: ONNX Runtime can not run it, the samples do not fit, or the version exists. Nothing has been written then.
@@ -199,7 +205,8 @@ def publish_predictor(
         data = model.SerializeToString()
     else:
         data = model if isinstance(model, bytes) else _read(model)
-    half = predictor_half(data, sample_inputs, name=name, labels=labels)
+    meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
+    half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning)
     return write(Repository(repository), half, version=version)[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +12,7 @@ import onnx
 
 from splitserve import environment
 from splitserve import golden as goldens
-from splitserve.arrays import Array, from_array
+from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.golden import Golden
 from splitserve.manifest import (
@@ -32,13 +32,21 @@ from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
 from splitserve.repository import Bundle, Repository
 from splitserve.runtimes import sklearn_pipeline
+from splitserve.runtimes.meaning import NO_MEANING, Meaning, meaning_of
 from splitserve.runtimes.predictor import Predictor
 from splitserve.runtimes.preprocessor import Preprocessor, to_dense
 from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
 from splitserve.signature import BATCH, TensorSpec
+from splitserve.tensors import Tensor
 
-GOLDEN_TOLERANCE = Tolerance(rtol=1e-4, atol=1e-5)
-"""What replaying floats on another machine may differ by."""
+RTOL = 1e-4
+MARGIN = 10
+LEAST_ATOL = 1e-6
+"""The tolerance of a floating-point output: ``RTOL``, and ``MARGIN`` times the largest difference that was seen where the bundle
+was made, between rows computed one by one and together, and between what was computed and what crossed the wire; never less
+than ``LEAST_ATOL``."""
+
+N_FEATURE_NAMES = 10_000
 
 _PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "pillow", "skops", "splitserve")
 _PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
@@ -99,6 +107,10 @@ def preprocessor_half(
     rows = _settle_missing(rows, transformer, data)
     output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
     manifest = _manifest(name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, **manifest_fields)
+    meaning = meaning_of(transformer)
+    manifest = msgspec.structs.replace(
+        manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
+    )
     file = sklearn_pipeline.dump(transformer)
     runtime = _load(manifest, file, trusted_modules)
     try:
@@ -107,7 +119,8 @@ def preprocessor_half(
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
     direct = from_array(output.name, features, output.datatype)
-    if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: GOLDEN_TOLERANCE}):
+    manifest = _with_tolerances(manifest, golden, runtime.transform, direct)
+    if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: Tolerance(RTOL, LEAST_ATOL * MARGIN)}):
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
     return PreprocessorHalf(manifest, {PIPELINE_FILE: file, GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
 
@@ -152,7 +165,12 @@ def _takes_missing(column: Column, transformer: Any, data: Rowset) -> bool:
 
 
 def predictor_half(
-    model: bytes, sample_inputs: Mapping[str, Array] | Array, *, name: str, labels: Sequence[object]
+    model: bytes,
+    sample_inputs: Mapping[str, Array] | Array,
+    *,
+    name: str,
+    labels: Sequence[object],
+    meaning: Meaning = NO_MEANING,
 ) -> PredictorHalf:
     """An ONNX model as a bundle.
 
@@ -161,6 +179,7 @@ def predictor_half(
         sample_inputs: arrays (n_samples, …) by input name, or the array of the only input.
         name: of the model.
         labels: class names in the order of its scores.
+        meaning: of the features that it was trained on.
 
     Raises:
         PublishError: ONNX Runtime can not run it, its leading dimensions are no batch, or the samples do not fit.
@@ -185,7 +204,10 @@ def predictor_half(
         _PREDICT_PACKAGES,
         {"ONNX IR": str(parsed.ir_version), **made_with},
         labels=tuple(map(str, labels)),
+        fingerprint=meaning.fingerprint,
+        feature_names=meaning.feature_names[:N_FEATURE_NAMES],
     )
+    manifest = _with_tolerances(manifest, golden, runtime.infer)
     return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: goldens.encode(golden)}, runtime)
 
 
@@ -222,9 +244,37 @@ def _manifest(
         inputs=inputs,
         outputs=outputs,
         environment={**environment.observe(packages), **(made_with or {})},
-        tolerances={spec.name: GOLDEN_TOLERANCE for spec in outputs if spec.datatype.startswith(("FP", "BF"))},
         **fields,
     )
+
+
+def _with_tolerances(manifest: Manifest, golden: Golden, run: Callable[[Any], Sequence[Tensor]], *others: Tensor) -> Manifest:
+    """The manifest with the tolerances of its floating-point outputs."""
+    alone = [output for sample in _single_samples(golden) for output in run(sample)]
+    tolerances = {}
+    for output in golden.outputs:
+        array = to_array(output)
+        if array.dtype.kind == "f":
+            rows = [to_array(tensor) for tensor in alone if tensor.name == output.name]
+            together = [np.concatenate(rows), *(to_array(other) for other in others if other.name == output.name)]
+            seen = max(_largest_difference(array[: len(other)], other) for other in together)
+            tolerances[output.name] = Tolerance(RTOL, max(MARGIN * seen, LEAST_ATOL))
+    return msgspec.structs.replace(manifest, tolerances=tolerances)
+
+
+def _single_samples(golden: Golden) -> list[tuple[Tensor, ...]]:
+    """The first golden samples, each as a request of its own."""
+    arrays = [(tensor, to_array(tensor)) for tensor in golden.inputs]
+    n_rows = min(golden.inputs[0].n_rows, samples.N_GOLDEN)
+    return [
+        tuple(from_array(tensor.name, array[row : row + 1], tensor.datatype) for tensor, array in arrays) for row in range(n_rows)
+    ]
+
+
+def _largest_difference(one: Array, other: Array) -> float:
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(one.astype(np.float64) - other.astype(np.float64))
+    return float(np.nan_to_num(differences, nan=0.0, posinf=0.0).max(initial=0.0))
 
 
 def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, version: int | None) -> list[Bundle]:

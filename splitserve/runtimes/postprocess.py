@@ -8,27 +8,9 @@ import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.manifest import Postprocess
+from splitserve.pairing import LABEL, PROBABILITIES
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
-
-PROBABILITIES, LABEL = "probabilities", "label"
-
-
-def differences(step: Postprocess, labels: Sequence[str], outputs: Sequence[TensorSpec]) -> list[str]:
-    """What keeps the step from being applied to a predictor's outputs; empty when nothing does."""
-    scores = next((spec for spec in outputs if spec.name == step.scores), None)
-    if scores is None:
-        return [f'"{step.scores}" is wanted by the postprocess step but not given']
-    if scores.datatype not in ("FP32", "FP64") or len(scores.shape) != 2:
-        return [f'"{step.scores}": {scores} is given, the postprocess step wants FP32 or FP64 (batch, n_labels)']
-    if scores.shape[1] != len(labels):
-        return [f'"{step.scores}": {scores.shape[1]} scores a row are given for {len(labels)} labels']
-    made = (PROBABILITIES, LABEL)
-    return [
-        f'"{spec.name}" is given and made by the postprocess step too'
-        for spec in outputs
-        if spec.name in made and spec is not scores
-    ]
 
 
 def output_specs(step: Postprocess, outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

@@ -14,8 +14,10 @@ import onnxruntime as ort
 from splitserve import golden as goldens
 from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
+from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
+from splitserve.pairing import FINGERPRINT
 from splitserve.repository import Bundle
+from splitserve.runtimes import onnx_support
 from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs, empty
 from splitserve.tensors import Tensor
 
@@ -60,6 +62,8 @@ class Predictor:
             self._session = ort.InferenceSession(model, options, providers=list(providers))
         except Exception as error:
             raise BundleError(f"{MODEL_FILE}: ONNX Runtime {ort.__version__} can not load it: {error}") from None
+        self.properties: dict[str, str] = {}
+        """Facts about the version, for its metadata."""
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
 
@@ -96,17 +100,33 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
             samples come out otherwise.
     """
     manifest = bundle.manifest
-    try:
-        predictor = Predictor(bundle.read(MODEL_FILE), intra_op_num_threads=intra_op_num_threads, providers=providers)
-        _check_signature("input", manifest.inputs, predictor.inputs)
-        _check_signature("output", manifest.outputs, predictor.outputs)
-        golden = goldens.decode(bundle.read(GOLDEN_FILE), manifest.inputs, manifest.outputs)
-        found = predictor.infer(golden.inputs)
-    except InvalidInput as error:
-        raise BundleError(f"golden samples: {error.message}") from error
-    if worst := goldens.worst_difference(golden.outputs, found, manifest.tolerances):
-        raise BundleError(str(worst))
+    _check_environment(manifest)
+    predictor = Predictor(bundle.read(MODEL_FILE), intra_op_num_threads=intra_op_num_threads, providers=providers)
+    _check_signature("input", manifest.inputs, predictor.inputs)
+    _check_signature("output", manifest.outputs, predictor.outputs)
+    predictor.properties = {"created": manifest.created}
+    if manifest.fingerprint:
+        predictor.properties[FINGERPRINT] = manifest.fingerprint
+    goldens.replay(bundle.read(GOLDEN_FILE), manifest, predictor.infer)
     return predictor
+
+
+def _check_environment(manifest: Manifest) -> None:
+    """Raises:
+    BundleError: the ONNX versions that the manifest names are beyond the runtime here.
+    """
+    made_with = manifest.environment
+    opsets = {
+        "" if name == "opset ai.onnx" else name.removeprefix("opset "): int(version)
+        for name, version in made_with.items()
+        if name.startswith("opset ") and version.isdecimal()
+    }
+    ir_version = made_with.get("ONNX IR", "")
+    if problems := onnx_support.problems(int(ir_version) if ir_version.isdecimal() else 1, opsets):
+        raise BundleError(
+            f"published with {'; '.join(problems)}; serve it with a newer ONNX Runtime, or publish it again "
+            "with an older target opset"
+        )
 
 
 def _check_signature(side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from splitserve import environment, pairing
 from splitserve import golden as goldens
 from splitserve.arrays import DTYPES, Array, from_array
-from splitserve.environment import check_sklearn
-from splitserve.errors import InvalidInput, PairMismatch
+from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, Manifest
 from splitserve.repository import Bundle
 from splitserve.runtimes import postprocess, sklearn_pipeline
+from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.rows import to_rows
-from splitserve.signature import TensorSpec, check_inputs, check_outputs, empty, fits
+from splitserve.signature import TensorSpec, check_inputs, check_outputs, empty
 from splitserve.tensors import Tensor
 
 _MESSAGE_LENGTH = 300
@@ -27,6 +29,9 @@ class Preprocessor:
     def __init__(self, manifest: Manifest, transformer: Any) -> None:
         if manifest.rows is None:
             raise BundleError('manifest.json: a preprocessor needs "rows"')
+        self.manifest = manifest
+        self.warnings: tuple[str, ...] = ()
+        """What is not as it was where the bundle was made, and was allowed."""
         self._rows = manifest.rows
         self._transformer = transformer
         self._postprocess = manifest.postprocess
@@ -69,10 +74,14 @@ class Preprocessor:
 
     def differences(self, predictor_inputs: Sequence[TensorSpec], predictor_outputs: Sequence[TensorSpec]) -> list[str]:
         """What keeps this from being paired with a predictor of that signature; empty when they fit."""
-        found = fits(self.outputs, predictor_inputs)
-        if self._postprocess is not None:
-            found += postprocess.differences(self._postprocess, self._labels, predictor_outputs)
-        return found
+        return pairing.misfits(self.manifest, predictor_inputs, predictor_outputs)
+
+    def sent(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs of `transform` under the names that the predictor has for them."""
+        names = self.manifest.names
+        if not names:
+            return outputs
+        return tuple(msgspec.structs.replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in outputs)
 
     def answer_specs(self, predictor_outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The signature of `answer` for a predictor with these outputs."""
@@ -95,17 +104,38 @@ def load(bundle: Bundle, *, trusted_modules: Sequence[str] = (), allow_environme
             come out otherwise.
     """
     manifest = bundle.manifest
-    if not allow_environment_mismatch:
-        check_sklearn(manifest.environment)
-    try:
-        preprocessor = Preprocessor(manifest, sklearn_pipeline.load(bundle.read(PIPELINE_FILE), trusted_modules))
-        golden = goldens.decode(bundle.read(GOLDEN_FILE), manifest.inputs, manifest.outputs)
-        found = preprocessor.transform(golden.inputs)
-    except (InvalidInput, PairMismatch) as error:
-        raise BundleError(f"golden samples: {error.message}") from error
-    if worst := goldens.worst_difference(golden.outputs, found, manifest.tolerances):
-        raise BundleError(str(worst))
+    warnings = _check_environment(manifest, allow_environment_mismatch)
+    transformer = sklearn_pipeline.load(bundle.read(PIPELINE_FILE), trusted_modules)
+    _check_meaning(manifest, transformer)
+    preprocessor = Preprocessor(manifest, transformer)
+    preprocessor.warnings = warnings
+    goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
     return preprocessor
+
+
+def _check_environment(manifest: Manifest, allow_mismatch: bool) -> tuple[str, ...]:
+    """What of this environment differs and was allowed, or matters little.
+
+    Raises:
+        BundleError: it differs, and may not.
+    """
+    found = environment.mismatches("preprocess", manifest.environment)
+    refused = [str(each) for each in found if each.is_required]
+    if refused and not allow_mismatch:
+        raise BundleError(
+            f"{'; '.join(refused)}; serve it where the versions match, publish it again with those here, or set "
+            "PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH=true and rely on the golden samples"
+        )
+    return tuple(f"{each}, allowed: relying on the golden samples" if each.is_required else str(each) for each in found)
+
+
+def _check_meaning(manifest: Manifest, transformer: Any) -> None:
+    """Raises:
+    BundleError: the transforms' columns or vocabularies are not those that the manifest tells of.
+    """
+    found = meaning_of(transformer).fingerprint
+    if manifest.fingerprint and found != manifest.fingerprint:
+        raise BundleError(f"the features have the fingerprint {found}, manifest.json says {manifest.fingerprint}")
 
 
 def to_dense(features: Any) -> Array:

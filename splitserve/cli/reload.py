@@ -1,0 +1,29 @@
+"""``splitserve reload``: have a running system look at its model repository now."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+from splitserve.errors import SplitserveError
+from splitserve.remote import RemoteInference
+
+
+def run(models: Sequence[str], url: str) -> int:
+    """Ask for each model, all that the system knows of by default; 1 and the reason if that fails."""
+    try:
+        asked = asyncio.run(_reload(models, url))
+    except SplitserveError as error:
+        print(f"{url}: {error.message}", file=sys.stderr)
+        return 1
+    print(f"looked at the repository for {', '.join(asked) or 'no model'}")
+    return 0
+
+
+async def _reload(models: Sequence[str], url: str) -> list[str]:
+    async with RemoteInference(url, stage="proxy") as proxy:
+        asked = list(models) or sorted({state.name for state in await proxy.index()})
+        for model in asked:
+            await proxy.load(model)
+        return asked

@@ -1,0 +1,147 @@
+"""What makes a pair: shapes that fit, and features that mean the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.compose import make_column_transformer
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
+
+from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve.manifest import BundleError, Manifest
+from splitserve.pairing import misfits, other_meaning, sent_specs
+from splitserve.repository import Repository, load_bundle
+from splitserve.runtimes import predictor, preprocessor
+from splitserve.runtimes.meaning import NO_MEANING, meaning_of
+from splitserve.signature import TensorSpec
+from tests.system.models import softmax_model
+
+FRAME = pd.DataFrame({"colour": ["red", "green", "blue"] * 4, "size": np.arange(12.0)})
+
+
+def one_hot(*order: str) -> Any:
+    """The same columns, the categories in this order."""
+    return make_column_transformer(
+        (OneHotEncoder(categories=[list(order)], sparse_output=False), ["colour"]), (StandardScaler(), ["size"])
+    ).fit(FRAME)
+
+
+def test_a_reordered_category_changes_the_meaning_and_no_shape() -> None:
+    """The case that every check of shapes passes."""
+    one, other = one_hot("red", "green", "blue"), one_hot("green", "red", "blue")
+
+    assert one.transform(FRAME).shape == other.transform(FRAME).shape
+    assert meaning_of(one).fingerprint != meaning_of(other).fingerprint
+    assert meaning_of(one).fingerprint == meaning_of(one_hot("red", "green", "blue")).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (OrdinalEncoder(categories=[["a", "b"]]), OrdinalEncoder(categories=[["b", "a"]])),
+        (CountVectorizer(vocabulary=["a", "b"]), CountVectorizer(vocabulary=["b", "a"])),
+        (
+            FeatureUnion([("x", OrdinalEncoder(categories=[["a", "b"]]))]),
+            FeatureUnion([("x", OrdinalEncoder(categories=[["b", "a"]]))]),
+        ),
+        (make_pipeline(OrdinalEncoder(categories=[["a", "b"]])), make_pipeline(OrdinalEncoder(categories=[["b", "a"]]))),
+    ],
+)
+def test_vocabularies_count_where_names_do_not_show_them(one: Any, other: Any) -> None:
+    """Which number stands for what, wherever in the transforms it was learnt."""
+    rows = ["a", "b"] if isinstance(one, CountVectorizer) else [["a"], ["b"]]
+
+    fingerprints = {meaning_of(each.fit(rows)).fingerprint for each in (one, other)}
+
+    assert len(fingerprints) == 2
+
+
+def test_what_was_learnt_of_numbers_does_not_count() -> None:
+    """A scaler that was fitted again on newer data fits the same predictor."""
+    rows = np.arange(6.0).reshape(3, 2)
+
+    assert meaning_of(StandardScaler().fit(rows)) == meaning_of(StandardScaler().fit(rows * 2))
+
+
+def test_transforms_that_can_not_tell_have_no_fingerprint() -> None:
+    """Nothing is compared then."""
+    assert meaning_of(FunctionTransformer()) == NO_MEANING
+    assert NO_MEANING.fingerprint == ""
+
+
+def manifest(**fields: Any) -> Manifest:
+    features = TensorSpec("features", "FP32", ("batch", 2))
+    defaults: dict[str, Any] = {
+        "schema_version": 1, "name": "m", "kind": "preprocess", "version": 1, "created": "", "files": {}, "environment": {},
+        "inputs": (features,), "outputs": (features,),
+    }  # fmt: skip
+    return Manifest(**{**defaults, **fields})
+
+
+@pytest.mark.parametrize(
+    ("mine", "fingerprint", "names", "message"),
+    [
+        ({"fingerprint": "sha256:a"}, "sha256:a", (), ""),
+        ({"fingerprint": "sha256:a"}, "", (), ""),
+        ({}, "sha256:a", (), ""),
+        ({"fingerprint": "sha256:a"}, "sha256:b", (), "the features mean something else .* \\(fingerprint a, trained on b\\)"),
+        (
+            {"fingerprint": "sha256:a", "feature_names": ("x", "y")},
+            "sha256:b",
+            ("x", "z"),
+            'feature 1 is "y" where the predictor was trained on "z"',
+        ),
+    ],
+)
+def test_another_meaning_is_named_if_both_sides_tell(
+    mine: dict[str, Any], fingerprint: str, names: tuple[str, ...], message: str
+) -> None:
+    """The first feature that differs, where the names are known."""
+    import re
+
+    found = other_meaning(manifest(**mine), fingerprint, names)
+
+    assert re.fullmatch(message, found)
+
+
+def test_a_manifest_may_map_names() -> None:
+    """Names count unless the preprocessor says what the predictor calls them."""
+    wanted = [TensorSpec("input_1", "FP32", ("batch", 2))]
+
+    assert misfits(manifest(), wanted, []) == ['"input_1" is wanted but not given', '"features" is given but not wanted']
+    assert misfits(manifest(names={"features": "input_1"}), wanted, []) == []
+    assert sent_specs(manifest(names={"features": "input_1"}))[0].name == "input_1"
+
+
+def test_published_halves_carry_what_they_mean(tmp_path: Path) -> None:
+    """Both halves of a pipeline the same; a predictor of one's own if it is told."""
+    pipeline = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, [0, 1] * 6)
+    publish(pipeline, FRAME, name="m", repository=tmp_path)
+    sample = np.zeros((2, 4), np.float32)
+    untold = publish_predictor(softmax_model(4), sample, name="m", repository=tmp_path)
+    told = publish_predictor(softmax_model(4), sample, name="m", repository=tmp_path, trained_on=pipeline[:-1])
+
+    manifests = [Repository(tmp_path).open(key).manifest for key in Repository(tmp_path).bundles()]
+
+    assert [bool(each.fingerprint) for each in manifests] == [True, True, False, True]
+    assert len({each.fingerprint for each in manifests if each.fingerprint}) == 1
+    assert manifests[0].feature_names[0] == "onehotencoder__colour_red"
+    assert load_bundle(Repository(tmp_path), told.key, predictor.load).properties["fingerprint"] == manifests[0].fingerprint
+    assert "fingerprint" not in load_bundle(Repository(tmp_path), untold.key, predictor.load).properties
+
+
+def test_transforms_that_are_not_the_manifests_are_refused(tmp_path: Path) -> None:
+    """A manifest that tells of other features than the file has."""
+    bundle = publish_preprocessor(one_hot("red", "green", "blue"), FRAME, name="m", repository=tmp_path)
+    path = bundle.folder / "manifest.json"
+    path.write_text(path.read_text().replace(bundle.manifest.fingerprint, "sha256:" + "0" * 64))
+
+    with pytest.raises(BundleError, match="the features have the fingerprint sha256:.*, manifest.json says sha256:000"):
+        load_bundle(Repository(tmp_path), bundle.key, preprocessor.load)

@@ -1,0 +1,91 @@
+"""Which versions are held, and what settings and routes may say of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from splitserve.manifest import BundleError
+from splitserve.routes import Route, RoutedPair, decode
+from splitserve.selection import Selection, VersionPolicy, parse_models, parse_policies, pinned, wanted
+from splitserve.versions import Pair
+
+
+@pytest.mark.parametrize(
+    ("text", "policies"),
+    [
+        ("all", {"": VersionPolicy()}),
+        ("", {"": VersionPolicy()}),
+        ("latest:3", {"": VersionPolicy(3)}),
+        ("1.1, 2.1", {"": VersionPolicy(0, (Pair(1, 1), Pair(2, 1)))}),
+        (
+            "latest:2; penguins = all; digits=1.1",
+            {"": VersionPolicy(2), "penguins": VersionPolicy(), "digits": VersionPolicy(0, (Pair(1, 1),))},
+        ),
+    ],
+)
+def test_policies_are_by_model(text: str, policies: dict[str, VersionPolicy]) -> None:
+    """The one without a name is for all others."""
+    assert parse_policies(text) == policies
+
+
+@pytest.mark.parametrize("text", ["latest", "latest:0", "newest", "1", "1.x", "../m=all", "latest:2; =all", "m=;all"])
+def test_a_policy_that_is_not_understood_is_named(text: str) -> None:
+    """Nothing is guessed."""
+    with pytest.raises(ValueError, match='"'):
+        parse_policies(text)
+
+
+def test_models_are_a_list_or_all() -> None:
+    """An empty list is all."""
+    assert Selection(parse_models("a, b")).serves("b")
+    assert not Selection(parse_models("a, b")).serves("c")
+    assert Selection(parse_models("")).serves("anything")
+    with pytest.raises(ValueError, match='"a/b" can not be the name of a model'):
+        parse_models("a/b")
+
+
+@pytest.mark.parametrize(
+    ("published", "refused", "pins", "n_latest", "expected"),
+    [
+        ({1, 2, 3}, set(), set(), None, {1, 2, 3}),
+        ({1, 2, 3}, set(), set(), 2, {2, 3}),
+        ({1, 2, 3}, {3}, set(), 2, {1, 2}),
+        ({1, 2, 3}, {3}, set(), 1, {2}),
+        ({1, 2, 3}, set(), {1}, 1, {1, 3}),
+        ({1, 2, 3}, {1}, {1}, 1, {1, 3}),
+        ({1, 2}, set(), {7}, 0, set()),
+        (set(), set(), set(), 2, set()),
+    ],
+)
+def test_refused_versions_take_no_ones_place(
+    published: set[int], refused: set[int], pins: set[int], n_latest: int | None, expected: set[int]
+) -> None:
+    """The newest that can be served, and what is pinned if it exists."""
+    assert wanted(published, refused, pins, n_latest) == expected
+
+
+def test_a_route_pins_its_pairs_halves() -> None:
+    """Each half its own number; the shadow's too."""
+    route = decode(b'{"pairs": [{"pair": "1.2", "weight": 90}, {"pair": "3.2", "weight": 10}], "shadow": "4.5"}')
+
+    assert route == Route((RoutedPair("1.2", 90), RoutedPair("3.2", 10)), "4.5")
+    assert pinned("preprocess", VersionPolicy(), route) == {1, 3, 4}
+    assert pinned("predict", VersionPolicy(0, (Pair(9, 8),)), route) == {2, 5, 8}
+    assert pinned("predict", VersionPolicy(), None) == set()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "route.json: "),
+        (b"{}", "missing required field `pairs`"),
+        (b'{"pairs": [{"pair": "1"}]}', '"1" is not a pair'),
+        (b'{"pairs": [{"pair": "1.1", "weight": -1}]}', "weight"),
+        (b'{"pairs": [], "shadow": "x"}', '"x" is not a pair'),
+        (b"\xff", "route.json: "),
+    ],
+)
+def test_a_broken_route_is_refused(data: bytes, message: str) -> None:
+    """With what is wrong in it."""
+    with pytest.raises(BundleError, match=message):
+        decode(data)

@@ -1,0 +1,243 @@
+"""The store of loaded versions: what it loads, keeps, lets go and tries again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from splitserve.errors import NotFound, Unavailable
+from splitserve.manifest import BundleError, NotFetched
+from splitserve.oip import READY, UNAVAILABLE
+from splitserve.repository import BundleKey
+from splitserve.routes import Route, RoutedPair
+from splitserve.selection import Selection, parse_policies
+from splitserve.server.store import FIRST_RETRY_S, VersionStore
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeSource:
+    """A source whose bundles are their own names; those in `failures` raise."""
+
+    def __init__(self, *versions: int, model: str = "m") -> None:
+        self.keys = {BundleKey(model, "predict", version) for version in versions}
+        self.failures: dict[int, Exception] = {}
+        self.found_routes: dict[str, Route] = {}
+        self.opened: list[int] = []
+        self.problem: Exception | None = None
+
+    def bundles(self) -> Iterable[BundleKey]:
+        if self.problem:
+            raise self.problem
+        return sorted(self.keys)
+
+    def routes(self) -> dict[str, Route]:
+        return self.found_routes
+
+    def open(self, key: BundleKey) -> Any:
+        self.opened.append(key.version)
+        if key.version in self.failures:
+            raise self.failures[key.version]
+        return key
+
+    def publish(self, version: int) -> None:
+        self.keys.add(BundleKey("m", "predict", version))
+
+
+def store_of(
+    source: FakeSource, policy: str = "latest:2", *, clock: Clock | None = None, delay_s: float = 0.0
+) -> VersionStore[Any]:
+    selection = Selection(policies=parse_policies(policy))
+    return VersionStore(source, "predict", str, selection=selection, unload_delay_s=delay_s, clock=clock or Clock())
+
+
+def held(store: VersionStore[Any], state: str = READY) -> list[int]:
+    return [version for version, entry in store.catalogue.entries("m").items() if entry.state == state]
+
+
+async def test_the_newest_are_held_and_nothing_is_loaded_twice() -> None:
+    """A second look at the same source opens nothing."""
+    source = FakeSource(1, 2, 3)
+    store = store_of(source)
+
+    await store.refresh()
+    await store.refresh()
+
+    assert held(store) == [2, 3]
+    assert source.opened == [3, 2]
+    assert store.choose("m", None) == (3, "m/predict/3")
+
+
+async def test_a_broken_version_changes_nothing_but_the_report() -> None:
+    """It takes no one's place, is not tried again, and says why."""
+    source = FakeSource(1, 2)
+    store = store_of(source)
+    await store.refresh()
+
+    source.failures[3] = BundleError("damaged")
+    source.publish(3)
+    await store.refresh()
+    await store.refresh()
+
+    assert held(store) == [1, 2]
+    assert held(store, UNAVAILABLE) == [3]
+    assert source.opened.count(3) == 1
+    assert store.choose("m", None)[0] == 2
+    with pytest.raises(Unavailable, match="m/predict/3: damaged"):
+        store.choose("m", 3)
+
+
+async def test_an_unexpected_failure_is_a_report_too() -> None:
+    """Whatever one bundle does, the others load."""
+    source = FakeSource(1, 2)
+    source.failures[2] = MemoryError("no more")
+    store = store_of(source)
+
+    await store.refresh()
+
+    assert held(store) == [1]
+    assert "failed to load; the log has the cause" in store.catalogue.entries("m")[2].reason
+
+
+async def test_at_the_start_older_versions_stand_in_for_broken_ones() -> None:
+    """The service goes down the list until it has as many as it wants."""
+    source = FakeSource(1, 2, 3, 4)
+    source.failures = {4: BundleError("damaged"), 3: BundleError("damaged")}
+    store = store_of(source, "latest:1")
+
+    await store.refresh()
+
+    assert held(store) == [2]
+    assert source.opened == [4, 3, 2]
+
+
+async def test_an_old_version_is_let_go_once_nobody_asks_for_it() -> None:
+    """Loaded first, unloaded after, and not while it is in use."""
+    clock, source = Clock(), FakeSource(1)
+    store = store_of(source, "latest:1", clock=clock, delay_s=10)
+    await store.refresh()
+    source.publish(2)
+    await store.refresh()
+    assert held(store) == [1, 2]
+
+    clock.now = 9
+    store.choose("m", 1)
+    clock.now = 18
+    await store.refresh()
+    still_held = held(store)
+    clock.now = 19
+    await store.refresh()
+
+    assert still_held == [1, 2]
+    assert held(store) == [2]
+    with pytest.raises(NotFound):
+        store.choose("m", 1)
+
+
+async def test_what_a_route_names_is_held() -> None:
+    """However old it is."""
+    source = FakeSource(1, 2, 3, 4)
+    source.found_routes = {"m": Route((RoutedPair("7.1"),))}
+    store = store_of(source, "latest:1")
+
+    await store.refresh()
+
+    assert held(store) == [1, 4]
+
+
+async def test_what_is_gone_from_the_source_is_let_go() -> None:
+    """After the same delay; a broken one at once."""
+    clock, source = Clock(), FakeSource(1, 2)
+    source.failures[2] = BundleError("damaged")
+    store = store_of(source, clock=clock, delay_s=10)
+    await store.refresh()
+
+    source.keys.clear()
+    await store.refresh()
+    at_once = held(store), held(store, UNAVAILABLE)
+    clock.now = 10
+    await store.refresh()
+
+    assert at_once == ([1], [])
+    assert store.catalogue.models() == []
+
+
+async def test_what_can_not_be_fetched_is_tried_again_and_again_more_slowly() -> None:
+    """The service is up meanwhile, and says what it waits for."""
+    clock, source = Clock(), FakeSource(1, 2)
+    source.failures[2] = NotFetched("connection refused")
+    store = store_of(source, "latest:1", clock=clock)
+
+    await store.refresh()
+    first = held(store), store.catalogue.entries("m")[2].reason
+    await store.refresh()
+    clock.now = FIRST_RETRY_S
+    await store.refresh()
+    tries_so_far = source.opened.count(2)
+    clock.now = FIRST_RETRY_S * 2
+    await store.refresh()
+    still = source.opened.count(2)
+    del source.failures[2]
+    clock.now = FIRST_RETRY_S * 3
+    await store.refresh()
+
+    assert first == ([1], "waiting to fetch it again: m/predict/2: connection refused")
+    assert (tries_so_far, still) == (2, 2)
+    assert 2 in held(store)
+
+
+async def test_a_source_that_can_not_be_looked_at_is_reported_and_takes_nothing_away() -> None:
+    """What is held is served on; the first look is not over until it succeeds."""
+    source = FakeSource(1)
+    store = store_of(source)
+    source.problem = BundleError("no such bucket")
+    await store.refresh()
+    before = store.is_loaded, store.problem
+    source.problem = None
+    await store.refresh()
+    source.problem = BundleError("no such bucket")
+
+    await store.refresh()
+
+    assert before == (False, "no such bucket")
+    assert (store.is_loaded, held(store)) == (True, [1])
+
+
+async def test_unload_holds_a_model_back_until_load() -> None:
+    """Looks at the source do not bring it back."""
+    source = FakeSource(1)
+    store = store_of(source)
+    await store.refresh()
+
+    await store.unload("m")
+    await store.refresh()
+    with pytest.raises(Unavailable, match="it was unloaded"):
+        store.choose("m", None)
+    await store.load("m")
+
+    assert held(store) == [1]
+    for control in (store.load, store.unload):
+        with pytest.raises(NotFound):
+            await control("nope")
+
+
+async def test_load_looks_at_once() -> None:
+    """Without waiting for the next look."""
+    source = FakeSource(1)
+    store = store_of(source)
+    await store.refresh()
+    source.publish(2)
+
+    await store.load("m")
+
+    assert held(store) == [1, 2]
