@@ -29,6 +29,7 @@ class Faces:
             metadata=metadata,
             max_body_bytes=config.max_message_bytes,
             default_timeout_s=config.default_timeout_s,
+            allow_control=config.allow_repository_control,
         )
         self.http = HttpFace(app, host=config.host, port=config.http_port, grace_s=config.grace_s)
         self.grpc = GrpcFace(

@@ -16,7 +16,7 @@ import structlog
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
 from splitserve import oip_rest, v1
-from splitserve.errors import Internal, InvalidInput, SplitserveError, TooLarge, Unavailable, at_stage
+from splitserve.errors import Internal, InvalidInput, PermissionDenied, SplitserveError, TooLarge, Unavailable, at_stage
 from splitserve.oip import READY, ServerMetadata, deadline_after
 from splitserve.server.logs import RequestLine
 
@@ -72,13 +72,23 @@ class HttpApp:
         metadata: what ``GET /v2`` answers.
         max_body_bytes: larger bodies are refused.
         default_timeout_s: the deadline of a request.
+        allow_control: take requests to load and unload models.
     """
 
-    def __init__(self, service: ProxyService, *, metadata: ServerMetadata, max_body_bytes: int, default_timeout_s: float) -> None:
+    def __init__(
+        self,
+        service: ProxyService,
+        *,
+        metadata: ServerMetadata,
+        max_body_bytes: int,
+        default_timeout_s: float,
+        allow_control: bool = False,
+    ) -> None:
         self._service = service
         self._metadata = metadata
         self._max_body_bytes = max_body_bytes
         self._default_timeout_s = default_timeout_s
+        self._allow_control = allow_control
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
@@ -93,6 +103,8 @@ class HttpApp:
             (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
             (r"/v2/?", {"GET": self._server_metadata}),
             (r"/v2/models", {"GET": self._models}),
+            (r"/v2/repository/index", {"POST": self._repository_index}),
+            (r"/v2/repository/models/(?P<model>[^/:]+)/(?P<action>load|unload)", {"POST": self._repository_control}),
             (r"/v1/models", {"GET": self._models}),
             (rf"/v1{_MODEL}", {"GET": self._model_ready}),
             (r"/openapi\.json", {"GET": self._openapi_document}),
@@ -203,6 +215,22 @@ class HttpApp:
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
         return _json(200, {"name": model, "ready": True})
+
+    async def _repository_index(self, request: Request) -> Response:
+        wish = oip_rest.decode_json(request.body) if request.body else {}
+        only_ready = isinstance(wish, dict) and wish.get("ready") is True
+        states = [state for state in await self._service.index() if state.state == READY or not only_ready]
+        return _json(200, states)
+
+    async def _repository_control(self, request: Request) -> Response:
+        if not self._allow_control:
+            raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+        wish = oip_rest.decode_json(request.body) if request.body else {}
+        if not isinstance(wish, dict) or wish.get("parameters"):
+            raise InvalidInput("parameters are not taken: the model repository says what is loaded")
+        act = self._service.load if request.path["action"] == "load" else self._service.unload
+        await act(request.path["model"])
+        return _json(200, {})
 
     async def _openapi_document(self, request: Request) -> Response:
         return Response(200, self._openapi)

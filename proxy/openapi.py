@@ -64,6 +64,9 @@ def _paths() -> dict[str, Schema]:
         "/v2/health/ready": {"get": _get("At least one model can be inferred now", "health", "Ready", "503")},
         "/v2": {"get": _get("Name, version and extensions of the server", "models", "Server")},
         "/v2/models": {"get": _get("Names of the models", "models", "Models")},
+        "/v2/repository/index": {"post": _index()},
+        "/v2/repository/models/{model}/load": {"post": _control("Serve a model again, newest versions"), "parameters": [_MODEL]},
+        "/v2/repository/models/{model}/unload": {"post": _control("Serve no version of a model"), "parameters": [_MODEL]},
         "/v1/models": {"get": _get("Names of the models", "models", "Models")},
     }
     for middle, parameters in (("", [_MODEL]), ("/versions/{version}", [_MODEL, _VERSION])):
@@ -106,8 +109,27 @@ def _predict() -> Schema:
     }
 
 
+def _index() -> Schema:
+    answer = {"description": "All versions, ready or not", "content": {"application/json": {"schema": _array(_ref("State"))}}}
+    wish = {"required": False, "content": {"application/json": {"schema": _object({"ready": {"type": "boolean"}})}}}
+    summary = "States of all versions, and why they are not ready"
+    return {
+        "summary": summary,
+        "tags": ["models"],
+        "requestBody": wish,
+        "responses": {"200": answer, **_errors("400", "413", "415")},
+    }
+
+
+def _control(summary: str) -> Schema:
+    answer = {"description": "Done", "content": {"application/json": {"schema": {"type": "object"}}}}
+    errors = _errors("400", "403", "404", "413", "415", "500", "503", "504")
+    return {"summary": f"{summary} (where it is allowed)", "tags": ["models"], "responses": {"200": answer, **errors}}
+
+
 _ERRORS = {
     "400": "The request is malformed: a name, datatype, shape, length or value, which the message names",
+    "403": "Not allowed here",
     "404": "No such model or version",
     "413": "The body is larger than the limit",
     "415": "The body's encoding is not taken",
@@ -116,7 +138,7 @@ _ERRORS = {
     "503": "Not ready: loading, draining, or a stage can not be reached",
     "504": "Out of time",
 }
-_INFER_ERRORS = tuple(_ERRORS)
+_INFER_ERRORS = tuple(status for status in _ERRORS if status != "403")
 
 
 def _errors(*statuses: str) -> Schema:
@@ -212,5 +234,6 @@ def _schemas() -> dict[str, Schema]:
             example={"instances": [{"bill_length_mm": 39.1, "island": "Torgersen"}]},
         ),
         "PredictResponse": _object({"predictions": {"type": "array"}}, "predictions"),
+        "State": _object({"name": text, "version": text, "state": text, "reason": text}, "name", "version", "state"),
         "Error": _object({"error": text, "reason": text, "stage": text, "model": text, "pair": text}, "error"),
     }

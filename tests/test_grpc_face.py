@@ -252,6 +252,27 @@ async def test_reflection_shows_our_messages_beside_health(channel: grpc.aio.Cha
     assert b"ModelInferRequest" in answers[1].file_descriptor_response.file_descriptor_proto[0]
 
 
+async def test_models_are_controlled_only_where_it_is_allowed(service: FakeInference) -> None:
+    """The model may stand where KServe's clients put it; parameters are refused."""
+    named = pb.RepositoryModelLoadRequest(model_name="echo").SerializeToString()
+    kserve = pb.RepositoryModelUnloadRequest(repository_name="echo").SerializeToString()
+    request = pb.RepositoryModelLoadRequest(model_name="echo")
+    request.parameters["config"].string_param = "{}"
+
+    async with serving(service) as address, grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await ask(channel, "RepositoryModelLoad", named)
+    async with serving(service, allow_control=True) as address, grpc.aio.insecure_channel(address) as channel:
+        await ask(channel, "RepositoryModelLoad", named)
+        await ask(channel, "RepositoryModelUnload", kserve)
+        with pytest.raises(grpc.aio.AioRpcError) as bad:
+            await ask(channel, "RepositoryModelLoad", request.SerializeToString())
+
+    assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert service.controlled == [("load", "echo"), ("unload", "echo")]
+    assert bad.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize(
     ("stage_of_error", "retry_after_s", "pushback"),
     [("predict", 0.0, None), ("further", 0.0, "-1"), ("predict", 1.5, "1500"), ("further", 1.5, "1500")],

@@ -153,6 +153,34 @@ async def test_what_is_wrong_is_told_in_the_protocols_form(client: httpx.AsyncCl
     assert answer.headers["content-type"] == "application/json"
 
 
+async def test_the_index_tells_every_versions_state(client: httpx.AsyncClient) -> None:
+    """With the reason; only what is ready if asked so."""
+    entry = {"name": "echo", "version": "1.1", "state": "READY", "reason": ""}
+
+    everything = await client.post("/v2/repository/index")
+    ready = await client.post("/v2/repository/index", json={"ready": True})
+
+    assert everything.json() == ready.json() == [entry]
+
+
+async def test_models_are_controlled_only_where_it_is_allowed(client: httpx.AsyncClient, backend: FakeInference) -> None:
+    """By default nobody can load or unload; what is loaded is never the caller's to say."""
+    service = ProxyService(backend)
+    await service.refresh()
+    metadata = ServerMetadata("s", "0")
+    app = HttpApp(service, metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30, allow_control=True)
+
+    refused = await client.post("/v2/repository/models/echo/unload")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as operator:
+        done = [await operator.post(f"/v2/repository/models/echo/{action}") for action in ("unload", "load")]
+        config = await operator.post("/v2/repository/models/echo/load", json={"parameters": {"config": "{}"}})
+
+    assert (refused.status_code, refused.json()["reason"]) == (403, "PERMISSION_DENIED")
+    assert [answer.status_code for answer in done] == [200, 200]
+    assert backend.controlled == [("unload", "echo"), ("load", "echo")]
+    assert config.status_code == 400
+
+
 async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
     """405 comes with Allow."""
     infer = await client.get("/v2/models/echo/infer")
