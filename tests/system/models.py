@@ -72,3 +72,20 @@ def slow_model(n_features: int, n_rounds: int) -> bytes:
         numpy_helper.from_array(np.array(n_rounds, np.float32), "rounds_as_float"),
     ]
     return _model(nodes, initializers, n_features, n_features)
+
+
+def affine_model(n_features: int, scale: float, offset: float, *, n_ballast: int = 0) -> bytes:
+    """``scores`` (batch, n_features): ``features * scale + offset``. ``n_ballast`` floats of weights make it large."""
+    ballast = np.zeros(max(n_ballast, 1), np.float32)
+    nodes = [
+        helper.make_node("Mul", ["features", "scale"], ["scaled"]),
+        helper.make_node("ReduceMax", ["ballast"], ["nothing"], keepdims=0),
+        helper.make_node("Add", ["scaled", "offset"], ["shifted"]),
+        helper.make_node("Add", ["shifted", "nothing"], ["scores"]),
+    ]
+    initializers = [
+        numpy_helper.from_array(np.array(scale, np.float32), "scale"),
+        numpy_helper.from_array(np.array(offset, np.float32), "offset"),
+        numpy_helper.from_array(ballast, "ballast"),
+    ]
+    return _model(nodes, initializers, n_features, n_features)

@@ -89,6 +89,10 @@ class Process:
             self._process.kill()
             raise
 
+    def rss_mb(self) -> float:
+        """Resident memory, in MiB."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
     def cpu_s(self) -> float:
         """CPU seconds that the process has used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()

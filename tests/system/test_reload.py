@@ -1,0 +1,183 @@
+"""Versions that come and go while the system serves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.preprocessing import StandardScaler
+
+from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve.errors import SplitserveError
+from tests.system.models import affine_model
+from tests.system.processes import System, wait_until
+
+pytestmark = pytest.mark.xdist_group("system")
+
+N_FEATURES = 3
+N_SWAPS = 20
+N_BALLAST = 1_000_000
+"""Floats in each predictor, so that one that is not freed is seen: 4 MB."""
+
+SETTLED = 3
+"""After so many swaps a process has grown to its size."""
+
+FAST = {"MODEL_VERSIONS": "latest:1", "PREPROCESS_UNLOAD_DELAY_S": "1", "PREDICT_UNLOAD_DELAY_S": "1"}
+
+
+def publish(repository: Path, number: int) -> None:
+    """Both halves as this version: features are multiplied by it, then divided by it, then it is added."""
+    rows = np.ones((4, N_FEATURES))
+    scaler = StandardScaler(with_mean=False).fit(rows)
+    scaler.scale_ = np.full(N_FEATURES, 1 / number)
+    publish_preprocessor(scaler, rows, name="m", repository=repository, version=number)
+    model = affine_model(N_FEATURES, 1 / number, number, n_ballast=N_BALLAST)
+    publish_predictor(model, rows.astype(np.float32), name="m", repository=repository, version=number)
+
+
+def expected(pair: str) -> float:
+    """What ones become under a pair, whether its halves have the same number or not."""
+    preprocessor, predictor = map(int, pair.split("."))
+    return preprocessor / predictor + predictor
+
+
+class Load:
+    """Callers that never stop asking, over REST and gRPC; every answer is checked against the pair that it names."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._stop = threading.Event()
+        self.n_answers = 0
+        self.complaints: list[str] = []
+        self._threads = [threading.Thread(target=target) for target in (self._over_rest, self._over_grpc) * 2]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _check(self, pair: str, values: Any) -> None:
+        self.n_answers += 1
+        if not np.allclose(values, expected(pair), rtol=1e-5):
+            self.complaints.append(f"{pair} answered {values}")
+
+    def _over_rest(self) -> None:
+        request = {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 3], "data": [1.0, 1.0, 1.0]}]}
+        while not self._stop.is_set():
+            status, answer = self._system.rest("/v2/models/m/infer", request)
+            if status == 200:
+                self._check(answer["model_version"], answer["outputs"][0]["data"])
+            else:
+                self.complaints.append(str(answer))
+
+    def _over_grpc(self) -> None:
+        from splitserve import oip_grpc
+        from splitserve.arrays import from_array, to_array
+        from splitserve.oip import InferRequest
+
+        request = oip_grpc.encode_request(InferRequest("m", (from_array("features", np.ones((1, N_FEATURES))),)))
+        with Client(self._system.grpc) as client:
+            while not self._stop.is_set():
+                try:
+                    response = oip_grpc.decode_response(client._call("ModelInfer", request))
+                except SplitserveError as error:
+                    self.complaints.append(error.message)
+                else:
+                    self._check(response.version, to_array(response.outputs[0]))
+
+
+@contextmanager
+def serving(repository: Path, *, is_fused: bool = False, **settings: str) -> Iterator[System]:
+    quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1"}
+    system = System(repository, is_fused=is_fused, **{**FAST, **quick, **settings})
+    try:
+        yield system.wait_until_settled()
+    finally:
+        system.stop()
+
+
+def versions(system: System) -> list[str]:
+    return system.rest("/v2/models/m")[1].get("versions", [])
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+def test_twenty_swaps_in_a_row_lose_no_request_and_no_memory(tmp_path: Path, is_fused: bool) -> None:
+    """New versions are loaded beside the old, then take over; the old are let go, and their memory with them."""
+    publish(tmp_path, 1)
+    with serving(tmp_path, is_fused=is_fused) as system:
+        load = Load(system)
+        load.start()
+        try:
+            sizes = []
+            for number in range(2, N_SWAPS + 2):
+                publish(tmp_path, number)
+                wait_until(lambda number=number: versions(system) == [f"{number}.{number}"], f"version {number} alone")
+                sizes.append({name: process.rss_mb() for name, process in system.processes.items()})
+        finally:
+            load.stop()
+
+        assert load.complaints == []
+        assert load.n_answers > N_SWAPS
+        ballast_mb = N_BALLAST * 4 / 2**20
+        for name, size in sizes[-1].items():
+            assert size - sizes[SETTLED][name] < (N_SWAPS - SETTLED) * ballast_mb / 3, sizes
+
+
+def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> None:
+    """The one that served serves on, and the index says what is wrong with the other."""
+    publish(tmp_path, 1)
+    with serving(tmp_path) as system:
+        load = Load(system)
+        load.start()
+        try:
+            publish(tmp_path / "elsewhere", 2)
+            model = tmp_path / "elsewhere" / "m" / "predict" / "2" / "model.onnx"
+            model.write_bytes(model.read_bytes()[:-1] + b"\xff")
+            (tmp_path / "elsewhere" / "m" / "predict" / "2").rename(tmp_path / "m" / "predict" / "2")
+            wait_until(lambda: "m 1.2" in str(index(system)), "the report")
+            states = index(system)
+        finally:
+            load.stop()
+
+        assert load.complaints == []
+        assert states["m 1.1"] == ("READY", "")
+        assert states["m 1.2"][0] == "UNAVAILABLE"
+        assert "m/predict/2: model.onnx has sha256" in states["m 1.2"][1]
+
+
+def index(system: System) -> dict[str, tuple[str, str]]:
+    """State and reason by model and version, as REST tells them."""
+    _, entries = system.rest("/v2/repository/index", {})
+    return {f"{entry['name']} {entry['version']}": (entry["state"], entry.get("reason", "")) for entry in entries}
+
+
+def test_reload_and_the_protocols_calls_act_at_once(tmp_path: Path) -> None:
+    """With polling as good as off: the command, and load and unload for operators."""
+    command = Path(sys.executable).with_name("splitserve")
+    publish(tmp_path, 1)
+    slow = {"PREDICT_REFRESH_INTERVAL_S": "3600"}
+    with serving(tmp_path, ALLOW_REPOSITORY_CONTROL="true", **slow) as system:
+        publish(tmp_path, 2)
+
+        reloaded = subprocess.run([command, "reload", "m", "--url", system.grpc], check=True, capture_output=True, text=True)
+        after_reload = versions(system)
+        unloaded, _ = system.rest("/v2/repository/models/m/unload", {})
+        status, answer = system.rest("/v2/models/m/ready")
+        loaded, _ = system.rest("/v2/repository/models/m/load", {})
+
+        assert reloaded.stdout == "looked at the repository for m\n"
+        assert "2.2" in after_reload
+        assert (unloaded, status, loaded) == (200, 503, 200)
+        assert "it was unloaded" in answer["error"] or "no preprocessor" in answer["error"]
+        assert system.rest("/v2/models/m/ready")[0] == 200
