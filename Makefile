@@ -74,7 +74,7 @@ test-compose: $(BIN)/.installed
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade --all-extras --group dev -o requirements/dev.txt
-	for part in proxy preprocess predict; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
 	rm -rf $(VENV) .venv-imagenet .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,13 +1,19 @@
 """The model repository: a folder of bundles, each a folder with a manifest, written whole or not at all.
 
 <repository>/<model>/{preprocess,predict}/<version>/{manifest.json, …}
+
+Whoever can write to the repository may have put anything there. Folders may be symbolic links, as in mounted volumes; files
+must be regular ones, and are checked and read through the same open file.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +30,27 @@ T = TypeVar("T")
 
 KINDS: tuple[Kind, ...] = ("preprocess", "predict")
 
+MAX_SMALL_FILE_BYTES = 16 * 1024**2
+"""Largest manifest, route or index that is read. A manifest with ten thousand columns has about 2 MiB."""
+
+MAX_BUNDLE_BYTES = 4 * 1024**3
+"""Largest sum of a bundle's files. ONNX models without external data end at 2 GiB, protobuf's limit."""
+
+_FILE_NAME = MODEL_NAME
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KEY = re.compile(rf"({MODEL_NAME.pattern})/({'|'.join(KINDS)})/([1-9][0-9]{{0,8}})")
+
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+"""No link is followed, and opening a pipe does not wait for its writer."""
+
+_KINDS_OF_FILE = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
 
 class BundleKey(msgspec.Struct, frozen=True, order=True):
     """Which bundle: ``penguins/preprocess/1``."""
@@ -34,6 +61,12 @@ class BundleKey(msgspec.Struct, frozen=True, order=True):
 
     def __str__(self) -> str:
         return f"{self.model}/{self.kind}/{self.version}"
+
+
+def parse_key(text: str) -> BundleKey | None:
+    """The bundle that is written so; None if that is none."""
+    match = _KEY.fullmatch(text)
+    return match and BundleKey(match[1], "preprocess" if match[2] == "preprocess" else "predict", int(match[3]))
 
 
 class Bundle:
@@ -50,18 +83,17 @@ class Bundle:
         Raises:
             BundleError: the manifest does not list it, it is missing, or its size or digest is not the manifest's.
         """
-        expected = self.manifest.files.get(name)
-        if expected is None:
+        return read_checked(self.folder / name, name, self.expected(name))
+
+    def expected(self, name: str) -> FileDigest:
+        """What the manifest says of a file.
+
+        Raises:
+            BundleError: it does not list it.
+        """
+        if name not in self.manifest.files:
             raise BundleError(f"{MANIFEST_FILE} lists no {name}")
-        try:
-            data = (self.folder / name).read_bytes()
-        except OSError as error:
-            raise BundleError(f"{name} can not be read: {error.strerror}") from None
-        if len(data) != expected.size:
-            raise BundleError(f"{name} has {len(data)} bytes, {MANIFEST_FILE} says {expected.size}")
-        if (found := hashlib.sha256(data).hexdigest()) != expected.sha256:
-            raise BundleError(f"{name} has sha256 {found}, {MANIFEST_FILE} says {expected.sha256}")
-        return data
+        return self.manifest.files[name]
 
 
 class BundleSource(Protocol):
@@ -137,14 +169,11 @@ class Repository:
             BundleError: there is none, its manifest is broken or another bundle's, or it has files that are not listed.
         """
         folder = self.folder(key)
+        manifest = decode_manifest(read_small(folder / MANIFEST_FILE), key)
         try:
-            manifest = manifests.decode((folder / MANIFEST_FILE).read_bytes())
             present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
         except OSError as error:
-            raise BundleError(f"{MANIFEST_FILE} can not be read: {error.strerror}") from None
-        named = BundleKey(manifest.name, manifest.kind, manifest.version)
-        if named != key:
-            raise BundleError(f"{MANIFEST_FILE} is that of {named}")
+            raise BundleError(f"the folder can not be read: {error.strerror}") from None
         if unlisted := sorted(present - manifest.files.keys()):
             raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
         return Bundle(key, folder, manifest)
@@ -158,9 +187,8 @@ class Repository:
         found = {}
         for model in self.models():
             try:
-                found[model] = routes.decode((self.root / model / ROUTE_FILE).read_bytes())
-            except FileNotFoundError:
-                continue
+                if (self.root / model / ROUTE_FILE).exists():
+                    found[model] = routes.decode(read_small(self.root / model / ROUTE_FILE))
             except (OSError, BundleError) as error:
                 raise BundleError(f"{model}: {error}") from error
         return found
@@ -206,6 +234,87 @@ class Repository:
     def remove(self, key: BundleKey) -> None:
         """Take a bundle back, as if it had never been published."""
         shutil.rmtree(self.folder(key), ignore_errors=True)
+
+
+def decode_manifest(data: bytes, key: BundleKey) -> Manifest:
+    """A bundle's manifest, fit to be relied on: the names in it are plain names, and its sizes are within limits.
+
+    Raises:
+        BundleError: it is not, or it is another bundle's.
+    """
+    manifest = manifests.decode(data)
+    named = BundleKey(manifest.name, manifest.kind, manifest.version)
+    if named != key:
+        raise BundleError(f"{MANIFEST_FILE} is that of {named}")
+    for name, digest in manifest.files.items():
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST_FILE:
+            raise BundleError(f"{MANIFEST_FILE}: {name[:128]!r} can not be the name of a file")
+        check_digest(digest, f"{MANIFEST_FILE}: {name}")
+    if (n_bytes := sum(digest.size for digest in manifest.files.values())) > MAX_BUNDLE_BYTES:
+        raise BundleError(f"{MANIFEST_FILE} lists {n_bytes} bytes; the limit is {MAX_BUNDLE_BYTES}")
+    return manifest
+
+
+def check_digest(digest: FileDigest, what: str) -> None:
+    """A digest becomes the name of a file in caches.
+
+    Raises:
+        BundleError: it is none.
+    """
+    if not _SHA256.fullmatch(digest.sha256) or digest.size < 0:
+        raise BundleError(f"{what}: expected a sha256 of 64 hex digits and a size, got {digest.sha256[:80]!r}, {digest.size}")
+
+
+def read_small(path: Path) -> bytes:
+    """All of a manifest or a route.
+
+    Raises:
+        BundleError: it can not be read, is no regular file, or is too large.
+    """
+
+    def check_size(size: int) -> None:
+        if size > MAX_SMALL_FILE_BYTES:
+            raise BundleError(f"{path.name} has {size} bytes; the limit is {MAX_SMALL_FILE_BYTES}")
+
+    return _read(path, path.name, check_size)
+
+
+def read_checked(path: Path, name: str, expected: FileDigest) -> bytes:
+    """All of a file, the bytes that were checked. Of one whose size is wrong nothing is read.
+
+    Raises:
+        BundleError: it can not be read, is no regular file, or its size or digest is not what was expected.
+    """
+
+    def check_size(size: int) -> None:
+        if size != expected.size:
+            raise BundleError(f"{name} has {size} bytes, {MANIFEST_FILE} says {expected.size}")
+
+    data = _read(path, name, check_size)
+    if (found := hashlib.sha256(data).hexdigest()) != expected.sha256:
+        raise BundleError(f"{name} has sha256 {found}, {MANIFEST_FILE} says {expected.sha256}")
+    return data
+
+
+def _read(path: Path, name: str, check_size: Callable[[int], None]) -> bytes:
+    try:
+        with open(path, "rb", opener=_open_without_following) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                what = _KINDS_OF_FILE.get(stat.S_IFMT(facts.st_mode), "something else")
+                raise BundleError(f"{name} is {what}; expected a regular file")
+            check_size(facts.st_size)
+            data = file.read(facts.st_size + 1)  # one more, to see whether it has grown
+    except OSError as error:
+        reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise BundleError(f"{name} can not be read: {reason}") from None
+    if len(data) != facts.st_size:
+        raise BundleError(f"{name} changed while it was read")
+    return data
+
+
+def _open_without_following(path: str, _: int) -> int:
+    return os.open(path, _OPEN_FLAGS)
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -17,13 +17,14 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from splitserve.arrays import Array, to_array
-from splitserve.manifest import Postprocess
+from splitserve.manifest import BundleError, Postprocess
 from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PreprocessorHalf, predictor_half, preprocessor_half, write
 from splitserve.repository import Bundle, Repository
+from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.runtimes.rows import Rowset
 
@@ -64,6 +65,7 @@ def publish(
     input_name: str = INPUT_NAME,
     tolerance: float = DEFAULT_TOLERANCE,
     trusted_modules: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> Published:
     """Split a fitted pipeline before its estimator and publish both halves.
 
@@ -80,6 +82,8 @@ def publish(
         input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
         tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
+        allow_pickle: write the transforms as a pickle if skops can not hold them; a service loads one only if it is told to,
+            since that runs any code in it.
 
     Raises:
         PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
@@ -108,6 +112,7 @@ def publish(
             precision=precision,
             all_as_floats=True,
             trusted_modules=trusted_modules,
+            allow_pickle=allow_pickle,
             refuses=_refuses(estimator),
         )
         try:
@@ -141,6 +146,7 @@ def publish_preprocessor(
     labels: Sequence[object] = (),
     postprocess: Postprocess | None = None,
     trusted_modules: Sequence[str] = (),
+    allow_pickle: bool = False,
 ) -> Bundle:
     """Publish fitted transforms as a preprocessor.
 
@@ -156,6 +162,7 @@ def publish_preprocessor(
         labels: class names in the order of the predictor's scores, for the postprocess step.
         postprocess: how scores become probabilities and a label; without it the predictor's outputs are the answer.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
+        allow_pickle: as for `publish`.
 
     Raises:
         PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
@@ -170,6 +177,7 @@ def publish_preprocessor(
         precision=precision,
         all_as_floats=False,
         trusted_modules=trusted_modules,
+        allow_pickle=allow_pickle,
         labels=tuple(map(str, labels)),
         postprocess=postprocess,
     )
@@ -208,6 +216,21 @@ def publish_predictor(
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
     half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning)
     return write(Repository(repository), half, version=version)[0]
+
+
+def refused_types(transformer: Any) -> list[str]:
+    """Types and functions in fitted transforms that a service would not load, by name; it loads those whose modules it trusts.
+
+    Args:
+        transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
+
+    Raises:
+        PublishError: skops, in whose form they are published, can not hold them at all.
+    """
+    try:
+        return sklearn_pipeline.untrusted_types(sklearn_pipeline.dump(transformer))
+    except BundleError as error:
+        raise PublishError(str(error)) from error
 
 
 def _check_fitted(transformer: Any) -> None:
@@ -265,4 +288,5 @@ __all__ = [
     "publish",
     "publish_predictor",
     "publish_preprocessor",
+    "refused_types",
 ]

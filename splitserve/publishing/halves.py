@@ -36,6 +36,7 @@ from splitserve.runtimes.meaning import NO_MEANING, Meaning, meaning_of
 from splitserve.runtimes.predictor import Predictor
 from splitserve.runtimes.preprocessor import Preprocessor, to_dense
 from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
+from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 from splitserve.signature import BATCH, TensorSpec
 from splitserve.tensors import Tensor
 
@@ -80,6 +81,7 @@ def preprocessor_half(
     precision: str,
     all_as_floats: bool,
     trusted_modules: Sequence[str],
+    allow_pickle: bool = False,
     **manifest_fields: Any,
 ) -> PreprocessorHalf:
     """Fitted transforms as a bundle.
@@ -93,6 +95,7 @@ def preprocessor_half(
         precision: "FP32" or "FP64", the datatype of results that are floating-point.
         all_as_floats: of all results.
         trusted_modules: modules besides the usual ones whose types may be in it.
+        allow_pickle: write a pickle if skops can not hold the transforms.
         manifest_fields: fields of the manifest that are passed on as they are.
 
     Raises:
@@ -111,8 +114,8 @@ def preprocessor_half(
     manifest = msgspec.structs.replace(
         manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
     )
-    file = sklearn_pipeline.dump(transformer)
-    runtime = _load(manifest, file, trusted_modules)
+    file_name, file = _written(transformer, allow_pickle)
+    runtime = _load(manifest, file_name, file, trusted_modules)
     try:
         golden_inputs = to_tensors(rows, inputs, golden_rows)
         golden = Golden(golden_inputs, runtime.transform(golden_inputs))
@@ -122,7 +125,7 @@ def preprocessor_half(
     manifest = _with_tolerances(manifest, golden, runtime.transform, direct)
     if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: Tolerance(RTOL, LEAST_ATOL * MARGIN)}):
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
-    return PreprocessorHalf(manifest, {PIPELINE_FILE: file, GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
+    return PreprocessorHalf(manifest, {file_name: file, GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
 
 
 def _transform(transformer: Any, rows: Rowset) -> Array:
@@ -132,12 +135,31 @@ def _transform(transformer: Any, rows: Rowset) -> Array:
         raise PublishError(f"X does not fit the transforms: {error}") from error
 
 
-def _load(manifest: Manifest, file: bytes, trusted_modules: Sequence[str]) -> Preprocessor:
+def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:
+    """Name and contents of the file that holds the transforms."""
+    try:
+        data = sklearn_pipeline.dump(transformer)
+        if allow_pickle:
+            sklearn_pipeline.load(data, sklearn_pipeline.untrusted_modules(data))
+        return PIPELINE_FILE, data
+    except BundleError as error:
+        if not allow_pickle:
+            raise PublishError(f"{error}; allow_pickle=True writes a pickle, which services refuse by default") from error
+    try:
+        return PICKLE_FILE, sklearn_pipeline.dump_pickle(transformer)
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+
+
+def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequence[str]) -> Preprocessor:
+    if file_name == PICKLE_FILE:
+        return Preprocessor(manifest, sklearn_pipeline.load_pickle(file))
     try:
         return Preprocessor(manifest, sklearn_pipeline.load(file, trusted_modules))
     except BundleError as error:
-        modules = sklearn_pipeline.untrusted_modules(file)
-        raise PublishError(f"{error} (to publish: trusted_modules={modules})") from error
+        modules = sklearn_pipeline.untrusted_modules(file, trusted_modules)
+        way_out = f"trusted_modules={modules}" if modules else "allow_pickle=True, and services that allow it too"
+        raise PublishError(f"{error} (to publish: {way_out})") from error
 
 
 def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:

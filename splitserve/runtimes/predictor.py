@@ -18,6 +18,7 @@ from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
 from splitserve.pairing import FINGERPRINT
 from splitserve.repository import Bundle
 from splitserve.runtimes import onnx_support
+from splitserve.runtimes.external_data import refuse_external_data
 from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs, empty
 from splitserve.tensors import Tensor
 
@@ -37,6 +38,15 @@ _DATATYPES = {
     "tensor(string)": "BYTES",
 }
 """Source: ONNX Runtime Python API, ``NodeArg.type``."""
+
+_ONLY_WHAT_WAS_CHECKED = {
+    "session.load_model_format": "ONNX",  # not its own format, which nothing here can look into
+    "session.model_external_initializers_file_folder_path": os.devnull,  # below which there can be no file
+}
+"""Session options: a model is the bytes whose digest was checked, and no other file.
+
+Source: onnxruntime_session_options_config_keys.h
+"""
 
 
 class Predictor:
@@ -58,6 +68,9 @@ class Predictor:
         options.intra_op_num_threads = intra_op_num_threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        for entry, value in _ONLY_WHAT_WAS_CHECKED.items():
+            options.add_session_config_entry(entry, value)
+        refuse_external_data(model)
         try:
             self._session = ort.InferenceSession(model, options, providers=list(providers))
         except Exception as error:

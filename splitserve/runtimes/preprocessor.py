@@ -12,7 +12,7 @@ from splitserve import environment, pairing
 from splitserve import golden as goldens
 from splitserve.arrays import DTYPES, Array, from_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, Manifest
+from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest
 from splitserve.repository import Bundle
 from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
@@ -96,16 +96,22 @@ class Preprocessor:
         return postprocess.apply(self._postprocess, self._labels, outputs)
 
 
-def load(bundle: Bundle, *, trusted_modules: Sequence[str] = (), allow_environment_mismatch: bool = False) -> Preprocessor:
+def load(
+    bundle: Bundle,
+    *,
+    trusted_modules: Sequence[str] = (),
+    allow_environment_mismatch: bool = False,
+    allow_unsafe_pickle: bool = False,
+) -> Preprocessor:
     """Read, check and try a preprocessor's bundle.
 
     Raises:
-        BundleError: a file is damaged, its environment is not this one's, its types are not allowed, or its golden samples
-            come out otherwise.
+        BundleError: a file is damaged, its environment is not this one's, its types are not allowed, it is a pickle and none is
+            allowed, or its golden samples come out otherwise.
     """
     manifest = bundle.manifest
     warnings = _check_environment(manifest, allow_environment_mismatch)
-    transformer = sklearn_pipeline.load(bundle.read(PIPELINE_FILE), trusted_modules)
+    transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
     _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings

@@ -1,4 +1,8 @@
-"""Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and unknown types are refused."""
+"""Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and unknown types are refused.
+
+What skops can not hold may be a pickle instead, written with joblib. Loading one runs whatever code is in it, so nothing here
+does unless it is told to.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,14 @@ import zipfile
 from collections.abc import Sequence
 from typing import Any
 
+import joblib
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
 from splitserve.manifest import PIPELINE_FILE, BundleError
+from splitserve.repository import Bundle
 
+PICKLE_FILE = "pipeline.joblib"
 _TRUSTED_PACKAGES = ("numpy", "scipy", "sklearn")
 _OWN_MODULE = "splitserve.transformers"
 _SCORES = "sklearn.feature_selection._univariate_selection"
@@ -25,10 +32,69 @@ _TRUSTED_FUNCTIONS = {
 """Functions that scikit-learn's own transformers hold: what they compute is all that they do."""
 
 
+def is_pickle(bundle: Bundle) -> bool:
+    """Whether a preprocessor's transforms are a pickle; a bundle that has both forms has a skops file."""
+    return PICKLE_FILE in bundle.manifest.files and PIPELINE_FILE not in bundle.manifest.files
+
+
+def read(bundle: Bundle, trusted_modules: Sequence[str] = (), *, allow_unsafe_pickle: bool = False) -> Any:
+    """A bundle's transformer.
+
+    Args:
+        bundle: of a preprocessor.
+        trusted_modules: as for `load`.
+        allow_unsafe_pickle: load a pickle, and so run the code in it.
+
+    Raises:
+        BundleError: a file is damaged, its types are not allowed, or it is a pickle and none is allowed.
+    """
+    if not is_pickle(bundle):
+        return load(bundle.read(PIPELINE_FILE), trusted_modules)
+    if not allow_unsafe_pickle:
+        raise BundleError(
+            f"{PICKLE_FILE}: a pickle, and loading one runs any code that is in it; publish the transforms as skops, or set "
+            "PREPROCESS_ALLOW_UNSAFE_PICKLE=true if you trust everyone who can write to the model repository"
+        )
+    return load_pickle(bundle.read(PICKLE_FILE))
+
+
 def dump(transformer: Any) -> bytes:
-    """The contents of ``pipeline.skops``."""
-    data: bytes = skops.io.dumps(transformer)
+    """The contents of ``pipeline.skops``.
+
+    Raises:
+        BundleError: skops can not hold it.
+    """
+    try:
+        data: bytes = skops.io.dumps(transformer)
+    except Exception as error:  # a part raises what it happens to
+        raise BundleError(f"skops can not hold the transforms: {type(error).__name__}: {error}") from error
     return data
+
+
+def dump_pickle(transformer: Any) -> bytes:
+    """The contents of ``pipeline.joblib``.
+
+    Raises:
+        BundleError: it can not be pickled.
+    """
+    buffer = io.BytesIO()
+    try:
+        joblib.dump(transformer, buffer)
+    except Exception as error:
+        raise BundleError(f"the transforms can not be pickled: {type(error).__name__}: {error}") from error
+    return buffer.getvalue()
+
+
+def load_pickle(data: bytes) -> Any:
+    """The transformer in ``pipeline.joblib``. Runs whatever code is in it.
+
+    Raises:
+        BundleError: it can not be loaded.
+    """
+    try:
+        return joblib.load(io.BytesIO(data))
+    except Exception as error:
+        raise BundleError(f"{PICKLE_FILE}: can not be loaded: {type(error).__name__}: {error}") from error
 
 
 def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
@@ -62,10 +128,14 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
         raise BundleError(f"{PIPELINE_FILE}: can not be loaded: {type(error).__name__}: {error}") from error
 
 
-def untrusted_modules(data: bytes) -> list[str]:
-    """Modules that an operator would have to trust before this file loads."""
-    unknown = skops.io.get_untrusted_types(data=data)
-    return sorted({name.rpartition(".")[0] for name in unknown if not _is_trusted(name, ())})
+def untrusted_modules(data: bytes, trusted_modules: Sequence[str] = ()) -> list[str]:
+    """Modules that an operator would have to trust, besides these, before this file loads."""
+    return sorted({name.rpartition(".")[0] for name in untrusted_types(data, trusted_modules)})
+
+
+def untrusted_types(data: bytes, trusted_modules: Sequence[str] = ()) -> list[str]:
+    """Types and functions in the file that are refused."""
+    return sorted(name for name in skops.io.get_untrusted_types(data=data) if not _is_trusted(name, trusted_modules))
 
 
 def _is_trusted(type_name: str, trusted_modules: Sequence[str]) -> bool:

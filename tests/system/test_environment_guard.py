@@ -1,0 +1,69 @@
+"""A bundle published under another scikit-learn, for real: in an environment of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.processes import System, wait_until
+
+pytestmark = pytest.mark.xdist_group("environments")
+
+ROOT = Path(__file__).parents[2]
+UV = Path(sys.executable).with_name("uv")
+OTHER = "1.8"
+"""The minor version before the one in the locks."""
+
+PUBLISH = """
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from splitserve import publish
+X, y = load_iris(return_X_y=True)
+print(publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y), X, name="iris", repository="models"))
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Published under the other scikit-learn."""
+    folder = tmp_path_factory.mktemp("other")
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, folder / "venv"], check=True)
+    subprocess.run(
+        [UV, "pip", "install", "--quiet", "--python", python, f"scikit-learn=={OTHER}.*", f"{ROOT}[publish]"], check=True
+    )
+    subprocess.run([python, "-W", "ignore", "-c", PUBLISH], cwd=folder, check=True)
+    return folder / "models"
+
+
+def test_another_minor_version_is_refused_with_the_ways_out(repository: Path) -> None:
+    """Before anything of it is loaded; the service is up and says so."""
+    system = System(repository, is_fused=True).wait_until_settled()
+    try:
+        status, answer = system.rest("/v2/models/iris/ready")
+        live, _ = system.rest("/v2/health/live")
+    finally:
+        system.stop()
+
+    assert (status, live) == (503, 200)
+    assert f"published with scikit-learn {OTHER}." in answer["error"]
+    assert "PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH=true" in answer["error"]
+
+
+def test_allowed_the_golden_samples_decide_and_metadata_says_so(repository: Path) -> None:
+    """It serves because it answers as where it was made; nobody is left to guess."""
+    system = System(repository, is_fused=True, PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH="true").wait_until_settled()
+    try:
+        wait_until(lambda: system.rest("/v2/models/iris/ready")[0] == 200, "ready")
+        _, metadata = system.rest("/v2/models/iris")
+        admitted = system.processes["fused"].wait_for("pair admitted")
+    finally:
+        system.stop()
+
+    assert "allowed: relying on the golden samples" in metadata["properties"]["warnings"]
+    assert "scikit-learn" in str(admitted["warnings"])
