@@ -58,9 +58,9 @@ class Limits(msgspec.Struct, frozen=True):
     """Bounds of the calls for one model.
 
     ``max_batch_size`` rows and ``max_batch_bytes`` bounds what is merged; a request that is larger by itself goes out alone.
-    ``max_queue_size`` requests may wait. ``max_in_flight`` calls may be under way for each backend; 0 adapts it: 1 where a call
-    costs more than its rows, `ADAPTIVE_IN_FLIGHT` where the rows do. ``max_queue_delay_ms`` above 0 lets a request wait so
-    long for others although nothing is under way.
+    ``max_queue_size`` requests may wait. ``max_in_flight`` calls may be under way for each backend; 0 adapts it: one where a call
+    costs more than its rows, up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that take longer than `OVERDUE_S`.
+    ``max_queue_delay_ms`` above 0 lets a request wait so long for others although nothing is under way.
     """
 
     max_batch_size: int = 256
@@ -72,6 +72,9 @@ class Limits(msgspec.Struct, frozen=True):
 
 ADAPTIVE_IN_FLIGHT = 8
 """Calls under way for each backend where rows are slow: enough to keep a few threads at each stage busy."""
+
+OVERDUE_S = 0.1
+"""A call that takes longer than this does not keep others from going out: something in it is slow, or its backend hangs."""
 
 
 class Batcher:
@@ -182,8 +185,11 @@ class Batcher:
     def _pump(self, group: _Group) -> None:
         """Send what may be sent now."""
         group.is_scheduled = False
-        while group.lanes and group.n_in_flight < group.max_in_flight * max(1, self._n_backends()):
+        while group.lanes:
             now = self._clock()
+            if (free_at := group.free_at(max(1, self._n_backends()), now)) > now:
+                group.wait_until(free_at, now, self._pump)
+                return
             lane = next((each for each in group.lanes.values() if each.ripe_at() <= now), None)
             if lane is None:
                 group.wait_until(min(each.ripe_at() for each in group.lanes.values()), now, self._pump)
@@ -195,9 +201,9 @@ class Batcher:
                 self._start(group, members)
 
     def _start(self, group: _Group, members: list[_Member]) -> None:
-        group.n_in_flight += 1
         call = asyncio.get_running_loop().create_task(self._call(group, members))
         self._calls.add(call)
+        group.calls[call] = self._clock()
         call.add_done_callback(lambda _: self._ended(call, group, members))  # also of one that is given up before it began
         aboard = _Aboard(call, len(members))
         for member in members:
@@ -205,12 +211,12 @@ class Batcher:
 
     async def _call(self, group: _Group, members: list[_Member]) -> None:
         started = self._clock()
-        if await self._answer(members):
-            group.learn(sum([member.n_rows for member in members]), self._clock() - started)
+        if await self._answer(members) and not group.limits.max_in_flight:
+            group.cost.learn(sum([member.n_rows for member in members]), self._clock() - started)
 
     def _ended(self, call: asyncio.Task[None], group: _Group, members: list[_Member]) -> None:
         self._calls.discard(call)
-        group.n_in_flight -= 1
+        del group.calls[call]
         if not call.cancelled() and (error := call.exception()) is not None:  # a mistake of ours; nobody shall wait for it
             _fail(members, Internal("internal error"))
             raise error
@@ -284,25 +290,37 @@ class _Group:
         self.limits = limits
         self.lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self.n_waiting = 0
-        self.n_in_flight = 0
+        self.calls: dict[asyncio.Task[None], float] = {}
+        """Those under way, oldest first, with when they began."""
+        self.cost = RowCost()
         self.is_scheduled = False
-        self._cost = RowCost()
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def n_in_flight(self) -> int:
+        return len(self.calls)
+
+    def free_at(self, n_backends: int, now: float) -> float:
+        """When another call may go out: 0 for at once, `NO_DEADLINE` for once one has ended."""
+        n_in_flight = len(self.calls)
+        if self.limits.max_in_flight:
+            return 0.0 if n_in_flight < self.limits.max_in_flight * n_backends else NO_DEADLINE
+        if n_in_flight < n_backends:
+            return 0.0
+        if n_in_flight >= ADAPTIVE_IN_FLIGHT * n_backends:
+            return NO_DEADLINE
+        if self.cost.row_s > SLOW_ROW_S:
+            return 0.0
+        nth_youngest = list(self.calls.values())[-n_backends]
+        return nth_youngest + OVERDUE_S
 
     def wait_until(self, when: float, now: float, pump: Callable[[_Group], None]) -> None:
         """Pump again then, unless something does so before."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(when - now, pump, self)
-
-    @property
-    def max_in_flight(self) -> int:
-        """For each backend."""
-        return self.limits.max_in_flight or (ADAPTIVE_IN_FLIGHT if self._cost.row_s > SLOW_ROW_S else 1)
-
-    def learn(self, n_rows: int, seconds: float) -> None:
-        if not self.limits.max_in_flight:
-            self._cost.learn(n_rows, seconds)
+            self._timer = None
+        if when != NO_DEADLINE:
+            self._timer = asyncio.get_running_loop().call_later(when - now, pump, self)
 
 
 class RowCost:

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitserve.batching import ADAPTIVE_IN_FLIGHT, SLOW_ROW_S, Batcher, Limits, RowCost, merge, split
+from splitserve.batching import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Batcher, Limits, RowCost, merge, split
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMismatch, SplitserveError, Unavailable
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor, encode_bytes
 from tests.virtual_time import run
 
 POISON = -1
-CALL_S = 1.0
+CALL_S = 0.05
 
 
 def row_request(
@@ -112,7 +112,7 @@ def test_what_arrives_meanwhile_goes_out_merged() -> None:
         backend = Backend()
         batcher = batcher_on(backend)
         first = asyncio.create_task(outcome(batcher.infer(row_request([1]))))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.02)
 
         others = await outcomes(batcher, [row_request([2, 3]), row_request([4])])
 
@@ -233,11 +233,11 @@ def test_who_leaves_makes_room_in_the_queue() -> None:
         backend = Backend()
         batcher = batcher_on(backend, max_queue_size=1)
         first = asyncio.create_task(outcome(batcher.infer(row_request([1]))))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
         leaving = asyncio.create_task(outcome(batcher.infer(row_request([2]))))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
         leaving.cancel()
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.01)
 
         last = await outcome(batcher.infer(row_request([3])))
 
@@ -297,7 +297,7 @@ def test_what_expired_while_it_waited_is_not_sent() -> None:
         backend = Backend()
         batcher = batcher_on(backend)
 
-        answers = await outcomes(batcher, [row_request([1], name="z"), row_request([2], deadline=0.5), row_request([3])])
+        answers = await outcomes(batcher, [row_request([1], name="z"), row_request([2], deadline=CALL_S / 2), row_request([3])])
 
         assert isinstance(answers[1], DeadlineExceeded)
         assert backend.rows() == [(1,), (3,)]
@@ -429,6 +429,33 @@ def test_the_cost_of_a_row_is_the_slope(call_s: float, row_s: float, sizes: list
         cost.learn(n_rows, call_s + row_s * n_rows)
 
     assert cost.row_s == pytest.approx(row_s, abs=SLOW_ROW_S / 100)
+
+
+def test_a_call_that_hangs_does_not_keep_the_others_waiting() -> None:
+    """What is overdue does not count as under way, up to a bound."""
+
+    async def main() -> None:
+        n_sent = 0
+
+        async def first_two_hang(request: InferRequest) -> InferResponse:
+            nonlocal n_sent
+            n_sent += 1
+            await asyncio.sleep(1000 if n_sent < 3 else 0)
+            return InferResponse("m", "1.1", request.inputs)
+
+        batcher = batcher_on(first_two_hang)
+        hanging = []
+        for _ in range(2):
+            hanging.append(asyncio.create_task(outcome(batcher.infer(row_request([1])))))
+            await asyncio.sleep(OVERDUE_S + 0.01)
+
+        assert await outcome(batcher.infer(row_request([3]))) == (3,)
+
+        assert asyncio.get_running_loop().time() == pytest.approx(2 * (OVERDUE_S + 0.01))
+        await batcher.close()
+        await asyncio.gather(*hanging)
+
+    run(main())
 
 
 def test_closing_answers_everybody() -> None:
