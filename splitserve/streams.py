@@ -69,7 +69,10 @@ class InferStream:
     async def read(self) -> None:
         """Hand out answers until the stream ends."""
         try:
-            while (data := await self._call.read()) is not grpc.aio.EOF:
+            while True:
+                data: Any = await self._call.read()
+                if data is grpc.aio.EOF:
+                    break
                 message = pb.ModelStreamInferResponse.FromString(data)
                 answer = self._pending.get(message.infer_response.id)
                 if answer is not None and not answer.done():
@@ -104,7 +107,7 @@ class StreamKeeper:
     """
 
     def __init__(self, channel: grpc.aio.Channel, stage: str) -> None:
-        self._open = channel.stream_stream(METHOD)
+        self._open: Any = channel.stream_stream(METHOD)
         self._channel = channel
         self._stage = stage
         self._readers: set[asyncio.Task[None]] = set()
