@@ -24,7 +24,7 @@ async def serve() -> None:
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
-        service = PredictService(predictors, executor)
+        service = PredictService(predictors, executor, limits=config.limits)
         face = await stack.enter_async_context(
             GrpcFace(
                 service,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 import msgspec
@@ -30,7 +31,9 @@ class PredictService:
         limits: of what is merged.
     """
 
-    def __init__(self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Callable[[str], Limits] | Limits | None = None
+    ) -> None:
         self._predictors = predictors
         self._compute = Compute(executor)
         self._batcher = Batcher(self._run, limits)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from splitserve.server.settings import ServiceSettings
+from splitserve.server.settings import BatchingSettings
 
 
-class ProxySettings(ServiceSettings):
+class ProxySettings(BatchingSettings):
     """Settings of the proxy."""
 
     model_config = SettingsConfigDict(env_prefix="PROXY_")
