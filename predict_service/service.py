@@ -10,6 +10,7 @@ from splitserve.errors import Unavailable, at_stage
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor
 from splitserve.server.store import VersionStore
+from splitserve.statistics import Statistics
 from splitserve.versions import parse_version
 
 STAGE = "predict"
@@ -28,6 +29,7 @@ class PredictService:
     def __init__(self, predictors: VersionStore[Predictor], executor: Executor) -> None:
         self._predictors = predictors
         self._executor = executor
+        self.statistics = Statistics()
 
     @property
     def is_loaded(self) -> bool:
@@ -37,9 +39,10 @@ class PredictService:
         with at_stage(STAGE, model=request.model):
             check_time_left(request.deadline)
             version, predictor = self._choose(request.model, request.version)
-            outputs = await asyncio.get_running_loop().run_in_executor(
-                self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
-            )
+            with self.statistics.recorded(request.model, str(version), n_rows=request.n_rows) as watch:
+                outputs = await asyncio.get_running_loop().run_in_executor(
+                    self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs], watch
+                )
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

@@ -18,6 +18,7 @@ from splitserve.oip import (
     check_time_left,
 )
 from splitserve.signature import check_inputs, choose_outputs
+from splitserve.statistics import Statistics
 from splitserve.versions import Pair, parse_pair
 
 STAGE = "proxy"
@@ -35,6 +36,7 @@ class ProxyService:
 
     def __init__(self, preprocess: InferenceService) -> None:
         self._preprocess = preprocess
+        self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -85,9 +87,13 @@ class ProxyService:
             pair, metadata = self.choose(request.model, request.version)
         with at_stage(STAGE, model=request.model, pair=str(pair)):
             check_time_left(request.deadline)
-            check_inputs(metadata.inputs, request.inputs, widen=True)
-            choose_outputs(metadata.outputs, [output.name for output in request.outputs])
-            return await self._preprocess.infer(msgspec.structs.replace(request, version=str(pair)))
+            with self.statistics.recorded(request.model, str(pair), n_rows=request.n_rows) as watch:
+                check_inputs(metadata.inputs, request.inputs, widen=True)
+                choose_outputs(metadata.outputs, [output.name for output in request.outputs])
+                watch.end("input")
+                answer = await self._preprocess.infer(msgspec.structs.replace(request, version=str(pair)))
+                watch.end("infer")
+                return answer
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """The pair that a request for this version gets, and its signature.

@@ -14,13 +14,24 @@ from typing import Protocol
 
 import msgspec
 
-from splitserve.errors import DeadlineExceeded
+from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
 Parameter = bool | int | float | str
 
 NO_DEADLINE = math.inf
+
+_EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_policy", "statistics")
+
+
+def extensions(*, allow_control: bool) -> tuple[str, ...]:
+    """The extensions of the protocol that every face offers, by the names that clients know.
+
+    Args:
+        allow_control: models can be loaded and unloaded.
+    """
+    return (*_EXTENSIONS, "model_repository") if allow_control else _EXTENSIONS
 
 
 def deadline_after(timeout_s: float) -> float:
@@ -41,6 +52,28 @@ def check_time_left(deadline: float) -> None:
         raise DeadlineExceeded("out of time before the work began")
 
 
+def scheduled_deadline(parameters: Mapping[str, Parameter], deadline: float) -> float:
+    """The deadline of a request with these parameters: ``timeout`` may bring it forward. ``priority`` is checked; all are equal.
+
+    Args:
+        parameters: of the request; ``timeout`` in microseconds, 0 for none.
+        deadline: that it has otherwise.
+
+    Raises:
+        InvalidInput: one of the two is no whole number, or negative.
+
+    Source: Triton's "schedule policy" extension.
+    """
+    if not parameters:
+        return deadline
+    for name in ("timeout", "priority"):
+        value = parameters.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise InvalidInput(f'parameter "{name}": expected a whole number, not negative, got {str(value)[:32]}')
+    timeout_us = int(parameters.get("timeout", 0))
+    return min(deadline, deadline_after(timeout_us / 1e6)) if timeout_us else deadline
+
+
 class RequestedOutput(msgspec.Struct, frozen=True):
     """One output that the caller wants, by name."""
 
@@ -58,6 +91,11 @@ class InferRequest(msgspec.Struct, frozen=True):
     id: str = ""
     parameters: Mapping[str, Parameter] = {}
     deadline: float = NO_DEADLINE
+
+    @property
+    def n_rows(self) -> int:
+        """The rows of its first tensor; 0 if it has none."""
+        return self.inputs[0].n_rows if self.inputs else 0
 
 
 class InferResponse(msgspec.Struct, frozen=True):

@@ -10,10 +10,12 @@ from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import InvalidInput
+from splitserve.model_config import ModelConfig
 from splitserve.oip import (
     NO_DEADLINE,
     InferRequest,
@@ -23,8 +25,10 @@ from splitserve.oip import (
     Parameter,
     RequestedOutput,
     ServerMetadata,
+    scheduled_deadline,
 )
 from splitserve.signature import TensorSpec
+from splitserve.statistics import ModelStatistics
 from splitserve.tensors import Tensor, datatype_of, pack
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -75,16 +79,17 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE)
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
         raws = [_pack_contents("input", tensor) for tensor in inputs]
+    parameters = _decode_parameters(message.parameters) if message.parameters else {}
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        parameters=_decode_parameters(message.parameters) if message.parameters else {},
+        parameters=parameters,
         inputs=tuple(
             Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
         ),
         outputs=tuple(RequestedOutput(wanted.name, _decode_parameters(wanted.parameters)) for wanted in message.outputs),
-        deadline=deadline,
+        deadline=scheduled_deadline(parameters, deadline),
     )
 
 
@@ -232,3 +237,13 @@ def decode_index(message: pb.RepositoryIndexResponse) -> list[ModelState]:
 def encode_server_metadata(metadata: ServerMetadata) -> pb.ServerMetadataResponse:
     """The message for who answers."""
     return pb.ServerMetadataResponse(name=metadata.name, version=metadata.version, extensions=metadata.extensions)
+
+
+def encode_config(config: ModelConfig) -> pb.ModelConfigResponse:
+    """The message for a model's configuration."""
+    return pb.ModelConfigResponse(config=pb.ModelConfig(**msgspec.to_builtins(config)))
+
+
+def encode_statistics(statistics: Iterable[ModelStatistics]) -> pb.ModelStatisticsResponse:
+    """The message for what was counted."""
+    return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(**msgspec.to_builtins(entry)) for entry in statistics])
