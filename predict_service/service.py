@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Executor
 
+import msgspec
+
+from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import Unavailable, at_stage
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor
+from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
-from splitserve.statistics import Statistics
+from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import parse_version
 
 STAGE = "predict"
@@ -23,12 +27,14 @@ class PredictService:
 
     Args:
         predictors: the loaded versions.
-        executor: where models run.
+        executor: where models run that take long.
+        limits: of what is merged.
     """
 
-    def __init__(self, predictors: VersionStore[Predictor], executor: Executor) -> None:
+    def __init__(self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Limits | None = None) -> None:
         self._predictors = predictors
-        self._executor = executor
+        self._compute = Compute(executor)
+        self._batcher = Batcher(self._run, limits)
         self.statistics = Statistics()
 
     @property
@@ -40,9 +46,20 @@ class PredictService:
             check_time_left(request.deadline)
             version, predictor = self._choose(request.model, request.version)
             with self.statistics.recorded(request.model, str(version), n_rows=request.n_rows) as watch:
-                outputs = await asyncio.get_running_loop().run_in_executor(
-                    self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs], watch
-                )
+                check_inputs(predictor.inputs, request.inputs, widen=False)
+                choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+                watch.end("input")
+                request = msgspec.structs.replace(request, version=str(version))
+                is_mergeable = is_row_wise(predictor.inputs, predictor.outputs)
+                return await self._batcher.infer(request, is_mergeable=is_mergeable, watch=watch)
+
+    async def _run(self, request: InferRequest) -> InferResponse:
+        version, predictor = self._choose(request.model, request.version)
+        watch = Stopwatch()
+        outputs = await self._compute.run(
+            predictor, request.n_rows, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs], watch
+        )
+        self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

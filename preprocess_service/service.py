@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -24,6 +23,7 @@ from splitserve.oip import (
     check_time_left,
 )
 from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
 from splitserve.statistics import Statistics, Stopwatch
@@ -60,7 +60,7 @@ class PreprocessService:
     Args:
         preprocessors: the loaded versions.
         predict: the service behind.
-        executor: where transforms run.
+        executor: where transforms run that take long.
         allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
     """
 
@@ -75,7 +75,7 @@ class PreprocessService:
         self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
         self._preprocessors = preprocessors
         self._predict = predict
-        self._executor = executor
+        self._compute = Compute(executor)
         self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
@@ -181,8 +181,7 @@ class PreprocessService:
         wanted = choose_outputs(
             preprocessor.answer_specs(admitted.predictor.outputs), [output.name for output in request.outputs]
         )
-        loop = asyncio.get_running_loop()
-        features = await loop.run_in_executor(self._executor, _transform, preprocessor, request.inputs, watch)
+        features = await self._compute.run(preprocessor, request.n_rows, _transform, preprocessor, request.inputs, watch)
         n_rows = features[0].n_rows
         watch.end("input")
         try:
@@ -203,6 +202,7 @@ class PreprocessService:
         check_outputs(admitted.predictor.outputs, response.outputs, n_rows)
         answer = {tensor.name: tensor for tensor in preprocessor.answer(response.outputs)}
         watch.end("output")
+        self.statistics.record_run(request.model, str(pair), n_rows=request.n_rows, parts=watch.parts)
         return tuple(answer[name] for name in wanted)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import structlog
 
+from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
 from splitserve.oip import (
@@ -17,8 +20,8 @@ from splitserve.oip import (
     ModelState,
     check_time_left,
 )
-from splitserve.signature import check_inputs, choose_outputs
-from splitserve.statistics import Statistics
+from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import Pair, parse_pair
 
 STAGE = "proxy"
@@ -30,12 +33,19 @@ class ProxyService:
     What is known of the pairs decides which one a request gets and whether we say "ready". Whether a pair can still be served
     is for preprocess to say: a request for a known pair is sent even if the last look found it unavailable.
 
+    Requests that wait while a call to preprocess is under way go out as the next one, merged.
+
     Args:
         preprocess: the service behind.
+        limits: of what is merged.
+        n_replicas: how many of the service behind can be called now.
     """
 
-    def __init__(self, preprocess: InferenceService) -> None:
+    def __init__(
+        self, preprocess: InferenceService, *, limits: Limits | None = None, n_replicas: Callable[[], int] = lambda: 1
+    ) -> None:
         self._preprocess = preprocess
+        self._batcher = Batcher(self._send, limits, n_backends=n_replicas)
         self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
@@ -91,9 +101,16 @@ class ProxyService:
                 check_inputs(metadata.inputs, request.inputs, widen=True)
                 choose_outputs(metadata.outputs, [output.name for output in request.outputs])
                 watch.end("input")
-                answer = await self._preprocess.infer(msgspec.structs.replace(request, version=str(pair)))
-                watch.end("infer")
-                return answer
+                request = msgspec.structs.replace(request, version=str(pair))
+                is_mergeable = is_row_wise(metadata.inputs, metadata.outputs)
+                return await self._batcher.infer(request, is_mergeable=is_mergeable, watch=watch)
+
+    async def _send(self, request: InferRequest) -> InferResponse:
+        watch = Stopwatch()
+        response = await self._preprocess.infer(request)
+        watch.end("infer")
+        self.statistics.record_run(request.model, request.version, n_rows=request.n_rows, parts=watch.parts)
+        return response
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """The pair that a request for this version gets, and its signature.

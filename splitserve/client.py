@@ -13,7 +13,8 @@ from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.oip import InferRequest, ModelMetadata, RequestedOutput
-from splitserve.remote import MAX_MESSAGE_BYTES, METHODS, channel_options, translate
+from splitserve.remote import MAX_MESSAGE_BYTES, METHODS, translate
+from splitserve.replicas import channel_options
 from splitserve.tensors import Tensor
 
 Inputs = Mapping[str, Any]

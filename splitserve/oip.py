@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -52,11 +52,16 @@ def check_time_left(deadline: float) -> None:
         raise DeadlineExceeded("out of time before the work began")
 
 
-def scheduled_deadline(parameters: Mapping[str, Parameter], deadline: float) -> float:
-    """The deadline of a request with these parameters: ``timeout`` may bring it forward. ``priority`` is checked; all are equal.
+TIMEOUT, PRIORITY = "timeout", "priority"
+
+
+def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Mapping[str, Parameter], float]:
+    """The parameters of a request without its timeout, and its deadline with it.
+
+    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked, but all are equal.
 
     Args:
-        parameters: of the request; ``timeout`` in microseconds, 0 for none.
+        parameters: of the request.
         deadline: that it has otherwise.
 
     Raises:
@@ -64,14 +69,15 @@ def scheduled_deadline(parameters: Mapping[str, Parameter], deadline: float) -> 
 
     Source: Triton's "schedule policy" extension.
     """
-    if not parameters:
-        return deadline
-    for name in ("timeout", "priority"):
+    if TIMEOUT not in parameters and PRIORITY not in parameters:
+        return parameters, deadline
+    for name in (TIMEOUT, PRIORITY):
         value = parameters.get(name, 0)
         if type(value) is not int or value < 0:
             raise InvalidInput(f'parameter "{name}": expected a whole number, not negative, got {str(value)[:32]}')
-    timeout_us = int(parameters.get("timeout", 0))
-    return min(deadline, deadline_after(timeout_us / 1e6)) if timeout_us else deadline
+    if timeout_us := int(parameters.get(TIMEOUT, 0)):
+        deadline = min(deadline, deadline_after(timeout_us / 1e6))
+    return {name: value for name, value in parameters.items() if name != TIMEOUT}, deadline
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -82,7 +88,10 @@ class RequestedOutput(msgspec.Struct, frozen=True):
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all."""
+    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all.
+
+    ``caller`` tells apart who is to be served in turn, e.g. a connection; it is not sent on.
+    """
 
     model: str
     inputs: tuple[Tensor, ...]
@@ -91,6 +100,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     id: str = ""
     parameters: Mapping[str, Parameter] = {}
     deadline: float = NO_DEADLINE
+    caller: Hashable = None
 
     @property
     def n_rows(self) -> int:

@@ -7,17 +7,18 @@ raw ones here, so that nothing behind this module has to know that they exist.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 from google.protobuf.message import DecodeError
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import InvalidInput
+from splitserve.errors import DOMAIN, InvalidInput, SplitserveError, from_wire
 from splitserve.model_config import ModelConfig
 from splitserve.oip import (
     NO_DEADLINE,
+    TIMEOUT,
     InferRequest,
     InferResponse,
     ModelMetadata,
@@ -25,7 +26,8 @@ from splitserve.oip import (
     Parameter,
     RequestedOutput,
     ServerMetadata,
-    scheduled_deadline,
+    remaining_s,
+    scheduled,
 )
 from splitserve.signature import TensorSpec
 from splitserve.statistics import ModelStatistics
@@ -65,7 +67,42 @@ def parse(message_type: Any, data: bytes) -> Any:
         raise InvalidInput(f"the request is not a {message_type.DESCRIPTOR.full_name}") from None
 
 
-def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE) -> InferRequest:
+def encode_stream_request(request: InferRequest, identity: str) -> bytes:
+    """A request as a message on a stream, which has no deadline of its own for each: what remains goes as a parameter."""
+    message = encode_request(request)
+    message.id = identity
+    if request.deadline != NO_DEADLINE:
+        message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
+    return message.SerializeToString()
+
+
+def encode_stream_response(response: InferResponse) -> bytes:
+    """An answer as a message on a stream."""
+    message = pb.ModelStreamInferResponse()
+    _fill_response(message.infer_response, response)
+    return message.SerializeToString()
+
+
+def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
+    """A failure as a message on a stream: the text where every client looks for it, the rest of it in parameters."""
+    message = pb.ModelStreamInferResponse(error_message=error.message)
+    message.infer_response.id = identity
+    facts = {"code": error.grpc_code, "reason": error.reason, **error.metadata}
+    _encode_parameters({f"{DOMAIN}_{name}": fact for name, fact in facts.items()}, message.infer_response.parameters)
+    return message.SerializeToString()
+
+
+def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
+    """Raises:
+    SplitserveError: the one that the far end raised, if the message on a stream tells of one.
+    """
+    parameters = message.infer_response.parameters
+    if message.error_message or f"{DOMAIN}_code" in parameters:
+        facts = {name.removeprefix(f"{DOMAIN}_"): value.string_param for name, value in parameters.items()}
+        raise from_wire(facts.get("code", "INTERNAL"), message.error_message, facts.get("reason", ""), facts)
+
+
+def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE, caller: Hashable = None) -> InferRequest:
     """The request in a message.
 
     Raises:
@@ -79,7 +116,9 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE)
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
         raws = [_pack_contents("input", tensor) for tensor in inputs]
-    parameters = _decode_parameters(message.parameters) if message.parameters else {}
+    parameters: Mapping[str, Parameter] = {}
+    if message.parameters:
+        parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
@@ -89,7 +128,8 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE)
             Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
         ),
         outputs=tuple(RequestedOutput(wanted.name, _decode_parameters(wanted.parameters)) for wanted in message.outputs),
-        deadline=scheduled_deadline(parameters, deadline),
+        deadline=deadline,
+        caller=caller,
     )
 
 
@@ -136,18 +176,19 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
 
 def encode_response(response: InferResponse) -> pb.ModelInferResponse:
     """The message for an answer; its tensors as raw contents."""
-    message = pb.ModelInferResponse(
-        model_name=response.model,
-        model_version=response.version,
-        id=response.id,
-        outputs=[
-            pb.ModelInferResponse.InferOutputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-            for tensor in response.outputs
-        ],
-        raw_output_contents=[tensor.raw for tensor in response.outputs],
-    )
-    _encode_parameters(response.parameters, message.parameters)
+    message = pb.ModelInferResponse()
+    _fill_response(message, response)
     return message
+
+
+def _fill_response(message: pb.ModelInferResponse, response: InferResponse) -> None:
+    message.model_name = response.model
+    message.model_version = response.version
+    message.id = response.id
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(tensor.raw)
+    _encode_parameters(response.parameters, message.parameters)
 
 
 def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> bytes:

@@ -21,7 +21,7 @@ from splitserve.oip import (
     ModelMetadata,
     Parameter,
     RequestedOutput,
-    scheduled_deadline,
+    scheduled,
 )
 from splitserve.signature import TensorSpec
 from splitserve.tensors import DATATYPES, MAX_RANK, Datatype, Tensor, datatype_of, encode_bytes, n_elements, pack, unpack
@@ -125,14 +125,15 @@ def decode_request(
         inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
     if end != len(body):
         raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+    parameters, deadline = scheduled(_parameters(message.parameters), deadline)
     return InferRequest(
         model,
         tuple(inputs),
         version=version,
         outputs=tuple(RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()),
         id=message.id or "",
-        parameters=(parameters := _parameters(message.parameters)),
-        deadline=scheduled_deadline(parameters, deadline),
+        parameters=parameters,
+        deadline=deadline,
     )
 
 

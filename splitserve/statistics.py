@@ -1,8 +1,9 @@
 """What was inferred since the process began, and how long each part of it took. Source: Triton's "statistics" extension.
 
 Each service counts its own work. What ``compute_input``, ``compute_infer`` and ``compute_output`` are: at predict making arrays,
-running the model, making tensors; at preprocess transforming, calling predict, the postprocess step; at the proxy checking the
-request, calling preprocess, nothing. ``queue`` is waiting for a free worker or for others to be called with.
+running the model, making tensors (of a run; of a request the three count as ``compute_infer``, and ``compute_input`` is checking
+it); at preprocess transforming, calling predict, the postprocess step; at the proxy checking the request, calling preprocess,
+nothing. ``queue`` is waiting to be sent, or for a free thread.
 """
 
 from __future__ import annotations
@@ -75,15 +76,11 @@ class ModelStatistics(msgspec.Struct):
 
 
 class Stopwatch:
-    """The parts of one request, in nanoseconds. Each lap belongs to the part that it is said to end.
-
-    ``is_own_run``: the request was run by itself. Unset where it was merged with others: then the run is recorded once for all.
-    """
+    """The parts of one request or run, in nanoseconds. Each lap belongs to the part that it is said to end."""
 
     def __init__(self) -> None:
         self._started = self._lap = time.perf_counter_ns()
         self.parts: dict[Part, int] = {"queue": 0, "input": 0, "infer": 0, "output": 0}
-        self.is_own_run = True
 
     def end(self, part: Part) -> None:
         """What was done since the last call, or the start, was this part."""
@@ -102,6 +99,7 @@ class Statistics:
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str], ModelStatistics] = {}
+        self._batches: dict[tuple[str, str, int], BatchStatistics] = {}
 
     @contextmanager
     def recorded(self, model: str, version: str, *, n_rows: int) -> Iterator[Stopwatch]:
@@ -119,8 +117,6 @@ class Statistics:
             self._entry(model, version).inference_stats.fail.add(watch.total_ns)
             raise
         self.record(model, version, n_rows=n_rows, total_ns=watch.total_ns, parts=watch.parts)
-        if watch.is_own_run:
-            self.record_run(model, version, n_rows=n_rows, parts=watch.parts)
 
     def record(self, model: str, version: str, *, n_rows: int, total_ns: int, parts: dict[Part, int]) -> None:
         """Count a request that was answered."""
@@ -138,11 +134,11 @@ class Statistics:
         """Count a run, of one request or of several together."""
         entry = self._entry(model, version)
         entry.execution_count += 1
-        batch = next((each for each in entry.batch_stats if each.batch_size == n_rows), None)
+        batch = self._batches.get((model, version, n_rows))
         if batch is None:
             if len(entry.batch_stats) >= N_BATCH_SIZES:
                 return
-            batch = BatchStatistics(n_rows)
+            batch = self._batches[model, version, n_rows] = BatchStatistics(n_rows)
             entry.batch_stats.append(batch)
         batch.compute_input.add(parts["input"])
         batch.compute_infer.add(parts["infer"])
