@@ -21,6 +21,7 @@ from splitserve.oip import (
     check_time_left,
 )
 from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import Pair, parse_pair
 
 STAGE = "proxy"
@@ -57,7 +58,8 @@ class ProxyService:
     ) -> None:
         self._preprocess = preprocess
         self._targets: dict[tuple[str, str], _Target] = {}
-        self._batcher = Batcher(preprocess.infer, limits, n_backends=n_replicas)
+        self._batcher = Batcher(self._send, limits, n_backends=n_replicas)
+        self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -109,11 +111,13 @@ class ProxyService:
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
         with at_stage(STAGE, model=request.model, pair=target.pair):
             check_time_left(request.deadline)
-            check_inputs(target.signature.inputs, request.inputs, widen=True)
-            choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-            if request.version != target.pair:
-                request = msgspec.structs.replace(request, version=target.pair)
-            return await self._batcher.infer(request, is_mergeable=target.is_mergeable)
+            with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
+                check_inputs(target.signature.inputs, request.inputs, widen=True)
+                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+                watch.end("input")
+                if request.version != target.pair:
+                    request = msgspec.structs.replace(request, version=target.pair)
+                return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch)
 
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):
@@ -121,6 +125,13 @@ class ProxyService:
             target = _Target(str(pair), signature, is_row_wise(signature.inputs, signature.outputs))
         self._targets[(request.model, request.version)] = target
         return target
+
+    async def _send(self, request: InferRequest) -> InferResponse:
+        watch = Stopwatch()
+        response = await self._preprocess.infer(request)
+        watch.end("infer")
+        self.statistics.record_run(request.model, request.version, n_rows=request.n_rows, parts=watch.parts)
+        return response
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """The pair that a request for this version gets, and its signature.

@@ -24,3 +24,6 @@ class ProxySettings(BatchingSettings):
 
     default_timeout_s: float = Field(30.0, gt=0)
     """Seconds that a request may take if its caller sets no deadline."""
+
+    max_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a request may take whatever its caller asks for."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from splitserve import environment, pairing
 from splitserve import golden as goldens
-from splitserve.arrays import DTYPES, Array, from_array
+from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest
 from splitserve.repository import Bundle
@@ -48,6 +48,8 @@ class Preprocessor:
             PairMismatch: the transforms gave something else than the manifest promises.
         """
         check_inputs(self.inputs, inputs, widen=True)
+        if self._rows.form == "tensors":
+            return _passed_on(self.outputs, inputs)
         rows = to_rows(self._rows, self.inputs, inputs)
         n_rows = len(rows)
         if n_rows == 0:
@@ -111,8 +113,10 @@ def load(
     """
     manifest = bundle.manifest
     warnings = _check_environment(manifest, allow_environment_mismatch)
-    transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
-    _check_meaning(manifest, transformer)
+    transformer = None
+    if manifest.rows is None or manifest.rows.form != "tensors":
+        transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
+        _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings
     goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
@@ -142,6 +146,20 @@ def _check_meaning(manifest: Manifest, transformer: Any) -> None:
     found = meaning_of(transformer).fingerprint
     if manifest.fingerprint and found != manifest.fingerprint:
         raise BundleError(f"the features have the fingerprint {found}, manifest.json says {manifest.fingerprint}")
+
+
+def _passed_on(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors in the signature's order; those that are narrower or have one dimension less become what it says."""
+    by_name = {tensor.name: tensor for tensor in inputs}
+    return tuple(_fitted(spec, by_name[spec.name]) for spec in specs)
+
+
+def _fitted(spec: TensorSpec, tensor: Tensor) -> Tensor:
+    if len(tensor.shape) != len(spec.shape):
+        tensor = msgspec.structs.replace(tensor, shape=(*tensor.shape, 1))
+    if tensor.datatype == spec.datatype:
+        return tensor
+    return from_array(spec.name, to_array(tensor).astype(DTYPES[spec.datatype]), spec.datatype)
 
 
 def to_dense(features: Any) -> Array:
