@@ -20,7 +20,7 @@ from splitserve.oip import (
     ModelState,
     check_time_left,
 )
-from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import Pair, parse_pair
 
@@ -32,6 +32,7 @@ class _Target(msgspec.Struct, frozen=True):
 
     pair: str
     signature: ModelMetadata
+    check: InputCheck
     is_mergeable: bool
 
 
@@ -112,8 +113,9 @@ class ProxyService:
         with at_stage(STAGE, model=request.model, pair=target.pair):
             check_time_left(request.deadline)
             with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
-                check_inputs(target.signature.inputs, request.inputs, widen=True)
-                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+                target.check(request.inputs)
+                if request.outputs:
+                    choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
                 watch.end("input")
                 if request.version != target.pair:
                     request = msgspec.structs.replace(request, version=target.pair)
@@ -122,7 +124,8 @@ class ProxyService:
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):
             pair, signature = self.choose(request.model, request.version)
-            target = _Target(str(pair), signature, is_row_wise(signature.inputs, signature.outputs))
+            check = InputCheck(signature.inputs, widen=True)
+            target = _Target(str(pair), signature, check, is_row_wise(signature.inputs, signature.outputs))
         self._targets[(request.model, request.version)] = target
         return target
 
