@@ -1,0 +1,153 @@
+"""The parts of the benchmarks that compute: what they make of the load generators' output, and of time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks import latencies, loads, measuring, report
+from benchmarks.latencies import Load
+from benchmarks.measuring import Case, Measurement
+from benchmarks.open_loop import poisson, request_bytes
+from benchmarks.processes import BenchmarkError
+from benchmarks.stream_client import frame, header_block
+from benchmarks.systems import parse_settings
+from benchmarks.workloads import Workload, grpc_frame
+
+WRK = """Running 2s test @ http://127.0.0.1:8000/v2/models/m/infer
+  1 threads and 16 connections
+RESULT {"n_requests": 4000, "seconds": 2.001000, "n_failed": 3, "p50_ms": 1.250, "p99_ms": 4.500, "p999_ms": 9.000}
+"""
+
+H2LOAD = """
+finished in 2.00s, 1500.00 req/s, 390.58KB/s
+requests: 4 total, 4 started, 4 done, 4 succeeded, 0 failed, 0 errored, 0 timeout
+status codes: 4 2xx, 0 3xx, 0 4xx, 0 5xx
+traffic: 1.15KB (1180) total, 380B (380) headers (space savings 81.00%), 400B (400) data
+"""
+H2LOAD_LOG = (
+    "1700000000000000\t200\t1000\n1700000000000100\t200\t2000\n1700000000000200\t200\t3000\n1700000000000300\t200\t4000\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "expected"),
+    [([7.0], 50, 7.0), ([1.0, 2.0, 3.0, 4.0], 50, 2.0), (list(range(1, 101)), 99, 99), (list(range(1, 1001)), 99.9, 999)],
+)
+def test_a_percentile_is_a_value_that_was_seen(values, percent, expected):
+    """Nearest rank: the least value that at least so many percent do not exceed."""
+    assert latencies.percentile(values, percent) == expected
+
+
+def test_a_load_without_answers_is_no_load():
+    """No answer at all is a failure of the run, not a latency of zero."""
+    with pytest.raises(BenchmarkError, match="no answer"):
+        latencies.of_latencies([], seconds=1.0)
+
+
+def test_wrks_result_is_read():
+    """The line that wrk.lua prints, whatever wrk prints around it."""
+    load = loads.parse_wrk(WRK)
+
+    assert load == Load(n_requests=4000, seconds=2.001, n_failed=3, p50_ms=1.25, p99_ms=4.5, p999_ms=9.0)
+    assert load.per_s == pytest.approx(1999.0, abs=0.1)
+
+
+def test_wrk_without_a_result_is_shown():
+    """What wrk said instead is in the error."""
+    with pytest.raises(BenchmarkError, match="unable to connect"):
+        loads.parse_wrk("unable to connect to 127.0.0.1:1 Connection refused")
+
+
+def test_h2loads_result_is_read():
+    """Latencies come from its log, and answers of the right size are no failures."""
+    load = loads.parse_h2load(H2LOAD, H2LOAD_LOG, frame_bytes=100, concurrency=1)
+
+    assert (load.n_requests, load.n_failed, load.p50_ms, load.p99_ms) == (4, 0, 2.0, 4.0)
+
+
+def test_grpc_errors_are_found_by_their_size():
+    """An error is a 200 without a message: too few bytes for the answers mean that calls have failed."""
+    load = loads.parse_h2load(H2LOAD, H2LOAD_LOG, frame_bytes=200, concurrency=1)
+
+    assert load.n_failed == 1
+
+
+def test_statuses_other_than_200_are_failures():
+    """A line of h2load's log with another status counts as failed and has no latency."""
+    load = loads.parse_h2load(H2LOAD, H2LOAD_LOG.replace("200\t4000", "503\t4000"), frame_bytes=100, concurrency=1)
+
+    assert (load.n_requests, load.n_failed, load.p99_ms) == (3, 1, 3.0)
+
+
+def test_arrivals_have_the_rate_that_was_asked_for():
+    """Random but the same every time, ascending, and as many as the rate says, within its spread."""
+    times = poisson(1000, 4.0)
+
+    assert times == poisson(1000, 4.0)
+    assert all(before < after for before, after in pairwise(times))
+    assert len(times) == pytest.approx(4000, abs=4 * 4000**0.5)
+
+
+def test_a_raw_request_says_how_long_its_body_is():
+    """HTTP/1.1, with the headers of the body's form."""
+    request = request_bytes("127.0.0.1:80", "/infer", b"{}", [("content-type", "application/json")])
+
+    assert (
+        request == b"POST /infer HTTP/1.1\r\nhost: 127.0.0.1:80\r\ncontent-length: 2\r\ncontent-type: application/json\r\n\r\n{}"
+    )
+
+
+def test_frames_are_those_of_http2():
+    """Length in three bytes, type, flags, stream; a literal header without indexing; gRPC's five bytes before a message."""
+    assert frame(4, 1, 0, b"") == bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
+    assert frame(0, 0, 1, b"abc")[:9] == bytes([0, 0, 3, 0, 0, 0, 0, 0, 1])
+    assert header_block([("te", "trailers")]) == b"\0\x02te\x08trailers"
+    assert grpc_frame(b"abc") == b"\0\0\0\0\x03abc"
+
+
+def test_columns_are_aligned():
+    """The table is Markdown, and readable where it is not rendered."""
+    assert report.table(("a", "n"), [["x", "10"], ["long", "1"]]).splitlines() == [
+        "| a    |  n |",
+        "| ---- | -: |",
+        "| x    | 10 |",
+        "| long |  1 |",
+    ]
+
+
+def test_medians_are_of_each_value():
+    """A round that was disturbed does not decide; failures of every round count."""
+    case = Case("split", "m", "REST JSON", 1)
+    rounds = [
+        Measurement(case, Load(n, 1.0, failed, p50, p50, p50), {"proxy": cpu})
+        for n, failed, p50, cpu in ((100, 0, 1.0, 50.0), (10, 1, 9.0, 10.0), (90, 0, 2.0, 70.0))
+    ]
+
+    middle = measuring.median(rounds)
+
+    assert (middle.load.per_s, middle.load.p50_ms, middle.load.n_failed) == (pytest.approx(90), 2.0, 1)
+    assert middle.cpu_us == {"proxy": 50.0}
+    assert report.cpu(middle) == "50"
+
+
+def test_a_wrong_answer_is_noticed():
+    """Close numbers are right, others, another shape and none are not."""
+    workload = Workload("m", ({"x": np.zeros((1, 2))},), "probabilities", np.array([[0.25, 0.75]]))
+
+    assert workload.is_right(0, np.array([[0.250001, 0.75]]))
+    assert not workload.is_right(0, np.array([[0.26, 0.74]]))
+    assert not workload.is_right(0, np.array([[0.25, 0.75], [0.25, 0.75]]))
+    assert not workload.is_right(0, None)
+
+
+def test_settings_are_name_and_value():
+    """A setting without a value is refused with its name."""
+    assert parse_settings(["PREPROCESS_RUNTIME=onnx", "PREDICT_PROVIDERS="]) == {
+        "PREPROCESS_RUNTIME": "onnx",
+        "PREDICT_PROVIDERS": "",
+    }
+    with pytest.raises(BenchmarkError, match="PREPROCESS_RUNTIME"):
+        parse_settings(["PREPROCESS_RUNTIME"])
