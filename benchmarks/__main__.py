@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import loads, own, report, systems
-from benchmarks.machine import this_machine
+from benchmarks import loads, own, report, side_by_side, systems
+from benchmarks.machine import Machine, this_machine
 from benchmarks.processes import BenchmarkError
 
 
@@ -39,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cold-starts", type=int, default=defaults.n_cold_starts, help="how often; 0: not at all")
     command.add_argument("--imagenet", type=Path, default=defaults.imagenet, help="repository that has the picture model")
     _add_common(command, seconds=defaults.seconds, rounds=defaults.rounds)
+
+    command = commands.add_parser("peers", help="our services beside others, and what must hold")
+    command.set_defaults(run=_peers)
+    standard = side_by_side.Wish()
+    command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
+    command.add_argument("--cold-starts", type=int, default=standard.n_cold_starts, help="how often; 0: not at all")
+    _add_common(command, seconds=standard.seconds, rounds=standard.rounds)
     return parser
 
 
@@ -66,10 +74,28 @@ def _own(arguments: argparse.Namespace) -> int:
     machine = this_machine()
     with tempfile.TemporaryDirectory() as scratch:
         found = own.run(wish, Path(scratch))
-    name = arguments.name or f"own-{machine.commit}"
-    path = report.write(name, machine, found.sections(), {"settings": wish.settings, **found.data()})
-    print(f"\n{path.read_text()}\n{path}")
+    _write(arguments.name or f"own-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
     return found.n_failed
+
+
+def _peers(arguments: argparse.Namespace) -> int:
+    wish = side_by_side.Wish(
+        peers=tuple(arguments.peers),
+        seconds=1.0 if arguments.quick else arguments.seconds,
+        rounds=1 if arguments.quick else arguments.rounds,
+        n_cold_starts=1 if arguments.quick else arguments.cold_starts,
+        settings=systems.parse_settings(arguments.set),
+    )
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = side_by_side.run(wish, Path(scratch))
+    _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
+    return found.n_failed_of_ours
+
+
+def _write(name: str, machine: Machine, sections: Mapping[str, str], data: Mapping[str, object]) -> None:
+    path = report.write(name, machine, sections, data)
+    print(f"\n{path.read_text()}\n{path}")
 
 
 if __name__ == "__main__":

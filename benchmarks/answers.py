@@ -41,6 +41,17 @@ def is_answering(address: str, model: str, body: Body) -> bool:
         return False
 
 
+def is_answering_grpc(address: str, workload: Workload) -> bool:
+    """Whether a call is answered without an error by now."""
+    with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(UNARY_PATH)
+        try:
+            call(workload.grpc(0), timeout=1.0)
+        except grpc.RpcError:
+            return False
+        return True
+
+
 def check_rest(address: str, workload: Workload, form: Callable[[int], Body]) -> None:
     """Raises:
     BenchmarkError: an answer is not the original pipeline's.

@@ -10,7 +10,7 @@ import msgspec
 
 from benchmarks import answers, loads
 from benchmarks.latencies import Load
-from benchmarks.processes import System
+from benchmarks.processes import BenchmarkError, System
 from benchmarks.workloads import Workload
 
 Protocol = Literal["REST JSON", "REST binary", "gRPC unary", "gRPC stream", "REST JSON, open loop"]
@@ -49,6 +49,9 @@ def measure(system: System, case: Case, workload: Workload, *, seconds: float, a
         workload: what is asked.
         seconds: how long.
         answer_bytes: over gRPC, the size of an answer, as `answers.check_grpc` gives it.
+
+    Raises:
+        BenchmarkError: no request was answered, or the load generator failed.
     """
     if (case.model, case.protocol) not in system.warm:
         _load(system, case, workload, WARM_UP_S, answer_bytes)
@@ -56,6 +59,8 @@ def measure(system: System, case: Case, workload: Workload, *, seconds: float, a
     before = system.cpu_s()
     load = _load(system, case, workload, seconds, answer_bytes)
     after = system.cpu_s()
+    if not load.n_requests:
+        raise BenchmarkError(f"{case.system}, {case.model}, {case.protocol}: nothing was answered within {seconds:g} s")
     return Measurement(case, load, {stage: (after[stage] - before[stage]) / load.n_requests * 1e6 for stage in after})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-READY_TIMEOUT_S = 90.0
+READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 OWN_PREFIXES = ("PROXY_", "PREPROCESS_", "PREDICT_", "MODEL")
 """Variables that would change what is measured: a service gets those that its plan names, and no others."""

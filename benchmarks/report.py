@@ -17,19 +17,20 @@ _HEADERS = ("system", "model", "protocol", "at once", "requests/s", "p50 ms", "p
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are also aligned as plain text; all but the first to the right."""
-    cells = [list(headers), *map(list, rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
-    lines = [_line(row, widths) for row in cells]
-    rule = "| " + " | ".join("-" * width if not at else "-" * (width - 1) + ":" for at, width in enumerate(widths)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    """A Markdown table whose columns are also aligned as plain text: those of numbers to the right."""
+    columns = [[header, *cells] for header, cells in zip(headers, zip(*rows, strict=True), strict=True)] if rows else []
+    aligned = [_aligned(column) for column in columns]
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*aligned, strict=True))
 
 
-def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [
-        cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    return "| " + " | ".join(padded) + " |"
+def _aligned(column: Sequence[str]) -> list[str]:
+    """The cells of a column and, below its header, the rule, all of one width."""
+    width = max(map(len, column))
+    if all(cell[:1].isdigit() or not cell for cell in column[1:]):
+        header, *cells = (cell.rjust(width) for cell in column)
+        return [header, "-" * (width - 1) + ":", *cells]
+    header, *cells = (cell.ljust(width) for cell in column)
+    return [header, "-" * width, *cells]
 
 
 def measurement_row(measurement: Measurement) -> list[str]:
@@ -58,7 +59,11 @@ def cpu(measurement: Measurement) -> str:
 
 
 def measurement_table(measurements: Sequence[Measurement]) -> str:
-    return table(_HEADERS, [measurement_row(measurement) for measurement in measurements])
+    """A line for each, and below what the parts of the CPU column are."""
+    stages = {each.case.system: " + ".join(each.cpu_us) for each in measurements if len(each.cpu_us) > 1}
+    legend = "; ".join(f"{system}: {parts}" for system, parts in stages.items())
+    text = table(_HEADERS, [measurement_row(measurement) for measurement in measurements])
+    return f"{text}\n\nCPU by stage: {legend}." if legend else text
 
 
 def memory_table(pss_mb: Mapping[str, Mapping[str, float]], peak_mb: Mapping[str, Mapping[str, float]]) -> str:

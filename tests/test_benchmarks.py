@@ -7,10 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks import latencies, loads, measuring, report
+from benchmarks import figures, latencies, loads, measuring, report
+from benchmarks.figures import Outcome
 from benchmarks.latencies import Load
 from benchmarks.measuring import Case, Measurement
 from benchmarks.open_loop import poisson, request_bytes
+from benchmarks.peer_systems import KSERVE
 from benchmarks.processes import BenchmarkError
 from benchmarks.stream_client import frame, header_block
 from benchmarks.systems import parse_settings
@@ -109,7 +111,7 @@ def test_frames_are_those_of_http2():
 
 
 def test_columns_are_aligned():
-    """The table is Markdown, and readable where it is not rendered."""
+    """The table is Markdown, and readable where it is not rendered: text to the left, numbers to the right."""
     assert report.table(("a", "n"), [["x", "10"], ["long", "1"]]).splitlines() == [
         "| a    |  n |",
         "| ---- | -: |",
@@ -151,3 +153,33 @@ def test_settings_are_name_and_value():
     }
     with pytest.raises(BenchmarkError, match="PREPROCESS_RUNTIME"):
         parse_settings(["PREPROCESS_RUNTIME"])
+
+
+def outcome(**rates: float) -> Outcome:
+    """An outcome with these requests a second, breast-cancer over REST, 64 at once; names as in `figures` but for spaces."""
+    systems = {"split": figures.SPLIT, "kserve": KSERVE}
+    medians = [
+        Measurement(Case(systems[name], "breast-cancer", "REST JSON", 64), Load(int(rate), 1.0, 0, 1.0, 2.0, 3.0), {"all": 90.0})
+        for name, rate in rates.items()
+    ]
+    return Outcome(medians, open_loop=None, tensor_mb_per_s={"tensor": 100.0}, pss_mb=None, cold_start_s=4.0)
+
+
+def test_a_figure_is_met_at_its_bound_and_not_beyond():
+    """ "At least" and "at most" include the bound, "under" does not; what was not measured is neither met nor missed."""
+    met = {figure.name: figure.is_met for figure in figures.figures(outcome(split=1500, kserve=100))}
+
+    assert met["REST, breast-cancer, 64 at once: requests/s against KServe's"] is True
+    assert met["… CPU over all three services"] is True
+    assert met["602 kB tensor through both hops and back, one way counted"] is False
+    assert met["cold start, all three ready with the demo models"] is False
+    assert met["… against the plain split's"] is None
+
+
+def test_every_figure_is_in_the_table():
+    """A row each, with what is required and whether it is met."""
+    found = figures.figures(outcome(split=1499, kserve=100))
+    lines = figures.figure_table(found).splitlines()
+
+    assert len(lines) == 2 + len(found)
+    assert [cell.strip() for cell in lines[2].split("|")[-3:-1]] == ["15", "NO"]
