@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -54,7 +55,8 @@ def measure(system: System, case: Case, workload: Workload, *, seconds: float, a
         BenchmarkError: no request was answered, or the load generator failed.
     """
     if (case.model, case.protocol) not in system.warm:
-        _load(system, case, workload, WARM_UP_S, answer_bytes)
+        with suppress(BenchmarkError):  # if it is more than slowness at the start, the load itself says so
+            _load(system, case, workload, WARM_UP_S, answer_bytes)
         system.warm.add((case.model, case.protocol))
     before = system.cpu_s()
     load = _load(system, case, workload, seconds, answer_bytes)

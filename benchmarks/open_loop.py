@@ -93,6 +93,12 @@ class OpenLoop:
                     self._receive(descriptor)
         self.n_failed += len(self._busy) + len(arrivals)
 
+    def close(self) -> None:
+        """Close all connections."""
+        for connection in (*self._idle, *self._busy.values()):
+            connection.socket.close()
+        self._epoll.close()
+
     def _send(self, due: float) -> None:
         connection = self._idle.popleft()
         self._busy[connection.socket.fileno()] = connection
@@ -147,6 +153,7 @@ def main() -> None:
     loop = OpenLoop(host, int(port), request)
     start = time.perf_counter()
     loop.run(poisson(float(per_s), float(seconds)))
+    loop.close()
     # The time until the last answer: with a server that can not keep up it is longer than was asked for.
     load: Load = of_latencies(loop.latencies_ms, seconds=time.perf_counter() - start, n_failed=loop.n_failed)
     print(msgspec.json.encode(load).decode())

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
-from benchmarks import figures, latencies, loads, measuring, report
+from benchmarks import figures, latencies, loads, measuring, open_loop, report, stream_client
 from benchmarks.figures import Outcome
 from benchmarks.latencies import Load
 from benchmarks.measuring import Case, Measurement
@@ -17,6 +24,10 @@ from benchmarks.processes import BenchmarkError
 from benchmarks.stream_client import frame, header_block
 from benchmarks.systems import parse_settings
 from benchmarks.workloads import Workload, grpc_frame
+from splitserve import oip_grpc
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.arrays import from_array, to_array
+from splitserve.oip import InferResponse
 
 WRK = """Running 2s test @ http://127.0.0.1:8000/v2/models/m/infer
   1 threads and 16 connections
@@ -183,3 +194,92 @@ def test_every_figure_is_in_the_table():
 
     assert len(lines) == 2 + len(found)
     assert [cell.strip() for cell in lines[2].split("|")[-3:-1]] == ["15", "NO"]
+
+
+def halves(n_rows: int) -> Workload:
+    """Rows (1, 2) of a model that answers with half of each number."""
+    rows = np.arange(2 * n_rows, dtype=np.float32).reshape(n_rows, 1, 2)
+    return Workload("halves", tuple({"x": row} for row in rows), "y", rows[:, 0] / 2)
+
+
+@asynccontextmanager
+async def streaming_server(shift: int = 0) -> AsyncIterator[str]:
+    """Halves numbers over ModelStreamInfer, answers two by two in the wrong order; ``shift`` makes them wrong."""
+
+    async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        held: list[bytes] = []
+        async for data in requests:
+            request = oip_grpc.decode_request(pb.ModelInferRequest.FromString(data))
+            outputs = (from_array("y", to_array(request.inputs[0]) / 2 + shift),)
+            answer = oip_grpc.encode_response(InferResponse("halves", "1", outputs, id=request.id))
+            held.append(pb.ModelStreamInferResponse(infer_response=answer).SerializeToString())
+            if len(held) == 2:
+                yield held.pop()
+                yield held.pop()
+
+    server = grpc.aio.server()
+    handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def test_the_stream_client_matches_answers_by_id():
+    """Answers may come in another order than requests went; each slot gets its own row's."""
+    async with streaming_server() as address:
+        load = await stream_client.run(address, halves(8), 8, seconds=0.1)
+
+    assert load.n_requests >= 8
+    assert load.n_requests % 2 == 0
+
+
+async def test_the_stream_client_refuses_wrong_answers():
+    """A wrong answer under load ends the run."""
+    async with streaming_server(shift=1) as address:
+        with pytest.raises(stream_client.StreamError, match="wrong answer"):
+            await stream_client.run(address, halves(8), 8, seconds=0.1)
+
+
+async def test_the_stream_client_says_when_the_server_has_no_stream():
+    """A stream that the server ends is an error, not an answer that does not come."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    with pytest.raises(stream_client.StreamError, match="ended the stream"):
+        await stream_client.run(f"127.0.0.1:{port}", halves(2), 2, seconds=0.1)
+
+    await server.stop(None)
+
+
+class Sometimes(BaseHTTPRequestHandler):
+    """Answers 200, and 503 to every fourth request of a connection."""
+
+    protocol_version = "HTTP/1.1"
+    n_asked = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.n_asked += 1
+        self.send_response(503 if self.n_asked % 4 == 0 else 200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_the_open_loop_counts_every_request(monkeypatch):
+    """Each is answered, or counted as failed; a connection that has a request under way gets no second one."""
+    monkeypatch.setattr(open_loop, "N_CONNECTIONS", 2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sometimes) as server:
+        threading.Thread(target=server.serve_forever).start()
+        loop = open_loop.OpenLoop("127.0.0.1", server.server_port, request_bytes("test", "/", b"{}", []))
+        loop.run(deque([0.0] * 16))
+        loop.close()
+        server.shutdown()
+
+    assert (len(loop.latencies_ms), loop.n_failed) == (12, 4)
