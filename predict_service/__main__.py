@@ -33,6 +33,9 @@ async def serve() -> None:
                 metadata=ServerMetadata("splitserve-predict", __version__),
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,
+                tls=config.tls,
+                limits=config.limits,
+                options=config.grpc_options,
             )
         )
         log.info("listening", grpc_port=face.port)

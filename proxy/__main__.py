@@ -20,7 +20,12 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     async with AsyncExitStack() as stack:
         preprocess = await stack.enter_async_context(
-            RemoteInference(config.preprocess_target, stage="preprocess", max_message_bytes=config.max_message_bytes)
+            RemoteInference(
+                config.preprocess_target,
+                stage="preprocess",
+                max_message_bytes=config.max_message_bytes,
+                tls=config.next_tls,
+            )
         )
         service = ProxyService(preprocess)
         faces = await stack.enter_async_context(Faces(service, config))

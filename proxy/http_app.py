@@ -13,11 +13,24 @@ from typing import Any
 import msgspec
 import structlog
 
+from proxy.guard import Guard
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
 from splitserve import oip_rest, v1
-from splitserve.errors import Internal, InvalidInput, PermissionDenied, SplitserveError, TooLarge, Unavailable, at_stage
+from splitserve.errors import (
+    Cancelled,
+    Internal,
+    InvalidInput,
+    PermissionDenied,
+    SplitserveError,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    at_stage,
+)
+from splitserve.limits import Limits
 from splitserve.oip import READY, ServerMetadata, deadline_after
+from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
 
 Scope = MutableMapping[str, Any]
@@ -28,6 +41,9 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
+
+_CHALLENGE = 'Bearer realm="splitserve"'
+"""Source: RFC 6750, section 3."""
 
 _HEADER_LENGTH = "inference-header-content-length"
 
@@ -73,22 +89,28 @@ class HttpApp:
         max_body_bytes: larger bodies are refused.
         default_timeout_s: the deadline of a request.
         allow_control: take requests to load and unload models.
+        limits: of requests.
+        authenticator: learns who calls; None: nobody is asked.
     """
 
     def __init__(
         self,
-        service: ProxyService,
+        service: ProxyService | Guard,
         *,
         metadata: ServerMetadata,
         max_body_bytes: int,
         default_timeout_s: float,
         allow_control: bool = False,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
     ) -> None:
         self._service = service
         self._metadata = metadata
         self._max_body_bytes = max_body_bytes
         self._default_timeout_s = default_timeout_s
         self._allow_control = allow_control
+        self._limits = limits or Limits()
+        self._authenticator = authenticator
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
@@ -111,6 +133,9 @@ class HttpApp:
             (r"/docs", {"GET": self._docs_page}),
             (r"/", {"GET": self._alive}),
         )
+        self._open: tuple[Handler, ...] = (
+            self._live, self._ready, self._server_metadata, self._openapi_document, self._docs_page, self._alive,
+        )  # fmt: skip
         self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,6 +160,9 @@ class HttpApp:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             _check_form(headers)
             with at_stage(STAGE):
+                if self._authenticator is not None:
+                    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+                    await self._authenticator.authenticate(given, is_open=handler in self._open)
                 body = await self._body(headers, receive)
                 return await handler(Request(path, headers, body, deadline_after(self._default_timeout_s)))
         except Refused as refused:
@@ -161,6 +189,8 @@ class HttpApp:
         chunks, size = [], 0
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Cancelled("the caller left before the body was complete")
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._max_body_bytes:
@@ -175,6 +205,7 @@ class HttpApp:
             asked = oip_rest.decode_request(
                 model, version, request.body, header_length=_header_length(request.headers), deadline=request.deadline
             )
+            self._limits.check(asked)
             answer = await self._service.infer(asked)
             line.version = answer.version
             body, header_length = oip_rest.encode_response(answer, asked)
@@ -187,7 +218,9 @@ class HttpApp:
         with RequestLine("predict", model, version) as line:
             pair, metadata = self._service.choose(model, version)
             line.version = str(pair)
-            answer = await self._service.infer(v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline))
+            asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
+            self._limits.check(asked)
+            answer = await self._service.infer(asked)
             return Response(200, v1.encode_response(answer))
 
     async def _live(self, request: Request) -> Response:
@@ -225,6 +258,8 @@ class HttpApp:
     async def _repository_control(self, request: Request) -> Response:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+        if "origin" in request.headers:  # a page in somebody's browser, which may stand where we can not be reached from
+            raise PermissionDenied("loading and unloading is not for web pages")
         wish = oip_rest.decode_json(request.body) if request.body else {}
         if not isinstance(wish, dict) or wish.get("parameters"):
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
@@ -266,5 +301,13 @@ def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) 
 
 
 def _error(error: SplitserveError) -> Response:
-    headers = (("retry-after", str(RETRY_AFTER_S)),) if error.is_retryable else ()
+    headers: tuple[tuple[str, str], ...] = ()
+    if error.is_retryable:
+        headers = (("retry-after", str(RETRY_AFTER_S)),)
+    elif isinstance(error, Unauthenticated):
+        headers = (("www-authenticate", _CHALLENGE),)
+    elif isinstance(error, PermissionDenied):
+        headers = (("www-authenticate", f'{_CHALLENGE}, error="insufficient_scope"'),)
+    elif isinstance(error, TooLarge):  # what is left of the body is not waited for
+        headers = (("connection", "close"),)
     return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

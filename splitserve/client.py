@@ -15,6 +15,7 @@ from splitserve.arrays import Array, from_array, to_array
 from splitserve.oip import InferRequest, ModelMetadata, RequestedOutput
 from splitserve.remote import MAX_MESSAGE_BYTES, METHODS, channel_options, translate
 from splitserve.tensors import Tensor
+from splitserve.tls import ClientTls, bearer
 
 Inputs = Mapping[str, Any]
 """Or a DataFrame, which is one as far as it is read here."""
@@ -27,13 +28,26 @@ class Client:
         target: gRPC name, e.g. ``127.0.0.1:8001``.
         timeout_s: how long a call may take.
         max_message_bytes: the largest message sent or taken.
+        tls: files of the connection, read once; None: plain text.
+        token: shown with every call, where the server asks for one. Over plain text, anyone on the way reads it.
     """
 
     def __init__(
-        self, target: str = "127.0.0.1:8001", *, timeout_s: float = 30.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        target: str = "127.0.0.1:8001",
+        *,
+        timeout_s: float = 30.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tls: ClientTls | None = None,
+        token: str = "",
     ) -> None:
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=channel_options(max_message_bytes))
+        self._metadata = bearer(token)
+        options = channel_options(max_message_bytes)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=[*options, *tls.options()])
 
     def __enter__(self) -> Client:
         return self
@@ -91,7 +105,7 @@ class Client:
             response_deserializer=response_type.FromString,
         )
         try:
-            return call(request, timeout=self._timeout_s)
+            return call(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise translate(error, "server") from error
 

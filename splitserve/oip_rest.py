@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from splitserve.errors import InvalidInput
+from splitserve.limits import check_json_depth
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import MAX_RANK, Datatype, Tensor, datatype_of, n_elements, pack, unpack
@@ -58,6 +59,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -
     Raises:
         InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which is named.
     """
+    check_json_depth(body)
     try:
         return decoder.decode(body) if decoder else msgspec.json.decode(body)
     except msgspec.ValidationError as error:

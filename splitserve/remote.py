@@ -32,6 +32,7 @@ from splitserve.oip import (
     deadline_after,
     remaining_s,
 )
+from splitserve.tls import ClientTls, open_channel
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """The largest message, in bytes, that is sent or taken unless settings say otherwise."""
@@ -79,15 +80,24 @@ class RemoteInference:
         stage: what the far end is, for errors that it can not name itself.
         max_message_bytes: the largest message sent or taken.
         poll_timeout_s: how long questions other than inference may take.
+        tls: files of the channel; None: plain text.
+        token: shown with every call.
     """
 
     def __init__(
-        self, target: str, *, stage: str, max_message_bytes: int = MAX_MESSAGE_BYTES, poll_timeout_s: float = 5.0
+        self,
+        target: str,
+        *,
+        stage: str,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        poll_timeout_s: float = 5.0,
+        tls: ClientTls | None = None,
+        token: str = "",
     ) -> None:
         self.target = target
         self._stage = stage
         self._poll_timeout_s = poll_timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options(max_message_bytes))
+        self._channel = open_channel(target, channel_options(max_message_bytes), tls, token)
         self._methods = {
             name: self._channel.unary_unary(
                 f"/{oip_grpc.SERVICE}/{name}",

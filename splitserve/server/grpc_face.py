@@ -6,7 +6,7 @@ Methods get and give bytes, so that a message that does not parse is answered li
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,8 +20,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, at_stage
-from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
+from splitserve.limits import Limits
+from splitserve.oip import NO_DEADLINE, READY, InferenceService, InferRequest, ServerMetadata, deadline_after
+from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
+from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, add_port
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
@@ -30,6 +33,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Source: gRPC proposal A6: how long a client waits before its next attempt."""
 
 HEALTH_INTERVAL_S = 0.2
+
+_OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
+"""What anyone may ask; grpc.health.v1 and reflection are open too."""
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[bytes, Context], Awaitable[bytes]]
@@ -51,6 +57,10 @@ class GrpcFace:
         retry_after_s: at the edge, how long clients are told to wait before they retry. 0 between stages: there a caller may try
             another replica at once, but not for what went wrong further on, which has been retried there.
         allow_control: take requests to load and unload models.
+        tls: files of the listener; None: plain text.
+        limits: of requests.
+        authenticator: learns who calls; None: nobody is asked.
+        options: of the gRPC server, besides those that it always has.
     """
 
     def __init__(
@@ -64,6 +74,10 @@ class GrpcFace:
         default_timeout_s: float = 0.0,
         retry_after_s: float = 0.0,
         allow_control: bool = False,
+        tls: ServerTls | None = None,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._service = service
         self._stage = stage
@@ -71,19 +85,21 @@ class GrpcFace:
         self._default_timeout_s = default_timeout_s
         self._retry_after_s = retry_after_s
         self._allow_control = allow_control
+        self._limits = limits or Limits()
+        self._authenticator = authenticator
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._server = grpc.aio.server(options=_server_options(max_message_bytes))
+        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes), *options])
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (oip_grpc.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected_pool()
         )
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = add_port(self._server, address, tls)
         except RuntimeError:
             raise SystemExit(f"can not listen on {address}: is another process there?") from None
 
@@ -138,14 +154,16 @@ class GrpcFace:
             "RepositoryModelLoad": self._repository_model_load,
             "RepositoryModelUnload": self._repository_model_unload,
         }
-        return {name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()}
+        return {name: grpc.unary_unary_rpc_method_handler(self._answering(call, name in _OPEN)) for name, call in methods.items()}
 
-    def _answering(self, call: Call) -> Call:
+    def _answering(self, call: Call, is_open: bool) -> Call:
         """Errors become statuses here and nowhere else."""
 
         async def answer(data: bytes, context: Context) -> bytes:
             try:
                 with at_stage(self._stage):
+                    if self._authenticator is not None:
+                        await self._authenticator.authenticate(_credentials(context), is_open=is_open)
                     return await call(data, context)
             except SplitserveError as error:
                 failure = error
@@ -218,9 +236,14 @@ class GrpcFace:
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
         message = oip_grpc.parse(pb.ModelInferRequest, data)
         with RequestLine("infer", message.model_name, message.model_version) as line:
-            response = await self._service.infer(oip_grpc.decode_request(message, self._deadline(context)))
+            response = await self._service.infer(self._request(message, context))
             line.version = response.version
             return oip_grpc.encode_response(response).SerializeToString()
+
+    def _request(self, message: pb.ModelInferRequest, context: Context) -> InferRequest:
+        request = oip_grpc.decode_request(message, self._deadline(context))
+        self._limits.check(request)
+        return request
 
     def _deadline(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()
@@ -229,11 +252,16 @@ class GrpcFace:
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
 
 
+def _credentials(context: Context) -> list[str]:
+    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+
+
 def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
         # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 100_000),
