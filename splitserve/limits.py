@@ -70,16 +70,16 @@ MAX_JSON_DEPTH = 64
 _STRINGS = re.compile(rb'"[^"]*"')
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
-_STEPS = {ord("["): 1, ord("]"): -1, ord('"'): 0}
+_STEPS = bytes.maketrans(b'[]"', b"\x01\xff\x00")
 
 
 def check_json_depth(body: bytes) -> None:
     """Raises:
     InvalidInput: the JSON is nested more than `MAX_JSON_DEPTH` deep. Malformed JSON is left to the parser.
 
-    What has fewer brackets than that is not looked at. Of the rest only brackets and quotes are kept; then strings go, first those
-    without brackets in them, which are two quotes side by side; then the innermost brackets, which are most of them; and what is
-    left is counted.
+    What has fewer brackets than that is not looked at. Of the rest only brackets and quotes are kept; then strings go, first
+    those without brackets in them, which are two quotes side by side; then the innermost brackets, which are most of them; and
+    what is left is summed up, an opening one as 1 and a closing one as -1.
     """
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
@@ -87,5 +87,6 @@ def check_json_depth(body: bytes) -> None:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     left = body.translate(_BRACKETS, _NO_STRUCTURE).replace(b'""', b"")
     left = _STRINGS.sub(b"", left).replace(b"[]", b"")
-    if any(map((MAX_JSON_DEPTH - 1).__lt__, accumulate(map(_STEPS.__getitem__, left)))):
+    steps = memoryview(left.translate(_STEPS)).cast("b")
+    if b"[" * MAX_JSON_DEPTH in left or max(accumulate(steps), default=0) >= MAX_JSON_DEPTH:
         raise InvalidInput(f"the request body is nested more than {MAX_JSON_DEPTH} deep")
