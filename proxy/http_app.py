@@ -28,7 +28,7 @@ from splitserve.errors import (
     Unavailable,
     at_stage,
 )
-from splitserve.limits import Limits
+from splitserve.limits import Limits, check_model_name
 from splitserve.oip import READY, ServerMetadata, deadline_after
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
@@ -260,6 +260,7 @@ class HttpApp:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
         if "origin" in request.headers:  # a page in somebody's browser, which may stand where we can not be reached from
             raise PermissionDenied("loading and unloading is not for web pages")
+        check_model_name(request.path["model"])
         wish = oip_rest.decode_json(request.body) if request.body else {}
         if not isinstance(wish, dict) or wish.get("parameters"):
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")

@@ -11,9 +11,11 @@ from itertools import accumulate
 
 import msgspec
 
-from splitserve.errors import InvalidInput, TooLarge
+from splitserve.errors import InvalidInput, NotFound, TooLarge
+from splitserve.manifest import MODEL_NAME
 from splitserve.oip import InferRequest
 from splitserve.tensors import Tensor
+from splitserve.versions import unknown_model
 
 MAX_NAME_LENGTH = 128
 """Characters of a model's name; longer ones can not be published."""
@@ -62,6 +64,14 @@ class Limits(msgspec.Struct, frozen=True):
                     f'input "{tensor.name[:64]}": an element has {length} bytes, at most {self.max_element_bytes} are taken'
                 )
             offset += 4 + length
+
+
+def check_model_name(name: str) -> None:
+    """Raises:
+    NotFound: no model can have this name, so none is looked for.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise NotFound(unknown_model(name))
 
 
 MAX_JSON_DEPTH = 64

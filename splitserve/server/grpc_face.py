@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, at_stage
-from splitserve.limits import Limits
+from splitserve.limits import Limits, check_model_name
 from splitserve.oip import NO_DEADLINE, READY, InferenceService, InferRequest, ServerMetadata, deadline_after
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
@@ -224,6 +224,7 @@ class GrpcFace:
 
         Raises:
             PermissionDenied: this face takes no such requests.
+            NotFound: no model can have this name.
             InvalidInput: it brings parameters: what is loaded is decided by the repository, not by callers.
         """
         if not self._allow_control:
@@ -231,6 +232,7 @@ class GrpcFace:
         if request.parameters:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         name: str = request.model_name or request.repository_name
+        check_model_name(name)
         return name
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
