@@ -24,7 +24,7 @@ async def serve() -> None:
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
-        service = PredictService(predictors, executor, limits=config.limits)
+        service = PredictService(predictors, executor, limits=config.batch_limits)
         face = await stack.enter_async_context(
             GrpcFace(
                 service,
@@ -36,6 +36,9 @@ async def serve() -> None:
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,
                 statistics=service.statistics,
+                tls=config.tls,
+                limits=config.limits,
+                options=config.grpc_options,
             )
         )
         log.info("listening", grpc_port=face.port)

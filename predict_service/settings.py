@@ -5,10 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import BatchingSettings, RepositorySettings
+from splitserve.server.tls_settings import ListenerTlsSettings
 
 
-class PredictSettings(RepositorySettings, BatchingSettings):
+class PredictSettings(ListenerTlsSettings, LimitSettings, RepositorySettings, BatchingSettings):
     """Settings of the predict service."""
 
     model_config = SettingsConfigDict(env_prefix="PREDICT_")

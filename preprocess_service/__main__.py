@@ -26,7 +26,9 @@ async def serve() -> None:
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="preprocess"))
         predict = await stack.enter_async_context(
-            RemoteInference(config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes)
+            RemoteInference(
+                config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes, tls=config.next_tls
+            )
         )
         service = PreprocessService(
             preprocessors, predict, executor, allow_fingerprint_mismatch=config.allow_fingerprint_mismatch
@@ -42,6 +44,9 @@ async def serve() -> None:
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,
                 statistics=service.statistics,
+                tls=config.tls,
+                limits=config.limits,
+                options=config.grpc_options,
             )
         )
         log.info("listening", grpc_port=face.port)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import RepositorySettings
+from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
 
 
-class PreprocessSettings(RepositorySettings):
+class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, RepositorySettings):
     """Settings of the preprocess service."""
 
     model_config = SettingsConfigDict(env_prefix="PREPROCESS_")

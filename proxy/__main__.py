@@ -20,9 +20,14 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     async with AsyncExitStack() as stack:
         preprocess = await stack.enter_async_context(
-            RemoteInference(config.preprocess_target, stage="preprocess", max_message_bytes=config.max_message_bytes)
+            RemoteInference(
+                config.preprocess_target,
+                stage="preprocess",
+                max_message_bytes=config.max_message_bytes,
+                tls=config.next_tls,
+            )
         )
-        service = ProxyService(preprocess, limits=config.limits, n_replicas=lambda: preprocess.n_replicas)
+        service = ProxyService(preprocess, limits=config.batch_limits, n_replicas=lambda: preprocess.n_replicas)
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(

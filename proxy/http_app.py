@@ -17,21 +17,26 @@ import structlog
 
 from proxy import compression
 from proxy.compression import deflate
+from proxy.guard import Guard
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
 from splitserve import classification, oip_rest, v1
 from splitserve.errors import (
+    Cancelled,
     Internal,
     InvalidInput,
     PermissionDenied,
     SplitserveError,
     TooLarge,
+    Unauthenticated,
     Unavailable,
     Unsupported,
     at_stage,
 )
+from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
 from splitserve.oip import READY, InferRequest, ServerMetadata, deadline_after
+from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
 
 Scope = MutableMapping[str, Any]
@@ -42,6 +47,9 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
+
+_CHALLENGE = 'Bearer realm="splitserve"'
+"""Source: RFC 6750, section 3."""
 
 _HEADER_LENGTH = "inference-header-content-length"
 _TIMEOUT = "request-timeout"
@@ -92,17 +100,21 @@ class HttpApp:
         default_timeout_s: the deadline of a request that sets none.
         max_timeout_s: the longest that a request may ask for.
         allow_control: take requests to load and unload models.
+        limits: of requests.
+        authenticator: learns who calls; None: nobody is asked.
     """
 
     def __init__(
         self,
-        service: ProxyService,
+        service: ProxyService | Guard,
         *,
         metadata: ServerMetadata,
         max_body_bytes: int,
         default_timeout_s: float,
         max_timeout_s: float = math.inf,
         allow_control: bool = False,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
     ) -> None:
         self._service = service
         self._metadata = metadata
@@ -110,6 +122,8 @@ class HttpApp:
         self._default_timeout_s = default_timeout_s
         self._max_timeout_s = max_timeout_s
         self._allow_control = allow_control
+        self._limits = limits or Limits()
+        self._authenticator = authenticator
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
@@ -136,6 +150,9 @@ class HttpApp:
             (r"/docs", {"GET": self._docs_page}),
             (r"/", {"GET": self._alive}),
         )
+        self._open: tuple[Handler, ...] = (
+            self._live, self._ready, self._server_metadata, self._openapi_document, self._docs_page, self._alive,
+        )  # fmt: skip
         self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,6 +178,9 @@ class HttpApp:
             encoding = _check_form(headers)
             with at_stage(STAGE):
                 deadline = deadline_after(self._timeout_s(headers))
+                if self._authenticator is not None:
+                    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+                    await self._authenticator.authenticate(given, is_open=handler in self._open)
                 body = await self._body(headers, receive)
                 if encoding and body:
                     body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self._max_body_bytes)
@@ -189,6 +209,8 @@ class HttpApp:
         chunks, size = [], 0
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Cancelled("the caller left before the body was complete")
             chunk = message.get("body", b"")
             size += len(chunk)
             if size > self._max_body_bytes:
@@ -209,6 +231,7 @@ class HttpApp:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("infer", model, version) as line:
             asked = self._asked(request, model, version)
+            self._limits.check(asked)
             answer = await classification.infer(self._service, asked)
             line.version = answer.version
             body, header_length = oip_rest.encode_response(answer, asked)
@@ -229,6 +252,7 @@ class HttpApp:
             pair, metadata = self._service.choose(model, version)
             line.version = str(pair)
             asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
+            self._limits.check(asked.request)
             answer = await self._service.infer(asked.request)
             return Response(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
 
@@ -287,6 +311,9 @@ class HttpApp:
     async def _repository_control(self, request: Request) -> Response:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+        if "origin" in request.headers:  # a page in somebody's browser, which may stand where we can not be reached from
+            raise PermissionDenied("loading and unloading is not for web pages")
+        check_model_name(request.path["model"])
         wish = oip_rest.decode_json(request.body) if request.body else {}
         if not isinstance(wish, dict) or wish.get("parameters"):
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
@@ -357,5 +384,13 @@ def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) 
 
 
 def _error(error: SplitserveError) -> Response:
-    headers = (("retry-after", str(RETRY_AFTER_S)),) if error.is_retryable else ()
+    headers: tuple[tuple[str, str], ...] = ()
+    if error.is_retryable:
+        headers = (("retry-after", str(RETRY_AFTER_S)),)
+    elif isinstance(error, Unauthenticated):
+        headers = (("www-authenticate", _CHALLENGE),)
+    elif isinstance(error, PermissionDenied):
+        headers = (("www-authenticate", f'{_CHALLENGE}, error="insufficient_scope"'),)
+    elif isinstance(error, TooLarge):  # what is left of the body is not waited for
+        headers = (("connection", "close"),)
     return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 
 import uvicorn
 
 from proxy.http_app import HttpApp
+from proxy.http_protocol import HttpLimits, LimitedProtocol
+from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
 
 _BACKLOG = 2048
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, limits: HttpLimits, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
         self.is_listening = asyncio.Event()
+        self._limits = limits
+        self._context = context
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -26,7 +32,17 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """As uvicorn's, with limits for each connection and for TLS handshakes."""
+        protocol = partial(LimitedProtocol, config=self.config, server_state=self.server_state, app_state={}, limits=self._limits)
+        timeout_s = HANDSHAKE_TIMEOUT_S if self._context else None
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                protocol, sock=each, ssl=self._context, ssl_handshake_timeout=timeout_s, backlog=self.config.backlog
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
         self.is_listening.set()
 
 
@@ -38,9 +54,21 @@ class HttpFace:
         host: address to listen on.
         port: 0 takes a free one, see `port`.
         grace_s: how long calls in flight get once `drain` refuses new ones.
+        limits: of connections.
+        tls: files of the listener; None: plain text.
     """
 
-    def __init__(self, app: HttpApp, *, host: str, port: int, grace_s: float) -> None:
+    def __init__(
+        self,
+        app: HttpApp,
+        *,
+        host: str,
+        port: int,
+        grace_s: float,
+        limits: HttpLimits | None = None,
+        tls: ServerTls | None = None,
+    ) -> None:
+        limits = limits or HttpLimits()
         self._app = app
         config = uvicorn.Config(
             app,
@@ -50,10 +78,11 @@ class HttpFace:
             access_log=False,
             log_config=None,
             server_header=False,
-            timeout_keep_alive=60,
+            log_level="error",  # what a client does wrong is answered, not logged: lines are cheap to provoke
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=max(1, round(grace_s)),
         )
-        self._server = _Server(config)
+        self._server = _Server(config, limits, following_ssl_context(tls) if tls else None)
         try:
             self._socket = socket.create_server((host, port), backlog=_BACKLOG)
         except OSError as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from proxy.http_protocol import HttpLimits
+from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import BatchingSettings
+from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
 
 
-class ProxySettings(BatchingSettings):
+class ProxySettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, BatchingSettings):
     """Settings of the proxy."""
 
     model_config = SettingsConfigDict(env_prefix="PROXY_")
@@ -27,3 +30,58 @@ class ProxySettings(BatchingSettings):
 
     max_timeout_s: float = Field(600.0, gt=0)
     """Seconds that a request may take whatever its caller asks for."""
+
+    auth_file: str = ""
+    """JSON file that says who may call what, with tokens and JWT (docs/security.md); read anew when it changes. Without one,
+    anyone who reaches a port may call."""
+
+    max_url_bytes: int = Field(8 * 1024, gt=0)
+    """Longest URL of a REST request."""
+
+    max_header_bytes: int = Field(64 * 1024, gt=0)
+    """Most bytes of a REST request's headers."""
+
+    max_headers: int = Field(100, gt=0)
+    """Most headers of a REST request."""
+
+    max_chunks: int = Field(65_536, gt=0)
+    """Most chunks of a REST request's body."""
+
+    header_timeout_s: float = Field(10.0, gt=0)
+    """Seconds within which the headers of a REST request must arrive."""
+
+    min_body_bytes_per_s: int = Field(1_000, ge=0)
+    """Least rate of a REST body that takes longer than 5 s to arrive."""
+
+    keep_alive_s: float = Field(60.0, gt=0)
+    """Seconds that an idle REST connection is kept."""
+
+    write_timeout_s: float = Field(30.0, gt=0)
+    """Seconds after which a REST connection is closed whose reader takes nothing of the answer."""
+
+    @property
+    def http_limits(self) -> HttpLimits:
+        """Those of REST connections."""
+        return HttpLimits(
+            max_url_bytes=self.max_url_bytes,
+            max_header_bytes=self.max_header_bytes,
+            max_headers=self.max_headers,
+            max_chunks=self.max_chunks,
+            max_connections=self.max_connections,
+            header_timeout_s=self.header_timeout_s,
+            min_body_bytes_per_s=self.min_body_bytes_per_s,
+            keep_alive_s=self.keep_alive_s,
+            write_timeout_s=self.write_timeout_s,
+        )
+
+    @field_validator("auth_file")
+    @classmethod
+    def _check_auth_file(cls, path: str) -> str:
+        if path:
+            from proxy.auth import read_policy  # brings cryptography with it
+
+            try:
+                read_policy(path)
+            except OSError as error:
+                raise ValueError(str(error)) from None
+        return path

@@ -16,6 +16,7 @@ from splitserve.oip import InferRequest, ModelMetadata, RequestedOutput
 from splitserve.remote import MAX_MESSAGE_BYTES, METHODS, translate
 from splitserve.replicas import channel_options
 from splitserve.tensors import Tensor
+from splitserve.tls import ClientTls, bearer
 
 Inputs = Mapping[str, Any]
 """Or a DataFrame, which is one as far as it is read here."""
@@ -28,13 +29,26 @@ class Client:
         target: gRPC name, e.g. ``127.0.0.1:8001``.
         timeout_s: how long a call may take.
         max_message_bytes: the largest message sent or taken.
+        tls: files of the connection, read once; None: plain text.
+        token: shown with every call, where the server asks for one. Over plain text, anyone on the way reads it.
     """
 
     def __init__(
-        self, target: str = "127.0.0.1:8001", *, timeout_s: float = 30.0, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self,
+        target: str = "127.0.0.1:8001",
+        *,
+        timeout_s: float = 30.0,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tls: ClientTls | None = None,
+        token: str = "",
     ) -> None:
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target, options=channel_options(max_message_bytes))
+        self._metadata = bearer(token)
+        options = channel_options(max_message_bytes)
+        if tls is None:
+            self._channel = grpc.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.secure_channel(target, tls.credentials(), options=[*options, *tls.options()])
 
     def __enter__(self) -> Client:
         return self
@@ -92,7 +106,7 @@ class Client:
             response_deserializer=response_type.FromString,
         )
         try:
-            return call(request, timeout=self._timeout_s)
+            return call(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise translate(error, "server") from error
 

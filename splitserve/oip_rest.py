@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from splitserve.errors import InvalidInput
+from splitserve.limits import check_json_depth
 from splitserve.oip import (
     NO_DEADLINE,
     InferRequest,
@@ -66,6 +67,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -
     Raises:
         InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which is named.
     """
+    check_json_depth(body)
     try:
         return decoder.decode(body) if decoder else msgspec.json.decode(body)
     except msgspec.ValidationError as error:

@@ -26,7 +26,9 @@ from splitserve.errors import (
 )
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
 from splitserve.replicas import Replica, Replicas, channel_options
-from splitserve.streams import StreamKeeper
+from splitserve.streams import Metadata, StreamKeeper
+from splitserve.tls import ClientTls, bearer
+from splitserve.watched import Watched
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """The largest message, in bytes, that is sent or taken unless settings say otherwise."""
@@ -56,9 +58,12 @@ METHODS: dict[str, tuple[Any, Any]] = {
 class _Replica(Replica):
     """A replica with its methods, and with a stream to it where it offers one."""
 
-    def __init__(self, target: str, channel: grpc.aio.Channel, stage: str, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, target: str, channel: grpc.aio.Channel, stage: str, on_change: Callable[[], None], metadata: Metadata
+    ) -> None:
         super().__init__(target, channel, on_change)
-        self.keeper = StreamKeeper(channel, stage)
+        self.metadata = metadata
+        self.keeper = StreamKeeper(channel, stage, metadata)
         self.methods = {
             name: channel.unary_unary(
                 f"/{oip_grpc.SERVICE}/{name}",
@@ -84,7 +89,8 @@ class RemoteInference:
         stage: what the far end is, for errors that it can not name itself.
         max_message_bytes: the largest message sent or taken.
         poll_timeout_s: how long questions other than inference may take.
-        credentials: of the channels; None: in clear.
+        tls: files of the channels, followed as they change; None: plain text.
+        token: shown with every call.
         hedge_after_s: after how long without an answer another replica is asked as well.
         replicas: as for `Replicas`: how names are looked up, how often, and how long a call waits for a replica.
     """
@@ -96,7 +102,8 @@ class RemoteInference:
         stage: str,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         poll_timeout_s: float = 5.0,
-        credentials: grpc.ChannelCredentials | None = None,
+        tls: ClientTls | None = None,
+        token: str = "",
         hedge_after_s: float = HEDGE_AFTER_S,
         **replicas: Any,
     ) -> None:
@@ -104,19 +111,26 @@ class RemoteInference:
         self._stage = stage
         self._options = channel_options(max_message_bytes)
         self._poll_timeout_s = poll_timeout_s
-        self._credentials = credentials
+        self._tls = tls
+        self._files = Watched(tls.files, tls.credentials) if tls else None
+        self._metadata = bearer(token)
         self._budget = RetryBudget()
         self._hedge_after_s = hedge_after_s
-        self._replicas = Replicas(target, stage=stage, connect=self._connect, **replicas)
+        self._replicas = Replicas(target, stage=stage, connect=self._connect, is_stale=self._has_new_files, **replicas)
         self.is_loaded = True
 
     def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
+        authority = (self._tls.server_name if self._tls else "") or authority
         options = self._options + ([("grpc.default_authority", authority)] if authority else [])
-        if self._credentials is None:
+        if self._files is None or self._tls is None:
             channel = grpc.aio.insecure_channel(target, options)
         else:
-            channel = grpc.aio.secure_channel(target, self._credentials, options)
-        return _Replica(target, channel, self._stage, on_change)
+            channel = grpc.aio.secure_channel(target, self._files.value, [*options, *self._tls.options()])
+        return _Replica(target, channel, self._stage, on_change, self._metadata)
+
+    def _has_new_files(self) -> bool:
+        """Whether the credentials of open channels are old: they are fixed for a channel's life."""
+        return self._files is not None and self._files.has_changed()
 
     async def __aenter__(self) -> RemoteInference:
         await self._replicas.start()
@@ -187,7 +201,9 @@ class RemoteInference:
                 message = await stream.infer(request)
             else:
                 timeout_s = None if request.deadline == NO_DEADLINE else remaining_s(request.deadline)
-                message = await replica.methods["ModelInfer"](oip_grpc.encode_request(request), timeout=timeout_s)
+                message = await replica.methods["ModelInfer"](
+                    oip_grpc.encode_request(request), timeout=timeout_s, metadata=replica.metadata
+                )
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
         finally:
@@ -244,7 +260,7 @@ class RemoteInference:
 
     async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return await replica.methods[method](request, timeout=timeout_s)
+            return await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
 

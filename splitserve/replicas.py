@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import re
 import socket
@@ -112,6 +111,7 @@ class Replicas(Generic[R]):
             ``xds:///…``) is one replica, balanced by gRPC.
         stage: what the far end is, for errors.
         connect: makes a replica of a gRPC name of one address, and the authority that it stands for.
+        is_stale: whether open channels have to be replaced, asked as often as the name is looked up.
         resolve: gRPC names of the addresses of a host and port; may raise OSError.
         resolve_interval_s: how often the name is looked up.
         patience_s: how long `pick` waits for a replica.
@@ -123,6 +123,7 @@ class Replicas(Generic[R]):
         *,
         stage: str,
         connect: Callable[[str, str, Callable[[], None]], R],
+        is_stale: Callable[[], bool] = lambda: False,
         resolve: Resolve | None = None,
         resolve_interval_s: float = RESOLVE_INTERVAL_S,
         patience_s: float = PATIENCE_S,
@@ -130,6 +131,7 @@ class Replicas(Generic[R]):
         self._target = target
         self._stage = stage
         self._connect = connect
+        self._is_stale = is_stale
         self._resolve = resolve or look_up
         self._resolve_interval_s = resolve_interval_s
         self._patience_s = patience_s
@@ -142,12 +144,8 @@ class Replicas(Generic[R]):
 
     async def start(self) -> None:
         """Look the name up, and go on doing so."""
-        if self._match is None:
-            self._set({self._target: ""})
-            return
         await self._refresh()
-        if not _is_address(self._match["host"]):
-            self._following = asyncio.create_task(self._follow())
+        self._following = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
         if self._following is not None:
@@ -200,7 +198,9 @@ class Replicas(Generic[R]):
             await self._refresh()
 
     async def _refresh(self) -> None:
-        assert self._match is not None, "only names are looked up"
+        if self._match is None:
+            self._set({self._target: ""})
+            return
         try:
             found = await self._resolve(self._match["host"].strip("[]"), int(self._match["port"]))
         except OSError:
@@ -208,7 +208,7 @@ class Replicas(Generic[R]):
         self._set(dict.fromkeys(found, self._target.removeprefix("dns:///")))
 
     def _set(self, targets: dict[str, str]) -> None:
-        for target in self._replicas.keys() - targets.keys():
+        for target in list(self._replicas) if self._is_stale() else self._replicas.keys() - targets.keys():
             replica = self._replicas.pop(target)
             task = asyncio.create_task(self._retire(replica))
             self._closing.add(task)
@@ -223,14 +223,6 @@ class Replicas(Generic[R]):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(replica.idle.wait(), RETIRE_TIMEOUT_S)
         await replica.close()
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 async def look_up(host: str, port: int) -> list[str]:

@@ -7,6 +7,7 @@ their class: our own servers say more of one than the protocol's text, in the pa
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -20,6 +21,8 @@ from splitserve.oip import InferRequest
 METHOD = f"/{oip_grpc.SERVICE}/ModelStreamInfer"
 OFFER_KEY = "splitserve-stream"
 """Initial metadata of a server whose streams carry whole errors and many calls at once; other servers get unary calls."""
+
+Metadata = Sequence[tuple[str, str]]
 
 OPEN_TIMEOUT_S = 5.0
 MAX_AGE_S = 60.0
@@ -104,9 +107,11 @@ class StreamKeeper:
     Args:
         channel: to one replica.
         stage: what the far end is.
+        metadata: sent as a stream is opened.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, stage: str) -> None:
+    def __init__(self, channel: grpc.aio.Channel, stage: str, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._open: Any = channel.stream_stream(METHOD)
         self._channel = channel
         self._stage = stage
@@ -146,7 +151,7 @@ class StreamKeeper:
             await self._channel.wait_for_state_change(state)
 
     async def _try_to_open(self) -> InferStream | None:
-        call = self._open()
+        call = self._open(metadata=self._metadata)
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 metadata = await call.initial_metadata()

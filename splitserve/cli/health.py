@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import sys
 
+from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip import READY, ModelState
-from splitserve.remote import RemoteInference
 
 
 def run(url: str) -> int:
@@ -23,5 +23,5 @@ def run(url: str) -> int:
 
 
 async def _index(url: str) -> list[ModelState]:
-    async with RemoteInference(url, stage="proxy") as remote:
+    async with connect(url) as remote:
         return await remote.index()

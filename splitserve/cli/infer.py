@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import InvalidInput, SplitserveError
 from splitserve.oip import InferResponse, ModelMetadata, deadline_after
 from splitserve.oip_rest import decode_json
-from splitserve.remote import RemoteInference
 from splitserve.tensors import DATATYPES, Tensor, unpack
 from splitserve.v1 import from_instances
 
@@ -90,7 +90,7 @@ async def _infer(
     model: str, read: Callable[[ModelMetadata], list[Any]], url: str, version: str, timeout_s: float
 ) -> InferResponse:
     deadline = deadline_after(timeout_s)
-    async with RemoteInference(url, stage="proxy") as remote:
+    async with connect(url) as remote:
         metadata = await remote.metadata(model, version)
         instances = read(metadata)
         return await remote.infer(from_instances(instances, metadata, version, deadline=deadline))

@@ -6,8 +6,8 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
+from splitserve.cli.connection import connect
 from splitserve.errors import SplitserveError
-from splitserve.remote import RemoteInference
 
 
 def run(models: Sequence[str], url: str) -> int:
@@ -22,7 +22,7 @@ def run(models: Sequence[str], url: str) -> int:
 
 
 async def _reload(models: Sequence[str], url: str) -> list[str]:
-    async with RemoteInference(url, stage="proxy") as proxy:
+    async with connect(url) as proxy:
         asked = list(models) or sorted({state.name for state in await proxy.index()})
         for model in asked:
             await proxy.load(model)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from splitserve.catalogue import why_not_ready
+from splitserve.cli.connection import connect
 from splitserve.cli.serve import MODULES
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip import LOADING, READY
-from splitserve.remote import RemoteInference
 
 STOP_TIMEOUT_S = 35.0
 """A service that has not ended by then is killed; longer than the grace that it gives its calls."""
@@ -53,7 +53,7 @@ def plan(repository: Path, host: str, ports: Ports, is_fused: bool) -> list[Serv
     """The services in the order in which they start; they stop in the reverse."""
     proxy = {"PROXY_HOST": host, "PROXY_HTTP_PORT": str(ports.http), "PROXY_GRPC_PORT": str(ports.grpc)}
     models = {"MODEL_REPOSITORY": str(repository)}
-    edge = f"http://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
+    edge = f"{_scheme()}://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
     if is_fused:
         return [Service("fused", {**proxy, **models}, edge)]
     return [
@@ -71,6 +71,10 @@ def plan(repository: Path, host: str, ports: Ports, is_fused: bool) -> list[Serv
     ]
 
 
+def _scheme() -> str:
+    return "https" if os.environ.get("PROXY_TLS_CERT_FILE") else "http"
+
+
 async def _run(repository: Path, host: str, ports: Ports, is_fused: bool) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -84,7 +88,7 @@ async def _run(repository: Path, host: str, ports: Ports, is_fused: bool) -> int
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(fleet.first_end())
         welcome = asyncio.create_task(
-            _welcome(services, fleet, repository, f"http://{host}:{ports.http}", f"{host}:{ports.grpc}")
+            _welcome(services, fleet, repository, f"{_scheme()}://{host}:{ports.http}", f"{host}:{ports.grpc}")
         )
         await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         welcome.cancel()
@@ -168,7 +172,7 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: Path,
 async def _loaded_models(grpc_url: str) -> list[str]:
     """Names of the models that are ready, once nothing is being loaded any more; says meanwhile what is waited for."""
     started, reported = time.monotonic(), ""
-    async with RemoteInference(grpc_url, stage="proxy") as proxy:
+    async with connect(grpc_url) as proxy:
         while True:
             try:
                 states = await proxy.index()

@@ -6,7 +6,7 @@ Methods get and give bytes, so that a message that does not parse is answered li
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from splitserve import classification, oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
+from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
 from splitserve.oip import (
     NO_DEADLINE,
@@ -30,8 +31,10 @@ from splitserve.oip import (
     deadline_after,
 )
 from splitserve.server import reflection
+from splitserve.server.callers import Authenticator
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
+from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, add_port
 from splitserve.statistics import Statistics
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -41,6 +44,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Source: gRPC proposal A6: how long a client waits before its next attempt."""
 
 HEALTH_INTERVAL_S = 0.2
+
+_OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
+"""What anyone may ask; grpc.health.v1 and reflection are open too."""
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Call = Callable[[bytes, Context], Awaitable[bytes]]
@@ -64,6 +70,10 @@ class GrpcFace:
         max_timeout_s: the longest that callers may ask for.
         allow_control: take requests to load and unload models.
         statistics: what the service counts, if it does.
+        tls: files of the listener; None: plain text.
+        limits: of requests.
+        authenticator: learns who calls; None: nobody is asked.
+        options: of the gRPC server, besides those that it always has.
     """
 
     def __init__(
@@ -79,6 +89,10 @@ class GrpcFace:
         max_timeout_s: float = NO_DEADLINE,
         allow_control: bool = False,
         statistics: Statistics | None = None,
+        tls: ServerTls | None = None,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+        options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         self._service = service
         self._stage = stage
@@ -88,18 +102,20 @@ class GrpcFace:
         self._statistics = statistics
         self._retry_after_s = retry_after_s
         self._allow_control = allow_control
+        self._limits = limits or Limits()
+        self._authenticator = authenticator
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._streams = InferStreams(self._answer_on_stream)
-        self._server = grpc.aio.server(options=_server_options(max_message_bytes))
+        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes), *options])
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.add_to(self._server, (oip_grpc.SERVICE, health.SERVICE_NAME), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR))
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = add_port(self._server, address, tls)
         except RuntimeError:
             raise SystemExit(f"can not listen on {address}: is another process there?") from None
 
@@ -159,15 +175,17 @@ class GrpcFace:
         }
         return {
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.serve),
-            **{name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()},
+            **{name: grpc.unary_unary_rpc_method_handler(self._answering(call, name in _OPEN)) for name, call in methods.items()},
         }
 
-    def _answering(self, call: Call) -> Call:
+    def _answering(self, call: Call, is_open: bool) -> Call:
         """Errors become statuses here and nowhere else."""
 
         async def answer(data: bytes, context: Context) -> bytes:
             try:
                 with at_stage(self._stage):
+                    if self._authenticator is not None:
+                        await self._authenticator.authenticate(_credentials(context), is_open=is_open)
                     return await call(data, context)
             except SplitserveError as error:
                 failure = error
@@ -181,13 +199,15 @@ class GrpcFace:
         if isinstance(failure, Internal):
             self._log.error("internal error", stage=failure.stage, exc_info=failure)
 
-    async def _answer_on_stream(self, data: bytes, caller: str) -> bytes:
+    async def _answer_on_stream(self, data: bytes, context: Context) -> bytes:
         """The same on a stream, where an error is an answer."""
         identity = ""
         try:
             with at_stage(self._stage):
+                if self._authenticator is not None:
+                    await self._authenticator.authenticate(_credentials(context), is_open=False)
                 message = oip_grpc.parse(pb.ModelInferRequest, data)
-                request = oip_grpc.decode_request(message, self._deadline(None), caller)
+                request = oip_grpc.decode_request(message, self._deadline(None), context.peer())
                 identity = request.id
                 return oip_grpc.encode_stream_response(await self._infer(request))
         except SplitserveError as failure:
@@ -256,6 +276,7 @@ class GrpcFace:
 
         Raises:
             PermissionDenied: this face takes no such requests.
+            NotFound: no model can have this name.
             InvalidInput: it brings parameters: what is loaded is decided by the repository, not by callers.
         """
         if not self._allow_control:
@@ -263,6 +284,7 @@ class GrpcFace:
         if request.parameters:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         name: str = request.model_name or request.repository_name
+        check_model_name(name)
         return name
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
@@ -271,6 +293,7 @@ class GrpcFace:
         return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
 
     async def _infer(self, request: InferRequest) -> InferResponse:
+        self._limits.check(request)
         with RequestLine("infer", request.model, request.version) as line:
             response = await classification.infer(self._service, request)
             line.version = response.version
@@ -282,11 +305,16 @@ class GrpcFace:
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
 
 
+def _credentials(context: Context) -> list[str]:
+    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+
+
 def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
         # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 100_000),

@@ -17,8 +17,9 @@ from splitserve.streams import OFFER_KEY
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
 
-Answer = Callable[[bytes, str], Awaitable[bytes]]
-"""A message's bytes and who sent it -> the answer's bytes. Raises nothing."""
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Answer = Callable[[bytes, Context], Awaitable[bytes]]
+"""A message's bytes and the stream that brought it -> the answer's bytes. Raises nothing."""
 
 
 class InferStreams:
@@ -32,7 +33,7 @@ class InferStreams:
         self._answer = answer
         self._readers: set[asyncio.Task[None]] = set()
 
-    async def serve(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def serve(self, _: Any, context: Context) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
         await context.send_initial_metadata(((OFFER_KEY, "1"),))
         stream = _Stream(self._answer, context)
@@ -56,10 +57,9 @@ class InferStreams:
 
 
 class _Stream:
-    def __init__(self, answer: Answer, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    def __init__(self, answer: Answer, context: Context) -> None:
         self._answer = answer
         self._context = context
-        self._caller = context.peer()
         self._writing = asyncio.Lock()
         self._room = asyncio.Semaphore(MAX_UNANSWERED)
         self._calls: set[asyncio.Task[None]] = set()
@@ -79,7 +79,7 @@ class _Stream:
         self._room.release()
 
     async def _answer_one(self, data: bytes) -> None:
-        answer = await self._answer(data, self._caller)
+        answer = await self._answer(data, self._context)
         async with self._writing:
             with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):  # the client has left
                 await self._context.write(answer)

@@ -6,6 +6,9 @@ Two questions, because two things are done with the answers:
   an empty repository or while the service behind it is away. What restarts containers may act on this; restarting this one for
   what another one lacks would spread an outage.
 - ``--ready``: can something be inferred now, over all hops? What waits for the system before it sends requests wants this.
+
+A service that listens over TLS is asked over TLS where SPLITSERVE_CA_FILE names what its certificate is signed by; see
+docs/security.md.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import argparse
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from splitserve import tls
 
 TAKES_CALLS = "inference.GRPCInferenceService"
 READY = ""
@@ -29,14 +34,21 @@ def problem(address: str, service: str, timeout_s: float = TIMEOUT_S) -> str:
         service: `TAKES_CALLS` or `READY`.
         timeout_s: how long the answer may take.
     """
-    options = [("grpc.enable_http_proxy", 0)]  # a proxy in the environment is not for loopback
-    with grpc.insecure_channel(address, options) as channel:
+    with _channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.RpcError as error:
             return f"{error.code().name}: {error.details()}"
     serving = health_pb2.HealthCheckResponse.SERVING
     return "" if answer.status == serving else health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+
+def _channel(address: str) -> grpc.Channel:
+    options = [("grpc.enable_http_proxy", 0)]  # a proxy in the environment is not for loopback
+    files = tls.from_environment()
+    if files is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, files.credentials(), [*options, *files.options()])
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ class ServiceSettings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore")
 
     host: str = "127.0.0.1"
-    """Address to listen on. Loopback unless told otherwise: nothing here asks for credentials yet."""
+    """Address to listen on. Loopback unless told otherwise: see docs/security.md before you open it."""
 
     log_level: logs.Level = Field("info", validation_alias=AliasChoices("LOG_LEVEL"))
     """Least level that is logged: debug, info, warning or error."""
@@ -46,7 +46,8 @@ class ServiceSettings(BaseSettings):
     """Seconds that calls in flight get to finish once no new ones are taken."""
 
     allow_repository_control: bool = Field(False, validation_alias=AliasChoices("ALLOW_REPOSITORY_CONTROL"))
-    """Take requests to load and unload models, from anyone who can reach the port. Polling needs none of it."""
+    """Take requests to load and unload models: at the proxy from operators if it has an authorization file, else from anyone who
+    can reach the port. Polling needs none of it."""
 
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
@@ -73,7 +74,7 @@ class BatchingSettings(ServiceSettings):
     batching: str = ""
     """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
 
-    def limits(self, model: str) -> Limits:
+    def batch_limits(self, model: str) -> Limits:
         """The limits for a model."""
         own = parse_limits(self.batching).get(model, {})
         return Limits(**{name: own.get(name, getattr(self, name)) for name in Limits.__struct_fields__})

@@ -1,0 +1,289 @@
+"""Who calls: bearer tokens, either listed by their digests or JWT signed by an issuer, as an authorization file says.
+
+The file is docs/security.md's; it and the issuer's keys are read again while the proxy runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import jwt
+import msgspec
+import structlog
+
+from proxy import guard
+from proxy.guard import NO_CREDENTIALS, NOBODY, Caller
+from splitserve.errors import SplitserveError, Unauthenticated, Unavailable
+from splitserve.watched import Watched
+
+ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+"""Those with a public key. An HMAC's key would have to be kept secret by whoever checks it."""
+
+MAX_TOKEN_LENGTH = 8 * 1024
+MAX_KEYS_BYTES = 1024 * 1024
+KEYS_INTERVAL_S = 300.0
+"""How often keys are fetched from a URL; sooner when a token names a key that is not known, but not within `KEYS_RETRY_S`."""
+KEYS_RETRY_S = 10.0
+FETCH_TIMEOUT_S = 5.0
+N_REMEMBERED = 10_000
+REMEMBERED_S = 60.0
+"""How long a JWT that was checked needs no second check, if it does not expire earlier."""
+
+WRONG_CREDENTIALS = "the credentials are not valid"
+"""All that a caller learns: not whether a token is unknown, expired, or signed by somebody else."""
+
+
+class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A token known by the SHA-256 of its text, in hexadecimal, and what its bearer may do."""
+
+    name: str
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    models: tuple[str, ...] = ()
+    operator: bool = False
+
+
+class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the bearer of a JWT may do whose claims match, each a pattern; of a claim that is a list, one element has to."""
+
+    claims: dict[str, str]
+    models: tuple[str, ...] = ()
+    operator: bool = False
+
+
+class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whose JWT are taken. ``jwks`` is an https URL, or a path, seen from the folder of the authorization file."""
+
+    issuer: str
+    audience: str
+    jwks: str
+    grants: tuple[Grant, ...]
+    algorithms: tuple[str, ...] = ("RS256", "ES256", "EdDSA")
+    leeway_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = 10.0
+
+
+class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An authorization file."""
+
+    tokens: tuple[Token, ...] = ()
+    jwt: Issuer | None = None
+
+
+def read_policy(path: str) -> Policy:
+    """Raises:
+    OSError: the file, or the one with the keys, can not be read.
+    ValueError: says what is wrong in it, and where.
+    """
+    try:
+        policy = msgspec.json.decode(Path(path).read_bytes(), type=Policy)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len({token.sha256 for token in policy.tokens}) < len(policy.tokens):
+        raise ValueError(f"{path}: the same sha256 twice")
+    if policy.jwt:
+        _check_issuer(path, policy.jwt)
+    return policy
+
+
+def _check_issuer(path: str, issuer: Issuer) -> None:
+    if unknown := set(issuer.algorithms) - set(ALGORITHMS):
+        raise ValueError(f"{path}: algorithms: {', '.join(sorted(unknown))}: expected some of {', '.join(ALGORITHMS)}")
+    if not issuer.algorithms or not issuer.issuer or not issuer.audience:
+        raise ValueError(f"{path}: jwt: issuer, audience and algorithms are needed: others' tokens would be taken without them")
+    url = urlsplit(issuer.jwks)
+    if "://" not in issuer.jwks:
+        read_keys(_beside(path, issuer.jwks))
+    elif url.scheme != "https" and not (url.scheme == "http" and url.hostname in ("127.0.0.1", "::1", "localhost")):
+        raise ValueError(f"{path}: jwks: expected an https URL or a path: whoever can change the keys can sign tokens")
+
+
+def _beside(path: str, jwks: str) -> str:
+    return str(Path(path).parent / jwks)
+
+
+Keys = Mapping[str | None, jwt.PyJWK]
+
+
+def read_keys(path: str) -> Keys:
+    """Raises:
+    OSError: the file can not be read.
+    ValueError: it is no JSON Web Key Set.
+    """
+    return _parse_keys(path, Path(path).read_bytes())
+
+
+def _parse_keys(source: str, text: bytes) -> Keys:
+    try:
+        keys = jwt.PyJWKSet.from_json(text.decode()).keys
+    except (jwt.PyJWTError, AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{source}: expected a JSON Web Key Set") from None
+    return {key.key_id: key for key in keys if key.key_type != "oct"}
+
+
+class _Refetched:
+    """Keys at a URL."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._next_fetch = self._soonest_fetch = time.monotonic()
+        self._fetching = asyncio.Lock()
+        self.value: Keys | None = None
+
+    async def has_changed(self, *, is_asked_for: bool = False) -> bool:
+        """Fetch them if it is time, or if they are asked for and have not just been fetched; True if they are new."""
+        async with self._fetching:
+            now = time.monotonic()
+            if now < (self._soonest_fetch if is_asked_for else self._next_fetch):
+                return False
+            self._next_fetch = self._soonest_fetch = now + KEYS_RETRY_S
+            try:
+                keys = _parse_keys(self._url, await asyncio.to_thread(self._fetch))
+            except (OSError, ValueError) as error:
+                logging.getLogger(__name__).warning("%s: no new keys for tokens, the old ones stay: %s", self._url, error)
+                return False
+            self._next_fetch = now + KEYS_INTERVAL_S
+            self.value = keys
+            return True
+
+    def _fetch(self) -> bytes:
+        with urllib.request.urlopen(self._url, timeout=FETCH_TIMEOUT_S) as answer:  # noqa: S310 - the scheme is checked
+            text: bytes = answer.read(MAX_KEYS_BYTES)
+        return text
+
+
+class BearerAuthenticator:
+    """Learns who calls from a bearer token, and tells `proxy.guard`. Kept up to date by `refresh`.
+
+    Args:
+        path: of the authorization file.
+
+    Raises:
+        OSError, ValueError: it can not be used.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._policy = Watched([path], lambda: read_policy(path))
+        self._keys_file: Watched[Keys] | None = None
+        self._keys_url: _Refetched | None = None
+        self._remembered: dict[bytes, tuple[Caller, float]] = {}
+        self._take_policy()
+
+    async def refresh(self) -> None:
+        """Look at the file and at the keys, if it is time."""
+        if self._policy.has_changed():
+            self._take_policy()
+            structlog.get_logger().info("authorization file read")
+        if self._keys_file and self._keys_file.has_changed():
+            self._remembered.clear()
+        if self._keys_url and await self._keys_url.has_changed():
+            self._remembered.clear()
+
+    def _take_policy(self) -> None:
+        self._remembered.clear()
+        self._keys_file, self._keys_url = None, None
+        if issuer := self._policy.value.jwt:
+            if "://" in issuer.jwks:
+                self._keys_url = _Refetched(issuer.jwks)
+            else:
+                path = _beside(self._path, issuer.jwks)
+                self._keys_file = Watched([path], lambda: read_keys(path))
+
+    async def authenticate(self, credentials: Sequence[str], *, is_open: bool) -> None:
+        """See `splitserve.server.callers`."""
+        guard.current.set(NOBODY)
+        try:
+            caller = await self._caller(credentials)
+        except SplitserveError:
+            if not is_open:
+                raise
+            return
+        guard.current.set(caller)
+        structlog.contextvars.bind_contextvars(caller=caller.name)
+
+    async def _caller(self, credentials: Sequence[str]) -> Caller:
+        if not credentials:
+            raise Unauthenticated(NO_CREDENTIALS)
+        scheme, _, token = credentials[0].partition(" ")
+        token = token.strip()
+        if len(credentials) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_LENGTH:
+            raise Unauthenticated(WRONG_CREDENTIALS)
+        digest = hashlib.sha256(token.encode()).digest()
+        remembered = self._remembered.get(digest)
+        if remembered and time.monotonic() < remembered[1]:
+            return remembered[0]
+        if listed := self._listed(digest):
+            return listed
+        if self._policy.value.jwt is None:
+            raise Unauthenticated(WRONG_CREDENTIALS)
+        return await self._signed(self._policy.value.jwt, token, digest)
+
+    def _listed(self, digest: bytes) -> Caller | None:
+        """All are compared, each in constant time: how long it takes tells nothing of those that are listed."""
+        text, found = digest.hex(), None
+        for token in self._policy.value.tokens:
+            if hmac.compare_digest(token.sha256, text):
+                found = token
+        return Caller(found.name, found.models, found.operator) if found else None
+
+    async def _signed(self, issuer: Issuer, token: str, digest: bytes) -> Caller:
+        try:
+            key = await self._key(jwt.get_unverified_header(token).get("kid"))
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=list(issuer.algorithms),
+                audience=issuer.audience,
+                issuer=issuer.issuer,
+                leeway=issuer.leeway_s,
+                options={"require": ["exp", "iss", "aud"]},
+            )
+        except (jwt.PyJWTError, TypeError, ValueError):
+            raise Unauthenticated(WRONG_CREDENTIALS) from None
+        caller = _granted(issuer.grants, claims)
+        if len(self._remembered) >= N_REMEMBERED:
+            self._remembered.clear()
+        left_s = claims["exp"] + issuer.leeway_s - time.time()
+        self._remembered[digest] = (caller, time.monotonic() + min(left_s, REMEMBERED_S))
+        return caller
+
+    async def _key(self, key_id: str | None) -> jwt.PyJWK:
+        keys = self._keys()
+        if self._keys_url and (keys is None or key_id not in keys) and await self._keys_url.has_changed(is_asked_for=True):
+            self._remembered.clear()
+            keys = self._keys()
+        if keys is None:
+            raise Unavailable("the keys that tokens are checked with can not be fetched")
+        if key_id is None and len(keys) == 1:
+            return next(iter(keys.values()))
+        if key_id not in keys:
+            raise Unauthenticated(WRONG_CREDENTIALS)
+        return keys[key_id]
+
+    def _keys(self) -> Keys | None:
+        source = self._keys_file or self._keys_url
+        return source.value if source else None
+
+
+def _granted(grants: Sequence[Grant], claims: Mapping[str, Any]) -> Caller:
+    """Everything that some grant gives."""
+    matching = [grant for grant in grants if all(_matches(claims, *claim) for claim in grant.claims.items())]
+    models = tuple(pattern for grant in matching for pattern in grant.models)
+    return Caller(str(claims.get("sub", "jwt"))[:64], models, any(grant.operator for grant in matching))
+
+
+def _matches(claims: Mapping[str, Any], name: str, pattern: str) -> bool:
+    value = claims.get(name)
+    if name in ("scope", "scp") and isinstance(value, str):
+        value = value.split()
+    values = value if isinstance(value, list) else [value]
+    return any(isinstance(each, str) and fnmatchcase(each, pattern) for each in values)

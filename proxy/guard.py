@@ -1,0 +1,103 @@
+"""Who may do what: an `InferenceService` in front of the proxy's, so that both faces and every verb pass the same point.
+
+A verb that is not named here is for operators only.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from splitserve.errors import PermissionDenied, Unauthenticated
+from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.versions import Pair
+
+if TYPE_CHECKING:
+    from proxy.service import ProxyService
+
+NO_CREDENTIALS = "credentials are needed: Authorization: Bearer TOKEN"
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who calls: ``models`` are patterns as of a shell (``penguins-*``); operators load, unload, and see every model."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    is_operator: bool = False
+
+    def may_call(self, model: str) -> bool:
+        """Whether one of the patterns is the model's."""
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
+
+NOBODY = Caller("")
+"""A caller without credentials, or with wrong ones."""
+
+current: ContextVar[Caller | None] = ContextVar("caller", default=None)
+"""Who makes the call that this task serves; None outside of calls."""
+
+
+def _known() -> Caller:
+    caller = current.get()
+    if caller is None or caller is NOBODY:
+        raise Unauthenticated(NO_CREDENTIALS)
+    return caller
+
+
+def _check_model(model: str) -> None:
+    if not _known().may_call(model):
+        raise PermissionDenied(f'you may not call a model "{model[:64]}"', model=model[:128])
+
+
+def _check_operator() -> None:
+    if not _known().is_operator:
+        raise PermissionDenied("only operators may do this")
+
+
+class Guard:
+    """The same service, for those who may."""
+
+    def __init__(self, service: ProxyService) -> None:
+        self._service = service
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._service.is_loaded
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        _check_model(request.model)
+        return await self._service.infer(request)
+
+    def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
+        """As `ProxyService.choose`."""
+        _check_model(model)
+        return self._service.choose(model, version)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        _check_model(model)
+        return await self._service.metadata(model, version)
+
+    async def index(self) -> list[ModelState]:
+        """Those models that the caller may call."""
+        caller = _known()
+        return [state for state in await self._service.index() if caller.is_operator or caller.may_call(state.name)]
+
+    async def load(self, model: str) -> None:
+        _check_operator()
+        await self._service.load(model)
+
+    async def unload(self, model: str) -> None:
+        _check_operator()
+        await self._service.unload(model)
+
+    async def not_ready_reason(self) -> str:
+        """For anyone; callers without credentials do not learn the names of models."""
+        reason = await self._service.not_ready_reason()
+        return "not ready" if reason and current.get() is NOBODY else reason
+
+    def __getattr__(self, name: str) -> Any:
+        _check_operator()
+        return getattr(self._service, name)

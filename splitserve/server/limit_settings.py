@@ -1,0 +1,55 @@
+"""Settings of limits, as a part of a service's settings class."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from splitserve.limits import Limits
+
+KIB = 1024
+
+
+class LimitSettings(BaseSettings):
+    """What a request and its connection may cost at any service."""
+
+    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
+    max_inputs: int = Field(64, gt=0)
+    """Most inputs of a request. A table with a column an input may need more, here and at each service before this one."""
+
+    max_outputs: int = Field(64, gt=0)
+    """Most outputs that a request may name."""
+
+    max_parameters: int = Field(64, gt=0)
+    """Most parameters of a request, those of its outputs included."""
+
+    max_rows: int = Field(1_048_576, gt=0)
+    """Most rows of an input."""
+
+    max_element_bytes: int = Field(1024 * KIB, gt=0)
+    """Largest element of a BYTES tensor, e.g. a text or a picture."""
+
+    max_metadata_bytes: int = Field(16 * KIB, gt=0)
+    """Most metadata, in bytes, that a gRPC call may bring."""
+
+    max_streams: int = Field(1024, gt=0)
+    """Most gRPC calls at a time on one connection; more wait at their caller."""
+
+    max_connections: int = Field(2_000, gt=0)
+    """Most connections to a port; more are refused."""
+
+    @property
+    def limits(self) -> Limits:
+        """Those of a request."""
+        return Limits(self.max_inputs, self.max_outputs, self.max_parameters, self.max_rows, self.max_element_bytes)
+
+    @property
+    def grpc_options(self) -> list[tuple[str, int]]:
+        """Those of connections, as options of a gRPC server."""
+        return [
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", self.max_streams),
+            ("grpc.max_allowed_incoming_connections", self.max_connections),
+        ]

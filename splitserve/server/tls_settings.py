@@ -1,0 +1,115 @@
+"""Settings of TLS, as parts of a service's settings class: of what it listens on, and of its calls to the service behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from splitserve.server.tls import ServerTls
+from splitserve.tls import ClientTls, check_certificates, check_key
+
+
+class ListenerTlsSettings(BaseSettings):
+    """TLS of what a service listens on."""
+
+    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
+    tls_cert_file: str = ""
+    """PEM file of this service's certificate and its chain. When given, every port here takes TLS only. Files of certificates
+    and keys are read anew when they change."""
+
+    tls_key_file: str = Field("", validate_default=True)
+    """PEM file of the certificate's private key, without a passphrase."""
+
+    tls_client_ca_file: str = ""
+    """PEM file of certificate authorities: callers must show a certificate that one of them signed (mutual TLS)."""
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """Files of the listeners; None: plain text."""
+        return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file) if self.tls_cert_file else None
+
+    @field_validator("tls_cert_file", "tls_client_ca_file")
+    @classmethod
+    def _check_certificates(cls, path: str) -> str:
+        return _checked_certificates(path)
+
+    @field_validator("tls_client_ca_file")
+    @classmethod
+    def _check_client_ca(cls, path: str, info: ValidationInfo) -> str:
+        if path and info.data.get("tls_cert_file") == "":
+            raise ValueError("needs TLS_CERT_FILE too: in plain text nobody can be asked for a certificate")
+        return path
+
+    @field_validator("tls_key_file")
+    @classmethod
+    def _check_key(cls, path: str, info: ValidationInfo) -> str:
+        return _checked_key(path, "TLS_CERT_FILE", info.data.get("tls_cert_file"))
+
+
+class NextStageTlsSettings(BaseSettings):
+    """TLS of the calls to the service behind."""
+
+    model_config = SettingsConfigDict(use_attribute_docstrings=True)
+
+    next_ca_file: str = ""
+    """PEM file of the certificate authorities that may have signed the certificate of the service behind. When given, it is
+    called over TLS only."""
+
+    next_cert_file: str = ""
+    """PEM file of the certificate that is shown to the service behind, if that asks for one."""
+
+    next_key_file: str = Field("", validate_default=True)
+    """PEM file of that certificate's private key, without a passphrase."""
+
+    next_server_name: str = ""
+    """Name that the certificate of the service behind must have; the host of its target by default."""
+
+    @property
+    def next_tls(self) -> ClientTls | None:
+        """Files of the channel to the service behind; None: plain text."""
+        if not self.next_ca_file:
+            return None
+        return ClientTls(self.next_ca_file, self.next_cert_file, self.next_key_file, self.next_server_name)
+
+    @field_validator("next_ca_file", "next_cert_file")
+    @classmethod
+    def _check_next_certificates(cls, path: str) -> str:
+        return _checked_certificates(path)
+
+    @field_validator("next_cert_file", "next_server_name")
+    @classmethod
+    def _check_needs_ca(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("next_ca_file") == "":
+            raise ValueError("needs NEXT_CA_FILE too: without it the service behind is called in plain text")
+        return value
+
+    @field_validator("next_key_file")
+    @classmethod
+    def _check_next_key(cls, path: str, info: ValidationInfo) -> str:
+        return _checked_key(path, "NEXT_CERT_FILE", info.data.get("next_cert_file"))
+
+
+def _checked_certificates(path: str) -> str:
+    if path:
+        _check_files(lambda: check_certificates(path))
+    return path
+
+
+def _checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:
+    """``cert_file`` is None if it was refused already: what is wrong with the key can not be said then."""
+    if cert_file is not None and bool(path) != bool(cert_file):
+        raise ValueError(f"this and {cert_setting} need each other")
+    if cert_file and path:
+        _check_files(lambda: check_key(cert_file, path))
+    return path
+
+
+def _check_files(check: Callable[[], None]) -> None:
+    """An OSError as what pydantic takes for a wrong value."""
+    try:
+        check()
+    except OSError as error:
+        raise ValueError(str(error)) from None

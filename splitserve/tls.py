@@ -1,0 +1,96 @@
+"""TLS as callers need it: which files, and whether they can be used.
+
+A server's side is in `splitserve.server.tls`.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+
+Options = Sequence[tuple[str, Any]]
+
+
+class ClientTls(msgspec.Struct, frozen=True):
+    """Files for calls over TLS, all PEM.
+
+    ``ca_file`` holds the authorities that may have signed the server's certificate; ``cert_file`` and ``key_file`` are shown to
+    servers that ask for a certificate. ``server_name`` is the name that the server's certificate must have, where that is not the
+    host of the address.
+    """
+
+    ca_file: str
+    cert_file: str = ""
+    key_file: str = ""
+    server_name: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        """Those that are given."""
+        return [path for path in (self.ca_file, self.cert_file, self.key_file) if path]
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Raises:
+        OSError: a file can not be read.
+        ValueError: it is not what it should be.
+        """
+        check_certificates(self.ca_file)
+        if not self.cert_file:
+            return grpc.ssl_channel_credentials(Path(self.ca_file).read_bytes())
+        check_key(self.cert_file, self.key_file)
+        return grpc.ssl_channel_credentials(
+            Path(self.ca_file).read_bytes(), Path(self.key_file).read_bytes(), Path(self.cert_file).read_bytes()
+        )
+
+    def options(self) -> Options:
+        """What a channel needs besides the credentials."""
+        return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+
+
+def check_certificates(path: str) -> None:
+    """Raises:
+    OSError: the file can not be read.
+    ValueError: it holds no certificates in PEM form.
+    """
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        raise ValueError(f"{path} holds no certificate in PEM form") from None
+
+
+def check_key(cert_file: str, key_file: str) -> None:
+    """Raises:
+    OSError: a file can not be read.
+    ValueError: the key is not that of the certificate, is no PEM key, or has a passphrase.
+    """
+    check_certificates(cert_file)
+    try:
+        # The password keeps OpenSSL from asking for one on the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password="")
+    except ssl.SSLError:
+        raise ValueError(f"{key_file} is not the key of {cert_file}, or no PEM key without a passphrase") from None
+
+
+def from_environment() -> ClientTls | None:
+    """What commands and probes call with; None without SPLITSERVE_CA_FILE."""
+    ca_file, cert_file, key_file, server_name = (
+        os.environ.get(f"SPLITSERVE_{name}", "") for name in ("CA_FILE", "CERT_FILE", "KEY_FILE", "SERVER_NAME")
+    )
+    return ClientTls(ca_file, cert_file, key_file, server_name) if ca_file else None
+
+
+def token_from_environment() -> str:
+    """The token that commands show: the text of SPLITSERVE_TOKEN_FILE, or none."""
+    path = os.environ.get("SPLITSERVE_TOKEN_FILE")
+    return Path(path).read_text(encoding="ascii").strip() if path else ""
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows a token; none for none."""
+    return (("authorization", f"Bearer {token}"),) if token else ()

@@ -1,0 +1,284 @@
+"""Bad input and abuse over gRPC: what each gets, and that the face serves on as before.
+
+Any service has this face, so what holds here holds for proxy, preprocess and predict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.limits import Limits
+from splitserve.oip_grpc import SERVICE
+from splitserve.signature import TensorSpec, check_inputs
+from splitserve.testing import FakeInference, serving, signature
+
+ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
+MESSAGE_LIMIT = 100_000
+CODES = grpc.StatusCode
+INSIDE = re.compile(r"Traceback|\.py|/work|/tmp|/usr|/home|google\.|Error\b|site-packages|0x[0-9a-f]{6}")
+
+
+class Checking(FakeInference):
+    """Checks a request against its signature as every service does."""
+
+    async def infer(self, request: Any) -> Any:
+        check_inputs(ECHO.inputs, request.inputs, widen=True)
+        return await super().infer(request)
+
+
+@asynccontextmanager
+async def face(**options: Any) -> AsyncIterator[tuple[grpc.aio.Channel, FakeInference]]:
+    service = Checking(ECHO)
+    async with serving(service, allow_control=True, **{"max_message_bytes": MESSAGE_LIMIT, **options}) as address:
+        unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_metadata_size", 1_000_000)]
+        async with grpc.aio.insecure_channel(address, unlimited) as channel:
+            yield channel, service
+
+
+async def ask(channel: grpc.aio.Channel, data: bytes, method: str = "ModelInfer", **options: Any) -> tuple[grpc.StatusCode, str]:
+    try:
+        await channel.unary_unary(f"/{SERVICE}/{method}")(data, **{"timeout": 20, **options})
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return CODES.OK, ""
+
+
+def message(**changes: Any) -> bytes:
+    """A good request, with changes to its tensor or to itself."""
+    of_tensor = {name: value for name, value in changes.items() if name in TENSOR_FIELDS}
+    of_request = {name: value for name, value in changes.items() if name not in TENSOR_FIELDS}
+    tensor = InputTensor(**{"name": "x", "datatype": "FP32", "shape": [1, 2], **of_tensor})
+    request = pb.ModelInferRequest(**{"model_name": "echo", "inputs": [tensor], "raw_input_contents": [bytes(8)], **of_request})
+    return bytes(request.SerializeToString())
+
+
+TENSOR_FIELDS = ("name", "datatype", "shape", "contents")
+Contents = pb.InferTensorContents
+InputTensor = pb.ModelInferRequest.InferInputTensor
+Wanted = pb.ModelInferRequest.InferRequestedOutputTensor
+
+
+def varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def delimited(field: int, content: bytes) -> bytes:
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+BAD = {CODES.INVALID_ARGUMENT}
+TOO_MUCH = {CODES.INVALID_ARGUMENT, CODES.RESOURCE_EXHAUSTED}
+ROWS: dict[str, tuple[bytes, set[grpc.StatusCode]]] = {
+    "C01 garbage": (b"\xff" * 100, BAD),
+    "C01 cut off": (message()[:-3], BAD),
+    "C01 wrong wire type": (varint(1 << 3 | 0) + varint(5) + message(), {CODES.OK, CODES.INVALID_ARGUMENT}),
+    "C01 group without an end": (varint(100 << 3 | 3), BAD),
+    "C01 nested groups": (varint(100 << 3 | 3) * 50_000, BAD),
+    "C01 packed field with a length that lies": (delimited(5, varint(3 << 3 | 2) + varint(2**31)), BAD),
+    "C01 unknown fields": (message() + delimited(1000, bytes(50_000)), {CODES.OK}),
+    "C01 empty entries": (message() + delimited(7, b"") * 40_000, BAD),
+    "C01 a length beyond the end": (varint(1 << 3 | 2) + varint(2**31 - 1) + b"x", BAD),
+    "C01 a name that is not UTF-8": (delimited(1, b"\xff\xfe"), BAD),
+    "C09 raw and typed": (message(contents=Contents(fp32_contents=[1, 2])), BAD),
+    "C09 fewer raws": (message(raw_input_contents=[]), BAD),
+    "C09 more raws": (message(raw_input_contents=[bytes(8)] * 2), BAD),
+    "C09 two typed fields": (
+        message(raw_input_contents=[], contents=Contents(fp32_contents=[1, 2], int_contents=[1])),
+        BAD,
+    ),
+    "C09 another type's field": (message(raw_input_contents=[], contents=Contents(int_contents=[1, 2])), BAD),
+    "A11 inputs": (message(inputs=[InputTensor(name="x")] * 1000, raw_input_contents=[b""] * 1000), BAD),
+    "A11 outputs": (message(outputs=[Wanted(name="x")] * 1000), BAD),
+    "A11 parameters": (message(parameters={str(i): pb.InferParameter(bool_param=True) for i in range(1000)}), BAD),
+    "A11 rank": (message(shape=[1] * 65), BAD),
+    "D01 product": (message(shape=[2**31] * 3), TOO_MUCH),
+    "D01 product that wraps": (message(shape=[16, 2**60 + 2]), TOO_MUCH),
+    "D01 2^62": (message(shape=[2**62]), TOO_MUCH),
+    "D01 2^63-1": (message(shape=[2**63 - 1, 2]), TOO_MUCH),
+    "D02 negative": (message(shape=[-1, 2]), BAD),
+    "D02 no columns": (message(shape=[1, 0], raw_input_contents=[b""]), BAD),
+    "D02 rows of nothing": (message(shape=[2**31 - 1, 0], raw_input_contents=[b""]), TOO_MUCH),
+    "D03 a byte less": (message(raw_input_contents=[bytes(7)]), BAD),
+    "D03 a byte more": (message(raw_input_contents=[bytes(9)]), BAD),
+    "D03 nothing": (message(raw_input_contents=[b""]), BAD),
+    "D03 twice as much": (message(raw_input_contents=[bytes(16)]), BAD),
+    "D04 length 2^32-1": (message(datatype="BYTES", raw_input_contents=[b"\xff" * 4]), BAD),
+    "D04 many empty texts": (message(datatype="BYTES", shape=[20_000], raw_input_contents=[bytes(80_000)]), BAD),
+    "D05 long datatype": (message(datatype="F" * 90_000), BAD),
+    "D08 flags of 2": (message(datatype="BOOL", raw_input_contents=[b"\x02\x03"]), BAD),
+    "A14 another name": (message(model_name="../../etc"), {CODES.OK, CODES.NOT_FOUND}),
+    "E08 long name": (message(model_name="m" * 129), BAD),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS)
+async def test_a_message_that_means_harm(row: str) -> None:
+    """A status of the caller's, words that tell nothing of the inside and echo little, and service as before."""
+    data, expected = ROWS[row]
+
+    async with face() as (channel, _):
+        code, details = await ask(channel, data)
+
+        assert code in expected, details
+        assert len(details) < 2_000
+        assert not INSIDE.search(details), details
+        assert await ask(channel, message()) == (CODES.OK, "")
+
+
+async def test_a_message_may_reach_the_limit_and_not_pass_it() -> None:
+    """C03."""
+    async with face() as (channel, service):
+        bare = delimited(1000, bytes(MESSAGE_LIMIT - len(message()) - 10))
+        room = MESSAGE_LIMIT - len(message() + bare)
+        full = message() + delimited(1000, bytes(MESSAGE_LIMIT - len(message()) - 10 + room))
+        assert len(full) == MESSAGE_LIMIT
+
+        assert (await ask(channel, full))[0] is CODES.OK
+        assert (await ask(channel, full + b"\0"))[0] is CODES.RESOURCE_EXHAUSTED
+        assert len(service.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "message_of", "refused"),
+    [
+        ("max_inputs", lambda n: {"inputs": [InputTensor(name="x", datatype="FP32", shape=[0, 2])] * (3 + n),
+                                  "raw_input_contents": [b""] * (3 + n)}, CODES.INVALID_ARGUMENT),
+        ("max_outputs", lambda n: {"outputs": [Wanted(name="x")] * (3 + n)},
+         CODES.INVALID_ARGUMENT),
+        ("max_parameters", lambda n: {"parameters": {str(i): pb.InferParameter(bool_param=True) for i in range(3 + n)}},
+         CODES.INVALID_ARGUMENT),
+        ("max_rows", lambda n: {"shape": [3 + n, 2], "raw_input_contents": [bytes(8 * (3 + n))]}, CODES.RESOURCE_EXHAUSTED),
+        ("max_element_bytes", lambda n: {"datatype": "BYTES", "shape": [2],
+                                         "raw_input_contents": [b"\1\0\0\0a" + bytes([3 + n, 0, 0, 0]) + b"b" * (3 + n)]},
+         CODES.RESOURCE_EXHAUSTED),
+    ],
+)  # fmt: skip
+async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: grpc.StatusCode) -> None:
+    """As far as limits go; whether the model takes it is another question."""
+    async with face(limits=Limits(**{limit: 3})) as (channel, _):
+        _, allowed = await ask(channel, message(**message_of(0)))
+        code, details = await ask(channel, message(**message_of(1)))
+
+    assert "at most" not in allowed
+    assert (code, details.endswith("at most 3 are taken")) == (refused, True)
+
+
+async def test_compressed_messages_are_bounded_as_they_unfold() -> None:
+    """C02: a bomb is refused at the limit of the message that it unfolds to."""
+    bomb = delimited(1000, bytes(50_000_000))
+    async with face() as (channel, _):
+        code, _ = await ask(channel, bomb, compression=grpc.Compression.Gzip)
+
+        assert code is CODES.RESOURCE_EXHAUSTED
+        assert await ask(channel, message(), compression=grpc.Compression.Gzip) == (CODES.OK, "")
+
+
+async def test_metadata_is_bounded() -> None:
+    """C04: too much of it is refused, and the connection lives."""
+    options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 16_384)]
+    async with face(options=options) as (channel, _):
+        assert await ask(channel, message(), metadata=(("a", "x" * 15_000),)) == (CODES.OK, "")
+        code, _ = await ask(channel, message(), metadata=(("a", "x" * 20_000),))
+
+        assert code is CODES.RESOURCE_EXHAUSTED
+        assert await ask(channel, message()) == (CODES.OK, "")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/inference.GRPCInferenceService/SystemSharedMemoryRegister", "/inference.GRPCInferenceService/LogSettings",
+     "/inference.GRPCInferenceService/TraceSetting", "/grpc.channelz.v1.Channelz/GetServers", "/nothing/Nothing", "/"],
+)  # fmt: skip
+async def test_there_is_no_other_method(name: str) -> None:
+    """C08: neither one that writes files or maps memory, nor one that shows connections."""
+    async with face() as (channel, _):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await channel.unary_unary(name)(b"", timeout=20)
+
+    assert raised.value.code() is CODES.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), bytes(1000)]
+)
+async def test_another_protocol_is_closed(data: bytes) -> None:
+    """C11: what is not HTTP/2 ends its connection, and no other."""
+    async with serving(FakeInference(ECHO)) as address, asyncio.timeout(30):
+        host, _, port = address.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(data)
+
+        try:
+            while await reader.read(1000):
+                pass
+        except ConnectionError:
+            pass
+        writer.transport.abort()
+
+        async with grpc.aio.insecure_channel(address) as channel:
+            assert await ask(channel, message()) == (CODES.OK, "")
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
+    return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+
+HEADERS = b"\x83\x86\x41\x01x\x04\x01/"  # POST, http, :authority x, :path /
+FLOODS = {
+    "PING": frame(6, 0, 0, bytes(8)) * 10_000,
+    "SETTINGS": frame(4, 0, 0) * 10_000,
+    "rapid reset": b"".join(
+        frame(1, 4, 2 * i + 1, HEADERS) + frame(3, 0, 2 * i + 1, (8).to_bytes(4, "big")) for i in range(10_000)
+    ),
+    "empty DATA": frame(1, 4, 1, HEADERS) + frame(0, 0, 1) * 10_000,
+    "CONTINUATION": frame(1, 0, 1, HEADERS) + frame(9, 0, 1, b"\x00\x01a\x01b") * 10_000,
+    "WINDOW_UPDATE of 0": frame(8, 0, 0, bytes(4)) * 10,
+    "WINDOW_UPDATE that overflows": frame(8, 0, 0, b"\x7f\xff\xff\xff") * 2,
+    "frame of 16 MiB": b"\xff\xff\xff\x00\x00\x00\x00\x00\x01",
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+async def test_a_flood_of_frames_harms_nobody_else(flood: str) -> None:
+    """C05: while one connection is flooded, calls on another are answered, and the service sees none of it."""
+    service = Checking(ECHO)
+    async with serving(service) as address, grpc.aio.insecure_channel(address) as channel, asyncio.timeout(60):
+        host, _, port = address.partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(PREFACE + frame(4, 0, 0) + FLOODS[flood])
+        draining = asyncio.create_task(_drain(reader, writer))
+
+        for _ in range(20):
+            assert await ask(channel, message()) == (CODES.OK, "")
+
+        draining.cancel()
+        await asyncio.gather(draining, return_exceptions=True)
+        writer.transport.abort()
+        assert len(service.requests) == 20
+
+
+async def _drain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await writer.drain()
+    while await reader.read(65_536):
+        pass
+
+
+async def test_control_names_a_model_or_nothing() -> None:
+    """A14, E09: no name that could be a path, and no parameters from which something would be fetched."""
+    async with face() as (channel, service):
+        for name in ("..", "../x", "a/b", "", "a\0b", "s3://169.254.169.254/x", "m" * 129, "con ", "naïve"):
+            data = pb.RepositoryModelLoadRequest(model_name=name).SerializeToString()
+            assert (await ask(channel, data, "RepositoryModelLoad"))[0] is CODES.NOT_FOUND, name
+
+        assert service.controlled == []

@@ -1,0 +1,515 @@
+"""Who may call what at the proxy: tokens, JWT, permissions. The same table for both doors."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import http.server
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from proxy import auth
+from proxy.auth import BearerAuthenticator
+from proxy.faces import Faces
+from proxy.service import ProxyService
+from proxy.settings import ProxySettings
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.errors import Unauthenticated
+from splitserve.oip_grpc import SERVICE
+from splitserve.server import settings
+from splitserve.signature import TensorSpec
+from splitserve.testing import FakeInference, signature
+
+SPEC = [TensorSpec("x", "FP32", ("batch", 1))]
+ROW = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [1.0]}]}
+ISSUER, AUDIENCE = "https://issuer.example", "splitserve"
+
+USER, ADMIN, BOTH = "user-token", "admin-token", "both-token"
+KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+OTHER_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def listed(name: str, token: str, **rights: Any) -> dict[str, Any]:
+    return {"name": name, "sha256": hashlib.sha256(token.encode()).hexdigest(), **rights}
+
+
+TOKENS = [
+    listed("team", USER, models=["open-*"]),
+    listed("admin", ADMIN, operator=True),
+    listed("both", BOTH, models=["*"], operator=True),
+]
+GRANTS = [
+    {"claims": {"sub": "team-*"}, "models": ["open-*"]},
+    {"claims": {"roles": "operator"}, "operator": True},
+    {"claims": {"scope": "call"}, "models": ["secret"]},
+]
+JWT = {"issuer": ISSUER, "audience": AUDIENCE, "jwks": "keys.json", "grants": GRANTS}
+
+
+def key_set(**keys: Any) -> str:
+    """A JSON Web Key Set with the public halves of these keys, by their ids."""
+    return json.dumps({"keys": [public_key(key, key_id) for key_id, key in keys.items()]})
+
+
+def public_key(key: Any, key_id: str) -> dict[str, Any]:
+    names: dict[type, Any] = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+        ed25519.Ed25519PrivateKey: jwt.algorithms.OKPAlgorithm,
+    }
+    algorithm = next(algorithm for kind, algorithm in names.items() if isinstance(key, kind))
+    return {**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": key_id, "use": "sig"}
+
+
+def signed(key: Any = KEY, key_id: str | None = "1", algorithm: str = "RS256", **claims: Any) -> str:
+    """A JWT; claims that are None are left out."""
+    all_claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + 600, "sub": "team-a", **claims}
+    present = {name: value for name, value in all_claims.items() if value is not None}
+    return jwt.encode(present, key, algorithm, headers={"kid": key_id} if key_id else None)
+
+
+@pytest.fixture
+def auth_file(tmp_path: Path) -> Path:
+    (tmp_path / "keys.json").write_text(key_set(**{"1": KEY}))
+    path = tmp_path / "auth.json"
+    path.write_text(json.dumps({"tokens": TOKENS, "jwt": JWT}))
+    return path
+
+
+def rewrite(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+class Doors:
+    """Both faces of a proxy over two models, "open-1" and "secret", and a way to ask the same at either."""
+
+    def __init__(self, faces: Faces, backend: FakeInference, client: httpx.AsyncClient, channel: grpc.aio.Channel) -> None:
+        self.faces, self.backend, self._client, self._channel = faces, backend, client, channel
+
+    async def rest(self, method: str, path: str, token: str | None = None, **options: Any) -> httpx.Response:
+        headers = {**options.pop("headers", {}), **({"authorization": f"Bearer {token}"} if token is not None else {})}
+        return await self._client.request(method, path, headers=headers, **options)
+
+    async def grpc(self, method: str, request: Any, token: str | None = None, metadata: Any = ()) -> Any:
+        shown = (("authorization", f"Bearer {token}"),) if token is not None else ()
+        call = self._channel.unary_unary(f"/{SERVICE}/{method}")
+        try:
+            return await call(request.SerializeToString(), metadata=(*metadata, *shown), timeout=10)
+        except grpc.aio.AioRpcError as error:
+            return error
+
+
+@asynccontextmanager
+async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[Doors]:
+    backend = FakeInference(signature("open-1", SPEC, version="1.1"), signature("secret", SPEC, version="1.1"))
+    service = ProxyService(backend)
+    await service.refresh()
+    config = ProxySettings(
+        http_port=0, grpc_port=0, auth_file=str(auth_file), ALLOW_REPOSITORY_CONTROL=True, refresh_interval_s=0.05, **environment
+    )
+    async with (
+        Faces(service, config) as faces,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False) as client,
+        grpc.aio.insecure_channel(f"127.0.0.1:{faces.grpc.port}") as channel,
+    ):
+        yield Doors(faces, backend, client, channel)
+
+
+@pytest.fixture
+async def doors(auth_file: Path) -> AsyncIterator[Doors]:
+    async with opened(auth_file) as doors:
+        yield doors
+
+
+def infer_message(model: str) -> pb.ModelInferRequest:
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 1])
+    return pb.ModelInferRequest(model_name=model, inputs=[tensor], raw_input_contents=[bytes(4)])
+
+
+ACTIONS: dict[str, tuple[tuple[str, str, Any], tuple[str, Any]]] = {
+    "infer open-1": (("POST", "/v2/models/open-1/infer", ROW), ("ModelInfer", infer_message("open-1"))),
+    "infer secret": (("POST", "/v2/models/secret/infer", ROW), ("ModelInfer", infer_message("secret"))),
+    "infer nothing": (("POST", "/v2/models/nothing/infer", ROW), ("ModelInfer", infer_message("nothing"))),
+    "metadata secret": (("GET", "/v2/models/secret", None), ("ModelMetadata", pb.ModelMetadataRequest(name="secret"))),
+    "index": (("POST", "/v2/repository/index", {}), ("RepositoryIndex", pb.RepositoryIndexRequest())),
+    "load open-1": (
+        ("POST", "/v2/repository/models/open-1/load", {}),
+        ("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="open-1")),
+    ),
+    "unload open-1": (
+        ("POST", "/v2/repository/models/open-1/unload", {}),
+        ("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name="open-1")),
+    ),
+    "live": (("GET", "/v2/health/live", None), ("ServerLive", pb.ServerLiveRequest())),
+    "ready": (("GET", "/v2/health/ready", None), ("ServerReady", pb.ServerReadyRequest())),
+    "server": (("GET", "/v2", None), ("ServerMetadata", pb.ServerMetadataRequest())),
+}
+STATUSES = {200: grpc.StatusCode.OK, 401: grpc.StatusCode.UNAUTHENTICATED, 403: grpc.StatusCode.PERMISSION_DENIED,
+            404: grpc.StatusCode.NOT_FOUND}  # fmt: skip
+
+# What: anyone, a wrong token, USER (open-*), ADMIN (operator), BOTH (*, operator).
+TABLE: dict[str, tuple[int, int, int, int, int]] = {
+    "infer open-1": (401, 401, 200, 403, 200),
+    "infer secret": (401, 401, 403, 403, 200),
+    "infer nothing": (401, 401, 403, 403, 404),
+    "metadata secret": (401, 401, 403, 403, 200),
+    "index": (401, 401, 200, 200, 200),
+    "load open-1": (401, 401, 403, 200, 200),
+    "unload open-1": (401, 401, 403, 200, 200),
+    "live": (200, 200, 200, 200, 200),
+    "ready": (200, 200, 200, 200, 200),
+    "server": (200, 200, 200, 200, 200),
+}
+
+
+@pytest.mark.parametrize("action", TABLE)
+async def test_both_doors_decide_by_one_table(doors: Doors, action: str) -> None:
+    """Who is nobody gets 401, who may not 403, over REST and gRPC alike; a model that there is not is no different from one
+    that the caller may not call; liveness and readiness are anyone's."""
+    (method, path, content), (call, message) = ACTIONS[action]
+
+    for token, expected in zip((None, "wrong", USER, ADMIN, BOTH), TABLE[action], strict=True):
+        over_rest = await doors.rest(method, path, token, json=content)
+        over_grpc = await doors.grpc(call, message, token)
+
+        assert over_rest.status_code == expected, (token, over_rest.text)
+        code = over_grpc.code() if isinstance(over_grpc, grpc.aio.AioRpcError) else grpc.StatusCode.OK
+        assert code is STATUSES[expected], token
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/models/secret:predict"),
+        ("GET", "/v1/models/secret"),
+        ("GET", "/v1/models"),
+        ("GET", "/v2/models"),
+        ("GET", "/v2/models/secret/ready"),
+        ("GET", "/v2/models/secret/versions/1.1"),
+        ("POST", "/v2/models/secret/versions/1.1/infer"),
+        ("HEAD", "/v2/models/secret"),
+    ],
+)
+async def test_no_other_path_leads_past_it(doors: Doors, method: str, path: str) -> None:
+    """Whatever is not named as open asks for credentials, and then for the right ones."""
+    body = ROW if "infer" in path else {"instances": [1]} if method == "POST" else None
+
+    assert (await doors.rest(method, path, json=body)).status_code == 401
+    if "secret" in path:
+        assert (await doors.rest(method, path, USER, json=body)).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "path", ["/v2/../v2/repository/index", "//v2/repository/index", "/V2/repository/index", "/v2/repository/index/",
+             "/v2/repository/models/%2e%2e/load", "/v2%2frepository%2findex"],
+)  # fmt: skip
+async def test_a_path_written_otherwise_leads_nowhere_else(doors: Doors, path: str) -> None:
+    """Not found, or refused; never done."""
+    answer = await doors.rest("POST", path, content=b"{}")
+
+    assert answer.status_code in (401, 403, 404)
+    assert doors.backend.controlled == []
+
+
+async def test_the_index_shows_a_caller_its_models(doors: Doors) -> None:
+    """An operator sees all of them."""
+    names = {token: (await doors.rest("GET", "/v2/models", token)).json()["models"] for token in (USER, ADMIN)}
+
+    assert names == {USER: ["open-1"], ADMIN: ["open-1", "secret"]}
+
+
+async def test_refusals_say_how_to_ask_and_nothing_else(doors: Doors) -> None:
+    """RFC 6750's challenge; the same words for every wrong token."""
+    missing = await doors.rest("GET", "/v2/models")
+    forbidden = await doors.rest("GET", "/v2/models/secret", USER)
+    wrong = [
+        (await doors.rest("GET", "/v2/models", token)).text
+        for token in ("wrong", signed(exp=1), signed(OTHER_KEY), signed(aud="other"))
+    ]
+
+    assert missing.headers["www-authenticate"] == 'Bearer realm="splitserve"'
+    assert forbidden.headers["www-authenticate"] == 'Bearer realm="splitserve", error="insufficient_scope"'
+    assert len(set(wrong)) == 1
+    assert json.loads(wrong[0]) == {"error": auth.WRONG_CREDENTIALS, "reason": "UNAUTHENTICATED", "stage": "proxy"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("authorization", f"Basic {USER}")],
+        [("authorization", "Bearer")],
+        [("authorization", USER)],
+        [("authorization", f"Bearer {USER}"), ("authorization", f"Bearer {USER}")],
+        [("authorization", "Bearer " + "x" * 9000)],
+        [("authorization", "Bearer \xff\xfe")],
+    ],
+)
+async def test_credentials_in_another_form_are_wrong(doors: Doors, headers: list[tuple[str, str]]) -> None:
+    """One header, the scheme Bearer, a token of at most 8 KiB."""
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+
+    answer = await doors._client.get("/v2/models", headers=raw)
+
+    assert answer.status_code == 401
+
+
+async def test_a_token_in_the_url_is_no_token(doors: Doors) -> None:
+    """URLs end up in logs."""
+    assert (await doors.rest("GET", f"/v2/models?access_token={BOTH}")).status_code == 401
+
+
+async def test_a_body_is_not_read_for_nobody(doors: Doors) -> None:
+    """Who has no credentials is refused before what it sends is looked at."""
+    assert (await doors.rest("POST", "/v2/models/open-1/infer", content=b"no JSON")).status_code == 401
+    answer = await doors.grpc("ModelInfer", pb.ModelInferRequest(model_name="open-1"))
+    assert answer.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert doors.backend.requests == []
+
+
+async def test_readiness_names_no_models_to_nobody(doors: Doors) -> None:
+    """The reason is for callers with credentials, and for the log."""
+    doors.backend.not_ready = ""
+    doors.backend.states[:] = []
+    await doors.rest("POST", "/v2/repository/models/open-1/load", ADMIN, content=b"{}")
+
+    nobody = await doors.rest("GET", "/v2/health/ready")
+    somebody = await doors.rest("GET", "/v2/health/ready", USER)
+
+    assert (nobody.status_code, nobody.json()["error"]) == (503, "not ready")
+    assert somebody.json()["error"] != "not ready"
+
+
+async def test_operators_act_through_clients_and_not_through_web_pages(doors: Doors) -> None:
+    """A browser says where a page is from; no page may load or unload."""
+    answer = await doors.rest("POST", "/v2/repository/models/open-1/load", ADMIN, headers={"origin": "http://evil"}, json={})
+
+    assert answer.status_code == 403
+    assert doors.backend.controlled == []
+
+
+@pytest.mark.parametrize(
+    ("claims", "may_call", "is_operator"),
+    [
+        ({}, {"open-1"}, False),
+        ({"sub": "other"}, set(), False),
+        ({"roles": ["reader", "operator"]}, {"open-1"}, True),
+        ({"scope": "read call"}, {"open-1", "secret"}, False),
+        ({"sub": None, "scope": "recall"}, set(), False),
+    ],
+)
+async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_call: set[str], is_operator: bool) -> None:
+    """Every grant whose claims match adds to what the bearer may do."""
+    caller = await BearerAuthenticator(str(auth_file))._caller([f"Bearer {signed(**claims)}"])
+
+    assert {model for model in ("open-1", "secret") if caller.may_call(model)} == may_call
+    assert caller.is_operator is is_operator
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        signed(exp=1),
+        signed(exp=None),
+        signed(aud="other"),
+        signed(aud=None),
+        signed(iss="https://evil.example"),
+        signed(iss=None),
+        signed(nbf=time.time() + 600),
+        signed(OTHER_KEY),
+        signed(key_id="2"),
+        signed(algorithm="RS512"),
+        signed("x" * 64, algorithm="HS256"),
+        jwt.encode({"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + 600}, None, "none", headers={"kid": "1"}),
+        signed()[:-4] + "AAAA",
+        "a.b.c",
+        "..",
+        "e30.e30.",
+    ],
+)
+async def test_a_jwt_that_does_not_hold_is_refused(auth_file: Path, token: str) -> None:
+    """Expired, for others, by others, with another algorithm, unsigned, or no JWT."""
+    with pytest.raises(Unauthenticated):
+        await BearerAuthenticator(str(auth_file))._caller([f"Bearer {token}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "algorithm"), [(ec.generate_private_key(ec.SECP256R1()), "ES256"), (ed25519.Ed25519PrivateKey.generate(), "EdDSA")]
+)
+async def test_other_kinds_of_keys_are_taken(auth_file: Path, key: Any, algorithm: str) -> None:
+    """Elliptic curves and Edwards curves, besides RSA."""
+    (auth_file.parent / "keys.json").write_text(key_set(k=key))
+
+    caller = await BearerAuthenticator(str(auth_file))._caller([f"Bearer {signed(key, 'k', algorithm)}"])
+
+    assert caller.name == "team-a"
+
+
+async def test_a_jwt_is_checked_once_in_a_while(monkeypatch: pytest.MonkeyPatch, auth_file: Path) -> None:
+    """What was checked is remembered, but never beyond its expiry, nor beyond a change of the file."""
+    checks = 0
+    decode = jwt.decode
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        nonlocal checks
+        checks += 1
+        return decode(*arguments, **options)
+
+    monkeypatch.setattr(jwt, "decode", counting)
+    authenticator = BearerAuthenticator(str(auth_file))
+    lasting, expired = f"Bearer {signed()}", f"Bearer {signed(exp=time.time() - 10)}"  # within the leeway, for a moment
+
+    for _ in range(3):
+        await authenticator._caller([lasting])
+    assert checks == 1
+    remembered = next(iter(authenticator._remembered.values()))[1] - time.monotonic()
+    assert 0 < remembered <= auth.REMEMBERED_S
+    with pytest.raises(Unauthenticated):
+        await authenticator._caller([expired])
+    rewrite(auth_file, {"jwt": JWT})
+    await authenticator.refresh()
+    await authenticator._caller([lasting])
+    assert checks == 3
+
+
+async def test_a_file_that_changes_is_read(doors: Doors, auth_file: Path) -> None:
+    """A token that is taken out opens nothing any more, a new one does; a broken file changes nothing."""
+    assert (await doors.rest("GET", "/v2/models", USER)).status_code == 200
+
+    rewrite(auth_file, {"tokens": [listed("new", "new-token")]})
+
+    async with asyncio.timeout(20):
+        while (await doors.rest("GET", "/v2/models", USER)).status_code == 200:
+            pass
+    assert (await doors.rest("GET", "/v2/models", "new-token")).status_code == 200
+    rewrite(auth_file, "broken")
+    assert doors.faces.authenticator is not None
+    await doors.faces.authenticator.refresh()
+    assert (await doors.rest("GET", "/v2/models", "new-token")).status_code == 200
+
+
+class KeyServer:
+    """Keys at a URL, that can be exchanged."""
+
+    def __init__(self) -> None:
+        self.keys = key_set(**{"1": KEY})
+        self.n_asked = 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.n_asked += 1
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(server.keys.encode())
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/keys"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def key_server() -> Iterator[KeyServer]:
+    server = KeyServer()
+    yield server
+    server.close()
+
+
+def with_url(auth_file: Path, url: str) -> BearerAuthenticator:
+    auth_file.write_text(json.dumps({"jwt": {**JWT, "jwks": url}}))
+    return BearerAuthenticator(str(auth_file))
+
+
+async def test_keys_come_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: Path, key_server: KeyServer) -> None:
+    """A key that is not known is looked for there, but not with every token that names one."""
+    authenticator = with_url(auth_file, key_server.url)
+    await authenticator._caller([f"Bearer {signed()}"])
+    for _ in range(5):
+        with pytest.raises(Unauthenticated):
+            await authenticator._caller([f"Bearer {signed(OTHER_KEY, '2')}"])
+    assert key_server.n_asked == 1
+
+    key_server.keys = key_set(**{"2": OTHER_KEY})
+    later = time.monotonic() + auth.KEYS_RETRY_S + 1
+    monkeypatch.setattr(auth.time, "monotonic", lambda: later)
+
+    assert (await authenticator._caller([f"Bearer {signed(OTHER_KEY, '2')}"])).name == "team-a"
+    with pytest.raises(Unauthenticated):  # remembered no longer: its key is gone
+        await authenticator._caller([f"Bearer {signed()}"])
+    assert key_server.n_asked == 2
+
+
+async def test_keys_that_can_not_be_fetched_are_not_the_callers_fault(auth_file: Path) -> None:
+    """UNAVAILABLE, which clients retry; 401 would tell them to get another token."""
+    async with opened(auth_file) as doors:
+        assert doors.faces.authenticator is not None
+        rewrite(auth_file, {"tokens": TOKENS, "jwt": {**JWT, "jwks": "http://127.0.0.1:1/keys"}})
+        await doors.faces.authenticator.refresh()
+
+        signed_one = await doors.rest("GET", "/v2/models", signed())
+
+        assert (signed_one.status_code, signed_one.headers["retry-after"]) == (503, "1")
+        assert (await doors.rest("GET", "/v2/models", USER)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "truncated"),
+        ('{"token": []}', "unknown field `token`"),
+        ('{"tokens": [{"name": "a", "sha256": "short"}]}', "$.tokens[0].sha256"),
+        (json.dumps({"tokens": [TOKENS[0], TOKENS[0]]}), "twice"),
+        (json.dumps({"jwt": {**JWT, "algorithms": ["HS256"]}}), "HS256"),
+        (json.dumps({"jwt": {**JWT, "audience": ""}}), "audience"),
+        (json.dumps({"jwt": {**JWT, "jwks": "http://issuer.example/keys"}}), "https"),
+        (json.dumps({"jwt": {**JWT, "jwks": "auth.json"}}), "JSON Web Key Set"),
+        (json.dumps({"jwt": {**JWT, "jwks": "nowhere.json"}}), "nowhere.json"),
+    ],
+)
+def test_a_file_that_can_not_be_used_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], auth_file: Path, content: str, said: str
+) -> None:
+    """Before anything is bound, naming the setting and what is wrong."""
+    auth_file.write_text(content)
+    monkeypatch.setenv("PROXY_AUTH_FILE", str(auth_file))
+
+    with pytest.raises(SystemExit) as raised:
+        settings.read(ProxySettings)
+
+    error = capsys.readouterr().err
+    assert raised.value.code == 2
+    assert error.startswith("PROXY_AUTH_FILE: ")
+    assert said in error
+
+
+async def test_neither_tokens_nor_payloads_are_logged(doors: Doors, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever becomes of a request, its line says who, what and how long; never what it brought."""
+    secret = signed()
+    payload = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [31337.5]}]}
+    for token in (USER, secret, "wrong-one", signed(exp=1)):
+        await doors.rest("POST", "/v2/models/open-1/infer", token, json=payload)
+        await doors.rest("POST", "/v2/models/open-1/infer", token, content=b'{"inputs": "31337.5"}')
+        await doors.grpc("ModelInfer", infer_message("open-1"), token)
+
+    out = capsys.readouterr()
+    written = out.out + out.err
+    assert "team" in written
+    for private in (USER, secret, "wrong-one", "31337", secret.rpartition(".")[2], hashlib.sha256(USER.encode()).hexdigest()):
+        assert private not in written
