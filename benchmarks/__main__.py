@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from benchmarks.processes import BenchmarkError
 
 def main() -> None:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit, so that what was started is stopped
     if missing := loads.missing_tools():
         sys.exit(f"missing: {', '.join(missing)}")
     try:
