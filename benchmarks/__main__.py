@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from benchmarks.processes import BenchmarkError
 
 def main() -> None:
     arguments = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit, so that what was started is stopped
     if missing := loads.missing_tools():
         sys.exit(f"missing: {', '.join(missing)}")
     try:
@@ -67,7 +69,7 @@ def _own(arguments: argparse.Namespace) -> int:
         seconds=1.0 if arguments.quick else arguments.seconds,
         rounds=1 if arguments.quick else arguments.rounds,
         rates=(0.5,) if arguments.quick else tuple(arguments.rates),
-        n_cold_starts=1 if arguments.quick else arguments.cold_starts,
+        n_cold_starts=min(1, arguments.cold_starts) if arguments.quick else arguments.cold_starts,
         settings=systems.parse_settings(arguments.set),
         imagenet=arguments.imagenet,
     )
@@ -83,7 +85,7 @@ def _peers(arguments: argparse.Namespace) -> int:
         peers=tuple(arguments.peers),
         seconds=1.0 if arguments.quick else arguments.seconds,
         rounds=1 if arguments.quick else arguments.rounds,
-        n_cold_starts=1 if arguments.quick else arguments.cold_starts,
+        n_cold_starts=min(1, arguments.cold_starts) if arguments.quick else arguments.cold_starts,
         settings=systems.parse_settings(arguments.set),
     )
     machine = this_machine()

@@ -32,8 +32,10 @@ def _peer(repository: Path, **rest: str) -> dict[str, str]:
 
 
 def _uvicorn(python: str, app: str, port: int, workers: int) -> tuple[str, ...]:
-    options = ("--port", str(port), "--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning")
-    return (python, "-m", "uvicorn", f"benchmarks.peers.{app}:app", "--workers", str(workers), *options)
+    options = ["--port", str(port), "--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
+    # A worker that imports for longer than its 5 s by default is ended and begun again, on a slow machine for ever.
+    options += ["--workers", str(workers), "--timeout-worker-healthcheck", "120"]
+    return (python, "-m", "uvicorn", f"benchmarks.peers.{app}:app", *options)
 
 
 def kserve(repository: Path) -> Plan:

@@ -64,7 +64,7 @@ class Wish(msgspec.Struct, frozen=True):
     """What to run. ``settings`` are those of our services."""
 
     peers: tuple[str, ...] = tuple(PEERS)
-    seconds: float = 2.0
+    seconds: float = 3.0
     rounds: int = 3
     n_cold_starts: int = 3
     settings: Settings = {}
