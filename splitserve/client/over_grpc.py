@@ -17,7 +17,7 @@ from splitserve.client.steps import Ask, Send, Verb
 from splitserve.client.stop import Stop
 from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
 from splitserve.oip import ServerMetadata
-from splitserve.remote import channel_options, translate
+from splitserve.remote import translate
 
 _STAGE = "server"
 
@@ -122,11 +122,28 @@ class AsyncGrpcTransport:
 
 
 def _arguments(connection: Connection) -> dict[str, Any]:
-    options = [option for option in channel_options(connection.max_message_bytes) if option[0] != "grpc.service_config"]
     return {
-        "options": [*options, ("grpc.service_config", json.dumps(_SERVICE_CONFIG))],
+        "options": _options(connection.max_message_bytes),
         "compression": grpc.Compression.Gzip if connection.compression else None,
     }
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # A silent connection is found out in a minute. Servers other than ours end connections that ask much more often.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        # A proxy in the environment is for what leaves the cluster.
+        ("grpc.enable_http_proxy", 0),
+    ]
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
