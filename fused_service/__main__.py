@@ -27,7 +27,7 @@ async def serve() -> None:
     config = settings.read(ProxySettings)
     preprocess_config = settings.read(PreprocessSettings)
     predict_config = settings.read(PredictSettings)
-    logs.configure(level=config.log_level, format=config.log_format, service="fused")
+    logs.configure(level=config.log_level, format=config.log_format, service="fused", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     predictors = predictor_store(predict_config)

@@ -18,7 +18,7 @@ from splitserve.server.grpc_face import GrpcFace
 
 async def serve() -> None:
     config = settings.read(PredictSettings)
-    logs.configure(level=config.log_level, format=config.log_format, service="predict")
+    logs.configure(level=config.log_level, format=config.log_format, service="predict", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     predictors = predictor_store(config)

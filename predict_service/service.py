@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from concurrent.futures import Executor
 
+import msgspec
+
+from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import Unavailable, at_stage
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor
+from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
+from splitserve.signature import check_inputs, choose_outputs, is_row_wise
 from splitserve.versions import parse_version
 
 STAGE = "predict"
@@ -22,12 +26,14 @@ class PredictService:
 
     Args:
         predictors: the loaded versions.
-        executor: where models run.
+        executor: where models run that take long.
+        limits: of what is merged.
     """
 
-    def __init__(self, predictors: VersionStore[Predictor], executor: Executor) -> None:
+    def __init__(self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Limits | None = None) -> None:
         self._predictors = predictors
-        self._executor = executor
+        self._compute = Compute(executor)
+        self._batcher = Batcher(self._run, limits)
 
     @property
     def is_loaded(self) -> bool:
@@ -37,9 +43,17 @@ class PredictService:
         with at_stage(STAGE, model=request.model):
             check_time_left(request.deadline)
             version, predictor = self._choose(request.model, request.version)
-            outputs = await asyncio.get_running_loop().run_in_executor(
-                self._executor, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
-            )
+            check_inputs(predictor.inputs, request.inputs, widen=False)
+            choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+            request = msgspec.structs.replace(request, version=str(version))
+            return await self._batcher.infer(request, is_mergeable=is_row_wise(predictor.inputs, predictor.outputs))
+
+    async def _run(self, request: InferRequest) -> InferResponse:
+        version, predictor = self._choose(request.model, request.version)
+        n_rows = request.inputs[0].n_rows if request.inputs else 1
+        outputs = await self._compute.run(
+            predictor, n_rows, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
+        )
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

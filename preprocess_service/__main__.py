@@ -19,7 +19,7 @@ from splitserve.server.grpc_face import GrpcFace
 
 async def serve() -> None:
     config = settings.read(PreprocessSettings)
-    logs.configure(level=config.log_level, format=config.log_format, service="preprocess")
+    logs.configure(level=config.log_level, format=config.log_format, service="preprocess", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     preprocessors = preprocessor_store(config)

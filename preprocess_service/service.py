@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -24,6 +23,7 @@ from splitserve.oip import (
     check_time_left,
 )
 from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
 from splitserve.tensors import Tensor
@@ -58,7 +58,7 @@ class PreprocessService:
     Args:
         preprocessors: the loaded versions.
         predict: the service behind.
-        executor: where transforms run.
+        executor: where transforms run that take long.
         allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
     """
 
@@ -73,7 +73,7 @@ class PreprocessService:
         self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
         self._preprocessors = preprocessors
         self._predict = predict
-        self._executor = executor
+        self._compute = Compute(executor)
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
         self._signatures: dict[tuple[str, str], ModelMetadata] = {}
@@ -177,8 +177,8 @@ class PreprocessService:
         wanted = choose_outputs(
             preprocessor.answer_specs(admitted.predictor.outputs), [output.name for output in request.outputs]
         )
-        loop = asyncio.get_running_loop()
-        features = await loop.run_in_executor(self._executor, preprocessor.transform, request.inputs)
+        n_rows = request.inputs[0].n_rows if request.inputs else 1
+        features = await self._compute.run(preprocessor, n_rows, preprocessor.transform, request.inputs)
         n_rows = features[0].n_rows
         try:
             response = await self._predict.infer(

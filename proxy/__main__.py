@@ -15,14 +15,14 @@ from splitserve.server import lifecycle, logs, settings
 
 async def serve() -> None:
     config = settings.read(ProxySettings)
-    logs.configure(level=config.log_level, format=config.log_format, service="proxy")
+    logs.configure(level=config.log_level, format=config.log_format, service="proxy", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     async with AsyncExitStack() as stack:
         preprocess = await stack.enter_async_context(
             RemoteInference(config.preprocess_target, stage="preprocess", max_message_bytes=config.max_message_bytes)
         )
-        service = ProxyService(preprocess)
+        service = ProxyService(preprocess, n_replicas=lambda: preprocess.n_replicas)
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(

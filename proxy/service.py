@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import structlog
 
+from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
 from splitserve.oip import (
@@ -17,7 +20,7 @@ from splitserve.oip import (
     ModelState,
     check_time_left,
 )
-from splitserve.signature import check_inputs, choose_outputs
+from splitserve.signature import check_inputs, choose_outputs, is_row_wise
 from splitserve.versions import Pair, parse_pair
 
 STAGE = "proxy"
@@ -29,12 +32,19 @@ class ProxyService:
     What is known of the pairs decides which one a request gets and whether we say "ready". Whether a pair can still be served
     is for preprocess to say: a request for a known pair is sent even if the last look found it unavailable.
 
+    Requests that wait while a call to preprocess is under way go out as the next one, merged.
+
     Args:
         preprocess: the service behind.
+        limits: of what is merged.
+        n_replicas: how many of the service behind can be called now.
     """
 
-    def __init__(self, preprocess: InferenceService) -> None:
+    def __init__(
+        self, preprocess: InferenceService, *, limits: Limits | None = None, n_replicas: Callable[[], int] = lambda: 1
+    ) -> None:
         self._preprocess = preprocess
+        self._batcher = Batcher(preprocess.infer, limits, n_backends=n_replicas)
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -87,7 +97,8 @@ class ProxyService:
             check_time_left(request.deadline)
             check_inputs(metadata.inputs, request.inputs, widen=True)
             choose_outputs(metadata.outputs, [output.name for output in request.outputs])
-            return await self._preprocess.infer(msgspec.structs.replace(request, version=str(pair)))
+            is_mergeable = is_row_wise(metadata.inputs, metadata.outputs)
+            return await self._batcher.infer(msgspec.structs.replace(request, version=str(pair)), is_mergeable=is_mergeable)
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """The pair that a request for this version gets, and its signature.

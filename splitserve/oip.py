@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -49,7 +49,10 @@ class RequestedOutput(msgspec.Struct, frozen=True):
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all."""
+    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all.
+
+    ``caller`` tells apart who is to be served in turn, e.g. a connection; it is not sent on.
+    """
 
     model: str
     inputs: tuple[Tensor, ...]
@@ -58,6 +61,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     id: str = ""
     parameters: Mapping[str, Parameter] = {}
     deadline: float = NO_DEADLINE
+    caller: Hashable = None
 
 
 class InferResponse(msgspec.Struct, frozen=True):

@@ -7,13 +7,14 @@ raw ones here, so that nothing behind this module has to know that they exist.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 from google.protobuf.message import DecodeError
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import InvalidInput
+from splitserve.errors import DOMAIN, InvalidInput, SplitserveError, from_wire
 from splitserve.oip import (
     NO_DEADLINE,
     InferRequest,
@@ -23,6 +24,8 @@ from splitserve.oip import (
     Parameter,
     RequestedOutput,
     ServerMetadata,
+    deadline_after,
+    remaining_s,
 )
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, datatype_of, pack
@@ -61,7 +64,60 @@ def parse(message_type: Any, data: bytes) -> Any:
         raise InvalidInput(f"the request is not a {message_type.DESCRIPTOR.full_name}") from None
 
 
-def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE) -> InferRequest:
+TIMEOUT = "timeout"
+"""The parameter for the microseconds that a request may take. Source: Triton, "Schedule policy extension"."""
+
+
+def encode_stream_request(request: InferRequest, identity: str) -> bytes:
+    """A request as a message on a stream, which has no deadline of its own for each: what remains goes as a parameter."""
+    message = encode_request(request)
+    message.id = identity
+    if request.deadline != NO_DEADLINE:
+        message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
+    return message.SerializeToString()
+
+
+def decode_stream_request(data: bytes, caller: Hashable = None) -> InferRequest:
+    """The request in a message on a stream, with its deadline.
+
+    Raises:
+        InvalidInput: as `parse` and `decode_request`.
+    """
+    request = decode_request(parse(pb.ModelInferRequest, data), caller=caller)
+    timeout_us = request.parameters.get(TIMEOUT, 0)
+    if isinstance(timeout_us, int) and timeout_us > 0:
+        parameters = {name: value for name, value in request.parameters.items() if name != TIMEOUT}
+        return msgspec.structs.replace(request, deadline=deadline_after(timeout_us / 1e6), parameters=parameters)
+    return request
+
+
+def encode_stream_response(response: InferResponse) -> bytes:
+    """An answer as a message on a stream."""
+    message = pb.ModelStreamInferResponse()
+    _fill_response(message.infer_response, response)
+    return message.SerializeToString()
+
+
+def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
+    """A failure as a message on a stream: the text where every client looks for it, the rest of it in parameters."""
+    message = pb.ModelStreamInferResponse(error_message=error.message)
+    message.infer_response.id = identity
+    facts = {"code": error.grpc_code, "reason": error.reason, **error.metadata}
+    _encode_parameters({f"{DOMAIN}_{name}": fact for name, fact in facts.items()}, message.infer_response.parameters)
+    return message.SerializeToString()
+
+
+def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
+    """Raises:
+    SplitserveError: the one that the far end raised, if the message on a stream tells of one.
+    """
+    parameters = message.infer_response.parameters
+    if message.error_message or f"{DOMAIN}_code" in parameters:
+        facts = {name.removeprefix(f"{DOMAIN}_"): value.string_param for name, value in parameters.items()}
+        raise from_wire(facts.get("code", "INTERNAL"), message.error_message, facts.get("reason", ""), facts)
+
+
+def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE, caller: Hashable = None) -> InferRequest:
     """The request in a message.
 
     Raises:
@@ -85,6 +141,7 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE)
         ),
         outputs=tuple(RequestedOutput(wanted.name, _decode_parameters(wanted.parameters)) for wanted in message.outputs),
         deadline=deadline,
+        caller=caller,
     )
 
 
@@ -131,18 +188,19 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
 
 def encode_response(response: InferResponse) -> pb.ModelInferResponse:
     """The message for an answer; its tensors as raw contents."""
-    message = pb.ModelInferResponse(
-        model_name=response.model,
-        model_version=response.version,
-        id=response.id,
-        outputs=[
-            pb.ModelInferResponse.InferOutputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-            for tensor in response.outputs
-        ],
-        raw_output_contents=[tensor.raw for tensor in response.outputs],
-    )
-    _encode_parameters(response.parameters, message.parameters)
+    message = pb.ModelInferResponse()
+    _fill_response(message, response)
     return message
+
+
+def _fill_response(message: pb.ModelInferResponse, response: InferResponse) -> None:
+    message.model_name = response.model
+    message.model_version = response.version
+    message.id = response.id
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(tensor.raw)
+    _encode_parameters(response.parameters, message.parameters)
 
 
 def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import asyncio
+import random
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -23,40 +24,21 @@ from splitserve.errors import (
     Unavailable,
     from_wire,
 )
-from splitserve.oip import (
-    NO_DEADLINE,
-    InferRequest,
-    InferResponse,
-    ModelMetadata,
-    ModelState,
-    deadline_after,
-    remaining_s,
-)
+from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
+from splitserve.replicas import Replica, Replicas, channel_options
+from splitserve.streams import StreamKeeper
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 """The largest message, in bytes, that is sent or taken unless settings say otherwise."""
 
+MAX_ATTEMPTS = 3
+RETRY_BACKOFF_S = 0.02
+"""At most so long, by chance, before another attempt; doubled with each."""
+
+HEDGE_AFTER_S = 1.0
+"""A replica that has not answered after this may be frozen: another one is asked as well, and the first answer counts."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
-
-_SERVICE_CONFIG = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": oip_grpc.SERVICE},
-    "methodConfig": [
-        {
-            "name": [{"service": oip_grpc.SERVICE}],
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "0.01s",
-                "maxBackoff": "0.1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
-}
-"""Every replica of a name in turn, those that drain or load left out, and another try elsewhere when one is gone."""
-
 
 CONTROL_TIMEOUT_S = 300.0
 """Loading may have to fetch."""
@@ -71,84 +53,224 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 
 
-class RemoteInference:
-    """A service that is reached over gRPC.
+class _Replica(Replica):
+    """A replica with its methods, and with a stream to it where it offers one."""
 
-    Args:
-        target: gRPC name, e.g. ``dns:///predict:8021``; all addresses that it resolves to are used in turn.
-        stage: what the far end is, for errors that it can not name itself.
-        max_message_bytes: the largest message sent or taken.
-        poll_timeout_s: how long questions other than inference may take.
-    """
-
-    def __init__(
-        self, target: str, *, stage: str, max_message_bytes: int = MAX_MESSAGE_BYTES, poll_timeout_s: float = 5.0
-    ) -> None:
-        self.target = target
-        self._stage = stage
-        self._poll_timeout_s = poll_timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=channel_options(max_message_bytes))
-        self._methods = {
-            name: self._channel.unary_unary(
+    def __init__(self, target: str, channel: grpc.aio.Channel, stage: str, on_change: Callable[[], None]) -> None:
+        super().__init__(target, channel, on_change)
+        self.keeper = StreamKeeper(channel, stage)
+        self.methods = {
+            name: channel.unary_unary(
                 f"/{oip_grpc.SERVICE}/{name}",
                 request_serializer=request.SerializeToString,
                 response_deserializer=response.FromString,
             )
             for name, (request, response) in METHODS.items()
         }
+
+    async def close(self) -> None:
+        await self.keeper.close()
+        await super().close()
+
+
+class RemoteInference:
+    """A service that is reached over gRPC, by its replicas. Entered, it can be called.
+
+    A call goes to the idlest replica, over the stream to it where there is one. What fails because a replica is gone is tried on
+    another one, within a budget.
+
+    Args:
+        target: as for `Replicas`, e.g. ``dns:///predict:8021``.
+        stage: what the far end is, for errors that it can not name itself.
+        max_message_bytes: the largest message sent or taken.
+        poll_timeout_s: how long questions other than inference may take.
+        credentials: of the channels; None: in clear.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        stage: str,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        poll_timeout_s: float = 5.0,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.target = target
+        self._stage = stage
+        self._options = channel_options(max_message_bytes)
+        self._poll_timeout_s = poll_timeout_s
+        self._credentials = credentials
+        self._budget = RetryBudget()
+        self._replicas = Replicas(target, stage=stage, connect=self._connect)
         self.is_loaded = True
 
+    def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
+        options = self._options + ([("grpc.default_authority", authority)] if authority else [])
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(target, options)
+        else:
+            channel = grpc.aio.secure_channel(target, self._credentials, options)
+        return _Replica(target, channel, self._stage, on_change)
+
     async def __aenter__(self) -> RemoteInference:
+        await self._replicas.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self._channel.close()
+        await self._replicas.close()
+
+    @property
+    def n_replicas(self) -> int:
+        """How many can be used now."""
+        return len(self._replicas.usable())
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Call ModelInfer with what remains of the request's deadline."""
-        response = await self._call("ModelInfer", oip_grpc.encode_request(request), request.deadline)
+        """Infer with what remains of the request's deadline."""
+        timeout_s = remaining_s(request.deadline)
+        if timeout_s <= 0:
+            raise DeadlineExceeded(f"out of time before {self._stage} was called")
         try:
-            return oip_grpc.decode_response(response)
-        except InvalidInput as error:
+            async with asyncio.timeout(None if request.deadline == NO_DEADLINE else timeout_s):
+                return await self._infer_on_some(request, timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage) from None
+
+    async def _infer_on_some(self, request: InferRequest, timeout_s: float) -> InferResponse:
+        tried: list[_Replica] = []
+        while True:
+            replica = await self._replicas.pick(but=tried, patience_s=timeout_s)
+            tried.append(replica)
+            try:
+                response = await self._infer_hedged(request, replica)
+            except Unavailable as error:
+                if error.stage != self._stage or len(tried) == MAX_ATTEMPTS or not self._budget.take():
+                    raise
+                self._replicas.leave_out(replica)
+                if self.n_replicas < 2:
+                    await asyncio.sleep(random.uniform(0, RETRY_BACKOFF_S * 2 ** len(tried)))  # noqa: S311
+            else:
+                self._budget.give()
+                return response
+
+    async def _infer_hedged(self, request: InferRequest, replica: _Replica) -> InferResponse:
+        """On this replica; if it does not answer for long, on another one too."""
+        if self.n_replicas < 2:
+            return await self._infer_on(request, replica)
+        calls = [asyncio.ensure_future(self._infer_on(request, replica))]
+        try:
+            await asyncio.wait(calls, timeout=HEDGE_AFTER_S)
+            if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
+                self._replicas.leave_out(replica)
+                other = await self._replicas.pick(but=[replica])
+                calls.append(asyncio.ensure_future(self._infer_on(request, other)))
+            return await _first_answer(calls)
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _infer_on(self, request: InferRequest, replica: _Replica) -> InferResponse:
+        replica.began()
+        try:
+            if (stream := replica.keeper.stream) is not None:
+                message = await stream.infer(request)
+            else:
+                timeout_s = None if request.deadline == NO_DEADLINE else remaining_s(request.deadline)
+                message = await replica.methods["ModelInfer"](oip_grpc.encode_request(request), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self._stage) from error
+        finally:
+            replica.ended()
+        message.id = request.id
+        try:
+            return oip_grpc.decode_response(message)
+        except InvalidInput as error:  # the caller did not make this answer
             raise PairMismatch(error.message, stage=self._stage) from error
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Call ModelMetadata."""
         request = pb.ModelMetadataRequest(name=model, version=version)
-        return oip_grpc.decode_metadata(await self._call("ModelMetadata", request))
+        return oip_grpc.decode_metadata(await self._ask("ModelMetadata", request))
 
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""
-        return oip_grpc.decode_index(await self._call("RepositoryIndex", pb.RepositoryIndexRequest()))
+        return oip_grpc.decode_index(await self._ask("RepositoryIndex", pb.RepositoryIndexRequest()))
 
     async def load(self, model: str) -> None:
-        """Call RepositoryModelLoad."""
-        request = pb.RepositoryModelLoadRequest(model_name=model)
-        await self._call("RepositoryModelLoad", request, deadline_after(CONTROL_TIMEOUT_S))
+        """Call RepositoryModelLoad of every replica."""
+        await self._tell_all("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model))
 
     async def unload(self, model: str) -> None:
-        """Call RepositoryModelUnload."""
-        request = pb.RepositoryModelUnloadRequest(model_name=model)
-        await self._call("RepositoryModelUnload", request, deadline_after(CONTROL_TIMEOUT_S))
+        """Call RepositoryModelUnload of every replica."""
+        await self._tell_all("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=model))
 
     async def not_ready_reason(self) -> str:
         """Call ServerReady."""
         try:
-            response = await self._call("ServerReady", pb.ServerReadyRequest())
+            response = await self._ask("ServerReady", pb.ServerReadyRequest())
         except SplitserveError as error:
             return error.message
         return "" if response.ready else f"the {self._stage} service is not ready"
 
-    async def _call(self, method: str, request: Any, deadline: float | None = None) -> Any:
-        if deadline is None:
-            deadline = deadline_after(self._poll_timeout_s)
-        timeout_s = remaining_s(deadline)
-        if timeout_s <= 0:
-            raise DeadlineExceeded(f"out of time before {self._stage} was called")
+    async def _ask(self, method: str, request: Any) -> Any:
+        """One replica's answer; another one is asked if it is gone."""
+        tried: list[_Replica] = []
+        while True:
+            replica = await self._replicas.pick(but=tried)
+            tried.append(replica)
+            try:
+                return await self._call(replica, method, request, self._poll_timeout_s)
+            except Unavailable:
+                if len(tried) == MAX_ATTEMPTS:
+                    raise
+
+    async def _tell_all(self, method: str, request: Any) -> None:
+        await self._replicas.pick()
+        calls = [self._call(replica, method, request, CONTROL_TIMEOUT_S) for replica in self._replicas.usable()]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return await self._methods[method](request, timeout=None if deadline == NO_DEADLINE else timeout_s)
+            return await replica.methods[method](request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
+
+
+async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> InferResponse:
+    """The first answer that is not that a replica is gone; that, if all say so."""
+    pending = set(calls)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for call in done:
+            if not pending or not isinstance(call.exception(), Unavailable):
+                return call.result()
+
+
+class RetryBudget:
+    """Bounds retries to a share of the calls that succeed, so that an outage is not made worse by them.
+
+    Source: gRPC proposal A6, "Throttling Retry Attempts".
+    """
+
+    MAX_TOKENS = 100.0
+    PER_SUCCESS = 0.1
+
+    def __init__(self) -> None:
+        self._tokens = self.MAX_TOKENS
+
+    def take(self) -> bool:
+        """Whether one more retry may be made."""
+        if self._tokens <= self.MAX_TOKENS / 2:
+            return False
+        self._tokens -= 1
+        return True
+
+    def give(self) -> None:
+        """A call succeeded."""
+        self._tokens = min(self.MAX_TOKENS, self._tokens + self.PER_SUCCESS)
 
 
 def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
@@ -185,26 +307,3 @@ def _error_info(metadata: Iterable[Any] | None) -> tuple[str, dict[str, str]]:
                 if detail.Unpack(info) and info.domain == DOMAIN:
                     return info.reason, dict(info.metadata)
     return "", {}
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    """Options of a channel that outlives its servers: all replicas used, dead ones noticed, retries of what is safe to retry."""
-    return [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        # Without it, requests above 256 KiB are silently not retried.
-        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-        # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.use_local_subchannel_pool", 1),
-        # A proxy in the environment is for what leaves the cluster.
-        ("grpc.enable_http_proxy", 0),
-    ]

@@ -115,6 +115,11 @@ def empty(spec: TensorSpec) -> Tensor:
     return Tensor(spec.name, spec.datatype, tuple(max(size, 0) for size in spec.wire_shape), b"")
 
 
+def is_row_wise(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether every tensor of a signature has a leading dimension that varies: rows, which can be merged and cut apart."""
+    return all(spec.shape and not isinstance(spec.shape[0], int) for spec in (*inputs, *outputs))
+
+
 def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[str]:
     """Names of the outputs to answer with, in the order asked for; all when none is asked for.
 

@@ -149,6 +149,16 @@ def decode_bytes(tensor: Tensor) -> list[bytes]:
     return list(_elements(f'tensor "{tensor.name}"', tensor.raw))
 
 
+def bytes_offsets(tensor: Tensor) -> list[int]:
+    """Where each element of a valid BYTES tensor begins, its length included, and where the last one ends."""
+    raw, offset, end = tensor.raw, 0, len(tensor.raw)
+    offsets = [0]
+    while offset < end:
+        offset += 4 + int.from_bytes(raw[offset : offset + 4], "little")
+        offsets.append(offset)
+    return offsets
+
+
 def _elements(what: str, raw: bytes) -> Iterable[bytes]:
     offset, end = 0, len(raw)
     while offset < end:

@@ -20,7 +20,16 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, at_stage
-from splitserve.oip import NO_DEADLINE, READY, InferenceService, ServerMetadata, deadline_after
+from splitserve.oip import (
+    NO_DEADLINE,
+    READY,
+    InferenceService,
+    InferRequest,
+    InferResponse,
+    ServerMetadata,
+    deadline_after,
+)
+from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -76,6 +85,7 @@ class GrpcFace:
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._streams = InferStreams(self._answer_on_stream)
         self._server = grpc.aio.server(options=_server_options(max_message_bytes))
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -102,6 +112,7 @@ class GrpcFace:
         self._is_draining = True
         await self._set_health()
         await asyncio.sleep(delay_s)
+        self._streams.stop()
         await self._server.stop(grace_s)
 
     async def _watch_health(self) -> None:
@@ -138,7 +149,10 @@ class GrpcFace:
             "RepositoryModelLoad": self._repository_model_load,
             "RepositoryModelUnload": self._repository_model_unload,
         }
-        return {name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()}
+        return {
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.serve),
+            **{name: grpc.unary_unary_rpc_method_handler(self._answering(call)) for name, call in methods.items()},
+        }
 
     def _answering(self, call: Call) -> Call:
         """Errors become statuses here and nowhere else."""
@@ -149,11 +163,27 @@ class GrpcFace:
                     return await call(data, context)
             except SplitserveError as error:
                 failure = error
-            if isinstance(failure, Internal):  # the caller does not learn what went wrong inside; the log does
-                self._log.error("internal error", stage=failure.stage, exc_info=failure)
+            self._note(failure)
             return await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, self._trailing_metadata(failure))
 
         return answer
+
+    def _note(self, failure: SplitserveError) -> None:
+        """The caller does not learn what went wrong inside; the log does."""
+        if isinstance(failure, Internal):
+            self._log.error("internal error", stage=failure.stage, exc_info=failure)
+
+    async def _answer_on_stream(self, data: bytes, caller: str) -> bytes:
+        """The same on a stream, where an error is an answer."""
+        identity = ""
+        try:
+            with at_stage(self._stage):
+                request = oip_grpc.decode_stream_request(data, caller)
+                identity = request.id
+                return oip_grpc.encode_stream_response(await self._infer(request))
+        except SplitserveError as failure:
+            self._note(failure)
+            return oip_grpc.encode_stream_error(identity, failure)
 
     def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
         metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, _rich_status(error)),)
@@ -217,10 +247,14 @@ class GrpcFace:
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
         message = oip_grpc.parse(pb.ModelInferRequest, data)
-        with RequestLine("infer", message.model_name, message.model_version) as line:
-            response = await self._service.infer(oip_grpc.decode_request(message, self._deadline(context)))
+        request = oip_grpc.decode_request(message, self._deadline(context), context.peer())
+        return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
+
+    async def _infer(self, request: InferRequest) -> InferResponse:
+        with RequestLine("infer", request.model, request.version) as line:
+            response = await self._service.infer(request)
             line.version = response.version
-            return oip_grpc.encode_response(response).SerializeToString()
+            return response
 
     def _deadline(self, context: Context) -> float:
         remaining: float | None = context.time_remaining()
@@ -238,11 +272,11 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.server.max_pending_requests", 100_000),
         ("grpc.server.max_pending_requests_hard_limit", 100_000),
         # A client that keeps its connections never learns of new replicas: each is ended now and then, calls on it first.
-        ("grpc.max_connection_age_ms", 10_000),
-        ("grpc.max_connection_age_grace_ms", 60_000),
+        ("grpc.max_connection_age_ms", 60_000),
+        ("grpc.max_connection_age_grace_ms", 120_000),
         # Clients may ask whether we are still there as often as ours do, calls under way or not.
         ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ]
 
 

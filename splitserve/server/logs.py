@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import structlog
@@ -16,10 +16,12 @@ from splitserve.errors import SplitserveError
 
 Format = Literal["auto", "json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
+Requests = Literal["all", "failed"]
 
 
-def configure(*, level: Level, format: Format, service: str) -> None:
+def configure(*, level: Level, format: Format, service: str, requests: Requests = "all") -> None:
     """Set up logging for this process. Call it once, first."""
+    RequestLine.logs_all = requests == "all"
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
@@ -50,13 +52,15 @@ class _ToStructlog(logging.Handler):
 
 
 class RequestLine:
-    """One line for a request, whatever becomes of it: model, version, status, time. Never payloads.
+    """One line for a request: model, version, status, time. Never payloads. Of those that succeed only if all are wanted.
 
     Args:
         event: what was asked for.
         model: as the caller named it.
         version: likewise; set ``version`` to the one that was used.
     """
+
+    logs_all: ClassVar[bool] = True
 
     def __init__(self, event: str, model: str, version: str) -> None:
         self._event = event
@@ -68,6 +72,8 @@ class RequestLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None and not self.logs_all:
+            return
         structlog.get_logger().info(
             self._event,
             model=self._model[:128],

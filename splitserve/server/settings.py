@@ -31,6 +31,9 @@ class ServiceSettings(BaseSettings):
     log_format: logs.Format = Field("auto", validation_alias=AliasChoices("LOG_FORMAT"))
     """json, text, or auto: text on a terminal, JSON elsewhere."""
 
+    log_requests: logs.Requests = Field("failed", validation_alias=AliasChoices("LOG_REQUESTS"))
+    """Which requests get a line in the log: failed, or all, which costs about as much as answering one."""
+
     max_message_bytes: int = Field(64 * MIB, gt=0)
     """Largest message taken or given, in bytes, over gRPC and as a REST body."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
-from tritonclient.grpc import service_pb2 as triton
+from tritonclient.grpc import model_config_pb2, service_pb2
 
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as ours
@@ -19,10 +19,15 @@ NOT_IN_TRITONCLIENT = {
 }
 
 
-def file_of(module: Any) -> FileDescriptorProto:
+def file_of(*modules: Any) -> FileDescriptorProto:
+    """What the modules register, as if it were one file."""
     file = FileDescriptorProto()
-    module.DESCRIPTOR.CopyToProto(file)
+    for module in modules:
+        file.MergeFromString(module.DESCRIPTOR.serialized_pb)
     return file
+
+
+THEIRS = file_of(service_pb2, model_config_pb2)
 
 
 def fields(file: FileDescriptorProto) -> dict[str, tuple[Any, ...]]:
@@ -60,12 +65,12 @@ def messages(file: FileDescriptorProto) -> set[str]:
 
 def test_every_message_is_one_of_the_protocols():
     """Also those without fields."""
-    assert messages(file_of(ours)) <= messages(file_of(triton))
+    assert messages(file_of(ours)) <= messages(THEIRS)
 
 
 def test_every_field_is_where_other_clients_have_it():
     """Number, type, label, message and oneof of each field: one that differs would be read as another or not at all."""
-    mine, theirs = fields(file_of(ours)), fields(file_of(triton))
+    mine, theirs = fields(file_of(ours)), fields(THEIRS)
 
     different = {name for name, facts in mine.items() if theirs.get(name) != facts}
 
@@ -74,7 +79,7 @@ def test_every_field_is_where_other_clients_have_it():
 
 def test_the_newer_field_is_not_taken_by_another():
     """Where we have `properties`, tritonclient has nothing: what it does not know it skips."""
-    theirs = {facts[0] for name, facts in fields(file_of(triton)).items() if name.startswith(".inference.ModelMetadataResponse.")}
+    theirs = {facts[0] for name, facts in fields(THEIRS).items() if name.startswith(".inference.ModelMetadataResponse.")}
 
     assert fields(file_of(ours))[".inference.ModelMetadataResponse.properties"][0] == 6
     assert 6 not in theirs
@@ -82,7 +87,7 @@ def test_the_newer_field_is_not_taken_by_another():
 
 def test_every_method_is_where_other_clients_call_it():
     """Path, request, answer and streams of each method."""
-    mine, theirs = methods(file_of(ours)), methods(file_of(triton))
+    mine, theirs = methods(file_of(ours)), methods(THEIRS)
 
     assert mine == {path: theirs.get(path) for path in mine}
 
@@ -94,6 +99,16 @@ def test_the_protocols_own_methods_are_all_there():
     assert methods(file_of(ours)).keys() >= {f"/{oip_grpc.SERVICE}/{name}" for name in core}
 
 
+def test_every_datatype_of_a_configuration_has_the_number_that_other_clients_read():
+    """An enum travels as its number."""
+    mine, theirs = (
+        {value.name: value.number for enum in file.enum_type if enum.name == "DataType" for value in enum.value}
+        for file in (file_of(ours), THEIRS)
+    )
+
+    assert mine == theirs
+
+
 def test_our_messages_are_in_a_pool_of_their_own():
     """Other clients register the same names in protobuf's default pool, where a second registration is an error."""
-    assert ours.DESCRIPTOR.pool is not triton.DESCRIPTOR.pool
+    assert ours.DESCRIPTOR.pool is not service_pb2.DESCRIPTOR.pool

@@ -1,0 +1,237 @@
+"""The replicas behind a name: a channel to each, which ones can be used now, and which one gets the next call.
+
+gRPC balances calls over connections; it does not know which replica is idle, and can not keep a stream open to each. So a name is
+resolved here, every few seconds, and each address gets a channel of its own. Knows channels, and nothing of inference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+from splitserve import oip_grpc
+from splitserve.errors import Unavailable
+
+RESOLVE_INTERVAL_S = 2.0
+"""How often a name is looked up again: a new replica gets calls after about that time."""
+
+PATIENCE_S = 1.0
+"""How long a call waits for a replica when none can be used: a restart of the only one is bridged, an outage is told."""
+
+LEFT_OUT_S = 1.0
+"""For how long a replica that failed is only used if there is no other."""
+
+RETIRE_TIMEOUT_S = 60.0
+"""How long calls under way to a replica that is gone from the name may take."""
+
+_DNS_TARGET = re.compile(r"(?:dns:///)?(?P<host>[^/\[\]]+|\[[0-9a-fA-F:.]+\]):(?P<port>[0-9]+)")
+
+_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": oip_grpc.SERVICE}}
+"""A replica that drains or loads is not READY. Source: gRPC, "Health Checking": pick_first does not do it, round_robin does."""
+
+READY = grpc.ChannelConnectivity.READY
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """Options of a channel that outlives its server: a dead one is noticed, a new one found soon."""
+    return [
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+        # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
+        ("grpc.keepalive_time_ms", 2_000),
+        ("grpc.keepalive_timeout_ms", 2_000),
+        ("grpc.http2.ping_timeout_ms", 2_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.use_local_subchannel_pool", 1),
+        # A proxy in the environment is for what leaves the cluster.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+class Replica:
+    """One address: its channel, and whether it can be used."""
+
+    def __init__(self, target: str, channel: grpc.aio.Channel, on_change: Callable[[], None]) -> None:
+        self.target = target
+        self.channel = channel
+        self.state = channel.get_state(try_to_connect=True)
+        self.n_in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.left_out_until = 0.0
+        self._on_change = on_change
+        self._watching = asyncio.create_task(self._watch())
+
+    def began(self) -> None:
+        """A call is under way to it."""
+        self.n_in_flight += 1
+        self.idle.clear()
+
+    def ended(self) -> None:
+        """A call has come back, whatever of it."""
+        self.n_in_flight -= 1
+        if not self.n_in_flight:
+            self.idle.set()
+
+    async def _watch(self) -> None:
+        while True:
+            await self.channel.wait_for_state_change(self.state)
+            self.state = self.channel.get_state(try_to_connect=True)
+            self._on_change()
+
+    async def close(self) -> None:
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        await self.channel.close()
+
+
+R = TypeVar("R", bound=Replica)
+
+
+class Replicas(Generic[R]):
+    """The replicas of a target. Entered, it looks the name up and follows it.
+
+    Args:
+        target: ``host:port`` or ``dns:///host:port`` for all addresses of a name; any other gRPC name (``unix:…``,
+            ``xds:///…``) is one replica, balanced by gRPC.
+        stage: what the far end is, for errors.
+        connect: makes a replica of a gRPC name of one address, and the authority that it stands for.
+        resolve_interval_s: how often the name is looked up.
+        patience_s: how long `pick` waits for a replica.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        stage: str,
+        connect: Callable[[str, str, Callable[[], None]], R],
+        resolve_interval_s: float = RESOLVE_INTERVAL_S,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self._target = target
+        self._stage = stage
+        self._connect = connect
+        self._resolve_interval_s = resolve_interval_s
+        self._patience_s = patience_s
+        self._replicas: dict[str, R] = {}
+        self._changed = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._turn = 0
+        self._match = _DNS_TARGET.fullmatch(target)
+
+    async def start(self) -> None:
+        """Look the name up, and go on doing so."""
+        if self._match is None:
+            self._set({self._target: ""})
+            return
+        await self._resolve()
+        if not _is_address(self._match["host"]):
+            self._following = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        await asyncio.gather(*(replica.close() for replica in self._replicas.values()), *self._closing)
+
+    def usable(self) -> list[R]:
+        """Those that take calls now."""
+        return [replica for replica in self._replicas.values() if replica.state is READY]
+
+    async def pick(self, *, but: Iterable[R] = (), patience_s: float | None = None) -> R:
+        """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
+
+        Args:
+            but: those that were tried already, taken only if there is no other.
+            patience_s: how long to wait if there is none.
+
+        Raises:
+            Unavailable: there is none.
+        """
+        if (found := self._best(but)) is not None:
+            return found
+        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
+        end = time.monotonic() + patience_s
+        while (left := end - time.monotonic()) > 0:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+            if (found := self._best(but)) is not None:
+                return found
+        raise Unavailable(f"the {self._stage} service can not be reached", stage=self._stage)
+
+    def _best(self, but: Iterable[R]) -> R | None:
+        usable = self.usable()
+        if len(usable) < 2:
+            return usable[0] if usable else None
+        now = time.monotonic()
+        self._turn += 1
+        fresh = [replica for replica in usable if replica not in but] or usable
+        well = [replica for replica in fresh if replica.left_out_until <= now] or fresh
+        return min((well[(self._turn + index) % len(well)] for index in range(len(well))), key=lambda each: each.n_in_flight)
+
+    def leave_out(self, replica: R) -> None:
+        """It failed or lags: use others for a while, if there are any."""
+        replica.left_out_until = time.monotonic() + LEFT_OUT_S
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._resolve_interval_s)
+            await self._resolve()
+
+    async def _resolve(self) -> None:
+        assert self._match is not None, "only names are looked up"
+        host, port = self._match["host"].strip("[]"), int(self._match["port"])
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError:
+            return  # what was known is kept: the name service may be away for a while
+        authority = self._target.removeprefix("dns:///")
+        self._set({_address(family, sockaddr): authority for family, *_, sockaddr in found})
+
+    def _set(self, targets: dict[str, str]) -> None:
+        for target in self._replicas.keys() - targets.keys():
+            replica = self._replicas.pop(target)
+            task = asyncio.create_task(self._retire(replica))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for target, authority in targets.items():
+            if target not in self._replicas:
+                self._replicas[target] = self._connect(target, authority, self._changed.set)
+        self._changed.set()
+
+    async def _retire(self, replica: R) -> None:
+        """Its address is not behind the name any more; what is under way to it may end."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(replica.idle.wait(), RETIRE_TIMEOUT_S)
+        await replica.close()
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _address(family: int, sockaddr: tuple[Any, ...]) -> str:
+    """The name that gRPC has for one address."""
+    if family == socket.AF_INET6:
+        return f"ipv6:[{sockaddr[0]}]:{sockaddr[1]}"
+    return f"ipv4:{sockaddr[0]}:{sockaddr[1]}"

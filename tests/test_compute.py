@@ -1,0 +1,72 @@
+"""Where work runs, with a clock that the work itself moves on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from splitserve.server.compute import INLINE_S, Compute
+
+
+class Owner:
+    """Has work that takes a while and tells in which thread it ran."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def work(self, seconds: float) -> bool:
+        self.now_s += seconds
+        return threading.current_thread() is threading.main_thread()
+
+
+@pytest.fixture
+def owner() -> Owner:
+    return Owner()
+
+
+@pytest.fixture
+def compute(owner: Owner) -> Iterator[Compute]:
+    with ThreadPoolExecutor(1) as executor:
+        yield Compute(executor, clock=lambda: owner.now_s)
+
+
+SHORT, LONG = INLINE_S / 10, INLINE_S * 10
+
+
+async def test_what_is_not_known_runs_in_a_thread_and_what_is_short_in_the_loop(compute: Compute, owner: Owner) -> None:
+    """The first call of a size is the one that might be long."""
+    first = await compute.run(owner, 1, owner.work, SHORT)
+    second = await compute.run(owner, 1, owner.work, SHORT)
+
+    assert (first, second) == (False, True)
+
+
+async def test_sizes_are_known_apart(compute: Compute, owner: Owner) -> None:
+    """That one row is quick says nothing of a thousand."""
+    await compute.run(owner, 1, owner.work, SHORT)
+
+    assert not await compute.run(owner, 1000, owner.work, LONG)
+    assert not await compute.run(owner, 1000, owner.work, LONG)
+    assert await compute.run(owner, 1, owner.work, SHORT)
+
+
+async def test_what_has_become_slow_leaves_the_loop(compute: Compute, owner: Owner) -> None:
+    """One long call is enough."""
+    await compute.run(owner, 1, owner.work, SHORT)
+    await compute.run(owner, 1, owner.work, LONG)
+
+    assert not await compute.run(owner, 1, owner.work, SHORT)
+
+
+async def test_work_that_fails_is_timed_and_raises(compute: Compute, owner: Owner) -> None:
+    """A failure is the caller's to see, in the loop as in a thread."""
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"):
+            await compute.run(owner, 1, fail)
