@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -152,12 +152,9 @@ class Client:
             try:
                 futures = {pool.submit(self._run_chunk, inference, rows, stop): len(rows) for rows in inference.rest}
                 n_done = inference.n_rows - sum(futures.values())
-                pending: set[Future[Outputs]] = set(futures)
-                while pending:
-                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()
-                        n_done += futures[future]
+                for future in as_completed(futures):
+                    future.result()
+                    n_done += futures[future]
                     report(n_done, inference.n_rows)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

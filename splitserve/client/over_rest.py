@@ -115,7 +115,7 @@ def _request(
     if len(asked.body) > connection.max_message_bytes:
         message = f"the request has {len(asked.body)} bytes, at most {connection.max_message_bytes} are sent"
         raise Failed(TooLarge(message, model=step.ask.model, pair=step.ask.version))
-    headers = {**headers, **asked.headers, "request-timeout": f"{step.timeout_s:.3f}"}
+    headers = {**headers, **asked.headers, "request-timeout": f"{max(step.timeout_s, 0.001):.3f}"}
     return http.build_request(asked.method, asked.path, content=asked.body, headers=headers, timeout=step.timeout_s)
 
 

@@ -18,7 +18,7 @@ PROGRAM = Path(__file__).with_name("beside.py")
 
 def labels(python: str | Path, system: System, other: str, first: str) -> set[str]:
     command = [python, PROGRAM, other, first, system.grpc, system.http]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 3

@@ -47,7 +47,7 @@ def test_an_example_works_over_either_transport(url: str, name: str) -> None:
     """It ends well, says nothing on stderr, and prints what it is about."""
     command = [sys.executable, EXAMPLES / f"{name}.py", url]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert PRINTS[name] in done.stdout
@@ -58,7 +58,7 @@ def test_the_guides_snippets_work_in_their_order(system: System) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
     program = "\n".join(blocks).replace("127.0.0.1:8000", system.http).replace("127.0.0.1:8001", system.grpc)
 
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -67,9 +67,7 @@ def test_the_guides_snippets_work_in_their_order(system: System) -> None:
 def test_a_mixed_frame_gives_the_answer_of_the_pipeline(url: str, demos: Demos, dtype: str) -> None:
     """Whatever pandas calls text, with gaps in numbers and in text, in chunks or whole."""
     demo = demos.models["penguins"]
-    frame = (
-        demo.rows.astype(dict.fromkeys(("island", "sex"), dtype)).astype({"year": "Int64"}).rename(index=lambda i: f"p{i}")
-    )
+    frame = demo.rows.astype(dict.fromkeys(("island", "sex"), dtype)).astype({"year": "Int64"}).rename(index=lambda i: f"p{i}")
 
     with Client(url) as client:
         whole = client.infer("penguins", frame, chunk_rows=0).to_frame()
