@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet test test-imagenet test-kserve test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers test test-imagenet test-kserve test-compose images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -14,6 +14,8 @@ help:
 	@echo "make test-kserve   our client beside KServe's in one process; fetches kserve once"
 	@echo "make test-imagenet tests of the picture model; fetches torch once"
 	@echo "make fix           mend what a tool can mend"
+	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
+	@echo "make bench-peers   measure them beside others, in environments made for those; BENCH=... as above"
 	@echo "make imagenet      publish the picture model (fetches torch once)"
 	@echo "make lock          renew the locks in requirements/"
 	@echo "make stubs docs    renew what is generated"
@@ -41,6 +43,12 @@ demo: $(BIN)/.installed
 
 imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/python -m training.imagenet --repository $(MODELS)
+
+bench: $(BIN)/.installed
+	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)
+
+bench-peers: $(BIN)/.installed
+	$(BIN)/python -m benchmarks peers $(BENCH)
 
 test: $(BIN)/.installed
 	$(BIN)/ruff format --check .
@@ -86,4 +94,4 @@ lock: $(BIN)/.installed
 	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
-	rm -rf $(VENV) .venv-imagenet .venv-kserve .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-imagenet .venv-kserve .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

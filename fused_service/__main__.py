@@ -35,11 +35,11 @@ async def serve() -> None:
     async with AsyncExitStack() as stack:
         n_workers = preprocess_config.n_workers + predict_config.n_workers
         executor = stack.enter_context(ThreadPoolExecutor(n_workers, thread_name_prefix="compute"))
-        predict = PredictService(predictors, executor)
+        predict = PredictService(predictors, executor, limits=predict_config.limits)
         preprocess = PreprocessService(
             preprocessors, predict, executor, allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch
         )
-        service = ProxyService(preprocess)
+        service = ProxyService(preprocess, limits=config.limits)
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(

@@ -10,7 +10,7 @@ import structlog
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
-from splitserve import __version__
+from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
 from splitserve.server import lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
@@ -24,15 +24,18 @@ async def serve() -> None:
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
         executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
-        service = PredictService(predictors, executor)
+        service = PredictService(predictors, executor, limits=config.limits)
         face = await stack.enter_async_context(
             GrpcFace(
                 service,
                 stage="predict",
                 address=f"{config.host}:{config.grpc_port}",
-                metadata=ServerMetadata("splitserve-predict", __version__),
+                metadata=ServerMetadata(
+                    "splitserve-predict", __version__, oip.extensions(allow_control=config.allow_repository_control)
+                ),
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,
+                statistics=service.statistics,
             )
         )
         log.info("listening", grpc_port=face.port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 import msgspec
@@ -14,6 +15,7 @@ from splitserve.runtimes.predictor import Predictor
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import parse_version
 
 STAGE = "predict"
@@ -30,10 +32,13 @@ class PredictService:
         limits: of what is merged.
     """
 
-    def __init__(self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Limits | None = None) -> None:
+    def __init__(
+        self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Callable[[str], Limits] | Limits | None = None
+    ) -> None:
         self._predictors = predictors
         self._compute = Compute(executor)
         self._batcher = Batcher(self._run, limits)
+        self.statistics = Statistics()
 
     @property
     def is_loaded(self) -> bool:
@@ -43,17 +48,21 @@ class PredictService:
         with at_stage(STAGE, model=request.model):
             check_time_left(request.deadline)
             version, predictor = self._choose(request.model, request.version)
-            check_inputs(predictor.inputs, request.inputs, widen=False)
-            choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
-            request = msgspec.structs.replace(request, version=str(version))
-            return await self._batcher.infer(request, is_mergeable=is_row_wise(predictor.inputs, predictor.outputs))
+            with self.statistics.recorded(request.model, str(version), n_rows=request.n_rows) as watch:
+                check_inputs(predictor.inputs, request.inputs, widen=False)
+                choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+                watch.end("input")
+                request = msgspec.structs.replace(request, version=str(version))
+                is_mergeable = is_row_wise(predictor.inputs, predictor.outputs)
+                return await self._batcher.infer(request, is_mergeable=is_mergeable, watch=watch)
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)
-        n_rows = request.inputs[0].n_rows if request.inputs else 1
+        watch = Stopwatch()
         outputs = await self._compute.run(
-            predictor, n_rows, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs]
+            predictor, request.n_rows, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs], watch
         )
+        self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from splitserve.server.settings import RepositorySettings
+from splitserve.server.settings import BatchingSettings, RepositorySettings
 
 
-class PredictSettings(RepositorySettings):
+class PredictSettings(RepositorySettings, BatchingSettings):
     """Settings of the predict service."""
 
     model_config = SettingsConfigDict(env_prefix="PREDICT_")

@@ -10,7 +10,7 @@ import structlog
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
 from preprocess_service.settings import PreprocessSettings
-from splitserve import __version__
+from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
 from splitserve.remote import RemoteInference
 from splitserve.server import lifecycle, logs, settings
@@ -36,9 +36,12 @@ async def serve() -> None:
                 service,
                 stage="preprocess",
                 address=f"{config.host}:{config.grpc_port}",
-                metadata=ServerMetadata("splitserve-preprocess", __version__),
+                metadata=ServerMetadata(
+                    "splitserve-preprocess", __version__, oip.extensions(allow_control=config.allow_repository_control)
+                ),
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,
+                statistics=service.statistics,
             )
         )
         log.info("listening", grpc_port=face.port)

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 import msgspec
 import structlog
 
-from splitserve import pairing
+from splitserve import classification, pairing
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
 from splitserve.oip import (
@@ -26,6 +26,7 @@ from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.tensors import Tensor
 from splitserve.versions import Pair, parse_pair
 
@@ -48,6 +49,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             "preprocessor_created": self.preprocessor.manifest.created,
             "predictor_created": self.predictor.properties.get("created", ""),
             "warnings": "; ".join(self.warnings),
+            classification.LABELS: msgspec.json.encode(labels).decode() if (labels := self.preprocessor.manifest.labels) else "",
         }
         return {name: fact for name, fact in facts.items() if fact}
 
@@ -74,6 +76,7 @@ class PreprocessService:
         self._preprocessors = preprocessors
         self._predict = predict
         self._compute = Compute(executor)
+        self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
         self._signatures: dict[tuple[str, str], ModelMetadata] = {}
@@ -169,17 +172,18 @@ class PreprocessService:
             pair, admitted = self._choose(request.model, request.version)
         with at_stage(STAGE, model=request.model, pair=str(pair)):
             check_time_left(request.deadline)
-            outputs = await self._infer(request, pair, admitted)
+            with self.statistics.recorded(request.model, str(pair), n_rows=request.n_rows) as watch:
+                outputs = await self._infer(request, pair, admitted, watch)
         return InferResponse(request.model, str(pair), outputs, request.id)
 
-    async def _infer(self, request: InferRequest, pair: Pair, admitted: AdmittedPair) -> tuple[Tensor, ...]:
+    async def _infer(self, request: InferRequest, pair: Pair, admitted: AdmittedPair, watch: Stopwatch) -> tuple[Tensor, ...]:
         preprocessor = admitted.preprocessor
         wanted = choose_outputs(
             preprocessor.answer_specs(admitted.predictor.outputs), [output.name for output in request.outputs]
         )
-        n_rows = request.inputs[0].n_rows if request.inputs else 1
-        features = await self._compute.run(preprocessor, n_rows, preprocessor.transform, request.inputs)
+        features = await self._compute.run(preprocessor, request.n_rows, _transform, preprocessor, request.inputs, watch)
         n_rows = features[0].n_rows
+        watch.end("input")
         try:
             response = await self._predict.infer(
                 InferRequest(
@@ -194,8 +198,11 @@ class PreprocessService:
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
         except NotFound as error:  # it was there a moment ago
             raise Unavailable(error.message, stage=error.stage) from error
+        watch.end("infer")
         check_outputs(admitted.predictor.outputs, response.outputs, n_rows)
         answer = {tensor.name: tensor for tensor in preprocessor.answer(response.outputs)}
+        watch.end("output")
+        self.statistics.record_run(request.model, str(pair), n_rows=request.n_rows, parts=watch.parts)
         return tuple(answer[name] for name in wanted)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
@@ -243,3 +250,8 @@ class PreprocessService:
         pair, admitted = self._pairs.choose(model, parse_pair(model, version))
         self._preprocessors.touch(model, pair.preprocessor)
         return pair, admitted
+
+
+def _transform(preprocessor: Preprocessor, inputs: Sequence[Tensor], watch: Stopwatch) -> tuple[Tensor, ...]:
+    watch.end("queue")
+    return preprocessor.transform(inputs)

@@ -22,7 +22,7 @@ async def serve() -> None:
         preprocess = await stack.enter_async_context(
             RemoteInference(config.preprocess_target, stage="preprocess", max_message_bytes=config.max_message_bytes)
         )
-        service = ProxyService(preprocess, n_replicas=lambda: preprocess.n_replicas)
+        service = ProxyService(preprocess, limits=config.limits, n_replicas=lambda: preprocess.n_replicas)
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(

@@ -10,18 +10,17 @@ from proxy.http_app import RETRY_AFTER_S, HttpApp
 from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve import __version__
+from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
 from splitserve.server.grpc_face import GrpcFace
-
-EXTENSIONS = ("binary_tensor_data",)
 
 
 class Faces:
     """Listens on both ports while entered."""
 
     def __init__(self, service: ProxyService, config: ProxySettings) -> None:
-        metadata = ServerMetadata("splitserve", __version__, EXTENSIONS)
+        extensions = ("binary_tensor_data", *oip.extensions(allow_control=config.allow_repository_control))
+        metadata = ServerMetadata("splitserve", __version__, extensions)
         self._config = config
         self._stack = AsyncExitStack()
         app = HttpApp(
@@ -29,6 +28,7 @@ class Faces:
             metadata=metadata,
             max_body_bytes=config.max_message_bytes,
             default_timeout_s=config.default_timeout_s,
+            max_timeout_s=config.max_timeout_s,
             allow_control=config.allow_repository_control,
         )
         self.http = HttpFace(app, host=config.host, port=config.http_port, grace_s=config.grace_s)
@@ -39,8 +39,10 @@ class Faces:
             metadata=metadata,
             max_message_bytes=config.max_message_bytes,
             default_timeout_s=config.default_timeout_s,
+            max_timeout_s=config.max_timeout_s,
             retry_after_s=RETRY_AFTER_S,
             allow_control=config.allow_repository_control,
+            statistics=service.statistics,
         )
 
     async def __aenter__(self) -> Faces:

@@ -5,19 +5,33 @@ Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`
 
 from __future__ import annotations
 
+import asyncio
+import math
 import re
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from importlib.resources import files
 from typing import Any
 
 import msgspec
 import structlog
 
+from proxy import compression
+from proxy.compression import deflate
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
-from splitserve import oip_rest, v1
-from splitserve.errors import Internal, InvalidInput, PermissionDenied, SplitserveError, TooLarge, Unavailable, at_stage
-from splitserve.oip import READY, ServerMetadata, deadline_after
+from splitserve import classification, oip_rest, v1
+from splitserve.errors import (
+    Internal,
+    InvalidInput,
+    PermissionDenied,
+    SplitserveError,
+    TooLarge,
+    Unavailable,
+    Unsupported,
+    at_stage,
+)
+from splitserve.model_config import config_of
+from splitserve.oip import READY, InferRequest, ServerMetadata, deadline_after
 from splitserve.server.logs import RequestLine
 
 Scope = MutableMapping[str, Any]
@@ -30,6 +44,9 @@ RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
 
 _HEADER_LENGTH = "inference-header-content-length"
+_TIMEOUT = "request-timeout"
+_LONG_BODY_BYTES = 64 * 1024
+"""Longer answers are compressed beside the event loop."""
 
 
 class Request(msgspec.Struct):
@@ -61,6 +78,7 @@ class Refused(Exception):
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
 
@@ -71,7 +89,8 @@ class HttpApp:
         service: what is served.
         metadata: what ``GET /v2`` answers.
         max_body_bytes: larger bodies are refused.
-        default_timeout_s: the deadline of a request.
+        default_timeout_s: the deadline of a request that sets none.
+        max_timeout_s: the longest that a request may ask for.
         allow_control: take requests to load and unload models.
     """
 
@@ -82,12 +101,14 @@ class HttpApp:
         metadata: ServerMetadata,
         max_body_bytes: int,
         default_timeout_s: float,
+        max_timeout_s: float = math.inf,
         allow_control: bool = False,
     ) -> None:
         self._service = service
         self._metadata = metadata
         self._max_body_bytes = max_body_bytes
         self._default_timeout_s = default_timeout_s
+        self._max_timeout_s = max_timeout_s
         self._allow_control = allow_control
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version))
@@ -97,16 +118,20 @@ class HttpApp:
         routes: tuple[tuple[str, dict[str, Handler]], ...] = (
             (rf"/v2{_MODEL}/infer", {"POST": self._infer}),
             (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
+            (rf"/v1{_MODEL}:explain", {"POST": self._explain}),
             (r"/v2/health/live", {"GET": self._live}),
             (r"/v2/health/ready", {"GET": self._ready}),
+            (r"/v2/models/stats", {"GET": self._all_statistics}),
             (rf"/v2{_MODEL}", {"GET": self._model_metadata}),
+            (rf"/v2{_MODEL}/config", {"GET": self._model_config}),
+            (rf"/v2{_MODEL}/stats", {"GET": self._model_statistics}),
             (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
             (r"/v2/?", {"GET": self._server_metadata}),
             (r"/v2/models", {"GET": self._models}),
             (r"/v2/repository/index", {"POST": self._repository_index}),
             (r"/v2/repository/models/(?P<model>[^/:]+)/(?P<action>load|unload)", {"POST": self._repository_control}),
             (r"/v1/models", {"GET": self._models}),
-            (rf"/v1{_MODEL}", {"GET": self._model_ready}),
+            (rf"/v1{_MODEL}", {"GET": self._model_status}),
             (r"/openapi\.json", {"GET": self._openapi_document}),
             (r"/docs", {"GET": self._docs_page}),
             (r"/", {"GET": self._alive}),
@@ -132,11 +157,14 @@ class HttpApp:
         """Errors become statuses here and nowhere else."""
         try:
             handler, path = self._route(scope["method"], scope["path"])
-            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-            _check_form(headers)
+            headers = _headers(scope["headers"])
+            encoding = _check_form(headers)
             with at_stage(STAGE):
+                deadline = deadline_after(self._timeout_s(headers))
                 body = await self._body(headers, receive)
-                return await handler(Request(path, headers, body, deadline_after(self._default_timeout_s)))
+                if encoding and body:
+                    body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self._max_body_bytes)
+                return await _compressed(await handler(Request(path, headers, body, deadline)), headers)
         except Refused as refused:
             return _json(refused.status, {"error": str(refused)}, refused.headers)
         except SplitserveError as error:
@@ -169,26 +197,43 @@ class HttpApp:
             if not message.get("more_body", False):
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def _timeout_s(self, headers: dict[str, str]) -> float:
+        value = headers.get(_TIMEOUT)
+        if value is None:
+            return self._default_timeout_s
+        if not _SECONDS.fullmatch(value) or not float(value) > 0:
+            raise InvalidInput(f"Request-Timeout: expected a number of seconds, more than 0, got {value[:32]!r}")
+        return min(float(value), self._max_timeout_s)
+
     async def _infer(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("infer", model, version) as line:
-            asked = oip_rest.decode_request(
-                model, version, request.body, header_length=_header_length(request.headers), deadline=request.deadline
-            )
-            answer = await self._service.infer(asked)
+            asked = self._asked(request, model, version)
+            answer = await classification.infer(self._service, asked)
             line.version = answer.version
             body, header_length = oip_rest.encode_response(answer, asked)
         if header_length is None:
             return Response(200, body)
         return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH, str(header_length)),))
 
+    def _asked(self, request: Request, model: str, version: str) -> InferRequest:
+        header_length = _header_length(request.headers)
+        if header_length == 0:
+            pair, metadata = self._service.choose(model, version)
+            return oip_rest.decode_raw_request(request.body, metadata, str(pair), deadline=request.deadline)
+        return oip_rest.decode_request(model, version, request.body, header_length=header_length, deadline=request.deadline)
+
     async def _predict(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("predict", model, version) as line:
             pair, metadata = self._service.choose(model, version)
             line.version = str(pair)
-            answer = await self._service.infer(v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline))
-            return Response(200, v1.encode_response(answer))
+            asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
+            answer = await self._service.infer(asked.request)
+            return Response(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
+
+    async def _explain(self, request: Request) -> Response:
+        raise Unsupported("there is nothing here that explains")
 
     async def _live(self, request: Request) -> Response:
         return _json(200, {"live": True})
@@ -216,6 +261,23 @@ class HttpApp:
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
         return _json(200, {"name": model, "ready": True})
 
+    async def _model_status(self, request: Request) -> Response:
+        """As both KServe's and TensorFlow Serving's clients read it."""
+        model, version = request.path["model"], request.path["version"]
+        ready = await self._model_ready(request)
+        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
+        return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
+
+    async def _model_config(self, request: Request) -> Response:
+        return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
+
+    async def _model_statistics(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
+
+    async def _all_statistics(self, request: Request) -> Response:
+        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index())})
+
     async def _repository_index(self, request: Request) -> Response:
         wish = oip_rest.decode_json(request.body) if request.body else {}
         only_ready = isinstance(wish, dict) and wish.get("ready") is True
@@ -242,14 +304,43 @@ class HttpApp:
         return _json(200, {"status": "alive"})
 
 
-def _check_form(headers: dict[str, str]) -> None:
-    """Raises:
-    Refused: the body comes in a form that is not taken. Its content type does not matter otherwise: clients send many.
+def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """By name in lower case; those that come several times are joined. Source: RFC 9110, section 5.3."""
+    headers: dict[str, str] = {}
+    for name, value in raw:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
+
+
+async def _compressed(response: Response, headers: dict[str, str]) -> Response:
+    """The answer as the client takes it."""
+    if "accept-encoding" not in headers or len(response.body) < compression.MIN_COMPRESSED_BYTES:
+        return response
+    encoding = compression.choose(headers["accept-encoding"])
+    if not encoding:
+        return response
+    is_long = len(response.body) > _LONG_BODY_BYTES
+    body = await asyncio.to_thread(deflate, response.body, encoding) if is_long else deflate(response.body, encoding)
+    extra = (("content-encoding", encoding), ("vary", "accept-encoding"))
+    return Response(response.status, body, response.content_type, (*response.headers, *extra))
+
+
+def _check_form(headers: dict[str, str]) -> str:
+    """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
+
+    Raises:
+        Refused: the body comes in a form that is not taken.
     """
     if headers.get("content-type", "").startswith("multipart/"):
         raise Refused(415, "multipart bodies are not taken, send JSON")
-    if (encoding := headers.get("content-encoding", "identity")) != "identity":
-        raise Refused(415, f"content-encoding {encoding[:32]} is not taken")
+    encoding = headers.get("content-encoding", "identity").lower()
+    if encoding == "identity":
+        return ""
+    if encoding not in compression.ENCODINGS:
+        taken = ", ".join(compression.ENCODINGS)
+        raise Refused(415, f"content-encoding {encoding[:32]} is not taken, {taken} are", (("accept-encoding", taken),))
+    return encoding
 
 
 def _header_length(headers: dict[str, str]) -> int | None:

@@ -28,8 +28,14 @@ _VERSION: Schema = {
 _HEADER_LENGTH: Schema = {
     "name": "Inference-Header-Content-Length",
     "in": "header",
-    "description": "Bytes of JSON at the beginning of the body, if binary tensors follow it.",
-    "schema": {"type": "integer", "minimum": 1},
+    "description": "Bytes of JSON at the beginning of the body, if binary tensors follow it; 0: the body is the only input, raw.",
+    "schema": {"type": "integer", "minimum": 0, "maximum": 2147483647},
+}
+_TIMEOUT: Schema = {
+    "name": "Request-Timeout",
+    "in": "header",
+    "description": "Seconds that the request may take.",
+    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,8}(\\.[0-9]{1,9})?$"},
 }
 
 
@@ -64,6 +70,7 @@ def _paths() -> dict[str, Schema]:
         "/v2/health/ready": {"get": _get("At least one model can be inferred now", "health", "Ready", "503")},
         "/v2": {"get": _get("Name, version and extensions of the server", "models", "Server")},
         "/v2/models": {"get": _get("Names of the models", "models", "Models")},
+        "/v2/models/stats": {"get": _get("What was inferred since the start, and how long it took", "models", "Statistics")},
         "/v2/repository/index": {"post": _index()},
         "/v2/repository/models/{model}/load": {"post": _control("Serve a model again, newest versions"), "parameters": [_MODEL]},
         "/v2/repository/models/{model}/unload": {"post": _control("Serve no version of a model"), "parameters": [_MODEL]},
@@ -72,11 +79,17 @@ def _paths() -> dict[str, Schema]:
     for middle, parameters in (("", [_MODEL]), ("/versions/{version}", [_MODEL, _VERSION])):
         v2, v1 = f"/v2/models/{{model}}{middle}", f"/v1/models/{{model}}{middle}"
         paths[v2] = {"get": _get("Signature of a model", "models", "Model", "404", "503"), "parameters": parameters}
+        config = _get("How it is run: rows of a request, its tensors", "models", "Config", "404", "503")
+        paths[f"{v2}/config"] = {"get": config, "parameters": parameters}
+        counted = _get("What was inferred since the start, and how long it took", "models", "Statistics", "404")
+        paths[f"{v2}/stats"] = {"get": counted, "parameters": parameters}
         ready = _get("Whether it can be inferred now", "health", "ModelReady", "404", "503")
         paths[f"{v2}/ready"] = {"get": ready, "parameters": parameters}
-        paths[v1] = {"get": ready, "parameters": parameters}
+        status = _get("Whether it can be inferred now, and the states of its versions", "health", "ModelStatus", "404", "503")
+        paths[v1] = {"get": status, "parameters": parameters}
         paths[f"{v2}/infer"] = {"post": _infer(), "parameters": parameters}
         paths[f"{v1}:predict"] = {"post": _predict(), "parameters": parameters}
+        paths[f"{v1}:explain"] = {"post": _explain(), "parameters": parameters}
     return paths
 
 
@@ -91,7 +104,7 @@ def _infer() -> Schema:
     return {
         "summary": "Infer (V2)",
         "tags": ["inference"],
-        "parameters": [_HEADER_LENGTH],
+        "parameters": [_HEADER_LENGTH, _TIMEOUT],
         "requestBody": {
             "required": True,
             "content": {"application/json": {"schema": _ref("InferRequest")}, "application/octet-stream": binary},
@@ -104,9 +117,15 @@ def _predict() -> Schema:
     return {
         "summary": "Infer (V1)",
         "tags": ["inference"],
+        "parameters": [_TIMEOUT],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("PredictRequest")}}},
-        "responses": {"200": _json("PredictResponse", "A prediction for each instance"), **_errors(*_INFER_ERRORS)},
+        "responses": {"200": _json("PredictResponse", "The predictions"), **_errors(*_INFER_ERRORS)},
     }
+
+
+def _explain() -> Schema:
+    summary = "Explanations, which there are none of"
+    return {"summary": summary, "tags": ["inference"], "responses": _errors("400", "413", "415", "501")}
 
 
 def _index() -> Schema:
@@ -135,10 +154,11 @@ _ERRORS = {
     "415": "The body's encoding is not taken",
     "429": "Too much is waiting already",
     "500": "A fault of the service, never of the caller",
+    "501": "Not offered",
     "503": "Not ready: loading, draining, or a stage can not be reached",
     "504": "Out of time",
 }
-_INFER_ERRORS = tuple(status for status in _ERRORS if status != "403")
+_INFER_ERRORS = tuple(status for status in _ERRORS if status not in ("403", "501"))
 
 
 def _errors(*statuses: str) -> Schema:
@@ -166,6 +186,11 @@ def _object(properties: Schema, *required: str, **more: Any) -> Schema:
     return {"type": "object", "properties": properties, "required": list(required), **more}
 
 
+def _struct(**properties: Schema) -> Schema:
+    """An object with all of these."""
+    return _object(properties, *properties)
+
+
 def _array(items: Schema) -> Schema:
     return {"type": "array", "items": items}
 
@@ -175,7 +200,8 @@ def _schemas() -> dict[str, Schema]:
     yes: Schema = {"type": "boolean"}
     datatype = {"type": "string", "enum": _DATATYPES}
     parameters = {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}
-    size = {"type": "integer", "minimum": 0}
+    size: Schema = {"type": "integer", "minimum": 0}
+    duration = _ref("Duration")
     tensor = {"name": text, "datatype": datatype, "shape": _array(size), "parameters": parameters}
     data = {"type": "array", "description": "Row-major, flat or nested as the shape says."}
     spec = _object(
@@ -185,6 +211,74 @@ def _schemas() -> dict[str, Schema]:
         "Live": _object({"live": yes}, "live"),
         "Ready": _object({"ready": yes, "live": yes}, "ready"),
         "ModelReady": _object({"name": text, "ready": yes}, "name", "ready"),
+        "ModelStatus": _object(
+            {
+                "name": text,
+                "ready": yes,
+                "model_version_status": _array(
+                    _object(
+                        {
+                            "version": text,
+                            "state": {"type": "string", "enum": ["LOADING", "AVAILABLE", "END"]},
+                            "status": _object({"error_code": text, "error_message": text}, "error_code", "error_message"),
+                        },
+                        "version",
+                        "state",
+                        "status",
+                    )
+                ),
+            },
+            "name",
+            "ready",
+            "model_version_status",
+        ),
+        "Config": _object(
+            {
+                "name": text,
+                "platform": text,
+                "backend": text,
+                "max_batch_size": {**size, "description": "0: its tensors have no batch dimension."},
+                "input": _array(_ref("TensorConfig")),
+                "output": _array(_ref("TensorConfig")),
+                "dynamic_batching": _object({"max_queue_delay_microseconds": size}),
+            },
+            "name",
+            "platform",
+            "backend",
+            "max_batch_size",
+            "input",
+            "output",
+        ),
+        "TensorConfig": _object(
+            {
+                "name": text,
+                "data_type": {"type": "string", "pattern": "^TYPE_"},
+                "dims": {**_array({"type": "integer", "minimum": -1}), "description": "Without the batch dimension."},
+            },
+            "name",
+            "data_type",
+            "dims",
+        ),
+        "Statistics": _object({"model_stats": _array(_ref("ModelStatistics"))}, "model_stats"),
+        "ModelStatistics": _struct(
+            name=text,
+            version=text,
+            last_inference={**size, "description": "Milliseconds since the epoch; 0: none."},
+            inference_count={**size, "description": "Rows."},
+            execution_count={**size, "description": "Runs; one can be of several requests."},
+            inference_stats=_struct(
+                success=duration,
+                fail=duration,
+                queue=duration,
+                compute_input=duration,
+                compute_infer=duration,
+                compute_output=duration,
+                cache_hit=duration,
+                cache_miss=duration,
+            ),
+            batch_stats=_array(_struct(batch_size=size, compute_input=duration, compute_infer=duration, compute_output=duration)),
+        ),
+        "Duration": _struct(count=size, ns=size),
         "Server": _object({"name": text, "version": text, "extensions": _array(text)}, "name", "version", "extensions"),
         "Models": _object({"models": _array(text)}, "models"),
         "Model": _object(
@@ -227,13 +321,24 @@ def _schemas() -> dict[str, Schema]:
             {
                 "instances": {
                     "type": "array",
-                    "description": "A record by input name, or the values in the signature's order.",
-                }
+                    "description": "By row: a record by input name, or the values in the signature's order.",
+                },
+                "inputs": {
+                    "type": ["object", "array"],
+                    "description": "By column: whole tensors by input name, or that of the only input.",
+                },
+                "signature_name": {"description": "Ignored."},
             },
-            "instances",
+            oneOf=[{"required": ["instances"]}, {"required": ["inputs"]}],
             example={"instances": [{"bill_length_mm": 39.1, "island": "Torgersen"}]},
         ),
-        "PredictResponse": _object({"predictions": {"type": "array"}}, "predictions"),
+        "PredictResponse": _object(
+            {
+                "predictions": {"type": "array", "description": "For each instance."},
+                "outputs": {"type": ["object", "array"], "description": "As the inputs came: by column."},
+            },
+            oneOf=[{"required": ["predictions"]}, {"required": ["outputs"]}],
+        ),
         "State": _object({"name": text, "version": text, "state": text, "reason": text}, "name", "version", "state"),
         "Error": _object({"error": text, "reason": text, "stage": text, "model": text, "pair": text}, "error"),
     }

@@ -20,10 +20,20 @@ from splitserve.oip import (
     ModelState,
     check_time_left,
 )
-from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.signature import InputCheck, choose_outputs, is_row_wise
+from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import Pair, parse_pair
 
 STAGE = "proxy"
+
+
+class _Target(msgspec.Struct, frozen=True):
+    """What a request for a model and version gets, until the next look."""
+
+    pair: str
+    signature: ModelMetadata
+    check: InputCheck
+    is_mergeable: bool
 
 
 class ProxyService:
@@ -41,10 +51,16 @@ class ProxyService:
     """
 
     def __init__(
-        self, preprocess: InferenceService, *, limits: Limits | None = None, n_replicas: Callable[[], int] = lambda: 1
+        self,
+        preprocess: InferenceService,
+        *,
+        limits: Callable[[str], Limits] | Limits | None = None,
+        n_replicas: Callable[[], int] = lambda: 1,
     ) -> None:
         self._preprocess = preprocess
-        self._batcher = Batcher(preprocess.infer, limits, n_backends=n_replicas)
+        self._targets: dict[tuple[str, str], _Target] = {}
+        self._batcher = Batcher(self._send, limits, n_backends=n_replicas)
+        self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -63,11 +79,13 @@ class ProxyService:
             if not self._broken_link:
                 self._log.warning("preprocess lost", reason=error.message)
             self._broken_link = error.message
+            self._targets = {}
             return
         if self._broken_link and not reason:
             self._log.info("preprocess reached", models=pairs.models())
         self._broken_link = reason
         self._pairs = pairs
+        self._targets = {}
 
     async def _catalogue(self, states: list[ModelState]) -> Catalogue[Pair, ModelMetadata]:
         """The pairs in an index with their signatures, asking for those that are not known yet."""
@@ -91,14 +109,32 @@ class ProxyService:
             return None
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        with at_stage(STAGE, model=request.model):
-            pair, metadata = self.choose(request.model, request.version)
-        with at_stage(STAGE, model=request.model, pair=str(pair)):
+        target = self._targets.get((request.model, request.version)) or self._find_target(request)
+        with at_stage(STAGE, model=request.model, pair=target.pair):
             check_time_left(request.deadline)
-            check_inputs(metadata.inputs, request.inputs, widen=True)
-            choose_outputs(metadata.outputs, [output.name for output in request.outputs])
-            is_mergeable = is_row_wise(metadata.inputs, metadata.outputs)
-            return await self._batcher.infer(msgspec.structs.replace(request, version=str(pair)), is_mergeable=is_mergeable)
+            with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
+                target.check(request.inputs)
+                if request.outputs:
+                    choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+                watch.end("input")
+                if request.version != target.pair:
+                    request = msgspec.structs.replace(request, version=target.pair)
+                return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch)
+
+    def _find_target(self, request: InferRequest) -> _Target:
+        with at_stage(STAGE, model=request.model):
+            pair, signature = self.choose(request.model, request.version)
+            check = InputCheck(signature.inputs, widen=True)
+            target = _Target(str(pair), signature, check, is_row_wise(signature.inputs, signature.outputs))
+        self._targets[(request.model, request.version)] = target
+        return target
+
+    async def _send(self, request: InferRequest) -> InferResponse:
+        watch = Stopwatch()
+        response = await self._preprocess.infer(request)
+        watch.end("infer")
+        self.statistics.record_run(request.model, request.version, n_rows=request.n_rows, parts=watch.parts)
+        return response
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """The pair that a request for this version gets, and its signature.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from splitserve.server.settings import ServiceSettings
+from splitserve.server.settings import BatchingSettings
 
 
-class ProxySettings(ServiceSettings):
+class ProxySettings(BatchingSettings):
     """Settings of the proxy."""
 
     model_config = SettingsConfigDict(env_prefix="PROXY_")
@@ -24,3 +24,6 @@ class ProxySettings(ServiceSettings):
 
     default_timeout_s: float = Field(30.0, gt=0)
     """Seconds that a request may take if its caller sets no deadline."""
+
+    max_timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a request may take whatever its caller asks for."""

@@ -47,7 +47,7 @@ def to_array(tensor: Tensor) -> Array:
         if tensor.datatype == "BF16":
             halves = np.frombuffer(tensor.raw, dtype="<u2").astype("<u4")
             return (halves << np.uint32(16)).view("<f4").reshape(tensor.shape)
-        return np.frombuffer(tensor.raw, dtype=DTYPES[tensor.datatype]).reshape(tensor.shape)
+        return np.frombuffer(tensor.raw, DTYPES[tensor.datatype]).reshape(tensor.shape)
     except KeyError:
         raise InvalidInput(f'"{tensor.name}": unknown datatype "{tensor.datatype[:32]}"') from None
     except ValueError as error:
@@ -93,8 +93,8 @@ def from_array(name: str, array: Array, datatype: str | None = None) -> Tensor:
     elif datatype == "BF16":
         raw = _to_bf16(np.ascontiguousarray(array, dtype="<f4")).tobytes()
     else:
-        raw = np.ascontiguousarray(array, dtype=DTYPES[datatype]).tobytes()
-    return Tensor(name, datatype, tuple(array.shape), raw)
+        raw = array.astype(DTYPES[datatype], copy=False).tobytes()
+    return Tensor(name, datatype, array.shape, raw)
 
 
 def _as_bytes(name: str, element: object) -> bytes:

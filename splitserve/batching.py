@@ -38,6 +38,7 @@ from splitserve.errors import (
     Unsupported,
 )
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse
+from splitserve.statistics import Stopwatch
 from splitserve.tensors import DATATYPES, Tensor, bytes_offsets
 
 MIB = 1024 * 1024
@@ -107,12 +108,13 @@ class Batcher:
         self._sweeping: asyncio.TimerHandle | None = None
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def infer(self, request: InferRequest, *, is_mergeable: bool = True) -> InferResponse:
+    async def infer(self, request: InferRequest, *, is_mergeable: bool = True, watch: Stopwatch | None = None) -> InferResponse:
         """Answer a request, merged with others like it if the signature allows that.
 
         Args:
             request: checked against the signature, so that what it is merged with does not fail for its form.
             is_mergeable: whether all inputs and outputs have a leading dimension of rows that are independent of each other.
+            watch: told how long it waited, and how long the call took that it was sent with.
 
         Raises:
             Overloaded: as many requests as may are waiting already.
@@ -127,7 +129,7 @@ class Batcher:
         if request.deadline <= now:
             raise DeadlineExceeded("out of time before the work began")
         loop = asyncio.get_running_loop()
-        member = _Member(request, loop.create_future(), now, lane)
+        member = _Member(request, loop.create_future(), now, lane, watch)
         lane.add(member)
         self._lanes[lane.key] = lane
         self._members.add(member)
@@ -137,7 +139,10 @@ class Batcher:
             group.is_scheduled = True
             loop.call_soon(self._pump, group)
         try:
-            return await member.answer
+            response = await member.answer
+            if watch is not None:
+                watch.end("infer")
+            return response
         finally:
             self._members.discard(member)
             if member.is_waiting:
@@ -208,6 +213,8 @@ class Batcher:
         aboard = _Aboard(call, len(members))
         for member in members:
             member.aboard = aboard
+            if member.watch is not None:
+                member.watch.end("queue")
 
     async def _call(self, group: _Group, members: list[_Member]) -> None:
         started = self._clock()
@@ -430,10 +437,13 @@ class _Aboard:
 class _Member:
     """A request and who waits for its answer."""
 
-    __slots__ = ("aboard", "answer", "is_waiting", "lane", "n_bytes", "n_rows", "request", "since")
+    __slots__ = ("aboard", "answer", "is_waiting", "lane", "n_bytes", "n_rows", "request", "since", "watch")
 
-    def __init__(self, request: InferRequest, answer: asyncio.Future[InferResponse], since: float, lane: _Lane) -> None:
+    def __init__(
+        self, request: InferRequest, answer: asyncio.Future[InferResponse], since: float, lane: _Lane, watch: Stopwatch | None
+    ) -> None:
         self.request = request
+        self.watch = watch
         self.answer = answer
         self.since = since
         self.lane = lane

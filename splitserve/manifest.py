@@ -64,10 +64,11 @@ class Rows(msgspec.Struct, frozen=True):
     """What the transforms were fitted on, so that a request's tensors can be made into the same.
 
     ``form`` "frame": a DataFrame with these columns, each an input of the signature. ``form`` "array": one array of ``n_dims``
-    dimensions, the only input; ``element`` is a numpy dtype, "str" or "bytes".
+    dimensions, the only input; ``element`` is a numpy dtype, "str" or "bytes". "tensors": there are no transforms, the inputs go
+    on to the predictor as they came, and the outputs of the signature are its inputs.
     """
 
-    form: Literal["frame", "array"]
+    form: Literal["frame", "array", "tensors"]
     columns: tuple[Column, ...] = ()
     element: str = ""
     n_dims: int = 2

@@ -14,13 +14,24 @@ from typing import Protocol
 
 import msgspec
 
-from splitserve.errors import DeadlineExceeded
+from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
 Parameter = bool | int | float | str
 
 NO_DEADLINE = math.inf
+
+_EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_policy", "statistics")
+
+
+def extensions(*, allow_control: bool) -> tuple[str, ...]:
+    """The extensions of the protocol that every face offers, by the names that clients know.
+
+    Args:
+        allow_control: models can be loaded and unloaded.
+    """
+    return (*_EXTENSIONS, "model_repository") if allow_control else _EXTENSIONS
 
 
 def deadline_after(timeout_s: float) -> float:
@@ -39,6 +50,34 @@ def check_time_left(deadline: float) -> None:
     """
     if remaining_s(deadline) <= 0:
         raise DeadlineExceeded("out of time before the work began")
+
+
+TIMEOUT, PRIORITY = "timeout", "priority"
+
+
+def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Mapping[str, Parameter], float]:
+    """The parameters of a request without its timeout, and its deadline with it.
+
+    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked, but all are equal.
+
+    Args:
+        parameters: of the request.
+        deadline: that it has otherwise.
+
+    Raises:
+        InvalidInput: one of the two is no whole number, or negative.
+
+    Source: Triton's "schedule policy" extension.
+    """
+    if TIMEOUT not in parameters and PRIORITY not in parameters:
+        return parameters, deadline
+    for name in (TIMEOUT, PRIORITY):
+        value = parameters.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise InvalidInput(f'parameter "{name}": expected a whole number, not negative, got {str(value)[:32]}')
+    if timeout_us := int(parameters.get(TIMEOUT, 0)):
+        deadline = min(deadline, deadline_after(timeout_us / 1e6))
+    return {name: value for name, value in parameters.items() if name != TIMEOUT}, deadline
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -62,6 +101,11 @@ class InferRequest(msgspec.Struct, frozen=True):
     parameters: Mapping[str, Parameter] = {}
     deadline: float = NO_DEADLINE
     caller: Hashable = None
+
+    @property
+    def n_rows(self) -> int:
+        """The rows of its first tensor; 0 if it has none."""
+        return self.inputs[0].n_rows if self.inputs else 0
 
 
 class InferResponse(msgspec.Struct, frozen=True):

@@ -15,8 +15,10 @@ from google.protobuf.message import DecodeError
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, InvalidInput, SplitserveError, from_wire
+from splitserve.model_config import ModelConfig
 from splitserve.oip import (
     NO_DEADLINE,
+    TIMEOUT,
     InferRequest,
     InferResponse,
     ModelMetadata,
@@ -24,10 +26,11 @@ from splitserve.oip import (
     Parameter,
     RequestedOutput,
     ServerMetadata,
-    deadline_after,
     remaining_s,
+    scheduled,
 )
 from splitserve.signature import TensorSpec
+from splitserve.statistics import ModelStatistics
 from splitserve.tensors import Tensor, datatype_of, pack
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -64,10 +67,6 @@ def parse(message_type: Any, data: bytes) -> Any:
         raise InvalidInput(f"the request is not a {message_type.DESCRIPTOR.full_name}") from None
 
 
-TIMEOUT = "timeout"
-"""The parameter for the microseconds that a request may take. Source: Triton, "Schedule policy extension"."""
-
-
 def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     """A request as a message on a stream, which has no deadline of its own for each: what remains goes as a parameter."""
     message = encode_request(request)
@@ -75,20 +74,6 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
     return message.SerializeToString()
-
-
-def decode_stream_request(data: bytes, caller: Hashable = None) -> InferRequest:
-    """The request in a message on a stream, with its deadline.
-
-    Raises:
-        InvalidInput: as `parse` and `decode_request`.
-    """
-    request = decode_request(parse(pb.ModelInferRequest, data), caller=caller)
-    timeout_us = request.parameters.get(TIMEOUT, 0)
-    if isinstance(timeout_us, int) and timeout_us > 0:
-        parameters = {name: value for name, value in request.parameters.items() if name != TIMEOUT}
-        return msgspec.structs.replace(request, deadline=deadline_after(timeout_us / 1e6), parameters=parameters)
-    return request
 
 
 def encode_stream_response(response: InferResponse) -> bytes:
@@ -131,11 +116,14 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
         raws = [_pack_contents("input", tensor) for tensor in inputs]
+    parameters: Mapping[str, Parameter] = {}
+    if message.parameters:
+        parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
     return InferRequest(
         model=message.model_name,
         version=message.model_version,
         id=message.id,
-        parameters=_decode_parameters(message.parameters) if message.parameters else {},
+        parameters=parameters,
         inputs=tuple(
             Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
         ),
@@ -290,3 +278,13 @@ def decode_index(message: pb.RepositoryIndexResponse) -> list[ModelState]:
 def encode_server_metadata(metadata: ServerMetadata) -> pb.ServerMetadataResponse:
     """The message for who answers."""
     return pb.ServerMetadataResponse(name=metadata.name, version=metadata.version, extensions=metadata.extensions)
+
+
+def encode_config(config: ModelConfig) -> pb.ModelConfigResponse:
+    """The message for a model's configuration."""
+    return pb.ModelConfigResponse(config=pb.ModelConfig(**msgspec.to_builtins(config)))
+
+
+def encode_statistics(statistics: Iterable[ModelStatistics]) -> pb.ModelStatisticsResponse:
+    """The message for what was counted."""
+    return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(**msgspec.to_builtins(entry)) for entry in statistics])

@@ -14,9 +14,17 @@ from typing import Any
 import msgspec
 
 from splitserve.errors import InvalidInput
-from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.oip import (
+    NO_DEADLINE,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    Parameter,
+    RequestedOutput,
+    scheduled,
+)
 from splitserve.signature import TensorSpec
-from splitserve.tensors import MAX_RANK, Datatype, Tensor, datatype_of, n_elements, pack, unpack
+from splitserve.tensors import DATATYPES, MAX_RANK, Datatype, Tensor, datatype_of, encode_bytes, n_elements, pack, unpack
 
 _BINARY_SIZE = "binary_data_size"
 _BINARY_OUTPUT = "binary_data"
@@ -117,15 +125,49 @@ def decode_request(
         inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
     if end != len(body):
         raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+    parameters, deadline = scheduled(_parameters(message.parameters), deadline)
     return InferRequest(
         model,
         tuple(inputs),
         version=version,
         outputs=tuple(RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()),
         id=message.id or "",
-        parameters=_parameters(message.parameters),
+        parameters=parameters,
         deadline=deadline,
     )
+
+
+def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
+    """The request in a body without JSON: the elements of the only input of a model, one row. All outputs are wanted as binary.
+
+    Args:
+        body: raw elements; a BYTES element without its length in front.
+        metadata: signature of the model. Besides the batch one dimension may vary: its size is told from the body's.
+        version: the one to call.
+        deadline: of the request.
+
+    Raises:
+        InvalidInput: the model has several inputs or dimensions that vary, or the body has another size.
+
+    Source: Triton, "raw binary request".
+    """
+    if len(metadata.inputs) != 1:
+        raise InvalidInput(f"a body without JSON is for models with one input, this one has {len(metadata.inputs)}")
+    spec = metadata.inputs[0]
+    if spec.datatype == "BYTES":
+        body = encode_bytes([body])
+    tensor = Tensor(spec.name, spec.datatype, _raw_shape(spec, len(body)), body)
+    return InferRequest(metadata.name, (tensor,), version=version, parameters={_ALL_BINARY: True}, deadline=deadline)
+
+
+def _raw_shape(spec: TensorSpec, n_bytes: int) -> tuple[int, ...]:
+    """The shape of one row of so many bytes; whether they fill it is checked with the request."""
+    shape = (1, *spec.wire_shape[1:]) if spec.wire_shape[:1] == (-1,) else spec.wire_shape
+    if shape.count(-1) > 1:
+        raise InvalidInput(f'input "{spec.name}": more than one dimension of {list(shape)} varies, send JSON or its header')
+    size = math.prod(size for size in shape if size > 0) * max(DATATYPES[spec.datatype].itemsize, 1)
+    varying = 1 if spec.datatype == "BYTES" else n_bytes // max(size, 1)
+    return tuple(varying if size == -1 else size for size in shape)
 
 
 def _parameters(given: dict[str, Parameter] | None) -> dict[str, Parameter]:

@@ -85,6 +85,8 @@ class RemoteInference:
         max_message_bytes: the largest message sent or taken.
         poll_timeout_s: how long questions other than inference may take.
         credentials: of the channels; None: in clear.
+        hedge_after_s: after how long without an answer another replica is asked as well.
+        replicas: as for `Replicas`: how names are looked up, how often, and how long a call waits for a replica.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class RemoteInference:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         poll_timeout_s: float = 5.0,
         credentials: grpc.ChannelCredentials | None = None,
+        hedge_after_s: float = HEDGE_AFTER_S,
+        **replicas: Any,
     ) -> None:
         self.target = target
         self._stage = stage
@@ -102,7 +106,8 @@ class RemoteInference:
         self._poll_timeout_s = poll_timeout_s
         self._credentials = credentials
         self._budget = RetryBudget()
-        self._replicas = Replicas(target, stage=stage, connect=self._connect)
+        self._hedge_after_s = hedge_after_s
+        self._replicas = Replicas(target, stage=stage, connect=self._connect, **replicas)
         self.is_loaded = True
 
     def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
@@ -124,6 +129,11 @@ class RemoteInference:
     def n_replicas(self) -> int:
         """How many can be used now."""
         return len(self._replicas.usable())
+
+    @property
+    def n_streams(self) -> int:
+        """How many of these have a stream open; the others get unary calls."""
+        return sum(replica.keeper.stream is not None for replica in self._replicas.usable())
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Infer with what remains of the request's deadline."""
@@ -159,7 +169,7 @@ class RemoteInference:
             return await self._infer_on(request, replica)
         calls = [asyncio.ensure_future(self._infer_on(request, replica))]
         try:
-            await asyncio.wait(calls, timeout=HEDGE_AFTER_S)
+            await asyncio.wait(calls, timeout=self._hedge_after_s)
             if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
                 self._replicas.leave_out(replica)
                 other = await self._replicas.pick(but=[replica])
@@ -256,7 +266,7 @@ class RetryBudget:
     """
 
     MAX_TOKENS = 100.0
-    PER_SUCCESS = 0.1
+    PER_SUCCESS = 0.125
 
     def __init__(self) -> None:
         self._tokens = self.MAX_TOKENS

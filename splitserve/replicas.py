@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -37,6 +37,8 @@ _DNS_TARGET = re.compile(r"(?:dns:///)?(?P<host>[^/\[\]]+|\[[0-9a-fA-F:.]+\]):(?
 
 _SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": oip_grpc.SERVICE}}
 """A replica that drains or loads is not READY. Source: gRPC, "Health Checking": pick_first does not do it, round_robin does."""
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 READY = grpc.ChannelConnectivity.READY
 
@@ -110,6 +112,7 @@ class Replicas(Generic[R]):
             ``xds:///…``) is one replica, balanced by gRPC.
         stage: what the far end is, for errors.
         connect: makes a replica of a gRPC name of one address, and the authority that it stands for.
+        resolve: gRPC names of the addresses of a host and port; may raise OSError.
         resolve_interval_s: how often the name is looked up.
         patience_s: how long `pick` waits for a replica.
     """
@@ -120,12 +123,14 @@ class Replicas(Generic[R]):
         *,
         stage: str,
         connect: Callable[[str, str, Callable[[], None]], R],
+        resolve: Resolve | None = None,
         resolve_interval_s: float = RESOLVE_INTERVAL_S,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self._target = target
         self._stage = stage
         self._connect = connect
+        self._resolve = resolve or look_up
         self._resolve_interval_s = resolve_interval_s
         self._patience_s = patience_s
         self._replicas: dict[str, R] = {}
@@ -140,7 +145,7 @@ class Replicas(Generic[R]):
         if self._match is None:
             self._set({self._target: ""})
             return
-        await self._resolve()
+        await self._refresh()
         if not _is_address(self._match["host"]):
             self._following = asyncio.create_task(self._follow())
 
@@ -192,17 +197,15 @@ class Replicas(Generic[R]):
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._resolve_interval_s)
-            await self._resolve()
+            await self._refresh()
 
-    async def _resolve(self) -> None:
+    async def _refresh(self) -> None:
         assert self._match is not None, "only names are looked up"
-        host, port = self._match["host"].strip("[]"), int(self._match["port"])
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await self._resolve(self._match["host"].strip("[]"), int(self._match["port"]))
         except OSError:
             return  # what was known is kept: the name service may be away for a while
-        authority = self._target.removeprefix("dns:///")
-        self._set({_address(family, sockaddr): authority for family, *_, sockaddr in found})
+        self._set(dict.fromkeys(found, self._target.removeprefix("dns:///")))
 
     def _set(self, targets: dict[str, str]) -> None:
         for target in self._replicas.keys() - targets.keys():
@@ -228,6 +231,16 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+async def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a host, as gRPC names.
+
+    Raises:
+        OSError: the name is not known, or can not be looked up now.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [_address(family, sockaddr) for family, *_, sockaddr in found]
 
 
 def _address(family: int, sockaddr: tuple[Any, ...]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
-from splitserve.tensors import Tensor, validate
+from splitserve.tensors import DATATYPES, Tensor, validate
 
 Dimension = int | str
 """A fixed size, or the name of one that varies, e.g. ``"batch"``."""
@@ -80,6 +81,61 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Iterable[Tensor], *, widen
     if missing := by_name.keys() - seen.keys():
         raise InvalidInput(f"missing input {_names(name for name in by_name if name in missing)}")
     _check_batch([seen[spec.name] for spec in specs if spec.shape and not isinstance(spec.shape[0], int)])
+
+
+class InputCheck:
+    """`check_inputs` for one signature, prepared: what is plainly right passes at once, all else is left to it.
+
+    Args:
+        specs: the inputs of the signature.
+        widen: as for `check_inputs`.
+        with_contents: look into BYTES tensors too; whoever decodes them anyway finds what is wrong with them.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], *, widen: bool, with_contents: bool = True) -> None:
+        self._specs = specs
+        self._widen = widen
+        self._with_contents = with_contents
+        self._plain = [self._plain_form(spec) for spec in specs]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors in the signature's order.
+
+        Raises:
+            InvalidInput: as `check_inputs`.
+        """
+        return inputs if self._is_plain(inputs) else self.fully(inputs)
+
+    def fully(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The same by `check_inputs`, contents included."""
+        check_inputs(self._specs, inputs, widen=self._widen)
+        by_name = {tensor.name: tensor for tensor in inputs}
+        return [by_name[spec.name] for spec in self._specs]
+
+    def _is_plain(self, inputs: Sequence[Tensor]) -> bool:
+        if len(inputs) != len(self._plain):
+            return False
+        n_rows = 0
+        for (name, inner, row_sizes), tensor in zip(self._plain, inputs, strict=True):
+            shape = tensor.shape
+            n_rows = n_rows or (shape[0] if shape else 0)
+            if tensor.name != name or shape != (n_rows, *inner) or n_rows < 1:
+                return False
+            row_size = row_sizes.get(tensor.datatype)
+            if row_size is None or (row_size and len(tensor.raw) != n_rows * row_size):
+                return False
+        return n_rows > 0
+
+    def _plain_form(self, spec: TensorSpec) -> tuple[str, tuple[Dimension, ...], dict[str, int]]:
+        """Name, shape of a row, and the bytes of a row by the datatypes in which it is plainly right; 0: any number of bytes."""
+        inner = spec.shape[1:]
+        sizes = [size for size in inner if isinstance(size, int) and size > 0]
+        if not spec.shape or isinstance(spec.shape[0], int) or len(sizes) != len(inner) or spec.datatype == "BOOL":
+            return spec.name, inner, {}
+        if spec.datatype == "BYTES":
+            return spec.name, inner, {} if self._with_contents else {"BYTES": 0}
+        taken = [spec.datatype, *(_WIDER.get(spec.datatype, ()) if self._widen else ())]
+        return spec.name, inner, {name: DATATYPES[name].itemsize * math.prod(sizes) for name in taken if name in DATATYPES}
 
 
 def _check_input(spec: TensorSpec, tensor: Tensor, widen: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from splitserve.errors import InvalidInput, TooLarge
+from splitserve.errors import InvalidInput
 
 MAX_RANK = 16
 MAX_ELEMENTS = 2**31
@@ -97,8 +97,7 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
     """How many elements a tensor of this shape has.
 
     Raises:
-        InvalidInput: a dimension is negative, or there are more than ``MAX_RANK``.
-        TooLarge: more than ``MAX_ELEMENTS``.
+        InvalidInput: a dimension is negative, there are more than ``MAX_RANK``, or more than ``MAX_ELEMENTS`` elements.
     """
     if len(shape) > MAX_RANK:
         raise InvalidInput(f"{what}: expected at most {MAX_RANK} dimensions, got {len(shape)}")
@@ -106,10 +105,10 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
         if size < 0:
             raise InvalidInput(f"{what}: shape {list(shape)} has a negative dimension")
         if size >= 2**63:
-            raise TooLarge(f"{what}: shape {list(shape)} has a dimension that int64 can not hold")
+            raise InvalidInput(f"{what}: shape {list(shape)} has a dimension that int64 can not hold")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
-        raise TooLarge(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")
+        raise InvalidInput(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")
     return count
 
 
@@ -118,7 +117,6 @@ def validate(what: str, tensor: Tensor) -> None:
 
     Raises:
         InvalidInput: unknown datatype, negative dimension, wrong number of bytes or elements, a BOOL that is not 0 or 1.
-        TooLarge: more elements than a tensor may have.
     """
     datatype = datatype_of(what, tensor.datatype)
     count = n_elements(what, tensor.shape)

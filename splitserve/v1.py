@@ -1,4 +1,4 @@
-"""The V1 protocol of TensorFlow Serving and KServe: ``instances`` in, ``predictions`` out.
+"""The V1 protocol of TensorFlow Serving and KServe: ``instances`` in, ``predictions`` out; ``inputs`` in, ``outputs`` out.
 
 A body names no datatypes, so the model's signature says what its values are.
 """
@@ -8,35 +8,44 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import msgspec
 
 from splitserve.errors import InvalidInput
-from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata
+from splitserve.oip import LOADING, NO_DEADLINE, READY, InferRequest, InferResponse, ModelMetadata, ModelState
 from splitserve.oip_rest import decode_json, flatten, json_values, pack_values
 from splitserve.signature import TensorSpec
 from splitserve.tensors import DATATYPES, Tensor
 
 
-class _Request(msgspec.Struct):
-    instances: list[Any]
+class _Body(msgspec.Struct):
+    instances: list[Any] | msgspec.UnsetType = msgspec.UNSET
+    inputs: dict[str, Any] | list[Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-_decoder = msgspec.json.Decoder(_Request)
+class Asked(msgspec.Struct, frozen=True):
+    """A request, and whether it came by column, so that the answer goes that way too."""
+
+    request: InferRequest
+    is_columnar: bool
+
+
+_decoder = msgspec.json.Decoder(_Body)
 _encoder = msgspec.json.Encoder()
 
 
-def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
+def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> Asked:
     """The request in a body.
 
     An instance is a record by input name, or, without names, the row of a model's only input or the list of one value for each
-    input in the signature's order. A value ``{"b64": "…"}`` stands for bytes.
+    input in the signature's order. ``inputs`` are whole tensors by input name, or that of a model's only input. A value
+    ``{"b64": "…"}`` stands for bytes.
 
     Args:
-        body: JSON with ``instances``; other fields are ignored.
+        body: JSON with ``instances`` or ``inputs``; other fields, such as ``signature_name``, are ignored.
         metadata: signature of the model.
         version: the one to call.
         deadline: of the request.
@@ -44,7 +53,31 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
     Raises:
         InvalidInput: names the instance or input, what was expected and what came.
     """
-    return from_instances(decode_json(body, _decoder).instances, metadata, version, deadline=deadline)
+    given = decode_json(body, _decoder)
+    if (given.instances is msgspec.UNSET) == (given.inputs is msgspec.UNSET):
+        raise InvalidInput('the request body: expected one of "instances" (by row) and "inputs" (by column)')
+    if given.inputs is msgspec.UNSET:
+        return Asked(from_instances(given.instances, metadata, version, deadline=deadline), is_columnar=False)
+    columns = _columns(given.inputs, metadata.inputs)
+    inputs = tuple(_tensor(spec, columns[spec.name]) for spec in metadata.inputs)
+    return Asked(InferRequest(metadata.name, inputs, version=version, deadline=deadline), is_columnar=True)
+
+
+def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:
+    """The values of each input, by row."""
+    names = [spec.name for spec in specs]
+    if isinstance(given, list):
+        if len(specs) != 1:
+            raise InvalidInput(f"inputs: expected an object with {_listed(names)}, got a list")
+        return {names[0]: given}
+    if missing := [name for name in names if name not in given]:
+        raise InvalidInput(f"inputs: missing {_listed(missing)}")
+    if unknown := given.keys() - set(names):
+        raise InvalidInput(f"inputs: unknown {_listed(sorted(unknown))}, expected {_listed(names)}")
+    for name, values in given.items():
+        if not isinstance(values, list):
+            raise InvalidInput(f'input "{name}": expected a list of rows')
+    return given
 
 
 def from_instances(
@@ -118,13 +151,19 @@ def _from_base64(spec: TensorSpec, element: Any) -> Any:
         raise InvalidInput(f'input "{spec.name}": expected text or {{"b64": "base64 text"}}') from None
 
 
-def encode_response(response: InferResponse) -> bytes:
+def encode_response(response: InferResponse, *, is_columnar: bool = False) -> bytes:
     """The body of an answer: a row's value if the model has one output, otherwise an object by output name.
+
+    Args:
+        response: the answer.
+        is_columnar: ``outputs`` with whole tensors instead of ``predictions`` by row.
 
     Raises:
         InvalidInput: an output has no JSON form.
     """
     columns = {tensor.name: _rows(tensor) for tensor in response.outputs}
+    if is_columnar:
+        return _encoder.encode({"outputs": next(iter(columns.values())) if len(columns) == 1 else columns})
     if len(columns) == 1:
         return _encoder.encode({"predictions": next(iter(columns.values()))})
     names = list(columns)
@@ -139,3 +178,18 @@ def _rows(tensor: Tensor) -> list[Any]:
         size, count = tensor.shape[axis], math.prod(tensor.shape[:axis])
         values = [values[index * size : (index + 1) * size] for index in range(count)]
     return values
+
+
+def status_of(states: Iterable[ModelState]) -> dict[str, Any]:
+    """What TensorFlow Serving says of a model's versions. Source: its REST API, "Model status API"."""
+    names = {READY: "AVAILABLE", LOADING: "LOADING"}
+    return {
+        "model_version_status": [
+            {
+                "version": state.version,
+                "state": names.get(state.state, "END"),
+                "status": {"error_code": "OK" if state.state in names else "UNAVAILABLE", "error_message": state.reason},
+            }
+            for state in states
+        ]
+    }

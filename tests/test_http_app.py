@@ -53,7 +53,16 @@ async def client(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
         ("/v1/models", {"models": ["echo"]}),
         ("/v2/models/echo/ready", {"name": "echo", "ready": True}),
         ("/v2/models/echo/versions/1.1/ready?why=not", {"name": "echo", "ready": True}),
-        ("/v1/models/echo", {"name": "echo", "ready": True}),
+        (
+            "/v1/models/echo",
+            {
+                "name": "echo",
+                "ready": True,
+                "model_version_status": [
+                    {"version": "1.1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+                ],
+            },
+        ),
     ],
 )
 async def test_what_can_be_asked_is_answered(client: httpx.AsyncClient, path: str, content: Any) -> None:

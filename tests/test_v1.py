@@ -34,7 +34,7 @@ FILES = model(column("file", "BYTES"))
 
 def decode(instances: Any, metadata: ModelMetadata) -> tuple[Tensor, ...]:
     """The tensors of a request, which fit the signature that they were made for."""
-    inputs = v1.decode_request(json.dumps({"instances": instances}).encode(), metadata, "1.2").inputs
+    inputs = v1.decode_request(json.dumps({"instances": instances}).encode(), metadata, "1.2").request.inputs
     check_inputs(metadata.inputs, inputs, widen=False)
     return inputs
 
@@ -47,13 +47,13 @@ def refusal(instances: Any, metadata: ModelMetadata) -> str:
 
 def test_a_request_is_bound_to_the_version_and_deadline_given():
     """Model from the metadata; fields other than `instances` are ignored."""
-    body = b'{"instances": [[1.0, 2.0]], "signature_name": "serving_default", "inputs": 5}'
+    body = b'{"instances": [[1.0, 2.0]], "signature_name": "serving_default", "more": 5}'
 
-    request = v1.decode_request(body, PAIRS, "1.2", deadline=12.5)
+    request = v1.decode_request(body, PAIRS, "1.2", deadline=12.5).request
 
     assert (request.model, request.version, request.deadline) == ("penguins", "1.2", 12.5)
     assert (request.outputs, request.parameters, request.id) == ((), {}, "")
-    assert v1.decode_request(body, PAIRS, "1.2").deadline == NO_DEADLINE
+    assert v1.decode_request(body, PAIRS, "1.2").request.deadline == NO_DEADLINE
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_body_without_instances_is_refused(body):
 
 def test_bare_nan_is_taken():
     """Python's writer puts it (D12)."""
-    request = v1.decode_request(b'{"instances": [[NaN, 1]]}', PAIRS, "1.2")
+    request = v1.decode_request(b'{"instances": [[NaN, 1]]}', PAIRS, "1.2").request
 
     assert list(map(repr, unpack(request.inputs[0]))) == ["nan", "1.0"]
 

@@ -116,6 +116,17 @@ def publish(
     )
 
 
+@app.command("publish-test-models")
+def publish_test_models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+    """Publish simple models for trying clients and load generators.
+
+    Sum and difference (simple, simple_string), and identity in every datatype.
+    """
+    from splitserve.cli.publish import run_test_models
+
+    run_test_models(repository)
+
+
 @app.command()
 def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
     """List what is in a model repository."""

@@ -52,6 +52,22 @@ def run(
         raise typer.Exit(1) from None
 
 
+def run_test_models(repository: Path) -> None:
+    """Publish the simple models that are not there yet; exits 1 with the reason if that fails."""
+    try:
+        from splitserve.publishing import PublishError
+        from splitserve.publishing.simple_models import publish_all
+    except ImportError as error:
+        print(f'publishing needs more packages ({error.name}): pip install "splitserve[publish]"', file=sys.stderr)
+        raise typer.Exit(1) from None
+    try:
+        for name in publish_all(repository):
+            print(name)
+    except PublishError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
 def _written(bundle: Any) -> str:
     return f"{bundle.key}: {bundle.folder}"
 

@@ -22,7 +22,7 @@ from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import PreprocessorHalf, predictor_half, preprocessor_half, write
+from splitserve.publishing.halves import PreprocessorHalf, passing_half, predictor_half, preprocessor_half, write
 from splitserve.repository import Bundle, Repository
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
@@ -209,13 +209,43 @@ def publish_predictor(
     Raises:
         PublishError: ONNX Runtime can not run it, the samples do not fit, or the version exists. Nothing has been written then.
     """
-    if isinstance(model, onnx.ModelProto):
-        data = model.SerializeToString()
-    else:
-        data = model if isinstance(model, bytes) else _read(model)
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
-    half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning)
+    half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning)
     return write(Repository(repository), half, version=version)[0]
+
+
+def publish_onnx(
+    model: bytes | str | os.PathLike[str] | onnx.ModelProto,
+    sample_inputs: Mapping[str, Array] | Array,
+    *,
+    name: str,
+    repository: str | os.PathLike[str],
+    version: int | None = None,
+    labels: Sequence[object] = (),
+) -> tuple[Bundle, Bundle]:
+    """Publish an ONNX model that needs no transforms: the predictor, and a preprocessor that passes its inputs on as they are.
+
+    Args:
+        model: as for `publish_predictor`.
+        sample_inputs: as for `publish_predictor`.
+        name: what clients call the model.
+        repository: folder of the model repository.
+        version: of both halves; the next free number of each by default.
+        labels: class names in the order of its scores.
+
+    Raises:
+        PublishError: as for `publish_predictor`. Nothing has been written then.
+    """
+    predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels)
+    first, second = write(Repository(repository), passing_half(predictor, sample_inputs), predictor, version=version)
+    return first, second
+
+
+def _model_bytes(model: bytes | str | os.PathLike[str] | onnx.ModelProto) -> bytes:
+    if isinstance(model, onnx.ModelProto):
+        data: bytes = model.SerializeToString()
+        return data
+    return model if isinstance(model, bytes) else _read(model)
 
 
 def refused_types(transformer: Any) -> list[str]:
@@ -286,6 +316,7 @@ __all__ = [
     "PublishError",
     "Published",
     "publish",
+    "publish_onnx",
     "publish_predictor",
     "publish_preprocessor",
     "refused_types",

@@ -128,6 +128,24 @@ def preprocessor_half(
     return PreprocessorHalf(manifest, {file_name: file, GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
 
 
+def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
+    """A preprocessor's bundle without transforms: what clients send goes on to the predictor as it is.
+
+    Args:
+        predictor: whose inputs become the model's.
+        sample_inputs: as for `predictor_half`.
+    """
+    specs = predictor.manifest.inputs
+    by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {specs[0].name: sample_inputs}
+    rows = Rows("tensors")
+    fields: dict[str, Any] = {"rows": rows, "labels": predictor.manifest.labels}
+    manifest = _manifest(predictor.manifest.name, "preprocess", specs, specs, ("numpy", "splitserve"), **fields)
+    runtime = Preprocessor(manifest, None)
+    inputs = tuple(from_array(spec.name, np.asarray(by_name[spec.name]), spec.datatype) for spec in specs)
+    golden = Golden(inputs, runtime.transform(inputs))
+    return PreprocessorHalf(manifest, {GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
+
+
 def _transform(transformer: Any, rows: Rowset) -> Array:
     try:
         return to_dense(transformer.transform(rows))

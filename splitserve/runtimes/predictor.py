@@ -19,8 +19,9 @@ from splitserve.pairing import FINGERPRINT
 from splitserve.repository import Bundle
 from splitserve.runtimes import onnx_support
 from splitserve.runtimes.external_data import refuse_external_data
-from splitserve.signature import BATCH, Dimension, TensorSpec, check_inputs, choose_outputs, empty
-from splitserve.tensors import Tensor
+from splitserve.signature import BATCH, Dimension, InputCheck, TensorSpec, choose_outputs, empty
+from splitserve.statistics import Stopwatch
+from splitserve.tensors import Tensor, decode_bytes
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -79,30 +80,41 @@ class Predictor:
         """Facts about the version, for its metadata."""
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
+        self._check = InputCheck(self.inputs, widen=False)
+        self._specs = {spec.name: spec for spec in self.outputs}
+        self._names = list(self._specs)
 
-    def infer(self, inputs: Sequence[Tensor], wanted: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    def infer(self, inputs: Sequence[Tensor], wanted: Sequence[str] = (), watch: Stopwatch | None = None) -> tuple[Tensor, ...]:
         """Run the model.
 
         Args:
             inputs: as the signature has them, in any order.
             wanted: names of the outputs to compute, in the order to give them; all when empty.
+            watch: told when each part is over.
 
         Raises:
             InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
         """
-        check_inputs(self.inputs, inputs, widen=False)
-        names = choose_outputs(self.outputs, wanted)
-        specs = {spec.name: spec for spec in self.outputs}
-        if any(tensor.shape[:1] == (0,) for tensor in inputs):  # which some operators can not do
-            return tuple(empty(specs[name]) for name in names)
-        feeds = {tensor.name: _feed(tensor) for tensor in inputs}
+        watch = watch or Stopwatch()
+        watch.end("queue")
+        self._check(inputs)
+        names, specs = choose_outputs(self.outputs, wanted) if wanted else self._names, self._specs
+        feeds = {}
+        for tensor in inputs:
+            if not tensor.n_rows:  # which some operators can not do
+                return tuple(empty(specs[name]) for name in names)
+            feeds[tensor.name] = _text(tensor) if tensor.datatype == "BYTES" else to_array(tensor)
+        watch.end("input")
         try:
             arrays = self._session.run(names, feeds)
         except Exception as error:
             if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
                 raise InvalidInput("the model refuses the values of these tensors") from error
             raise
-        return tuple(from_array(name, array, specs[name].datatype) for name, array in zip(names, arrays, strict=True))
+        watch.end("infer")
+        outputs = tuple([from_array(name, array, specs[name].datatype) for name, array in zip(names, arrays, strict=True)])
+        watch.end("output")
+        return outputs
 
 
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:
@@ -166,11 +178,8 @@ def _dimension(axis: int, size: int | str | None) -> Dimension:
     return BATCH if axis == 0 else size or f"d{axis}"
 
 
-def _feed(tensor: Tensor) -> Array:
-    array = to_array(tensor)
-    if tensor.datatype != "BYTES":
-        return array
+def _text(tensor: Tensor) -> Array:
     try:
-        return objects([element.decode() for element in array.ravel().tolist()], array.shape)
+        return objects([element.decode() for element in decode_bytes(tensor)], tensor.shape)
     except UnicodeDecodeError:
         raise InvalidInput(f'input "{tensor.name}": an element is not UTF-8 text') from None

@@ -10,14 +10,16 @@ import numpy as np
 
 from splitserve import environment, pairing
 from splitserve import golden as goldens
-from splitserve.arrays import DTYPES, Array, from_array
+from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import InvalidInput
+from splitserve.golden import Golden
 from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest
 from splitserve.repository import Bundle
 from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
-from splitserve.runtimes.rows import to_rows
-from splitserve.signature import TensorSpec, check_inputs, check_outputs, empty
+from splitserve.runtimes.plan import OriginalDecides, Plan, plan_of
+from splitserve.runtimes.rows import Rowset, to_rows
+from splitserve.signature import InputCheck, TensorSpec, check_outputs, empty
 from splitserve.tensors import Tensor
 
 _MESSAGE_LENGTH = 300
@@ -33,12 +35,14 @@ class Preprocessor:
         self.warnings: tuple[str, ...] = ()
         """What is not as it was where the bundle was made, and was allowed."""
         self._rows = manifest.rows
-        self._transformer = transformer
+        self.transformer = transformer
         self._postprocess = manifest.postprocess
         self._labels = manifest.labels
         self._refuses = manifest.refuses
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
+        self._check = InputCheck(self.inputs, widen=True, with_contents=False)
+        self._plan: Plan | None = None
 
     def transform(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Request tensors (n_rows, …) -> the predictor's inputs (n_rows, …).
@@ -47,22 +51,53 @@ class Preprocessor:
             InvalidInput: a tensor does not fit the signature, or the transforms refuse a value.
             PairMismatch: the transforms gave something else than the manifest promises.
         """
-        check_inputs(self.inputs, inputs, widen=True)
-        rows = to_rows(self._rows, self.inputs, inputs)
-        n_rows = len(rows)
+        tensors = self._check(inputs)
+        if self._rows.form == "tensors":
+            self._check.fully(inputs)
+            return _passed_on(self.outputs, inputs)
+        n_rows = tensors[0].n_rows
         if n_rows == 0:
             return tuple(empty(spec) for spec in self.outputs)
         try:
-            features = self._transformer.transform(rows)
+            features = self._features(tensors)
+        except InvalidInput:
+            self._check.fully(inputs)  # which names what is wrong with the bytes, if they are what is refused
+            raise
+        return (self._output(features, n_rows),)
+
+    def _features(self, tensors: Sequence[Tensor]) -> Array:
+        """What the transforms make of tensors in the signature's order."""
+        if self._plan is not None:
+            try:
+                return self._plan(tensors)
+            except (OriginalDecides, ValueError):
+                pass
+        rows = to_rows(self._rows, self.inputs, tensors)
+        try:
+            return to_dense(sklearn_pipeline.transform(self.transformer, rows))
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
+
+    def _output(self, features: Array, n_rows: int) -> Tensor:
         spec = self.outputs[0]
         with np.errstate(over="ignore"):  # what float32 can not hold becomes infinite, and is refused below if it must not be
-            dense = to_dense(features).astype(DTYPES[spec.datatype], copy=False)
-        self._check_values(dense)
-        outputs = (from_array(spec.name, dense),)
-        check_outputs(self.outputs, outputs, n_rows)
-        return outputs
+            features = features.astype(DTYPES[spec.datatype], copy=False)
+        self._check_values(features)
+        output = from_array(spec.name, features, spec.datatype)
+        if output.shape != (n_rows, *spec.shape[1:]):
+            check_outputs(self.outputs, (output,), n_rows)
+        return output
+
+    @property
+    def runtime(self) -> str:
+        """What transforms: "sklearn", or a "plan" made of it."""
+        return "sklearn" if self._plan is None else "plan"
+
+    def adopt_plan(self, golden: Golden) -> None:
+        """Work by a plan from now on, if there is one that agrees with the transforms on golden samples."""
+        plan = plan_of(self.transformer, self._rows, self.inputs)
+        if plan is not None and _agree(plan, self.transformer, to_rows(self._rows, self.inputs, golden.inputs), golden.inputs):
+            self._plan = plan
 
     def _check_values(self, features: Array) -> None:
         if self._refuses and features.dtype.kind == "f":
@@ -111,11 +146,16 @@ def load(
     """
     manifest = bundle.manifest
     warnings = _check_environment(manifest, allow_environment_mismatch)
-    transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
-    _check_meaning(manifest, transformer)
+    transformer = None
+    if manifest.rows is None or manifest.rows.form != "tensors":
+        transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
+        _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings
-    goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
+    golden = bundle.read(GOLDEN_FILE)
+    goldens.replay(golden, manifest, preprocessor.transform)
+    preprocessor.adopt_plan(goldens.decode(golden, manifest.inputs, manifest.outputs))
+    goldens.replay(golden, manifest, preprocessor.transform)
     return preprocessor
 
 
@@ -144,11 +184,34 @@ def _check_meaning(manifest: Manifest, transformer: Any) -> None:
         raise BundleError(f"the features have the fingerprint {found}, manifest.json says {manifest.fingerprint}")
 
 
+def _passed_on(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors in the signature's order; those that are narrower or have one dimension less become what it says."""
+    by_name = {tensor.name: tensor for tensor in inputs}
+    return tuple(_fitted(spec, by_name[spec.name]) for spec in specs)
+
+
+def _fitted(spec: TensorSpec, tensor: Tensor) -> Tensor:
+    if len(tensor.shape) != len(spec.shape):
+        tensor = msgspec.structs.replace(tensor, shape=(*tensor.shape, 1))
+    if tensor.datatype == spec.datatype:
+        return tensor
+    return from_array(spec.name, to_array(tensor).astype(DTYPES[spec.datatype]), spec.datatype)
+
+
 def to_dense(features: Any) -> Array:
     """A transform's result as a plain array: sparse matrices filled in, DataFrames without their labels."""
     if hasattr(features, "toarray"):
         features = features.toarray()
     return np.asarray(features)
+
+
+def _agree(plan: Plan, transformer: Any, rows: Rowset, tensors: Sequence[Tensor]) -> bool:
+    """Whether both give the same bits; what they refuse is no golden sample."""
+    try:
+        expected, found = to_dense(transformer.transform(rows)), plan(tensors)
+    except Exception:  # the original raises it again, when the samples are replayed
+        return False
+    return (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ is imported only where a DataFrame is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,10 +16,13 @@ from splitserve.arrays import Array, datatype_of, from_array, objects, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import Column, Rows
 from splitserve.signature import BATCH, TensorSpec
-from splitserve.tensors import Tensor
+from splitserve.tensors import Tensor, decode_bytes
 
 Rowset = Any
 """A DataFrame, or an array whose leading dimension is the rows."""
+
+Values = Array | list[Any]
+"""One column of a request: an array of numbers, or a list of text in which missing values are NaN or None as in training."""
 
 Missing = Literal["", "nan", "none"]
 
@@ -131,45 +135,76 @@ def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -
     if rows.form == "array":
         array = _elements(rows.columns[0], by_name[specs[0].name])
         return array.reshape(-1) if rows.n_dims == 1 else array.reshape(len(array), *specs[0].wire_shape[1:])
+    return frame(rows.columns, read_columns(rows, specs, [by_name[column.name] for column in rows.columns]))
+
+
+def read_columns(rows: Rows, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> list[Values]:
+    """The values of each column, those of one array side by side; numbers of an array are widened, those of columns not yet.
+
+    Args:
+        rows: a frame, or an array of numbers or text of two dimensions or more.
+        specs: the signature's inputs.
+        tensors: in their order.
+
+    Raises:
+        InvalidInput: an element of a text column is not UTF-8, or the bytes are not elements.
+    """
+    if rows.form == "frame":
+        return [_values(column, tensor) for column, tensor in zip(rows.columns, tensors, strict=True)]
+    column, tensor, spec = rows.columns[0], tensors[0], specs[0]
+    if column.dtype == "str":
+        elements, width = _text(column, tensor), math.prod(spec.wire_shape[1:])
+        return [[elements[place::width] for place in range(width)]]
+    return [to_array(tensor).reshape(-1, *spec.wire_shape[1:]).astype(column.dtype, copy=False)]
+
+
+def frame(columns: Sequence[Column], values: Sequence[Values]) -> Any:
+    """The DataFrame that the transforms were fitted on, with these values."""
     import pandas as pd
 
-    data = {column.name: _column_values(column, by_name[column.name]) for column in rows.columns}
+    data = {column.name: _pandas_values(column, each) for column, each in zip(columns, values, strict=True)}
     return pd.DataFrame(data, copy=False)
 
 
+def series(column: Column, values: Values) -> Any:
+    """One column of that frame."""
+    return frame([column], [values])[column.name]
+
+
 def _elements(column: Column, tensor: Tensor) -> Array:
-    array = to_array(tensor)
     if column.dtype == "bytes":
-        return array
+        return to_array(tensor)
     if tensor.datatype != "BYTES":
-        return array.astype(column.dtype, copy=False)
-    return objects(_decode_text(column, array), array.shape)
+        return to_array(tensor).astype(column.dtype, copy=False)
+    return objects(_text(column, tensor), tensor.shape)
 
 
-def _decode_text(column: Column, array: Array) -> list[Any]:
+def _values(column: Column, tensor: Tensor) -> Values:
+    return _text(column, tensor) if tensor.datatype == "BYTES" else to_array(tensor).reshape(-1)
+
+
+def _text(column: Column, tensor: Tensor) -> list[Any]:
+    elements = decode_bytes(tensor)
+    if len(elements) != math.prod(tensor.shape):
+        raise InvalidInput(f'input "{tensor.name}": shape {list(tensor.shape)} is not that of {len(elements)} BYTES elements')
     missing = _MISSING.get(column.missing, "")
     try:
-        return [element.decode() if element else missing for element in array.ravel().tolist()]
+        return [element.decode() if element else missing for element in elements]
     except UnicodeDecodeError:
         raise InvalidInput(f'input "{column.name}": an element is not UTF-8 text') from None
 
 
-def _column_values(column: Column, tensor: Tensor) -> Any:
-    values = _elements(column, tensor).reshape(-1)
-    if column.dtype == "category":
-        import pandas as pd
+def _pandas_values(column: Column, values: Values) -> Any:
+    import pandas as pd
 
+    if isinstance(values, np.ndarray):
+        return values.astype(column.dtype, copy=False)
+    if column.dtype == "category":
         unseen = {value for value in values if isinstance(value, str)}.difference(column.categories)
         return pd.Categorical(values, categories=[*column.categories, *sorted(unseen)], ordered=column.ordered)
     if column.dtype in ("str", "string"):
-        import pandas as pd
-
         return pd.array(values, dtype=column.dtype)
-    if column.dtype == "object":
-        import pandas as pd
-
-        return pd.Series(values, dtype="object")  # a bare array of text would become pandas' own text dtype
-    return values
+    return pd.Series(values, dtype="object")  # a bare array of text would become pandas' own text dtype
 
 
 def to_tensors(rows: Rows, specs: Sequence[TensorSpec], data: Rowset) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import joblib
+import sklearn
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
@@ -56,6 +57,12 @@ def read(bundle: Bundle, trusted_modules: Sequence[str] = (), *, allow_unsafe_pi
             "PREPROCESS_ALLOW_UNSAFE_PICKLE=true if you trust everyone who can write to the model repository"
         )
     return load_pickle(bundle.read(PICKLE_FILE))
+
+
+def transform(transformer: Any, rows: Any) -> Any:
+    """Call fitted transforms. That their parameters are valid was seen where they were fitted, and is not looked at again."""
+    with sklearn.config_context(skip_parameter_validation=True):
+        return transformer.transform(rows)
 
 
 def dump(transformer: Any) -> bytes:

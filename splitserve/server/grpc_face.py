@@ -12,14 +12,14 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool
+from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from splitserve import oip_grpc
+from splitserve import classification, oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, at_stage
+from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
+from splitserve.model_config import config_of
 from splitserve.oip import (
     NO_DEADLINE,
     READY,
@@ -29,8 +29,10 @@ from splitserve.oip import (
     ServerMetadata,
     deadline_after,
 )
+from splitserve.server import reflection
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
+from splitserve.statistics import Statistics
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
@@ -59,7 +61,9 @@ class GrpcFace:
         default_timeout_s: the deadline of callers that set none; 0: none.
         retry_after_s: at the edge, how long clients are told to wait before they retry. 0 between stages: there a caller may try
             another replica at once, but not for what went wrong further on, which has been retried there.
+        max_timeout_s: the longest that callers may ask for.
         allow_control: take requests to load and unload models.
+        statistics: what the service counts, if it does.
     """
 
     def __init__(
@@ -72,12 +76,16 @@ class GrpcFace:
         max_message_bytes: int,
         default_timeout_s: float = 0.0,
         retry_after_s: float = 0.0,
+        max_timeout_s: float = NO_DEADLINE,
         allow_control: bool = False,
+        statistics: Statistics | None = None,
     ) -> None:
         self._service = service
         self._stage = stage
         self._metadata = metadata
         self._default_timeout_s = default_timeout_s
+        self._max_timeout_s = max_timeout_s
+        self._statistics = statistics
         self._retry_after_s = retry_after_s
         self._allow_control = allow_control
         self._log = structlog.get_logger()
@@ -89,9 +97,7 @@ class GrpcFace:
         self._server = grpc.aio.server(options=_server_options(max_message_bytes))
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (oip_grpc.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server, _reflected_pool()
-        )
+        reflection.add_to(self._server, (oip_grpc.SERVICE, health.SERVICE_NAME), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR))
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError:
@@ -145,6 +151,8 @@ class GrpcFace:
             "ServerMetadata": self._server_metadata,
             "ModelMetadata": self._model_metadata,
             "ModelInfer": self._model_infer,
+            "ModelConfig": self._model_config,
+            "ModelStatistics": self._model_statistics,
             "RepositoryIndex": self._repository_index,
             "RepositoryModelLoad": self._repository_model_load,
             "RepositoryModelUnload": self._repository_model_unload,
@@ -178,7 +186,8 @@ class GrpcFace:
         identity = ""
         try:
             with at_stage(self._stage):
-                request = oip_grpc.decode_stream_request(data, caller)
+                message = oip_grpc.parse(pb.ModelInferRequest, data)
+                request = oip_grpc.decode_request(message, self._deadline(None), caller)
                 identity = request.id
                 return oip_grpc.encode_stream_response(await self._infer(request))
         except SplitserveError as failure:
@@ -216,6 +225,17 @@ class GrpcFace:
         metadata = await self._service.metadata(request.name, request.version)
         return oip_grpc.encode_metadata(metadata).SerializeToString()
 
+    async def _model_config(self, data: bytes, context: Context) -> bytes:
+        request = oip_grpc.parse(pb.ModelConfigRequest, data)
+        return oip_grpc.encode_config(config_of(await self._service.metadata(request.name, request.version))).SerializeToString()
+
+    async def _model_statistics(self, data: bytes, context: Context) -> bytes:
+        request = oip_grpc.parse(pb.ModelStatisticsRequest, data)
+        if self._statistics is None:
+            raise Unsupported("nothing is counted here")
+        entries = self._statistics.report(await self._service.index(), request.name, request.version)
+        return oip_grpc.encode_statistics(entries).SerializeToString()
+
     async def _repository_index(self, data: bytes, context: Context) -> bytes:
         request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
@@ -247,19 +267,18 @@ class GrpcFace:
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
         message = oip_grpc.parse(pb.ModelInferRequest, data)
-        request = oip_grpc.decode_request(message, self._deadline(context), context.peer())
+        request = oip_grpc.decode_request(message, self._deadline(context.time_remaining()), context.peer())
         return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
 
     async def _infer(self, request: InferRequest) -> InferResponse:
         with RequestLine("infer", request.model, request.version) as line:
-            response = await self._service.infer(request)
+            response = await classification.infer(self._service, request)
             line.version = response.version
             return response
 
-    def _deadline(self, context: Context) -> float:
-        remaining: float | None = context.time_remaining()
-        if remaining is not None:
-            return deadline_after(remaining)
+    def _deadline(self, remaining_s: float | None) -> float:
+        if remaining_s is not None:
+            return deadline_after(min(remaining_s, self._max_timeout_s))
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
 
 
@@ -287,13 +306,3 @@ def _rich_status(error: SplitserveError) -> bytes:
     code = code_pb2.Code.Value(error.grpc_code)
     status: bytes = status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
     return status
-
-
-def _reflected_pool() -> descriptor_pool.DescriptorPool:
-    """Our messages live in a pool of their own; reflection has to find them and the other services in one."""
-    pool = descriptor_pool.DescriptorPool()
-    for file in (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
-        copy = descriptor_pb2.FileDescriptorProto()
-        file.CopyToProto(copy)
-        pool.Add(copy)
-    return pool

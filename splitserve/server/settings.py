@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from splitserve.batching import Limits
+from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
 from splitserve.server import logs
 
@@ -48,6 +50,67 @@ class ServiceSettings(BaseSettings):
 
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
+
+
+class BatchingSettings(ServiceSettings):
+    """What the services that merge requests can be told."""
+
+    max_batch_size: int = Field(256, ge=1)
+    """Most rows of a merged call. A request that has more by itself goes out alone."""
+
+    max_batch_bytes: int = Field(MIB, ge=1)
+    """Most bytes of a merged call; large ones gain nothing from merging."""
+
+    max_queue_size: int = Field(4096, ge=1)
+    """Most requests for a version of a model that wait for their call; more are refused at once."""
+
+    max_in_flight: int = Field(0, ge=0)
+    """Most calls under way for a version of a model, for each replica. 0 adapts: one, and more where rows or calls are slow."""
+
+    max_queue_delay_ms: float = Field(0.0, ge=0)
+    """Milliseconds that a request waits for others to join although nothing is under way. More latency for fewer calls."""
+
+    batching: str = ""
+    """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
+
+    def limits(self, model: str) -> Limits:
+        """The limits for a model."""
+        own = parse_limits(self.batching).get(model, {})
+        return Limits(**{name: own.get(name, getattr(self, name)) for name in Limits.__struct_fields__})
+
+    @field_validator("batching")
+    @classmethod
+    def _check_batching(cls, text: str) -> str:
+        parse_limits(text)
+        return text
+
+
+def parse_limits(text: str) -> dict[str, dict[str, float]]:
+    """Limits by model from e.g. ``imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2``.
+
+    Raises:
+        ValueError: names the part that is not understood.
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        model, separator, assignments = part.partition(":")
+        if not separator or not MODEL_NAME.fullmatch(model.strip()):
+            raise ValueError(f'"{part}" does not begin with the name of a model and a colon')
+        found[model.strip()] = dict(_parse_limit(each.strip()) for each in assignments.split(","))
+    return found
+
+
+def _parse_limit(text: str) -> tuple[str, float]:
+    name, _, value = (each.strip() for each in text.partition("="))
+    if name not in Limits.__struct_fields__:
+        raise ValueError(f'"{text}" is none of {", ".join(f"{field}=N" for field in Limits.__struct_fields__)}')
+    try:
+        number = float(value) if name == "max_queue_delay_ms" else int(value)
+    except ValueError:
+        number = -1
+    if number < (0 if name in ("max_queue_delay_ms", "max_in_flight") else 1):
+        raise ValueError(f'"{text}": {value!r} is not a number that {name} can be')
+    return name, number
 
 
 class RepositorySettings(ServiceSettings):

@@ -1,0 +1,102 @@
+"""``python -m benchmarks own`` and ``python -m benchmarks peers``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks import loads, own, report, side_by_side, systems
+from benchmarks.machine import Machine, this_machine
+from benchmarks.processes import BenchmarkError
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    if missing := loads.missing_tools():
+        sys.exit(f"missing: {', '.join(missing)}")
+    try:
+        n_failed = arguments.run(arguments)
+    except BenchmarkError as error:
+        sys.exit(str(error))
+    if n_failed:
+        sys.exit(f"{n_failed} requests failed under load; the tables show where")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks; see benchmarks/README.md.")
+    commands = parser.add_subparsers(required=True)
+
+    command = commands.add_parser("own", help="our services alone")
+    command.set_defaults(run=_own)
+    defaults = own.Wish()
+    command.add_argument("--models", nargs="+", choices=own.MODELS, default=defaults.models)
+    command.add_argument("--protocols", nargs="+", choices=own.PROTOCOLS, default=defaults.protocols)
+    command.add_argument("--concurrency", nargs="+", type=int, default=defaults.concurrency, help="requests under way")
+    command.add_argument("--systems", nargs="+", choices=defaults.systems, default=defaults.systems)
+    command.add_argument("--rates", nargs="*", type=float, default=defaults.rates, help="of the open loop, parts of the highest")
+    command.add_argument("--cold-starts", type=int, default=defaults.n_cold_starts, help="how often; 0: not at all")
+    command.add_argument("--imagenet", type=Path, default=defaults.imagenet, help="repository that has the picture model")
+    _add_common(command, seconds=defaults.seconds, rounds=defaults.rounds)
+
+    command = commands.add_parser("peers", help="our services beside others, and what must hold")
+    command.set_defaults(run=_peers)
+    standard = side_by_side.Wish()
+    command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
+    command.add_argument("--cold-starts", type=int, default=standard.n_cold_starts, help="how often; 0: not at all")
+    _add_common(command, seconds=standard.seconds, rounds=standard.rounds)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser, *, seconds: float, rounds: int) -> None:
+    command.add_argument("--seconds", type=float, default=seconds, help=f"of each load (default {seconds:g})")
+    command.add_argument("--rounds", type=int, default=rounds, help=f"of which medians are taken (default {rounds})")
+    command.add_argument("--quick", action="store_true", help="to see that it works: numbers mean little")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of our services")
+    command.add_argument("--name", help="of the results files")
+
+
+def _own(arguments: argparse.Namespace) -> int:
+    wish = own.Wish(
+        models=tuple(arguments.models),
+        protocols=tuple(arguments.protocols),
+        concurrency=(1, 16) if arguments.quick else tuple(arguments.concurrency),
+        systems=tuple(arguments.systems),
+        seconds=1.0 if arguments.quick else arguments.seconds,
+        rounds=1 if arguments.quick else arguments.rounds,
+        rates=(0.5,) if arguments.quick else tuple(arguments.rates),
+        n_cold_starts=1 if arguments.quick else arguments.cold_starts,
+        settings=systems.parse_settings(arguments.set),
+        imagenet=arguments.imagenet,
+    )
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = own.run(wish, Path(scratch))
+    _write(arguments.name or f"own-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
+    return found.n_failed
+
+
+def _peers(arguments: argparse.Namespace) -> int:
+    wish = side_by_side.Wish(
+        peers=tuple(arguments.peers),
+        seconds=1.0 if arguments.quick else arguments.seconds,
+        rounds=1 if arguments.quick else arguments.rounds,
+        n_cold_starts=1 if arguments.quick else arguments.cold_starts,
+        settings=systems.parse_settings(arguments.set),
+    )
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = side_by_side.run(wish, Path(scratch))
+    _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
+    return found.n_failed_of_ours
+
+
+def _write(name: str, machine: Machine, sections: Mapping[str, str], data: Mapping[str, object]) -> None:
+    path = report.write(name, machine, sections, data)
+    print(f"\n{path.read_text()}\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How the peers are started, each in its own environment, with the settings that its makers advise for throughput."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.processes import Plan, Stage, free_port
+from benchmarks.venvs import ROOT, python_of
+
+KSERVE, PYTRITON, PLAIN, SINGLE = "KServe", "PyTriton", "plain split", "single process"
+HTTP_ECHO, GRPC_ECHO = "HTTP echo", "gRPC echo"
+
+DESCRIPTIONS = {
+    KSERVE: "kserve 0.21 SDK: transformer and predictor, a worker each, gRPC v2 between them, no access log",
+    PYTRITON: "nvidia-pytriton: a server for the transforms and one for the model, dynamic batching in both (256 rows, no delay)",
+    PLAIN: "FastAPI with the transforms in two uvicorn workers (uvloop, httptools, orjson), grpcio on uvloop behind, a call each",
+    SINGLE: "FastAPI with both halves in each of two uvicorn workers (uvloop, httptools, orjson, no pydantic models)",
+    HTTP_ECHO: "uvicorn with a bare ASGI application that gives the body back: the floor of REST",
+    GRPC_ECHO: "grpcio's asyncio server on uvloop giving bytes back: the floor of gRPC calls",
+}
+
+
+def _local(port: int) -> str:
+    return f"127.0.0.1:{port}"
+
+
+def _peer(repository: Path, **rest: str) -> dict[str, str]:
+    # One thread where we use one: on few cores the others only wait for each other.
+    return {"REPOSITORY": str(repository), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **rest}
+
+
+def _uvicorn(python: str, app: str, port: int, workers: int) -> tuple[str, ...]:
+    options = ("--port", str(port), "--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning")
+    return (python, "-m", "uvicorn", f"benchmarks.peers.{app}:app", "--workers", str(workers), *options)
+
+
+def kserve(repository: Path) -> Plan:
+    python, environment = python_of("kserve"), _peer(repository)
+    http, grpc, back_http, back_grpc = (free_port() for _ in range(4))
+
+    def command(program: str, http_port: int, grpc_port: int, *rest: str) -> tuple[str, ...]:
+        return (python, "-m", f"benchmarks.peers.{program}", "--http_port", str(http_port), "--grpc_port", str(grpc_port), *rest)
+
+    behind = ("--predictor_host", _local(back_grpc), "--predictor_protocol", "grpc-v2")
+    stages = (
+        Stage("predictor", command("kserve_predictor", back_http, back_grpc), environment),
+        Stage("transformer", command("kserve_transformer", http, grpc, *behind), environment),
+    )
+    return Plan(KSERVE, stages, _local(http), _local(grpc))
+
+
+def pytriton(repository: Path) -> Plan:
+    python = python_of("pytriton")
+    back, front = [free_port() for _ in range(3)], [free_port() for _ in range(3)]
+    environment = _peer(repository, BACK=_local(back[1]), PYTRITON_NO_TELEMETRY="1")
+    stages = (
+        Stage("predictor", (python, "-m", "benchmarks.peers.pytriton_predictor", *map(str, back)), environment),
+        Stage("transformer", (python, "-m", "benchmarks.peers.pytriton_transformer", *map(str, front)), environment),
+    )
+    return Plan(PYTRITON, stages, _local(front[0]), _local(front[1]))
+
+
+def plain(repository: Path) -> Plan:
+    python, http, back = python_of("plain"), free_port(), free_port()
+    environment = _peer(repository, BACK=_local(back))
+    stages = (
+        Stage("back", (python, "-m", "benchmarks.peers.plain_back", str(back)), environment),
+        Stage("front", _uvicorn(python, "plain_front", http, 2), environment),
+    )
+    return Plan(PLAIN, stages, _local(http), "")
+
+
+def single(repository: Path) -> Plan:
+    python, http = python_of("plain"), free_port()
+    return Plan(SINGLE, (Stage("single", _uvicorn(python, "single", http, 2), _peer(repository)),), _local(http), "")
+
+
+def http_echo(repository: Path) -> Plan:
+    http = free_port()
+    return Plan(HTTP_ECHO, (Stage("echo", _uvicorn(sys.executable, "echo_http", http, 1), _peer(repository)),), _local(http), "")
+
+
+def grpc_echo(repository: Path) -> Plan:
+    grpc = free_port()
+    command = (sys.executable, "-m", "benchmarks.peers.echo_grpc", str(grpc))
+    return Plan(GRPC_ECHO, (Stage("echo", command, _peer(repository)),), "", _local(grpc))
+
+
+PEERS: dict[str, Callable[[Path], Plan]] = {
+    KSERVE: kserve,
+    PYTRITON: pytriton,
+    PLAIN: plain,
+    SINGLE: single,
+    HTTP_ECHO: http_echo,
+    GRPC_ECHO: grpc_echo,
+}

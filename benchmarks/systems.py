@@ -1,0 +1,82 @@
+"""How our own services are started."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.processes import BenchmarkError, Plan, Stage, System, free_port
+
+Settings = Mapping[str, str]
+
+
+def split(repository: Path, settings: Settings, name: str = "splitserve") -> Plan:
+    """Predict, preprocess and proxy, each a process."""
+    http, grpc, preprocess, predict = (free_port() for _ in range(4))
+    common = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings}
+    stages = (
+        _stage("predict", "predict_service", {**common, "PREDICT_GRPC_PORT": str(predict)}),
+        _stage(
+            "preprocess",
+            "preprocess_service",
+            {**common, "PREPROCESS_GRPC_PORT": str(preprocess), "PREPROCESS_PREDICT_TARGET": f"127.0.0.1:{predict}"},
+        ),
+        _stage(
+            "proxy",
+            "proxy",
+            {
+                **common,
+                "PROXY_HTTP_PORT": str(http),
+                "PROXY_GRPC_PORT": str(grpc),
+                "PROXY_PREPROCESS_TARGET": f"127.0.0.1:{preprocess}",
+            },
+        ),
+    )
+    return Plan(name, stages, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+
+
+def fused(repository: Path, settings: Settings, name: str = "splitserve fused") -> Plan:
+    """All in one process."""
+    http, grpc = free_port(), free_port()
+    ports = {"PROXY_HTTP_PORT": str(http), "PROXY_GRPC_PORT": str(grpc)}
+    environment = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings, **ports}
+    return Plan(name, (_stage("fused", "fused_service", environment),), f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+
+
+def _stage(name: str, module: str, environment: Settings) -> Stage:
+    return Stage(name, (sys.executable, "-m", module), environment)
+
+
+def wait_until_ready(system: System, models: Sequence[str]) -> float:
+    """Seconds from the start of the processes until the edge says that every one of these models is ready."""
+    waiting = list(models)
+
+    def are_ready() -> bool:
+        while waiting and _is_ready(system.http, waiting[0]):
+            waiting.pop(0)
+        return not waiting
+
+    return system.wait_until(are_ready, "waiting for its models")
+
+
+def _is_ready(address: str, model: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{address}/v2/models/{model}/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, str]:
+    """Environment variables written as ``NAME=VALUE``.
+
+    Raises:
+        BenchmarkError: one is not.
+    """
+    pairs = [text.partition("=") for text in texts]
+    if wrong := next((name for name, sign, _ in pairs if not (name and sign)), None):
+        raise BenchmarkError(f'--set "{wrong}": expected NAME=VALUE')
+    return {name: value for name, _, value in pairs}

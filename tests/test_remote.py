@@ -1,0 +1,368 @@
+"""Calls to a service by its replicas: streams and unary calls, retries, replicas that come, go, drain and hang."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from splitserve import oip_grpc
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.arrays import from_array
+from splitserve.errors import TABLE, DeadlineExceeded, Internal, PairMismatch, SplitserveError, Unavailable
+from splitserve.oip import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
+from splitserve.remote import MAX_MESSAGE_BYTES, RemoteInference, RetryBudget
+from splitserve.server.grpc_face import GrpcFace
+from splitserve.signature import TensorSpec
+from splitserve.testing import FakeInference, signature
+
+X = from_array("x", np.array([[1.5, -2.0]], np.float32))
+ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
+PATIENCE_S = 20.0
+
+
+def request(**fields: Any) -> InferRequest:
+    return InferRequest("echo", (X,), **{"deadline": deadline_after(PATIENCE_S), **fields})
+
+
+async def until(claim: Callable[[], Any]) -> None:
+    """Wait for a claim to hold."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not claim():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+class Gated(FakeInference):
+    """Answers once the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__(ECHO)
+        self.gate = asyncio.Event()
+
+    async def infer(self, asked: InferRequest) -> InferResponse:
+        answer = await super().infer(asked)
+        await self.gate.wait()
+        return answer
+
+
+def face(service: FakeInference, **options: Any) -> GrpcFace:
+    return GrpcFace(
+        service,
+        stage="predict",
+        address="127.0.0.1:0",
+        metadata=ServerMetadata("test", "0"),
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        **options,
+    )
+
+
+class Name:
+    """A name that stands for whatever faces it is told."""
+
+    def __init__(self, *faces: GrpcFace) -> None:
+        self.faces = list(faces)
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        return [f"ipv4:127.0.0.1:{each.port}" for each in self.faces]
+
+
+@asynccontextmanager
+async def connected(name: Name, *, over: str = "stream", **options: Any) -> AsyncIterator[RemoteInference]:
+    """A client of the name; with a stream to each replica, or with none."""
+    remote = RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05, **options)
+    async with remote:
+        n_streams = len(name.faces) if over == "stream" else 0
+        await until(lambda: remote.n_replicas == len(name.faces) and remote.n_streams >= n_streams)
+        if over == "unary":
+            for replica in remote._replicas.usable():
+                await replica.keeper.close()
+                replica.keeper._stream = None
+        yield remote
+
+
+over_both = pytest.mark.parametrize("over", ["stream", "unary"])
+
+
+@over_both
+async def test_a_request_crosses_unchanged(over: str) -> None:
+    """Tensors, version, parameters, wanted outputs; what remains of the deadline; the caller's id on the answer."""
+    service = FakeInference(ECHO)
+    async with face(service) as server, connected(Name(server), over=over) as remote:
+        asked = request(version="7", id="mine", parameters={"a": 1, "b": "two", "c": True, "d": 0.5})
+
+        answer = await remote.infer(asked)
+
+    (seen,) = service.requests
+    assert (seen.model, seen.version, seen.inputs, seen.parameters) == ("echo", "7", (X,), asked.parameters)
+    assert PATIENCE_S - 5 < remaining_s(seen.deadline) <= PATIENCE_S
+    assert (answer.id, answer.version, answer.outputs) == ("mine", "7", (X,))
+
+
+@over_both
+@pytest.mark.parametrize("kind", TABLE)
+async def test_every_error_arrives_as_what_it_was(kind: type[SplitserveError], over: str) -> None:
+    """Class, message, stage, model and pair survive; the stream goes on."""
+
+    def fail(_: InferRequest) -> InferResponse:
+        raise kind("what went wrong", stage="far", model="echo", pair="1.2")
+
+    async with face(FakeInference(ECHO, answer=fail)) as server, connected(Name(server), over=over) as remote:
+        for _ in range(2):
+            with pytest.raises(kind) as raised:
+                await remote.infer(request())
+
+    assert type(raised.value) is kind
+    assert raised.value.message == "what went wrong"
+    assert raised.value.metadata == {"stage": "far", "model": "echo", "pair": "1.2"}
+
+
+async def test_on_a_stream_an_unexpected_exception_is_internal_and_not_shown() -> None:
+    """As over unary calls."""
+
+    def fail(_: InferRequest) -> InferResponse:
+        raise KeyError("secret")
+
+    async with face(FakeInference(ECHO, answer=fail)) as server, connected(Name(server)) as remote:
+        with pytest.raises(Internal) as raised:
+            await remote.infer(request())
+
+    assert (raised.value.message, raised.value.stage) == ("internal error", "predict")
+
+
+async def test_many_calls_share_a_stream_and_are_answered_as_they_are_ready() -> None:
+    """A call that takes long does not keep others on the same stream waiting."""
+    service = Gated()
+    async with face(service) as server, connected(Name(server)) as remote:
+        slow = asyncio.create_task(remote.infer(request(id="slow")))
+        await until(lambda: service.requests)
+        gate, service.gate = service.gate, asyncio.Event()
+        service.gate.set()
+
+        answers = await asyncio.gather(*(remote.infer(request(id=str(number))) for number in range(50)))
+        assert not slow.done()
+        gate.set()
+
+        assert [answer.id for answer in answers] == [str(number) for number in range(50)]
+        assert (await slow).id == "slow"
+        assert remote.n_streams == 1
+
+
+@over_both
+async def test_who_leaves_early_does_not_disturb_the_others(over: str) -> None:
+    """A deadline that passes ends one call and not the stream."""
+    service = Gated()
+    async with face(service) as server, connected(Name(server), over=over) as remote:
+        with pytest.raises(DeadlineExceeded):
+            await remote.infer(request(deadline=deadline_after(0.1)))
+        service.gate.set()
+
+        assert (await remote.infer(request(id="next"))).id == "next"
+
+
+async def test_a_server_without_the_stream_gets_unary_calls() -> None:
+    """Another maker's server, which may well have a ModelStreamInfer that means something else."""
+
+    def answer(data: bytes, context: Any) -> bytes:
+        asked = pb.ModelInferRequest.FromString(data)
+        return oip_grpc.encode_response(InferResponse(asked.model_name, "1", (X,), asked.id)).SerializeToString()
+
+    async def stream(requests: Any, context: Any) -> AsyncIterator[bytes]:
+        async for data in requests:
+            yield data
+
+    server = grpc.aio.server()
+    handlers = {
+        "ModelInfer": grpc.unary_unary_rpc_method_handler(answer),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with RemoteInference(f"127.0.0.1:{port}", stage="predict") as remote:
+            answers = [await remote.infer(request(id=identity)) for identity in ("one", "two")]
+            n_streams = remote.n_streams
+    finally:
+        await server.stop(None)
+
+    assert [answer.id for answer in answers] == ["one", "two"]
+    assert n_streams == 0
+
+
+@over_both
+async def test_an_answer_that_is_broken_is_the_stages_fault(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw contents that are too few are a mismatch, never the caller's bad input."""
+    fill = oip_grpc._fill_response
+
+    def fill_badly(message: Any, response: InferResponse) -> None:
+        fill(message, response)
+        message.raw_output_contents.append(b"more")
+
+    async with face(FakeInference(ECHO)) as server, connected(Name(server), over=over) as remote:
+        monkeypatch.setattr(oip_grpc, "_fill_response", fill_badly)
+        with pytest.raises(PairMismatch):
+            await remote.infer(request())
+
+
+@over_both
+async def test_the_idle_replica_gets_the_next_call(over: str) -> None:
+    """Whoever is busy is passed over."""
+    services = [Gated(), Gated()]
+    async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
+        calls = [asyncio.create_task(remote.infer(request())) for _ in range(6)]
+        await until(lambda: sum(len(service.requests) for service in services) == 6)
+        for service in services:
+            service.gate.set()
+        await asyncio.gather(*calls)
+
+    assert [len(service.requests) for service in services] == [3, 3]
+
+
+@over_both
+async def test_what_is_in_flight_when_a_replica_dies_is_tried_on_another(over: str) -> None:
+    """Nobody notices."""
+    services = [Gated(), Gated()]
+    async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
+        calls = [asyncio.create_task(remote.infer(request())) for _ in range(4)]
+        await until(lambda: all(len(service.requests) == 2 for service in services))
+
+        await one._server.stop(None)
+        services[1].gate.set()
+
+        assert len(await asyncio.gather(*calls)) == 4
+    assert len(services[1].requests) == 4
+
+
+@over_both
+async def test_a_replica_that_drains_answers_what_it_has_and_gets_no_more(over: str) -> None:
+    """In its grace the calls in flight end; the stream ends with them and does not hold the stop up."""
+    services = [Gated(), FakeInference(ECHO)]
+    async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
+        held = [asyncio.create_task(remote.infer(request())) for _ in range(2)]
+        await until(lambda: services[0].requests and services[1].requests)
+
+        draining = asyncio.create_task(one.drain(delay_s=0.3, grace_s=PATIENCE_S))
+        await until(lambda: remote.n_replicas == 1)
+        others = await asyncio.gather(*(remote.infer(request()) for _ in range(10)))
+        services[0].gate.set()
+
+        assert len(await asyncio.gather(*held)) == 2
+        assert len(others) == 10
+        async with asyncio.timeout(5):
+            await draining
+    assert len(services[0].requests) == 1
+
+
+async def test_a_replica_that_hangs_is_not_waited_for_where_there_is_another() -> None:
+    """After a while the other one is asked as well, and its answer counts."""
+    services = [Gated(), Gated()]
+    async with (
+        face(services[0]) as one,
+        face(services[1]) as two,
+        connected(Name(one, two), hedge_after_s=0.1) as remote,
+    ):
+        call = asyncio.create_task(remote.infer(request()))
+        await until(lambda: sum(len(service.requests) for service in services) == 2)
+        services[1].gate.set()
+        services[0].gate.set()
+
+        assert (await call).outputs == (X,)
+
+
+async def test_replicas_that_come_and_go_are_followed() -> None:
+    """A new address gets calls, one that is gone gets none."""
+    services = [FakeInference(ECHO), FakeInference(ECHO)]
+    async with face(services[0]) as one, face(services[1]) as two:
+        name = Name(one)
+        async with connected(name) as remote:
+            name.faces = [one, two]
+            await until(lambda: remote.n_replicas == 2)
+            await asyncio.gather(*(remote.infer(request()) for _ in range(4)))
+            assert services[1].requests
+
+            name.faces = [two]
+            await until(lambda: remote.n_replicas == 1)
+            n_before = len(services[0].requests)
+            await asyncio.gather(*(remote.infer(request()) for _ in range(4)))
+
+            assert len(services[0].requests) == n_before
+
+
+async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
+    """A stream that its server has ended is opened again, on the same address."""
+    async with face(FakeInference(ECHO)) as first:
+        port = first.port
+        name = Name(first)
+        async with connected(name) as remote:
+            await first._server.stop(None)
+            await until(lambda: remote.n_streams == 0)
+            second = GrpcFace(
+                FakeInference(ECHO),
+                stage="predict",
+                address=f"127.0.0.1:{port}",
+                metadata=ServerMetadata("test", "0"),
+                max_message_bytes=MAX_MESSAGE_BYTES,
+            )
+            async with second:
+                await until(lambda: remote.n_streams == 1)
+
+                assert (await remote.infer(request())).outputs == (X,)
+
+
+async def test_without_any_replica_a_call_waits_a_little_and_fails() -> None:
+    """A restart is bridged; an outage is told, without an address."""
+    async with face(FakeInference(ECHO)) as server:
+        name = Name()
+        async with RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05) as remote:
+            with pytest.raises(Unavailable, match="^the predict service can not be reached$"):
+                await remote.infer(request())
+
+            waiting = asyncio.create_task(remote.infer(request()))
+            name.faces = [server]
+
+            assert (await waiting).outputs == (X,)
+
+
+async def test_what_failed_further_on_is_not_tried_again_here() -> None:
+    """The stage that called it has done so already: attempts do not multiply along the hops."""
+
+    def fail(_: InferRequest) -> InferResponse:
+        raise Unavailable("the predict service can not be reached", stage="far")
+
+    service = FakeInference(ECHO, answer=fail)
+    async with face(service) as server, connected(Name(server)) as remote:
+        with pytest.raises(Unavailable):
+            await remote.infer(request())
+
+    assert len(service.requests) == 1
+
+
+async def test_models_are_loaded_on_every_replica() -> None:
+    """Control is for all of them."""
+    services = [FakeInference(ECHO), FakeInference(ECHO)]
+    async with (
+        face(services[0], allow_control=True) as one,
+        face(services[1], allow_control=True) as two,
+        connected(Name(one, two)) as remote,
+    ):
+        await remote.load("echo")
+        await remote.unload("echo")
+
+    assert [service.controlled for service in services] == [[("load", "echo"), ("unload", "echo")]] * 2
+
+
+def test_retries_are_a_share_of_what_succeeds() -> None:
+    """In an outage they end; they come back with the successes."""
+    budget = RetryBudget()
+
+    allowed = sum(budget.take() for _ in range(1000))
+    for _ in range(24):
+        budget.give()
+
+    assert allowed == RetryBudget.MAX_TOKENS / 2
+    assert sum(budget.take() for _ in range(1000)) == 3
