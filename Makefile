@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers test test-imagenet test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers test test-imagenet test-kserve test-compose images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
 	@echo "make test          everything that a contributor must pass, but the container tests"
 	@echo "make test-compose  the container tests; needs docker"
+	@echo "make test-kserve   our client beside KServe's in one process; fetches kserve once"
 	@echo "make test-imagenet tests of the picture model; fetches torch once"
 	@echo "make fix           mend what a tool can mend"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
@@ -75,6 +76,14 @@ docs: $(BIN)/.installed
 images:
 	docker compose build
 
+.venv-kserve/.installed: $(BIN)/.installed
+	$(PYTHON) -m venv .venv-kserve
+	$(BIN)/uv pip install --quiet --python .venv-kserve/bin/python kserve==0.21.0 --editable ".[client]"
+	@touch $@
+
+test-kserve: .venv-kserve/.installed
+	$(BIN)/pytest -m kserve tests/system/test_beside.py
+
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
 
@@ -85,4 +94,4 @@ lock: $(BIN)/.installed
 	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
-	rm -rf $(VENV) .venv-imagenet .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-imagenet .venv-kserve .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis

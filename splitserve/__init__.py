@@ -6,14 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from splitserve.client import Client
+    from splitserve.client import TLS, Answer, AsyncClient, Client
     from splitserve.publishing import Published, PublishError, publish, publish_predictor, publish_preprocessor
 
 __version__ = "0.1.0"
 
-__all__ = ["Client", "PublishError", "Published", "publish", "publish_predictor", "publish_preprocessor"]
+__all__ = [
+    "TLS",
+    "Answer",
+    "AsyncClient",
+    "Client",
+    "PublishError",
+    "Published",
+    "publish",
+    "publish_predictor",
+    "publish_preprocessor",
+]
 
-_HOMES = {"Client": "splitserve.client"}
+_HOMES = dict.fromkeys(("TLS", "Answer", "AsyncClient", "Client"), "splitserve.client")
 
 
 def __getattr__(name: str) -> Any:

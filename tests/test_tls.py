@@ -19,7 +19,7 @@ from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.cli.connection import connect
-from splitserve.client import Client
+from splitserve.client import TLS, Client
 from splitserve.errors import Unavailable
 from splitserve.oip import InferRequest, InferResponse, ServerMetadata, deadline_after
 from splitserve.remote import RemoteInference
@@ -233,7 +233,7 @@ async def test_commands_probe_and_client_find_their_files(monkeypatch: pytest.Mo
     async with serving(FakeInference(ECHO), tls=files.mutual) as address:
 
         def client_call() -> bool:
-            with Client(address, tls=files.client) as client:
+            with Client(address, tls=TLS(ca_file=files.ca, cert_file=files.cert, key_file=files.key)) as client:
                 return client.is_ready()
 
         plain = await asyncio.to_thread(probe.problem, address, probe.READY)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+
+import pytest
 
 import splitserve
 
 
 def test_the_package_offers_these_names_and_no_others() -> None:
     """A name that is taken away, or slips in, is a change that users see."""
-    assert sorted(splitserve.__all__) == [
+    assert splitserve.__all__ == [
+        "TLS",
+        "Answer",
+        "AsyncClient",
         "Client",
         "PublishError",
         "Published",
@@ -32,3 +39,32 @@ def test_every_public_name_has_a_docstring() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """Names are looked up when they are used, and say so when they are not there."""
     assert not hasattr(splitserve, "nonsense")
+
+
+LIGHT = """
+import sys
+from splitserve import {name}
+{use}
+heavy = {{name.partition(".")[0] for name in sys.modules}} & {{{heavy}}}
+assert not heavy, heavy
+assert not any(name.startswith("splitserve.server") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "heavy"),
+    [
+        ("Client", "", "'grpc', 'httpx', 'pandas', 'rich', 'sklearn', 'onnxruntime'"),
+        ("AsyncClient", "", "'grpc', 'httpx', 'pandas', 'rich', 'sklearn', 'onnxruntime'"),
+        ("Client", "Client('http://127.0.0.1:1').close()", "'grpc', 'pandas', 'sklearn', 'onnxruntime'"),
+        ("Client", "Client('127.0.0.1:1').close()", "'httpx', 'pandas', 'rich', 'sklearn', 'onnxruntime'"),
+        ("publish", "", "'grpc', 'httpx'"),
+    ],
+)
+def test_a_name_imports_only_what_it_needs(name: str, use: str, heavy: str) -> None:
+    """The client no publishing and no server, and of the transports only the one that the URL names."""
+    program = LIGHT.format(name=name, use=use, heavy=heavy)
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")

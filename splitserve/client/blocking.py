@@ -1,0 +1,225 @@
+"""The client that blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from splitserve.client.answer import Answer
+from splitserve.client.connection import TLS, Compression, Connection, Token, connection
+from splitserve.client.inference import Core, Inference, Outputs
+from splitserve.client.progress import Progress, Report, reporting
+from splitserve.client.steps import Ask, Send, Steps, run
+from splitserve.client.stop import Stop
+from splitserve.oip import ModelMetadata, ModelState, Parameter, ServerMetadata
+
+T = TypeVar("T")
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CONCURRENCY = 4
+
+
+class _Transport(Protocol):
+    def send(self, step: Send, stop: Stop | None) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+def _transport(connection: Connection, token: Token) -> _Transport:
+    """Imports what the connection needs and nothing else."""
+    if connection.is_rest:
+        from splitserve.client.over_rest import RestTransport
+
+        return RestTransport(connection, token)
+    from splitserve.client.over_grpc import GrpcTransport
+
+    return GrpcTransport(connection, token)
+
+
+class Client:
+    """A connection to a proxy, or to any server of the Open Inference Protocol. May be used by several threads at once.
+
+    Requests that reached no model (UNAVAILABLE, 503, no connection) are sent again after a pause that grows, while their deadline
+    and the client's budget allow.
+
+    Args:
+        url: ``http://…`` or ``https://…`` for REST; ``grpc://…``, ``grpcs://…`` or a gRPC name, e.g. ``127.0.0.1:8001``.
+        timeout_s: how long a request may take, its retries included.
+        token: a bearer token, or a function that gives one for each request.
+        tls: certificates, where the server's are not signed by a well-known authority, or asks for one.
+        compression: ``"gzip"`` compresses requests, and asks for compressed answers.
+        max_attempts: of one request; 1: no retries.
+        max_message_bytes: the largest message sent or taken.
+        headers: sent with every request; over gRPC as metadata.
+
+    Raises:
+        ValueError: an option does not make sense; it is named.
+    """
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        *,
+        timeout_s: float = 30.0,
+        token: Token = None,
+        tls: TLS | None = None,
+        compression: Compression = None,
+        max_attempts: int = 5,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._core = Core(timeout_s, max_attempts)
+        self._transport = _transport(
+            connection(url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers), token
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+
+    def infer(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: str = "",
+        outputs: Sequence[str] = (),
+        parameters: Mapping[str, Parameter] | None = None,
+        timeout_s: float | None = None,
+        chunk_rows: int | None = None,
+        concurrency: int = CONCURRENCY,
+        progress: Progress = False,
+    ) -> Answer:
+        """Infer.
+
+        The model's signature, fetched once, says which datatypes the inputs are sent as. A table of many rows goes out in several
+        requests, all to the version that answers the first; the first that fails ends the others.
+
+        Args:
+            model: its name.
+            inputs: by input name, an array (n_rows, …) or a list; or a DataFrame, each column an input, or together the rows of a
+                model's only input; or the values of a model's only input. None, NaN and NA are missing values.
+            version: a pair, ``"K.M"``, or another server's version; the server's choice by default.
+            outputs: names of those wanted; all by default.
+            parameters: of the request.
+            timeout_s: how long each request may take, in place of the client's.
+            chunk_rows: the most rows in a request; 0: all. By default about 1 MiB of them, where the model answers row by row:
+                for a DataFrame, or by the signature.
+            concurrency: how many requests are under way at once.
+            progress: True shows a bar (with rich); a function is called with the rows done and the rows in all.
+
+        Returns:
+            Arrays by output name, see `Answer`; ``.to_frame()`` makes a DataFrame of them.
+
+        Raises:
+            SplitserveError: the subclass says what, see `splitserve.errors`; if it is about some rows, the message names them.
+            ValueError: an option does not make sense; it is named.
+        """
+        inference = Inference(
+            self._core,
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            parameters=parameters,
+            chunk_rows=chunk_rows,
+            timeout_s=timeout_s,
+        )
+        if concurrency < 1:
+            raise ValueError(f"concurrency: expected at least 1, got {concurrency}")
+        with reporting(progress, model) as report:
+            first = self._run(inference.begin())
+            report(inference.n_rows - sum(map(len, inference.rest)), inference.n_rows)
+            rest = self._run_chunks(inference, concurrency, report) if inference.rest else []
+        return inference.answer([first, *rest])
+
+    def _run_chunks(self, inference: Inference, concurrency: int, report: Report) -> list[Outputs]:
+        """The outputs of each chunk in order.
+
+        When one fails, none is begun any more; those under way are cancelled over gRPC, and waited for over REST: when this ends,
+        nothing goes on behind it.
+        """
+        stop = Stop()
+        with ThreadPoolExecutor(min(concurrency, len(inference.rest)), "splitserve-infer") as pool:
+            try:
+                futures = {pool.submit(self._run_chunk, inference, rows, stop): len(rows) for rows in inference.rest}
+                n_done = inference.n_rows - sum(futures.values())
+                for future in as_completed(futures):
+                    future.result()
+                    n_done += futures[future]
+                    report(n_done, inference.n_rows)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                stop.set()
+                raise
+        return [future.result() for future in futures]
+
+    def _run_chunk(self, inference: Inference, rows: range, stop: Stop) -> Outputs:
+        stop.check()
+        return self._run(inference.chunk(rows), stop)
+
+    def is_live(self) -> bool:
+        """Whether the server runs.
+
+        Raises:
+            SplitserveError: it can not be reached.
+        """
+        return bool(self._ask("live"))
+
+    def is_ready(self) -> bool:
+        """Whether at least one model can be inferred now.
+
+        Raises:
+            SplitserveError: the server can not be reached.
+        """
+        return bool(self._ask("ready"))
+
+    def is_model_ready(self, model: str, version: str = "") -> bool:
+        """Whether this model, or this version of it, can be inferred now; no if there is none such.
+
+        Raises:
+            SplitserveError: the server can not be reached.
+        """
+        return bool(self._ask("model_ready", model, version))
+
+    def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """Signature of a model.
+
+        Raises:
+            SplitserveError: as `infer`.
+        """
+        metadata: ModelMetadata = self._ask("model_metadata", model, version)
+        return metadata
+
+    def server_metadata(self) -> ServerMetadata:
+        """Name, version and extensions of the server.
+
+        Raises:
+            SplitserveError: as `infer`.
+        """
+        metadata: ServerMetadata = self._ask("server_metadata")
+        return metadata
+
+    def models(self) -> list[ModelState]:
+        """Every version of every model that the server knows of, with its state.
+
+        Raises:
+            SplitserveError: as `infer`.
+        """
+        index: list[ModelState] = self._ask("index")
+        return index
+
+    def _ask(self, *ask: Any) -> Any:
+        return self._run(self._core.ask(Ask(*ask), self._core.deadline_after(None)))
+
+    def _run(self, steps: Steps[T], stop: Stop | None = None) -> T:
+        send = self._transport.send
+        return run(steps, lambda step: send(step, stop), stop.wait) if stop else run(steps, lambda step: send(step, None))

@@ -1,0 +1,106 @@
+"""Where a client connects to, and how: addresses, certificates, tokens. Knows no gRPC and no HTTP."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from splitserve.errors import Unauthenticated
+
+Compression = Literal["gzip"] | None
+
+Token = str | Callable[[], str] | None
+"""A bearer token, or what gives one: it is called for every request, so it may renew what it gives."""
+
+AsyncToken = str | Callable[[], str | Awaitable[str]] | None
+
+_SCHEMES = {"http": (True, False), "https": (True, True), "grpc": (False, False), "grpcs": (False, True)}
+
+
+class TLS(msgspec.Struct, frozen=True, kw_only=True):
+    """Certificates, as paths to PEM files.
+
+    ``ca_file`` holds the authorities that the server's certificate is checked against, in place of the well-known ones;
+    ``cert_file`` and ``key_file`` are the client's own, for servers that ask for one.
+    """
+
+    ca_file: str | Path | None = None
+    cert_file: str | Path | None = None
+    key_file: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("TLS: cert_file and key_file belong together, one of them is missing")
+
+
+class Connection(msgspec.Struct, frozen=True):
+    """What a transport needs to know. ``target`` is a URL for REST, a name for gRPC; ``tls`` None: in plain text."""
+
+    target: str
+    is_rest: bool
+    tls: TLS | None
+    compression: Compression
+    max_message_bytes: int
+    headers: Mapping[str, str]
+
+
+def connection(
+    url: str, *, tls: TLS | None, compression: Compression, max_message_bytes: int, headers: Mapping[str, str] | None
+) -> Connection:
+    """The connection that a URL and options describe.
+
+    Args:
+        url: ``http://…`` or ``https://…`` for REST; ``grpc://…``, ``grpcs://…`` or any name that gRPC knows (``host:port``,
+            ``dns:///name:port``, ``unix:path``) for gRPC.
+        tls: certificates; makes a gRPC name without a scheme a secure one.
+        compression: of requests and answers.
+        max_message_bytes: the largest message sent or taken.
+        headers: for every request; names in lower case.
+
+    Raises:
+        ValueError: the URL has no host or, for gRPC, no port, or is in plain text while ``tls`` is given.
+    """
+    if compression not in (None, "gzip"):
+        raise ValueError(f'compression: expected "gzip" or None, got {compression!r}')
+    scheme, separator, rest = url.partition("://")
+    known = _SCHEMES.get(scheme) if separator else None
+    is_rest, is_secure = known or (False, tls is not None)
+    if known and not rest.strip("/"):
+        raise ValueError(f"{url!r}: expected a host")
+    if tls and not is_secure:
+        raise ValueError(f"{url!r} is in plain text, but tls is given; {scheme}s:// is the secure scheme")
+    target = url.rstrip("/") if is_rest else rest.rstrip("/") if known else url
+    if not is_rest and not target.rpartition(":")[2].strip("/"):
+        raise ValueError(f"{url!r}: expected a host and a port, e.g. {target or 'host'}:8001")
+    if known and not is_rest and not target.rpartition(":")[2].isdecimal():
+        raise ValueError(f"{url!r}: expected a port, e.g. {scheme}://{target}:8001")
+    named = {name.lower(): value for name, value in (headers or {}).items()}
+    return Connection(target, is_rest, (tls or TLS()) if is_secure else None, compression, max_message_bytes, named)
+
+
+def request_headers(headers: Mapping[str, str], token: Token) -> dict[str, str]:
+    """The headers of a request, with its credentials.
+
+    Raises:
+        Unauthenticated: the token can not stand in a header.
+    """
+    return dict(headers) | _authorization(token() if callable(token) else token)
+
+
+async def request_headers_async(headers: Mapping[str, str], token: AsyncToken) -> dict[str, str]:
+    """As `request_headers`, for a token that may have to be waited for."""
+    value = token() if callable(token) else token
+    return dict(headers) | _authorization(await value if inspect.isawaitable(value) else value)
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    if token is None:
+        return {}
+    token = token.strip()  # files end in a newline
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise Unauthenticated("the token is empty or has characters that a header can not hold")
+    return {"authorization": f"Bearer {token}"}

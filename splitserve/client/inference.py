@@ -1,0 +1,196 @@
+"""One call of ``infer``, from what the caller has to what the caller gets: signature, columns, chunks, requests, answer.
+
+Makes steps (see `splitserve.client.steps`); how many chunks are under way at once is the client's business. Knows no transport.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from splitserve.arrays import Array
+from splitserve.client.answer import Answer, outputs_of
+from splitserve.client.chunks import can_be_cut, cut, has_rows, join
+from splitserve.client.encoding import Column, is_frame, to_columns
+from splitserve.client.retries import Retries
+from splitserve.client.steps import Ask, Steps, attempts
+from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
+from splitserve.oip import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+
+Outputs = dict[str, Array]
+
+
+class Core:
+    """What a client knows between calls: how long they may take, the budget of its retries, the signatures that it has seen.
+
+    Args:
+        timeout_s: of a request for which the caller says nothing else.
+        max_attempts: of a request.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(self, timeout_s: float, max_attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout_s = timeout_s
+        self._retries = Retries(max_attempts)
+        self._clock = clock
+        self._signatures: dict[tuple[str, str], ModelMetadata] = {}
+        self.deadline_after(None)
+
+    def deadline_after(self, timeout_s: float | None) -> float:
+        """The point on the clock where a request that begins now ends."""
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
+        return self._clock() + timeout_s
+
+    def ask(self, ask: Ask, deadline: float) -> Steps[Any]:
+        """Ask, with retries."""
+        return attempts(ask, deadline, self._retries, self._clock)
+
+    def known_signature(self, model: str, version: str) -> ModelMetadata | None:
+        """A signature that was fetched before."""
+        return self._signatures.get((model, version))
+
+    def fetch_signature(self, model: str, version: str, deadline: float) -> Steps[ModelMetadata | None]:
+        """The signature as it is now; None if the server gives none: the inference itself will say what is wrong, if anything is.
+
+        Raises:
+            SplitserveError: the server can not be reached, or takes no calls, so that there is no use in sending the inputs.
+        """
+        try:
+            signature: ModelMetadata = yield from self.ask(Ask("model_metadata", model, version), deadline)
+        except (Unavailable, Overloaded, DeadlineExceeded):
+            raise
+        except SplitserveError:
+            self._signatures.pop((model, version), None)
+            return None
+        self._signatures[model, version] = signature
+        return signature
+
+
+class Inference:
+    """One call of ``infer``.
+
+    `begin` first; then `chunk` for each of `rest`, in any order; then `answer`.
+
+    Args:
+        core: the client's.
+        model: its name.
+        inputs: as `splitserve.client.encoding.to_columns` takes them.
+        version: "" leaves the choice to the server; all chunks go to the version that answered the first.
+        outputs: names of those wanted; () all.
+        parameters: of the request.
+        chunk_rows: the most rows in a request; 0: all; None: about 1 MiB of them where the model answers row by row.
+        timeout_s: of each request, its retries included; None: the client's.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        model: str,
+        inputs: Any,
+        *,
+        version: str,
+        outputs: Sequence[str],
+        parameters: Mapping[str, Parameter] | None,
+        chunk_rows: int | None,
+        timeout_s: float | None,
+    ) -> None:
+        if chunk_rows is not None and chunk_rows < 0:
+            raise ValueError(f"chunk_rows: expected 0 or more, got {chunk_rows}")
+        self._core = core
+        self._model = model
+        self._inputs = inputs
+        self._version = version
+        self._outputs = tuple(RequestedOutput(name) for name in outputs)
+        self._parameters = parameters or {}
+        self._chunk_rows = chunk_rows
+        self._timeout_s = timeout_s
+        self._columns: list[Column] = []
+        self._chunks: list[range] = [range(0)]
+        self._model_name = model
+
+    @property
+    def rest(self) -> list[range]:
+        """The rows of each request that `begin` leaves to be made."""
+        return self._chunks[1:]
+
+    @property
+    def n_rows(self) -> int:
+        """Of the whole table."""
+        return self._chunks[-1].stop
+
+    def begin(self) -> Steps[Outputs]:
+        """Learn the signature, encode, and send the first chunk. A known signature that no longer fits is fetched again, once.
+
+        Raises:
+            SplitserveError: as it came from the server; `InvalidInput` also for what can not be encoded.
+        """
+        deadline = self._core.deadline_after(self._timeout_s)
+        known = self._core.known_signature(self._model, self._version)
+        if known is None:
+            signature = yield from self._core.fetch_signature(self._model, self._version, deadline)
+            return (yield from self._first(signature, deadline))
+        try:
+            return (yield from self._first(known, deadline))
+        except InvalidInput as error:
+            refused = error
+        signature = yield from self._core.fetch_signature(self._model, self._version, deadline)
+        if signature is None or signature.inputs == known.inputs:
+            raise refused
+        return (yield from self._first(signature, deadline))
+
+    def _first(self, signature: ModelMetadata | None, deadline: float) -> Steps[Outputs]:
+        self._columns = to_columns(self._inputs, signature.inputs if signature else None)
+        self._chunks = self._cut(signature)
+        response = yield from self._send(self._chunks[0], deadline)
+        self._version = response.version or self._version
+        self._model_name = response.model or self._model
+        return outputs_of(response)
+
+    def _cut(self, signature: ModelMetadata | None) -> list[range]:
+        is_table = can_be_cut(self._columns)
+        if is_table and (self._chunk_rows or (self._chunk_rows is None and (is_frame(self._inputs) or has_rows(signature)))):
+            return cut(self._columns, self._chunk_rows or 0)
+        return [range(len(self._columns[0].array) if is_table else 0)]
+
+    def chunk(self, rows: range) -> Steps[Outputs]:
+        """Infer some of the rows.
+
+        Raises:
+            SplitserveError: the message begins with the rows.
+        """
+        response = yield from self._send(rows, self._core.deadline_after(self._timeout_s))
+        return outputs_of(response)
+
+    def _send(self, rows: range, deadline: float) -> Steps[InferResponse]:
+        part = slice(rows.start, rows.stop) if len(self._chunks) > 1 else None
+        try:
+            request = InferRequest(
+                self._model,
+                tuple(column.tensor(part) for column in self._columns),
+                version=self._version,
+                outputs=self._outputs,
+                parameters=self._parameters,
+            )
+            response: InferResponse = yield from self._core.ask(Ask("infer", self._model, self._version, request), deadline)
+        except SplitserveError as error:
+            if part is None:
+                raise
+            raise _at_rows(error, rows) from error
+        return response
+
+    def answer(self, parts: Sequence[Outputs]) -> Answer:
+        """The answer, from the outputs of all chunks in order.
+
+        Raises:
+            PairMismatch: the outputs do not have the rows that were sent.
+        """
+        index = self._inputs.index if is_frame(self._inputs) else None
+        return Answer(join(parts, self._chunks), model=self._model_name, version=self._version, index=index)
+
+
+def _at_rows(error: SplitserveError, rows: range) -> SplitserveError:
+    message = f"rows {rows.start} to {rows.stop - 1}: {error.message}"
+    return type(error)(message, stage=error.stage, model=error.model, pair=error.pair)

@@ -1,0 +1,196 @@
+"""The protocol's verbs over gRPC, blocking and awaiting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from splitserve import oip_grpc
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.client.connection import TLS, AsyncToken, Connection, Token, request_headers, request_headers_async
+from splitserve.client.retries import Failed
+from splitserve.client.steps import Ask, Send, Verb
+from splitserve.client.stop import Stop
+from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
+from splitserve.oip import ServerMetadata
+from splitserve.remote import translate
+
+_STAGE = "server"
+
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+
+_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": oip_grpc.SERVICE}}
+"""Every replica of a name in turn, those that drain or load left out. Retries are ours: they know the deadline and the budget."""
+
+
+class _Method(NamedTuple):
+    name: str
+    decode: Callable[[Any], Any]
+
+    @property
+    def request(self) -> Any:
+        return getattr(pb, f"{self.name}Request")
+
+    @property
+    def response(self) -> Any:
+        return getattr(pb, f"{self.name}Response")
+
+
+_METHODS: dict[Verb, _Method] = {
+    "live": _Method("ServerLive", lambda answer: answer.live),
+    "ready": _Method("ServerReady", lambda answer: answer.ready),
+    "model_ready": _Method("ModelReady", lambda answer: answer.ready),
+    "server_metadata": _Method(
+        "ServerMetadata", lambda answer: ServerMetadata(answer.name, answer.version, tuple(answer.extensions))
+    ),
+    "model_metadata": _Method("ModelMetadata", oip_grpc.decode_metadata),
+    "index": _Method("RepositoryIndex", oip_grpc.decode_index),
+    "infer": _Method("ModelInfer", oip_grpc.decode_response),
+}
+
+
+class GrpcTransport:
+    """Sends over a channel of its own; safe in several threads."""
+
+    def __init__(self, connection: Connection, token: Token) -> None:
+        self._connection = connection
+        self._token = token
+        if connection.tls is None:
+            self._channel = grpc.insecure_channel(connection.target, **_arguments(connection))
+        else:
+            self._channel = grpc.secure_channel(connection.target, _credentials(connection.tls), **_arguments(connection))
+        self._calls = _calls(self._channel)
+
+    def send(self, step: Send, stop: Stop | None) -> Any:
+        """One attempt; the call is given up when ``stop`` is set.
+
+        Raises:
+            Failed: with the error, and whether a retry may help.
+        """
+        call = self._calls[step.ask.verb]
+        metadata = tuple(request_headers(self._connection.headers, self._token).items())
+        request = _encode(step.ask)
+        try:
+            if stop is None:
+                answer = call(request, timeout=step.timeout_s, metadata=metadata)
+            else:
+                future = call.future(request, timeout=step.timeout_s, metadata=metadata)
+                with stop.calling(future.cancel):
+                    answer = future.result()
+        except grpc.FutureCancelledError as error:
+            raise Failed(Cancelled("given up, another request failed")) from error
+        except grpc.RpcError as error:
+            return _failed(step.ask, error)
+        return _decode(step.ask, answer)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class AsyncGrpcTransport:
+    """Sends over a channel of its own, on the event loop that runs when it is made."""
+
+    def __init__(self, connection: Connection, token: AsyncToken) -> None:
+        self._connection = connection
+        self._token = token
+        if connection.tls is None:
+            self._channel = grpc.aio.insecure_channel(connection.target, **_arguments(connection))
+        else:
+            self._channel = grpc.aio.secure_channel(connection.target, _credentials(connection.tls), **_arguments(connection))
+        self._calls = _calls(self._channel)
+
+    async def send(self, step: Send) -> Any:
+        """One attempt.
+
+        Raises:
+            Failed: with the error, and whether a retry may help.
+        """
+        call = self._calls[step.ask.verb]
+        metadata = tuple((await request_headers_async(self._connection.headers, self._token)).items())
+        try:
+            answer = await call(_encode(step.ask), timeout=step.timeout_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            return _failed(step.ask, error)
+        return _decode(step.ask, answer)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _arguments(connection: Connection) -> dict[str, Any]:
+    return {
+        "options": _options(connection.max_message_bytes),
+        "compression": grpc.Compression.Gzip if connection.compression else None,
+    }
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # A silent connection is found out in a minute. Servers other than ours end connections that ask much more often.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.ping_timeout_ms", 10_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        # A proxy in the environment is for what leaves the cluster.
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    files = (tls.ca_file, tls.key_file, tls.cert_file)
+    return grpc.ssl_channel_credentials(*(Path(file).read_bytes() if file else None for file in files))
+
+
+def _calls(channel: Any) -> dict[Verb, Any]:
+    return {
+        verb: channel.unary_unary(
+            f"/{oip_grpc.SERVICE}/{method.name}",
+            request_serializer=method.request.SerializeToString,
+            response_deserializer=method.response.FromString,
+        )
+        for verb, method in _METHODS.items()
+    }
+
+
+def _encode(ask: Ask) -> Any:
+    if ask.request is not None:
+        return oip_grpc.encode_request(ask.request)
+    request = _METHODS[ask.verb].request
+    return request(name=ask.model, version=ask.version) if ask.model else request()
+
+
+def _decode(ask: Ask, answer: Any) -> Any:
+    try:
+        return _METHODS[ask.verb].decode(answer)
+    except InvalidInput as error:  # the caller did not make this answer
+        raise Failed(PairMismatch(f"the answer is broken: {error.message}", stage=_STAGE)) from error
+
+
+def _failed(ask: Ask, error: Any) -> bool:
+    """False where a model that is not known is no error but a "no".
+
+    Raises:
+        Failed: in all other cases.
+    """
+    if ask.verb == "model_ready" and error.code() is grpc.StatusCode.NOT_FOUND:
+        return False
+    if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
+        raise Failed(Unavailable("the server's certificate is not one that is trusted", stage=_STAGE)) from error
+    translated = translate(error, _STAGE)
+    pushback_ms = dict(error.trailing_metadata() or ()).get(_PUSHBACK_KEY)
+    is_refused = pushback_ms is not None and not str(pushback_ms).isdecimal()
+    raise Failed(
+        translated,
+        can_retry=isinstance(translated, Unavailable) and not is_refused,
+        retry_after_s=None if pushback_ms is None or is_refused else int(pushback_ms) / 1000,
+    ) from error

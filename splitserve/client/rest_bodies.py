@@ -1,0 +1,255 @@
+"""The client's side of the protocol over REST: verbs <-> paths, headers and bodies.
+
+Knows bodies, not HTTP libraries. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
+"""
+
+from __future__ import annotations
+
+import gzip
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+
+from splitserve.client.retries import Failed
+from splitserve.client.steps import Ask
+from splitserve.errors import (
+    TABLE,
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    PairMismatch,
+    SplitserveError,
+    Unavailable,
+    Unsupported,
+    from_wire,
+)
+from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
+from splitserve.oip_rest import decode_json, flatten, pack_values
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor, datatype_of, n_elements
+
+_LENGTH_HEADER = "inference-header-content-length"
+_MIN_COMPRESSED_BYTES = 1024
+
+_BY_STATUS: dict[int, type[SplitserveError]] = {
+    408: DeadlineExceeded,
+    415: Unsupported,
+    502: Unavailable,
+    **{error.http_status: error for error in reversed(TABLE)},
+    500: Internal,
+}
+"""The inverse of the table of errors, and statuses that only other makers' servers and proxies give."""
+
+
+class Asked(NamedTuple):
+    """An HTTP request, as far as it does not depend on the connection."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+def encode(ask: Ask, *, compress: bool = False) -> Asked:
+    """The HTTP request of a verb; ``compress`` its body, if that is worth it."""
+    model = f"/v2/models/{quote(ask.model, safe='')}" + (f"/versions/{quote(ask.version, safe='')}" if ask.version else "")
+    match ask.verb:
+        case "live" | "ready":
+            return Asked("GET", f"/v2/health/{ask.verb}", {}, b"")
+        case "model_ready":
+            return Asked("GET", f"{model}/ready", {}, b"")
+        case "server_metadata":
+            return Asked("GET", "/v2", {}, b"")
+        case "model_metadata":
+            return Asked("GET", model, {}, b"")
+        case "index":
+            return Asked("POST", "/v2/repository/index", {"content-type": "application/json"}, b"{}")
+    assert ask.request is not None
+    body, header_length = encode_request(ask.request)
+    headers = {"content-type": "application/octet-stream", _LENGTH_HEADER: str(header_length)}
+    if compress and len(body) >= _MIN_COMPRESSED_BYTES:
+        body = gzip.compress(body, compresslevel=1, mtime=0)
+        headers["content-encoding"] = "gzip"
+    return Asked("POST", f"{model}/infer", headers, body)
+
+
+def encode_request(request: InferRequest) -> tuple[bytes, int]:
+    """The body of a request, and how many bytes of it are JSON; its tensors, and those of the answer, as binary data."""
+    message: dict[str, Any] = {
+        "inputs": [
+            {
+                "name": tensor.name,
+                "datatype": tensor.datatype,
+                "shape": tensor.shape,
+                "parameters": {"binary_data_size": len(tensor.raw)},
+            }
+            for tensor in request.inputs
+        ],
+        "parameters": {**request.parameters, "binary_data_output": True},
+    }
+    if request.id:
+        message["id"] = request.id
+    if request.outputs:
+        message["outputs"] = [
+            {"name": wanted.name, "parameters": {**wanted.parameters, "binary_data": True}} for wanted in request.outputs
+        ]
+    head = msgspec.json.encode(message)
+    return b"".join((head, *(tensor.raw for tensor in request.inputs))), len(head)
+
+
+class _Output(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Answer(msgspec.Struct):
+    outputs: list[_Output]
+    model_name: str | None = None
+    model_version: str | None = None
+    id: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Spec(msgspec.Struct):
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class _Metadata(msgspec.Struct):
+    name: str
+    inputs: list[_Spec] = []
+    outputs: list[_Spec] = []
+    versions: list[str] | None = None
+    platform: str = ""
+    properties: dict[str, str] | None = None
+
+
+_TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _Metadata, "index": list[ModelState]}
+_DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
+_answer_decoder = msgspec.json.Decoder(_Answer)
+
+
+def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> Any:
+    """What the server answered.
+
+    Args:
+        ask: the question.
+        status: of HTTP.
+        headers: names in lower case.
+        body: decompressed.
+
+    Raises:
+        Failed: an error, and whether a retry may help.
+    """
+    if ask.verb in ("live", "ready", "model_ready") and (status in (200, 400, 404, 503)):
+        return status == 200
+    if status != 200:
+        raise _failed(status, headers, body)
+    try:
+        if ask.verb == "infer":
+            return decode_response(body, _header_length(headers, body))
+        answer = decode_json(body, _DECODERS[ask.verb])
+    except InvalidInput as error:  # the caller did not make this answer
+        raise Failed(PairMismatch(f"the answer is broken: {error.message}", stage="server")) from error
+    return _model_metadata(answer) if isinstance(answer, _Metadata) else answer
+
+
+def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:
+    facts = _facts(body)
+    kind = _BY_STATUS.get(status, InvalidInput if 400 <= status < 500 else Internal)
+    message = facts.get("error") or f"the server answered with HTTP status {status}"
+    error = from_wire(kind.grpc_code, message, facts.get("reason") or kind.reason, facts)
+    return Failed(error, can_retry=isinstance(error, Unavailable), retry_after_s=_retry_after_s(headers.get("retry-after")))
+
+
+def _facts(body: bytes) -> dict[str, str]:
+    """What an error's body says, as far as it is text."""
+    try:
+        content = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds, which the header gives as a number or as a date. Source: RFC 9110, 10.2.3."""
+    if value is None:
+        return None
+    if value.isascii() and value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _header_length(headers: Mapping[str, str], body: bytes) -> int:
+    value = headers.get(_LENGTH_HEADER)
+    if value is None:
+        return len(body)
+    if not (value.isascii() and value.isdecimal() and int(value) <= len(body)):
+        raise InvalidInput(f"Inference-Header-Content-Length is {value[:32]!r}, the body has {len(body)} bytes")
+    return int(value)
+
+
+def decode_response(body: bytes, header_length: int) -> InferResponse:
+    """The answer in a body; its tensors as JSON or as binary data.
+
+    Args:
+        body: JSON, and behind it the binary tensors if there are any.
+        header_length: bytes of JSON.
+
+    Raises:
+        InvalidInput: it is no answer; says where.
+    """
+    answer = decode_json(body[:header_length], _answer_decoder)
+    outputs, end = [], header_length
+    for item in answer.outputs:
+        size = (item.parameters or {}).get("binary_data_size")
+        if size is None:
+            raw = _pack_json(item)
+        elif type(size) is not int or not 0 <= size <= len(body) - end:
+            raise InvalidInput(f'output "{item.name}": binary_data_size is {size}, {len(body) - end} bytes are left of the body')
+        else:
+            raw, end = body[end : end + size], end + size
+        outputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
+    return InferResponse(
+        answer.model_name or "",
+        answer.model_version or "",
+        tuple(outputs),
+        answer.id or "",
+        {key: value for key, value in (answer.parameters or {}).items() if isinstance(value, Parameter)},
+    )
+
+
+def _pack_json(item: _Output) -> bytes:
+    what = f'output "{item.name}"'
+    values = flatten(what, item.data, item.shape)
+    if len(values) != n_elements(what, item.shape):
+        raise InvalidInput(f"{what}: shape {item.shape} does not have {len(values)} elements")
+    return pack_values(what, datatype_of(what, item.datatype), values)
+
+
+def _model_metadata(answer: _Metadata) -> ModelMetadata:
+    return ModelMetadata(
+        name=answer.name,
+        versions=tuple(answer.versions or ()),
+        platform=answer.platform,
+        inputs=tuple(map(_spec, answer.inputs)),
+        outputs=tuple(map(_spec, answer.outputs)),
+        properties=answer.properties or {},
+    )
+
+
+def _spec(spec: _Spec) -> TensorSpec:
+    """Dimensions that vary get names by their place, as those of `splitserve.oip_grpc.decode_metadata`."""
+    shape = tuple(size if size >= 0 else f"d{axis}" if axis else "batch" for axis, size in enumerate(spec.shape))
+    return TensorSpec(spec.name, spec.datatype, shape)

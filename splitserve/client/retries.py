@@ -1,0 +1,75 @@
+"""When a request is sent again, and after how long. Knows no transport."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+from splitserve.errors import SplitserveError
+
+INITIAL_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 2.0
+MAX_TOKENS = 100.0
+TOKEN_RATIO = 0.1
+
+
+class Failed(Exception):
+    """One attempt failed.
+
+    Args:
+        error: what the caller sees if there is no further attempt.
+        can_retry: the request did not reach a model, and another attempt may.
+        retry_after_s: how long the server asked to be left alone.
+    """
+
+    def __init__(self, error: SplitserveError, *, can_retry: bool = False, retry_after_s: float | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.can_retry = can_retry
+        self.retry_after_s = retry_after_s
+
+
+class Retries:
+    """Backoff with jitter, and a budget that all calls of a client share: retries do not double the load of a failing server.
+
+    The budget is gRPC's: a failed attempt takes one of `MAX_TOKENS`, a success gives `TOKEN_RATIO` back, and there are retries
+    while more than half is left. Source: gRPC proposal A6, "Throttling Retry Attempts and Hedged RPCs".
+
+    Args:
+        max_attempts: of one request; 1: no retries.
+        uniform: a random number between two.
+    """
+
+    def __init__(self, max_attempts: int, *, uniform: Callable[[float, float], float] = random.uniform) -> None:
+        if max_attempts < 1:
+            raise ValueError(f"max_attempts: expected at least 1, got {max_attempts}")
+        self._max_attempts = max_attempts
+        self._uniform = uniform
+        self._tokens = MAX_TOKENS
+        self._lock = threading.Lock()
+
+    def succeeded(self) -> None:
+        """Count an attempt that was answered."""
+        with self._lock:
+            self._tokens = min(MAX_TOKENS, self._tokens + TOKEN_RATIO)
+
+    def delay_s(self, failure: Failed, n_failures: int) -> float | None:
+        """How long to wait before the next attempt; None: there is none.
+
+        Args:
+            failure: the latest.
+            n_failures: of this request so far.
+        """
+        if not failure.can_retry:
+            return None
+        with self._lock:
+            self._tokens = max(0.0, self._tokens - 1)
+            if self._tokens <= MAX_TOKENS / 2:
+                return None
+        if n_failures >= self._max_attempts:
+            return None
+        if failure.retry_after_s is not None:
+            return failure.retry_after_s * self._uniform(1, 1.2)
+        backoff_s: float = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (n_failures - 1))
+        return backoff_s * self._uniform(0.5, 1)

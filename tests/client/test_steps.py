@@ -1,0 +1,140 @@
+"""Retries and deadlines, without a server and without time passing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from splitserve.client.retries import MAX_TOKENS, Failed, Retries
+from splitserve.client.steps import Ask, Send, attempts, run
+from splitserve.errors import DeadlineExceeded, InvalidInput, Unavailable
+
+ASK = Ask("infer", "m")
+
+
+class World:
+    """A clock that moves when someone waits, and a server that fails as told."""
+
+    def __init__(self, *failures: Failed) -> None:
+        self.now = 100.0
+        self.sent: list[float] = []
+        self._failures = list(failures)
+
+    def send(self, step: Send) -> Any:
+        self.sent.append(step.timeout_s)
+        if self._failures:
+            raise self._failures.pop(0)
+        return "answer"
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    def call(self, *, timeout_s: float = 60, retries: Retries | None = None) -> Any:
+        steps = attempts(ASK, self.now + timeout_s, retries or plain(5), lambda: self.now)
+        return run(steps, self.send, self.wait)
+
+
+def plain(max_attempts: int, uniform: Callable[[float, float], float] = lambda low, high: high) -> Retries:
+    return Retries(max_attempts, uniform=uniform)
+
+
+def gone(retry_after_s: float | None = None) -> Failed:
+    return Failed(Unavailable("gone"), can_retry=True, retry_after_s=retry_after_s)
+
+
+def test_pauses_grow_and_the_time_left_shrinks() -> None:
+    """Twice as long each time; each attempt has what remains of the deadline."""
+    world = World(gone(), gone(), gone())
+
+    assert world.call() == "answer"
+    assert world.sent == pytest.approx([60, 59.9, 59.7, 59.3])
+
+
+def test_pauses_are_random() -> None:
+    """Clients that failed together do not come back together: between half and all of the pause."""
+    bounds: list[tuple[float, float]] = []
+
+    World(gone()).call(retries=plain(2, lambda low, high: bounds.append((low, high)) or high))
+
+    assert bounds == [(0.5, 1)]
+
+
+def test_the_server_says_how_long_to_wait() -> None:
+    """Retry-After and pushback take the place of our own pause, and are never shortened."""
+    world = World(gone(retry_after_s=7))
+
+    world.call(retries=plain(2, lambda low, high: low))
+
+    assert world.now == 107
+
+
+def test_attempts_are_bounded() -> None:
+    """The last failure is the caller's."""
+    world = World(*[gone()] * 9)
+
+    with pytest.raises(Unavailable, match="gone"):
+        world.call(retries=plain(3))
+
+    assert len(world.sent) == 3
+
+
+def test_what_a_retry_can_not_help_is_not_retried() -> None:
+    """The transport knows which failures those are."""
+    world = World(Failed(InvalidInput("bad")))
+
+    with pytest.raises(InvalidInput):
+        world.call()
+
+    assert len(world.sent) == 1
+
+
+def test_nobody_waits_beyond_the_deadline() -> None:
+    """An attempt that could only begin too late is not waited for: the failure is told at once."""
+    world = World(gone(retry_after_s=10))
+
+    with pytest.raises(Unavailable):
+        world.call(timeout_s=10)
+
+    assert world.now == 100
+
+
+def test_out_of_time_before_the_first_attempt_sends_nothing() -> None:
+    """Work for nobody is not begun."""
+    world = World()
+
+    with pytest.raises(DeadlineExceeded):
+        world.call(timeout_s=0)
+
+    assert world.sent == []
+
+
+def test_the_budget_ends_retries_of_a_server_that_only_fails() -> None:
+    """Half of the tokens are for retries; from then on every call is one attempt."""
+    retries, sent = plain(5), 0
+    for _ in range(100):
+        world = World(*[gone()] * 5)
+        with pytest.raises(Unavailable):
+            world.call(retries=retries)
+        sent += len(world.sent)
+
+    assert sent < 100 + MAX_TOKENS / 2
+
+
+def test_successes_refill_the_budget() -> None:
+    """Ten allow one retry."""
+    retries = plain(2)
+    for _ in range(100):
+        with pytest.raises(Unavailable):
+            World(gone(), gone()).call(retries=retries)
+    for _ in range(600):
+        World().call(retries=retries)
+
+    assert World(gone()).call(retries=retries) == "answer"
+
+
+def test_at_least_one_attempt_is_needed() -> None:
+    """Zero would send nothing."""
+    with pytest.raises(ValueError, match="max_attempts"):
+        Retries(0)
