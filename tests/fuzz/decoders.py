@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from splitserve import oip_grpc, oip_rest, v1
@@ -23,26 +24,20 @@ def _checked(request: InferRequest) -> None:
 def json(data: bytes) -> None:
     """A V2 body, and the same as a V1 body."""
     for decode in (lambda: oip_rest.decode_request("m", "", data), lambda: v1.decode_request(data, MODEL, "1.1")):
-        try:
+        with contextlib.suppress(SplitserveError):
             _checked(decode())
-        except SplitserveError:
-            pass
 
 
 def binary(data: bytes) -> None:
     """A V2 body with binary tensors: the first two bytes say how much of it is JSON."""
-    try:
+    with contextlib.suppress(SplitserveError):
         _checked(oip_rest.decode_request("m", "", data[2:], header_length=int.from_bytes(data[:2], "little")))
-    except SplitserveError:
-        pass
 
 
 def grpc(data: bytes) -> None:
     """A ModelInferRequest."""
-    try:
+    with contextlib.suppress(SplitserveError):
         _checked(oip_grpc.decode_request(oip_grpc.parse(pb.ModelInferRequest, data)))
-    except SplitserveError:
-        pass
 
 
 DECODERS: dict[str, Callable[[bytes], None]] = {"json": json, "binary": binary, "grpc": grpc}
