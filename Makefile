@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers test test-imagenet test-kserve test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers fuzz test test-imagenet test-kserve test-compose images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client beside KServe's in one process; fetches kserve once"
 	@echo "make test-imagenet tests of the picture model; fetches torch once"
+	@echo "make fuzz          atheris on the decoders, SECONDS=60 each"
 	@echo "make fix           mend what a tool can mend"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
 	@echo "make bench-peers   measure them beside others, in environments made for those; BENCH=... as above"
@@ -60,6 +61,17 @@ test: $(BIN)/.installed
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/pytest
 
+# Bytes from a stranger into each decoder, for so many seconds each. What is found is kept in tests/fuzz/corpus.
+SECONDS ?= 60
+.venv-fuzz/.installed:
+	$(PYTHON) -m venv .venv-fuzz
+	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/proxy.txt
+	.venv-fuzz/bin/pip install --quiet --disable-pip-version-check atheris==3.0.0
+	@touch $@
+
+fuzz: .venv-fuzz/.installed
+	for decoder in json binary grpc; do .venv-fuzz/bin/python -m tests.fuzz.fuzz $$decoder -max_total_time=$(SECONDS) -max_len=4096 || exit 1; done
+
 test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/pytest -m imagenet tests/system/test_imagenet.py
 
@@ -94,4 +106,4 @@ lock: $(BIN)/.installed
 	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
-	rm -rf $(VENV) .venv-imagenet .venv-kserve .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

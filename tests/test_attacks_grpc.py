@@ -192,6 +192,19 @@ async def test_metadata_is_bounded() -> None:
         assert await ask(channel, message()) == (CODES.OK, "")
 
 
+async def test_connections_are_counted() -> None:
+    """G02: one past the limit is closed, those before are served on."""
+    async with serving(FakeInference(ECHO), options=[("grpc.max_allowed_incoming_connections", 2)]) as address:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [grpc.aio.insecure_channel(address, own) for _ in range(3)]
+        codes = [(await ask(channel, message()))[0] for channel in channels]
+        again = await ask(channels[0], message())
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    assert codes == [CODES.OK, CODES.OK, CODES.UNAVAILABLE]
+    assert again[0] is CODES.OK
+
+
 @pytest.mark.parametrize(
     "name",
     ["/inference.GRPCInferenceService/SystemSharedMemoryRegister", "/inference.GRPCInferenceService/LogSettings",
