@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet test test-imagenet test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet test test-imagenet test-clients test-compose images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
 	@echo "make test          everything that a contributor must pass, but the container tests"
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-imagenet tests of the picture model; fetches torch once"
+	@echo "make test-clients  tests with clients of other makers; fetches each into an environment of its own"
 	@echo "make fix           mend what a tool can mend"
 	@echo "make imagenet      publish the picture model (fetches torch once)"
 	@echo "make lock          renew the locks in requirements/"
@@ -54,6 +55,9 @@ test: $(BIN)/.installed
 test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/pytest -m imagenet tests/system/test_imagenet.py
 
+test-clients: $(BIN)/.installed
+	$(BIN)/pytest -n 0 -m clients tests/clients
+
 fix: $(BIN)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -77,4 +81,4 @@ lock: $(BIN)/.installed
 	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
-	rm -rf $(VENV) .venv-imagenet .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-imagenet .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis
