@@ -26,9 +26,8 @@ def call(name: str, **fields: object) -> object:
 
 
 assert call("ModelReady", name="simple").ready
-tensors = [
-    {"name": name, "datatype": "INT32", "shape": [1, 16], "contents": {"int_contents": [1] * 16}} for name in ("INPUT0", "INPUT1")
-]
+contents = {"int_contents": [1] * 16}
+tensors = [{"name": name, "datatype": "INT32", "shape": [1, 16], "contents": contents} for name in ("INPUT0", "INPUT1")]
 answer = call("ModelInfer", model_name="simple", inputs=tensors)
 assert answer.raw_output_contents[0] == (2).to_bytes(4, "little") * 16
 

@@ -52,7 +52,7 @@ client.async_stream_infer("simple", inputs(), request_id="after")
 answers = [done.get(timeout=60) for _ in range(22)]
 client.stop_stream()
 assert {result.get_response().id for result, error in answers if error is None} == {*map(str, range(20)), "after"}
-assert [str(error) for _, error in answers if error is not None][0].find("Request for unknown model") >= 0
+assert "Request for unknown model" in next(str(error) for _, error in answers if error is not None)
 
 text = triton.InferInput("INPUT0", [1, 2], "BYTES")
 text.set_data_from_numpy(np.array([["a", "ü"]], dtype=np.object_))
