@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet test test-imagenet test-clients test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet test test-imagenet test-clients test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -57,6 +57,9 @@ test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 
 test-clients: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m clients tests/clients
+
+conformance: $(BIN)/.installed
+	$(BIN)/python -m tests.contracts.report
 
 fix: $(BIN)/.installed
 	$(BIN)/ruff check --fix .

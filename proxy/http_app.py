@@ -31,7 +31,7 @@ from splitserve.errors import (
     at_stage,
 )
 from splitserve.model_config import config_of
-from splitserve.oip import READY, InferRequest, ServerMetadata, deadline_after
+from splitserve.oip import CONTROL_PARAMETERS, READY, InferRequest, ServerMetadata, deadline_after
 from splitserve.server.logs import RequestLine
 
 Scope = MutableMapping[str, Any]
@@ -288,7 +288,8 @@ class HttpApp:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
         wish = oip_rest.decode_json(request.body) if request.body else {}
-        if not isinstance(wish, dict) or wish.get("parameters"):
+        parameters = wish.get("parameters", {}) if isinstance(wish, dict) else None
+        if not isinstance(parameters, dict) or parameters.keys() - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         act = self._service.load if request.path["action"] == "load" else self._service.unload
         await act(request.path["model"])

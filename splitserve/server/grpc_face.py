@@ -21,6 +21,7 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.model_config import config_of
 from splitserve.oip import (
+    CONTROL_PARAMETERS,
     NO_DEADLINE,
     READY,
     InferenceService,
@@ -260,7 +261,7 @@ class GrpcFace:
         """
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
-        if request.parameters:
+        if set(request.parameters) - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         name: str = request.model_name or request.repository_name
         return name

@@ -85,7 +85,7 @@ def perf_analyzer() -> Path:
 def test_perf_analyzer(split: System, face: str, load: tuple[str, str]) -> None:
     """The load generator that people know: it reads configuration and statistics before it sends."""
     address = split.http if face == "http" else split.grpc
-    window = ("-p", "1000", "-r", "3", "-s", "100")
+    window = ("--request-count", "100")
 
     output = run_command(perf_analyzer(), "-m", "simple", "-u", address, "-i", face, *load, *window)
 

@@ -15,7 +15,7 @@ pool = DescriptorPool(database)
 service = pool.FindServiceByName("inference.GRPCInferenceService")
 
 
-def call(name: str, **fields: object) -> object:
+def call(name: str, /, **fields: object) -> object:
     method = service.FindMethodByName(name)
     send = channel.unary_unary(
         f"/{service.full_name}/{name}",
