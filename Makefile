@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers fuzz test test-imagenet test-kserve test-compose images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers fuzz test test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-kserve   our client beside KServe's in one process; fetches kserve once"
 	@echo "make test-imagenet tests of the picture model; fetches torch once"
 	@echo "make fuzz          atheris on the decoders, SECONDS=60 each"
+	@echo "make test-clients  tests with clients of other makers; fetches each into an environment of its own"
 	@echo "make fix           mend what a tool can mend"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
 	@echo "make bench-peers   measure them beside others, in environments made for those; BENCH=... as above"
@@ -74,6 +75,12 @@ fuzz: .venv-fuzz/.installed
 
 test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/pytest -m imagenet tests/system/test_imagenet.py
+
+test-clients: $(BIN)/.installed
+	$(BIN)/pytest -n 0 -m clients tests/clients
+
+conformance: $(BIN)/.installed
+	$(BIN)/python -m tests.contracts.report
 
 fix: $(BIN)/.installed
 	$(BIN)/ruff check --fix .

@@ -35,7 +35,7 @@ from splitserve.errors import (
 )
 from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
-from splitserve.oip import READY, InferRequest, ServerMetadata, deadline_after
+from splitserve.oip import CONTROL_PARAMETERS, READY, InferRequest, ServerMetadata, deadline_after
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
 
@@ -315,7 +315,8 @@ class HttpApp:
             raise PermissionDenied("loading and unloading is not for web pages")
         check_model_name(request.path["model"])
         wish = oip_rest.decode_json(request.body) if request.body else {}
-        if not isinstance(wish, dict) or wish.get("parameters"):
+        parameters = wish.get("parameters", {}) if isinstance(wish, dict) else None
+        if not isinstance(parameters, dict) or parameters.keys() - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         act = self._service.load if request.path["action"] == "load" else self._service.unload
         await act(request.path["model"])

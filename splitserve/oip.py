@@ -52,6 +52,9 @@ def check_time_left(deadline: float) -> None:
         raise DeadlineExceeded("out of time before the work began")
 
 
+CONTROL_PARAMETERS = {"unload_dependents"}
+"""Parameters of a request to load or unload that clients send always; no model here depends on another."""
+
 TIMEOUT, PRIORITY = "timeout", "priority"
 
 

@@ -145,9 +145,10 @@ def load(
             allowed, or its golden samples come out otherwise.
     """
     manifest = bundle.manifest
-    warnings = _check_environment(manifest, allow_environment_mismatch)
+    warnings: tuple[str, ...] = ()
     transformer = None
     if manifest.rows is None or manifest.rows.form != "tensors":
+        warnings = _check_environment(manifest, allow_environment_mismatch)
         transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
         _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)

@@ -22,6 +22,7 @@ from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, 
 from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
 from splitserve.oip import (
+    CONTROL_PARAMETERS,
     NO_DEADLINE,
     READY,
     InferenceService,
@@ -281,7 +282,7 @@ class GrpcFace:
         """
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
-        if request.parameters:
+        if set(request.parameters) - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
         name: str = request.model_name or request.repository_name
         check_model_name(name)

@@ -386,11 +386,14 @@ async def test_a_model_to_load_may_stand_where_kserves_clients_put_it() -> None:
     request = pb.RepositoryModelLoadRequest(repository_name="echo")
     async with served(allow_repository_control=True) as system:
         await system.call("RepositoryModelLoad", request)
+        unload = pb.RepositoryModelUnloadRequest(model_name="echo")
+        unload.parameters["unload_dependents"].bool_param = False  # tritonclient sends it always
+        await system.call("RepositoryModelUnload", unload)
         controlled = list(system.backend.controlled)
     async with served() as system:
         code, _ = await status_of(system, "RepositoryModelLoad", request)
 
-    assert controlled == [("load", "echo")]
+    assert controlled == [("load", "echo"), ("unload", "echo")]
     assert code is grpc.StatusCode.PERMISSION_DENIED
 
 
