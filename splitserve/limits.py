@@ -14,7 +14,7 @@ import msgspec
 from splitserve.errors import InvalidInput, NotFound, TooLarge
 from splitserve.manifest import MODEL_NAME
 from splitserve.oip import InferRequest
-from splitserve.tensors import Tensor
+from splitserve.tensors import Tensor, n_elements
 from splitserve.versions import unknown_model
 
 MAX_NAME_LENGTH = 128
@@ -50,6 +50,7 @@ class Limits(msgspec.Struct, frozen=True):
 
     def _check_tensor(self, tensor: Tensor) -> None:
         if tensor.shape and tensor.shape[0] > self.max_rows:
+            n_elements(f'input "{tensor.name[:64]}"', tensor.shape)  # more than there can be is malformed
             raise TooLarge(f'input "{tensor.name[:64]}" has {tensor.shape[0]} rows, at most {self.max_rows} are taken')
         if tensor.datatype == "BYTES" and len(tensor.raw) > self.max_element_bytes + 4:
             self._check_elements(tensor)
