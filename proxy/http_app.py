@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, MutableMapping
 from importlib.resources import files
 from typing import Any
 
@@ -64,6 +64,7 @@ class Request(msgspec.Struct):
     headers: dict[str, str]
     body: bytes
     deadline: float
+    caller: Hashable = None
 
 
 class Response(msgspec.Struct):
@@ -184,7 +185,7 @@ class HttpApp:
                 body = await self._body(headers, receive)
                 if encoding and body:
                     body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self._max_body_bytes)
-                return await _compressed(await handler(Request(path, headers, body, deadline)), headers)
+                return await _compressed(await handler(Request(path, headers, body, deadline, scope.get("client"))), headers)
         except Refused as refused:
             return _json(refused.status, {"error": str(refused)}, refused.headers)
         except SplitserveError as error:
@@ -244,7 +245,9 @@ class HttpApp:
         if header_length == 0:
             pair, metadata = self._service.choose(model, version)
             return oip_rest.decode_raw_request(request.body, metadata, str(pair), deadline=request.deadline)
-        return oip_rest.decode_request(model, version, request.body, header_length=header_length, deadline=request.deadline)
+        return oip_rest.decode_request(
+            model, version, request.body, header_length=header_length, deadline=request.deadline, caller=request.caller
+        )
 
     async def _predict(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]

@@ -75,13 +75,20 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if not self._in_message and self._header_timer is None:
-            self._await_headers()
         self._is_whole_segment = True
         super().data_received(data)
+        self._await_the_rest()
         if self._in_message and self._is_whole_segment and not self.transport.is_closing():
             self._raw_bytes += len(data)
             self._check_framing()
+
+    def _await_the_rest(self) -> None:
+        """Timers for what did not come whole; most requests do, and need none."""
+        is_stray = not self._in_message and self._is_whole_segment  # bytes between requests, which begin none
+        if (self._in_headers or is_stray) and self._header_timer is None:
+            self._await_headers()
+        elif self._in_message and not self._in_headers and self._body_timer is None:
+            self._body_timer = self.loop.call_later(BODY_GRACE_S, self._look_at_body)
 
     def _await_headers(self) -> None:
         self._header_timer = self.loop.call_later(self._limits.header_timeout_s, self._on_header_timeout)
@@ -144,7 +151,6 @@ class LimitedProtocol(HttpToolsProtocol):
             self._reject(400, "the only Transfer-Encoding that is taken is chunked")
         super().on_headers_complete()
         self._body_started = self.loop.time()
-        self._body_timer = self.loop.call_later(BODY_GRACE_S, self._look_at_body)
 
     def on_chunk_header(self) -> None:
         self._n_chunks += 1

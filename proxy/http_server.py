@@ -73,6 +73,7 @@ class HttpFace:
         config = uvicorn.Config(
             app,
             http="httptools",
+            proxy_headers=False,
             loop="none",
             lifespan="off",
             access_log=False,

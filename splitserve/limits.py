@@ -37,7 +37,7 @@ class Limits(msgspec.Struct, frozen=True):
         """
         if len(request.model) > MAX_NAME_LENGTH:
             raise InvalidInput(f"the model's name has more than {MAX_NAME_LENGTH} characters")
-        n_parameters = len(request.parameters) + sum(len(output.parameters) for output in request.outputs)
+        n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
         for what, count, most in (
             ("inputs", len(request.inputs), self.max_inputs),
             ("requested outputs", len(request.outputs), self.max_outputs),

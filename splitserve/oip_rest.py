@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -53,7 +54,31 @@ class _Request(msgspec.Struct):
     outputs: list[_Output] | None = None
 
 
+class _PlainInput(msgspec.Struct):
+    """An input whose data is not looked at yet."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Parameter] | None = None
+
+
+class _PlainRequest(msgspec.Struct):
+    inputs: list[_PlainInput]
+    id: str | None = None
+    parameters: dict[str, Parameter] | None = None
+    outputs: list[_Output] | None = None
+
+
 _decoder = msgspec.json.Decoder(_Request)
+_plain_decoder = msgspec.json.Decoder(_PlainRequest)
+_list_decoders: dict[str, msgspec.json.Decoder[Any]] = {
+    name: msgspec.json.Decoder(list[float] if datatype.is_float else list[int])
+    for name, datatype in DATATYPES.items()
+    if datatype.format and name not in ("BOOL", "FP16")
+}
+"""For data that is what most clients send: a flat list of numbers, decoded as its datatype says."""
 _encoder = msgspec.json.Encoder()
 
 
@@ -95,7 +120,13 @@ def _finite(text: str) -> float:
 
 
 def decode_request(
-    model: str, version: str, body: bytes, *, header_length: int | None = None, deadline: float = NO_DEADLINE
+    model: str,
+    version: str,
+    body: bytes,
+    *,
+    header_length: int | None = None,
+    deadline: float = NO_DEADLINE,
+    caller: Hashable = None,
 ) -> InferRequest:
     """The request in a body.
 
@@ -105,6 +136,7 @@ def decode_request(
         body: JSON, and behind it the binary tensors if there are any.
         header_length: bytes of JSON, from the header Inference-Header-Content-Length; None: all of it.
         deadline: of the request.
+        caller: who sent it.
 
     Raises:
         InvalidInput: names the input, what was expected and what came.
@@ -113,8 +145,50 @@ def decode_request(
         header_length = len(body)
     if not 0 < header_length <= len(body):
         raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
-    message = decode_json(body[:header_length], _decoder)
-    inputs, end = [], header_length
+    head = body if header_length == len(body) else body[:header_length]
+    check_json_depth(head)
+    message, inputs, end = _decode_plain(head) or _decode_any(head, body)
+    if end != len(body):
+        raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+    parameters, deadline = scheduled(_parameters(message.parameters), deadline)
+    return InferRequest(
+        model,
+        tuple(inputs),
+        version=version,
+        outputs=tuple([RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()]),
+        id=message.id or "",
+        parameters=parameters,
+        deadline=deadline,
+        caller=caller,
+    )
+
+
+def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int] | None:
+    """As `_decode_any`, if every input is a flat list of numbers that fit it; None leaves it to that, errors too."""
+    try:
+        message = _plain_decoder.decode(head)
+        inputs = []
+        for item in message.inputs:
+            decoder = _list_decoders.get(item.datatype)
+            if decoder is None or item.parameters or item.data is msgspec.UNSET:
+                return None
+            values = decoder.decode(item.data)
+            count = 1
+            for size in item.shape:
+                count *= size
+            if count != len(values) or len(item.shape) > MAX_RANK or not all(0 <= size < 2**63 for size in item.shape):
+                return None
+            raw = struct.pack(f"<{count}{DATATYPES[item.datatype].format}", *values)
+            inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
+        return None
+    return message, inputs, len(head)
+
+
+def _decode_any(head: bytes, body: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int]:
+    """What the JSON says with all forms that data can have, and where in the body the binary tensors end."""
+    message = decode_json(head, _decoder)
+    inputs, end = [], len(head)
     for item in message.inputs:
         parameters = item.parameters or {}
         what = f'input "{item.name[:64]}"'
@@ -125,18 +199,7 @@ def decode_request(
         else:
             raw = _pack_json(item)
         inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
-    if end != len(body):
-        raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
-    parameters, deadline = scheduled(_parameters(message.parameters), deadline)
-    return InferRequest(
-        model,
-        tuple(inputs),
-        version=version,
-        outputs=tuple(RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()),
-        id=message.id or "",
-        parameters=parameters,
-        deadline=deadline,
-    )
+    return message, inputs, end
 
 
 def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:

@@ -9,8 +9,8 @@ nothing. ``queue`` is waiting to be sent, or for a free thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from types import TracebackType
 from typing import Literal
 
 import msgspec
@@ -78,6 +78,8 @@ class ModelStatistics(msgspec.Struct):
 class Stopwatch:
     """The parts of one request or run, in nanoseconds. Each lap belongs to the part that it is said to end."""
 
+    __slots__ = ("_lap", "_started", "parts")
+
     def __init__(self) -> None:
         self._started = self._lap = time.perf_counter_ns()
         self.parts: dict[Part, int] = {"queue": 0, "input": 0, "infer": 0, "output": 0}
@@ -94,6 +96,26 @@ class Stopwatch:
         return time.perf_counter_ns() - self._started
 
 
+class _Recorded:
+    """A class, because a generator would cost three times as much, and that for every request."""
+
+    __slots__ = ("_entry", "_n_rows", "_watch")
+
+    def __init__(self, entry: ModelStatistics, n_rows: int) -> None:
+        self._entry = entry
+        self._n_rows = n_rows
+        self._watch = Stopwatch()
+
+    def __enter__(self) -> Stopwatch:
+        return self._watch
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            Statistics._count(self._entry, self._n_rows, self._watch.total_ns, self._watch.parts)
+        else:
+            self._entry.inference_stats.fail.add(self._watch.total_ns)
+
+
 class Statistics:
     """Counts by model and version. Not for several threads; a `Stopwatch` may be carried into one."""
 
@@ -101,8 +123,7 @@ class Statistics:
         self._models: dict[tuple[str, str], ModelStatistics] = {}
         self._batches: dict[tuple[str, str, int], BatchStatistics] = {}
 
-    @contextmanager
-    def recorded(self, model: str, version: str, *, n_rows: int) -> Iterator[Stopwatch]:
+    def recorded(self, model: str, version: str, *, n_rows: int) -> _Recorded:
         """Count the request that is handled inside the ``with``: as a success, or as a failure if it is left by an exception.
 
         Args:
@@ -110,17 +131,14 @@ class Statistics:
             version: the one that serves the request.
             n_rows: of the request.
         """
-        watch = Stopwatch()
-        try:
-            yield watch
-        except BaseException:
-            self._entry(model, version).inference_stats.fail.add(watch.total_ns)
-            raise
-        self.record(model, version, n_rows=n_rows, total_ns=watch.total_ns, parts=watch.parts)
+        return _Recorded(self._entry(model, version), n_rows)
 
     def record(self, model: str, version: str, *, n_rows: int, total_ns: int, parts: dict[Part, int]) -> None:
         """Count a request that was answered."""
-        entry = self._entry(model, version)
+        self._count(self._entry(model, version), n_rows, total_ns, parts)
+
+    @staticmethod
+    def _count(entry: ModelStatistics, n_rows: int, total_ns: int, parts: dict[Part, int]) -> None:
         entry.last_inference = time.time_ns() // 1_000_000
         entry.inference_count += n_rows
         stats = entry.inference_stats

@@ -528,7 +528,7 @@ async def test_an_answer_has_to_be_taken() -> None:
     large = bytes(50_000_000)
     async with edge_with(write_timeout_s=0.2) as edge, asyncio.timeout(30):
         edge.backend._answer = lambda asked: InferResponse(
-            "echo", "1.1", (msgspec.structs.replace(asked.inputs[0], shape=(len(large) // 8, 2), raw=large),)
+            "echo", "1.1", (msgspec.structs.replace(asked.inputs[0], shape=(1, len(large) // 4), raw=large),)
         )
         _, writer = await edge.open()
         wish = json.dumps({"inputs": [ROW], "parameters": {"binary_data_output": True}}).encode()
