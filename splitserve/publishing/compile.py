@@ -208,14 +208,14 @@ def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
     """
     random = np.random.default_rng(_SEED)
     arrays = [to_array(tensor).reshape(tensor.n_rows, -1) for tensor in golden.inputs]
-    odd = [_odd_values(spec, array) for spec, array in zip(specs, arrays, strict=True)]
+    odd: list[list[Any]] = [_odd_values(spec, array) for spec, array in zip(specs, arrays, strict=True)]
     made: list[list[Array]] = []
     infinite: list[list[Array]] = []  # together at the end, where they are found with few calls
     n_golden = golden.inputs[0].n_rows
     for which, array in enumerate(arrays):
         for place in range(min(array.shape[1], N_ONE_BY_ONE)):
             for value in odd[which]:
-                row = [each[(len(made) + len(infinite)) % n_golden].copy() for each in arrays]
+                row: list[Array] = [each[(len(made) + len(infinite)) % n_golden].copy() for each in arrays]
                 row[which][place] = value
                 (infinite if _is_infinite(value) else made).append(row)
     for _ in range(N_RANDOM):
@@ -223,8 +223,8 @@ def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
         row = [each[start].copy() for each in arrays]
         for values, each in zip(odd, row, strict=True):
             ordinary = [value for value in values if not _is_infinite(value)]
-            for place in np.flatnonzero(random.random(each.size) < 0.3):
-                each[place] = ordinary[random.integers(len(ordinary))]
+            for chosen in np.flatnonzero(random.random(each.size) < 0.3).tolist():
+                each[chosen] = ordinary[random.integers(len(ordinary))]
         made.append(row)
     made += infinite
     columns = (np.stack([row[which] for row in made]) for which in range(len(specs)))

@@ -157,7 +157,8 @@ def load(
         trusted_modules: as for `sklearn_pipeline.load`.
         allow_environment_mismatch: rely on the golden samples where library versions differ.
         allow_unsafe_pickle: as for `sklearn_pipeline.read`.
-        runtime: "onnx" takes the compiled form, "sklearn" never does, "auto" where there is one and ONNX Runtime too.
+        runtime: "onnx" takes the compiled form, "sklearn" never does, "auto" where there is one, ONNX Runtime, and no plan: a
+            plan costs less.
 
     Raises:
         BundleError: a file is damaged, its environment is not this one's, its types are not allowed, it is a pickle and none is
@@ -165,15 +166,10 @@ def load(
     """
     manifest = bundle.manifest
     warnings = _check_environment(manifest, allow_environment_mismatch)
-    if runtime == "onnx" or (runtime == "auto" and _is_compiled(manifest) and find_spec("onnxruntime")):
-        try:
-            preprocessor = _load_compiled(bundle)
-            preprocessor.warnings = warnings
-            return preprocessor
-        except BundleError as error:
-            if runtime == "onnx":
-                raise
-            warnings += (f"the compiled form is not used: {error}",)
+    if runtime == "onnx":
+        preprocessor = _load_compiled(bundle)
+        preprocessor.warnings = warnings
+        return preprocessor
     transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
     _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
@@ -181,6 +177,12 @@ def load(
     golden = bundle.read(GOLDEN_FILE)
     goldens.replay(golden, manifest, preprocessor.transform)
     preprocessor.adopt_plan(goldens.decode(golden, manifest.inputs, manifest.outputs))
+    if runtime == "auto" and preprocessor.runtime == "sklearn" and _is_compiled(manifest) and find_spec("onnxruntime"):
+        try:
+            preprocessor = _load_compiled(bundle)
+        except BundleError as error:
+            warnings += (f"the compiled form is not used: {error}",)
+        preprocessor.warnings = warnings
     goldens.replay(golden, manifest, preprocessor.transform)
     return preprocessor
 
