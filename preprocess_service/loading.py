@@ -17,6 +17,7 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         preprocessor.load,
         trusted_modules=[name.strip() for name in config.trusted_modules.split(",") if name.strip()],
         allow_environment_mismatch=config.allow_environment_mismatch,
+        runtime=config.runtime,
     )
     return VersionStore(
         Repository(config.model_repository),

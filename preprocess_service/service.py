@@ -46,6 +46,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
         """Facts about the pair, for its metadata."""
         facts = {
             "fingerprint": self.preprocessor.manifest.fingerprint,
+            "preprocess_runtime": self.preprocessor.runtime,
             "preprocessor_created": self.preprocessor.manifest.created,
             "predictor_created": self.predictor.properties.get("created", ""),
             "warnings": "; ".join(self.warnings),
@@ -122,8 +123,9 @@ class PreprocessService:
             for pair, entry in self._pairs.entries(model).items():
                 was = earlier.get(pair)
                 if entry.state != (was.state if was else "") and entry.state == READY:
-                    warnings = entry.value.warnings if entry.value else ()
-                    self._log.info("pair admitted", model=model, pair=str(pair), **({"warnings": warnings} if warnings else {}))
+                    properties = entry.value.properties if entry.value else {}
+                    facts = {key: properties[key] for key in ("preprocess_runtime", "warnings") if key in properties}
+                    self._log.info("pair admitted", model=model, pair=str(pair), **facts)
                 elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 

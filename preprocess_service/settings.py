@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -29,6 +31,10 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
 
     allow_fingerprint_mismatch: bool = False
     """Pair halves that fit in shape although the features mean something else than the predictor was trained on."""
+
+    runtime: Literal["auto", "sklearn", "onnx"] = "auto"
+    """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
+    Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
 
     n_workers: int = Field(2, ge=1)
     """Threads that run transforms, so that calls overlap and health checks are answered meanwhile."""

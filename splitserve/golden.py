@@ -98,6 +98,15 @@ def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], 
     for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
         if tensor.datatype != spec.datatype:
             raise BundleError(f'{GOLDEN_FILE}: "{spec.name}" is {tensor.datatype}, manifest.json says {spec.datatype}')
+    check(golden, manifest, run)
+
+
+def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
+    """The same with samples that were read.
+
+    Raises:
+        BundleError: they can not be run, or come out otherwise.
+    """
     try:
         found = run(golden.inputs)
     except SplitserveError as error:

@@ -17,6 +17,7 @@ MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.npz"
 PIPELINE_FILE = "pipeline.skops"
 MODEL_FILE = "model.onnx"
+COMPILED_FILE = "pipeline.onnx"
 
 Kind = Literal["preprocess", "predict"]
 
@@ -84,14 +85,28 @@ class Postprocess(msgspec.Struct, frozen=True):
     activation: Literal["softmax", "none"] = "softmax"
 
 
+class Compiled(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of compiling a preprocessor's transforms to ONNX.
+
+    ``is_equal``: ``pipeline.onnx`` is in the bundle and gave the same as the transforms, within the tolerances and refusals
+    included, on ``n_checked`` golden and generated rows; ``worst_difference`` is the largest one between finite numbers.
+    Otherwise ``reason`` says why there is none.
+    """
+
+    is_equal: bool = False
+    n_checked: int = 0
+    worst_difference: float = 0.0
+    reason: str = ""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """``manifest.json`` of a bundle.
 
     ``files`` lists every other file. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what clients send and what
     the predictor gets. ``labels`` name the classes in the order of the scores. The rest belongs to a preprocessor only:
-    ``rows``, ``postprocess``; ``names``, the predictor's name for an output where it has another; and ``refuses``: what must not
-    be among its results because the estimator that the predictor was made of would not have taken it, "inf" infinities, "nan"
-    these and NaN.
+    ``rows``, ``postprocess``, ``compiled``; ``names``, the predictor's name for an output where it has another; and
+    ``refuses``: what must not be among its results because the estimator that the predictor was made of would not have taken
+    it, "inf" infinities, "nan" these and NaN.
 
     ``fingerprint`` and ``feature_names`` say what the features mean (`splitserve.runtimes.meaning`): those that a preprocessor
     makes, those that a predictor was trained on. Empty where nobody can tell.
@@ -114,6 +129,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     names: dict[str, str] = {}
     fingerprint: str = ""
     feature_names: tuple[str, ...] = ()
+    compiled: Compiled | None = None
 
 
 class _Versioned(msgspec.Struct):

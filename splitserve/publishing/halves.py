@@ -16,6 +16,7 @@ from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.golden import Golden
 from splitserve.manifest import (
+    COMPILED_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
     MODEL_NAME,
@@ -29,6 +30,7 @@ from splitserve.manifest import (
     Tolerance,
 )
 from splitserve.publishing import samples
+from splitserve.publishing.compile import compile_transforms
 from splitserve.publishing.errors import PublishError
 from splitserve.repository import Bundle, Repository
 from splitserve.runtimes import sklearn_pipeline
@@ -125,7 +127,10 @@ def preprocessor_half(
     manifest = _with_tolerances(manifest, golden, runtime.transform, direct)
     if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: Tolerance(RTOL, LEAST_ATOL * MARGIN)}):
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
-    return PreprocessorHalf(manifest, {file_name: file, GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
+    model, compiled = compile_transforms(transformer, manifest, golden)
+    manifest = msgspec.structs.replace(manifest, compiled=compiled)
+    files = {file_name: file, GOLDEN_FILE: goldens.encode(golden), **({COMPILED_FILE: model} if model else {})}
+    return PreprocessorHalf(manifest, files, golden, rows, runtime)
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:

@@ -50,7 +50,7 @@ def _vocabularies(transformer: Any) -> Iterator[tuple[str, ...]]:
         value = getattr(transformer, attribute, None)
         if value is not None:
             yield from _words(value)
-    for part in _parts(transformer):
+    for part in parts(transformer):
         yield from _vocabularies(part)
 
 
@@ -65,7 +65,7 @@ def _words(value: Any) -> Iterator[tuple[str, ...]]:
         yield tuple(map(str, value))
 
 
-def _parts(transformer: Any) -> list[Any]:
+def parts(transformer: Any) -> list[Any]:
     """The fitted transformers inside of a Pipeline, ColumnTransformer or FeatureUnion."""
     for attribute in ("steps", "transformers_", "transformer_list"):
         if entries := getattr(transformer, attribute, None):

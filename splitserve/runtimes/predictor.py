@@ -68,7 +68,7 @@ class Predictor:
         options = ort.SessionOptions()
         options.intra_op_num_threads = intra_op_num_threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails is raised, and told there
         for entry, value in _ONLY_WHAT_WAS_CHECKED.items():
             options.add_session_config_entry(entry, value)
         refuse_external_data(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,7 +14,7 @@ from splitserve import golden as goldens
 from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.golden import Golden
-from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest
+from splitserve.manifest import COMPILED_FILE, GOLDEN_FILE, BundleError, Manifest
 from splitserve.repository import Bundle
 from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
@@ -22,13 +23,21 @@ from splitserve.runtimes.rows import Rowset, to_rows
 from splitserve.signature import InputCheck, TensorSpec, check_outputs, empty
 from splitserve.tensors import Tensor
 
+RuntimeChoice = Literal["auto", "sklearn", "onnx"]
+
 _MESSAGE_LENGTH = 300
 
 
 class Preprocessor:
-    """Fitted transforms with what the manifest says of them. Knows no transport."""
+    """Fitted transforms with what the manifest says of them. Knows no transport.
 
-    def __init__(self, manifest: Manifest, transformer: Any) -> None:
+    Args:
+        manifest: of the bundle.
+        transformer: fitted; None where there is a compiled form.
+        compiled: request tensors in the signature's order -> features.
+    """
+
+    def __init__(self, manifest: Manifest, transformer: Any, compiled: Callable[[Sequence[Tensor]], Array] | None = None) -> None:
         if manifest.rows is None:
             raise BundleError('manifest.json: a preprocessor needs "rows"')
         self.manifest = manifest
@@ -43,6 +52,7 @@ class Preprocessor:
         self.outputs = manifest.outputs
         self._check = InputCheck(self.inputs, widen=True, with_contents=False)
         self._plan: Plan | None = None
+        self._compiled = compiled
 
     def transform(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Request tensors (n_rows, …) -> the predictor's inputs (n_rows, …).
@@ -67,6 +77,8 @@ class Preprocessor:
 
     def _features(self, tensors: Sequence[Tensor]) -> Array:
         """What the transforms make of tensors in the signature's order."""
+        if self._compiled is not None:
+            return self._compiled(tensors)
         if self._plan is not None:
             try:
                 return self._plan(tensors)
@@ -90,7 +102,9 @@ class Preprocessor:
 
     @property
     def runtime(self) -> str:
-        """What transforms: "sklearn", or a "plan" made of it."""
+        """What transforms: "sklearn", a "plan" of its arithmetic, or "onnx"."""
+        if self._compiled is not None:
+            return "onnx"
         return "sklearn" if self._plan is None else "plan"
 
     def adopt_plan(self, golden: Golden) -> None:
@@ -137,18 +151,31 @@ def load(
     trusted_modules: Sequence[str] = (),
     allow_environment_mismatch: bool = False,
     allow_unsafe_pickle: bool = False,
+    runtime: RuntimeChoice = "auto",
 ) -> Preprocessor:
     """Read, check and try a preprocessor's bundle.
 
+    Args:
+        bundle: what to load.
+        trusted_modules: as for `sklearn_pipeline.load`.
+        allow_environment_mismatch: rely on the golden samples where library versions differ.
+        allow_unsafe_pickle: as for `sklearn_pipeline.read`.
+        runtime: "onnx" takes the compiled form, "sklearn" never does, "auto" where there is one, ONNX Runtime, and no plan: a
+            plan costs less.
+
     Raises:
         BundleError: a file is damaged, its environment is not this one's, its types are not allowed, it is a pickle and none is
-            allowed, or its golden samples come out otherwise.
+            allowed, there is no compiled form and none but that is wanted, or its golden samples come out otherwise.
     """
     manifest = bundle.manifest
     warnings: tuple[str, ...] = ()
     transformer = None
     if manifest.rows is None or manifest.rows.form != "tensors":
         warnings = _check_environment(manifest, allow_environment_mismatch)
+        if runtime == "onnx":
+            preprocessor = _load_compiled(bundle)
+            preprocessor.warnings = warnings
+            return preprocessor
         transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
         _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
@@ -156,7 +183,34 @@ def load(
     golden = bundle.read(GOLDEN_FILE)
     goldens.replay(golden, manifest, preprocessor.transform)
     preprocessor.adopt_plan(goldens.decode(golden, manifest.inputs, manifest.outputs))
+    if runtime == "auto" and preprocessor.runtime == "sklearn" and _is_compiled(manifest) and find_spec("onnxruntime"):
+        try:
+            preprocessor = _load_compiled(bundle)
+        except BundleError as error:
+            warnings += (f"the compiled form is not used: {error}",)
+        preprocessor.warnings = warnings
     goldens.replay(golden, manifest, preprocessor.transform)
+    return preprocessor
+
+
+def _is_compiled(manifest: Manifest) -> bool:
+    return manifest.compiled is not None and manifest.compiled.is_equal
+
+
+def _load_compiled(bundle: Bundle) -> Preprocessor:
+    """Raises:
+    BundleError: there is no compiled form, or it can not be run here, or its golden samples come out otherwise.
+    """
+    manifest = bundle.manifest
+    if not _is_compiled(manifest):
+        reason = manifest.compiled.reason if manifest.compiled else "it was published without looking for one"
+        raise BundleError(f"no compiled form: {reason}; serve it with PREPROCESS_RUNTIME=auto")
+    try:
+        from splitserve.runtimes.compiled import CompiledTransforms  # ONNX Runtime is an optional part of preprocess
+    except ImportError as error:
+        raise BundleError(f'{COMPILED_FILE}: {error}; install "splitserve[compiled]"') from None
+    preprocessor = Preprocessor(manifest, None, CompiledTransforms(bundle.read(COMPILED_FILE), manifest))
+    goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
     return preprocessor
 
 
