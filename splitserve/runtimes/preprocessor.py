@@ -115,6 +115,8 @@ def load(
     _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings
+    if sklearn_pipeline.is_pickle(bundle):
+        preprocessor.warnings += ("the transforms are a pickle, which can run any code, allowed by a setting",)
     goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
     return preprocessor
 
