@@ -265,6 +265,9 @@ def decode_manifest(data: bytes, key: BundleKey) -> Manifest:
     named = BundleKey(manifest.name, manifest.kind, manifest.version)
     if named != key:
         raise BundleError(f"{MANIFEST_FILE} is that of {named}")
+    for specs in (manifest.inputs, manifest.outputs):
+        if len({spec.name for spec in specs}) < len(specs):
+            raise BundleError(f"{MANIFEST_FILE}: two tensors of the signature have the same name")
     for name, digest in manifest.files.items():
         if not _FILE_NAME.fullmatch(name) or name in (MANIFEST_FILE, SIGNATURE_FILE):
             raise BundleError(f"{MANIFEST_FILE}: {name[:128]!r} can not be the name of a file")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import typer
 
@@ -110,7 +112,16 @@ def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bo
 
             return joblib.load(path)
         if path.suffix == ".skops":
-            return sklearn_pipeline.load(path.read_bytes(), trusted_modules)
-    except (OSError, BundleError) as error:
+            return sklearn_pipeline.load(_uncompressed(path.read_bytes()), trusted_modules)
+    except (OSError, BundleError, BadZipFile) as error:
         raise PublishError(f"{path}: {error}") from error
     raise PublishError(f"{path}: expected .skops, or .joblib or .pkl with --allow-pickle")
+
+
+def _uncompressed(data: bytes) -> bytes:
+    """A skops file with its members as they are, which skops can also compress. A bundle's never are."""
+    buffer = io.BytesIO()
+    with ZipFile(io.BytesIO(data)) as source, ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return buffer.getvalue()

@@ -157,13 +157,14 @@ def _spec(node: Any) -> TensorSpec:
     datatype = _DATATYPES.get(node.type)
     if datatype is None:
         raise BundleError(f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes')
-    return TensorSpec(node.name, datatype, tuple(_dimension(axis, size) for axis, size in enumerate(node.shape)))
+    return TensorSpec(node.name, datatype, tuple(_dimension(node.name, *each) for each in enumerate(node.shape)))
 
 
-def _dimension(axis: int, size: int | str | None) -> Dimension:
+def _dimension(tensor: str, axis: int, size: int | str | None) -> Dimension:
+    """A name that the graph does not give is this dimension's own: equal names are equal sizes."""
     if isinstance(size, int):
         return size
-    return BATCH if axis == 0 else size or f"d{axis}"
+    return BATCH if axis == 0 else size or f"{tensor}_{axis}"
 
 
 def _feed(tensor: Tensor) -> Array:
