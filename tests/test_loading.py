@@ -99,6 +99,17 @@ def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, m
         load_bundle(repository, model.key, predictor.load)
 
 
+@pytest.mark.parametrize("nonsense", ["9" * 5000, "-1", "", "seventeen", "1.5"])
+def test_versions_that_are_no_numbers_are_left_to_the_runtime(model: Bundle, nonsense: str) -> None:
+    """It reads those in the model itself."""
+    repository = changed(
+        model,
+        lambda manifest: manifest["environment"].update({"ONNX IR": nonsense, "opset ai.onnx": nonsense, "opset x": nonsense}),
+    )
+
+    load_bundle(repository, model.key, predictor.load)
+
+
 def with_a_pattern() -> FunctionTransformer:
     """Passes rows on, and holds what skops can not."""
     return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)

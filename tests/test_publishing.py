@@ -30,6 +30,7 @@ from splitserve.errors import InvalidInput
 from splitserve.golden import decode
 from splitserve.manifest import BundleError
 from splitserve.publishing.agreement import compare
+from splitserve.publishing.halves import LEAST_ATOL, RTOL
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
 from splitserve.repository import BundleKey, Repository, load_bundle
 from splitserve.runtimes import predictor, preprocessor
@@ -258,6 +259,23 @@ def test_as_many_samples_are_kept_as_the_documents_say() -> None:
     assert len(golden_rows(np.zeros((1000, 2)))) == N_GOLDEN
     assert f"{N_GOLDEN} spread evenly" in text
     assert f"{N_GOLDEN_MAX} at most" in text
+
+
+def test_tolerances_are_recorded_for_what_is_not_exact(tmp_path: Path) -> None:
+    """Of each floating-point output, from what was seen where it was made; labels and integers are compared exactly."""
+    published = publish(FITTED, IRIS, name="m", repository=tmp_path)
+    repository = Repository(tmp_path)
+
+    halves = {kind: repository.open(BundleKey("m", kind, 1)).manifest for kind in ("preprocess", "predict")}  # type: ignore[arg-type]
+
+    assert published.pair == "1.1"
+    assert halves["preprocess"].tolerances.keys() == {"features"}
+    assert halves["predict"].tolerances.keys() == {"probabilities"}
+    assert {spec.name for spec in halves["predict"].outputs} == {"label", "probabilities"}
+    for manifest in halves.values():
+        for tolerance in manifest.tolerances.values():
+            assert tolerance.rtol == RTOL
+            assert LEAST_ATOL <= tolerance.atol < 1e-4
 
 
 def test_of_many_sample_inputs_some_become_golden_samples(tmp_path: Path) -> None:

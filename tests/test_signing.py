@@ -232,6 +232,18 @@ def test_a_signature_that_leaves_a_file_out_is_refused(repository: Repository, k
         check(repository, keys)
 
 
+def test_a_signature_of_more_files_than_there_are_is_refused(repository: Repository, keys: Keys) -> None:
+    """Something was taken away since."""
+    folder = repository.folder(KEY)
+    (folder / "more.txt").write_text("")
+    made = model_signing("sign", "key", "--signature", folder / SIGNATURE_FILE, "--private_key", keys.private, folder)
+    (folder / "more.txt").unlink()
+
+    assert made.returncode == 0, made.stderr
+    with pytest.raises(BundleError, match=r"was made for other contents, what differs is that files are missing$"):
+        check(repository, keys)
+
+
 def test_nothing_damaged_is_signed(repository: Repository, keys: Keys) -> None:
     """Signing reads every file first; the signature that was there stays."""
     bundle = repository.open(KEY)

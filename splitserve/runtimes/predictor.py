@@ -39,6 +39,8 @@ _DATATYPES = {
 }
 """Source: ONNX Runtime Python API, ``NodeArg.type``."""
 
+_N_DIGITS_MAX = 10
+
 _ONLY_WHAT_WAS_CHECKED = {
     "session.load_model_format": "ONNX",  # not its own format, which nothing here can look into
     "session.model_external_initializers_file_folder_path": os.devnull,  # below which there can be no file
@@ -132,14 +134,19 @@ def _check_environment(manifest: Manifest) -> None:
     opsets = {
         "" if name == "opset ai.onnx" else name.removeprefix("opset "): int(version)
         for name, version in made_with.items()
-        if name.startswith("opset ") and version.isdecimal()
+        if name.startswith("opset ") and _is_number(version)
     }
     ir_version = made_with.get("ONNX IR", "")
-    if problems := onnx_support.problems(int(ir_version) if ir_version.isdecimal() else 1, opsets):
+    if problems := onnx_support.problems(int(ir_version) if _is_number(ir_version) else 1, opsets):
         raise BundleError(
             f"published with {'; '.join(problems)}; serve it with a newer ONNX Runtime, or publish it again "
             "with an older target opset"
         )
+
+
+def _is_number(text: str) -> bool:
+    """Whether it can be a version; of what can not, the runtime finds out as it loads the model."""
+    return text.isdecimal() and len(text) < _N_DIGITS_MAX
 
 
 def _check_signature(side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
