@@ -6,6 +6,10 @@
 # Packages come from PyPI. Where another index is wanted, hand in a pip.conf; it stays out of the images:
 #
 #   docker build --target predict --secret id=pip_conf,src=$HOME/.config/pip/pip.conf .
+#
+# A service gets its models by a mount, or has them inside; then hand in a model repository, and which models of it (all):
+#
+#   docker build --target predict --build-context models=./models --build-arg MODELS="penguins digits" .
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
@@ -47,6 +51,22 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,t
     pip install --quiet --requirement /tmp/predict.txt && \
     find /venv -type d -name tests -prune -exec rm -r {} +
 
+# No models, unless a folder is handed in under this name.
+FROM scratch AS models
+
+# Each half by itself: an image holds the bundles that its service loads, and the routes. A name that is not there ends the build.
+FROM build AS bundles
+ARG MODELS=""
+RUN --mount=from=models,target=/models \
+    mkdir -p /halves/preprocess /halves/predict && \
+    cd /models && for model in ${MODELS:-$(ls)}; do for half in preprocess predict; do \
+        mkdir "/halves/$half/$model" && \
+        { [ ! -d "$model/$half" ] || cp -r "$model/$half" "/halves/$half/$model/"; } && \
+        { [ ! -f "$model/route.json" ] || cp "$model/route.json" "/halves/$half/$model/"; } && \
+        [ -d "$model" ] || { echo "there is no model $model in the folder of models" >&2; exit 1; }; \
+    done; done && \
+    chmod -R a+rX /halves
+
 FROM ${PYTHON_IMAGE} AS service
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1
@@ -72,6 +92,7 @@ FROM service AS preprocess
 COPY --from=preprocess-venv /venv /venv
 COPY --from=code /app/splitserve splitserve
 COPY --from=code /app/preprocess_service preprocess_service
+COPY --from=bundles /halves/preprocess /models
 ENV MODEL_REPOSITORY=/models \
     PREPROCESS_HOST=0.0.0.0 \
     PREPROCESS_GRPC_PORT=8011
@@ -84,6 +105,7 @@ FROM service AS predict
 COPY --from=predict-venv /venv /venv
 COPY --from=code /app/splitserve splitserve
 COPY --from=code /app/predict_service predict_service
+COPY --from=bundles /halves/predict /models
 # ONNX Runtime reports to its maker unless told not to before it is imported. Source: its Privacy.md, "Disabling Telemetry".
 ENV MODEL_REPOSITORY=/models \
     ORT_DISABLE_TELEMETRY=1 \

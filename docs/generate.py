@@ -1,4 +1,4 @@
-"""Write the documents that code says best: settings, errors, the manifest's schema.
+"""Write the documents that code says best: settings, errors, the manifest's schema, the rules for versions.
 
 ``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 """
@@ -14,11 +14,13 @@ from pydantic_core import PydanticUndefined
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
+from splitserve.environment import RULES
 from splitserve.errors import TABLE
 from splitserve.manifest import Manifest
 from splitserve.server.settings import ServiceSettings, variable_name
 
 DOCS = Path(__file__).parent
+RULES_BEGIN, RULES_END = "<!-- rules: written by make docs -->", "<!-- end of rules -->"
 SERVICES: dict[str, type[ServiceSettings]] = {
     "proxy": ProxySettings,
     "preprocess": PreprocessSettings,
@@ -72,8 +74,24 @@ def manifest_schema() -> str:
     return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
 
 
+def versions_page() -> str:
+    """docs/versions.md, with the rules that `splitserve.environment` has put between its marks."""
+    before, rest = (DOCS / "versions.md").read_text().split(RULES_BEGIN)
+    rows = ["| bundle | package | the version here must be | otherwise |", "|---|---|---|---|"]
+    for kind, rules in RULES.items():
+        for rule in rules:
+            rows.append(f"| {kind} | {rule.package} | {rule.meaning} | {'refused' if rule.is_required else 'a warning'} |")
+    rows.append("| predict | ONNX IR, opset of each domain | what the ONNX Runtime here takes, which is asked | refused |")
+    return "\n".join([before + RULES_BEGIN, *rows, RULES_END + rest.split(RULES_END)[1]])
+
+
 def main() -> None:
-    pages = {"settings.md": settings_page(), "errors.md": errors_page(), "manifest.schema.json": manifest_schema()}
+    pages = {
+        "settings.md": settings_page(),
+        "errors.md": errors_page(),
+        "manifest.schema.json": manifest_schema(),
+        "versions.md": versions_page(),
+    }
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]
         if stale:

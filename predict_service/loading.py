@@ -9,6 +9,7 @@ from splitserve.repository import Repository
 from splitserve.runtimes import predictor
 from splitserve.runtimes.predictor import Predictor
 from splitserve.server.store import VersionStore
+from splitserve.signing import signed_by
 
 
 def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
@@ -19,7 +20,7 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
         providers=[name.strip() for name in config.providers.split(",")],
     )
     return VersionStore(
-        Repository(config.model_repository),
+        signed_by(config.model_signature_key, Repository(config.model_repository)),
         "predict",
         load,
         selection=config.selection,

@@ -9,6 +9,7 @@ from splitserve.repository import Repository
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.store import VersionStore
+from splitserve.signing import signed_by
 
 
 def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:
@@ -18,9 +19,10 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         trusted_modules=[name.strip() for name in config.trusted_modules.split(",") if name.strip()],
         allow_environment_mismatch=config.allow_environment_mismatch,
         runtime=config.runtime,
+        allow_unsafe_pickle=config.allow_unsafe_pickle,
     )
     return VersionStore(
-        Repository(config.model_repository),
+        signed_by(config.model_signature_key, Repository(config.model_repository)),
         "preprocess",
         load,
         selection=config.selection,

@@ -29,6 +29,9 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     allow_environment_mismatch: bool = False
     """Load bundles of another minor version of scikit-learn and rely on their golden samples."""
 
+    allow_unsafe_pickle: bool = False
+    """Load transforms that are pickles, which run any code: whoever can write to the model repository is then master here."""
+
     allow_fingerprint_mismatch: bool = False
     """Pair halves that fit in shape although the features mean something else than the predictor was trained on."""
 

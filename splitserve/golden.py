@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 import numpy as np
 
+from splitserve.archives import check_npz, check_unpacked
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
@@ -42,7 +43,12 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def encode(golden: Golden) -> bytes:
-    """The contents of ``golden.npz``."""
+    """The contents of ``golden.npz``.
+
+    Raises:
+        BundleError: it would be too large to be read again.
+    """
+    check_unpacked(sum(len(tensor.raw) for tensor in (*golden.inputs, *golden.outputs)), GOLDEN_FILE)
     arrays: dict[str, Array] = {}
     for side, tensors in (("inputs", golden.inputs), ("outputs", golden.outputs)):
         for tensor in tensors:
@@ -60,14 +66,17 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
     """The samples in ``golden.npz``.
 
     Raises:
-        BundleError: not such a file, or a tensor of the signature is not in it.
+        BundleError: not such a file, one that is too large unpacked, or a tensor of the signature is not in it.
     """
     try:
+        check_npz(data, GOLDEN_FILE)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return Golden(
                 inputs=tuple(_tensor(arrays, "inputs", spec) for spec in inputs),
                 outputs=tuple(_tensor(arrays, "outputs", spec) for spec in outputs),
             )
+    except BundleError:
+        raise
     except KeyError as error:
         raise BundleError(f"{GOLDEN_FILE}: {error.args[0]}") from None
     except Exception as error:  # numpy, zipfile and zlib each raise their own for a file that is damaged or another one
@@ -107,6 +116,8 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
     Raises:
         BundleError: they can not be run, or come out otherwise.
     """
+    if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
+        raise BundleError(f"{GOLDEN_FILE}: holds no sample, so nothing shows that this answers as where it was made")
     try:
         found = run(golden.inputs)
     except SplitserveError as error:

@@ -256,7 +256,7 @@ def _decode_specs(tensors: Iterable[pb.ModelMetadataResponse.TensorMetadata]) ->
         TensorSpec(
             tensor.name,
             tensor.datatype,
-            tuple(size if size >= 0 else f"d{axis}" if axis else "batch" for axis, size in enumerate(tensor.shape)),
+            tuple(size if size >= 0 else f"{tensor.name}_{axis}" if axis else "batch" for axis, size in enumerate(tensor.shape)),
         )
         for tensor in tensors
     )

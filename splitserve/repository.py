@@ -23,7 +23,7 @@ import msgspec
 
 from splitserve import manifest as manifests
 from splitserve import routes
-from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, BundleError, FileDigest, Kind, Manifest
+from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest
 from splitserve.routes import ROUTE_FILE, Route
 
 T = TypeVar("T")
@@ -70,12 +70,20 @@ def parse_key(text: str) -> BundleKey | None:
 
 
 class Bundle:
-    """A bundle whose manifest has been read; its other files are checked against it as they are read."""
+    """A bundle whose manifest has been read; its other files are checked against it as they are read.
 
-    def __init__(self, key: BundleKey, folder: Path, manifest: Manifest) -> None:
+    Args:
+        key: which bundle.
+        folder: where its files are.
+        manifest: what was read.
+        manifest_sha256: of the bytes that it was read from.
+    """
+
+    def __init__(self, key: BundleKey, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
         self.key = key
         self.folder = folder
         self.manifest = manifest
+        self.manifest_sha256 = manifest_sha256
 
     def read(self, name: str) -> bytes:
         """A file's bytes, the ones that were checked.
@@ -94,6 +102,15 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{MANIFEST_FILE} lists no {name}")
         return self.manifest.files[name]
+
+    def signature(self) -> bytes | None:
+        """The bytes of its signature, about which nothing is known yet; None if it has none.
+
+        Raises:
+            BundleError: it can not be read, is no regular file, or is too large.
+        """
+        path = self.folder / SIGNATURE_FILE
+        return read_small(path) if os.path.lexists(path) else None
 
 
 class BundleSource(Protocol):
@@ -169,14 +186,15 @@ class Repository:
             BundleError: there is none, its manifest is broken or another bundle's, or it has files that are not listed.
         """
         folder = self.folder(key)
-        manifest = decode_manifest(read_small(folder / MANIFEST_FILE), key)
+        data = read_small(folder / MANIFEST_FILE)
+        manifest = decode_manifest(data, key)
         try:
-            present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+            present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE, SIGNATURE_FILE}
         except OSError as error:
             raise BundleError(f"the folder can not be read: {error.strerror}") from None
         if unlisted := sorted(present - manifest.files.keys()):
             raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
-        return Bundle(key, folder, manifest)
+        return Bundle(key, folder, manifest, hashlib.sha256(data).hexdigest())
 
     def routes(self) -> dict[str, Route]:
         """The routes of the models that have one.
@@ -214,12 +232,13 @@ class Repository:
         key = BundleKey(manifest.name, manifest.kind, manifest.version)
         digests = {name: FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
         manifest = msgspec.structs.replace(manifest, files=digests)
+        encoded = manifests.encode(manifest)
         folder = self.folder(key)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(prefix=f".{key.version}-", dir=folder.parent))
             try:
-                for name, data in {**files, MANIFEST_FILE: manifests.encode(manifest)}.items():
+                for name, data in {**files, MANIFEST_FILE: encoded}.items():
                     (scratch / name).write_bytes(data)
                 scratch.chmod(0o755)
                 if folder.exists():
@@ -229,7 +248,7 @@ class Repository:
                 shutil.rmtree(scratch, ignore_errors=True)
         except OSError as error:
             raise BundleError(f"{key}: can not be written: {error.strerror}") from error
-        return Bundle(key, folder, manifest)
+        return Bundle(key, folder, manifest, hashlib.sha256(encoded).hexdigest())
 
     def remove(self, key: BundleKey) -> None:
         """Take a bundle back, as if it had never been published."""
@@ -246,8 +265,11 @@ def decode_manifest(data: bytes, key: BundleKey) -> Manifest:
     named = BundleKey(manifest.name, manifest.kind, manifest.version)
     if named != key:
         raise BundleError(f"{MANIFEST_FILE} is that of {named}")
+    for specs in (manifest.inputs, manifest.outputs):
+        if len({spec.name for spec in specs}) < len(specs):
+            raise BundleError(f"{MANIFEST_FILE}: two tensors of the signature have the same name")
     for name, digest in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name) or name == MANIFEST_FILE:
+        if not _FILE_NAME.fullmatch(name) or name in (MANIFEST_FILE, SIGNATURE_FILE):
             raise BundleError(f"{MANIFEST_FILE}: {name[:128]!r} can not be the name of a file")
         check_digest(digest, f"{MANIFEST_FILE}: {name}")
     if (n_bytes := sum(digest.size for digest in manifest.files.values())) > MAX_BUNDLE_BYTES:

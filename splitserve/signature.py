@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -194,7 +194,8 @@ def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[s
 def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
     """What keeps one stage's outputs from being the next stage's inputs; empty when they fit.
 
-    Order never matters. A varying size fits only where the taker's may vary too.
+    Order never matters. A varying size fits only where the taker's may vary too, and where the taker has one name in several
+    places, what is given there must be of one size.
 
     Args:
         outputs: of the preprocessor.
@@ -207,7 +208,7 @@ def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[st
     for name, want in wanted.items():
         if name in given:
             differences += _differences(given[name], want)
-    return differences
+    return differences or _unequal_sizes(given, inputs)
 
 
 def _differences(give: TensorSpec, want: TensorSpec) -> list[str]:
@@ -219,6 +220,17 @@ def _differences(give: TensorSpec, want: TensorSpec) -> list[str]:
         f'"{give.name}": dimension {axis} is {have} where {need} is wanted'
         for axis, (have, need) in enumerate(zip(give.shape, want.shape, strict=True))
         if isinstance(need, int) and need != -1 and have != need
+    ]
+
+
+def _unequal_sizes(given: Mapping[str, TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
+    """Where the taker's dimensions of one name are given what need not be equal."""
+    first: dict[str, Dimension] = {}
+    return [
+        f'"{want.name}": dimension {axis} is {have} where "{need}" is wanted, which is {first[need]} elsewhere'
+        for want in inputs
+        for axis, (have, need) in enumerate(zip(given[want.name].shape, want.shape, strict=True))
+        if isinstance(need, str) and first.setdefault(need, have) != have
     ]
 
 

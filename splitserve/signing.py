@@ -2,6 +2,7 @@
 
 A bundle's signature is ``model.sig`` in its folder, in the form that model-signing has for a folder: the digests of all other
 files, the manifest among them. It can be added to a published bundle, since it changes nothing of it, and be replaced.
+model-signing's own command makes and checks the same signatures.
 
 model-signing brings many packages and takes a second to import: it is imported by those who sign or have signatures checked.
 """
@@ -9,22 +10,19 @@ model-signing brings many packages and takes a second to import: it is imported 
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from splitserve import manifest as manifests
-from splitserve.manifest import MANIFEST_FILE, BundleError, Manifest, NotFetched
-from splitserve.repository import Bundle
-
-SIGNATURE_FILE = "model.sig"
-SIGNATURE_BYTES_MAX = 1024 * 1024
+from splitserve.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, NotFetched
+from splitserve.repository import Bundle, BundleKey, BundleSource
+from splitserve.routes import Route
 
 _INSTALL = 'signatures need more packages ({missing}): pip install "splitserve[signing]"'
+_CURVES = "P-256, P-384 or P-521"
 
 
 class KeyProblem(ValueError):
@@ -50,10 +48,8 @@ class Signer:
             from model_signing import signing
         except ImportError as error:
             raise KeyProblem(_INSTALL.format(missing=error.name)) from error
-        try:
+        with _problems_of(private_key):
             self._config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-        except Exception as error:  # cryptography raises what its backend happens to
-            raise KeyProblem(f"{private_key}: {_reason(error)}") from error
 
     def sign(self, bundle: Bundle) -> Path:
         """Check a bundle's files against its manifest and put a signature beside them; one that is there is replaced.
@@ -78,7 +74,7 @@ class Signer:
             finally:
                 Path(scratch).unlink(missing_ok=True)
         except OSError as error:
-            raise BundleError(f"{bundle.key}: {SIGNATURE_FILE} can not be written: {error.strerror}") from error
+            raise BundleError(f"{SIGNATURE_FILE} can not be written: {error.strerror}") from error
         return target
 
 
@@ -97,10 +93,8 @@ class Verifier:
             from model_signing import verifying
         except ImportError as error:
             raise KeyProblem(_INSTALL.format(missing=error.name)) from error
-        try:
+        with _problems_of(public_key):
             self._config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-        except Exception as error:
-            raise KeyProblem(f"{public_key}: {_reason(error)}") from error
 
     def check(self, bundle: Bundle) -> None:
         """Check a bundle's signature.
@@ -112,22 +106,62 @@ class Verifier:
             NotSigned: it has none.
             BundleError: it was signed with another key, or is not what was signed.
         """
-        signature = bundle.folder / SIGNATURE_FILE
-        _check_is_small_file(signature)
-        config = copy.copy(self._config).set_hashing_config(_Contents(bundle))
+        signature = bundle.signature()
+        if signature is None:
+            raise NotSigned(f'it is not signed; "splitserve sign" adds a {SIGNATURE_FILE}')
+        contents = _Contents(bundle)
+        config = copy.copy(self._config).set_hashing_config(contents)
         try:
-            config.verify(bundle.folder, signature)
+            with _file_of(signature) as path:
+                config.verify(bundle.folder, path)
         except Exception as error:  # what a forged file makes model-signing raise is not foreseeable
-            raise BundleError(f"{SIGNATURE_FILE}: {_verdict(error)}") from error
+            raise BundleError(f"{SIGNATURE_FILE}: {_verdict(error, contents.digests)}") from error
+
+
+class SignedBundles:
+    """A `BundleSource` that gives out the bundles of another one, if they are signed.
+
+    Args:
+        source: where the bundles are.
+        verifier: knows the key.
+    """
+
+    def __init__(self, source: BundleSource, verifier: Verifier) -> None:
+        self._source = source
+        self._verifier = verifier
+
+    def bundles(self) -> Iterable[BundleKey]:
+        return self._source.bundles()
+
+    def routes(self) -> dict[str, Route]:
+        return self._source.routes()
+
+    def open(self, key: BundleKey) -> Bundle:
+        """As the source; nothing but the manifest has been looked at when the signature is checked."""
+        bundle = self._source.open(key)
+        self._verifier.check(bundle)
+        return bundle
+
+
+def signed_by(public_key: str, source: BundleSource) -> BundleSource:
+    """The source as it is, or only what of it is signed if a key's file is named.
+
+    Raises:
+        KeyProblem: the key can not be used.
+    """
+    return SignedBundles(source, Verifier(Path(public_key))) if public_key else source
 
 
 class _Contents:
-    """Stands in for a ``model_signing.hashing.Config``: tells what is in a bundle from its manifest instead of the folder."""
+    """Stands in for a ``model_signing.hashing.Config``: tells what is in a bundle from its manifest instead of the folder.
+
+    So each file is read once, and what is read is what was checked.
+    """
 
     def __init__(self, bundle: Bundle) -> None:
-        manifest_bytes = _read_manifest(bundle)
         listed = {name: file.sha256 for name, file in bundle.manifest.files.items()}
-        self._digests = {**listed, MANIFEST_FILE: hashlib.sha256(manifest_bytes).hexdigest()}
+        self.digests = {**listed, MANIFEST_FILE: bundle.manifest_sha256}
+        """Hex digests by the name of the file."""
 
     def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
         """A ``model_signing.manifest.Manifest``."""
@@ -137,7 +171,7 @@ class _Contents:
         form = {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [SIGNATURE_FILE]}
         items = [
             signed.FileManifestItem(path=PurePosixPath(name), digest=Digest("sha256", bytes.fromhex(sha256)))
-            for name, sha256 in self._digests.items()
+            for name, sha256 in self.digests.items()
         ]
         return signed.Manifest(Path(model_path).name, items, signed.SerializationType.from_args(form))
 
@@ -145,34 +179,37 @@ class _Contents:
         """Nothing is ignored, whatever the signature asks for."""
 
 
-def _read_manifest(bundle: Bundle) -> bytes:
-    """The bytes of the manifest that the bundle has.
+@contextmanager
+def _file_of(data: bytes) -> Iterator[str]:
+    """A path that has these bytes, in memory where the system can: a service may have nothing to write to."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create(SIGNATURE_FILE), "wb") as file:
+            file.write(data)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            yield file.name
 
-    Raises:
-        BundleError: the file is not there any more, or is another one by now.
-    """
+
+@contextmanager
+def _problems_of(key: Path) -> Iterator[None]:
+    """What cryptography raises, which depends on its backend, as `KeyProblem`."""
     try:
-        data = (bundle.folder / MANIFEST_FILE).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{MANIFEST_FILE} can not be read: {error.strerror}") from None
-    found: Manifest = manifests.decode(data)
-    if found != bundle.manifest:
-        raise BundleError(f"{MANIFEST_FILE} was changed while the bundle was read")
-    return data
+        yield
+    except AttributeError as error:  # a key of another kind has no curve
+        raise KeyProblem(f"{key}: expected a key on the curve {_CURVES}") from error
+    except Exception as error:
+        raise KeyProblem(f"{key}: {_reason(error)}") from error
 
 
-def _check_is_small_file(path: Path) -> None:
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        raise NotSigned(f'it is not signed; "splitserve sign" adds a {SIGNATURE_FILE}') from None
-    except OSError as error:
-        raise BundleError(f"{SIGNATURE_FILE} can not be read: {error.strerror}") from None
-    if not stat.S_ISREG(found.st_mode) or found.st_size > SIGNATURE_BYTES_MAX:
-        raise BundleError(f"{SIGNATURE_FILE}: expected a file of at most {SIGNATURE_BYTES_MAX} bytes")
-
-
-def _verdict(error: Exception) -> str:
+def _verdict(error: Exception, files: Iterable[str]) -> str:
+    text = str(error)
+    if text.startswith("Signature mismatch"):
+        differing = [name for name in files if name in text]
+        return f"was made for other contents, what differs is {', '.join(differing) or 'that files are missing'}"
     if type(error) is ValueError:
         return _reason(error)
     if type(error).__name__ == "InvalidSignature":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,20 @@ from PIL import Image
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from typer.testing import CliRunner
 
+from splitserve import publish_predictor
 from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
 from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState
-from splitserve.repository import Repository
+from splitserve.repository import BundleKey, Repository
 from splitserve.signature import TensorSpec
+from splitserve.signing import Verifier
 from splitserve.tensors import Tensor, encode_bytes
 from splitserve.testing import FakeInference, serving, signature
 from tests.demo_models import Demos
+from tests.signing_keys import Keys, make_keys
 from tests.system.models import softmax_model
 
 IRIS, SPECIES = load_iris(return_X_y=True)
@@ -37,6 +41,46 @@ COMMAND = Path(sys.executable).with_name("splitserve")
 def run(*arguments: Any) -> Any:
     """The command in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def signed_repository(folder: Path) -> Keys:
+    """A repository ``models`` in a folder with one model, ``m``, and keys to sign it with."""
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=folder / "models")
+    return make_keys(folder)
+
+
+def test_sign_puts_a_signature_beside_every_bundle(tmp_path: Path) -> None:
+    """A line each; what is damaged is named, and the others are signed all the same."""
+    keys = signed_repository(tmp_path)
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="damaged", repository=tmp_path / "models")
+    (tmp_path / "models" / "damaged" / "predict" / "1" / "model.onnx").write_bytes(b"")
+
+    result = run("sign", "--repository", tmp_path / "models", "--key", keys.private)
+
+    assert result.exit_code == 1
+    assert f"m/predict/1: {tmp_path}/models/m/predict/1/model.sig" in result.output
+    assert "damaged/predict/1: model.onnx has 0 bytes, manifest.json says" in result.output
+    Verifier(keys.public).check(Repository(tmp_path / "models").open(BundleKey("m", "predict", 1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--key", "none.pem"], "none.pem: No such file or directory"),
+        (["--key", "key.pem", "nope", "m"], "models holds no model nope"),
+        (["--key", "key.pem", "--repository", "empty"], "empty holds no models"),
+    ],
+)
+def test_sign_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    """And signs nothing."""
+    signed_repository(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    result = run("sign", "--repository", "models", *arguments)
+
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not list(tmp_path.rglob("model.sig"))
 
 
 async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -52,7 +96,7 @@ async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.Comp
     return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), err.decode())
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["serve"], ["publish"], ["models"], ["infer"], ["health"]])
+@pytest.mark.parametrize("command", [[], ["up"], ["serve"], ["publish"], ["models"], ["sign"], ["infer"], ["health"], ["reload"]])
 def test_every_command_has_help(command: list[str]) -> None:
     """Names its arguments, says what it does."""
     result = run(*command, "--help")
@@ -123,6 +167,21 @@ def test_publish_writes_what_it_is_given(
 
     assert result.output.startswith(printed), result.output
     assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
+
+
+def test_what_skops_can_not_hold_is_published_as_a_pickle_only_if_told_to(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is said, since services refuse it."""
+    monkeypatch.chdir(files)
+    joblib.dump(FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(IRIS), "pattern.joblib")
+    command = ("publish", "m", "--repository", "models", "--transformer", "pattern.joblib", "--data", "rows.npy")
+
+    refused = run(*command)
+    published = run(*command, "--allow-pickle")
+
+    assert refused.exit_code == 1
+    assert published.exit_code == 0, published.output
+    assert "PREPROCESS_ALLOW_UNSAFE_PICKLE=true" in published.output
+    assert Path("models/m/preprocess/1/pipeline.joblib").exists()
 
 
 @pytest.mark.parametrize(

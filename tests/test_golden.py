@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES, from_array
-from splitserve.golden import Difference, Golden, decode, encode, worst_difference
-from splitserve.manifest import BundleError, Tolerance
+from splitserve.golden import Difference, Golden, decode, encode, replay, worst_difference
+from splitserve.manifest import BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
 from tests.strategies import tensors
@@ -103,6 +103,21 @@ def test_what_is_no_such_file_is_refused(data):
     """Whatever it is, the bundle is what is wrong."""
     with pytest.raises(BundleError, match=r"^golden\.npz: "):
         decode(data, INPUTS, OUTPUTS)
+
+
+def test_no_samples_show_nothing():
+    """A bundle without any would agree with whatever it is made of."""
+    spec = TensorSpec("x", "FP64", ("batch",))
+    empty = from_array("x", np.empty((0,)))
+
+    with pytest.raises(BundleError, match=r"^golden\.npz: holds no sample"):
+        replay(encode(Golden((empty,), ())), manifest_with((spec,)), lambda inputs: ())
+
+
+def manifest_with(inputs):
+    return Manifest(
+        schema_version=1, name="m", kind="predict", version=1, created="", files={}, inputs=inputs, outputs=(), environment={}
+    )
 
 
 class Canary:

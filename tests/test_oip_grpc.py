@@ -338,7 +338,7 @@ def test_metadata_is_the_same_after_the_wire():
         "splitserve_pair",
         {"trained": "today"},
     )
-    assert found.inputs == (inputs[0], TensorSpec("image", "UINT8", ("batch", 3, "d2", "d3")))
+    assert found.inputs == (inputs[0], TensorSpec("image", "UINT8", ("batch", 3, "image_2", "image_3")))
     assert found.outputs == outputs
 
 

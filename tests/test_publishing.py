@@ -27,9 +27,11 @@ from sklearn.svm import LinearSVC
 from splitserve import PublishError, publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
+from splitserve.golden import decode
 from splitserve.manifest import BundleError
 from splitserve.publishing.agreement import compare
-from splitserve.publishing.samples import N_GOLDEN_MAX, golden_rows
+from splitserve.publishing.halves import LEAST_ATOL, RTOL
+from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
 from splitserve.repository import BundleKey, Repository, load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.rows import to_tensors
@@ -234,6 +236,61 @@ def test_golden_samples_show_every_category_and_a_missing_value() -> None:
 
     assert {321, 322, 323} <= set(chosen)
     assert len(crowded) == N_GOLDEN_MAX
+
+
+@pytest.mark.parametrize(
+    ("values", "rare"),
+    [
+        (pd.Categorical([1] * 321 + [2] + [1] * 178), 321),
+        ([False] * 321 + [True] + [False] * 178, 321),
+        ([b"a"] * 321 + [b"b"] + [b"a"] * 178, 321),
+    ],
+    ids=["categorical", "boolean", "bytes"],
+)
+def test_categories_need_not_be_text(values: Any, rare: int) -> None:
+    """Truth values, bytes, and pandas' own categories, whatever they are."""
+    assert rare in golden_rows(pd.DataFrame({"column": values}))
+
+
+def test_as_many_samples_are_kept_as_the_documents_say() -> None:
+    """docs/publishing.md states the default: 16 rows spread evenly, 64 at most."""
+    text = " ".join((Path(__file__).parents[1] / "docs" / "publishing.md").read_text().split())
+
+    assert len(golden_rows(np.zeros((1000, 2)))) == N_GOLDEN
+    assert f"{N_GOLDEN} spread evenly" in text
+    assert f"{N_GOLDEN_MAX} at most" in text
+
+
+def test_tolerances_are_recorded_for_what_is_not_exact(tmp_path: Path) -> None:
+    """Of each floating-point output, from what was seen where it was made; labels and integers are compared exactly."""
+    published = publish(FITTED, IRIS, name="m", repository=tmp_path)
+    repository = Repository(tmp_path)
+
+    halves = {kind: repository.open(BundleKey("m", kind, 1)).manifest for kind in ("preprocess", "predict")}  # type: ignore[arg-type]
+
+    assert published.pair == "1.1"
+    assert halves["preprocess"].tolerances.keys() == {"features"}
+    assert halves["predict"].tolerances.keys() == {"probabilities"}
+    assert {spec.name for spec in halves["predict"].outputs} == {"label", "probabilities"}
+    for manifest in halves.values():
+        for tolerance in manifest.tolerances.values():
+            assert tolerance.rtol == RTOL
+            assert LEAST_ATOL <= tolerance.atol < 1e-4
+
+
+def test_of_many_sample_inputs_some_become_golden_samples(tmp_path: Path) -> None:
+    """Spread evenly, the first and the last among them; all of them must fit."""
+    sample = np.arange(3000, dtype=np.float32).reshape(1000, 3)
+    bundle = publish_predictor(softmax_model(3), sample, name="m", repository=tmp_path)
+
+    golden = decode(bundle.read("golden.npz"), bundle.manifest.inputs, bundle.manifest.outputs)
+    kept = to_array(golden.inputs[0])
+
+    assert len(kept) == N_GOLDEN_MAX
+    assert kept[0, 0] == 0
+    assert kept[-1, -1] == 2999
+    with pytest.raises(PublishError, match="the sample inputs have no rows"):
+        publish_predictor(softmax_model(3), sample[:0], name="m", repository=tmp_path)
 
 
 def test_what_the_estimator_would_not_take_is_refused_by_the_preprocessor(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import UserDict
 from pathlib import Path
@@ -265,6 +266,89 @@ def test_a_manifest_that_is_not_understood_is_refused(repository, change, messag
 
     with pytest.raises(BundleError, match=f"^{message}$"):
         repository.open(KEY)
+
+
+def rewritten(folder: Path, **changes: object) -> None:
+    """Change a manifest's fields."""
+    file = folder / "manifest.json"
+    file.write_bytes(msgspec.json.encode({**msgspec.json.decode(file.read_bytes()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../2/golden.npz", "/etc/passwd", "a/b", "..", ".hidden", "", "a" * 129, "a\0b", "a\n", "manifest.json", "model.sig"]
+)
+def test_a_manifest_can_not_name_a_file_elsewhere(repository, name):
+    """One grammar for names: nothing that is read or fetched lies outside of the bundle's folder."""
+    folder = publish(repository).folder
+    rewritten(folder, files={name: {"sha256": "0" * 64, "size": 1}})
+
+    with pytest.raises(BundleError, match=r"^manifest\.json: .* can not be the name of a file$"):
+        repository.open(KEY)
+
+
+@pytest.mark.parametrize(
+    ("digest", "message"),
+    [
+        ({"sha256": "../../etc/passwd", "size": 1}, "expected a sha256 of 64 hex digits"),
+        ({"sha256": "0" * 64, "size": -1}, "expected a sha256 of 64 hex digits and a size"),
+        ({"sha256": "0" * 64, "size": 4 * 1024**3 + 1}, "lists 4294967297 bytes; the limit is 4294967296"),
+    ],
+)
+def test_a_manifest_can_not_promise_what_nobody_wants(repository, digest, message):
+    """Digests are names in caches; sizes are what is read."""
+    rewritten(publish(repository).folder, files={"golden.npz": digest})
+
+    with pytest.raises(BundleError, match=message):
+        repository.open(KEY)
+
+
+def test_a_signature_can_not_name_a_tensor_twice(repository):
+    """Each is one array in the file of golden samples, and would be read as often as it is named."""
+    spec = {"name": "x", "datatype": "FP32", "shape": ["batch", 1]}
+    rewritten(publish(repository).folder, inputs=[spec, spec])
+
+    with pytest.raises(BundleError, match=r"^manifest\.json: two tensors of the signature have the same name$"):
+        repository.open(KEY)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "golden.npz"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda file: file.symlink_to("/etc/passwd"), "can not be read: it is a symbolic link"),
+        (lambda file: file.symlink_to("elsewhere"), "can not be read: it is a symbolic link"),
+        (os.mkfifo, "is a pipe; expected a regular file"),
+        (lambda file: file.mkdir(), "can not be read: Is a directory"),
+    ],
+    ids=["link", "dangling link", "pipe", "folder"],
+)
+def test_what_is_no_plain_file_is_not_read(repository, name, make, message):
+    """A link leads out of the folder, a pipe would be waited for."""
+    file = publish(repository).folder / name
+    file.unlink()
+    make(file)
+
+    with pytest.raises(BundleError, match=f"^{name} {message}$"):
+        repository.open(KEY).read(name)
+
+
+def test_a_manifest_has_a_largest_size(repository):
+    """Of a larger one nothing is read; the file here has a terabyte of nothing."""
+    with (publish(repository).folder / "manifest.json").open("wb") as sparse:
+        sparse.truncate(2**40)
+
+    with pytest.raises(BundleError, match=r"^manifest\.json has 1099511627776 bytes; the limit is 16777216$"):
+        repository.open(KEY)
+
+
+def test_of_a_file_with_another_size_nothing_is_read(repository):
+    """However large it has become."""
+    bundle = publish(repository)
+    with (bundle.folder / "golden.npz").open("wb") as sparse:
+        sparse.truncate(2**40)
+
+    with pytest.raises(BundleError, match=r"^golden\.npz has 1099511627776 bytes, manifest\.json says 7$"):
+        bundle.read("golden.npz")
 
 
 def test_loading_names_the_bundle(repository):

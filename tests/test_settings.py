@@ -42,6 +42,21 @@ def test_a_wrong_value_ends_the_process_naming_the_variable(
     assert capsys.readouterr().err.startswith(f"{variable}: ")
 
 
+@pytest.mark.parametrize("kind", [PredictSettings, PreprocessSettings])
+def test_a_key_that_can_not_be_used_ends_the_process_naming_the_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[settings.ServiceSettings]
+) -> None:
+    """A service that is to refuse unsigned bundles must not come up without knowing how."""
+    monkeypatch.setenv("MODEL_SIGNATURE_KEY", "/nowhere/key.pem")
+
+    with pytest.raises(SystemExit) as raised:
+        settings.read(kind)
+
+    assert raised.value.code == 2
+    assert "MODEL_SIGNATURE_KEY: " in (printed := capsys.readouterr().err)
+    assert "/nowhere/key.pem: No such file or directory" in printed
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_every_setting_says_what_it_means(kind: type[settings.ServiceSettings]) -> None:
     """A field without a docstring is not documented."""

@@ -286,6 +286,48 @@ def test_a_signature_fits_itself(specs):
     assert fits(specs, specs[::-1]) == []
 
 
+DIMENSIONS = st.sampled_from([2, 3, "n", "m"])
+SIZES = {"n": 11, "m": 13}
+"""Sizes that differ from all others: whatever holds with them holds with any."""
+
+
+@st.composite
+def sides(draw: st.DrawFn) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """What is given and what is wanted: the same names and ranks, whatever dimensions."""
+    ranks = {name: draw(st.integers(0, 3)) for name in draw(st.sets(st.sampled_from("abc"), min_size=1))}
+    outputs, inputs = (
+        [TensorSpec(name, "FP32", tuple(draw(DIMENSIONS) for _ in range(rank))) for name, rank in ranks.items()] for _ in range(2)
+    )
+    return outputs, draw(st.permutations(inputs))
+
+
+def takes(wanted: list[TensorSpec], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes are what is wanted, each name standing for one size."""
+    sizes: dict[str, int] = {}
+    return all(
+        size == need if isinstance(need, int) else sizes.setdefault(need, size) == size
+        for spec in wanted
+        for need, size in zip(spec.shape, shapes[spec.name], strict=True)
+    )
+
+
+@given(sides())
+def test_halves_fit_exactly_if_all_that_may_be_given_is_taken(both):
+    """Named dimensions are sizes that vary, and one name is one size."""
+    outputs, inputs = both
+    shapes = {spec.name: tuple(SIZES.get(size, size) for size in spec.shape) for spec in outputs}
+
+    assert (fits(outputs, inputs) == []) == takes(inputs, shapes)
+
+
+def test_one_name_in_two_places_is_one_size():
+    """The one that is not equal is named, with what it is elsewhere."""
+    outputs = [TensorSpec("a", "FP32", ("batch", 3)), TensorSpec("b", "FP32", ("batch", "n"))]
+    inputs = [TensorSpec("a", "FP32", ("batch", "k")), TensorSpec("b", "FP32", ("batch", "k"))]
+
+    assert fits(outputs, inputs) == ['"b": dimension 1 is n where "k" is wanted, which is 3 elsewhere']
+
+
 def test_an_answer_that_keeps_the_promise_passes():
     """In any order; what nobody asked for does not matter."""
     check_outputs(SPECS, [image(3), age(3), zeros("more", "FP32", (1,))], 3)

@@ -97,6 +97,23 @@ async def test_a_broken_version_changes_nothing_but_the_report() -> None:
         store.choose("m", 3)
 
 
+async def test_what_was_refused_is_tried_again_when_somebody_asks_for_it() -> None:
+    """Whoever has mended it says so with `load`; by itself a published version never changes."""
+    source = FakeSource(1, 2)
+    source.failures[2] = BundleError("damaged")
+    store = store_of(source)
+    await store.refresh()
+
+    source.failures.clear()
+    await store.refresh()
+    before = held(store)
+    await store.load("m")
+
+    assert before == [1]
+    assert held(store) == [1, 2]
+    assert source.opened.count(1) == 1
+
+
 async def test_an_unexpected_failure_is_a_report_too() -> None:
     """Whatever one bundle does, the others load."""
     source = FakeSource(1, 2)

@@ -96,7 +96,12 @@ def publish(
         list[str] | None, typer.Option(help="A module of your own transformers; may be given several times.")
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read .joblib and .pkl files. They can run any code: only your own.")
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Read .joblib and .pkl files, which run any code in them: only your own. "
+            "Write a pickle where skops can not hold the transforms; services refuse it by default.",
+        ),
     ] = False,
 ) -> None:
     """Publish a model, or half of one, to a model repository."""
@@ -133,6 +138,21 @@ def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
     from splitserve.cli.models import run
 
     raise typer.Exit(run(repository))
+
+
+@app.command()
+def sign(
+    key: Annotated[Path, typer.Option("--key", "-k", help="A private key in PEM form: P-256, P-384 or P-521, not encrypted.")],
+    models: Annotated[list[str] | None, typer.Argument(help="Names of models; all by default.")] = None,
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+) -> None:
+    """Sign the bundles of a model repository.
+
+    Services that are given the public key, in MODEL_SIGNATURE_KEY, load no others. Signing again replaces the signature.
+    """
+    from splitserve.cli.sign import run
+
+    raise typer.Exit(run(repository, key, models or []))
 
 
 @app.command()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import typer
 
@@ -35,18 +37,21 @@ def run(
         raise typer.Exit(1) from None
     sys.path.insert(0, "")  # so that --trusted-module finds modules of this folder
     common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
+    form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle}
     try:
         rows = _read_data(data)
         if onnx is not None:
             print(_written(publish_predictor(onnx, rows, **common)))
         elif transformer is not None:
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
-            print(_written(publish_preprocessor(
-                fitted, rows, input_name=input_name, trusted_modules=trusted_modules, **common
-            )))  # fmt: skip
+            bundle = publish_preprocessor(fitted, rows, input_name=input_name, **form, **common)
+            print(_written(bundle))
+            _warn_of_pickle(bundle.folder)
         elif pipeline is not None:
             fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
-            print(publish(fitted, rows, input_name=input_name, trusted_modules=trusted_modules, **common))
+            published = publish(fitted, rows, input_name=input_name, **form, **common)
+            print(published)
+            _warn_of_pickle(published.preprocessor)
     except PublishError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
@@ -70,6 +75,14 @@ def run_test_models(repository: Path) -> None:
 
 def _written(bundle: Any) -> str:
     return f"{bundle.key}: {bundle.folder}"
+
+
+def _warn_of_pickle(folder: Path) -> None:
+    from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
+
+    if (folder / PICKLE_FILE).exists():
+        print(f"skops can not hold the transforms, so {folder} is a pickle, which can run any code: services refuse it unless "
+              "PREPROCESS_ALLOW_UNSAFE_PICKLE=true", file=sys.stderr)  # fmt: skip
 
 
 def _read_data(path: Path) -> Any:
@@ -115,7 +128,16 @@ def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bo
 
             return joblib.load(path)
         if path.suffix == ".skops":
-            return sklearn_pipeline.load(path.read_bytes(), trusted_modules)
-    except (OSError, BundleError) as error:
+            return sklearn_pipeline.load(_uncompressed(path.read_bytes()), trusted_modules)
+    except (OSError, BundleError, BadZipFile) as error:
         raise PublishError(f"{path}: {error}") from error
     raise PublishError(f"{path}: expected .skops, or .joblib or .pkl with --allow-pickle")
+
+
+def _uncompressed(data: bytes) -> bytes:
+    """A skops file with its members as they are, which skops can also compress. A bundle's never are."""
+    buffer = io.BytesIO()
+    with ZipFile(io.BytesIO(data)) as source, ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return buffer.getvalue()

@@ -198,7 +198,8 @@ def publish_predictor(
 
     Args:
         model: a path, the file's bytes or the loaded model. Its weights must be inside.
-        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; they become the golden samples.
+        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; 64 of them, spread
+            evenly, become the golden samples.
         name: what clients call the model.
         repository: folder of the model repository.
         version: the next free number by default.

@@ -39,7 +39,7 @@ from splitserve.runtimes.predictor import Predictor
 from splitserve.runtimes.preprocessor import Preprocessor, to_dense
 from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
 from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
-from splitserve.signature import BATCH, TensorSpec
+from splitserve.signature import BATCH, TensorSpec, check_inputs
 from splitserve.tensors import Tensor
 
 RTOL = 1e-4
@@ -129,7 +129,7 @@ def preprocessor_half(
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
     model, compiled = compile_transforms(transformer, manifest, golden)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
-    files = {file_name: file, GOLDEN_FILE: goldens.encode(golden), **({COMPILED_FILE: model} if model else {})}
+    files = {file_name: file, GOLDEN_FILE: _encoded(golden), **({COMPILED_FILE: model} if model else {})}
     return PreprocessorHalf(manifest, files, golden, rows, runtime)
 
 
@@ -148,7 +148,7 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
     runtime = Preprocessor(manifest, None)
     inputs = tuple(from_array(spec.name, np.asarray(by_name[spec.name]), spec.datatype) for spec in specs)
     golden = Golden(inputs, runtime.transform(inputs))
-    return PreprocessorHalf(manifest, {GOLDEN_FILE: goldens.encode(golden)}, golden, rows, runtime)
+    return PreprocessorHalf(manifest, {GOLDEN_FILE: _encoded(golden)}, golden, rows, runtime)
 
 
 def _transform(transformer: Any, rows: Rowset) -> Array:
@@ -221,7 +221,8 @@ def predictor_half(
 
     Args:
         model: the file's bytes.
-        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input.
+        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; `samples.N_GOLDEN_MAX` of them, spread
+            evenly, become the golden samples.
         name: of the model.
         labels: class names in the order of its scores.
         meaning: of the features that it was trained on.
@@ -233,12 +234,17 @@ def predictor_half(
         runtime = Predictor(model)
         _check_batched(runtime)
         by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {runtime.inputs[0].name: sample_inputs}
-        inputs = tuple(from_array(key, np.asarray(array)) for key, array in by_name.items())
+        arrays = {key: np.asarray(array) for key, array in by_name.items()}
+        check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
+        kept = samples.spread(len(next(iter(arrays.values()))), samples.N_GOLDEN_MAX)
+        inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
         golden = Golden(inputs, runtime.infer(inputs))
     except BundleError as error:
         raise PublishError(str(error)) from error
     except SplitserveError as error:
         raise PublishError(f"the sample inputs do not fit the model: {error.message}") from error
+    if not kept:
+        raise PublishError("the sample inputs have no rows; golden samples are taken from them")
     parsed = onnx.load_from_string(model)
     made_with = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in parsed.opset_import}
     manifest = _manifest(
@@ -253,7 +259,14 @@ def predictor_half(
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
     )
     manifest = _with_tolerances(manifest, golden, runtime.infer)
-    return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: goldens.encode(golden)}, runtime)
+    return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: _encoded(golden)}, runtime)
+
+
+def _encoded(golden: Golden) -> bytes:
+    try:
+        return goldens.encode(golden)
+    except BundleError as error:
+        raise PublishError(f"the golden samples are too large: {error}") from error
 
 
 def _check_batched(predictor: Predictor) -> None:

@@ -25,13 +25,16 @@ def spread(n_rows: int, n_wanted: int) -> list[int]:
 
 
 def golden_rows(rows: Rowset) -> list[int]:
-    """Row numbers of the golden samples: spread evenly, then the first row of each text value and missing value by column."""
+    """Row numbers of the golden samples: spread evenly, then the first row of each category and missing value by column.
+
+    Categories are texts, truth values, and whatever a column of pandas' categorical dtype holds.
+    """
     n_rows = len(rows)
     chosen = dict.fromkeys(spread(n_rows, N_GOLDEN))
     for values in _columns(rows):
         first_rows: dict[Any, int] = {}
         for index, value in enumerate(values[:N_SEARCHED]):
-            first_rows.setdefault(value if isinstance(value, str) else "missing" if is_missing(value) else "present", index)
+            first_rows.setdefault("missing" if is_missing(value) else value if _is_category(value) else "present", index)
         for index in first_rows.values():
             if len(chosen) < N_GOLDEN_MAX:
                 chosen.setdefault(index)
@@ -45,7 +48,19 @@ def take(rows: Rowset, indices: list[int]) -> Rowset:
 
 def _columns(rows: Rowset) -> list[list[Any]]:
     if hasattr(rows, "columns"):
-        return [rows[name].tolist() for name in rows.columns]
-    if rows.dtype.kind not in "OSUf" or rows.ndim > 2:
+        return [_values(rows[name]) for name in rows.columns]
+    if rows.dtype.kind not in "OSUfb" or rows.ndim > 2:
         return []
     return [column.tolist() for column in (rows.T if rows.ndim == 2 else [rows])]
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's values; those of a categorical one as text, whatever they are."""
+    values: list[Any] = column.tolist()
+    if str(column.dtype) == "category":
+        return [value if is_missing(value) else str(value) for value in values]
+    return values
+
+
+def _is_category(value: Any) -> bool:
+    return isinstance(value, str | bytes | bool)

@@ -40,6 +40,8 @@ _DATATYPES = {
 }
 """Source: ONNX Runtime Python API, ``NodeArg.type``."""
 
+_N_DIGITS_MAX = 10
+
 _ONLY_WHAT_WAS_CHECKED = {
     "session.load_model_format": "ONNX",  # not its own format, which nothing here can look into
     "session.model_external_initializers_file_folder_path": os.devnull,  # below which there can be no file
@@ -144,14 +146,19 @@ def _check_environment(manifest: Manifest) -> None:
     opsets = {
         "" if name == "opset ai.onnx" else name.removeprefix("opset "): int(version)
         for name, version in made_with.items()
-        if name.startswith("opset ") and version.isdecimal()
+        if name.startswith("opset ") and _is_number(version)
     }
     ir_version = made_with.get("ONNX IR", "")
-    if problems := onnx_support.problems(int(ir_version) if ir_version.isdecimal() else 1, opsets):
+    if problems := onnx_support.problems(int(ir_version) if _is_number(ir_version) else 1, opsets):
         raise BundleError(
             f"published with {'; '.join(problems)}; serve it with a newer ONNX Runtime, or publish it again "
             "with an older target opset"
         )
+
+
+def _is_number(text: str) -> bool:
+    """Whether it can be a version; of what can not, the runtime finds out as it loads the model."""
+    return text.isdecimal() and len(text) < _N_DIGITS_MAX
 
 
 def _check_signature(side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
@@ -169,13 +176,14 @@ def _spec(node: Any) -> TensorSpec:
     datatype = _DATATYPES.get(node.type)
     if datatype is None:
         raise BundleError(f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes')
-    return TensorSpec(node.name, datatype, tuple(_dimension(axis, size) for axis, size in enumerate(node.shape)))
+    return TensorSpec(node.name, datatype, tuple(_dimension(node.name, *each) for each in enumerate(node.shape)))
 
 
-def _dimension(axis: int, size: int | str | None) -> Dimension:
+def _dimension(tensor: str, axis: int, size: int | str | None) -> Dimension:
+    """A name that the graph does not give is this dimension's own: equal names are equal sizes."""
     if isinstance(size, int):
         return size
-    return BATCH if axis == 0 else size or f"d{axis}"
+    return BATCH if axis == 0 else size or f"{tensor}_{axis}"
 
 
 def _text(tensor: Tensor) -> Array:

@@ -45,6 +45,7 @@ class Preprocessor:
         """What is not as it was where the bundle was made, and was allowed."""
         self._rows = manifest.rows
         self.transformer = transformer
+        """Decides on what its other forms refuse, and says why; None where a compiled form is all, or rows pass as they are."""
         self._postprocess = manifest.postprocess
         self._labels = manifest.labels
         self._refuses = manifest.refuses
@@ -78,7 +79,11 @@ class Preprocessor:
     def _features(self, tensors: Sequence[Tensor]) -> Array:
         """What the transforms make of tensors in the signature's order."""
         if self._compiled is not None:
-            return self._compiled(tensors)
+            try:
+                return self._compiled(tensors)
+            except InvalidInput:
+                if self.transformer is None:
+                    raise
         if self._plan is not None:
             try:
                 return self._plan(tensors)
@@ -180,15 +185,19 @@ def load(
         _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings
+    if sklearn_pipeline.is_pickle(bundle):
+        preprocessor.warnings += ("the transforms are a pickle, which can run any code, allowed by a setting",)
     golden = bundle.read(GOLDEN_FILE)
     goldens.replay(golden, manifest, preprocessor.transform)
     preprocessor.adopt_plan(goldens.decode(golden, manifest.inputs, manifest.outputs))
     if runtime == "auto" and preprocessor.runtime == "sklearn" and _is_compiled(manifest) and find_spec("onnxruntime"):
         try:
-            preprocessor = _load_compiled(bundle)
+            compiled = _load_compiled(bundle)
         except BundleError as error:
-            warnings += (f"the compiled form is not used: {error}",)
-        preprocessor.warnings = warnings
+            preprocessor.warnings += (f"the compiled form is not used: {error}",)
+        else:
+            compiled.transformer, compiled.warnings = transformer, preprocessor.warnings
+            return compiled
     goldens.replay(golden, manifest, preprocessor.transform)
     return preprocessor
 

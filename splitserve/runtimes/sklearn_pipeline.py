@@ -17,6 +17,7 @@ import sklearn
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
+from splitserve.archives import check_skops
 from splitserve.manifest import PIPELINE_FILE, BundleError
 from splitserve.repository import Bundle
 
@@ -114,11 +115,12 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
         trusted_modules: further modules whose types may be loaded, with the modules below them.
 
     Raises:
-        BundleError: not a skops file, or it holds types that are not allowed.
+        BundleError: not a skops file, it is too large unpacked, or it holds types that are not allowed.
     """
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise BundleError(f"{PIPELINE_FILE}: not a skops file")
     try:
+        check_skops(data, PIPELINE_FILE)
         unknown = skops.io.get_untrusted_types(data=data)
         refused = [name for name in unknown if not _is_trusted(name, trusted_modules)]
         if refused:

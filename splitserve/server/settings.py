@@ -6,6 +6,7 @@ A field's docstring is its documentation: docs/settings.md is written from these
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
@@ -15,6 +16,7 @@ from splitserve.batching import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
 from splitserve.server import logs
+from splitserve.signing import Verifier
 
 MIB = 1024 * 1024
 
@@ -129,6 +131,9 @@ class RepositorySettings(ServiceSettings):
     unload_delay_s: float = Field(30.0, ge=0)
     """Seconds that a version which is no longer wanted is kept after it was last asked for."""
 
+    model_signature_key: str = Field("", validation_alias=AliasChoices("MODEL_SIGNATURE_KEY"))
+    """File with a public key in PEM form: only bundles that its counterpart has signed are loaded. Needs the extra `signing`."""
+
     @property
     def selection(self) -> Selection:
         """Which models and versions are wanted."""
@@ -144,6 +149,13 @@ class RepositorySettings(ServiceSettings):
     @classmethod
     def _check_versions(cls, text: str) -> str:
         parse_policies(text)
+        return text
+
+    @field_validator("model_signature_key")
+    @classmethod
+    def _check_signature_key(cls, text: str) -> str:
+        if text:
+            Verifier(Path(text))
         return text
 
 

@@ -174,13 +174,17 @@ class VersionStore(Generic[T]):
             self.catalogue.put_incomplete(model, "it was unloaded")
 
     async def load(self, model: str) -> None:
-        """Look at the source now, and serve the model again if it was unloaded.
+        """Look at the source now, try again what was refused of the model, and serve it again if it was unloaded.
 
         Raises:
             NotFound: there is no such model.
         """
-        self._held_back.discard(model)
-        self.catalogue.remove_incomplete(model)
+        async with self._lock:
+            self._held_back.discard(model)
+            self.catalogue.remove_incomplete(model)
+            for version, entry in self.catalogue.entries(model).items():
+                if entry.state == UNAVAILABLE:
+                    self._forget(model, version)
         await self.refresh()
         if model not in self.catalogue.models():
             raise NotFound(unknown_model(model), model=model[:128])

@@ -97,10 +97,13 @@ class Stack:
         docker: the client.
         project: a name that no other stack on this machine has.
         models: folder of the model repository.
+        overlays: compose files that lie over docker-compose.yml.
+        environment: variables for the compose files.
     """
 
-    def __init__(self, docker: str, project: str, models: Path) -> None:
+    def __init__(self, docker: str, project: str, models: Path, *, overlays: Sequence[str] = (), **environment: str) -> None:
         self._docker = docker
+        self._files = [word for name in ("docker-compose.yml", *overlays) for word in ("--file", str(ROOT / name))]
         self.project = project
         http_port, grpc_port = free_ports(2)
         self.http = f"http://127.0.0.1:{http_port}"
@@ -110,11 +113,13 @@ class Stack:
             "SPLITSERVE_MODELS": str(models),
             "SPLITSERVE_HTTP_PORT": str(http_port),
             "SPLITSERVE_GRPC_PORT": str(grpc_port),
+            **environment,
         }
 
     def compose(self, *arguments: str) -> str:
         """Run ``docker compose`` on this project."""
-        command = [self._docker, "compose", "--project-directory", str(ROOT), "--project-name", self.project, *arguments]
+        project = ["--project-directory", str(ROOT), "--project-name", self.project]
+        command = [self._docker, "compose", *self._files, *project, *arguments]
         return run(command, env=self._environment)
 
     def build(self) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,9 @@ pytestmark = pytest.mark.xdist_group("environments")
 
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")
-OTHER = "1.8"
-"""The minor version before the one in the locks."""
+MAJOR, MINOR = map(int, version("scikit-learn").split(".")[:2])
+OTHER = f"{MAJOR}.{MINOR - 1}"
+"""The minor version before the one here."""
 
 PUBLISH = """
 from sklearn.datasets import load_iris
@@ -30,15 +35,29 @@ print(publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y), X
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Published under the other scikit-learn."""
+    """Published under the other scikit-learn; all else is as in the lock, and so the same from day to day."""
     folder = tmp_path_factory.mktemp("other")
     python = folder / "venv" / "bin" / "python"
+    (folder / "constraints.txt").write_text("\n".join(locked_but("scikit-learn")))
+    (folder / "wanted.txt").write_text("\n".join([*wanted_to_publish(), f"scikit-learn=={OTHER}.*"]))
     subprocess.run([UV, "venv", "--quiet", "--python", sys.executable, folder / "venv"], check=True)
-    subprocess.run(
-        [UV, "pip", "install", "--quiet", "--python", python, f"scikit-learn=={OTHER}.*", f"{ROOT}[publish]"], check=True
-    )
-    subprocess.run([python, "-W", "ignore", "-c", PUBLISH], cwd=folder, check=True)
+    install = [UV, "pip", "install", "--quiet", "--python", python, "--only-binary", ":all:"]
+    subprocess.run([*install, "--requirement", folder / "wanted.txt", "--constraint", folder / "constraints.txt"], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([python, "-W", "ignore", "-c", PUBLISH], cwd=folder, env=environment, check=True)
     return folder / "models"
+
+
+def locked_but(package: str) -> list[str]:
+    """The lock's versions without their digests, but for one package."""
+    lines = (ROOT / "requirements" / "dev.txt").read_text().splitlines()
+    return [line.rstrip("\\ ") for line in lines if re.match(r"[a-z0-9]", line) and not line.startswith(f"{package}==")]
+
+
+def wanted_to_publish() -> list[str]:
+    """What publishing asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["publish"]]
 
 
 def test_another_minor_version_is_refused_with_the_ways_out(repository: Path) -> None:

@@ -127,11 +127,13 @@ def test_twenty_swaps_in_a_row_lose_no_request_and_no_memory(tmp_path: Path, is_
         finally:
             load.stop()
 
+        print(f"{load.n_answers} answers; resident MiB after each swap: {sizes}")
         assert load.complaints == []
         assert load.n_answers > N_SWAPS
         ballast_mb = N_BALLAST * 4 / 2**20
-        for name, size in sizes[-1].items():
-            assert size - sizes[SETTLED][name] < (N_SWAPS - SETTLED) * ballast_mb / 3, sizes
+        for name, before in sizes[SETTLED].items():
+            after = min(size[name] for size in sizes[-SETTLED:])  # an allocator gives back when it likes to
+            assert after - before < (N_SWAPS - SETTLED) * ballast_mb / 3, sizes
 
 
 def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> Non
             model = tmp_path / "elsewhere" / "m" / "predict" / "2" / "model.onnx"
             model.write_bytes(model.read_bytes()[:-1] + b"\xff")
             (tmp_path / "elsewhere" / "m" / "predict" / "2").rename(tmp_path / "m" / "predict" / "2")
-            wait_until(lambda: "m 1.2" in str(index(system)), "the report")
+            wait_until(lambda: index(system).get("m 1.2", ("LOADING",))[0] != "LOADING", "the report")
             states = index(system)
         finally:
             load.stop()

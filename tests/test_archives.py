@@ -1,0 +1,157 @@
+"""Archives in bundles: a small file does not fill the memory by being read."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from splitserve import archives
+from splitserve.archives import check_npz, check_skops
+from splitserve.arrays import from_array
+from splitserve.golden import Golden, decode, encode
+from splitserve.manifest import BundleError
+from splitserve.runtimes.sklearn_pipeline import dump, load
+from splitserve.signature import TensorSpec
+
+LIMIT = 4 * 1024**2
+NUMBERS = np.array([[1.0, 2.0], [3.0, 4.0]])
+
+
+def a_zip(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def header(shape: tuple[int, ...], dtype: str = "<f8") -> bytes:
+    """What is in front of an array's bytes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def bomb(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A small npz that unpacks to more than the limit, which is lower here so that making it is quick: zeros."""
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", LIMIT)
+    n_rows = LIMIT // 8
+    data = a_zip(("inputs/x.npy", header((n_rows,)) + bytes(n_rows * 8)), compression=zipfile.ZIP_DEFLATED)
+    assert len(data) < LIMIT / 500
+    return data
+
+
+def test_golden_samples_that_unpack_to_gigabytes_are_not_unpacked(bomb: bytes) -> None:
+    """The archive's directory says how much it would be."""
+    with pytest.raises(BundleError, match=rf"^golden\.npz: has \d+ bytes unpacked; the limit is {LIMIT}$"):
+        decode(bomb, [TensorSpec("x", "FP64", ("batch",))], [])
+
+
+def test_golden_samples_that_could_not_be_read_again_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same limit, told to who publishes."""
+    monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 31)
+
+    with pytest.raises(BundleError, match=r"^golden\.npz: has 32 bytes unpacked; the limit is 31$"):
+        encode(Golden((from_array("x", NUMBERS),), ()))
+
+
+def test_a_directory_that_lies_gains_nothing() -> None:
+    """What is told of a member's size is the most that is read of it; numpy would read what is no array in one go."""
+    data = a_zip(("inputs/x.npy", header((1000,)) + bytes(8000)), compression=zipfile.ZIP_DEFLATED)
+    lying = data.replace((8000 + len(header((1000,)))).to_bytes(4, "little"), (200).to_bytes(4, "little"))
+    assert lying != data
+
+    with pytest.raises(BundleError, match=r"^golden\.npz: not an npz file of plain arrays"):
+        decode(lying, [TensorSpec("x", "FP64", ("batch",))], [])
+    with pytest.raises(BundleError, match="is no array"):
+        check_npz(a_zip(("x.npy", bytes(10_000)), compression=zipfile.ZIP_DEFLATED), "golden.npz")
+
+
+@pytest.mark.parametrize("shape", [(2**61,), (2**40,), (2**31, 2**31), (-1,)])
+def test_an_array_that_claims_to_be_larger_than_it_is_is_refused(shape: tuple[int, ...]) -> None:
+    """Whether the memory for it could be had or not."""
+    data = a_zip(("inputs/x.npy", header(shape) + bytes(64)))
+
+    with pytest.raises(BundleError, match=r"^golden\.npz: "):
+        decode(data, [TensorSpec("x", "FP64", ("batch",))], [])
+
+
+def skops_of(data: bytes) -> Iterator[tuple[str, bytes]]:
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    for name in archive.namelist():
+        yield name, archive.read(name)
+
+
+def test_a_compressed_skops_file_is_refused() -> None:
+    """Ours never are; so what is read of one is never more than the file has."""
+    data = a_zip(*skops_of(dump(StandardScaler().fit(NUMBERS))), compression=zipfile.ZIP_DEFLATED)
+
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: '.*' is compressed"):
+        load(data)
+
+
+def changed_schema(data: bytes, change: Any) -> bytes:
+    members = dict(skops_of(data))
+    schema = json.loads(members["schema.json"])
+    return a_zip(*{**members, "schema.json": json.dumps(change(schema)).encode()}.items())
+
+
+def test_a_member_that_is_read_many_times_over_is_refused() -> None:
+    """One array in the file could become a million in memory."""
+    data = dump(FunctionTransformer(inv_kw_args={"array": np.zeros(10_000)}))
+
+    def repeat(schema: dict[str, Any]) -> dict[str, Any]:
+        array = find(schema, "NdArrayNode")
+        return {**schema, "copies": [{**array, "__id__": number} for number in range(1, 100)]}
+
+    load(data)
+    with pytest.raises(BundleError, match=r"^pipeline\.skops: unpacks to more bytes than it has$"):
+        load(changed_schema(data, repeat))
+
+
+def find(node: Any, loader: str) -> Any:
+    """The first node with this loader."""
+    if isinstance(node, dict):
+        if node.get("__loader__") == loader:
+            return node
+        node = list(node.values())
+    if isinstance(node, list):
+        return next((found for each in node if (found := find(each, loader))), None)
+    return None
+
+
+def test_an_object_that_is_held_twice_is_read_once() -> None:
+    """As skops writes it: the same array in two places is one member."""
+    array = np.zeros(10_000)
+    data = dump(FunctionTransformer(kw_args=None, inv_kw_args={"one": array, "two": array, "three": [array] * 5}))
+
+    loaded = load(data)
+
+    assert loaded.inv_kw_args["one"] is loaded.inv_kw_args["three"][4]
+
+
+def test_a_sparse_matrix_that_unpacks_to_gigabytes_is_not_unpacked(bomb: bytes) -> None:
+    """It is an npz inside of the skops file."""
+    members = dict(skops_of(dump(FunctionTransformer(inv_kw_args={"matrix": csr_matrix(np.eye(3))}))))
+    (sparse,) = (name for name in members if name.endswith(".npz"))
+
+    with pytest.raises(BundleError, match=rf"^pipeline\.skops: {sparse}: has \d+ bytes unpacked"):
+        load(a_zip(*{**members, sparse: bomb}.items()))
+
+
+def test_a_schema_of_any_depth_is_looked_through() -> None:
+    """Without running out of stack here, whatever json says to it."""
+    deep: Any = {"__loader__": "NdArrayNode", "file": "a.npy", "type": "numpy"}
+    for _ in range(500):
+        deep = [deep]
+
+    check_skops(a_zip(("schema.json", json.dumps(deep).encode()), ("a.npy", b"x")), "pipeline.skops")

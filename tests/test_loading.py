@@ -1,0 +1,166 @@
+"""Loading a bundle: what its manifest promises is compared with what is there."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+from splitserve import publish_predictor, publish_preprocessor
+from splitserve.manifest import BundleError
+from splitserve.publishing import PublishError
+from splitserve.repository import Bundle, Repository, load_bundle
+from splitserve.runtimes import predictor, preprocessor
+from splitserve.runtimes.preprocessor import Preprocessor
+from tests.system.models import softmax_model
+
+ROWS = np.random.default_rng(0).normal(size=(6, 3))
+
+
+@pytest.fixture
+def scaler(tmp_path: Path) -> Bundle:
+    return publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Bundle:
+    return publish_predictor(softmax_model(3), ROWS.astype(np.float32), name="m", repository=tmp_path)
+
+
+def changed(bundle: Bundle, change: Callable[[dict[str, Any]], None]) -> Repository:
+    """The bundle's repository, once something in the manifest has been changed."""
+    file = bundle.folder / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    return Repository(bundle.folder.parents[2])
+
+
+def put(side: str, field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest[side][0].update({field: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("inputs", "name", "other"), 'its inputs are "features" FP32 [\'batch\', 3], manifest.json says "other" FP32'),
+        (put("inputs", "datatype", "FP64"), 'its inputs are "features" FP32 [\'batch\', 3], manifest.json says "features" FP64'),
+        (put("inputs", "shape", ["batch", 4]), "manifest.json says \"features\" FP32 ['batch', 4]"),
+        (put("outputs", "shape", ["batch", "n"]), "its outputs are \"scores\" FP32 ['batch', 2], manifest.json says"),
+        (lambda manifest: manifest.update(outputs=[]), "its outputs are \"scores\" FP32 ['batch', 2], manifest.json says"),
+    ],
+)
+def test_a_predictors_signature_is_that_of_its_graph(model: Bundle, change: Any, message: str) -> None:
+    """The manifest is what pairs are judged by, so the graph must agree with it; both are shown."""
+    repository = changed(model, change)
+
+    with pytest.raises(BundleError, match=f"^m/predict/1: model.onnx: .*{re.escape(message)}"):
+        load_bundle(repository, model.key, predictor.load)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("outputs", "shape", ["batch", 4]), 'golden samples: output "features": expected FP32 [6, 4], got FP32 [6, 3]'),
+        (put("outputs", "datatype", "FP64"), 'golden.npz: "features" is FP32, manifest.json says FP64'),
+        (put("outputs", "name", "other"), "golden.npz: outputs/other is not a file in the archive"),
+        (put("inputs", "datatype", "FP32"), 'golden.npz: "features" is FP64, manifest.json says FP32'),
+        (put("inputs", "shape", ["batch", 4]), 'golden samples: input "features": expected shape [-1, 4], got [6, 3]'),
+    ],
+)
+def test_a_preprocessors_signature_is_observed_on_its_golden_samples(scaler: Bundle, change: Any, message: str) -> None:
+    """Fitted transforms do not say what they give: what they do give must be what the manifest says."""
+    repository = changed(scaler, change)
+
+    with pytest.raises(BundleError, match=f"^m/preprocess/1: {re.escape(message)}"):
+        load_bundle(repository, scaler.key, preprocessor.load)
+
+
+def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, model: Bundle) -> None:
+    """What would be loaded is not even there."""
+    (scaler.folder / "pipeline.skops").unlink()
+    (model.folder / "model.onnx").unlink()
+    changed(scaler, lambda manifest: manifest["environment"].update({"scikit-learn": "0.24.2"}))
+    repository = changed(model, lambda manifest: manifest["environment"].update({"ONNX IR": "99"}))
+
+    with pytest.raises(BundleError, match="published with scikit-learn 0.24.2, this service runs"):
+        load_bundle(repository, scaler.key, preprocessor.load)
+    with pytest.raises(
+        BundleError, match="published with ONNX IR version 99, ONNX Runtime .* takes up to .*; serve it with a newer"
+    ):
+        load_bundle(repository, model.key, predictor.load)
+
+
+@pytest.mark.parametrize("nonsense", ["9" * 5000, "-1", "", "seventeen", "1.5"])
+def test_versions_that_are_no_numbers_are_left_to_the_runtime(model: Bundle, nonsense: str) -> None:
+    """It reads those in the model itself."""
+    repository = changed(
+        model,
+        lambda manifest: manifest["environment"].update({"ONNX IR": nonsense, "opset ai.onnx": nonsense, "opset x": nonsense}),
+    )
+
+    load_bundle(repository, model.key, predictor.load)
+
+
+def with_a_pattern() -> FunctionTransformer:
+    """Passes rows on, and holds what skops can not."""
+    return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
+
+
+def test_a_pickle_is_written_and_read_only_by_explicit_wish(tmp_path: Path) -> None:
+    """Twice: who publishes has to ask for it, and who serves."""
+    with pytest.raises(PublishError, match="allow_pickle=True"):
+        publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, trusted_modules=["re"])
+    bundle = publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, allow_pickle=True)
+
+    with pytest.raises(
+        BundleError, match=r"pipeline\.joblib: a pickle, and loading one runs any code .*PREPROCESS_ALLOW_UNSAFE_PICKLE"
+    ):
+        preprocessor.load(bundle)
+    loaded: Preprocessor = preprocessor.load(bundle, allow_unsafe_pickle=True)
+
+    assert any("a pickle, which can run any code" in warning for warning in loaded.warnings)
+
+
+def test_what_skops_can_hold_is_never_pickled(tmp_path: Path) -> None:
+    """The wish to allow a pickle is not a wish for one."""
+    bundle = publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path, allow_pickle=True)
+
+    assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.skops"]
+    assert preprocessor.load(bundle).warnings == ()
+
+
+class Canary:
+    """Sings when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_that_is_refused_is_not_read(tmp_path: Path) -> None:
+    """Its canary stays silent, and sings where it is allowed to: the setting means what it says."""
+    canary = tmp_path / "sang"
+    bundle = publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, allow_pickle=True)
+    pickle = io.BytesIO()
+    joblib.dump(Canary(canary), pickle)
+    files = {"pipeline.joblib": pickle.getvalue(), "golden.npz": bundle.read("golden.npz")}
+    bundle = Repository(tmp_path / "forged").write(bundle.manifest, files)
+
+    with pytest.raises(BundleError, match="a pickle"):
+        preprocessor.load(bundle)
+    assert not canary.exists()
+
+    with pytest.raises(AttributeError, match="transform"):  # what it left behind is no transformer
+        preprocessor.load(bundle, allow_unsafe_pickle=True)
+    assert canary.exists()
