@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from splitserve import environment, pairing
@@ -78,10 +77,7 @@ class Preprocessor:
 
     def sent(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs of `transform` under the names that the predictor has for them."""
-        names = self.manifest.names
-        if not names:
-            return outputs
-        return tuple(msgspec.structs.replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in outputs)
+        return pairing.sent(self.manifest, outputs)
 
     def answer_specs(self, predictor_outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The signature of `answer` for a predictor with these outputs."""
