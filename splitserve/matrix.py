@@ -62,7 +62,7 @@ class Verdict(msgspec.Struct, frozen=True):
     """Whether a pair is admitted in an environment, and why not, or with which warnings."""
 
     is_admitted: bool
-    reason: str = ""
+    reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -243,14 +243,14 @@ class _Judge:
 
     def _verdict(self, halves: Sequence[Trial]) -> Verdict:
         warnings = tuple(warning for half in halves for warning in half.warnings)
-        if refused := [half.reason for half in halves if half.reason]:
-            return Verdict(False, "; ".join(refused))
+        if refused := tuple(half.reason for half in halves if half.reason):
+            return Verdict(False, refused)
         preprocessor, predictor = (self._manifests[half.bundle] for half in halves)
         if differences := pairing.misfits(preprocessor, predictor.inputs, predictor.outputs):
-            return Verdict(False, f"the halves do not fit: {'; '.join(differences)}")
+            return Verdict(False, (f"the halves do not fit: {'; '.join(differences)}",))
         if other := pairing.other_meaning(preprocessor, predictor.fingerprint, predictor.feature_names):
             if not self._allow_fingerprint_mismatch:
-                return Verdict(False, f"the halves do not fit: {other}")
+                return Verdict(False, (f"the halves do not fit: {other}",))
             warnings += (f"{other}, allowed",)
         return Verdict(True, warnings=warnings)
 
@@ -265,7 +265,7 @@ def _problems(models: Sequence[str], pairs: Sequence[JudgedPair], reports: Mappi
         if pair.route:
             for name, verdict in pair.verdicts.items():
                 if not verdict.is_admitted:
-                    yield f"{name}: {pair.model} {pair.pair}, which its route names, is refused: {verdict.reason}"
+                    yield f"{name}: {pair.model} {pair.pair}, which its route names, is refused: {'; '.join(verdict.reasons)}"
     for model in models:
         verdicts = [pair.verdicts for pair in pairs if pair.model == model]
         if not verdicts:

@@ -64,7 +64,7 @@ def matrix_of(models: Path, **allowed: Any) -> Matrix:
 
 def reasons(matrix: Matrix, column: str = HERE) -> dict[str, str]:
     """Why each pair is refused, "" for those that are admitted."""
-    return {pair.pair: pair.verdicts[column].reason for pair in matrix.pairs}
+    return {pair.pair: "; ".join(pair.verdicts[column].reasons) for pair in matrix.pairs}
 
 
 def write_route(models: Path, *pairs: str, shadow: str = "") -> None:
@@ -213,7 +213,7 @@ def test_environments_that_run_both_halves_stand_for_themselves(published: Path)
 
     matrix = judge(Repository(published), reports)
 
-    assert {name: verdict.reason for name, verdict in matrix.pairs[0].verdicts.items()} == {"a": "", "b": "no"}
+    assert {name: verdict.reasons for name, verdict in matrix.pairs[0].verdicts.items()} == {"a": (), "b": ("no",)}
 
 
 def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:

@@ -146,5 +146,5 @@ def _pairs(matrix: Matrix, notes: _Notes) -> Table:
 
 def _verdict(verdict: Verdict, notes: _Notes) -> str:
     if not verdict.is_admitted:
-        return f"refused {notes.mark(verdict.reason)}"
+        return " ".join(["refused", *map(notes.mark, verdict.reasons)])
     return " ".join(["admitted", *map(notes.mark, verdict.warnings)])

@@ -67,7 +67,7 @@ def test_images_try_what_they_serve_and_are_joined(docker: str, stack: Stack, re
     assert verdicts.keys() == {"breast-cancer", "digits", "weather"}
     for model, verdict in verdicts.items():
         assert verdict[f"{new} + {predict}"]["is_admitted"], model
-        assert f"this service runs {OTHER}." in verdict[f"{old_image} + {predict}"]["reason"], model
+        assert f"this service runs {OTHER}." in verdict[f"{old_image} + {predict}"]["reasons"][0], model
     assert status == 1
     assert len(found["problems"]) == len(verdicts)
     assert complaints == ""
