@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,7 @@ def test_a_system_that_serves_something_else_fails(system: System, other: Path, 
     result = verify(WAYS[way](system), other)
 
     assert result.returncode == 1
-    assert result.stderr.startswith('breast-cancer 1.1: output "probabilities" of golden sample ')
-    assert ": expected 0." in result.stderr
+    assert re.fullmatch(r'breast-cancer 1\.1: output "\w+" of golden sample \d+ at \[.*\]: expected .*, got .*\n', result.stderr)
     assert result.stdout.count("as promised") == 2
     assert result.stdout.count("differs") == 1
 
