@@ -42,6 +42,10 @@ class Difference(msgspec.Struct, frozen=True):
         )
 
 
+class GoldenDifference(BundleError):
+    """A bundle runs here, and its golden samples come out otherwise than where it was made."""
+
+
 def encode(golden: Golden) -> bytes:
     """The contents of ``golden.npz``.
 
@@ -100,8 +104,8 @@ def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], 
         run: what was loaded of the bundle.
 
     Raises:
-        BundleError: the samples are damaged or not of the signature, can not be run, or come out otherwise; then the message
-            shows the worst difference.
+        GoldenDifference: they come out otherwise; the message shows the worst difference.
+        BundleError: the samples are damaged or not of the signature, or can not be run.
     """
     golden = decode(data, manifest.inputs, manifest.outputs)
     for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
@@ -123,7 +127,7 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
     except SplitserveError as error:
         raise BundleError(f"golden samples: {error.message}") from error
     if worst := worst_difference(golden.outputs, found, manifest.tolerances):
-        raise BundleError(str(worst))
+        raise GoldenDifference(str(worst))
 
 
 def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from splitserve.manifest import Manifest, Postprocess
 from splitserve.signature import TensorSpec, fits
+from splitserve.tensors import Tensor
 
 FINGERPRINT = "fingerprint"
 """The property of a predictor's metadata that says what it was trained on."""
@@ -33,6 +36,14 @@ def sent_specs(preprocessor: Manifest) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(preprocessor.names.get(spec.name, spec.name), spec.datatype, spec.shape) for spec in preprocessor.outputs
     )
+
+
+def sent(preprocessor: Manifest, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What the preprocessor put out, under the names that the predictor has for it."""
+    names = preprocessor.names
+    if not names:
+        return tuple(outputs)
+    return tuple(msgspec.structs.replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in outputs)
 
 
 def postprocess_misfits(step: Postprocess, labels: Sequence[str], outputs: Sequence[TensorSpec]) -> list[str]:

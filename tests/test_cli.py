@@ -96,7 +96,10 @@ async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.Comp
     return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), err.decode())
 
 
-@pytest.mark.parametrize("command", [[], ["up"], ["serve"], ["publish"], ["models"], ["sign"], ["infer"], ["health"], ["reload"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["up"], ["serve"], ["publish"], ["models"], ["matrix"], ["sign"], ["infer"], ["health"], ["verify"], ["reload"]],
+)
 def test_every_command_has_help(command: list[str]) -> None:
     """Names its arguments, says what it does."""
     result = run(*command, "--help")

@@ -156,6 +156,46 @@ def sign(
 
 
 @app.command()
+def matrix(
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Try it in this image instead of here; may be given several times.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As tables in Markdown.")] = False,
+    trusted_module: Annotated[
+        list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")
+    ] = None,
+    allow_environment_mismatch: Annotated[
+        bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
+    ] = False,
+    allow_fingerprint_mismatch: Annotated[
+        bool, typer.Option("--allow-fingerprint-mismatch", help="As PREPROCESS_ALLOW_FINGERPRINT_MISMATCH.")
+    ] = False,
+    allow_unsafe_pickle: Annotated[
+        bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
+    ] = False,
+    docker: Annotated[str, typer.Option(envvar="DOCKER", help="The program that runs images.")] = "docker",
+) -> None:
+    """Say which bundles load and which pairs fit.
+
+    Tries every bundle of the repository, its golden samples included, and every pair, in this environment or in the images of
+    services. Exits 1 if a pair that a route names is refused, or a model without a route has no pair that is admitted.
+    """
+    from splitserve.cli.matrix import run
+    from splitserve.matrix import Allowed
+
+    allowed = Allowed(
+        trusted_modules=tuple(trusted_module or ()),
+        environment_mismatch=allow_environment_mismatch,
+        fingerprint_mismatch=allow_fingerprint_mismatch,
+        unsafe_pickle=allow_unsafe_pickle,
+    )
+    form: Literal["text", "json", "markdown"] = "json" if as_json else "markdown" if as_markdown else "text"
+    raise typer.Exit(run(repository, image or [], form=form, allowed=allowed, docker=docker))
+
+
+@app.command()
 def infer(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     file: Annotated[Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")] = None,
@@ -182,6 +222,24 @@ def health(url: UrlOption = GRPC_URL) -> None:
     from splitserve.cli.health import run
 
     raise typer.Exit(run(url))
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="The system: http://host:port, or grpc://host:port or host:port.")],
+    models: Annotated[list[str] | None, typer.Argument(help="Names of models; all of the repository by default.")] = None,
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    version: Annotated[str, typer.Option(help='A pair, "K.M"; all that are ready or routed by default.')] = "",
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
+) -> None:
+    """Send golden samples through a running system.
+
+    Its answers are compared with those that the repository's bundles promise. Exits 1 if one differs, and shows the worst
+    difference.
+    """
+    from splitserve.cli.verify import run
+
+    raise typer.Exit(run(url, models or [], root=repository, version=version, timeout_s=timeout_s))
 
 
 @app.command()

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 
 from splitserve import environment, pairing
@@ -132,10 +131,7 @@ class Preprocessor:
 
     def sent(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The outputs of `transform` under the names that the predictor has for them."""
-        names = self.manifest.names
-        if not names:
-            return outputs
-        return tuple(msgspec.structs.replace(tensor, name=names.get(tensor.name, tensor.name)) for tensor in outputs)
+        return pairing.sent(self.manifest, outputs)
 
     def answer_specs(self, predictor_outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         """The signature of `answer` for a predictor with these outputs."""

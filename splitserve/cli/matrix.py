@@ -1,0 +1,150 @@
+"""``splitserve matrix``: which bundles load and which pairs fit, here or in images, as tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from splitserve.cli.tables import markdown, print_table
+from splitserve.manifest import BundleError
+from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge
+from splitserve.repository import Repository
+
+Form = Literal["text", "json", "markdown"]
+Table = tuple[list[str], list[list[str]]]
+
+_CONFINED = (
+    "run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
+    "--tmpfs", "/tmp",  # noqa: S108 - the container's own
+)  # fmt: skip
+"""What is tried in an image may be anything: it reads the repository and prints, and can do nothing else."""
+
+_FOLDER = "/models"
+
+
+class ImageError(Exception):
+    """A report can not be had of an image."""
+
+
+def run(root: Path, images: Sequence[str], *, form: Form, allowed: Allowed, docker: str) -> int:
+    """Print the matrix; 1 if something in it must not be deployed, or it can not be made."""
+    if not root.is_dir():
+        print(f"{root}: no such folder", file=sys.stderr)
+        return 1
+    source = Repository(root)
+    try:
+        reports = {image: _examine_in(image, root, allowed, docker) for image in images} or {HERE: examine(source, allowed)}
+        matrix = judge(source, reports, allow_fingerprint_mismatch=allowed.fingerprint_mismatch)
+    except (BundleError, ImageError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not matrix.pairs and not matrix.problems:
+        print(f"{root} holds no models", file=sys.stderr)
+        return 1
+    if form == "json":
+        print(msgspec.json.format(msgspec.json.encode(matrix), indent=2).decode())
+    else:
+        _print(matrix, form)
+        for problem in matrix.problems:
+            print(f"not fit to be deployed: {problem}", file=sys.stderr)
+    return int(bool(matrix.problems))
+
+
+def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report:
+    """The report of an image's own Python, with the repository mounted read-only.
+
+    Raises:
+        ImageError: there is no docker or no such image, or splitserve in it can not tell.
+    """
+    mount = f"type=bind,source={root.resolve()},target={_FOLDER},readonly"
+    inside = ["-m", "splitserve.matrix", _FOLDER, msgspec.json.encode(allowed).decode()]
+    try:
+        answer = subprocess.run(
+            [docker, *_CONFINED, "--mount", mount, "--entrypoint", "python", image, *inside], capture_output=True, text=True
+        )
+    except OSError as error:
+        raise ImageError(f"{docker} can not be run: {error.strerror}") from error
+    if answer.returncode:
+        raise ImageError(f"{image}: {_complaint(answer.stderr) or f'exit status {answer.returncode}'}")
+    try:
+        return msgspec.json.decode(_last_line(answer.stdout), type=Report)
+    except msgspec.DecodeError as error:
+        raise ImageError(f"{image}: its splitserve gave no report that this one reads: {error}") from error
+
+
+def _complaint(text: str) -> str:
+    """What docker itself complained of, which it follows with advice; else the last words of what ran in the image."""
+    return next((line for line in text.splitlines() if line.startswith("docker: ")), "") or _last_line(text)
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+class _Notes:
+    """Reasons by number, so that a table shows each as a number and a text that many cells share is read once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
+
+
+def _print(matrix: Matrix, form: Form) -> None:
+    notes = _Notes()
+    for header, rows in (_environments(matrix), _bundles(matrix, notes), _pairs(matrix, notes)):
+        if form == "markdown":
+            print(markdown(header, rows))
+        else:
+            print_table(header, rows)
+        print()
+    for number, text in enumerate(notes.texts, start=1):
+        print(f"({number}) {text}" + "  " * (form == "markdown"))  # two blanks at the end break a line in Markdown
+    sys.stdout.flush()
+
+
+def _environments(matrix: Matrix) -> Table:
+    packages = list(dict.fromkeys(name for report in matrix.environments.values() for name in report.packages))
+    rows = [[name, *(report.packages.get(package, "-") for package in packages)] for name, report in matrix.environments.items()]
+    return ["environment", *packages], rows
+
+
+def _bundles(matrix: Matrix, notes: _Notes) -> Table:
+    trials = {name: {trial.bundle: trial for trial in report.trials} for name, report in matrix.environments.items()}
+    bundles = list(dict.fromkeys(bundle for each in trials.values() for bundle in each))
+    rows = [
+        [bundle, matrix.made_with.get(bundle, "?"), *(_trial(trials[name].get(bundle), notes) for name in trials)]
+        for bundle in bundles
+    ]
+    return ["bundle", "made with", *trials], rows
+
+
+def _trial(trial: Trial | None, notes: _Notes) -> str:
+    if trial is None:
+        return "-"
+    if trial.reason:
+        outcome = "golden samples differ" if trial.golden == "differ" else "refused"
+        return f"{outcome} {notes.mark(trial.reason)}"
+    return " ".join(["golden samples agree", *map(notes.mark, trial.warnings)])
+
+
+def _pairs(matrix: Matrix, notes: _Notes) -> Table:
+    stacks = list(dict.fromkeys(name for pair in matrix.pairs for name in pair.verdicts))
+    rows = [
+        [pair.model, pair.pair, pair.route, *(_verdict(pair.verdicts[name], notes) for name in stacks)] for pair in matrix.pairs
+    ]
+    return ["model", "pair", "route", *stacks], rows
+
+
+def _verdict(verdict: Verdict, notes: _Notes) -> str:
+    if not verdict.is_admitted:
+        return " ".join(["refused", *map(notes.mark, verdict.reasons)])
+    return " ".join(["admitted", *map(notes.mark, verdict.warnings)])

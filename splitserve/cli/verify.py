@@ -1,0 +1,67 @@
+"""``splitserve verify``: golden samples through a running system."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from splitserve.cli.tables import print_table
+from splitserve.errors import SplitserveError
+from splitserve.manifest import BundleError
+from splitserve.repository import Repository
+from splitserve.verification import Outcome, Server, pairs_of, verify
+from splitserve.versions import parse_pair
+
+
+def run(url: str, models: Sequence[str], *, root: Path, version: str, timeout_s: float) -> int:
+    """Print a row for each pair and the worst difference of each that differs; 1 if one does, or none could be asked for."""
+    if not root.is_dir():
+        print(f"{root}: no such folder", file=sys.stderr)
+        return 1
+    source = Repository(root)
+    try:
+        names = list(models) or source.models()
+        if not names:
+            print(f"{root} holds no models", file=sys.stderr)
+            return 1
+        with closing(_client(url, timeout_s)) as server:
+            outcomes = [outcome for model in names for outcome in _verify(source, server, model, version)]
+    except BundleError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_table(("model", "pair", "samples", "expected answers", "result"), map(_row, outcomes))
+    sys.stdout.flush()
+    for outcome in outcomes:
+        if outcome.problem:
+            print(f"{outcome.model} {outcome.pair}".strip() + f": {outcome.problem}", file=sys.stderr)
+    return int(any(outcome.problem for outcome in outcomes))
+
+
+def _client(url: str, timeout_s: float) -> Any:
+    """A client of the system at this address."""
+    if url.startswith(("http://", "https://")):
+        from splitserve.rest import RestClient
+
+        return RestClient(url, timeout_s=timeout_s)
+    from splitserve.client import Client
+
+    return Client(url.removeprefix("grpc://"), timeout_s=timeout_s)
+
+
+def _verify(source: Repository, server: Server, model: str, version: str) -> list[Outcome]:
+    try:
+        pair = parse_pair(model, version)
+        pairs = [pair] if pair else pairs_of(source, server, model)
+    except SplitserveError as error:
+        return [Outcome(model, version, problem=error.message)]
+    return [verify(source, server, model, pair) for pair in pairs]
+
+
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    promise = outcome.promise
+    known = ("-", "-") if promise is None else (str(promise.n_samples), "recorded" if promise.is_recorded else "computed here")
+    result = "as promised" if not outcome.problem else "differs" if outcome.worst else "failed"
+    return outcome.model, outcome.pair, *known, result

@@ -1,0 +1,81 @@
+"""The support matrix across images: the ones under test, and one with another scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compose.stack import ROOT, Stack, run
+
+pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
+
+OTHER = "1.8"
+"""The minor version before the one in the locks."""
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def old_image(docker: str, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The preprocess image, built from a lock with the other scikit-learn."""
+    context = tmp_path_factory.mktemp("context")
+    for name in ("splitserve", "proxy", "preprocess_service", "predict_service", "requirements"):
+        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Dockerfile", ".dockerignore"):
+        shutil.copy(ROOT / name, context / name)
+    (context / "constraint.txt").write_text(f"scikit-learn=={OTHER}.*\n")
+    run([
+        BIN / "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes",
+        "--no-emit-index-url", "--extra", "preprocess", "--constraint", context / "constraint.txt",
+        "--output-file", context / "requirements" / "preprocess.txt", ROOT / "pyproject.toml",
+    ])  # fmt: skip
+    image = f"{project}-preprocess:sklearn-{OTHER}"
+    secret = f"id=pip_conf,src={os.environ.get('PIP_CONFIG_FILE', '/dev/null')}"
+    run([docker, "build", "--quiet", "--target", "preprocess", "--secret", secret, "--tag", image, context])
+    yield image
+    run([docker, "image", "rm", image])
+
+
+def matrix(docker: str, repository: Path, *images: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, what was printed as JSON, what was complained of."""
+    options = [word for image in images for word in ("--image", image)]
+    answer = subprocess.run(
+        [BIN / "splitserve", "matrix", "--repository", repository, "--docker", docker, "--json", *options],
+        capture_output=True,
+        text=True,
+    )
+    return answer.returncode, json.loads(answer.stdout), answer.stderr
+
+
+def test_images_try_what_they_serve_and_are_joined(docker: str, stack: Stack, repository: Path, old_image: str) -> None:
+    """Each image tries its own half; a pair is admitted in two of them together, and not where scikit-learn is another."""
+    new, predict = f"{stack.project}-preprocess", f"{stack.project}-predict"
+
+    status, found, complaints = matrix(docker, repository, old_image, new, predict)
+
+    kinds = {name: report["kinds"] for name, report in found["environments"].items()}
+    verdicts = {pair["model"]: pair["verdicts"] for pair in found["pairs"]}
+    assert kinds == {old_image: ["preprocess"], new: ["preprocess"], predict: ["predict"]}
+    assert verdicts.keys() == {"breast-cancer", "digits", "weather"}
+    for model, verdict in verdicts.items():
+        assert verdict[f"{new} + {predict}"]["is_admitted"], model
+        assert f"this service runs {OTHER}." in verdict[f"{old_image} + {predict}"]["reasons"][0], model
+    assert status == 1
+    assert len(found["problems"]) == len(verdicts)
+    assert complaints == ""
+
+
+def test_the_images_of_one_build_serve_everything(docker: str, stack: Stack, repository: Path) -> None:
+    """What the stack serves is what the matrix admits: exit status 0."""
+    status, found, complaints = matrix(docker, repository, f"{stack.project}-preprocess", f"{stack.project}-predict")
+
+    assert (status, complaints) == (0, "")
+    assert {trial["golden"] for report in found["environments"].values() for trial in report["trials"]} == {"agree"}

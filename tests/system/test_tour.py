@@ -1,0 +1,64 @@
+"""The tour of versions, run as a user runs it, and the guide, which quotes what it prints."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.xdist_group("system"), pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+TOUR = ROOT / "examples" / "versions" / "tour.py"
+GUIDE = ROOT / "docs" / "guide-versions.md"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the tour prints, to its end."""
+    repository = tmp_path_factory.mktemp("tour") / "models"
+    answer = subprocess.run([sys.executable, TOUR, "--repository", repository], capture_output=True, text=True)
+    assert answer.returncode == 0, f"{answer.stdout}\n{answer.stderr}"
+    return answer.stdout
+
+
+def plain(line: str) -> str:
+    """A line without what differs from run to run: numbers, digests, folders, the width of columns."""
+    line = re.sub(r"\b[0-9a-f]{64}\b", "DIGEST", line)
+    line = re.sub(r"(\S*/)?(models|tour)(-proposal)?(?=[ /]|$)", "FOLDER", line)
+    return " ".join(re.sub(r"\d+(\.\d+)*(e-\d+)?", "N", line).split())
+
+
+def test_the_tour_tells_its_story(printed: str) -> None:
+    """Refused, live, damaged: in this order, and no request fails."""
+    story = [
+        r"rents  1\.1          admitted",
+        r"rents  1\.1   \d+ +recorded +as promised",
+        r'refused \(1\)\s+\(1\) the halves do not fit: feature 0 is "district_centre"',
+        r"2\.1 +UNAVAILABLE",
+        r"requests so far: \d+ by 1\.1, 0 failed",
+        r"not fit to be deployed: here: rents 2\.1, which its route names, is refused",
+        r"rents  3\.2          admitted",
+        r"requests so far: .*\d+ by 3\.2, 0 failed",
+        r"rents  3\.2   \d+ +recorded +as promised",
+        r"rents/predict/2: model\.onnx has sha256",
+        r"requests so far: .*\d+ by 3\.2, 0 failed",
+        r"3\.2 +UNAVAILABLE",
+        r"says 1\.1",
+    ]
+
+    assert re.search(".*".join(story), printed, flags=re.DOTALL), printed
+
+
+def test_the_guide_quotes_what_the_tour_prints(printed: str) -> None:
+    """Every line of its blocks of text, but for numbers and folders."""
+    blocks = re.findall(r"^```text\n(.*?)^```$", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = {plain(line) for line in printed.splitlines()}
+
+    quoted = [plain(line) for block in blocks for line in block.splitlines() if line.strip()]
+
+    assert quoted
+    assert [line for line in quoted if line not in found] == []

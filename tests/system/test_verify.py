@@ -1,0 +1,93 @@
+"""``splitserve verify`` against running systems."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from splitserve import publish
+from tests.demo_models import Demos
+from tests.system.processes import System
+
+pytestmark = pytest.mark.xdist_group("system")
+
+COMMAND = Path(sys.executable).with_name("splitserve")
+WAYS = {
+    "rest": lambda system: f"http://{system.http}",
+    "grpc": lambda system: f"grpc://{system.grpc}",
+    "name": lambda system: system.grpc,
+}
+
+
+def verify(url: str, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, "verify", url, *arguments, "--repository", repository], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def other(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same repository, had ``breast-cancer`` been another model."""
+    folder = Path(shutil.copytree(demos.repository, tmp_path_factory.mktemp("other") / "models"))
+    shutil.rmtree(folder / "breast-cancer")
+    _, rows = demos.models["breast-cancer"]
+    pipeline = demos.models["breast-cancer"].pipeline
+    changed = make_pipeline(pipeline[:-1], LogisticRegression(C=1e-3))
+    publish(changed.fit(rows, pipeline.predict(rows)), rows, name="breast-cancer", repository=folder)
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_system_that_serves_what_was_published_passes(system: System, demos: Demos, way: str) -> None:
+    """Every model and pair, over REST and gRPC, split and fused; all answers were recorded."""
+    result = verify(WAYS[way](system), demos.repository)
+
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [(row[0], row[1], *row[3:]) for row in rows] == [
+        (model, "1.1", "recorded", "as", "promised") for model in ("breast-cancer", "digits", "penguins")
+    ]
+
+
+@pytest.mark.parametrize("way", ["rest", "grpc"])
+def test_a_system_that_serves_something_else_fails(system: System, other: Path, way: str) -> None:
+    """Exit status 1, with the worst difference; the models that are right are told so."""
+    result = verify(WAYS[way](system), other)
+
+    assert result.returncode == 1
+    assert re.fullmatch(r'breast-cancer 1\.1: output "\w+" of golden sample \d+ at \[.*\]: expected .*, got .*\n', result.stderr)
+    assert result.stdout.count("as promised") == 2
+    assert result.stdout.count("differs") == 1
+
+
+@pytest.mark.parametrize("way", ["rest", "grpc"])
+def test_what_the_system_does_not_have_fails_in_a_line(system: System, demos: Demos, way: str) -> None:
+    """A model, a pair; the rest is verified."""
+    model = verify(WAYS[way](system), demos.repository, "nope", "digits")
+    pair = verify(WAYS[way](system), demos.repository, "digits", "--version", "7.1")
+
+    assert (model.returncode, pair.returncode) == (1, 1)
+    assert model.stderr == "nope: Request for unknown model: 'nope' is not found\n"
+    assert "digits" in model.stdout
+    assert pair.stderr.startswith("digits 7.1: digits/preprocess/7: manifest.json can not be read")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
+def test_a_system_that_is_not_there_fails_in_a_line(demos: Demos, url: str) -> None:
+    """Not a traceback."""
+    result = verify(url, demos.repository, "digits", "--version", "1.1")
+
+    assert result.returncode == 1
+    assert "can not be reached" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_repository_that_is_not_there_fails_in_a_line(tmp_path: Path) -> None:
+    """The same."""
+    assert verify("127.0.0.1:1", tmp_path / "nowhere").stderr.endswith("nowhere: no such folder\n")
+    assert verify("127.0.0.1:1", tmp_path).stderr.endswith("holds no models\n")

@@ -1,0 +1,347 @@
+"""The support matrix: what loads, what fits, what must not be deployed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from typer.testing import CliRunner
+
+from splitserve import golden as goldens
+from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve.arrays import from_array, to_array
+from splitserve.cli import app
+from splitserve.golden import Golden
+from splitserve.manifest import GOLDEN_FILE, MODEL_FILE
+from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
+from splitserve.repository import BundleKey, Repository
+from tests.system.models import softmax_model
+
+FRAME = pd.DataFrame({"colour": ["red", "green", "blue"] * 4, "size": np.arange(12.0)})
+IS_LARGE = FRAME["size"] > 5
+
+
+def one_hot(*order: str) -> Any:
+    """The same columns, the categories in this order."""
+    return make_column_transformer(
+        (OneHotEncoder(categories=[list(order)], sparse_output=False), ["colour"]), (StandardScaler(), ["size"])
+    )
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``paint`` 1.1, which fits, and a preprocessor 2 with its categories in another order."""
+    folder = tmp_path_factory.mktemp("models")
+    pipeline = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, IS_LARGE)
+    publish(pipeline, FRAME, name="paint", repository=folder)
+    publish_preprocessor(one_hot("green", "red", "blue").fit(FRAME), FRAME, name="paint", repository=folder)
+    return folder
+
+
+@pytest.fixture
+def models(published: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(published, tmp_path / "models"))
+
+
+def matrix_of(models: Path, **allowed: Any) -> Matrix:
+    """Of this environment."""
+    source, wishes = Repository(models), Allowed(**allowed)
+    return judge(source, {HERE: examine(source, wishes)}, allow_fingerprint_mismatch=wishes.fingerprint_mismatch)
+
+
+def reasons(matrix: Matrix, column: str = HERE) -> dict[str, str]:
+    """Why each pair is refused, "" for those that are admitted."""
+    return {pair.pair: "; ".join(pair.verdicts[column].reasons) for pair in matrix.pairs}
+
+
+def write_route(models: Path, *pairs: str, shadow: str = "") -> None:
+    route = {"pairs": [{"pair": pair, "weight": 1} for pair in pairs], "shadow": shadow}
+    (models / "paint" / "route.json").write_text(json.dumps(route))
+
+
+def test_a_pair_is_admitted_if_both_halves_load_and_mean_the_same(published: Path) -> None:
+    """The feature that differs is named, although every shape agrees."""
+    matrix = matrix_of(published)
+
+    assert reasons(matrix) == {
+        "1.1": "",
+        "2.1": 'the halves do not fit: feature 0 is "onehotencoder__colour_green" where the predictor was trained on '
+        '"onehotencoder__colour_red"',
+    }
+    assert [trial.golden for trial in matrix.environments[HERE].trials] == ["agree"] * 3
+    assert matrix.made_with["paint/predict/1"].startswith("ONNX IR ")
+    assert matrix.problems == ()
+
+
+def test_features_that_do_not_fit_in_shape_are_refused(models: Path) -> None:
+    """With the dimension that differs."""
+    publish_predictor(softmax_model(9), np.zeros((2, 9), np.float32), name="paint", repository=models)
+
+    found = reasons(matrix_of(models))
+
+    assert found["1.2"] == 'the halves do not fit: "features": dimension 1 is 4 where 9 is wanted'
+    assert found["1.1"] == ""
+
+
+def test_a_mismatch_of_meaning_can_be_allowed(published: Path) -> None:
+    """As the service's setting does; then it is a warning."""
+    matrix = matrix_of(published, fingerprint_mismatch=True)
+
+    assert matrix.pairs[1].verdicts[HERE].is_admitted
+    assert "colour_green" in matrix.pairs[1].verdicts[HERE].warnings[0]
+
+
+def test_a_damaged_bundle_is_refused_with_its_pairs_and_no_others(models: Path) -> None:
+    """The file is named."""
+    file = models / "paint" / "preprocess" / "2" / "pipeline.skops"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+
+    matrix = matrix_of(models)
+
+    assert reasons(matrix)["2.1"].startswith("paint/preprocess/2: pipeline.skops has sha256")
+    assert reasons(matrix)["1.1"] == ""
+
+
+def test_an_unreadable_manifest_refuses_its_pairs_and_no_others(models: Path) -> None:
+    """There is nothing to say of what it was made with."""
+    (models / "paint" / "preprocess" / "2" / "manifest.json").write_text("{")
+
+    matrix = matrix_of(models)
+
+    assert reasons(matrix)["2.1"].startswith("paint/preprocess/2: manifest.json: ")
+    assert reasons(matrix)["1.1"] == ""
+    assert "paint/preprocess/2" not in matrix.made_with
+
+
+def test_golden_samples_that_differ_are_told_apart_from_other_refusals(models: Path) -> None:
+    """Loaded, run, and another number came out: that is not a damaged file."""
+    repository = Repository(models)
+    bundle = repository.open(BundleKey("paint", "predict", 1))
+    golden = goldens.decode(bundle.read(GOLDEN_FILE), bundle.manifest.inputs, bundle.manifest.outputs)
+    shifted = tuple(
+        from_array(each.name, to_array(each) + np.float32(0.25)) if each.datatype == "FP32" else each for each in golden.outputs
+    )
+    files = {MODEL_FILE: bundle.read(MODEL_FILE), GOLDEN_FILE: goldens.encode(Golden(golden.inputs, shifted))}
+    repository.write(msgspec.structs.replace(bundle.manifest, version=2), files)
+
+    matrix = matrix_of(models)
+
+    assert {trial.bundle: trial.golden for trial in matrix.environments[HERE].trials if "predict" in trial.bundle} == {
+        "paint/predict/1": "agree",
+        "paint/predict/2": "differ",
+    }
+    assert reasons(matrix)["1.2"].startswith('paint/predict/2: output "probabilities" of golden sample')
+
+
+def test_a_refused_pair_is_a_problem_only_if_a_route_names_it(models: Path) -> None:
+    """Whatever its weight, as a shadow too."""
+    write_route(models, "1.1")
+    fine = matrix_of(models)
+    write_route(models, "1.1", shadow="2.1")
+
+    bad = matrix_of(models)
+
+    assert fine.problems == ()
+    assert [pair.route for pair in fine.pairs] == ["100 %", ""]
+    assert [pair.route for pair in bad.pairs] == ["100 %", "shadow"]
+    (problem,) = bad.problems
+    assert problem.startswith("here: paint 2.1, which its route names, is refused: the halves do not fit: feature 0")
+
+
+def test_a_pair_that_a_route_names_and_nobody_published_is_a_problem(models: Path) -> None:
+    """It is in the table, and its missing half is named."""
+    write_route(models, "1.1", "1.7")
+
+    matrix = matrix_of(models)
+
+    assert reasons(matrix)["1.7"] == "paint/predict/7: not published"
+    assert [pair.route for pair in matrix.pairs if pair.route] == ["50 %", "50 %"]
+    assert matrix.problems == ("here: paint 1.7, which its route names, is refused: paint/predict/7: not published",)
+
+
+def test_a_model_that_no_pair_serves_is_a_problem(models: Path) -> None:
+    """Without a route it is served by its newest admitted pair: there has to be one."""
+    (models / "paint" / "predict" / "1" / "model.onnx").unlink()
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="half", repository=models)
+
+    matrix = matrix_of(models)
+
+    assert matrix.problems == (
+        "half has no pair: only one of its halves is published",
+        "here: paint has no pair that is admitted",
+    )
+
+
+def report(*kinds: Any, **refused: str) -> Report:
+    """An environment in which all bundles load but these."""
+    bundles = [f"paint/{kind}/{version}" for kind, version in (("preprocess", 1), ("preprocess", 2), ("predict", 1))]
+    trials = [Trial(name, refused.get(name.replace("/", "_"), "")) for name in bundles if name.split("/")[1] in kinds]
+    return Report({}, kinds, tuple(trials))
+
+
+def test_environments_that_run_one_half_each_are_combined(published: Path) -> None:
+    """A pair has a verdict for each of preprocess with each of predict."""
+    reports = {
+        "old": report("preprocess", paint_preprocess_1="no"),
+        "new": report("preprocess"),
+        "predict": report("predict"),
+    }
+
+    matrix = judge(Repository(published), reports)
+
+    assert reasons(matrix, "old + predict")["1.1"] == "no"
+    assert reasons(matrix, "new + predict")["1.1"] == ""
+    assert matrix.problems == ("old + predict: paint has no pair that is admitted",)
+
+
+def test_environments_that_run_both_halves_stand_for_themselves(published: Path) -> None:
+    """What one of them admits the other need not."""
+    reports = {name: report("preprocess", "predict", **bad) for name, bad in {"a": {}, "b": {"paint_predict_1": "no"}}.items()}
+
+    matrix = judge(Repository(published), reports)
+
+    assert {name: verdict.reasons for name, verdict in matrix.pairs[0].verdicts.items()} == {"a": (), "b": ("no",)}
+
+
+def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:
+    """What was not tried is not known to work."""
+    matrix = judge(Repository(published), {"image": report("preprocess")})
+
+    assert matrix.pairs[0].verdicts == {}
+    assert matrix.problems == ("image: no pair can be tried, nothing runs predictors",)
+
+
+def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) -> None:
+    """Environments are asked one after the other; what an earlier one has not seen is not admitted there."""
+    early = report("preprocess", "predict")
+    early = msgspec.structs.replace(early, trials=early.trials[1:])
+
+    assert reasons(judge(Repository(published), {HERE: early}))["1.1"] == "paint/preprocess/1: not published"
+
+
+@pytest.mark.parametrize(("missing", "kinds"), [("onnxruntime", ["preprocess"]), ("sklearn", ["predict"]), ("numpy", [])])
+def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, missing: str, kinds: list[str]) -> None:
+    """As a program of its own, which needs neither the commands' packages nor the other half's."""
+    block = f"import sys; sys.modules.update(dict.fromkeys([{missing!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
+    code = f"{block}; from splitserve.matrix import main; sys.exit(main(*sys.argv[1:]))"
+
+    printed = subprocess.run([sys.executable, "-c", code, published], check=True, capture_output=True).stdout
+    found = msgspec.json.decode(printed, type=Report)
+
+    assert list(found.kinds) == kinds
+    assert {trial.bundle.split("/")[1] for trial in found.trials} == set(kinds)
+    assert {trial.golden for trial in found.trials} <= {"agree"}
+
+
+# The command
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, ["matrix", *map(str, arguments)])
+
+
+def test_the_command_prints_tables_and_each_reason_once(models: Path) -> None:
+    """A cell has the number of its reason."""
+    (models / "paint" / "predict" / "1" / "model.onnx").write_bytes(b"")
+
+    result = run("--repository", models)
+
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert result.exit_code == 1
+    assert ["paint", "1.1", "refused", "(1)"] in lines
+    assert ["paint", "2.1", "refused", "(1)"] in lines
+    assert result.stdout.count("model.onnx has 0 bytes") == 1
+    assert result.stderr == "not fit to be deployed: here: paint has no pair that is admitted\n"
+
+
+def test_the_command_exits_0_where_only_pairs_without_a_route_are_refused(published: Path) -> None:
+    """So that a new half can be published before its partner."""
+    result = run("--repository", published)
+
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "golden samples agree" in result.stdout
+
+
+def test_the_command_gives_json_and_markdown(published: Path) -> None:
+    """The one for programs, the other for a page of a CI."""
+    as_json = run("--repository", published, "--json")
+    as_markdown = run("--repository", published, "--markdown")
+
+    assert msgspec.json.decode(as_json.stdout, type=Matrix) == matrix_of(published)
+    assert "| paint | 1.1 |  | admitted |" in as_markdown.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "holds no models")])
+def test_the_command_has_nothing_to_say_of_no_repository(tmp_path: Path, folder: str, message: str) -> None:
+    """A gate that looks at nothing must not pass."""
+    result = run("--repository", tmp_path / folder)
+
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_broken_route_is_told_in_a_line(models: Path) -> None:
+    """With its model."""
+    (models / "paint" / "route.json").write_text("[]")
+
+    result = run("--repository", models)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith("paint: route.json: ")
+
+
+FAKE_DOCKER = """#!{python}
+import re, subprocess, sys
+mount = next(word for word in sys.argv if word.startswith("type=bind"))
+image, inside = sys.argv[-5], sys.argv[-4:]
+assert "readonly" in mount and sys.argv[sys.argv.index("--network") + 1] == "none"
+if image == "missing":
+    sys.exit("Unable to find image 'missing:latest' locally")
+folder = re.search("source=([^,]*)", mount)[1]
+block = "import sys; sys.modules[%r] = None;" % {{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")
+code = block + "import runpy; sys.argv = ['', *sys.argv[1:]]; runpy.run_module('splitserve.matrix', run_name='__main__')"
+sys.exit(subprocess.run([sys.executable, "-c", code, folder, inside[-1]]).returncode)
+"""
+"""Runs what would be run in an image, with this environment less a library."""
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    program = tmp_path / "docker"
+    program.write_text(FAKE_DOCKER.format(python=sys.executable))
+    program.chmod(0o755)
+    return program
+
+
+def test_the_command_joins_what_images_say(published: Path, docker: Path) -> None:
+    """A column for each image's bundles, one for both together of the pairs."""
+    result = run("--repository", published, "--image", "first", "--image", "second", "--docker", docker, "--markdown")
+
+    assert result.exit_code == 0, result.output
+    assert "| bundle | made with | first | second |" in result.stdout
+    assert "| model | pair | route | first + second |" in result.stdout
+    assert "| golden samples agree | - |" in result.stdout
+    assert "| - | golden samples agree |" in result.stdout
+
+
+def test_an_image_that_can_not_be_run_is_named(published: Path, docker: Path) -> None:
+    """With docker's last words."""
+    missing = run("--repository", published, "--image", "missing", "--docker", docker)
+    nothing = run("--repository", published, "--image", "first", "--docker", docker.with_name("nothing"))
+
+    assert (missing.exit_code, nothing.exit_code) == (1, 1)
+    assert missing.stderr == "missing: Unable to find image 'missing:latest' locally\n"
+    assert nothing.stderr.endswith("nothing can not be run: No such file or directory\n")
