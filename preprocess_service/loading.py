@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from preprocess_service.settings import PreprocessSettings
-from splitserve.repository import Repository
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.store import VersionStore
+from splitserve.sources import source_of
 
 
 def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:
@@ -19,9 +19,15 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         allow_environment_mismatch=config.allow_environment_mismatch,
     )
     return VersionStore(
-        Repository(config.model_repository),
+        source_of(
+            config.model_repository,
+            cache=config.model_cache,
+            timeout_s=config.model_fetch_timeout_s,
+            selection=config.selection,
+        ),
         "preprocess",
         load,
         selection=config.selection,
         unload_delay_s=config.unload_delay_s,
+        look_interval_s=config.look_interval_s,
     )

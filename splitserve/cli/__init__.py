@@ -10,7 +10,7 @@ import typer
 from splitserve import __version__
 
 GRPC_URL = "127.0.0.1:8001"
-DEFAULT_REPOSITORY = Path("./models")
+DEFAULT_REPOSITORY = "./models"
 
 app = typer.Typer(
     name="splitserve",
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 RepositoryOption = Annotated[
-    Path, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="Folder of the model repository.")
+    str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository: a folder or a URL.")
 ]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
 
@@ -36,6 +36,19 @@ def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         print(__version__)
         raise typer.Exit
+
+
+def _folder(repository: str) -> Path:
+    """The model repository as a folder that can be written.
+
+    Raises:
+        typer.BadParameter: it is a URL.
+    """
+    from splitserve.sources import is_url
+
+    if is_url(repository):
+        raise typer.BadParameter(f"{repository} can not be written; give a folder with --repository, and copy that")
+    return Path(repository.removeprefix("file://"))
 
 
 @app.callback()
@@ -108,7 +121,7 @@ def publish(
         pipeline=pipeline,
         transformer=transformer,
         onnx=onnx,
-        repository=repository,
+        repository=_folder(repository),
         version=version,
         input_name=input_name,
         trusted_modules=trusted_module or [],
@@ -122,6 +135,17 @@ def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
     from splitserve.cli.models import run
 
     raise typer.Exit(run(repository))
+
+
+@app.command()
+def index(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+    """List a model repository in a file.
+
+    Services that find their models at an http:// or https:// URL read it: write it again whenever the repository has changed.
+    """
+    from splitserve.cli.index import run
+
+    raise typer.Exit(run(_folder(repository)))
 
 
 @app.command()
