@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,10 @@ class ObjectStore(logging.Handler):
         """Objects that were read."""
         return [path for method, path in self.requests if method == "GET" and "list-type" not in path]
 
+    def reset(self) -> None:
+        """Empty it: what it holds belongs to the process, not to the server."""
+        urllib.request.urlopen(f"{self.environment['AWS_ENDPOINT_URL']}/moto-api/reset", b"").close()
+
     def upload(self, folder: Path, bucket: str, prefix: str = "") -> None:
         """Everything below a folder."""
         for path in sorted(folder.rglob("*")):
@@ -68,6 +73,7 @@ def object_store() -> Iterator[ObjectStore]:
     try:
         yield store
     finally:
+        store.reset()
         log.removeHandler(store)
         store.client.close()
         server.stop()

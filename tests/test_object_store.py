@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Obje
         monkeypatch.setenv(name, value)
     server.requests.clear()
     yield server
-    urllib.request.urlopen(f"{server.environment['AWS_ENDPOINT_URL']}/moto-api/reset", b"").close()
+    server.reset()
 
 
 @pytest.fixture
