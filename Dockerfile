@@ -3,6 +3,10 @@
 #   docker build --target proxy|preprocess|predict .
 #
 # Each holds the packages of its own lock and its own code, and nothing of the other services.
+# More packages, such as those for models in a bucket (docs/loading.md), are named by their locks:
+#
+#   docker build --target predict --build-arg EXTRAS=s3 .
+#
 # Packages come from PyPI. Where another index is wanted, hand in a pip.conf; it stays out of the images:
 #
 #   docker build --target predict --secret id=pip_conf,src=$HOME/.config/pip/pip.conf .
@@ -12,6 +16,7 @@
 #   docker build --target predict --build-context models=./models --build-arg MODELS="penguins digits" .
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG EXTRAS=
 
 FROM ${PYTHON_IMAGE} AS build
 # Exactly what the lock says, and wheels only: there is no compiler here.
@@ -35,20 +40,26 @@ RUN chmod -R a+rX . && python -m compileall -q .
 
 # The libraries' own tests would be a fifth of their size.
 FROM build AS proxy-venv
-COPY requirements/proxy.txt /tmp/
+ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install --quiet --requirement /tmp/proxy.txt
+    --mount=type=bind,source=requirements,target=/requirements \
+    pip install --quiet --requirement /requirements/proxy.txt && \
+    for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done
 
 FROM build AS preprocess-venv
-COPY requirements/preprocess.txt /tmp/
+ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install --quiet --requirement /tmp/preprocess.txt && \
+    --mount=type=bind,source=requirements,target=/requirements \
+    pip install --quiet --requirement /requirements/preprocess.txt && \
+    for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
     find /venv -type d -name tests -prune -exec rm -r {} +
 
 FROM build AS predict-venv
-COPY requirements/predict.txt /tmp/
+ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip install --quiet --requirement /tmp/predict.txt && \
+    --mount=type=bind,source=requirements,target=/requirements \
+    pip install --quiet --requirement /requirements/predict.txt && \
+    for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
     find /venv -type d -name tests -prune -exec rm -r {} +
 
 # No models, unless a folder is handed in under this name.
@@ -69,7 +80,10 @@ RUN --mount=from=models,target=/models \
 
 FROM ${PYTHON_IMAGE} AS service
 ENV PATH=/venv/bin:$PATH \
-    PYTHONDONTWRITEBYTECODE=1
+    PYTHONDONTWRITEBYTECODE=1 \
+    MODEL_CACHE=/var/cache/splitserve
+# What a volume for fetched models is laid over, and takes its owner from.
+RUN install --directory --owner=10001 --group=10001 --mode=700 /var/cache/splitserve
 WORKDIR /app
 USER 10001:10001
 

@@ -41,6 +41,8 @@ async def serve() -> None:
         )
         service = ProxyService(preprocess, limits=config.batch_limits)
         faces = await stack.enter_async_context(Faces(service, config))
+        for store in (predictors, preprocessors):
+            stack.callback(store.close)
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(
             lifecycle.background(

@@ -42,6 +42,7 @@ async def serve() -> None:
             )
         )
         log.info("listening", grpc_port=face.port)
+        stack.callback(predictors.close)
         await stack.enter_async_context(
             lifecycle.background(lifecycle.keep_refreshing(predictors, interval_s=config.refresh_interval_s))
         )

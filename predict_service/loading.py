@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from predict_service.settings import PredictSettings
-from splitserve.repository import Repository
 from splitserve.runtimes import predictor
 from splitserve.runtimes.predictor import Predictor
 from splitserve.server.store import VersionStore
 from splitserve.signing import signed_by
+from splitserve.sources import source_of
 
 
 def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
@@ -20,9 +20,18 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
         providers=[name.strip() for name in config.providers.split(",")],
     )
     return VersionStore(
-        signed_by(config.model_signature_key, Repository(config.model_repository)),
+        signed_by(
+            config.model_signature_key,
+            source_of(
+                config.model_repository,
+                cache=config.model_cache,
+                timeout_s=config.model_fetch_timeout_s,
+                selection=config.selection,
+            ),
+        ),
         "predict",
         load,
         selection=config.selection,
         unload_delay_s=config.unload_delay_s,
+        look_interval_s=config.look_interval_s,
     )

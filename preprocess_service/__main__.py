@@ -50,6 +50,7 @@ async def serve() -> None:
             )
         )
         log.info("listening", grpc_port=face.port)
+        stack.callback(preprocessors.close)
         await stack.enter_async_context(
             lifecycle.background(
                 lifecycle.keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from preprocess_service.settings import PreprocessSettings
-from splitserve.repository import Repository
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.store import VersionStore
 from splitserve.signing import signed_by
+from splitserve.sources import source_of
 
 
 def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:
@@ -22,9 +22,18 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         allow_unsafe_pickle=config.allow_unsafe_pickle,
     )
     return VersionStore(
-        signed_by(config.model_signature_key, Repository(config.model_repository)),
+        signed_by(
+            config.model_signature_key,
+            source_of(
+                config.model_repository,
+                cache=config.model_cache,
+                timeout_s=config.model_fetch_timeout_s,
+                selection=config.selection,
+            ),
+        ),
         "preprocess",
         load,
         selection=config.selection,
         unload_delay_s=config.unload_delay_s,
+        look_interval_s=config.look_interval_s,
     )

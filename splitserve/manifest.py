@@ -106,8 +106,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ``files`` lists every other file but ``model.sig``. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what
     clients send and what the predictor gets. ``labels`` name the classes in the order of the scores. The rest belongs to a
     preprocessor only: ``rows``, ``postprocess``, ``compiled``; ``names``, the predictor's name for an output where it has
-    another; and ``refuses``: what must not be among its results because the estimator that the predictor was made of would not have
-    taken it, "inf" infinities, "nan" these and NaN.
+    another; and ``refuses``: what must not be among its results because the estimator that the predictor was made of would not
+    have taken it, "inf" infinities, "nan" these and NaN.
 
     ``fingerprint`` and ``feature_names`` say what the features mean (`splitserve.runtimes.meaning`): those that a preprocessor
     makes, those that a predictor was trained on. Empty where nobody can tell.

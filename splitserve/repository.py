@@ -8,6 +8,7 @@ must be regular ones, and are checked and read through the same open file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -85,6 +86,13 @@ class Bundle:
         self.manifest = manifest
         self.manifest_sha256 = manifest_sha256
 
+    def fetch(self) -> None:
+        """See that all files are at hand, so that reading takes no time.
+
+        Raises:
+            BundleError: one can not be had, or is not what the manifest says.
+        """
+
     def read(self, name: str) -> bytes:
         """A file's bytes, the ones that were checked.
 
@@ -133,7 +141,7 @@ class BundleSource(Protocol):
         ...
 
     def open(self, key: BundleKey) -> Bundle:
-        """A bundle, its manifest read and its files at hand.
+        """A bundle, its manifest read.
 
         Raises:
             NotFetched: it can not be had now; another try may help.
@@ -141,15 +149,46 @@ class BundleSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """End what is under way; whoever waits for it gets a `NotFetched`."""
+        ...
+
+
+def fetch_bundle(source: BundleSource, key: BundleKey) -> Bundle:
+    """A bundle with its files at hand.
+
+    Raises:
+        BundleError: as the source raises it, with the bundle named.
+    """
+    with _naming(key):
+        bundle = source.open(key)
+        bundle.fetch()
+    return bundle
+
+
+def make_of(bundle: Bundle, how: Callable[[Bundle], T]) -> T:
+    """What ``how`` makes of a bundle.
+
+    Raises:
+        BundleError: as ``how`` raises it, with the bundle named.
+    """
+    with _naming(bundle.key):
+        return how(bundle)
+
 
 def load_bundle(source: BundleSource, key: BundleKey, how: Callable[[Bundle], T]) -> T:
-    """What ``how`` makes of a bundle.
+    """What ``how`` makes of a bundle, fetched before.
 
     Raises:
         BundleError: as the source and ``how`` raise it, with the bundle named.
     """
+    return make_of(fetch_bundle(source, key), how)
+
+
+@contextlib.contextmanager
+def _naming(key: BundleKey) -> Iterator[None]:
     try:
-        return how(source.open(key))
+        yield
     except BundleError as error:
         raise type(error)(f"{key}: {error}") from error
 
@@ -210,6 +249,9 @@ class Repository:
             except (OSError, BundleError) as error:
                 raise BundleError(f"{model}: {error}") from error
         return found
+
+    def close(self) -> None:
+        """Nothing is ever under way."""
 
     def folder(self, key: BundleKey) -> Path:
         """Where a bundle is, or would be."""

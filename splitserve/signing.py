@@ -142,6 +142,9 @@ class SignedBundles:
         self._verifier.check(bundle)
         return bundle
 
+    def close(self) -> None:
+        self._source.close()
+
 
 def signed_by(public_key: str, source: BundleSource) -> BundleSource:
     """The source as it is, or only what of it is signed if a key's file is named.

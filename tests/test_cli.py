@@ -31,6 +31,7 @@ from splitserve.signing import Verifier
 from splitserve.tensors import Tensor, encode_bytes
 from splitserve.testing import FakeInference, serving, signature
 from tests.demo_models import Demos
+from tests.file_server import FileServer
 from tests.signing_keys import Keys, make_keys
 from tests.system.models import softmax_model
 
@@ -98,7 +99,20 @@ async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.Comp
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["up"], ["serve"], ["publish"], ["models"], ["matrix"], ["sign"], ["infer"], ["health"], ["verify"], ["reload"]],
+    [
+        [],
+        ["up"],
+        ["serve"],
+        ["publish"],
+        ["models"],
+        ["index"],
+        ["matrix"],
+        ["sign"],
+        ["infer"],
+        ["health"],
+        ["verify"],
+        ["reload"],
+    ],
 )
 def test_every_command_has_help(command: list[str]) -> None:
     """Names its arguments, says what it does."""
@@ -324,3 +338,48 @@ def test_an_example_is_the_first_golden_sample(demos: Demos, model: str) -> None
 
     first = rows.iloc[0].to_dict() if hasattr(rows, "iloc") else rows[0].tolist()
     assert instance == first
+
+
+def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
+    """Also when some of it is broken: that is named, and a script sees it."""
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
+    whole = run("index", "--repository", tmp_path)
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
+    (tmp_path / "m" / "predict" / "2" / "manifest.json").write_bytes(b"?")
+    broken = run("index", "--repository", tmp_path)
+    nowhere = run("index", "--repository", tmp_path / "nowhere")
+
+    listed = f"{tmp_path}/index.json: 1 bundles, 0 routes\n"
+    assert (whole.exit_code, whole.output) == (0, listed)
+    assert broken.exit_code == 1
+    assert broken.stderr.startswith("left out: m/predict/2: manifest.json: ")
+    assert broken.stdout == listed
+    assert (nowhere.exit_code, nowhere.output) == (1, f"{tmp_path}/nowhere: no such folder\n")
+
+
+def test_models_lists_what_is_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fetches manifests only; the reason is told if there is nothing to be had."""
+    monkeypatch.setenv("MODEL_CACHE", str(tmp_path / "cache"))
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path / "models")
+    server = FileServer(tmp_path / "models")
+    with server.running():
+        without_index = run("models", "--repository", server.url)
+        run("index", "--repository", tmp_path / "models")
+        server.requests.clear()
+        result = run("models", "--repository", server.url)
+
+    assert without_index.exit_code == 1
+    assert without_index.output == f'{server.url}: index.json: not found; "splitserve index" writes it\n'
+    assert result.exit_code == 0
+    assert "predict" in result.output
+    assert [path for path, _ in server.requests] == ["index.json", "m/predict/1/manifest.json"]
+
+
+@pytest.mark.parametrize("command", [["publish", "m", "--data", "rows.npy"], ["index"]])
+def test_a_url_is_not_written(command: list[str]) -> None:
+    """What is published goes to a folder first."""
+    result = run(*command, "--repository", "s3://bucket/models")
+
+    assert result.exit_code == 2
+    assert "s3://bucket/models can not be written" in result.output
+    assert not Path("s3:").exists()

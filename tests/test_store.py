@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,19 @@ class Clock:
         return self.now
 
 
+class FakeBundle:
+    """A bundle that is nothing but its name."""
+
+    def __init__(self, key: BundleKey) -> None:
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.key)
+
+    def fetch(self) -> None:
+        pass
+
+
 class FakeSource:
     """A source whose bundles are their own names; those in `failures` raise."""
 
@@ -34,9 +48,11 @@ class FakeSource:
         self.failures: dict[int, Exception] = {}
         self.found_routes: dict[str, Route] = {}
         self.opened: list[int] = []
+        self.n_looks = 0
         self.problem: Exception | None = None
 
     def bundles(self) -> Iterable[BundleKey]:
+        self.n_looks += 1
         if self.problem:
             raise self.problem
         return sorted(self.keys)
@@ -48,7 +64,10 @@ class FakeSource:
         self.opened.append(key.version)
         if key.version in self.failures:
             raise self.failures[key.version]
-        return key
+        return FakeBundle(key)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def publish(self, version: int) -> None:
         self.keys.add(BundleKey("m", "predict", version))
@@ -215,19 +234,84 @@ async def test_what_can_not_be_fetched_is_tried_again_and_again_more_slowly() ->
 
 async def test_a_source_that_can_not_be_looked_at_is_reported_and_takes_nothing_away() -> None:
     """What is held is served on; the first look is not over until it succeeds."""
-    source = FakeSource(1)
-    store = store_of(source)
+    clock, source = Clock(), FakeSource(1)
+    store = store_of(source, clock=clock)
     source.problem = BundleError("no such bucket")
     await store.refresh()
     before = store.is_loaded, store.problem
     source.problem = None
+    clock.now = FIRST_RETRY_S
     await store.refresh()
     source.problem = BundleError("no such bucket")
 
     await store.refresh()
 
-    assert before == (False, "no such bucket")
+    assert before == (False, "waiting for the model repository: no such bucket")
     assert (store.is_loaded, held(store)) == (True, [1])
+
+
+async def test_a_source_that_can_not_be_looked_at_is_looked_at_more_and_more_slowly() -> None:
+    """After 1, 2, 4 … seconds, and at once when somebody asks for it."""
+    clock, source = Clock(), FakeSource(1)
+    store = store_of(source, clock=clock)
+    source.problem = NotFetched("no such bucket")
+    looks = []
+    for second in range(8):
+        clock.now = float(second)
+        await store.refresh()
+        looks.append(source.n_looks)
+    with pytest.raises(Unavailable, match="no such bucket"):
+        await store.load("m")
+    source.problem = None
+    await store.load("m")
+
+    assert looks == [1, 2, 2, 3, 3, 3, 3, 4]
+    assert held(store) == [1]
+
+
+async def test_a_source_with_an_interval_of_its_own_is_not_looked_at_before() -> None:
+    """A listing may cost money. What is due to be tried again is tried all the same."""
+    clock, source = Clock(), FakeSource(1, 2)
+    source.failures[2] = NotFetched("connection refused")
+    store: VersionStore[Any] = VersionStore(source, "predict", str, look_interval_s=10, clock=clock)
+    await store.refresh()
+    source.publish(3)
+    del source.failures[2]
+    clock.now = 9.9
+    await store.refresh()
+    before = source.n_looks, held(store)
+    clock.now = 10
+    await store.refresh()
+
+    assert before == (1, [1, 2])
+    assert held(store) == [1, 2, 3]
+
+
+async def test_models_are_fetched_at_the_same_time() -> None:
+    """A model that takes long to fetch does not keep the others from being served."""
+    source = FakeSource(1)
+    source.keys.add(BundleKey("slow", "predict", 1))
+    fetching, others_loaded = threading.Event(), threading.Event()
+
+    class SlowBundle(FakeBundle):
+        def fetch(self) -> None:
+            if self.key.model == "slow":
+                fetching.set()
+                assert others_loaded.wait(60)
+            else:
+                assert fetching.wait(60)
+
+    def load(bundle: Any) -> str:
+        if bundle.key.model == "m":
+            others_loaded.set()
+        return str(bundle)
+
+    source.open = SlowBundle  # type: ignore[method-assign]
+    store: VersionStore[Any] = VersionStore(source, "predict", load)
+
+    await store.refresh()
+
+    assert store.catalogue.ready_versions("m") == store.catalogue.ready_versions("slow") == (1,)
 
 
 async def test_unload_holds_a_model_back_until_load() -> None:

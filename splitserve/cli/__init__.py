@@ -10,7 +10,7 @@ import typer
 from splitserve import __version__
 
 GRPC_URL = "127.0.0.1:8001"
-DEFAULT_REPOSITORY = Path("./models")
+DEFAULT_REPOSITORY = "./models"
 
 app = typer.Typer(
     name="splitserve",
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 RepositoryOption = Annotated[
-    Path, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="Folder of the model repository.")
+    str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository: a folder or a URL.")
 ]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
 
@@ -36,6 +36,19 @@ def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         print(__version__)
         raise typer.Exit
+
+
+def _folder(repository: str) -> Path:
+    """The model repository as a folder that can be written.
+
+    Raises:
+        typer.BadParameter: it is a URL.
+    """
+    from splitserve.sources import is_url
+
+    if is_url(repository):
+        raise typer.BadParameter(f"{repository} can not be written; give a folder with --repository, and copy that")
+    return Path(repository.removeprefix("file://"))
 
 
 @app.callback()
@@ -113,7 +126,7 @@ def publish(
         pipeline=pipeline,
         transformer=transformer,
         onnx=onnx,
-        repository=repository,
+        repository=_folder(repository),
         version=version,
         input_name=input_name,
         trusted_modules=trusted_module or [],
@@ -129,7 +142,7 @@ def publish_test_models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> No
     """
     from splitserve.cli.publish import run_test_models
 
-    run_test_models(repository)
+    run_test_models(_folder(repository))
 
 
 @app.command()
@@ -152,7 +165,7 @@ def sign(
     """
     from splitserve.cli.sign import run
 
-    raise typer.Exit(run(repository, key, models or []))
+    raise typer.Exit(run(_folder(repository), key, models or []))
 
 
 @app.command()
@@ -192,7 +205,18 @@ def matrix(
         unsafe_pickle=allow_unsafe_pickle,
     )
     form: Literal["text", "json", "markdown"] = "json" if as_json else "markdown" if as_markdown else "text"
-    raise typer.Exit(run(repository, image or [], form=form, allowed=allowed, docker=docker))
+    raise typer.Exit(run(_folder(repository), image or [], form=form, allowed=allowed, docker=docker))
+
+
+@app.command()
+def index(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+    """List a model repository in a file.
+
+    Services that find their models at an http:// or https:// URL read it: write it again whenever the repository has changed.
+    """
+    from splitserve.cli.index import run
+
+    raise typer.Exit(run(_folder(repository)))
 
 
 @app.command()
@@ -239,7 +263,7 @@ def verify(
     """
     from splitserve.cli.verify import run
 
-    raise typer.Exit(run(url, models or [], root=repository, version=version, timeout_s=timeout_s))
+    raise typer.Exit(run(url, models or [], root=_folder(repository), version=version, timeout_s=timeout_s))
 
 
 @app.command()

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from splitserve.cli.tables import print_table
 from splitserve.manifest import BundleError
-from splitserve.repository import BundleKey, Repository
+from splitserve.repository import BundleKey, BundleSource
 from splitserve.signature import TensorSpec
+from splitserve.sources import is_url, source_of
 
 
-def run(root: Path) -> int:
+def run(where: str) -> int:
     """Print a row for each bundle; 1 if a manifest is broken."""
-    if not root.is_dir():
-        print(f"{root}: no such folder", file=sys.stderr)
+    if not is_url(where) and not Path(where.removeprefix("file://")).is_dir():
+        print(f"{where}: no such folder", file=sys.stderr)
         return 1
-    repository = Repository(root)
-    rows = [_row(repository, key) for key in repository.bundles()]
+    try:
+        source = source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
+        rows = [_row(source, key) for key in source.bundles()]
+    except (BundleError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if not rows:
-        print(f"{root} holds no models")
+        print(f"{where} holds no models")
         return 0
     print_table(("model", "half", "version", "inputs", "outputs", "made with"), [cells for cells, _ in rows])
     return int(any(is_broken for _, is_broken in rows))
 
 
-def _row(repository: Repository, key: BundleKey) -> tuple[tuple[str, ...], bool]:
+def _row(source: BundleSource, key: BundleKey) -> tuple[tuple[str, ...], bool]:
     start = (key.model, key.kind, str(key.version))
     try:
-        manifest = repository.open(key).manifest
+        manifest = source.open(key).manifest
     except BundleError as error:
         return (*start, f"broken: {error}", "", ""), True
     library = "scikit-learn" if key.kind == "preprocess" else "ONNX IR"

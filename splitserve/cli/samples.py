@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ from splitserve import golden
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, BundleError
 from splitserve.oip_rest import json_values
-from splitserve.repository import BundleKey, Repository
+from splitserve.sources import source_of
 from splitserve.tensors import Tensor
 
 
-def golden_instance(root: Path, model: str) -> Any:
+def golden_instance(where: str | Path, model: str) -> Any:
     """The first golden sample of a model's newest preprocessor as a V1 instance; None if there is none that JSON can hold."""
-    repository = Repository(root)
     try:
-        version = max(repository.versions(model, "preprocess"))
-        bundle = repository.open(BundleKey(model, "preprocess", version))
+        source = source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
+        bundle = source.open(max(key for key in source.bundles() if (key.model, key.kind) == (model, "preprocess")))
         manifest = bundle.manifest
         samples = golden.decode(bundle.read(GOLDEN_FILE), manifest.inputs, manifest.outputs)
         values = {tensor.name: _first_row(tensor) for tensor in samples.inputs}

@@ -44,15 +44,15 @@ class Service(NamedTuple):
     addresses: str
 
 
-def run(repository: Path, *, host: str, ports: Ports, is_fused: bool) -> int:
+def run(repository: str, *, host: str, ports: Ports, is_fused: bool) -> int:
     """Start, wait, follow, stop; 1 if a service ended by itself."""
     return asyncio.run(_run(repository, host, ports, is_fused))
 
 
-def plan(repository: Path, host: str, ports: Ports, is_fused: bool) -> list[Service]:
+def plan(repository: str, host: str, ports: Ports, is_fused: bool) -> list[Service]:
     """The services in the order in which they start; they stop in the reverse."""
     proxy = {"PROXY_HOST": host, "PROXY_HTTP_PORT": str(ports.http), "PROXY_GRPC_PORT": str(ports.grpc)}
-    models = {"MODEL_REPOSITORY": str(repository)}
+    models = {"MODEL_REPOSITORY": repository}
     edge = f"{_scheme()}://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
     if is_fused:
         return [Service("fused", {**proxy, **models}, edge)]
@@ -75,7 +75,7 @@ def _scheme() -> str:
     return "https" if os.environ.get("PROXY_TLS_CERT_FILE") else "http"
 
 
-async def _run(repository: Path, host: str, ports: Ports, is_fused: bool) -> int:
+async def _run(repository: str, host: str, ports: Ports, is_fused: bool) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -150,7 +150,7 @@ class _Fleet:
         await asyncio.gather(*self._followers, return_exceptions=True)
 
 
-async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: Path, http_url: str, grpc_url: str) -> None:
+async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, http_url: str, grpc_url: str) -> None:
     """Wait until everything is loaded, then say what runs where and how to call it."""
     models = await _loaded_models(grpc_url)
     example = await asyncio.to_thread(_example, repository, models)
@@ -189,7 +189,7 @@ async def _loaded_models(grpc_url: str) -> list[str]:
             await asyncio.sleep(POLL_INTERVAL_S)
 
 
-def _example(repository: Path, models: Sequence[str]) -> tuple[str, Any] | None:
+def _example(repository: str, models: Sequence[str]) -> tuple[str, Any] | None:
     """A model and one of its golden samples as a V1 instance: of all models, the one that takes the least room."""
     from splitserve.cli.samples import golden_instance
 

@@ -42,13 +42,9 @@ def run(url: str, models: Sequence[str], *, root: Path, version: str, timeout_s:
 
 def _client(url: str, timeout_s: float) -> Any:
     """A client of the system at this address."""
-    if url.startswith(("http://", "https://")):
-        from splitserve.rest import RestClient
-
-        return RestClient(url, timeout_s=timeout_s)
     from splitserve.client import Client
 
-    return Client(url.removeprefix("grpc://"), timeout_s=timeout_s)
+    return Client(url, timeout_s=timeout_s, max_attempts=1)
 
 
 def _verify(source: Repository, server: Server, model: str, version: str) -> list[Outcome]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from splitserve import environment, pairing

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from splitserve import sources
 from splitserve.batching import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
@@ -120,7 +121,16 @@ class RepositorySettings(ServiceSettings):
     """What the services that read the model repository can be told."""
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
-    """Folder of the model repository."""
+    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md)."""
+
+    model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
+    """Folder that files from a URL are kept in; below ~/.cache or, if that can not be written, the folder for temporary files."""
+
+    model_poll_interval_s: float = Field(10.0, ge=0, validation_alias=AliasChoices("MODEL_POLL_INTERVAL_S"))
+    """Seconds between two listings of a repository that is a URL. A folder is looked at every refresh interval."""
+
+    model_fetch_timeout_s: float = Field(60.0, gt=0, validation_alias=AliasChoices("MODEL_FETCH_TIMEOUT_S"))
+    """Seconds that a step of a fetch from a URL may take: a listing, or 4 MiB of a file."""
 
     models: str = Field("", validation_alias=AliasChoices("MODELS"))
     """Names of the models to serve, separated by commas; all when empty."""
@@ -138,6 +148,17 @@ class RepositorySettings(ServiceSettings):
     def selection(self) -> Selection:
         """Which models and versions are wanted."""
         return Selection(parse_models(self.models), parse_policies(self.model_versions))
+
+    @property
+    def look_interval_s(self) -> float:
+        """Time between two looks at the model repository, if it is not looked at in every refresh."""
+        return self.model_poll_interval_s if sources.is_url(self.model_repository) else 0.0
+
+    @field_validator("model_repository")
+    @classmethod
+    def _check_repository(cls, where: str) -> str:
+        sources.check(where)
+        return where
 
     @field_validator("models")
     @classmethod

@@ -6,15 +6,16 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 import structlog
 
 from splitserve.catalogue import Catalogue, Entry
-from splitserve.errors import NotFound
+from splitserve.errors import NotFound, Unavailable
 from splitserve.manifest import BundleError, Kind, NotFetched
 from splitserve.oip import LOADING, READY, UNAVAILABLE
-from splitserve.repository import Bundle, BundleKey, BundleSource, load_bundle
+from splitserve.repository import Bundle, BundleKey, BundleSource, fetch_bundle, make_of
 from splitserve.routes import Route
 from splitserve.selection import Selection, pinned, wanted
 from splitserve.versions import unknown_model
@@ -22,7 +23,10 @@ from splitserve.versions import unknown_model
 T = TypeVar("T")
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
-"""After how long a bundle that could not be fetched is tried again: twice as long each time."""
+"""After how long what could not be fetched is tried again: twice as long each time."""
+
+MODELS_AT_A_TIME = 4
+"""So many models are fetched at the same time. Loading is one after the other: it takes CPU and memory."""
 
 
 class VersionStore(Generic[T]):
@@ -38,6 +42,7 @@ class VersionStore(Generic[T]):
         load: makes what is served of a bundle, or raises `BundleError`; called in a thread.
         selection: which models and versions are wanted.
         unload_delay_s: how long a version that is no longer wanted is kept after it was last asked for.
+        look_interval_s: time between two looks at the source, however often `refresh` is called.
         clock: seconds that never go back.
     """
 
@@ -49,6 +54,7 @@ class VersionStore(Generic[T]):
         *,
         selection: Selection | None = None,
         unload_delay_s: float = 0.0,
+        look_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
@@ -56,9 +62,15 @@ class VersionStore(Generic[T]):
         self._load = load
         self._selection = selection or Selection()
         self._unload_delay_s = unload_delay_s
+        self._look_interval_s = look_interval_s
         self._clock = clock
         self._log = structlog.get_logger()
         self._lock = asyncio.Lock()
+        self._fetchers = ThreadPoolExecutor(MODELS_AT_A_TIME, thread_name_prefix=f"fetch-{kind}")
+        self._turn_to_load = asyncio.Lock()
+        self._look_at = -math.inf
+        self._n_looks_failed = 0
+        self._found: tuple[dict[str, set[int]], Mapping[str, Route]] = ({}, {})
         self._last_asked: dict[tuple[str, int], float] = {}
         self._retry_at: dict[tuple[str, int], float] = {}
         self._n_tries: dict[tuple[str, int], int] = {}
@@ -80,21 +92,38 @@ class VersionStore(Generic[T]):
         self._last_asked[(model, version)] = self._clock()
 
     async def refresh(self) -> None:
-        """Look at the source: load what is wanted and not held, newest first; let go what is held and not wanted."""
+        """Look at the source if it is time.
+
+        Load what is wanted and not held, newest first; let go what is held and not wanted.
+        """
         async with self._lock:
-            try:
-                published, routes = await asyncio.to_thread(self._look)
-            except BundleError as error:
-                if str(error) != self.problem:
-                    self._log.error("model repository can not be read", reason=str(error))
-                self.problem = str(error)
-                return
-            self.problem = ""
-            for model in sorted(published.keys() - self._held_back):
-                await self._hold(model, published[model], routes.get(model))
-            for model in self.catalogue.models():
-                self._let_go(model, published.get(model, set()), routes.get(model))
-            self.is_loaded = True
+            if self._clock() >= self._look_at:
+                await self._look_now()
+            if not self.problem:
+                await self._follow(*self._found)
+
+    async def _look_now(self) -> None:
+        try:
+            self._found = await asyncio.to_thread(self._look)
+        except BundleError as error:
+            delay_s = _backoff_s(self._n_looks_failed)
+            self._n_looks_failed += 1
+            problem = f"waiting for the model repository: {error}"
+            if problem != self.problem:
+                self._log.error("model repository can not be read", reason=str(error), retry_in_s=delay_s)
+            self.problem = problem
+        else:
+            if self.problem:
+                self._log.info("model repository can be read again")
+            delay_s, self._n_looks_failed, self.problem = self._look_interval_s, 0, ""
+        self._look_at = self._clock() + delay_s
+
+    async def _follow(self, published: dict[str, set[int]], routes: Mapping[str, Route]) -> None:
+        models = sorted(published.keys() - self._held_back)
+        await asyncio.gather(*(self._hold(model, published[model], routes.get(model)) for model in models))
+        for model in self.catalogue.models():
+            self._let_go(model, published.get(model, set()), routes.get(model))
+        self.is_loaded = True
 
     def _look(self) -> tuple[dict[str, set[int]], Mapping[str, Route]]:
         """Versions of this half by model, and the routes."""
@@ -123,10 +152,12 @@ class VersionStore(Generic[T]):
     async def _try_to_load(self, key: BundleKey) -> Entry[T]:
         place = (key.model, key.version)
         try:
-            loaded = await asyncio.to_thread(load_bundle, self._source, key, self._load)
+            bundle = await asyncio.get_running_loop().run_in_executor(self._fetchers, fetch_bundle, self._source, key)
+            async with self._turn_to_load:
+                loaded = await asyncio.to_thread(make_of, bundle, self._load)
         except NotFetched as error:
+            delay_s = _backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1
-            delay_s = min(FIRST_RETRY_S * 2 ** (self._n_tries[place] - 1), LAST_RETRY_S)
             self._retry_at[place] = self._clock() + delay_s
             self._log.warning("bundle can not be fetched yet", bundle=str(key), reason=str(error), retry_in_s=delay_s)
             return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
@@ -174,10 +205,11 @@ class VersionStore(Generic[T]):
             self.catalogue.put_incomplete(model, "it was unloaded")
 
     async def load(self, model: str) -> None:
-        """Look at the source now, try again what was refused of the model, and serve it again if it was unloaded.
+        """Look at the source now, serve the model again if it was unloaded, and try again what of it was refused.
 
         Raises:
             NotFound: there is no such model.
+            Unavailable: the source can not be looked at, so nobody can tell.
         """
         async with self._lock:
             self._held_back.discard(model)
@@ -185,6 +217,18 @@ class VersionStore(Generic[T]):
             for version, entry in self.catalogue.entries(model).items():
                 if entry.state == UNAVAILABLE:
                     self._forget(model, version)
+            self._look_at = -math.inf
         await self.refresh()
         if model not in self.catalogue.models():
+            if self.problem:
+                raise Unavailable(self.problem, model=model[:128])
             raise NotFound(unknown_model(model), model=model[:128])
+
+    def close(self) -> None:
+        """End what is being fetched, so that the process can stop."""
+        self._source.close()
+        self._fetchers.shutdown(cancel_futures=True)
+
+
+def _backoff_s(n_failures: int) -> float:
+    return float(min(FIRST_RETRY_S * 2**n_failures, LAST_RETRY_S))

@@ -3,6 +3,7 @@
 <cache>/sha256/ab/<digest>      whole files, put there by a rename once they were found to be right
 <cache>/partial/<digest>        a download under way, or what a process that died has left of one: the next one goes on with it
 <cache>/seen/<digest of path>   which digest a manifest or route had when it was last fetched
+<cache>/bundles/…               the manifests of bundles that were opened, and their signatures
 
 Any number of processes may share a cache. Who downloads a file holds a lock on the partial one, which ends with the process.
 The cache only grows; what is in it may be deleted at any time. POSIX only.
@@ -18,8 +19,10 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,21 +60,35 @@ class Cache:
     """Files by digest, in a folder that need not exist yet.
 
     Args:
-        folder: where; nobody else may be able to write to it.
+        folder: where; nobody else may be able to write to it. `default_folder` if None.
         patience_s: how long to wait for another process that is fetching the same file and makes no progress.
         free_bytes: how much room is left in a folder.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         patience_s: float = 60.0,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
-        self.folder = folder
+        self._given_folder = folder
+        self._closed = threading.Event()
         self._patience_s = patience_s
         self._free_bytes = free_bytes
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is.
+
+        Raises:
+            NotFetched: none was named, and no folder can be written.
+        """
+        return self._given_folder or default_folder()
+
+    def close(self) -> None:
+        """Wait for no other process any more."""
+        self._closed.set()
 
     def holds(self, digest: FileDigest) -> bool:
         """Whether a file of the right name and size is there. `read` finds out whether its content is right."""
@@ -141,6 +158,24 @@ class Cache:
             return None
         return seen.digest if (seen.path, seen.validator) == (path, validator) else None
 
+    def place(self, path: str, data: bytes | None) -> Path:
+        """See that a small file is below ``bundles`` and holds this; that it is not there if this is None.
+
+        Raises:
+            NotFetched: it can not be written.
+        """
+        place = self.folder / "bundles" / path
+        try:
+            held = read_small(place)
+        except BundleError:
+            held = None
+        if data is None:
+            with self._writing():
+                place.unlink(missing_ok=True)
+        elif data != held:
+            self._write_whole(place, data)
+        return place
+
     def sweep(self) -> None:
         """Remove what dead processes have left and nobody has gone on with for `LEFTOVER_S`."""
         with contextlib.suppress(OSError):
@@ -167,7 +202,7 @@ class Cache:
         partial.fill(name, download)
         if (found := partial.describe()) != f"{digest.size} bytes, sha256 {digest.sha256}":
             partial.clear()
-            raise WrongContent(f"got {found}; expected {digest.size} bytes, sha256 {digest.sha256}")
+            raise WrongContent(f"{name}: expected {digest.size} bytes, sha256 {digest.sha256}; got {found}")
         self._blob(digest).parent.mkdir(parents=True, exist_ok=True)
         (self._partials / digest.sha256).replace(self._blob(digest))
 
@@ -193,7 +228,8 @@ class Cache:
                 size, end = grown, time.monotonic() + self._patience_s
             elif time.monotonic() > end:
                 raise NotFetched(f"{name}: another process is fetching it and made no progress for {self._patience_s:g} s")
-            time.sleep(_POLL_S)
+            if self._closed.wait(_POLL_S):
+                raise NotFetched(f"{name}: the service is stopping")
 
     def _write_whole(self, path: Path, data: bytes) -> None:
         with self._writing():

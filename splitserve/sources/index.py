@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, BundleError, FileDigest
+from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, SIGNATURE_FILE, BundleError, FileDigest
 from splitserve.repository import (
     MAX_SMALL_FILE_BYTES,
     BundleKey,
@@ -29,11 +29,14 @@ INDEX_FILE = "index.json"
 
 
 class Index(msgspec.Struct, frozen=True):
-    """``index.json``: the manifest of each bundle by the bundle's path, the route of each model that has one by its name."""
+    """``index.json``: the manifest of each bundle by the bundle's path, the route of each model that has one by its name, and the
+    signature of each bundle that has one by the bundle's path.
+    """
 
     schema_version: int
     bundles: dict[str, FileDigest]
     routes: dict[str, FileDigest] = {}
+    signatures: dict[str, FileDigest] = {}
 
     def keys(self) -> dict[BundleKey, FileDigest]:
         """The bundles, by key."""
@@ -52,13 +55,13 @@ def decode(data: bytes) -> Index:
         raise BundleError(f"{INDEX_FILE}: {error}") from None
     if index.schema_version != SCHEMA_VERSION:
         raise BundleError(f"{INDEX_FILE}: schema version {index.schema_version}, this splitserve reads {SCHEMA_VERSION}")
-    for path in index.bundles:
+    for path in (*index.bundles, *index.signatures):
         if parse_key(path) is None:
             raise BundleError(f"{INDEX_FILE}: {path[:128]!r} is no bundle, written MODEL/predict/1 or MODEL/preprocess/1")
     for model in index.routes:
         if not MODEL_NAME.fullmatch(model):
             raise BundleError(f"{INDEX_FILE}: {model[:128]!r} can not be the name of a model")
-    for name, digest in {**index.bundles, **index.routes}.items():
+    for name, digest in [*index.bundles.items(), *index.routes.items(), *index.signatures.items()]:
         check_digest(digest, f"{INDEX_FILE}: {name}")
         if digest.size > MAX_SMALL_FILE_BYTES:
             raise BundleError(f"{INDEX_FILE}: {name} has {digest.size} bytes; the limit is {MAX_SMALL_FILE_BYTES}")
@@ -71,16 +74,18 @@ def build(repository: Repository) -> tuple[Index, list[str]]:
     Raises:
         BundleError: the repository can not be looked at, or a route is broken.
     """
-    bundles, problems = {}, []
+    bundles, signatures, problems = {}, {}, []
     for key in repository.bundles():
         try:
             data = read_small(repository.folder(key) / MANIFEST_FILE)
             decode_manifest(data, key)
             bundles[str(key)] = _digest(data)
+            if (repository.folder(key) / SIGNATURE_FILE).exists():
+                signatures[str(key)] = _digest(read_small(repository.folder(key) / SIGNATURE_FILE))
         except BundleError as error:
             problems.append(f"{key}: {error}")
     routes = {model: _digest(read_small(repository.root / model / ROUTE_FILE)) for model in repository.routes()}
-    return Index(SCHEMA_VERSION, bundles, routes), problems
+    return Index(SCHEMA_VERSION, bundles, routes, signatures), problems
 
 
 def write(root: Path, index: Index) -> Path:

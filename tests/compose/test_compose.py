@@ -28,7 +28,18 @@ OWN = {
     "predict": {"predict_service", "splitserve", "numpy", "onnxruntime"},
 }
 """What each image holds of all that the three together need, and of what none needs."""
-ALL = set.union(*OWN.values()) | {"fused_service", "training", "tests", "onnx", "skl2onnx", "torch", "pip", "pytest"}
+ALL = set.union(*OWN.values()) | {
+    "fused_service",
+    "training",
+    "tests",
+    "onnx",
+    "skl2onnx",
+    "torch",
+    "pip",
+    "pytest",
+    "fsspec",
+    "aiohttp",
+}
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -102,7 +102,7 @@ class Process:
 class System:
     """Predict, preprocess and proxy, or all in one, on free ports."""
 
-    def __init__(self, models: Path, *, is_fused: bool = False, **environment: str) -> None:
+    def __init__(self, models: Path | str, *, is_fused: bool = False, **environment: str) -> None:
         self._environment = {"MODEL_REPOSITORY": str(models), **environment}
         self.processes: dict[str, Process] = {}
         if is_fused:

@@ -1,0 +1,27 @@
+"""``splitserve index``: the list of a model repository's bundles, for HTTP servers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from splitserve.manifest import BundleError
+from splitserve.repository import Repository
+from splitserve.sources import index
+
+
+def run(root: Path) -> int:
+    """Write ``index.json``; 1 if that fails or a bundle was left out because it is broken."""
+    if not root.is_dir():
+        print(f"{root}: no such folder", file=sys.stderr)
+        return 1
+    try:
+        found, problems = index.build(Repository(root))
+        path = index.write(root, found)
+    except (BundleError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    print(f"{path}: {len(found.bundles)} bundles, {len(found.routes)} routes")
+    return int(bool(problems))
