@@ -6,6 +6,7 @@ Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, MutableMapping
@@ -50,6 +51,9 @@ RETRY_AFTER_S = 1
 
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
+
+LINGER_S = 1.0
+"""How long the rest of a body that is too large is taken after the answer."""
 
 _HEADER_LENGTH = "inference-header-content-length"
 _TIMEOUT = "request-timeout"
@@ -169,7 +173,12 @@ class HttpApp:
                 "headers": [(name.encode(), value.encode()) for name, value in headers],
             }
         )
-        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else response.body})
+        body = b"" if scope["method"] == "HEAD" else response.body
+        if response.status == TooLarge.http_status:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await _discard(receive)
+            body = b""
+        await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Scope, receive: Receive) -> Response:
         """Errors become statuses here and nowhere else."""
@@ -333,6 +342,14 @@ class HttpApp:
 
     async def _alive(self, request: Request) -> Response:
         return _json(200, {"status": "alive"})
+
+
+async def _discard(receive: Receive) -> None:
+    """Take what is on its way for a moment: closing on it would cost the caller the answer. Source: RFC 9112, section 9.6."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

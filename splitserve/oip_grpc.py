@@ -76,10 +76,11 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     return message.SerializeToString()
 
 
-def encode_stream_response(response: InferResponse) -> bytes:
-    """An answer as a message on a stream."""
+def encode_stream_response(response: InferResponse, identity: str) -> bytes:
+    """An answer as a message on a stream, with the id of the request, by which the caller finds it."""
     message = pb.ModelStreamInferResponse()
     _fill_response(message.infer_response, response)
+    message.infer_response.id = identity
     return message.SerializeToString()
 
 

@@ -134,7 +134,7 @@ def test_what_skops_can_hold_is_never_pickled(tmp_path: Path) -> None:
     """The wish to allow a pickle is not a wish for one."""
     bundle = publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path, allow_pickle=True)
 
-    assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.skops"]
+    assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.onnx", "pipeline.skops"]
     assert preprocessor.load(bundle).warnings == ()
 
 

@@ -114,6 +114,8 @@ class Preprocessor:
 
     def adopt_plan(self, golden: Golden) -> None:
         """Work by a plan from now on, if there is one that agrees with the transforms on golden samples."""
+        if self._rows.form == "tensors":
+            return
         plan = plan_of(self.transformer, self._rows, self.inputs)
         if plan is not None and _agree(plan, self.transformer, to_rows(self._rows, self.inputs, golden.inputs), golden.inputs):
             self._plan = plan

@@ -210,7 +210,7 @@ class GrpcFace:
                 message = oip_grpc.parse(pb.ModelInferRequest, data)
                 request = oip_grpc.decode_request(message, self._deadline(None), context.peer())
                 identity = request.id
-                return oip_grpc.encode_stream_response(await self._infer(request))
+                return oip_grpc.encode_stream_response(await self._infer(request), identity)
         except SplitserveError as failure:
             self._note(failure)
             return oip_grpc.encode_stream_error(identity, failure)

@@ -129,7 +129,11 @@ class Cache:
         with self._writing():
             while not self.holds(digest):
                 with self._lock(name, digest) as file:
-                    if file is not None:
+                    if file is None:
+                        continue
+                    if self.holds(digest):  # somebody finished it between the look and the lock
+                        (self._partials / digest.sha256).unlink()
+                    else:
                         self._complete(name, digest, file, download)
 
     def add(self, data: bytes) -> FileDigest:

@@ -23,7 +23,7 @@ def _checked(request: InferRequest) -> None:
 
 def json(data: bytes) -> None:
     """A V2 body, and the same as a V1 body."""
-    for decode in (lambda: oip_rest.decode_request("m", "", data), lambda: v1.decode_request(data, MODEL, "1.1")):
+    for decode in (lambda: oip_rest.decode_request("m", "", data), lambda: v1.decode_request(data, MODEL, "1.1").request):
         with contextlib.suppress(SplitserveError):
             _checked(decode())
 
