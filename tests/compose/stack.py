@@ -113,6 +113,7 @@ class Stack:
             "SPLITSERVE_MODELS": str(models),
             "SPLITSERVE_HTTP_PORT": str(http_port),
             "SPLITSERVE_GRPC_PORT": str(grpc_port),
+            "SPLITSERVE_LOG_REQUESTS": "all",
             **environment,
         }
 
