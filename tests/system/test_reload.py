@@ -82,19 +82,14 @@ class Load:
                 self.complaints.append(str(answer))
 
     def _over_grpc(self) -> None:
-        from splitserve import oip_grpc
-        from splitserve.arrays import from_array, to_array
-        from splitserve.oip import InferRequest
-
-        request = oip_grpc.encode_request(InferRequest("m", (from_array("features", np.ones((1, N_FEATURES))),)))
-        with Client(self._system.grpc) as client:
+        with Client(self._system.grpc, max_attempts=1) as client:
             while not self._stop.is_set():
                 try:
-                    response = oip_grpc.decode_response(client._call("ModelInfer", request))
+                    answer = client.infer("m", {"features": np.ones((1, N_FEATURES))}, outputs=["scores"])
                 except SplitserveError as error:
                     self.complaints.append(error.message)
                 else:
-                    self._check(response.version, to_array(response.outputs[0]))
+                    self._check(answer.version, answer["scores"])
 
 
 @contextmanager

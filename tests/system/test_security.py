@@ -50,7 +50,7 @@ def system(tmp_path: Path, files: dict[str, Files]) -> Iterator[System]:
     publish_predictor(affine_model(3, 1, 1), np.ones((4, 3), np.float32), name="m", repository=repository)
     token = {"name": "shop", "sha256": hashlib.sha256(TOKEN.encode()).hexdigest(), "models": ["m"]}
     (tmp_path / "auth.json").write_text(json.dumps({"tokens": [token]}))
-    environment = {"PROXY_AUTH_FILE": str(tmp_path / "auth.json")}
+    environment = {"PROXY_AUTH_FILE": str(tmp_path / "auth.json"), "LOG_REQUESTS": "all"}
     for name in SERVICES:
         ca, cert, key = files[name]
         listens = {"TLS_CERT_FILE": cert, "TLS_KEY_FILE": key, "TLS_CLIENT_CA_FILE": ca}
