@@ -14,7 +14,7 @@ from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelStat
 from splitserve.runtimes.predictor import Predictor
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
-from splitserve.signature import check_inputs, choose_outputs, is_row_wise
+from splitserve.signature import choose_outputs
 from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import parse_version
 
@@ -49,12 +49,12 @@ class PredictService:
             check_time_left(request.deadline)
             version, predictor = self._choose(request.model, request.version)
             with self.statistics.recorded(request.model, str(version), n_rows=request.n_rows) as watch:
-                check_inputs(predictor.inputs, request.inputs, widen=False)
-                choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+                predictor.check(request.inputs)
+                if request.outputs:
+                    choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
                 watch.end("input")
                 request = msgspec.structs.replace(request, version=str(version))
-                is_mergeable = is_row_wise(predictor.inputs, predictor.outputs)
-                return await self._batcher.infer(request, is_mergeable=is_mergeable, watch=watch)
+                return await self._batcher.infer(request, is_mergeable=predictor.is_row_wise, watch=watch)
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)

@@ -19,7 +19,7 @@ from splitserve.pairing import FINGERPRINT
 from splitserve.repository import Bundle
 from splitserve.runtimes import onnx_support
 from splitserve.runtimes.external_data import refuse_external_data
-from splitserve.signature import BATCH, Dimension, InputCheck, TensorSpec, choose_outputs, empty
+from splitserve.signature import BATCH, Dimension, InputCheck, TensorSpec, choose_outputs, empty, is_row_wise
 from splitserve.statistics import Stopwatch
 from splitserve.tensors import Tensor, decode_bytes
 
@@ -82,7 +82,9 @@ class Predictor:
         """Facts about the version, for its metadata."""
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
-        self._check = InputCheck(self.inputs, widen=False)
+        self.check = InputCheck(self.inputs, widen=False)
+        """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
+        self.is_row_wise = is_row_wise(self.inputs, self.outputs)
         self._specs = {spec.name: spec for spec in self.outputs}
         self._names = list(self._specs)
 
@@ -99,7 +101,7 @@ class Predictor:
         """
         watch = watch or Stopwatch()
         watch.end("queue")
-        self._check(inputs)
+        self.check(inputs)
         names, specs = choose_outputs(self.outputs, wanted) if wanted else self._names, self._specs
         feeds = {}
         for tensor in inputs:
