@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,9 @@ async def keep_refreshing(what: Refreshing, *, interval_s: float) -> None:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     """Run a service's main on the fastest event loop that there is here."""
+    # Requests make many objects and no cycles: looking for those every 700 objects costs a tenth of a request.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     if sys.platform == "win32":
         asyncio.run(_awaited(main))
         return
