@@ -13,6 +13,7 @@ import pickle
 import struct
 import sys
 import time
+from typing import Any
 
 import msgspec
 import uvloop
@@ -73,8 +74,7 @@ class StreamClient(asyncio.Protocol):
         self._initial_window = self._stream_window = self._connection_window = 65535
         self._unacknowledged = 0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: Any) -> None:  # uvloop's are no asyncio.Transport
         self._transport = transport
         block = header_block(
             [
