@@ -176,7 +176,7 @@ class HttpApp:
         body = b"" if scope["method"] == "HEAD" else response.body
         if response.status == TooLarge.http_status:
             await send({"type": "http.response.body", "body": body, "more_body": True})
-            await _discard(receive)
+            await _discard(receive, self._max_body_bytes)
             body = b""
         await send({"type": "http.response.body", "body": body})
 
@@ -344,12 +344,16 @@ class HttpApp:
         return _json(200, {"status": "alive"})
 
 
-async def _discard(receive: Receive) -> None:
+async def _discard(receive: Receive, max_bytes: int) -> None:
     """Take what is on its way for a moment: closing on it would cost the caller the answer. Source: RFC 9112, section 9.6."""
+    size = 0
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
-            while (await receive()).get("more_body", False):
-                pass
+            while size <= max_bytes:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from tests.system.processes import System
 pytestmark = pytest.mark.xdist_group("system")
 
 COMMAND = Path(sys.executable).with_name("splitserve")
+MODELS = ("breast-cancer", "digits", "penguins")
 WAYS = {
     "rest": lambda system: f"http://{system.http}",
     "grpc": lambda system: f"grpc://{system.grpc}",
@@ -45,19 +46,17 @@ def other(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_system_that_serves_what_was_published_passes(system: System, demos: Demos, way: str) -> None:
     """Every model and pair, over REST and gRPC, split and fused; all answers were recorded."""
-    result = verify(WAYS[way](system), demos.repository)
+    result = verify(WAYS[way](system), demos.repository, *MODELS)
 
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert (result.returncode, result.stderr) == (0, "")
-    assert [(row[0], row[1], *row[3:]) for row in rows] == [
-        (model, "1.1", "recorded", "as", "promised") for model in ("breast-cancer", "digits", "penguins")
-    ]
+    assert [(row[0], row[1], *row[3:]) for row in rows] == [(model, "1.1", "recorded", "as", "promised") for model in MODELS]
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
 def test_a_system_that_serves_something_else_fails(system: System, other: Path, way: str) -> None:
     """Exit status 1, with the worst difference; the models that are right are told so."""
-    result = verify(WAYS[way](system), other)
+    result = verify(WAYS[way](system), other, *MODELS)
 
     assert result.returncode == 1
     assert re.fullmatch(r'breast-cancer 1\.1: output "\w+" of golden sample \d+ at \[.*\]: expected .*, got .*\n', result.stderr)
