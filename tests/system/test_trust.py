@@ -145,10 +145,11 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
         _, metadata = system.rest("/v2/models/m")
     with serving(tmp_path, PREPROCESS_ALLOW_FINGERPRINT_MISMATCH="true") as system:
         admitted = why_not_ready(system, "m", "2.1")
+        known = why_not_ready(system, "m", "1.1")
         _, allowed = system.rest("/v2/models/m/versions/2.1")
         _, unsuspicious = system.rest("/v2/models/m/versions/1.1")
 
-    assert before == admitted == ""
+    assert before == admitted == known == ""
     assert "the halves do not fit: the features mean something else than those that the predictor was trained on" in reason
     assert answer["predictions"] == still["predictions"]
     assert metadata["versions"] == ["1.1"]
