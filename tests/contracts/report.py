@@ -133,8 +133,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         "6.3 tritonclient.aio": "tritonclient 2.73, asyncio, with streams",
         "6.3 grpc tools": "a client by reflection, health probes",
         "6.3 kserve": "KServe 0.21's REST and gRPC clients",
-        "6.3 mlserver infer": "`mlserver infer` 1.7.1, REST and gRPC",
-        "6.3 perf_analyzer": "perf_analyzer 2.60, closed loop and request rate, REST and gRPC",
+        "6.3 mlserver infer": "`mlserver infer` 1.7.1 over REST; over gRPC it says that it can not yet",
+        "6.3 perf_analyzer": "perf_analyzer 2.60: closed loop, rate, batches, own data, text; REST, gRPC, streams",
     },
 }
 
