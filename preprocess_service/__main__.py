@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from preprocess_service.any_server import AnyServer
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
 from preprocess_service.settings import PreprocessSettings
@@ -31,7 +32,10 @@ async def serve() -> None:
             )
         )
         service = PreprocessService(
-            preprocessors, predict, executor, allow_fingerprint_mismatch=config.allow_fingerprint_mismatch
+            preprocessors,
+            AnyServer(predict, models=preprocessors.catalogue.models),
+            executor,
+            allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
         )
         face = await stack.enter_async_context(
             GrpcFace(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import ENVIRONMENTS, environment, run_command
+from tests.clients.conftest import ENVIRONMENTS, KSERVE, MLSERVER, environment, run_command
 from tests.clients.glibc import loader_for
 from tests.system.processes import System
 
@@ -17,8 +17,6 @@ pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
 TRITON = ("tritonclient[grpc,http]==2.73.0", "aiohttp", "grpcio-reflection", "grpcio-health-checking")
 PERF_ANALYZER = ("perf-analyzer==2.60.0", "--no-deps", "--python-platform", f"{platform.machine()}-manylinux_2_38")
-KSERVE = "kserve==0.21.0"
-MLSERVER = "mlserver==1.7.1"
 
 Run = Callable[..., str]
 
@@ -47,7 +45,7 @@ def test_a_client_that_knows_only_reflection_and_probes(split: System, run: Run)
 @pytest.mark.line("6.3 kserve")
 def test_kserves_clients(split: System, run: Run) -> None:
     """InferenceRESTClient in both protocols, InferenceGRPCClient."""
-    assert "passed" in run("kserve_clients.py", environment("kserve", KSERVE), split.http, split.grpc)
+    assert "passed" in run("kserve_clients.py", environment("kserve", *KSERVE), split.http, split.grpc)
 
 
 @pytest.mark.line("6.3 mlserver infer")
@@ -57,7 +55,7 @@ def test_mlserver_infer(split: System, tmp_path: Path) -> None:
     requests, answers = tmp_path / "requests.jsonl", tmp_path / "answers.jsonl"
     requests.write_text("".join(json.dumps({"id": str(number), "inputs": tensors}) + "\n" for number in range(8)))
 
-    program = environment("mlserver", MLSERVER) / "mlserver"
+    program = environment("mlserver", *MLSERVER) / "mlserver"
     run_command(
         program, "infer", "--url", split.http, "--model-name", "simple", "--input-data-path", requests,
         "--output-data-path", answers, "--workers", "2", "--batch-size", "2", "--transport", "rest",

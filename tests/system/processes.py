@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,13 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0
+
+
+def free_ports(n_ports: int) -> list[int]:
+    """Ports that nobody listens on now, for programs that can not say which one they took."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_ports)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_until(claim: Callable[[], Any], what: str) -> Any:
@@ -100,15 +109,15 @@ class Process:
 
 
 class System:
-    """Predict, preprocess and proxy, or all in one, on free ports."""
+    """Predict, preprocess and proxy, or all in one, on free ports; ``predict`` is the address of another server in its place."""
 
-    def __init__(self, models: Path | str, *, is_fused: bool = False, **environment: str) -> None:
+    def __init__(self, models: Path | str, *, is_fused: bool = False, predict: str = "", **environment: str) -> None:
         self._environment = {"MODEL_REPOSITORY": str(models), **environment}
         self.processes: dict[str, Process] = {}
         if is_fused:
             self._start_edge("fused", "fused_service")
             return
-        predict = self.start_predict()
+        predict = predict or self.start_predict()
         self.processes["preprocess"] = Process(
             "preprocess_service",
             {
