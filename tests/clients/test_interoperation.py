@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,13 +21,14 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.oip_grpc import SERVICE
 from splitserve.repository import BundleKey, Repository
 from splitserve.signature import TensorSpec
-from tests.clients.conftest import KSERVE, MLSERVER, environment
+from tests.clients.conftest import KSERVE, MLSERVER, PROGRAMS, environment, run_command
 from tests.demo_models import Demos
 from tests.system.processes import PATIENCE_S, System, free_ports, wait_until
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
 PEERS = Path(__file__).parent / "peers"
+MANIFESTS = sorted(Path("deploy/kserve").glob("*.yaml"))
 MODEL = "breast-cancer"
 
 
@@ -134,3 +136,33 @@ def test_another_makers_server_in_the_place_of_predict(
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
         else:
             assert found[name].tolist() == expected[name].tolist()
+
+
+@pytest.mark.line("kserve manifests")
+def test_the_manifests_for_kserve_are_valid() -> None:
+    """By the models of KServe's Python client, which are made of the schema that its custom resources have."""
+    assert MANIFESTS
+
+    assert "passed" in check_manifests(*MANIFESTS)
+
+
+@pytest.mark.line("kserve manifests")
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("readinessProbe", "readynessProbe", "V1Container has no readynessProbe"),
+        ("containerPort: 8081", 'containerPort: "8081"', "containerPort: '8081' is no int"),
+        ("  predictor:", "  predict:", "V1beta1InferenceServiceSpec has no predict"),
+    ],
+)
+def test_a_manifest_that_kserve_would_refuse_is_found(tmp_path: Path, right: str, wrong: str, message: str) -> None:
+    """The check above can fail."""
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(Path("deploy/kserve/inference-service.yaml").read_text().replace(right, wrong))
+
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        check_manifests(broken)
+
+
+def check_manifests(*files: Path) -> str:
+    return run_command(environment("kserve", *KSERVE) / "python", PROGRAMS / "kserve_manifests.py", *files)

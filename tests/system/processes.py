@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,13 @@ def wait_until(claim: Callable[[], Any], what: str) -> Any:
 class Process:
     """One service process and the log lines that it has written so far."""
 
-    def __init__(self, module: str, environment: Mapping[str, str], python: str | Path = sys.executable) -> None:
+    def __init__(
+        self, module: str, environment: Mapping[str, str], python: str | Path = sys.executable, arguments: Sequence[str] = ()
+    ) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PROXY_", "PRE", "MODEL_"))}
         self.lines: list[str] = []
         self._process = subprocess.Popen(
-            [python, "-m", module],
+            [python, "-m", module, *arguments],
             env={**inherited, "LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
