@@ -200,7 +200,10 @@ class PreprocessService:
                     deadline=request.deadline,
                 )
             )
-        except InvalidInput as error:  # the caller did not make these tensors
+        except InvalidInput as error:
+            if preprocessor.passes_on:
+                raise
+            # The caller did not make these tensors.
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
         except NotFound as error:  # it was there a moment ago
             raise Unavailable(error.message, stage=error.stage) from error

@@ -30,6 +30,14 @@ def test_tritonclient(split: System, run: Run, face: str) -> None:
     assert "passed" in run(f"tritonclient_{face}.py", environment("triton", *TRITON), address)
 
 
+@pytest.mark.line("6.3 each stage")
+@pytest.mark.parametrize("program", ["tritonclient_grpc.py", "tools.py"])
+@pytest.mark.parametrize("stage", ["preprocess", "predict"])
+def test_clients_at_each_stage(split: System, run: Run, stage: str, program: str) -> None:
+    """Preprocess and predict are servers of the protocol by themselves."""
+    assert "passed" in run(program, environment("triton", *TRITON), getattr(split, stage))
+
+
 @pytest.mark.line("6.3 tritonclient.aio")
 def test_tritonclient_of_asyncio(split: System, run: Run) -> None:
     """Over REST and gRPC, many at once, and on a stream."""

@@ -119,18 +119,18 @@ class System:
         if is_fused:
             self._start_edge("fused", "fused_service")
             return
-        predict = predict or self.start_predict()
+        self.predict = predict or self.start_predict()
         self.processes["preprocess"] = Process(
             "preprocess_service",
             {
                 **self._environment,
                 "PREPROCESS_GRPC_PORT": "0",
-                "PREPROCESS_PREDICT_TARGET": predict,
+                "PREPROCESS_PREDICT_TARGET": self.predict,
                 "PREPROCESS_REFRESH_INTERVAL_S": "0.1",
             },
         )
-        preprocess = f"127.0.0.1:{self.processes['preprocess'].wait_for('listening')['grpc_port']}"
-        self._start_edge("proxy", "proxy", PROXY_PREPROCESS_TARGET=preprocess)
+        self.preprocess = f"127.0.0.1:{self.processes['preprocess'].wait_for('listening')['grpc_port']}"
+        self._start_edge("proxy", "proxy", PROXY_PREPROCESS_TARGET=self.preprocess)
 
     def start_predict(self, port: int = 0) -> str:
         """Start predict and give its address; again after it was stopped, on the port it had."""
