@@ -72,7 +72,8 @@ class RequestLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None and not self.logs_all:
+        is_nothing_wrong = error is None or isinstance(error, asyncio.CancelledError)  # the caller left
+        if is_nothing_wrong and not self.logs_all:
             return
         structlog.get_logger().info(
             self._event,
