@@ -157,7 +157,10 @@ class HttpApp:
                 body = await incoming.body()
                 if encoding and body:
                     body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
-                return await _compressed(await handler(Request(path, incoming, body, deadline)), incoming)
+                response = await handler(Request(path, incoming, body, deadline))
+                if b"accept-encoding" in incoming.headers and len(response.body) >= compression.MIN_COMPRESSED_BYTES:
+                    response = await _compressed(response, incoming)
+                return response
         except Refused as refused:
             return _json(refused.status, {"error": str(refused)}, refused.headers)
         except SplitserveError as error:
@@ -188,7 +191,10 @@ class HttpApp:
         with RequestLine("infer", model, version) as line:
             asked = self._asked(request, model, version)
             self._limits.check(asked)
-            answer = await classification.infer(self._service, asked)
+            if asked.outputs:
+                answer = await classification.infer(self._service, asked)
+            else:
+                answer = await self._service.infer(asked)
             line.version = answer.version
             body, header_length = oip_rest.encode_response(answer, asked)
         if header_length is None:
@@ -294,8 +300,6 @@ class HttpApp:
 
 async def _compressed(response: Response, incoming: Incoming) -> Response:
     """The answer as the client takes it."""
-    if len(response.body) < compression.MIN_COMPRESSED_BYTES:
-        return response
     encoding = compression.choose(incoming.header(b"accept-encoding") or "")
     if not encoding:
         return response
@@ -313,7 +317,9 @@ def _check_form(incoming: Incoming) -> str:
     """
     if incoming.headers.get(b"content-type", b"").startswith(b"multipart/"):
         raise Refused(415, "multipart bodies are not taken, send JSON")
-    encoding = (incoming.header(b"content-encoding") or "identity").lower()
+    if b"content-encoding" not in incoming.headers:
+        return ""
+    encoding = (incoming.header(b"content-encoding") or "").lower()
     if encoding == "identity":
         return ""
     if encoding not in compression.ENCODINGS:

@@ -18,7 +18,6 @@ from splitserve.oip import (
     InferResponse,
     ModelMetadata,
     ModelState,
-    check_time_left,
 )
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.statistics import Statistics, Stopwatch
@@ -110,16 +109,17 @@ class ProxyService:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
-        with at_stage(STAGE, model=request.model, pair=target.pair):
-            check_time_left(request.deadline)
-            with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
-                target.check(request.inputs)
-                if request.outputs:
-                    choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-                watch.end("input")
-                if request.version != target.pair:
-                    request = msgspec.structs.replace(request, version=target.pair)
-                return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch)
+        with (
+            at_stage(STAGE, model=request.model, pair=target.pair),
+            self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch,
+        ):
+            target.check(request.inputs)
+            if request.outputs:
+                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+            watch.end("input")
+            if request.version != target.pair:
+                request = msgspec.structs.replace(request, version=target.pair)
+            return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch)
 
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):

@@ -365,7 +365,7 @@ class _Lane:
         self.n_waiting = 0
         self._n_rows = 0
         self._since = 0.0
-        self._callers: OrderedDict[Hashable, OrderedDict[_Member, None]] = OrderedDict()
+        self._callers: OrderedDict[Hashable, dict[_Member, None]] = OrderedDict()
 
     def add(self, member: _Member) -> None:
         if not self.n_waiting:
@@ -373,7 +373,7 @@ class _Lane:
             self.group.lanes[self.key] = self
         queue = self._callers.get(member.request.caller)
         if queue is None:
-            queue = self._callers[member.request.caller] = OrderedDict()
+            queue = self._callers[member.request.caller] = {}
         queue[member] = None
         self.n_waiting += 1
         self.group.n_waiting += 1
@@ -450,7 +450,7 @@ class _Member:
         self.is_waiting = True
         self.aboard: _Aboard | None = None
         self.n_rows = request.inputs[0].shape[0] if lane.is_mergeable else 1
-        self.n_bytes = sum(len(tensor.raw) for tensor in request.inputs)
+        self.n_bytes = sum([len(tensor.raw) for tensor in request.inputs])
 
 
 def _fail(members: Sequence[_Member], error: Exception) -> None:
@@ -474,8 +474,8 @@ def _alike(request: InferRequest) -> Hashable:
         request.model,
         request.version,
         tuple([(tensor.name, tensor.datatype, tensor.shape[1:]) for tensor in request.inputs]),
-        tuple([(wanted.name, _items(wanted.parameters)) for wanted in request.outputs]),
-        _items(request.parameters),
+        tuple([(wanted.name, _items(wanted.parameters)) for wanted in request.outputs]) if request.outputs else None,
+        _items(request.parameters) if request.parameters else None,
     )
 
 
