@@ -60,7 +60,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     ``max_batch_size`` rows and ``max_batch_bytes`` bounds what is merged; a request that is larger by itself goes out alone.
     ``max_queue_size`` requests may wait. ``max_in_flight`` calls may be under way for each backend; 0 adapts it: one where a call
-    costs more than its rows, up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that take longer than `OVERDUE_S`.
+    costs more than its rows; up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that are full or take longer than
+    `OVERDUE_S`.
     ``max_queue_delay_ms`` above 0 lets a request wait so long for others although nothing is under way.
     """
 
@@ -199,16 +200,17 @@ class Batcher:
             if lane is None:
                 group.wait_until(min(each.ripe_at() for each in group.lanes.values()), now, self._pump)
                 return
-            members = lane.take(now)
+            members, is_full = lane.take(now)
             group.lanes.move_to_end(lane.key)
             self._drop_if_empty(lane)
             if members:
-                self._start(group, members)
+                self._start(group, members, is_full)
 
-    def _start(self, group: _Group, members: list[_Member]) -> None:
+    def _start(self, group: _Group, members: list[_Member], is_full: bool) -> None:
         call = asyncio.get_running_loop().create_task(self._call(group, members))
         self._calls.add(call)
-        group.calls[call] = self._clock()
+        now = self._clock()
+        group.calls[call] = now + (0.0 if is_full else OVERDUE_S)
         call.add_done_callback(lambda _: self._ended(call, group, members))  # also of one that is given up before it began
         aboard = _Aboard(call, len(members))
         for member in members:
@@ -298,7 +300,7 @@ class _Group:
         self.lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self.n_waiting = 0
         self.calls: dict[asyncio.Task[None], float] = {}
-        """Those under way, oldest first, with when they began."""
+        """Those under way, with when they keep others from going out no longer."""
         self.cost = RowCost()
         self.is_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -318,8 +320,7 @@ class _Group:
             return NO_DEADLINE
         if self.cost.row_s > SLOW_ROW_S:
             return 0.0
-        nth_youngest = list(self.calls.values())[-n_backends]
-        return nth_youngest + OVERDUE_S
+        return sorted(self.calls.values())[-n_backends]
 
     def wait_until(self, when: float, now: float, pump: Callable[[_Group], None]) -> None:
         """Pump again then, unless something does so before."""
@@ -400,8 +401,8 @@ class _Lane:
             return 0.0
         return self._since + limits.max_queue_delay_ms / 1000
 
-    def take(self, now: float) -> list[_Member]:
-        """The members of the next call, a request of each caller in turn."""
+    def take(self, now: float) -> tuple[list[_Member], bool]:
+        """The members of the next call, a request of each caller in turn, and whether it has no room for another like its last."""
         limits = self.group.limits
         members: list[_Member] = []
         n_rows = n_bytes = 0
@@ -418,7 +419,10 @@ class _Lane:
                 break
             self.remove(member)
             members.append(member)
-        return members
+        if not members:
+            return members, False
+        last = members[-1]
+        return members, n_rows + last.n_rows > limits.max_batch_size or n_bytes + last.n_bytes > limits.max_batch_bytes
 
 
 class _Aboard:
