@@ -23,7 +23,7 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
         service = PredictService(predictors, executor, limits=config.batch_limits)
         face = await stack.enter_async_context(
             GrpcFace(
@@ -39,6 +39,7 @@ async def serve() -> None:
                 tls=config.tls,
                 limits=config.limits,
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -53,4 +54,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(PredictSettings), service="predict")

@@ -24,7 +24,7 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     preprocessors = preprocessor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="preprocess"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="preprocess"))
         predict = await stack.enter_async_context(
             RemoteInference(
                 config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes, tls=config.next_tls
@@ -47,6 +47,7 @@ async def serve() -> None:
                 tls=config.tls,
                 limits=config.limits,
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -64,4 +65,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(PreprocessSettings), service="preprocess")

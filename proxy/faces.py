@@ -44,7 +44,13 @@ class Faces:
             authenticator=self.authenticator,
         )
         self.http = HttpFace(
-            app, host=config.host, port=config.http_port, grace_s=config.grace_s, limits=config.http_limits, tls=config.tls
+            app,
+            host=config.host,
+            port=config.http_port,
+            grace_s=config.grace_s,
+            limits=config.http_limits,
+            tls=config.tls,
+            shares_port=config.workers > 1,
         )
         self.grpc = GrpcFace(
             served,
@@ -61,6 +67,7 @@ class Faces:
             limits=config.limits,
             authenticator=self.authenticator,
             options=config.grpc_options,
+            shares_port=config.workers > 1,
         )
 
     async def __aenter__(self) -> Faces:

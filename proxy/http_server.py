@@ -25,6 +25,7 @@ class HttpFace:
         grace_s: how long calls in flight get once `drain` refuses new ones.
         limits: of connections.
         tls: files of the listener; None: plain text.
+        shares_port: with other processes of the service.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class HttpFace:
         grace_s: float,
         limits: HttpLimits | None = None,
         tls: ServerTls | None = None,
+        shares_port: bool = False,
     ) -> None:
         self._app = app
         self._grace_s = grace_s
@@ -43,7 +45,7 @@ class HttpFace:
         self._listener = Listener(app.answer, limits or HttpLimits(), max_body_bytes=app.max_body_bytes)
         self._stack = AsyncExitStack()
         try:
-            self._socket = socket.create_server((host, port), backlog=_BACKLOG)
+            self._socket = socket.create_server((host, port), backlog=_BACKLOG, reuse_port=shares_port)
         except OSError as error:
             raise SystemExit(f"can not listen on {host}:{port}: {error.strerror}") from None
         self.port: int = self._socket.getsockname()[1]

@@ -402,7 +402,7 @@ class _Lane:
         return self._since + limits.max_queue_delay_ms / 1000
 
     def take(self, now: float) -> tuple[list[_Member], bool]:
-        """The members of the next call, a request of each caller in turn, and whether it has no room for another like its last."""
+        """Members of the next call, a request of each caller in turn, and whether it has no room for another like its last."""
         limits = self.group.limits
         members: list[_Member] = []
         n_rows = n_bytes = 0

@@ -73,6 +73,11 @@ class _Replica(Replica):
             for name, (request, response) in METHODS.items()
         }
 
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Which of how many processes that share the address it is; None while that is not known."""
+        return self.keeper.worker if self.keeper.stream is not None else None
+
     async def close(self) -> None:
         await self.keeper.close()
         await super().close()

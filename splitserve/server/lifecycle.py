@@ -10,9 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
+
+from splitserve.server import logs, workers
+
+if TYPE_CHECKING:
+    from splitserve.server.settings import ServiceSettings
 
 _MIB = 1024 * 1024
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -82,8 +87,25 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a service's main on the fastest event loop that there is here."""
+def run(main: Callable[[], Awaitable[None]], read: Callable[[], ServiceSettings], *, service: str) -> None:
+    """Run a service, in several processes if its settings or the option ``--workers`` say so.
+
+    Args:
+        main: its life.
+        read: gives its settings.
+        service: its name, in logs and, in capitals, in front of its settings.
+    """
+    workers.take_option(sys.argv, f"{service.upper()}_WORKERS")
+    config = read()
+    if config.workers == 1:
+        _run(main)
+        return
+    logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
+    workers.watch_over(config.workers, lambda: _run(main), config.ports)
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    """On the fastest event loop that there is here."""
     # Requests make many objects and no cycles: looking for those every 700 objects costs a tenth of a request.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -16,7 +16,7 @@ from splitserve import sources
 from splitserve.batching import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
-from splitserve.server import logs
+from splitserve.server import cores, logs
 from splitserve.signing import Verifier
 
 MIB = 1024 * 1024
@@ -52,8 +52,22 @@ class ServiceSettings(BaseSettings):
     """Take requests to load and unload models: at the proxy from operators if it has an authorization file, else from anyone who
     can reach the port. Polling needs none of it."""
 
+    workers: int = Field(1, ge=1)
+    """Processes that share the ports, for hosts with more cores; also the option `--workers`. Each has its own models, statistics
+    and limits."""
+
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Those that it listens on."""
+        return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
+
+    @property
+    def n_cores(self) -> int:
+        """What each worker has of the cores that the service may use, at least 1."""
+        return max(1, cores.available() // self.workers)
 
 
 class BatchingSettings(ServiceSettings):
