@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
@@ -12,12 +13,12 @@ from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
 from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
-from splitserve.server import lifecycle, logs, settings
+from splitserve.server import kserve, lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
 
 
 async def serve() -> None:
-    config = settings.read(PredictSettings)
+    config = settings.read(PredictSettings, **kserve.predictor(sys.argv[1:]))
     logs.configure(level=config.log_level, format=config.log_format, service="predict", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
@@ -54,4 +55,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve, lambda: settings.read(PredictSettings), service="predict")
+    lifecycle.run(serve, lambda: settings.read(PredictSettings, **kserve.predictor(sys.argv[1:])), service="predict")

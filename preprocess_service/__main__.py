@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 import structlog
 
+from preprocess_service import settings
+from preprocess_service.any_server import AnyServer
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
-from preprocess_service.settings import PreprocessSettings
 from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
 from splitserve.remote import RemoteInference
-from splitserve.server import lifecycle, logs, settings
+from splitserve.server import lifecycle, logs
 from splitserve.server.grpc_face import GrpcFace
 
 
 async def serve() -> None:
-    config = settings.read(PreprocessSettings)
+    config = settings.read(sys.argv[1:])
     logs.configure(level=config.log_level, format=config.log_format, service="preprocess", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
@@ -31,7 +33,10 @@ async def serve() -> None:
             )
         )
         service = PreprocessService(
-            preprocessors, predict, executor, allow_fingerprint_mismatch=config.allow_fingerprint_mismatch
+            preprocessors,
+            AnyServer(predict, models=preprocessors.catalogue.models),
+            executor,
+            allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
         )
         face = await stack.enter_async_context(
             GrpcFace(
@@ -42,6 +47,7 @@ async def serve() -> None:
                     "splitserve-preprocess", __version__, oip.extensions(allow_control=config.allow_repository_control)
                 ),
                 max_message_bytes=config.max_message_bytes,
+                default_timeout_s=config.default_timeout_s,
                 allow_control=config.allow_repository_control,
                 statistics=service.statistics,
                 tls=config.tls,
@@ -65,4 +71,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve, lambda: settings.read(PreprocessSettings), service="preprocess")
+    lifecycle.run(serve, lambda: settings.read(sys.argv[1:]), service="preprocess")

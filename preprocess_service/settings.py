@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.server import kserve, settings
 from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import RepositorySettings
 from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
@@ -22,6 +25,9 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
 
     predict_target: str = "127.0.0.1:8021"
     """Where predict is: a gRPC name. `dns:///predict:8021` uses every address that the name has."""
+
+    default_timeout_s: float = Field(0.0, ge=0)
+    """Seconds that a request may take if its caller sets no deadline; 0: any time. The proxy always sets one."""
 
     trusted_modules: str = ""
     """Modules whose types may be loaded from a bundle, separated by commas: those of your transformers, installed here too."""
@@ -47,3 +53,19 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     def n_threads(self) -> int:
         """Those that run transforms."""
         return self.compute_threads or max(2, self.n_cores)
+
+
+def read(arguments: Sequence[str]) -> PreprocessSettings:
+    """Settings from the environment and from KServe's arguments for a transformer.
+
+    What is wrong ends the process with status 2 and a line that names it.
+    """
+    transformer = kserve.transformer(arguments)
+    config = settings.read(PreprocessSettings, **transformer.settings)
+    if transformer.uses_tls and config.next_tls is None:
+        print(
+            "--predictor_use_ssl: needs PREPROCESS_NEXT_CA_FILE, the authorities that may have signed its certificate",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    return config

@@ -113,7 +113,7 @@ class HttpApp:
         self._limits = limits or Limits()
         self._authenticator = authenticator
         self._log = structlog.get_logger()
-        self._openapi = msgspec.json.encode(document(metadata.version))
+        self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
@@ -134,6 +134,7 @@ class HttpApp:
             (r"/v2/repository/models/(?P<model>[^/:]+)/(?P<action>load|unload)", {"POST": self._repository_control}),
             (r"/v1/models", {"GET": self._models}),
             (rf"/v1{_MODEL}", {"GET": self._model_status}),
+            (rf"/v1{_MODEL}/metadata", {"GET": self._v1_metadata}),
             (r"/openapi\.json", {"GET": self._openapi_document}),
             (r"/docs", {"GET": self._docs_page}),
             (r"/", {"GET": self._alive}),
@@ -255,6 +256,11 @@ class HttpApp:
         ready = await self._model_ready(request)
         states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
+
+    async def _v1_metadata(self, request: Request) -> Response:
+        """As TensorFlow Serving's clients read it."""
+        pair, metadata = self._service.choose(request.path["model"], request.path["version"])
+        return _json(200, v1.metadata_of(metadata, str(pair)))
 
     async def _model_config(self, request: Request) -> Response:
         return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))

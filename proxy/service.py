@@ -21,7 +21,7 @@ from splitserve.oip import (
 )
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.statistics import Statistics, Stopwatch
-from splitserve.versions import Pair, parse_pair
+from splitserve.versions import UNNAMED, Pair, parse_pair
 
 STAGE = "proxy"
 
@@ -98,7 +98,7 @@ class ProxyService:
 
     async def _signature(self, state: ModelState, pair: Pair) -> ModelMetadata | None:
         known = self._pairs.entries(state.name).get(pair)
-        if known and known.value is not None and known.state == state.state:
+        if known and known.value is not None and known.state == state.state and pair.predictor != UNNAMED:
             return known.value
         if state.state != READY:
             return known.value if known else None

@@ -47,6 +47,7 @@ CONTROL_TIMEOUT_S = 300.0
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
+    "ModelReady": (pb.ModelReadyRequest, pb.ModelReadyResponse),
     "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
     "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
     "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse),
@@ -223,6 +224,10 @@ class RemoteInference:
         """Call ModelMetadata."""
         request = pb.ModelMetadataRequest(name=model, version=version)
         return oip_grpc.decode_metadata(await self._ask("ModelMetadata", request))
+
+    async def is_ready(self, model: str, version: str = "") -> bool:
+        """Call ModelReady."""
+        return bool((await self._ask("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
 
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""

@@ -135,7 +135,8 @@ class RepositorySettings(ServiceSettings):
     """What the services that read the model repository can be told."""
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
-    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md)."""
+    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md). A
+    folder may be that of one model, too, or one bundle."""
 
     model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
     """Folder that files from a URL are kept in; below ~/.cache or, if that can not be written, the folder for temporary files."""

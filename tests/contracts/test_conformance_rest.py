@@ -77,6 +77,7 @@ QUESTIONS = [
 ]
 
 
+@lines("D1")
 @pytest.mark.parametrize(("path", "content"), QUESTIONS)
 async def test_health_is_told_in_a_body_too(system: Served, path: str, content: Any) -> None:
     """Some clients read the status, others the JSON (D1)."""
@@ -147,6 +148,7 @@ REFUSED = [
 ]
 
 
+@lines("D3")
 @pytest.mark.parametrize(("method", "path", "options", "status"), REFUSED)
 async def test_a_refusal_has_the_protocols_form(
     system: Served, method: str, path: str, options: dict[str, Any], status: int
@@ -244,6 +246,7 @@ MALFORMED = [
 ]  # fmt: skip
 
 
+@lines("D4")
 @pytest.mark.parametrize(("path", "body"), MALFORMED)
 async def test_what_is_malformed_is_400(system: Served, path: str, body: Any) -> None:
     """Every mistake of a caller, never 422 or 5xx (D4); the next request is answered."""
@@ -324,6 +327,15 @@ async def test_the_id_comes_back_and_the_version_is_the_one_used(system: Served)
 
     assert (newest.json()["id"], newest.json()["model_version"]) == ("7", "2.1")
     assert named.json()["model_version"] == "1.1"
+
+
+@lines("D7")
+async def test_what_is_absent_is_left_out(system: Served) -> None:
+    """No null and nothing empty: strict clients would refuse it."""
+    answer = await system.rest.post(INFER, json={"id": "", "inputs": [ROW]})
+
+    assert answer.json().keys() == {"model_name", "model_version", "outputs"}
+    assert answer.json()["outputs"][0].keys() == {"name", "datatype", "shape", "data"}
 
 
 @lines("I-22")
@@ -770,3 +782,20 @@ async def test_the_v1_questions_are_answered(system: Served) -> None:
         "status": {"error_code": "OK", "error_message": ""},
     }
     assert explained.status_code == 501
+
+
+@lines("3")
+@pytest.mark.parametrize("path", ["/v1/models/simple/metadata", "/v1/models/simple/versions/1.1/metadata"])
+async def test_the_v1_metadata_is_as_tensorflow_serving_tells_it(system: Served, path: str) -> None:
+    """Numbers of 64 bits are text in protobuf's JSON."""
+    answer = await system.rest.get(path)
+
+    signature = answer.json()["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    assert answer.json()["model_spec"] == {"name": "simple", "signature_name": "", "version": "1.1"}
+    assert signature["inputs"].keys() == {"INPUT0", "INPUT1"}
+    assert signature["outputs"]["OUTPUT1"] == {
+        "name": "OUTPUT1",
+        "dtype": "DT_INT32",
+        "tensor_shape": {"dim": [{"size": "-1", "name": ""}, {"size": "4", "name": ""}], "unknown_rank": False},
+    }
+    assert (await system.rest.get("/v1/models/nope/metadata")).status_code == 404
