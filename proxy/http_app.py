@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from proxy import compression
+from proxy.bounded_bodies import CountedBody
 from proxy.compression import deflate
 from proxy.guard import Guard
 from proxy.openapi import document
@@ -26,6 +27,7 @@ from splitserve.errors import (
     Cancelled,
     Internal,
     InvalidInput,
+    Overloaded,
     PermissionDenied,
     SplitserveError,
     TooLarge,
@@ -194,6 +196,8 @@ class HttpApp:
                 body = await self._body(headers, receive)
                 if encoding and body:
                     body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self._max_body_bytes)
+                    if isinstance(receive, CountedBody):
+                        receive.share.take(len(body))
                 return await _compressed(await handler(Request(path, headers, body, deadline, scope.get("client"))), headers)
         except Refused as refused:
             return _json(refused.status, {"error": str(refused)}, refused.headers)
@@ -347,7 +351,7 @@ class HttpApp:
 async def _discard(receive: Receive, max_bytes: int) -> None:
     """Take what is on its way for a moment: closing on it would cost the caller the answer. Source: RFC 9112, section 9.6."""
     size = 0
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, Overloaded):
         async with asyncio.timeout(LINGER_S):
             while size <= max_bytes:
                 message = await receive()

@@ -12,8 +12,10 @@ from types import TracebackType
 
 import uvicorn
 
+from proxy.bounded_bodies import BoundedBodies
 from proxy.http_app import HttpApp
 from proxy.http_protocol import HttpLimits, LimitedProtocol
+from splitserve.server.byte_budget import ByteBudget
 from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
 
 _BACKLOG = 2048
@@ -56,6 +58,7 @@ class HttpFace:
         grace_s: how long calls in flight get once `drain` refuses new ones.
         limits: of connections.
         tls: files of the listener; None: plain text.
+        budget: of the bytes that requests hold; None: each is bounded by itself only.
     """
 
     def __init__(
@@ -67,11 +70,12 @@ class HttpFace:
         grace_s: float,
         limits: HttpLimits | None = None,
         tls: ServerTls | None = None,
+        budget: ByteBudget | None = None,
     ) -> None:
         limits = limits or HttpLimits()
         self._app = app
         config = uvicorn.Config(
-            app,
+            BoundedBodies(app, budget) if budget else app,
             http="httptools",
             proxy_headers=False,
             loop="none",

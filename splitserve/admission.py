@@ -9,8 +9,8 @@ call that ends tells how long the request that had waited longest was in the sys
 
 The time alone is what a call takes for one request: the least seen, less what other rows in its call cost. The allowed wait is a
 setting, and at least that of a few such calls: waiting for the call under way is how requests are merged. The published forms
-measure the time without load now and then, at a low limit. A limit that is not used is left as it is. Until it has come down, what
-would wait for twice as long as allowed, by the last sample, is refused too.
+measure the time without load now and then, at a low limit. A limit that is not used is left as it is. Until it has come down,
+what would wait for twice as long as allowed, by the last sample, is refused too.
 
 Knows no requests and no clock. See docs/decisions/0014-adaptive-admission.md.
 """

@@ -136,6 +136,7 @@ class Replicas(Generic[R]):
         self._resolve_interval_s = resolve_interval_s
         self._patience_s = patience_s
         self._replicas: dict[str, R] = {}
+        self._authorities: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -155,6 +156,10 @@ class Replicas(Generic[R]):
     def usable(self) -> list[R]:
         """Those that take calls now."""
         return [replica for replica in self._replicas.values() if replica.state is READY]
+
+    def targets(self) -> list[tuple[str, str]]:
+        """The addresses behind the name, used or not, each with the authority that it stands for."""
+        return list(self._authorities.items())
 
     async def pick(self, *, but: Iterable[R] = (), patience_s: float | None = None) -> R:
         """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
@@ -213,6 +218,7 @@ class Replicas(Generic[R]):
             task = asyncio.create_task(self._retire(replica))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+        self._authorities = targets
         for target, authority in targets.items():
             if target not in self._replicas:
                 self._replicas[target] = self._connect(target, authority, self._changed.set)

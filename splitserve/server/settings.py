@@ -75,8 +75,8 @@ class BatchingSettings(ServiceSettings):
     """Milliseconds that a request waits for others to join although nothing is under way. More latency for fewer calls."""
 
     max_queue_wait_ms: float = Field(1000.0, ge=0)
-    """Milliseconds that requests shall wait for their call: how many are taken adapts to it, and more are refused at once. 0: only
-    max_queue_size counts."""
+    """Milliseconds that requests shall wait for their call: how many are taken adapts to it, and more are refused at once.
+    0: only max_queue_size counts."""
 
     batching: str = ""
     """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
