@@ -39,6 +39,7 @@ async def serve() -> None:
                 statistics=service.statistics,
                 tls=config.tls,
                 limits=config.limits,
+                budget=config.byte_budget(),
                 options=config.grpc_options,
                 shares_port=config.workers > 1,
             )

@@ -43,6 +43,7 @@ class Faces:
             limits=config.limits,
             authenticator=self.authenticator,
         )
+        budget = config.byte_budget()
         self.http = HttpFace(
             app,
             host=config.host,
@@ -51,6 +52,7 @@ class Faces:
             limits=config.http_limits,
             tls=config.tls,
             shares_port=config.workers > 1,
+            budget=budget,
         )
         self.grpc = GrpcFace(
             served,
@@ -66,6 +68,7 @@ class Faces:
             tls=config.tls,
             limits=config.limits,
             authenticator=self.authenticator,
+            budget=budget,
             options=config.grpc_options,
             shares_port=config.workers > 1,
         )

@@ -158,6 +158,7 @@ class HttpApp:
                 body = await incoming.body()
                 if encoding and body:
                     body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
+                    incoming.share.take(len(body))
                 response = await handler(Request(path, incoming, body, deadline))
                 if b"accept-encoding" in incoming.headers and len(response.body) >= compression.MIN_COMPRESSED_BYTES:
                     response = await _compressed(response, incoming)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable
 
 import msgspec
 
-from splitserve.errors import TooLarge
+from splitserve.errors import Overloaded, SplitserveError, TooLarge
+from splitserve.server.byte_budget import Share
 
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 
@@ -28,10 +29,13 @@ class Incoming(msgspec.Struct, eq=False):
     """
 
     caller: Hashable
+    max_body_bytes: int
+    share: Share
+    """What it holds of the bytes that all requests may."""
+
     method: str = ""
     path: str = ""
     headers: dict[bytes, bytes] = {}
-    max_body_bytes: int = 0
     size: int = 0
     is_complete: bool = False
     keep_alive: bool = False
@@ -44,6 +48,8 @@ class Incoming(msgspec.Struct, eq=False):
     url: bytes = b""
     chunks: list[bytes] = []
     waiter: asyncio.Future[None] | None = None
+    failure: SplitserveError | None = None
+    """Why no more of the body is kept."""
 
     def header(self, name: bytes) -> str | None:
         """A header's value as text; None if there is none of that name."""
@@ -54,30 +60,42 @@ class Incoming(msgspec.Struct, eq=False):
         """The whole body, once it is there.
 
         Raises:
-            TooLarge: it has more bytes than are taken; what comes of them is not kept.
+                TooLarge: it has more bytes than are taken; what comes of them is not kept.
+            Overloaded: the bodies of all requests together have too many.
         """
-        if not self.is_complete and self._declared_size <= self.max_body_bytes:
+        if not self.is_complete and self.failure is None:
+            if self._declared_size > self.max_body_bytes:
+                raise self._too_large()
             if self.invite is not None:
                 self.invite()
-            if self.size <= self.max_body_bytes:
-                self.waiter = asyncio.get_running_loop().create_future()
-                await self.waiter
-        if (size := max(self.size, self._declared_size)) > self.max_body_bytes:
-            raise TooLarge(f"the body has {size} bytes or more, at most {self.max_body_bytes} are taken")
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        if self.failure is not None:
+            raise self.failure
         return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
 
     @property
     def _declared_size(self) -> int:
         return int(self.headers.get(b"content-length", b"0"))
 
+    def _too_large(self) -> TooLarge:
+        size = max(self.size, self._declared_size)
+        return TooLarge(f"the body has {size} bytes or more, at most {self.max_body_bytes} are taken")
+
     def add(self, chunk: bytes) -> None:
         """More of the body came."""
         self.size += len(chunk)
-        if self.size > self.max_body_bytes:
+        if self.failure is not None:
+            return
+        try:
+            if self.size > self.max_body_bytes:
+                raise self._too_large()
+            self.share.take(len(chunk))
+            self.chunks.append(chunk)
+        except (TooLarge, Overloaded) as failure:
+            self.failure = failure
             self.chunks.clear()
             self._wake()
-        else:
-            self.chunks.append(chunk)
 
     def complete(self) -> None:
         """All of the body came."""

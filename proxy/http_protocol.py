@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import itertools
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
@@ -22,6 +23,7 @@ import msgspec
 import structlog
 
 from proxy.http_messages import Incoming, Response
+from splitserve.server.byte_budget import ByteBudget
 
 CHUNK_OVERHEAD_BYTES = 16
 """What the framing of a chunk may take on average; extensions of chunks mean nothing here."""
@@ -70,12 +72,21 @@ class Listener:
         answer: answers a request; what it raises is logged, and is a 500.
         limits: of each connection.
         max_body_bytes: of a request.
+        budget: of the bytes of all bodies together; None: each is bounded by itself only.
     """
 
-    def __init__(self, answer: Callable[[Incoming], Awaitable[Response]], limits: HttpLimits, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Incoming], Awaitable[Response]],
+        limits: HttpLimits,
+        *,
+        max_body_bytes: int,
+        budget: ByteBudget | None = None,
+    ) -> None:
         self.answer = answer
         self.limits = limits
         self.max_body_bytes = max_body_bytes
+        self.budget = budget or ByteBudget(sys.maxsize)
         self.connections: set[HttpConnection] = set()
         self.is_closing = False
         self._heads: dict[int, bytes] = {}
@@ -162,7 +173,7 @@ class HttpConnection(asyncio.Protocol):
         self._begin()
 
     def _begin(self) -> None:
-        self._incoming = Incoming(self._caller, max_body_bytes=self._listener.max_body_bytes)
+        self._incoming = Incoming(self._caller, self._listener.max_body_bytes, self._listener.budget.share())
         self._is_in_message = False
         self._n_raw_bytes = self._n_header_bytes = self._n_headers = self._n_chunks = 0
 
@@ -181,7 +192,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.leave(self)
         self._phase, self._is_deaf = _Phase.CLOSING, True
-        self._exchanges.clear()
+        self._forget_exchanges()
         if self._task is not None:
             self._task.cancel()
 
@@ -340,6 +351,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _send(self, incoming: Incoming, response: Response) -> None:
         self._exchanges.popleft()
+        incoming.share.give_back()
         is_last = self._listener.is_closing or not (incoming.keep_alive and incoming.is_complete)
         head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n" % (
             self._listener.head(response.status),
@@ -374,8 +386,13 @@ class HttpConnection(asyncio.Protocol):
     def _close(self) -> None:
         self._enter(_Phase.CLOSING)
         self._is_deaf = True
-        self._exchanges.clear()
+        self._forget_exchanges()
         self._transport.close()
+
+    def _forget_exchanges(self) -> None:
+        for incoming in self._exchanges:
+            incoming.share.give_back()
+        self._exchanges.clear()
 
     # What takes too long, and what is refused without asking anyone.
 

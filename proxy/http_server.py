@@ -9,6 +9,7 @@ from types import TracebackType
 
 from proxy.http_app import HttpApp
 from proxy.http_protocol import HttpConnection, HttpLimits, Listener
+from splitserve.server.byte_budget import ByteBudget
 from splitserve.server.lifecycle import background
 from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
 
@@ -26,6 +27,7 @@ class HttpFace:
         limits: of connections.
         tls: files of the listener; None: plain text.
         shares_port: with other processes of the service.
+        budget: of the bytes that requests hold; None: each is bounded by itself only.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class HttpFace:
         limits: HttpLimits | None = None,
         tls: ServerTls | None = None,
         shares_port: bool = False,
+        budget: ByteBudget | None = None,
     ) -> None:
         self._app = app
         self._grace_s = grace_s
         self._context = following_ssl_context(tls) if tls else None
-        self._listener = Listener(app.answer, limits or HttpLimits(), max_body_bytes=app.max_body_bytes)
+        self._listener = Listener(app.answer, limits or HttpLimits(), max_body_bytes=app.max_body_bytes, budget=budget)
         self._stack = AsyncExitStack()
         try:
             self._socket = socket.create_server((host, port), backlog=_BACKLOG, reuse_port=shares_port)

@@ -175,6 +175,10 @@ class Replicas(Generic[R]):
         """Those that take calls now."""
         return [replica for replica in self._all() if replica.state is READY]
 
+    def targets(self) -> list[tuple[str, str]]:
+        """The addresses behind the name, used or not, each with the authority that it stands for."""
+        return list(self._authorities.items())
+
     async def pick(self, *, but: Iterable[R] = (), patience_s: float | None = None) -> R:
         """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
 

@@ -88,6 +88,10 @@ class BatchingSettings(ServiceSettings):
     max_queue_delay_ms: float = Field(0.0, ge=0)
     """Milliseconds that a request waits for others to join although nothing is under way. More latency for fewer calls."""
 
+    max_queue_wait_ms: float = Field(1000.0, ge=0)
+    """Milliseconds that requests shall wait for their call: how many are taken adapts to it, and more are refused at once.
+    0: only max_queue_size counts."""
+
     batching: str = ""
     """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
 
@@ -123,10 +127,10 @@ def _parse_limit(text: str) -> tuple[str, float]:
     if name not in Limits.__struct_fields__:
         raise ValueError(f'"{text}" is none of {", ".join(f"{field}=N" for field in Limits.__struct_fields__)}')
     try:
-        number = float(value) if name == "max_queue_delay_ms" else int(value)
+        number = float(value) if name.endswith("_ms") else int(value)
     except ValueError:
         number = -1
-    if number < (0 if name in ("max_queue_delay_ms", "max_in_flight") else 1):
+    if number < (0 if name.endswith("_ms") or name == "max_in_flight" else 1):
         raise ValueError(f'"{text}": {value!r} is not a number that {name} can be')
     return name, number
 
