@@ -46,10 +46,11 @@ async def serve() -> None:
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(
             lifecycle.background(
+                *(keep_refreshing(part, interval_s=config.refresh_interval_s) for part in (predictors, preprocessors)),
                 *(
-                    keep_refreshing(part, interval_s=config.refresh_interval_s)
-                    for part in (predictors, preprocessors, preprocess, service)
-                )
+                    keep_refreshing(part, interval_s=config.refresh_interval_s, why_waiting=part.not_ready_reason)
+                    for part in (preprocess, service)
+                ),
             )
         )
         await stop.wait()

@@ -62,7 +62,7 @@ async def serve() -> None:
         await stack.enter_async_context(
             lifecycle.background(
                 lifecycle.keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),
-                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s),
+                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
             )
         )
         await stop.wait()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from splitserve.server.settings import ServiceSettings
 
 _MIB = 1024 * 1024
+
+WAITING_INTERVAL_S = 0.1
+"""How often a service that can not serve yet looks whether it can."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
@@ -60,15 +64,25 @@ class Refreshing(Protocol):
     async def refresh(self) -> None: ...
 
 
-async def keep_refreshing(what: Refreshing, *, interval_s: float) -> None:
-    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again."""
+async def keep_refreshing(
+    what: Refreshing, *, interval_s: float, why_waiting: Callable[[], Awaitable[str]] | None = None
+) -> None:
+    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again.
+
+    Args:
+        what: is refreshed.
+        interval_s: between two rounds.
+        why_waiting: what has to come before it can serve, "" when it can; until then rounds follow each other sooner.
+    """
     log = structlog.get_logger()
     while True:
+        is_waiting = False
         try:
             await what.refresh()
+            is_waiting = why_waiting is not None and bool(await why_waiting())
         except Exception:
             log.exception("refresh failed", of=type(what).__name__)
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(min(interval_s, WAITING_INTERVAL_S) if is_waiting else interval_s)
 
 
 def _keep_memory() -> None:
