@@ -228,6 +228,7 @@ class RemoteInference:
             raise translate(error, self._stage) from error
         finally:
             replica.ended()
+        message = _parsed(message, self._stage)
         message.id = request.id
         try:
             return oip_grpc.decode_response(message)
@@ -306,9 +307,17 @@ class RemoteInference:
 
     async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
+            answer = await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
+        return _parsed(answer, self._stage)
+
+
+def _parsed(answer: Any, stage: str) -> Any:
+    """The answer, in whose place grpc.aio gives None if it can not parse it."""
+    if answer is None:
+        raise PairMismatch(f"the {stage} service answered with what is no message of the protocol", stage=stage)
+    return answer
 
 
 async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> InferResponse:

@@ -19,7 +19,7 @@ from proxy.service import ProxyService
 from splitserve import publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array, to_array
-from splitserve.errors import NotFound, PermissionDenied, SplitserveError, Unavailable, Unsupported
+from splitserve.errors import NotFound, PairMismatch, PermissionDenied, SplitserveError, Unavailable, Unsupported
 from splitserve.oip import LOADING, READY, UNAVAILABLE, InferRequest, ModelMetadata, ModelState
 from splitserve.oip_grpc import SERVICE
 from splitserve.remote import RemoteInference
@@ -179,6 +179,13 @@ async def bare_server(answer: Answer, *, n_features: int = 3, is_described: bool
         )
         for name, (method, message) in methods.items()
     }
+    async with serving_methods(handlers) as address:
+        yield address
+
+
+@asynccontextmanager
+async def serving_methods(handlers: dict[str, Any]) -> AsyncIterator[str]:
+    """Serve these methods of the protocol on a free port; gives the address."""
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -235,6 +242,21 @@ async def test_a_server_that_says_nothing_of_its_model_is_refused(tmp_path: Path
     async with bare_server(raw, is_described=False) as target, preprocess(target, tmp_path, executor) as service:
         with pytest.raises(Unavailable, match="does not say what the model takes and gives: declare it there"):
             await service.infer(request())
+
+
+@pytest.mark.parametrize("method", ["ModelMetadata", "ModelInfer"])
+async def test_an_answer_that_is_no_message_of_the_protocol_is_told(method: str) -> None:
+    """MLServer, for one, has another type in the field where the standard has the properties of a model."""
+
+    async def broken(data: bytes, context: Any) -> bytes:
+        return b"\x0a\x01\xff"  # a name that is no UTF-8
+
+    async with (
+        serving_methods({method: grpc.unary_unary_rpc_method_handler(broken)}) as address,
+        RemoteInference(address, stage="predict", patience_s=20) as remote,
+    ):
+        with pytest.raises(PairMismatch, match="the predict service answered with what is no message of the protocol"):
+            await (remote.metadata("m") if method == "ModelMetadata" else remote.infer(request()))
 
 
 async def test_a_signature_that_changes_under_an_unnamed_version_is_seen(tmp_path: Path, executor: Executor) -> None:
