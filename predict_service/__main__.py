@@ -24,7 +24,7 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
         service = PredictService(predictors, executor, limits=config.batch_limits)
         face = await stack.enter_async_context(
             GrpcFace(
@@ -39,7 +39,9 @@ async def serve() -> None:
                 statistics=service.statistics,
                 tls=config.tls,
                 limits=config.limits,
+                budget=config.byte_budget(),
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -54,4 +56,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(PredictSettings, **kserve.predictor(sys.argv[1:])), service="predict")

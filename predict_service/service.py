@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 
@@ -11,7 +12,7 @@ from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import Unavailable, at_stage
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
-from splitserve.runtimes.predictor import Predictor
+from splitserve.runtimes.predictor import Predictor, Stop
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import choose_outputs
@@ -58,10 +59,13 @@ class PredictService:
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)
-        watch = Stopwatch()
-        outputs = await self._compute.run(
-            predictor, request.n_rows, predictor.infer, request.inputs, [wanted.name for wanted in request.outputs], watch
-        )
+        watch, stop = Stopwatch(), Stop()
+        wanted = [output.name for output in request.outputs]
+        try:
+            outputs = await self._compute.run(predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch, stop)
+        except asyncio.CancelledError:  # all have left, or their time is over
+            stop.now()
+            raise
         self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)
 

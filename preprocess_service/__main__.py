@@ -26,7 +26,7 @@ async def serve() -> None:
     stop = lifecycle.StopSignal()
     preprocessors = preprocessor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="preprocess"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="preprocess"))
         predict = await stack.enter_async_context(
             RemoteInference(
                 config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes, tls=config.next_tls
@@ -52,7 +52,9 @@ async def serve() -> None:
                 statistics=service.statistics,
                 tls=config.tls,
                 limits=config.limits,
+                budget=config.byte_budget(),
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -60,7 +62,7 @@ async def serve() -> None:
         await stack.enter_async_context(
             lifecycle.background(
                 lifecycle.keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),
-                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s),
+                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
             )
         )
         await stop.wait()
@@ -70,4 +72,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(sys.argv[1:]), service="preprocess")

@@ -45,8 +45,14 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
     Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
 
-    n_workers: int = Field(2, ge=1)
-    """Threads that run transforms, so that calls overlap and health checks are answered meanwhile."""
+    compute_threads: int = Field(0, ge=0)
+    """Threads that run transforms side by side, so that health checks are answered meanwhile; 0: one for each core, at least 2.
+    What is short runs without them."""
+
+    @property
+    def n_threads(self) -> int:
+        """Those that run transforms."""
+        return self.compute_threads or max(2, self.n_cores)
 
 
 def read(arguments: Sequence[str]) -> PreprocessSettings:

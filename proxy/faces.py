@@ -43,8 +43,16 @@ class Faces:
             limits=config.limits,
             authenticator=self.authenticator,
         )
+        budget = config.byte_budget()
         self.http = HttpFace(
-            app, host=config.host, port=config.http_port, grace_s=config.grace_s, limits=config.http_limits, tls=config.tls
+            app,
+            host=config.host,
+            port=config.http_port,
+            grace_s=config.grace_s,
+            limits=config.http_limits,
+            tls=config.tls,
+            shares_port=config.workers > 1,
+            budget=budget,
         )
         self.grpc = GrpcFace(
             served,
@@ -60,7 +68,9 @@ class Faces:
             tls=config.tls,
             limits=config.limits,
             authenticator=self.authenticator,
+            budget=budget,
             options=config.grpc_options,
+            shares_port=config.workers > 1,
         )
 
     async def __aenter__(self) -> Faces:

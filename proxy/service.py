@@ -7,10 +7,12 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
+from splitserve.admission import HIGHEST_PRIORITY
 from splitserve.batching import Batcher, Limits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
 from splitserve.oip import (
+    PRIORITY,
     READY,
     UNAVAILABLE,
     InferenceService,
@@ -18,7 +20,6 @@ from splitserve.oip import (
     InferResponse,
     ModelMetadata,
     ModelState,
-    check_time_left,
 )
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.statistics import Statistics, Stopwatch
@@ -110,16 +111,20 @@ class ProxyService:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
-        with at_stage(STAGE, model=request.model, pair=target.pair):
-            check_time_left(request.deadline)
-            with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
-                target.check(request.inputs)
-                if request.outputs:
-                    choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-                watch.end("input")
-                if request.version != target.pair:
-                    request = msgspec.structs.replace(request, version=target.pair)
-                return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch)
+        with (
+            at_stage(STAGE, model=request.model, pair=target.pair),
+            self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch,
+        ):
+            target.check(request.inputs)
+            if request.outputs:
+                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+            watch.end("input")
+            if request.version != target.pair:
+                request = msgspec.structs.replace(request, version=target.pair)
+            priority = HIGHEST_PRIORITY
+            if PRIORITY in request.parameters:
+                request, priority = _without_priority(request)
+            return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch, priority=priority)
 
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):
@@ -168,3 +173,9 @@ class ProxyService:
 
     async def not_ready_reason(self) -> str:
         return self._broken_link or why_not_ready(self._pairs.index())
+
+
+def _without_priority(request: InferRequest) -> tuple[InferRequest, int]:
+    """The request without its priority, so that it merges with those of others, and the priority."""
+    parameters = {name: value for name, value in request.parameters.items() if name != PRIORITY}
+    return msgspec.structs.replace(request, parameters=parameters), max(HIGHEST_PRIORITY, int(request.parameters[PRIORITY]))

@@ -28,7 +28,7 @@ class ProxySettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, Ba
     default_timeout_s: float = Field(30.0, gt=0)
     """Seconds that a request may take if its caller sets no deadline."""
 
-    max_timeout_s: float = Field(600.0, gt=0)
+    max_timeout_s: float = Field(300.0, gt=0)
     """Seconds that a request may take whatever its caller asks for."""
 
     auth_file: str = ""

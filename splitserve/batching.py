@@ -10,7 +10,9 @@ cost of a call is shared by all in it. Row-major tensors are joined and cut as b
 3. A request whose caller has left is gone at once; one whose deadline has passed is dropped here. Neither is sent.
 4. The merged call has the latest deadline of its members; each member still gets its own answer, or `DeadlineExceeded` in time.
 5. If the call fails for its content, each member is tried once more on its own: who sent the bad row fails, the others do not.
-6. If the answer's rows are not the sum of the rows sent, all fail: a caller never sees another's row.
+6. As many requests may be here as are answered without waiting too long (`splitserve.admission`); one more is refused at once, or
+   one of lower priority that waits is, in its place.
+7. If the answer's rows are not the sum of the rows sent, all fail: a caller never sees another's row.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from splitserve.admission import HIGHEST_PRIORITY, AdaptiveLimit, LessUrgent
 from splitserve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -60,8 +63,10 @@ class Limits(msgspec.Struct, frozen=True):
 
     ``max_batch_size`` rows and ``max_batch_bytes`` bounds what is merged; a request that is larger by itself goes out alone.
     ``max_queue_size`` requests may wait. ``max_in_flight`` calls may be under way for each backend; 0 adapts it: one where a call
-    costs more than its rows, up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that take longer than `OVERDUE_S`.
-    ``max_queue_delay_ms`` above 0 lets a request wait so long for others although nothing is under way.
+    costs more than its rows; up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that are full or take longer than
+    `OVERDUE_S`.
+    ``max_queue_delay_ms`` above 0 lets a request wait so long for others although nothing is under way. ``max_queue_wait_ms`` is
+    how long requests shall wait for their call: how many are taken adapts to it; 0 takes them while there is room in the queue.
     """
 
     max_batch_size: int = 256
@@ -69,13 +74,15 @@ class Limits(msgspec.Struct, frozen=True):
     max_queue_size: int = 4096
     max_in_flight: int = 0
     max_queue_delay_ms: float = 0.0
+    max_queue_wait_ms: float = 0.0
 
 
 ADAPTIVE_IN_FLIGHT = 8
 """Calls under way for each backend where rows are slow: enough to keep a few threads at each stage busy."""
 
 OVERDUE_S = 0.1
-"""A call that takes longer than this does not keep others from going out: something in it is slow, or its backend hangs."""
+"""A call that takes longer than this, and than two usually do, does not keep others from going out: something in it is slow, or
+its backend hangs."""
 
 
 class Batcher:
@@ -108,28 +115,36 @@ class Batcher:
         self._sweeping: asyncio.TimerHandle | None = None
         self._calls: set[asyncio.Task[None]] = set()
 
-    async def infer(self, request: InferRequest, *, is_mergeable: bool = True, watch: Stopwatch | None = None) -> InferResponse:
+    async def infer(
+        self,
+        request: InferRequest,
+        *,
+        is_mergeable: bool = True,
+        watch: Stopwatch | None = None,
+        priority: int = HIGHEST_PRIORITY,
+    ) -> InferResponse:
         """Answer a request, merged with others like it if the signature allows that.
 
         Args:
             request: checked against the signature, so that what it is merged with does not fail for its form.
             is_mergeable: whether all inputs and outputs have a leading dimension of rows that are independent of each other.
             watch: told how long it waited, and how long the call took that it was sent with.
+            priority: 1 is the highest; where not all can be taken, larger numbers are refused first.
 
         Raises:
-            Overloaded: as many requests as may are waiting already.
+            Overloaded: as many requests as may are here already, or it would not be its turn before its deadline.
             DeadlineExceeded: its deadline passed.
             SplitserveError: what sending it raised.
         """
         lane = self._lane(request, is_mergeable and bool(request.inputs))
         group = lane.group
-        if group.n_waiting >= group.limits.max_queue_size:
-            raise Overloaded(f"{group.n_waiting} requests wait already, which is the limit", model=request.model)
         now = self._clock()
         if request.deadline <= now:
             raise DeadlineExceeded("out of time before the work began")
+        if (reason := group.full_reason(request.deadline - now)) and not self._make_room(group, priority):
+            raise Overloaded(reason, model=request.model)
         loop = asyncio.get_running_loop()
-        member = _Member(request, loop.create_future(), now, lane, watch)
+        member = _Member(request, loop.create_future(), now, lane, watch, priority)
         lane.add(member)
         self._lanes[lane.key] = lane
         self._members.add(member)
@@ -145,11 +160,22 @@ class Batcher:
             return response
         finally:
             self._members.discard(member)
+            group.n_present -= 1
             if member.is_waiting:
                 lane.remove(member)
                 self._drop_if_empty(lane)
             elif member.aboard is not None:
                 member.aboard.leave()
+
+    def _make_room(self, group: _Group, priority: int) -> bool:
+        """Refuse one that waits and has a lower priority, if there is any."""
+        member = group.less_urgent.least(than=priority)
+        if member is None:
+            return False
+        member.lane.remove(member)
+        self._drop_if_empty(member.lane)
+        _fail([member], Overloaded("refused for a request of higher priority", model=member.request.model))
+        return True
 
     def load(self, model: str) -> tuple[int, int]:
         """Requests of a model that wait, and calls for it that are under way."""
@@ -199,16 +225,17 @@ class Batcher:
             if lane is None:
                 group.wait_until(min(each.ripe_at() for each in group.lanes.values()), now, self._pump)
                 return
-            members = lane.take(now)
+            members, is_full = lane.take(now)
             group.lanes.move_to_end(lane.key)
             self._drop_if_empty(lane)
             if members:
-                self._start(group, members)
+                self._start(group, members, is_full)
 
-    def _start(self, group: _Group, members: list[_Member]) -> None:
+    def _start(self, group: _Group, members: list[_Member], is_full: bool) -> None:
         call = asyncio.get_running_loop().create_task(self._call(group, members))
         self._calls.add(call)
-        group.calls[call] = self._clock()
+        now = self._clock()
+        group.calls[call] = now + (0.0 if is_full else max(OVERDUE_S, 2 * group.admission.alone_s))
         call.add_done_callback(lambda _: self._ended(call, group, members))  # also of one that is given up before it began
         aboard = _Aboard(call, len(members))
         for member in members:
@@ -218,8 +245,14 @@ class Batcher:
 
     async def _call(self, group: _Group, members: list[_Member]) -> None:
         started = self._clock()
-        if await self._answer(members) and not group.limits.max_in_flight:
-            group.cost.learn(sum([member.n_rows for member in members]), self._clock() - started)
+        if not await self._answer(members):
+            return
+        took_s = self._clock() - started
+        n_rows = sum([member.n_rows for member in members])
+        group.cost.learn(n_rows, took_s)
+        first = members[0]
+        alone_s = max(took_s - group.cost.row_s * (n_rows - first.n_rows), took_s / len(members))
+        group.admission.learn(max(first.n_found, len(members)), started - first.since, took_s, min(alone_s, took_s))
 
     def _ended(self, call: asyncio.Task[None], group: _Group, members: list[_Member]) -> None:
         self._calls.discard(call)
@@ -237,6 +270,7 @@ class Batcher:
             response = await self._send(merge([member.request for member in members]))
             parts = split(response, [member.n_rows for member in members])
         except FOR_ALL as error:
+            members[0].lane.group.note(error)
             _fail(members, error)
             return False
         except Exception:
@@ -257,6 +291,7 @@ class Batcher:
             if member.lane.is_mergeable:
                 split(response, [member.n_rows])
         except Exception as error:
+            member.lane.group.note(error)
             _fail([member], error)
             return False
         if not member.answer.done():
@@ -297,8 +332,12 @@ class _Group:
         self.limits = limits
         self.lanes: OrderedDict[Hashable, _Lane] = OrderedDict()
         self.n_waiting = 0
+        self.n_present = 0
+        """Those that wait and those under way."""
+        self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
+        self.less_urgent: LessUrgent[_Member] = LessUrgent()
         self.calls: dict[asyncio.Task[None], float] = {}
-        """Those under way, oldest first, with when they began."""
+        """Those under way, with when they keep others from going out no longer."""
         self.cost = RowCost()
         self.is_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -306,6 +345,29 @@ class _Group:
     @property
     def n_in_flight(self) -> int:
         return len(self.calls)
+
+    def has_slow_rows(self) -> bool:
+        """Whether the rows are what takes time, rather than the call."""
+        return self.cost.row_s > max(SLOW_ROW_S, self.admission.alone_s / 4)
+
+    def most_rows(self) -> int:
+        """Rows of a merged call. Slow ones are not heaped up until the call is overdue."""
+        if not self.has_slow_rows():
+            return self.limits.max_batch_size
+        return min(self.limits.max_batch_size, max(1, int(OVERDUE_S / self.cost.row_s)))
+
+    def full_reason(self, time_left_s: float) -> str:
+        """Why a request can not be taken that has so much time; "" when it can."""
+        if self.n_waiting >= self.limits.max_queue_size:
+            return f"{self.n_waiting} requests wait already, which is the limit"
+        if reason := self.admission.why_full(self.n_present, time_left_s):
+            return f"{self.n_present} requests are here already, and {reason}"
+        return ""
+
+    def note(self, error: Exception) -> None:
+        """A call failed: was there too much to do further on?"""
+        if isinstance(error, Overloaded | DeadlineExceeded):
+            self.admission.back_off()
 
     def free_at(self, n_backends: int, now: float) -> float:
         """When another call may go out: 0 for at once, `NO_DEADLINE` for once one has ended."""
@@ -316,10 +378,9 @@ class _Group:
             return 0.0
         if n_in_flight >= ADAPTIVE_IN_FLIGHT * n_backends:
             return NO_DEADLINE
-        if self.cost.row_s > SLOW_ROW_S:
+        if self.has_slow_rows():
             return 0.0
-        nth_youngest = list(self.calls.values())[-n_backends]
-        return nth_youngest + OVERDUE_S
+        return sorted(self.calls.values())[-n_backends]
 
     def wait_until(self, when: float, now: float, pump: Callable[[_Group], None]) -> None:
         """Pump again then, unless something does so before."""
@@ -365,7 +426,7 @@ class _Lane:
         self.n_waiting = 0
         self._n_rows = 0
         self._since = 0.0
-        self._callers: OrderedDict[Hashable, OrderedDict[_Member, None]] = OrderedDict()
+        self._callers: OrderedDict[Hashable, dict[_Member, None]] = OrderedDict()
 
     def add(self, member: _Member) -> None:
         if not self.n_waiting:
@@ -373,11 +434,15 @@ class _Lane:
             self.group.lanes[self.key] = self
         queue = self._callers.get(member.request.caller)
         if queue is None:
-            queue = self._callers[member.request.caller] = OrderedDict()
+            queue = self._callers[member.request.caller] = {}
         queue[member] = None
         self.n_waiting += 1
         self.group.n_waiting += 1
+        self.group.n_present += 1
+        member.n_found = self.group.n_present
         self._n_rows += member.n_rows
+        if member.priority > HIGHEST_PRIORITY:
+            self.group.less_urgent.add(member, member.priority)
 
     def remove(self, member: _Member) -> None:
         """It does not wait any more: it was taken, or its caller left."""
@@ -389,6 +454,8 @@ class _Lane:
         else:
             del self._callers[caller]
         member.is_waiting = False
+        if member.priority > HIGHEST_PRIORITY:
+            self.group.less_urgent.remove(member, member.priority)
         self.n_waiting -= 1
         self.group.n_waiting -= 1
         self._n_rows -= member.n_rows
@@ -400,9 +467,10 @@ class _Lane:
             return 0.0
         return self._since + limits.max_queue_delay_ms / 1000
 
-    def take(self, now: float) -> list[_Member]:
-        """The members of the next call, a request of each caller in turn."""
+    def take(self, now: float) -> tuple[list[_Member], bool]:
+        """Members of the next call, a request of each caller in turn, and whether it has no room for another like its last."""
         limits = self.group.limits
+        most_rows = self.group.most_rows()
         members: list[_Member] = []
         n_rows = n_bytes = 0
         while self._callers:
@@ -413,12 +481,15 @@ class _Lane:
                 continue
             n_rows += member.n_rows
             n_bytes += member.n_bytes
-            if members and (n_rows > limits.max_batch_size or n_bytes > limits.max_batch_bytes):
+            if members and (n_rows > most_rows or n_bytes > limits.max_batch_bytes):
                 self._since = member.since
                 break
             self.remove(member)
             members.append(member)
-        return members
+        if not members:
+            return members, False
+        last = members[-1]
+        return members, n_rows + last.n_rows > limits.max_batch_size or n_bytes + last.n_bytes > limits.max_batch_bytes
 
 
 class _Aboard:
@@ -437,20 +508,40 @@ class _Aboard:
 class _Member:
     """A request and who waits for its answer."""
 
-    __slots__ = ("aboard", "answer", "is_waiting", "lane", "n_bytes", "n_rows", "request", "since", "watch")
+    __slots__ = (
+        "aboard",
+        "answer",
+        "is_waiting",
+        "lane",
+        "n_bytes",
+        "n_found",
+        "n_rows",
+        "priority",
+        "request",
+        "since",
+        "watch",
+    )
 
     def __init__(
-        self, request: InferRequest, answer: asyncio.Future[InferResponse], since: float, lane: _Lane, watch: Stopwatch | None
+        self,
+        request: InferRequest,
+        answer: asyncio.Future[InferResponse],
+        since: float,
+        lane: _Lane,
+        watch: Stopwatch | None,
+        priority: int,
     ) -> None:
         self.request = request
         self.watch = watch
         self.answer = answer
         self.since = since
         self.lane = lane
+        self.priority = priority
+        self.n_found = 0
         self.is_waiting = True
         self.aboard: _Aboard | None = None
         self.n_rows = request.inputs[0].shape[0] if lane.is_mergeable else 1
-        self.n_bytes = sum(len(tensor.raw) for tensor in request.inputs)
+        self.n_bytes = sum([len(tensor.raw) for tensor in request.inputs])
 
 
 def _fail(members: Sequence[_Member], error: Exception) -> None:
@@ -474,8 +565,8 @@ def _alike(request: InferRequest) -> Hashable:
         request.model,
         request.version,
         tuple([(tensor.name, tensor.datatype, tensor.shape[1:]) for tensor in request.inputs]),
-        tuple([(wanted.name, _items(wanted.parameters)) for wanted in request.outputs]),
-        _items(request.parameters),
+        tuple([(wanted.name, _items(wanted.parameters)) for wanted in request.outputs]) if request.outputs else None,
+        _items(request.parameters) if request.parameters else None,
     )
 
 

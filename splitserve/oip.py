@@ -61,7 +61,7 @@ TIMEOUT, PRIORITY = "timeout", "priority"
 def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Mapping[str, Parameter], float]:
     """The parameters of a request without its timeout, and its deadline with it.
 
-    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked, but all are equal.
+    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked and left where it is.
 
     Args:
         parameters: of the request.

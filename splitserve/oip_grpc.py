@@ -35,6 +35,9 @@ from splitserve.tensors import Tensor, datatype_of, pack
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
+REASON_KEY = "splitserve-not-ready-bin"
+"""Trailing metadata of an answer to ServerReady that says no: why, as UTF-8."""
+
 _CONTENTS_FIELDS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",

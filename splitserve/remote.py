@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+import msgspec
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
@@ -40,7 +41,15 @@ RETRY_BACKOFF_S = 0.02
 HEDGE_AFTER_S = 1.0
 """A replica that has not answered after this may be frozen: another one is asked as well, and the first answer counts."""
 
+RESERVE_SHARE, MOST_RESERVE_S = 0.05, 0.02
+"""What each hop keeps back of the time that remains, to bring the answer or the error home: this share, at most so much."""
+
+LEAST_TIME_S = 0.001
+"""With less no stage can do anything, and the call is refused before it is made."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
+
+WHY_TIMEOUT_S = 0.5
 
 CONTROL_TIMEOUT_S = 300.0
 """Loading may have to fetch."""
@@ -73,6 +82,11 @@ class _Replica(Replica):
             )
             for name, (request, response) in METHODS.items()
         }
+
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Which of how many processes that share the address it is; None while that is not known."""
+        return self.keeper.worker if self.keeper.stream is not None else None
 
     async def close(self) -> None:
         await self.keeper.close()
@@ -121,13 +135,14 @@ class RemoteInference:
         self.is_loaded = True
 
     def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
+        return _Replica(target, self._channel(target, authority, self._options), self._stage, on_change, self._metadata)
+
+    def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
         authority = (self._tls.server_name if self._tls else "") or authority
-        options = self._options + ([("grpc.default_authority", authority)] if authority else [])
+        options = options + ([("grpc.default_authority", authority)] if authority else [])
         if self._files is None or self._tls is None:
-            channel = grpc.aio.insecure_channel(target, options)
-        else:
-            channel = grpc.aio.secure_channel(target, self._files.value, [*options, *self._tls.options()])
-        return _Replica(target, channel, self._stage, on_change, self._metadata)
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, self._files.value, [*options, *self._tls.options()])
 
     def _has_new_files(self) -> bool:
         """Whether the credentials of open channels are old: they are fixed for a channel's life."""
@@ -151,10 +166,14 @@ class RemoteInference:
         return sum(replica.keeper.stream is not None for replica in self._replicas.usable())
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Infer with what remains of the request's deadline."""
+        """Infer with what remains of the request's deadline, less a reserve."""
         timeout_s = remaining_s(request.deadline)
-        if timeout_s <= 0:
+        if timeout_s < LEAST_TIME_S:
             raise DeadlineExceeded(f"out of time before {self._stage} was called")
+        if request.deadline != NO_DEADLINE:
+            reserve_s = min(MOST_RESERVE_S, RESERVE_SHARE * timeout_s)
+            request = msgspec.structs.replace(request, deadline=request.deadline - reserve_s)
+            timeout_s -= reserve_s
         try:
             async with asyncio.timeout(None if request.deadline == NO_DEADLINE else timeout_s):
                 return await self._infer_on_some(request, timeout_s)
@@ -243,13 +262,35 @@ class RemoteInference:
             response = await self._ask("ServerReady", pb.ServerReadyRequest())
         except SplitserveError as error:
             return error.message
-        return "" if response.ready else f"the {self._stage} service is not ready"
+        return "" if response.ready else await self._why_unusable()
+
+    async def _why_unusable(self) -> str:
+        """What a replica that takes no calls says of itself, asked on a channel that does not mind its health."""
+        targets = self._replicas.targets()
+        said = [reason for target in targets if (reason := await self._say_why(*target))]
+        if not said:
+            return f"the {self._stage} service can not be reached"
+        return f"the {self._stage} service is not ready: {said[0]}"
+
+    async def _say_why(self, target: str, authority: str) -> str:
+        async with self._channel(target, authority, [("grpc.service_config", "{}")]) as channel:
+            ask: Any = channel.unary_unary(f"/{oip_grpc.SERVICE}/ServerReady")
+            call = ask(b"", timeout=WHY_TIMEOUT_S, metadata=self._metadata)
+            try:
+                await call
+            except grpc.aio.AioRpcError:
+                return ""
+            said = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(oip_grpc.REASON_KEY, b"")
+            return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
 
     async def _ask(self, method: str, request: Any) -> Any:
         """One replica's answer; another one is asked if it is gone."""
         tried: list[_Replica] = []
         while True:
-            replica = await self._replicas.pick(but=tried)
+            try:
+                replica = await self._replicas.pick(but=tried)
+            except Unavailable:
+                raise Unavailable(await self._why_unusable(), stage=self._stage) from None
             tried.append(replica)
             try:
                 return await self._call(replica, method, request, self._poll_timeout_s)

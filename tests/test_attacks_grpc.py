@@ -16,7 +16,9 @@ import pytest
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.limits import Limits
+from splitserve.oip import remaining_s
 from splitserve.oip_grpc import SERVICE
+from splitserve.server.infer_stream import MAX_UNANSWERED
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import FakeInference, serving, signature
 
@@ -295,3 +297,101 @@ async def test_control_names_a_model_or_nothing() -> None:
             assert (await ask(channel, data, "RepositoryModelLoad"))[0] is CODES.NOT_FOUND, name
 
         assert service.controlled == []
+
+
+@pytest.mark.parametrize("timeout", ["99999999H", "-1S", "0n", "x", "1", "", "1" * 20 + "S"])
+async def test_a_timeout_that_is_none_harms_nobody(timeout: str) -> None:
+    """C04: what can not be read as a timeout, or lies beyond all limits, ends in a status; the deadline is clamped."""
+    async with face(max_timeout_s=100) as (channel, service), asyncio.timeout(30):
+        code, _ = await ask(channel, message(), metadata=(("grpc-timeout", timeout),), timeout=None)
+
+        assert code in (CODES.OK, CODES.DEADLINE_EXCEEDED, CODES.INTERNAL, CODES.CANCELLED, CODES.UNAVAILABLE, CODES.UNKNOWN)
+        assert all(remaining_s(request.deadline) <= 100 for request in service.requests)
+        assert await ask(channel, message(), timeout=20) == (CODES.OK, "")
+
+
+async def test_much_metadata_harms_nobody() -> None:
+    """C04: a thousand keys are too many; bytes that are no base64 are not looked at."""
+    options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 16_384)]
+    async with face(options=options) as (channel, _):
+        code, _ = await ask(channel, message(), metadata=tuple((f"k{i}", "v") for i in range(1000)))
+        assert code is CODES.RESOURCE_EXHAUSTED
+        assert await ask(channel, message(), metadata=(("x-bin", b"\xff\x00"),)) == (CODES.OK, "")
+        assert await ask(channel, message()) == (CODES.OK, "")
+
+
+# Streams.
+
+
+async def test_a_stream_that_says_nothing_holds_nobody_up() -> None:
+    """C10: clients that open streams and never write, beside one that is served."""
+    async with face() as (channel, _):
+        silent = [channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")() for _ in range(50)]
+        for stream in silent:
+            await stream.initial_metadata()
+
+        assert await ask(channel, message()) == (CODES.OK, "")
+        for stream in silent:
+            stream.cancel()
+
+
+async def test_a_stream_is_read_no_faster_than_it_is_answered() -> None:
+    """C10: a client that writes on and on and reads nothing is stopped by flow control, while another one is served."""
+    held = asyncio.Event()
+
+    class Holding(Checking):
+        async def infer(self, request: Any) -> Any:
+            if request.id == "held":
+                self.requests.append(request)
+                await held.wait()
+            return await super().infer(request)
+
+    service = Holding(ECHO)
+    async with serving(service) as address, grpc.aio.insecure_channel(address) as channel:
+        stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
+        one = message(id="held") + delimited(1000, bytes(10_000))
+
+        async def flood() -> None:
+            for _ in range(100_000):
+                await stream.write(one)
+
+        flooding = asyncio.create_task(flood())
+        async with asyncio.timeout(30):
+            while len(service.requests) < MAX_UNANSWERED:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        for _ in range(20):
+            assert await ask(channel, message()) == (CODES.OK, "")
+
+        assert len([each for each in service.requests if each.id == "held"]) == MAX_UNANSWERED
+        flooding.cancel()
+        await asyncio.gather(flooding, return_exceptions=True)
+        stream.cancel()
+        held.set()
+
+
+async def test_a_bad_message_on_a_stream_fails_alone() -> None:
+    """C10: garbage, another model, a good one, in any order: an answer for each, and the stream goes on."""
+    async with face() as (channel, _), asyncio.timeout(30):
+        stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
+        told = []
+        for data in (message(), b"\xff" * 10, message(shape=[3, 2]), message(model_name="m" * 200), message()):
+            await stream.write(data)
+            told.append(pb.ModelStreamInferResponse.FromString(await stream.read()).error_message)
+        await stream.done_writing()
+
+    assert [bool(text) for text in told] == [False, True, True, True, False]
+    assert not any(INSIDE.search(text) for text in told)
+
+
+async def test_a_bomb_on_a_stream_is_refused_at_the_limit() -> None:
+    """A04, C02: what unfolds beyond the limit ends that stream, and no other call."""
+    bomb = delimited(1000, bytes(50_000_000))
+    async with face() as (channel, service), asyncio.timeout(30):
+        stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(compression=grpc.Compression.Gzip)
+        with pytest.raises((grpc.aio.AioRpcError, asyncio.InvalidStateError)):
+            await stream.write(bomb)
+            await stream.read()
+
+        assert await stream.code() is CODES.RESOURCE_EXHAUSTED
+        assert service.requests == []
+        assert await ask(channel, message()) == (CODES.OK, "")

@@ -82,9 +82,9 @@ def test_limits_of_batching_are_the_models_own_where_it_has_some() -> None:
 
     settings = ProxySettings(max_batch_size=64, batching=text)
 
-    assert settings.batch_limits("imagenet") == Limits(max_batch_size=8, max_in_flight=4)
-    assert settings.batch_limits("penguins") == Limits(max_batch_size=64, max_queue_delay_ms=2.5)
-    assert settings.batch_limits("digits") == Limits(max_batch_size=64)
+    assert settings.batch_limits("imagenet") == Limits(max_batch_size=8, max_in_flight=4, max_queue_wait_ms=1000)
+    assert settings.batch_limits("penguins") == Limits(max_batch_size=64, max_queue_delay_ms=2.5, max_queue_wait_ms=1000)
+    assert settings.batch_limits("digits") == Limits(max_batch_size=64, max_queue_wait_ms=1000)
 
 
 @pytest.mark.parametrize(

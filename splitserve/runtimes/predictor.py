@@ -52,6 +52,19 @@ Source: onnxruntime_session_options_config_keys.h
 """
 
 
+class Stop:
+    """Ends a run that nobody waits for any more, be it an endless loop: the thread is free again after an operator or two."""
+
+    __slots__ = ("options",)
+
+    def __init__(self) -> None:
+        self.options = ort.RunOptions()
+
+    def now(self) -> None:
+        """From any thread."""
+        self.options.terminate = True
+
+
 class Predictor:
     """An ONNX Runtime session and its signature. Knows no transport; safe to call from several threads.
 
@@ -88,13 +101,20 @@ class Predictor:
         self._specs = {spec.name: spec for spec in self.outputs}
         self._names = list(self._specs)
 
-    def infer(self, inputs: Sequence[Tensor], wanted: Sequence[str] = (), watch: Stopwatch | None = None) -> tuple[Tensor, ...]:
+    def infer(
+        self,
+        inputs: Sequence[Tensor],
+        wanted: Sequence[str] = (),
+        watch: Stopwatch | None = None,
+        stop: Stop | None = None,
+    ) -> tuple[Tensor, ...]:
         """Run the model.
 
         Args:
             inputs: as the signature has them, in any order.
             wanted: names of the outputs to compute, in the order to give them; all when empty.
             watch: told when each part is over.
+            stop: ends the run from another thread; what it raises then is for nobody.
 
         Raises:
             InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
@@ -110,7 +130,7 @@ class Predictor:
             feeds[tensor.name] = _text(tensor) if tensor.datatype == "BYTES" else to_array(tensor)
         watch.end("input")
         try:
-            arrays = self._session.run(names, feeds)
+            arrays = self._session.run(names, feeds, stop.options if stop else None)
         except Exception as error:
             if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
                 raise InvalidInput("the model refuses the values of these tensors") from error

@@ -91,7 +91,8 @@ class Preprocessor:
                 pass
         rows = to_rows(self._rows, self.inputs, tensors)
         try:
-            return to_dense(sklearn_pipeline.transform(self.transformer, rows))
+            with np.errstate(all="ignore"):  # a caller's values are no matter for a warning of ours
+                return to_dense(sklearn_pipeline.transform(self.transformer, rows))
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
 

@@ -6,6 +6,7 @@ Methods get and give bytes, so that a message that does not parse is answered li
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ from splitserve.oip import (
     deadline_after,
 )
 from splitserve.server import reflection
+from splitserve.server.byte_budget import ByteBudget
 from splitserve.server.callers import Authenticator
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
@@ -45,6 +47,8 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Source: gRPC proposal A6: how long a client waits before its next attempt."""
 
 HEALTH_INTERVAL_S = 0.2
+
+_MAX_REASON_LENGTH = 1000
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """What anyone may ask; grpc.health.v1 and reflection are open too."""
@@ -74,7 +78,9 @@ class GrpcFace:
         tls: files of the listener; None: plain text.
         limits: of requests.
         authenticator: learns who calls; None: nobody is asked.
+        budget: of the bytes that requests hold; None: each is bounded by itself only.
         options: of the gRPC server, besides those that it always has.
+        shares_port: with other processes of the service.
     """
 
     def __init__(
@@ -93,7 +99,9 @@ class GrpcFace:
         tls: ServerTls | None = None,
         limits: Limits | None = None,
         authenticator: Authenticator | None = None,
+        budget: ByteBudget | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        shares_port: bool = False,
     ) -> None:
         self._service = service
         self._stage = stage
@@ -105,13 +113,14 @@ class GrpcFace:
         self._allow_control = allow_control
         self._limits = limits or Limits()
         self._authenticator = authenticator
+        self._budget = budget or ByteBudget(sys.maxsize)
         self._log = structlog.get_logger()
         self._health = health.aio.HealthServicer()
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._streams = InferStreams(self._answer_on_stream)
-        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes), *options])
+        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes, shares_port), *options])
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.add_to(self._server, (oip_grpc.SERVICE, health.SERVICE_NAME), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR))
@@ -208,9 +217,11 @@ class GrpcFace:
                 if self._authenticator is not None:
                     await self._authenticator.authenticate(_credentials(context), is_open=False)
                 message = oip_grpc.parse(pb.ModelInferRequest, data)
-                request = oip_grpc.decode_request(message, self._deadline(None), context.peer())
-                identity = request.id
-                return oip_grpc.encode_stream_response(await self._infer(request), identity)
+                identity = message.id
+                with self._budget.share() as share:
+                    share.take(len(data))
+                    request = oip_grpc.decode_request(message, self._deadline(None), context.peer())
+                    return oip_grpc.encode_stream_response(await self._infer(request), identity)
         except SplitserveError as failure:
             self._note(failure)
             return oip_grpc.encode_stream_error(identity, failure)
@@ -227,8 +238,10 @@ class GrpcFace:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def _server_ready(self, data: bytes, context: Context) -> bytes:
-        is_ready = not self._is_draining and not await self._service.not_ready_reason()
-        return pb.ServerReadyResponse(ready=is_ready).SerializeToString()
+        reason = "draining" if self._is_draining else await self._service.not_ready_reason()
+        if reason:
+            context.set_trailing_metadata(((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),))
+        return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
     async def _model_ready(self, data: bytes, context: Context) -> bytes:
         request = oip_grpc.parse(pb.ModelReadyRequest, data)
@@ -289,9 +302,11 @@ class GrpcFace:
         return name
 
     async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        message = oip_grpc.parse(pb.ModelInferRequest, data)
-        request = oip_grpc.decode_request(message, self._deadline(context.time_remaining()), context.peer())
-        return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
+        with self._budget.share() as share:
+            share.take(len(data))
+            message = oip_grpc.parse(pb.ModelInferRequest, data)
+            request = oip_grpc.decode_request(message, self._deadline(context.time_remaining()), context.peer())
+            return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
 
     async def _infer(self, request: InferRequest) -> InferResponse:
         self._limits.check(request)
@@ -310,11 +325,11 @@ def _credentials(context: Context) -> list[str]:
     return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
 
 
-def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def _server_options(max_message_bytes: int, shares_port: bool) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
         # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
         ("grpc.server.max_pending_requests", 100_000),

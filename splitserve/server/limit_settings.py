@@ -6,6 +6,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitserve.limits import Limits
+from splitserve.server.byte_budget import ByteBudget
 
 KIB = 1024
 
@@ -30,6 +31,9 @@ class LimitSettings(BaseSettings):
     max_element_bytes: int = Field(1024 * KIB, gt=0)
     """Largest element of a BYTES tensor, e.g. a text or a picture."""
 
+    max_in_flight_bytes: int = Field(512 * KIB * KIB, gt=0)
+    """Most bytes of requests at a time, over all connections, from their arrival to their answer; more are refused."""
+
     max_metadata_bytes: int = Field(16 * KIB, gt=0)
     """Most metadata, in bytes, that a gRPC call may bring."""
 
@@ -43,6 +47,10 @@ class LimitSettings(BaseSettings):
     def limits(self) -> Limits:
         """Those of a request."""
         return Limits(self.max_inputs, self.max_outputs, self.max_parameters, self.max_rows, self.max_element_bytes)
+
+    def byte_budget(self) -> ByteBudget:
+        """That of a process, to be made once."""
+        return ByteBudget(self.max_in_flight_bytes)
 
     @property
     def grpc_options(self) -> list[tuple[str, int]]:

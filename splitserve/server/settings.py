@@ -16,7 +16,7 @@ from splitserve import sources
 from splitserve.batching import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
-from splitserve.server import logs
+from splitserve.server import cores, logs
 from splitserve.signing import Verifier
 
 MIB = 1024 * 1024
@@ -52,8 +52,22 @@ class ServiceSettings(BaseSettings):
     """Take requests to load and unload models: at the proxy from operators if it has an authorization file, else from anyone who
     can reach the port. Polling needs none of it."""
 
+    workers: int = Field(1, ge=1)
+    """Processes that share the ports, for hosts with more cores; also the option `--workers`. Each has its own models, statistics
+    and limits."""
+
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Those that it listens on."""
+        return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
+
+    @property
+    def n_cores(self) -> int:
+        """What each worker has of the cores that the service may use, at least 1."""
+        return max(1, cores.available() // self.workers)
 
 
 class BatchingSettings(ServiceSettings):
@@ -73,6 +87,10 @@ class BatchingSettings(ServiceSettings):
 
     max_queue_delay_ms: float = Field(0.0, ge=0)
     """Milliseconds that a request waits for others to join although nothing is under way. More latency for fewer calls."""
+
+    max_queue_wait_ms: float = Field(1000.0, ge=0)
+    """Milliseconds that requests shall wait for their call: how many are taken adapts to it, and more are refused at once.
+    0: only max_queue_size counts."""
 
     batching: str = ""
     """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
@@ -109,10 +127,10 @@ def _parse_limit(text: str) -> tuple[str, float]:
     if name not in Limits.__struct_fields__:
         raise ValueError(f'"{text}" is none of {", ".join(f"{field}=N" for field in Limits.__struct_fields__)}')
     try:
-        number = float(value) if name == "max_queue_delay_ms" else int(value)
+        number = float(value) if name.endswith("_ms") else int(value)
     except ValueError:
         number = -1
-    if number < (0 if name in ("max_queue_delay_ms", "max_in_flight") else 1):
+    if number < (0 if name.endswith("_ms") or name == "max_in_flight" else 1):
         raise ValueError(f'"{text}": {value!r} is not a number that {name} can be')
     return name, number
 

@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 NAMES = ("breast-cancer", "digits", "weather")
 
 OWN = {
-    "proxy": {"proxy", "splitserve", "httptools", "uvicorn"},
+    "proxy": {"proxy", "splitserve", "httptools"},
     "preprocess": {"preprocess_service", "splitserve", "numpy", "pandas", "scipy", "sklearn", "skops"},
     "predict": {"predict_service", "splitserve", "numpy", "onnxruntime"},
 }

@@ -89,10 +89,12 @@ class Served(NamedTuple):
 
 
 @asynccontextmanager
-async def served(**settings: Any) -> AsyncIterator[Served]:
-    """Serve `MODELS` on free ports."""
-    backend = FakeInference(*MODELS, answer=answer)
-    service = ProxyService(backend)
+async def served(
+    *, backend: FakeInference | None = None, service: ProxyService | None = None, **settings: Any
+) -> AsyncIterator[Served]:
+    """Serve `MODELS`, or what is given, on free ports."""
+    backend = backend or FakeInference(*MODELS, answer=answer)
+    service = service or ProxyService(backend)
     await service.refresh()
     config = ProxySettings(**{"http_port": 0, "grpc_port": 0, "max_message_bytes": LIMIT, "grace_s": 1.0, **settings})
     async with (

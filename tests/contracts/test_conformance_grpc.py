@@ -267,7 +267,6 @@ async def test_parameters_of_every_kind_are_taken(system: Served) -> None:
 
     assert system.backend.requests[0].parameters == {
         "triton_enable_empty_final_response": True,
-        "priority": 1,
         "share": 0.5,
     }
 

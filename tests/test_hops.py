@@ -1,0 +1,125 @@
+"""What crosses a hop beside requests: the time that is left, and why a stage is not ready."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.service import ProxyService
+from splitserve.errors import DeadlineExceeded, Overloaded, Unavailable
+from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, deadline_after
+from splitserve.remote import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
+from splitserve.server.byte_budget import ByteBudget
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+from splitserve.testing import FakeInference, serving, signature
+
+ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 1))], version="1.1")
+LOADING = "waiting for the model repository: s3://models can not be read"
+
+
+def request(timeout_s: float) -> InferRequest:
+    return InferRequest("echo", (Tensor("x", "FP32", (1, 1), bytes(4)),), version="1.1", deadline=deadline_after(timeout_s))
+
+
+async def until(claim: Any) -> None:
+    async with asyncio.timeout(20):
+        while not await claim():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+class Sending(RemoteInference):
+    """Keeps what would be sent."""
+
+    sent: tuple[InferRequest, float]
+
+    async def _infer_on_some(self, request: InferRequest, timeout_s: float) -> InferResponse:
+        self.sent = (request, timeout_s)
+        return InferResponse("echo", "1.1", ())
+
+
+@pytest.mark.parametrize("timeout_s", [0.05, 20.0])
+async def test_each_hop_keeps_some_of_the_time_back(timeout_s: float) -> None:
+    """P-15: the next stage gets what remains, less a reserve in which its answer or its error comes home."""
+    remote = Sending("127.0.0.1:1", stage="predict")
+    asked = request(timeout_s)
+
+    await remote.infer(asked)
+
+    sent, sent_timeout_s = remote.sent
+    assert 0 < asked.deadline - sent.deadline <= MOST_RESERVE_S + 1e-6
+    assert sent_timeout_s < timeout_s
+    assert sent.deadline > asked.deadline - timeout_s / 2
+
+
+async def test_without_a_deadline_nothing_is_kept_back() -> None:
+    """There is none to be kept."""
+    remote = Sending("127.0.0.1:1", stage="predict")
+
+    await remote.infer(InferRequest("echo", ()))
+
+    assert remote.sent[0].deadline == NO_DEADLINE
+
+
+async def test_what_can_not_be_done_in_time_is_not_sent() -> None:
+    """P-15: with next to nothing left the call is refused here."""
+    behind = FakeInference(ECHO)
+    async with serving(behind) as address, RemoteInference(address, stage="predict") as remote:
+        await remote.index()
+        with pytest.raises(DeadlineExceeded, match="out of time before predict was called"):
+            await remote.infer(request(LEAST_TIME_S / 2))
+
+    assert behind.requests == []
+
+
+async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
+    """A stage that takes no calls yet says why, and the proxy passes that on rather than that nobody is there."""
+    behind = FakeInference(ECHO, not_ready=LOADING)
+    behind.is_loaded = False
+    async with (
+        serving(behind, stage="preprocess") as address,
+        RemoteInference(address, stage="preprocess", patience_s=0.1) as remote,
+    ):
+        proxy = ProxyService(remote)
+        await proxy.refresh()
+        assert await proxy.not_ready_reason() == f"the preprocess service is not ready: {LOADING}"
+        with pytest.raises(Unavailable, match="s3://models can not be read"):
+            await proxy.infer(request(20))
+
+        behind.is_loaded, behind.not_ready = True, ""
+
+        async def is_ready() -> bool:
+            await proxy.refresh()
+            return not await proxy.not_ready_reason()
+
+        await until(is_ready)
+        await proxy.infer(request(20))
+
+
+async def test_where_nobody_is_that_is_said() -> None:
+    """A stage that is gone has no reason to give."""
+    async with RemoteInference("127.0.0.1:1", stage="preprocess", patience_s=0.1) as remote:
+        proxy = ProxyService(remote)
+        await proxy.refresh()
+
+        assert await proxy.not_ready_reason() == "the preprocess service can not be reached"
+
+
+@given(st.lists(st.lists(st.integers(0, 50), max_size=5), max_size=20))
+def test_bytes_are_given_back_whatever_becomes_of_a_request(wishes: list[list[int]]) -> None:
+    """Never more than the budget is held, and nothing when all are gone."""
+    budget = ByteBudget(100)
+
+    for wish in wishes:
+        try:
+            with budget.share() as share:
+                for n_bytes in wish:
+                    share.take(n_bytes)
+                    assert budget.used <= 100
+        except Overloaded:
+            assert sum(wish) > 100
+        assert budget.used == 0
