@@ -172,7 +172,7 @@ DIFFERENT = {
     "I-12": "refused, but for 1.0, which is 1, as some clients write it",
     "I-26": "the last one counts, as in most parsers",
     "I-29": "as the double that it converts to, as other servers print it",
-    "1.3 schedule_policy": "`timeout` counts; `priority` is checked, and all are equal",
+    "1.3 schedule_policy": "`priority` decides who is refused where not all can be taken, not who is first",
     "stage I-09": "predict converts nothing; preprocess takes narrower numbers as the proxy does",
     "stage G-10": "where text reaches ONNX, whose strings are UTF-8, other bytes are refused",
     "D5": "always: no client is known that needs typed answers",
