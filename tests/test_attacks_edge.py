@@ -1,4 +1,4 @@
-"""What an outsider finds at the edge: certificates that do not hold, no secrets, no counters that grow, no pages of the inside."""
+"""What an outsider finds at the edge: certificates that do not hold, no secrets, no growing counters, no pages of the inside."""
 
 from __future__ import annotations
 
