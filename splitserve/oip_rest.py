@@ -305,8 +305,14 @@ def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
     return level
 
 
+_EXACT_FLOATS = 2**53
+"""Up to here a double tells integers apart."""
+
+
 def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
     """The raw form of JSON values: text as UTF-8; for floats, null and "NaN" are NaN; for BYTES, null is the empty string.
+
+    1.0 is the integer 1, as some clients write it. Source: JSON Schema, "Numeric types".
 
     Raises:
         InvalidInput: a value is not of the datatype, or does not fit it.
@@ -319,7 +325,17 @@ def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
     elif datatype.is_float and not set(map(type, values)) <= {float, int}:
         values = [math.nan if value is None else _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
                   for value in values]  # fmt: skip
-    return pack(what, datatype, values)
+    try:
+        return pack(what, datatype, values)
+    except InvalidInput:
+        if not datatype.is_integer:
+            raise
+        return pack(what, datatype, [_whole(value) for value in values])
+
+
+def _whole(value: Any) -> Any:
+    """The integer that a float is, unless it may have been another one before it was a float."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOATS else value
 
 
 def is_binary_wanted(request: InferRequest, output: str) -> bool:

@@ -16,6 +16,7 @@ from tests.system.processes import System
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
 TRITON = ("tritonclient[grpc,http]==2.73.0", "aiohttp", "grpcio-reflection", "grpcio-health-checking")
+OPEN_INFERENCE = ("open-inference-grpc==2.0.0", "open-inference-openapi==2.0.0.1", "protobuf")
 PERF_ANALYZER = ("perf-analyzer==2.60.0", "--no-deps", "--python-platform", f"{platform.machine()}-manylinux_2_38")
 
 Run = Callable[..., str]
@@ -48,6 +49,12 @@ def test_tritonclient_of_asyncio(split: System, run: Run) -> None:
 def test_a_client_that_knows_only_reflection_and_probes(split: System, run: Run) -> None:
     """As grpcurl and grpc_health_probe ask."""
     assert "passed" in run("tools.py", environment("triton", *TRITON), split.grpc)
+
+
+@pytest.mark.line("6.3 open-inference")
+def test_the_clients_made_from_the_protocols_documents(split: System, run: Run) -> None:
+    """Over REST from its OpenAPI document, over gRPC from its proto."""
+    assert "passed" in run("generated_clients.py", environment("open-inference", *OPEN_INFERENCE), split.http, split.grpc)
 
 
 @pytest.mark.line("6.3 kserve")
