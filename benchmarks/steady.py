@@ -1,4 +1,4 @@
-"""Steady load by the Python client with every answer compared: requests go out on a schedule, whatever becomes of the ones before.
+"""Steady load by the Python client, every answer compared: requests go out on a schedule, whatever becomes of the ones before.
 
 Used by the fault tests and by the soak. What is compared with is the pipeline itself, in this process.
 """
@@ -49,7 +49,7 @@ class Reference:
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of one request. ``began`` is on the monotonic clock; ``failure`` and ``difference`` are empty if all is well."""
+    """What became of one request. ``began`` is on the monotonic clock; no ``failure`` and no ``difference``: all is well."""
 
     url: str
     model: str

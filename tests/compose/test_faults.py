@@ -20,9 +20,6 @@ pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.ma
 STAGES = ("preprocess", "predict")
 TWO = {"proxy": 2, "preprocess": 2, "predict": 2}
 
-MENDED_S = 5.0
-"""After this a cut network is nobody's concern any more."""
-
 SLACK_S = 1.0
 """What a busy machine may add to the time in which a request ends."""
 
@@ -103,14 +100,12 @@ def test_a_replica_that_is_frozen_is_not_waited_for(doubled: Stack, load: Steady
 @pytest.mark.parametrize("service", STAGES)
 @pytest.mark.parametrize("how", ["cut_off", "disconnected"])
 def test_a_replica_without_a_network_is_not_missed_for_long(doubled: Stack, load: SteadyLoad, service: str, how: str) -> None:
-    """Packets that vanish, or an interface that does: no failure after 5 s, no call beyond its deadline, and work once it is mended."""
+    """Packets that vanish, or an interface that does: nothing fails, nothing outlasts its deadline, and work once it is mended."""
     lost = doubled.containers(service)[0]
 
-    cut = time.monotonic()
     with getattr(lost, how)():
         load.wait_for(300)
 
     wait_for_work(replicas(doubled))
-    assert [failed for failed in load.failures if failed.began > cut + MENDED_S] == []
-    assert [outcome for outcome in load.outcomes if outcome.seconds > TIMEOUT_S + SLACK_S] == []
     assert load.failures == []
+    assert [outcome for outcome in load.outcomes if outcome.seconds > TIMEOUT_S + SLACK_S] == []
