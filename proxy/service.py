@@ -8,9 +8,10 @@ import msgspec
 import structlog
 
 from splitserve.admission import HIGHEST_PRIORITY
-from splitserve.batching import Batcher, Limits
+from splitserve.batching import Batcher
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
+from splitserve.lanes import Limits
 from splitserve.oip import (
     PRIORITY,
     READY,

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitserve.batching import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Batcher, Limits, RowCost, merge, split
+from splitserve.batching import Batcher
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMismatch, SplitserveError, Unavailable
+from splitserve.lanes import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
+from splitserve.merging import merge, split
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor, encode_bytes
 from tests.virtual_time import run

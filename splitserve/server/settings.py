@@ -13,7 +13,7 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitserve import sources
-from splitserve.batching import Limits
+from splitserve.lanes import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
 from splitserve.server import cores, logs
