@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers fuzz test test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers soak fuzz test test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -18,6 +18,7 @@ help:
 	@echo "make fix           mend what a tool can mend"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
 	@echo "make bench-peers   measure them beside others, in environments made for those; BENCH=... as above"
+	@echo "make soak          ten minutes of mixed load: memory, file descriptors, answers; SOAK=\"--seconds 60\""
 	@echo "make imagenet      publish the picture model (fetches torch once)"
 	@echo "make lock          renew the locks in requirements/"
 	@echo "make stubs docs    renew what is generated"
@@ -51,6 +52,9 @@ bench: $(BIN)/.installed
 
 bench-peers: $(BIN)/.installed
 	$(BIN)/python -m benchmarks peers $(BENCH)
+
+soak: $(BIN)/.installed
+	$(BIN)/python -m benchmarks soak $(SOAK)
 
 test: $(BIN)/.installed
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""``python -m benchmarks own`` and ``python -m benchmarks peers``."""
+"""``python -m benchmarks own``, ``python -m benchmarks peers`` and ``python -m benchmarks soak``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import loads, own, report, side_by_side, systems
+import msgspec
+
+from benchmarks import loads, own, report, side_by_side, soak, systems
 from benchmarks.machine import Machine, this_machine
 from benchmarks.processes import BenchmarkError
 
@@ -17,14 +19,14 @@ from benchmarks.processes import BenchmarkError
 def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit, so that what was started is stopped
-    if missing := loads.missing_tools():
+    if arguments.run is not _soak and (missing := loads.missing_tools()):
         sys.exit(f"missing: {', '.join(missing)}")
     try:
         n_failed = arguments.run(arguments)
     except BenchmarkError as error:
         sys.exit(str(error))
     if n_failed:
-        sys.exit(f"{n_failed} requests failed under load; the tables show where")
+        sys.exit(f"{n_failed} failures under load; the tables show where")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
     command.add_argument("--cold-starts", type=int, default=standard.n_cold_starts, help="how often; 0: not at all")
     _add_common(command, seconds=standard.seconds, rounds=standard.rounds)
+
+    command = commands.add_parser("soak", help="a long mixed load: are memory and file descriptors flat, is every answer right")
+    command.set_defaults(run=_soak)
+    command.add_argument("--seconds", type=float, default=600.0, help="of load (default 600)")
+    command.add_argument("--per-s", type=float, default=50.0, help="requests a second (default 50)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of our services")
+    command.add_argument("--name", help="of the results files")
     return parser
 
 
@@ -93,6 +102,14 @@ def _peers(arguments: argparse.Namespace) -> int:
         found = side_by_side.run(wish, Path(scratch))
     _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
     return found.n_failed_of_ours
+
+
+def _soak(arguments: argparse.Namespace) -> int:
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = soak.run(arguments.seconds, arguments.per_s, systems.parse_settings(arguments.set), Path(scratch))
+    _write(arguments.name or f"soak-{machine.commit}", machine, found.sections(), msgspec.to_builtins(found))
+    return found.n_failed
 
 
 def _write(name: str, machine: Machine, sections: Mapping[str, str], data: Mapping[str, object]) -> None:

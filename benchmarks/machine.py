@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-PACKAGES = ("grpcio", "uvloop", "uvicorn", "httptools", "msgspec", "numpy", "scikit-learn", "onnxruntime", "protobuf")
+PACKAGES = ("grpcio", "uvloop", "httptools", "msgspec", "numpy", "scikit-learn", "onnxruntime", "protobuf")
 
 
 class Machine(msgspec.Struct, frozen=True):

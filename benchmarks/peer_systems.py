@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     PYTRITON: "nvidia-pytriton: a server for the transforms and one for the model, dynamic batching in both (256 rows, no delay)",
     PLAIN: "FastAPI with the transforms in two uvicorn workers (uvloop, httptools, orjson), grpcio on uvloop behind, a call each",
     SINGLE: "FastAPI with both halves in each of two uvicorn workers (uvloop, httptools, orjson, no pydantic models)",
-    HTTP_ECHO: "uvicorn with a bare ASGI application that gives the body back: the floor of REST",
+    HTTP_ECHO: "our HTTP server with nothing behind it but to give the body back: the floor of REST",
     GRPC_ECHO: "grpcio's asyncio server on uvloop giving bytes back: the floor of gRPC calls",
 }
 
@@ -81,7 +81,8 @@ def single(repository: Path) -> Plan:
 
 def http_echo(repository: Path) -> Plan:
     http = free_port()
-    return Plan(HTTP_ECHO, (Stage("echo", _uvicorn(sys.executable, "echo_http", http, 1), _peer(repository)),), _local(http), "")
+    command = (sys.executable, "-m", "benchmarks.peers.echo_http", str(http))
+    return Plan(HTTP_ECHO, (Stage("echo", command, _peer(repository)),), _local(http), "")
 
 
 def grpc_echo(repository: Path) -> Plan:

@@ -118,6 +118,10 @@ class System:
         lines = (line for name in stages for line in self._log(name).read_text(errors="replace").splitlines()[-_N_LINES_SHOWN:])
         return "\n".join(f"    {line}" for line in lines)
 
+    def pids(self) -> dict[str, int]:
+        """The process of each stage."""
+        return {name: process.pid for name, process in self._processes.items()}
+
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far by each stage: user and system, all threads, all children."""
         return {name: sum(map(_cpu_s, tree(process.pid))) for name, process in self._processes.items()}

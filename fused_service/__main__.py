@@ -33,8 +33,8 @@ async def serve() -> None:
     predictors = predictor_store(predict_config)
     preprocessors = preprocessor_store(preprocess_config)
     async with AsyncExitStack() as stack:
-        n_workers = preprocess_config.n_workers + predict_config.n_workers
-        executor = stack.enter_context(ThreadPoolExecutor(n_workers, thread_name_prefix="compute"))
+        n_threads = preprocess_config.n_threads + predict_config.n_threads
+        executor = stack.enter_context(ThreadPoolExecutor(n_threads, thread_name_prefix="compute"))
         predict = PredictService(predictors, executor, limits=predict_config.batch_limits)
         preprocess = PreprocessService(
             preprocessors, predict, executor, allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch
@@ -46,10 +46,11 @@ async def serve() -> None:
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(
             lifecycle.background(
+                *(keep_refreshing(part, interval_s=config.refresh_interval_s) for part in (predictors, preprocessors)),
                 *(
-                    keep_refreshing(part, interval_s=config.refresh_interval_s)
-                    for part in (predictors, preprocessors, preprocess, service)
-                )
+                    keep_refreshing(part, interval_s=config.refresh_interval_s, why_waiting=part.not_ready_reason)
+                    for part in (preprocess, service)
+                ),
             )
         )
         await stop.wait()
@@ -59,4 +60,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(ProxySettings), service="proxy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
@@ -12,18 +13,18 @@ from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
 from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
-from splitserve.server import lifecycle, logs, settings
+from splitserve.server import kserve, lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
 
 
 async def serve() -> None:
-    config = settings.read(PredictSettings)
+    config = settings.read(PredictSettings, **kserve.predictor(sys.argv[1:]))
     logs.configure(level=config.log_level, format=config.log_format, service="predict", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     predictors = predictor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="predict"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
         service = PredictService(predictors, executor, limits=config.batch_limits)
         face = await stack.enter_async_context(
             GrpcFace(
@@ -40,6 +41,7 @@ async def serve() -> None:
                 limits=config.limits,
                 budget=config.byte_budget(),
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -54,4 +56,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(PredictSettings, **kserve.predictor(sys.argv[1:])), service="predict")

@@ -16,7 +16,7 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
     """Nothing is loaded yet; the store's ``refresh`` does that."""
     load = partial(
         predictor.load,
-        intra_op_num_threads=config.intra_op_num_threads,
+        intra_op_num_threads=config.intra_op_num_threads or config.n_cores,
         providers=[name.strip() for name in config.providers.split(",")],
     )
     return VersionStore(

@@ -8,9 +8,10 @@ from concurrent.futures import Executor
 
 import msgspec
 
-from splitserve.batching import Batcher, Limits
+from splitserve.batching import Batcher
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import Unavailable, at_stage
+from splitserve.lanes import Limits
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor, Stop
 from splitserve.server.compute import Compute

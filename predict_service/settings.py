@@ -18,11 +18,17 @@ class PredictSettings(ListenerTlsSettings, LimitSettings, RepositorySettings, Ba
     grpc_port: int = Field(8021, ge=0, le=65535)
     """Port of the gRPC face."""
 
-    intra_op_num_threads: int = Field(1, ge=1)
-    """Threads that ONNX Runtime may use for one run. More than one pays for heavy models only."""
+    intra_op_num_threads: int = Field(1, ge=0)
+    """Threads that ONNX Runtime may use for one run; 0: one for each core. More than one pays for heavy models only."""
 
     providers: str = "CPUExecutionProvider"
     """ONNX Runtime's execution providers, most wanted first, separated by commas."""
 
-    n_workers: int = Field(2, ge=1)
-    """Threads that run models, so that runs overlap and health checks are answered meanwhile."""
+    compute_threads: int = Field(0, ge=0)
+    """Threads that run models side by side, so that health checks are answered meanwhile; 0: one for each core, at least 2. What
+    is short runs without them."""
+
+    @property
+    def n_threads(self) -> int:
+        """Those that run models."""
+        return self.compute_threads or max(2, self.n_cores)

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 import structlog
 
+from preprocess_service import settings
+from preprocess_service.any_server import AnyServer
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
-from preprocess_service.settings import PreprocessSettings
 from splitserve import __version__, oip
 from splitserve.oip import ServerMetadata
 from splitserve.remote import RemoteInference
-from splitserve.server import lifecycle, logs, settings
+from splitserve.server import lifecycle, logs
 from splitserve.server.grpc_face import GrpcFace
 
 
 async def serve() -> None:
-    config = settings.read(PreprocessSettings)
+    config = settings.read(sys.argv[1:])
     logs.configure(level=config.log_level, format=config.log_format, service="preprocess", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
     preprocessors = preprocessor_store(config)
     async with AsyncExitStack() as stack:
-        executor = stack.enter_context(ThreadPoolExecutor(config.n_workers, thread_name_prefix="preprocess"))
+        executor = stack.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="preprocess"))
         predict = await stack.enter_async_context(
             RemoteInference(
                 config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes, tls=config.next_tls
             )
         )
         service = PreprocessService(
-            preprocessors, predict, executor, allow_fingerprint_mismatch=config.allow_fingerprint_mismatch
+            preprocessors,
+            AnyServer(predict, models=preprocessors.catalogue.models),
+            executor,
+            allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
         )
         face = await stack.enter_async_context(
             GrpcFace(
@@ -42,12 +47,14 @@ async def serve() -> None:
                     "splitserve-preprocess", __version__, oip.extensions(allow_control=config.allow_repository_control)
                 ),
                 max_message_bytes=config.max_message_bytes,
+                default_timeout_s=config.default_timeout_s,
                 allow_control=config.allow_repository_control,
                 statistics=service.statistics,
                 tls=config.tls,
                 limits=config.limits,
                 budget=config.byte_budget(),
                 options=config.grpc_options,
+                shares_port=config.workers > 1,
             )
         )
         log.info("listening", grpc_port=face.port)
@@ -55,7 +62,7 @@ async def serve() -> None:
         await stack.enter_async_context(
             lifecycle.background(
                 lifecycle.keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),
-                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s),
+                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
             )
         )
         await stop.wait()
@@ -65,4 +72,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(sys.argv[1:]), service="preprocess")

@@ -28,7 +28,7 @@ from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
 from splitserve.statistics import Statistics, Stopwatch
 from splitserve.tensors import Tensor
-from splitserve.versions import Pair, parse_pair
+from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair
 
 STAGE = "preprocess"
 PLATFORM = "splitserve_pair"
@@ -130,9 +130,10 @@ class PreprocessService:
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
     async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
-        """Ask for the signatures that are not known yet; forget those of versions that are gone."""
-        ready = [(state.name, state.version) for state in predictors if state.state == READY]
-        known = {key: signature for key, signature in self._signatures.items() if key in ready}
+        """Ask for the signatures that are not known yet, or may have changed; forget those of versions that are gone."""
+        mine = self._preprocessors.catalogue.models()
+        ready = [(state.name, state.version) for state in predictors if state.state == READY and state.name in mine]
+        known = {key: signature for key, signature in self._signatures.items() if key in ready and key[1] != str(UNNAMED)}
         for key in ready:
             if key not in known:
                 known[key] = await self._predict.metadata(*key)
@@ -143,11 +144,12 @@ class PreprocessService:
         pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
         mine = self._preprocessors.catalogue
         for model in sorted({*mine.models(), *(state.name for state in predictors)}):
-            theirs = [state for state in predictors if state.name == model and state.version.isdecimal()]
+            theirs = [state for state in predictors if state.name == model and is_predictor(state.version)]
             if not mine.entries(model):
                 pairs.put_incomplete(model, "it has a predictor but no preprocessor")
             elif not theirs:
-                pairs.put_incomplete(model, "it has a preprocessor but no predictor")
+                reasons = [state.reason for state in predictors if state.name == model and state.reason]
+                pairs.put_incomplete(model, ": ".join(["it has a preprocessor but no predictor", *reasons[:1]]))
             for number, entry in mine.entries(model).items():
                 for state in theirs:
                     pair = Pair(number, int(state.version))
@@ -160,6 +162,8 @@ class PreprocessService:
             return Entry(mine.state, mine.reason)
         if signature is None:
             return Entry(theirs.state, theirs.reason)
+        if not signature.inputs or not signature.outputs:
+            return Entry(UNAVAILABLE, "the predict service does not say what the model takes and gives: declare it there")
         if differences := mine.value.differences(signature.inputs, signature.outputs):
             return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
         warnings = mine.value.warnings
@@ -196,7 +200,10 @@ class PreprocessService:
                     deadline=request.deadline,
                 )
             )
-        except InvalidInput as error:  # the caller did not make these tensors
+        except InvalidInput as error:
+            if preprocessor.passes_on:
+                raise
+            # The caller did not make these tensors.
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
         except NotFound as error:  # it was there a moment ago
             raise Unavailable(error.message, stage=error.stage) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.server import kserve, settings
 from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import RepositorySettings
 from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
@@ -22,6 +25,9 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
 
     predict_target: str = "127.0.0.1:8021"
     """Where predict is: a gRPC name. `dns:///predict:8021` uses every address that the name has."""
+
+    default_timeout_s: float = Field(0.0, ge=0)
+    """Seconds that a request may take if its caller sets no deadline; 0: any time. The proxy always sets one."""
 
     trusted_modules: str = ""
     """Modules whose types may be loaded from a bundle, separated by commas: those of your transformers, installed here too."""
@@ -39,5 +45,27 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
     Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
 
-    n_workers: int = Field(2, ge=1)
-    """Threads that run transforms, so that calls overlap and health checks are answered meanwhile."""
+    compute_threads: int = Field(0, ge=0)
+    """Threads that run transforms side by side, so that health checks are answered meanwhile; 0: one for each core, at least 2.
+    What is short runs without them."""
+
+    @property
+    def n_threads(self) -> int:
+        """Those that run transforms."""
+        return self.compute_threads or max(2, self.n_cores)
+
+
+def read(arguments: Sequence[str]) -> PreprocessSettings:
+    """Settings from the environment and from KServe's arguments for a transformer.
+
+    What is wrong ends the process with status 2 and a line that names it.
+    """
+    transformer = kserve.transformer(arguments)
+    config = settings.read(PreprocessSettings, **transformer.settings)
+    if transformer.uses_tls and config.next_tls is None:
+        print(
+            "--predictor_use_ssl: needs PREPROCESS_NEXT_CA_FILE, the authorities that may have signed its certificate",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    return config

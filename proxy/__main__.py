@@ -31,7 +31,9 @@ async def serve() -> None:
         faces = await stack.enter_async_context(Faces(service, config))
         log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
         await stack.enter_async_context(
-            lifecycle.background(lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s))
+            lifecycle.background(
+                lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason)
+            )
         )
         await stop.wait()
         log.info("draining")
@@ -40,4 +42,4 @@ async def serve() -> None:
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve)
+    lifecycle.run(serve, lambda: settings.read(ProxySettings), service="proxy")

@@ -51,6 +51,7 @@ class Faces:
             grace_s=config.grace_s,
             limits=config.http_limits,
             tls=config.tls,
+            shares_port=config.workers > 1,
             budget=budget,
         )
         self.grpc = GrpcFace(
@@ -69,6 +70,7 @@ class Faces:
             authenticator=self.authenticator,
             budget=budget,
             options=config.grpc_options,
+            shares_port=config.workers > 1,
         )
 
     async def __aenter__(self) -> Faces:

@@ -1,4 +1,4 @@
-"""The REST face, as an ASGI application: Open Inference Protocol V2, the V1 form, the API's own documentation.
+"""The REST face: Open Inference Protocol V2, the V1 form, the API's own documentation.
 
 Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`.
 """
@@ -6,10 +6,10 @@ Knows HTTP; bodies are the business of `splitserve.oip_rest` and `splitserve.v1`
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, MutableMapping
+from collections.abc import Callable, Coroutine
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -17,20 +17,17 @@ import msgspec
 import structlog
 
 from proxy import compression
-from proxy.bounded_bodies import CountedBody
 from proxy.compression import deflate
 from proxy.guard import Guard
+from proxy.http_messages import JSON, Incoming, Response
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
 from splitserve import classification, oip_rest, v1
 from splitserve.errors import (
-    Cancelled,
     Internal,
     InvalidInput,
-    Overloaded,
     PermissionDenied,
     SplitserveError,
-    TooLarge,
     Unauthenticated,
     Unavailable,
     Unsupported,
@@ -42,44 +39,28 @@ from splitserve.oip import CONTROL_PARAMETERS, READY, InferRequest, ServerMetada
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-JSON = "application/json"  # exactly: KServe's client compares the whole header
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
+
+N_REMEMBERED_PATHS = 512
+"""For so many paths it is known what serves them."""
 
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
 
-LINGER_S = 1.0
-"""How long the rest of a body that is too large is taken after the answer."""
-
 _HEADER_LENGTH = "inference-header-content-length"
-_TIMEOUT = "request-timeout"
+_TIMEOUT = b"request-timeout"
 _LONG_BODY_BYTES = 64 * 1024
 """Longer answers are compressed beside the event loop."""
 
 
 class Request(msgspec.Struct):
-    """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; header names are lower case."""
+    """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; ``body`` is not compressed."""
 
     path: dict[str, str]
-    headers: dict[str, str]
+    incoming: Incoming
     body: bytes
     deadline: float
-    caller: Hashable = None
-
-
-class Response(msgspec.Struct):
-    """An HTTP answer."""
-
-    status: int
-    body: bytes
-    content_type: str = JSON
-    headers: tuple[tuple[str, str], ...] = ()
 
 
 class Refused(Exception):
@@ -125,14 +106,14 @@ class HttpApp:
     ) -> None:
         self._service = service
         self._metadata = metadata
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._default_timeout_s = default_timeout_s
         self._max_timeout_s = max_timeout_s
         self._allow_control = allow_control
         self._limits = limits or Limits()
         self._authenticator = authenticator
         self._log = structlog.get_logger()
-        self._openapi = msgspec.json.encode(document(metadata.version))
+        self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
@@ -153,6 +134,7 @@ class HttpApp:
             (r"/v2/repository/models/(?P<model>[^/:]+)/(?P<action>load|unload)", {"POST": self._repository_control}),
             (r"/v1/models", {"GET": self._models}),
             (rf"/v1{_MODEL}", {"GET": self._model_status}),
+            (rf"/v1{_MODEL}/metadata", {"GET": self._v1_metadata}),
             (r"/openapi\.json", {"GET": self._openapi_document}),
             (r"/docs", {"GET": self._docs_page}),
             (r"/", {"GET": self._alive}),
@@ -161,44 +143,26 @@ class HttpApp:
             self._live, self._ready, self._server_metadata, self._openapi_document, self._docs_page, self._alive,
         )  # fmt: skip
         self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
+        self._route = lru_cache(N_REMEMBERED_PATHS)(self._find_route)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise RuntimeError(f"expected an HTTP request, got {scope['type']}")
-        response = await self._answer(scope, receive)
-        headers = [("content-type", response.content_type), ("content-length", str(len(response.body)))]
-        headers += response.headers
-        await send(
-            {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": [(name.encode(), value.encode()) for name, value in headers],
-            }
-        )
-        body = b"" if scope["method"] == "HEAD" else response.body
-        if response.status == TooLarge.http_status:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            await _discard(receive, self._max_body_bytes)
-            body = b""
-        await send({"type": "http.response.body", "body": body})
-
-    async def _answer(self, scope: Scope, receive: Receive) -> Response:
+    async def answer(self, incoming: Incoming) -> Response:
         """Errors become statuses here and nowhere else."""
         try:
-            handler, path = self._route(scope["method"], scope["path"])
-            headers = _headers(scope["headers"])
-            encoding = _check_form(headers)
+            handler, path = self._route(incoming.method, incoming.path)
+            encoding = _check_form(incoming)
             with at_stage(STAGE):
-                deadline = deadline_after(self._timeout_s(headers))
+                deadline = deadline_after(self._timeout_s(incoming))
                 if self._authenticator is not None:
-                    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
-                    await self._authenticator.authenticate(given, is_open=handler in self._open)
-                body = await self._body(headers, receive)
+                    given = incoming.header(b"authorization")
+                    await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
+                body = await incoming.body()
                 if encoding and body:
-                    body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self._max_body_bytes)
-                    if isinstance(receive, CountedBody):
-                        receive.share.take(len(body))
-                return await _compressed(await handler(Request(path, headers, body, deadline, scope.get("client"))), headers)
+                    body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
+                    incoming.share.take(len(body))
+                response = await handler(Request(path, incoming, body, deadline))
+                if b"accept-encoding" in incoming.headers and len(response.body) >= compression.MIN_COMPRESSED_BYTES:
+                    response = await _compressed(response, incoming)
+                return response
         except Refused as refused:
             return _json(refused.status, {"error": str(refused)}, refused.headers)
         except SplitserveError as error:
@@ -206,7 +170,7 @@ class HttpApp:
                 self._log.error("internal error", stage=error.stage, exc_info=error)
             return _error(error)
 
-    def _route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
+    def _find_route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         for pattern, methods in self._routes:
             if match := pattern.fullmatch(path):
                 handler = methods.get("GET" if method == "HEAD" else method)
@@ -216,25 +180,8 @@ class HttpApp:
                 return handler, {name: value or "" for name, value in match.groupdict().items()}
         raise Refused(404, "Not Found")
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
-            raise TooLarge(f"the body has {length} bytes, at most {self._max_body_bytes} are taken")
-        chunks, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Cancelled("the caller left before the body was complete")
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max_body_bytes:
-                raise TooLarge(f"the body has more than the {self._max_body_bytes} bytes that are taken")
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def _timeout_s(self, headers: dict[str, str]) -> float:
-        value = headers.get(_TIMEOUT)
+    def _timeout_s(self, incoming: Incoming) -> float:
+        value = incoming.header(_TIMEOUT)
         if value is None:
             return self._default_timeout_s
         if not _SECONDS.fullmatch(value) or not float(value) > 0:
@@ -246,7 +193,10 @@ class HttpApp:
         with RequestLine("infer", model, version) as line:
             asked = self._asked(request, model, version)
             self._limits.check(asked)
-            answer = await classification.infer(self._service, asked)
+            if asked.outputs:
+                answer = await classification.infer(self._service, asked)
+            else:
+                answer = await self._service.infer(asked)
             line.version = answer.version
             body, header_length = oip_rest.encode_response(answer, asked)
         if header_length is None:
@@ -254,12 +204,12 @@ class HttpApp:
         return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH, str(header_length)),))
 
     def _asked(self, request: Request, model: str, version: str) -> InferRequest:
-        header_length = _header_length(request.headers)
+        header_length = _header_length(request.incoming)
         if header_length == 0:
             pair, metadata = self._service.choose(model, version)
             return oip_rest.decode_raw_request(request.body, metadata, str(pair), deadline=request.deadline)
         return oip_rest.decode_request(
-            model, version, request.body, header_length=header_length, deadline=request.deadline, caller=request.caller
+            model, version, request.body, header_length=header_length, deadline=request.deadline, caller=request.incoming.caller
         )
 
     async def _predict(self, request: Request) -> Response:
@@ -308,6 +258,11 @@ class HttpApp:
         states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
+    async def _v1_metadata(self, request: Request) -> Response:
+        """As TensorFlow Serving's clients read it."""
+        pair, metadata = self._service.choose(request.path["model"], request.path["version"])
+        return _json(200, v1.metadata_of(metadata, str(pair)))
+
     async def _model_config(self, request: Request) -> Response:
         return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
 
@@ -327,7 +282,9 @@ class HttpApp:
     async def _repository_control(self, request: Request) -> Response:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
-        if "origin" in request.headers:  # a page in somebody's browser, which may stand where we can not be reached from
+        if (
+            b"origin" in request.incoming.headers
+        ):  # a page in somebody's browser, which may stand where we can not be reached from
             raise PermissionDenied("loading and unloading is not for web pages")
         check_model_name(request.path["model"])
         wish = oip_rest.decode_json(request.body) if request.body else {}
@@ -348,32 +305,9 @@ class HttpApp:
         return _json(200, {"status": "alive"})
 
 
-async def _discard(receive: Receive, max_bytes: int) -> None:
-    """Take what is on its way for a moment: closing on it would cost the caller the answer. Source: RFC 9112, section 9.6."""
-    size = 0
-    with contextlib.suppress(TimeoutError, Overloaded):
-        async with asyncio.timeout(LINGER_S):
-            while size <= max_bytes:
-                message = await receive()
-                size += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-
-
-def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """By name in lower case; those that come several times are joined. Source: RFC 9110, section 5.3."""
-    headers: dict[str, str] = {}
-    for name, value in raw:
-        key, text = name.decode("latin-1"), value.decode("latin-1")
-        headers[key] = f"{headers[key]}, {text}" if key in headers else text
-    return headers
-
-
-async def _compressed(response: Response, headers: dict[str, str]) -> Response:
+async def _compressed(response: Response, incoming: Incoming) -> Response:
     """The answer as the client takes it."""
-    if "accept-encoding" not in headers or len(response.body) < compression.MIN_COMPRESSED_BYTES:
-        return response
-    encoding = compression.choose(headers["accept-encoding"])
+    encoding = compression.choose(incoming.header(b"accept-encoding") or "")
     if not encoding:
         return response
     is_long = len(response.body) > _LONG_BODY_BYTES
@@ -382,15 +316,17 @@ async def _compressed(response: Response, headers: dict[str, str]) -> Response:
     return Response(response.status, body, response.content_type, (*response.headers, *extra))
 
 
-def _check_form(headers: dict[str, str]) -> str:
+def _check_form(incoming: Incoming) -> str:
     """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
 
     Raises:
         Refused: the body comes in a form that is not taken.
     """
-    if headers.get("content-type", "").startswith("multipart/"):
+    if incoming.headers.get(b"content-type", b"").startswith(b"multipart/"):
         raise Refused(415, "multipart bodies are not taken, send JSON")
-    encoding = headers.get("content-encoding", "identity").lower()
+    if b"content-encoding" not in incoming.headers:
+        return ""
+    encoding = (incoming.header(b"content-encoding") or "").lower()
     if encoding == "identity":
         return ""
     if encoding not in compression.ENCODINGS:
@@ -399,8 +335,8 @@ def _check_form(headers: dict[str, str]) -> str:
     return encoding
 
 
-def _header_length(headers: dict[str, str]) -> int | None:
-    value = headers.get(_HEADER_LENGTH)
+def _header_length(incoming: Incoming) -> int | None:
+    value = incoming.header(_HEADER_LENGTH.encode())
     if value is None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) < 12):
@@ -420,6 +356,4 @@ def _error(error: SplitserveError) -> Response:
         headers = (("www-authenticate", _CHALLENGE),)
     elif isinstance(error, PermissionDenied):
         headers = (("www-authenticate", f'{_CHALLENGE}, error="insufficient_scope"'),)
-    elif isinstance(error, TooLarge):  # what is left of the body is not waited for
-        headers = (("connection", "close"),)
     return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

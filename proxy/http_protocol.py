@@ -1,15 +1,29 @@
-"""HTTP/1.1 connections with limits: uvicorn's protocol on httptools, which itself has none for what comes before the body.
+"""HTTP/1.1 connections, on the parser httptools: one task and one write for an answer, and limits on what a client may cost.
 
-Source of the cases: request smuggling and slow clients as servers have met them; see tests/test_attacks_http.py.
+An answer's way through an ASGI server costs about as much as all that the proxy does for it; see docs/decisions/0012. The cases
+that the limits are for are those of request smuggling and slow clients as servers have met them; see tests/test_attacks_http.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import http.client
+import itertools
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable
+from email.utils import formatdate
+from enum import Enum
+from functools import lru_cache
+from typing import Any, Final
+from urllib.parse import unquote
 
+import httptools
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import structlog
+
+from proxy.http_messages import Incoming, Response
+from splitserve.server.byte_budget import ByteBudget
 
 CHUNK_OVERHEAD_BYTES = 16
 """What the framing of a chunk may take on average; extensions of chunks mean nothing here."""
@@ -17,7 +31,18 @@ CHUNK_OVERHEAD_BYTES = 16
 BODY_GRACE_S = 5.0
 """How long a body may take before its rate is looked at."""
 
+LINGER_S = 1.0
+"""How long the rest of a body that nobody waits for is taken after the answer. Closing on it would cost the caller the answer.
+Source: RFC 9112, section 9.6."""
+
 LOOK_INTERVAL_S = 1.0
+"""How often connections are looked at for what takes too long; more often if a limit is shorter."""
+
+_LONG_BODY_BYTES = 64 * 1024
+"""Longer answers are not copied to stand behind their head."""
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_numbers = itertools.count()
 
 
 class HttpLimits(msgspec.Struct, frozen=True):
@@ -33,194 +58,406 @@ class HttpLimits(msgspec.Struct, frozen=True):
     keep_alive_s: float = 60.0
     write_timeout_s: float = 30.0
 
+    @property
+    def look_interval_s(self) -> float:
+        """Often enough for the shortest of the limits."""
+        shortest_s = min(self.header_timeout_s, self.keep_alive_s, self.write_timeout_s, BODY_GRACE_S)
+        return min(LOOK_INTERVAL_S, shortest_s / 2)
 
-class _Rejected(Exception):
-    """Ends the parsing of a request that has been refused."""
 
-
-class LimitedProtocol(HttpToolsProtocol):
-    """One connection.
+class Listener:
+    """What the connections to one port share.
 
     Args:
-        limits: of it and its fellows.
+        answer: answers a request; what it raises is logged, and is a 500.
+        limits: of each connection.
+        max_body_bytes: of a request.
+        budget: of the bytes of all bodies together; None: each is bounded by itself only.
     """
 
-    def __init__(self, *arguments: Any, limits: HttpLimits, **options: Any) -> None:
-        self._limits = limits
-        self._refusal: tuple[int, str] | None = None
-        self._in_message = False
-        self._in_headers = False
-        self._is_whole_segment = True
-        self._start_message()
-        self._header_timer: asyncio.TimerHandle | None = None
-        self._body_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
-        super().__init__(*arguments, **options)
-        self.timeout_keep_alive = limits.keep_alive_s  # type: ignore[assignment]
+    def __init__(
+        self,
+        answer: Callable[[Incoming], Awaitable[Response]],
+        limits: HttpLimits,
+        *,
+        max_body_bytes: int,
+        budget: ByteBudget | None = None,
+    ) -> None:
+        self.answer = answer
+        self.limits = limits
+        self.max_body_bytes = max_body_bytes
+        self.budget = budget or ByteBudget(sys.maxsize)
+        self.connections: set[HttpConnection] = set()
+        self.is_closing = False
+        self._heads: dict[int, bytes] = {}
+        self._is_empty = asyncio.Event()
+
+    def head(self, status: int) -> bytes:
+        """The first lines of an answer."""
+        head = self._heads.get(status)
+        if head is None:
+            phrase = http.client.responses.get(status, "Client Closed Request")
+            head = self._heads[status] = f"HTTP/1.1 {status} {phrase}\r\ndate: {formatdate(usegmt=True)}\r\n".encode()
+        return head
+
+    async def keep_looking(self) -> None:
+        """Close what takes too long, and tell the time, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.limits.look_interval_s)
+            self._heads.clear()
+            for connection in tuple(self.connections):
+                connection.look(loop.time())
+
+    def close(self) -> None:
+        """Answer what is under way, then close each connection."""
+        self.is_closing = True
+        for connection in tuple(self.connections):
+            connection.finish()
+
+    async def closed(self) -> None:
+        """Wait until no connection is left, after `close`."""
+        while self.connections:
+            self._is_empty.clear()
+            await self._is_empty.wait()
+
+    def leave(self, connection: HttpConnection) -> None:
+        """It is closed."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._is_empty.set()
+
+    def abandon(self) -> None:
+        """Close what is left at once."""
+        for connection in tuple(self.connections):
+            connection.abandon()
+
+
+class _Phase(Enum):
+    IDLE = 0  # between requests
+    HEAD = 1  # of a request that begins, or is waited for on a new connection
+    BODY = 2
+    WHOLE = 3  # a request that is being answered
+    LINGER = 4  # it is answered, and the rest of its body is on its way
+    CLOSING = 5
+
+
+class _Rejected(Exception):
+    """Raised where the parser calls: ends the parsing of a request that is refused."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class HttpConnection(asyncio.Protocol):
+    """One connection. Requests that are sent before the one ahead is answered wait, and reading with them."""
+
+    _transport: Any  # asyncio's or uvloop's, plain or TLS
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._limits: Final = listener.limits
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._caller = next(_numbers)
+        self._phase = _Phase.HEAD
+        self._since = self._loop.time()
+        self._unsent, self._since_unsent = 0, 0.0
+        self._is_write_paused = self._is_read_paused = False
+        self._exchanges: deque[Incoming] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._is_one_message = True
+        self._is_deaf = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._incoming = Incoming(self._caller, self._listener.max_body_bytes, self._listener.budget.share())
+        self._is_in_message = False
+        self._n_raw_bytes = self._n_header_bytes = self._n_headers = self._n_chunks = 0
+
+    def _enter(self, phase: _Phase) -> None:
+        self._phase = phase
+        self._since = self._loop.time()
+
+    # What the transport calls.
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        if len(self.connections) > self._limits.max_connections:
+        self._transport = transport
+        self._listener.connections.add(self)
+        if len(self._listener.connections) > self._limits.max_connections:
             self._refuse(503, f"more than {self._limits.max_connections} connections are open")
-            return
-        self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._header_timer, self._body_timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
-        self._unset_keepalive_if_required()
-        super().connection_lost(exc)
+        self._listener.leave(self)
+        self._phase, self._is_deaf = _Phase.CLOSING, True
+        self._forget_exchanges()
+        if self._task is not None:
+            self._task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self._is_deaf:
             return
-        self._is_whole_segment = True
-        super().data_received(data)
-        self._await_the_rest()
-        if self._in_message and self._is_whole_segment and not self.transport.is_closing():
-            self._raw_bytes += len(data)
+        if self._phase is _Phase.IDLE:
+            self._enter(_Phase.HEAD)
+        self._is_one_message = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:  # to what is not spoken here: the request is answered as it is, and is the last
+            self._is_deaf = True
+            for exchange in self._exchanges:
+                exchange.keep_alive = exchange is not self._exchanges[-1]
+            return
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _Rejected):
+                self._refuse(error.__context__.status, error.__context__.message)
+            else:
+                if error.__context__ is not None:  # a mistake of ours, where the parser called
+                    structlog.get_logger().error("internal error", exc_info=error.__context__)
+                self._refuse(400, "the request is not HTTP/1.1 as it should be")
+            return
+        if self._is_in_message and self._is_one_message:
+            self._n_raw_bytes += len(data)
             self._check_framing()
-
-    def _await_the_rest(self) -> None:
-        """Timers for what did not come whole; most requests do, and need none."""
-        is_stray = not self._in_message and self._is_whole_segment  # bytes between requests, which begin none
-        if (self._in_headers or is_stray) and self._header_timer is None:
-            self._await_headers()
-        elif self._in_message and not self._in_headers and self._body_timer is None:
-            self._body_timer = self.loop.call_later(BODY_GRACE_S, self._look_at_body)
-
-    def _await_headers(self) -> None:
-        self._header_timer = self.loop.call_later(self._limits.header_timeout_s, self._on_header_timeout)
-
-    def _on_header_timeout(self) -> None:
-        self._header_timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self._refuse(408, "the headers did not arrive in time")
 
     def _check_framing(self) -> None:
         """All that is not body is bounded, parsed or not: httptools keeps what it has of a header until that ends."""
         bound = self._limits.max_header_bytes + self._limits.max_url_bytes + CHUNK_OVERHEAD_BYTES * self._n_chunks
-        if self._raw_bytes - self._body_bytes > bound:
-            if self._in_headers:
+        if self._n_raw_bytes - self._incoming.size > bound:
+            if self._phase is _Phase.HEAD:
                 self._refuse(431, f"the headers have more than {self._limits.max_header_bytes} bytes")
             else:
                 self._refuse(400, "the chunks of the body have too much around them")
 
-    def _start_message(self) -> None:
-        self._raw_bytes = self._body_bytes = self._header_bytes = self._n_headers = self._n_chunks = self._n_hosts = 0
-        self._encodings: list[bytes] = []
+    def pause_writing(self) -> None:
+        self._is_write_paused = True
+        self._unsent = self._transport.get_write_buffer_size()
+        self._since_unsent = self._loop.time()
+        self._match_reading()
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        self._match_reading()
+        self._answer_next()
+
+    def _match_reading(self) -> None:
+        """Read no further while requests wait for their turn, or answers for the client to take them."""
+        is_full = self._is_write_paused or len(self._exchanges) > 1
+        if is_full != self._is_read_paused and not self._transport.is_closing():
+            self._is_read_paused = is_full
+            if is_full:
+                self._transport.pause_reading()
+            else:
+                self._transport.resume_reading()
 
     # What the parser calls.
 
     def on_message_begin(self) -> None:
-        self._in_message = self._in_headers = True
-        self._start_message()
-        super().on_message_begin()
+        self._is_in_message = True
+        self._enter(_Phase.HEAD)
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        if len(self.url) > self._limits.max_url_bytes:
-            self._reject(414, f"the URL has more than {self._limits.max_url_bytes} bytes")
+        incoming = self._incoming
+        incoming.url += url
+        if len(incoming.url) > self._limits.max_url_bytes:
+            raise _Rejected(414, f"the URL has more than {self._limits.max_url_bytes} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._n_headers += 1
-        self._header_bytes += len(name) + len(value)
+        self._n_header_bytes += len(name) + len(value)
         if self._n_headers > self._limits.max_headers:
-            self._reject(431, f"there are more than {self._limits.max_headers} headers")
-        if self._header_bytes > self._limits.max_header_bytes:
-            self._reject(431, f"the headers have more than {self._limits.max_header_bytes} bytes")
-        if not self._in_headers:  # a trailer: it means nothing here
+            raise _Rejected(431, f"there are more than {self._limits.max_headers} headers")
+        if self._n_header_bytes > self._limits.max_header_bytes:
+            raise _Rejected(431, f"the headers have more than {self._limits.max_header_bytes} bytes")
+        if self._phase is not _Phase.HEAD:  # a trailer: it means nothing here
             return
-        super().on_header(name, value)
-        lowered = self.headers[-1][0]
-        if lowered == b"host":
-            self._n_hosts += 1
-        elif lowered == b"transfer-encoding":
-            self._encodings.append(value.lower())
+        name = name.lower()
+        headers = self._incoming.headers
+        headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
 
     def on_headers_complete(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-        self._in_headers = False
-        is_old = self.parser.get_http_version() == "1.0"
-        if self._n_hosts > 1 or (self._n_hosts == 0 and not is_old):
-            self._reject(400, f"expected one Host header, got {self._n_hosts}")
-        if self._encodings and (is_old or self._encodings != [b"chunked"]):
-            self._reject(400, "the only Transfer-Encoding that is taken is chunked")
-        super().on_headers_complete()
-        self._body_started = self.loop.time()
+        incoming, headers = self._incoming, self._incoming.headers
+        is_old = self._parser.get_http_version() == "1.0"
+        if b", " in headers.get(b"host", b"" if is_old else b", "):
+            raise _Rejected(400, "expected one Host header")
+        if b"transfer-encoding" in headers and (is_old or headers[b"transfer-encoding"].lower() != b"chunked"):
+            raise _Rejected(400, "the only Transfer-Encoding that is taken is chunked")
+        try:
+            incoming.path = _path_of(incoming.url)
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
+            raise _Rejected(400, "the request's target is no URL") from None
+        incoming.method = self._parser.get_method().decode("ascii")
+        incoming.keep_alive = not is_old and self._parser.should_keep_alive()
+        if headers.get(b"expect", b"").lower() == b"100-continue":
+            incoming.invite = self._invite
+        self._enter(_Phase.BODY)
+        self._put_in_turn(incoming)
 
     def on_chunk_header(self) -> None:
         self._n_chunks += 1
         if self._n_chunks > self._limits.max_chunks:
-            self._reject(413, f"the body has more than {self._limits.max_chunks} chunks")
+            raise _Rejected(413, f"the body has more than {self._limits.max_chunks} chunks")
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        super().on_body(body)
+        if self._phase is not _Phase.LINGER:
+            self._incoming.add(body)
+            return
+        self._incoming.size += len(body)
+        if self._incoming.size > 2 * self._listener.max_body_bytes:
+            self._close()
 
     def on_message_complete(self) -> None:
-        self._in_message = self._is_whole_segment = False
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
-        super().on_message_complete()
+        self._is_one_message = False
+        self._incoming.complete()
+        if self._phase is _Phase.LINGER:
+            self._close()
+        elif self._phase is _Phase.BODY:
+            self._phase = _Phase.WHOLE
+        self._begin()
 
-    def _look_at_body(self) -> None:
-        elapsed_s = self.loop.time() - self._body_started
-        is_slow = self._body_bytes < self._limits.min_body_bytes_per_s * (elapsed_s - BODY_GRACE_S + LOOK_INTERVAL_S)
-        if is_slow and not self.flow.read_paused:
-            self._refuse(408, f"the body arrives at less than {self._limits.min_body_bytes_per_s} bytes a second")
-            return
-        self._body_timer = self.loop.call_later(LOOK_INTERVAL_S, self._look_at_body)
+    # Answers.
 
-    # Slow readers.
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._unsent = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._look_at_reader)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-
-    def _look_at_reader(self) -> None:
-        unsent = self.transport.get_write_buffer_size()
-        if unsent >= self._unsent:
-            self.transport.abort()
-            return
-        self._unsent = unsent
-        self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self._look_at_reader)
-
-    def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # nobody has read the last answer: closing would wait for that
-            self.transport.abort()
+    def _put_in_turn(self, incoming: Incoming) -> None:
+        self._exchanges.append(incoming)
+        if len(self._exchanges) == 1:
+            self._answer_next()
         else:
-            super().timeout_keep_alive_handler()
+            self._match_reading()
 
-    # Refusals, which no application is asked about.
+    def _answer_next(self) -> None:
+        if self._task is not None or self._is_write_paused or not self._exchanges:
+            return
+        incoming = self._exchanges[0]
+        if incoming.refusal is not None:
+            self._send(incoming, incoming.refusal)
+        else:
+            self._task = self._loop.create_task(self._serve(incoming))
 
-    def _reject(self, status: int, message: str) -> None:
-        """From within a call of the parser, which passes on that there was an exception, and not which."""
-        self._refusal = (status, message)
-        raise _Rejected(message)
+    async def _serve(self, incoming: Incoming) -> None:
+        try:
+            response = await self._listener.answer(incoming)
+        except asyncio.CancelledError:  # the caller left, or what it sends is refused
+            return
+        except Exception:
+            structlog.get_logger().exception("internal error")
+            response = Response(500, b'{"error":"internal error","reason":"INTERNAL"}')
+        if self._phase is not _Phase.CLOSING:
+            self._task = None
+            self._send(incoming, response)
 
-    def send_400_response(self, msg: str) -> None:
-        status, message = self._refusal or (400, "the request is not HTTP/1.1 as it should be")
-        self._refuse(status, message)
+    def _invite(self) -> None:
+        self._transport.write(_CONTINUE)
+
+    def _send(self, incoming: Incoming, response: Response) -> None:
+        self._exchanges.popleft()
+        incoming.share.give_back()
+        is_last = self._listener.is_closing or not (incoming.keep_alive and incoming.is_complete)
+        head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n" % (
+            self._listener.head(response.status),
+            response.content_type.encode(),
+            len(response.body),
+        )
+        if response.headers:
+            head += "".join([f"{name}: {value}\r\n" for name, value in response.headers]).encode()
+        if is_last:
+            head += b"connection: close\r\n"
+        if incoming.method == "HEAD":
+            self._transport.write(head + b"\r\n")
+        elif len(response.body) > _LONG_BODY_BYTES:
+            self._transport.writelines((head, b"\r\n", response.body))
+        else:
+            self._transport.write(b"%b\r\n%b" % (head, response.body))
+        if not is_last:
+            self._go_on()
+        elif incoming.is_complete or incoming.refusal is not None:
+            self._close()
+        else:
+            self._enter(_Phase.LINGER)
+
+    def _go_on(self) -> None:
+        if self._phase is _Phase.WHOLE and not self._exchanges:
+            self._phase = _Phase.IDLE
+        self._since = self._loop.time()  # what came of a next request had to wait, and is not late
+        if self._exchanges or self._is_read_paused:
+            self._match_reading()
+            self._answer_next()
+
+    def _close(self) -> None:
+        self._enter(_Phase.CLOSING)
+        self._is_deaf = True
+        self._forget_exchanges()
+        self._transport.close()
+
+    def _forget_exchanges(self) -> None:
+        for incoming in self._exchanges:
+            incoming.share.give_back()
+        self._exchanges.clear()
+
+    # What takes too long, and what is refused without asking anyone.
+
+    def look(self, now: float) -> None:
+        """Refuse or close if the client takes longer than it may."""
+        elapsed_s = now - self._since
+        if self._is_write_paused:
+            self._look_at_reader(now)
+        elif self._phase is _Phase.CLOSING:
+            if elapsed_s > self._limits.write_timeout_s:
+                self._transport.abort()
+        elif self._phase is _Phase.IDLE:
+            if elapsed_s > self._limits.keep_alive_s:
+                self._close_idle()
+        elif self._phase is _Phase.LINGER:
+            if elapsed_s > LINGER_S:
+                self._close()
+        elif self._is_read_paused:
+            self._since = now
+        elif self._phase is _Phase.HEAD and elapsed_s > self._limits.header_timeout_s and not self._exchanges:
+            self._refuse(408, "the headers did not arrive in time")
+        elif self._phase is _Phase.BODY and self._incoming.size < self._limits.min_body_bytes_per_s * (elapsed_s - BODY_GRACE_S):
+            self._refuse(408, f"the body arrives at less than {self._limits.min_body_bytes_per_s} bytes a second")
+
+    def _look_at_reader(self, now: float) -> None:
+        unsent = self._transport.get_write_buffer_size()
+        if unsent < self._unsent:
+            self._unsent, self._since_unsent = unsent, now
+        elif now - self._since_unsent > self._limits.write_timeout_s:
+            self._transport.abort()
+
+    def _close_idle(self) -> None:
+        if self._transport.get_write_buffer_size():  # nobody has read the last answer: closing would wait for that
+            self._transport.abort()
+        else:
+            self._close()
+
+    def finish(self) -> None:
+        """Close once what is under way is answered."""
+        if not self._exchanges and not self._is_in_message:
+            self._close()
+
+    def abandon(self) -> None:
+        """Close now."""
+        self._transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        if self.transport.is_closing():
+        """Instead of the answer to the request that is on its way, which is the last."""
+        self._is_deaf = True
+        if self._phase is _Phase.LINGER:
+            self._close()
             return
-        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
-            self.transport.abort()
-            return
-        body = msgspec.json.encode({"error": message})
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        incoming = self._incoming
+        incoming.refusal = Response(status, msgspec.json.encode({"error": message}))
+        if self._phase is not _Phase.BODY:
+            self._put_in_turn(incoming)
+        elif incoming is self._exchanges[0]:
+            if self._task is not None:
+                self._task.cancel()
+                self._task = None
+            self._answer_next()
+
+
+@lru_cache(1024)
+def _path_of(url: bytes) -> str:
+    """The path of a request's target, decoded."""
+    path: str = httptools.parse_url(url).path.decode("ascii")
+    return unquote(path) if "%" in path else path

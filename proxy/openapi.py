@@ -22,7 +22,7 @@ _VERSION: Schema = {
     "in": "path",
     "required": True,
     "description": 'A pair: preprocessor version K with predictor version M, written "K.M".',
-    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,8}\\.[1-9][0-9]{0,8}$"},
+    "schema": {"type": "string", "pattern": "^[1-9][0-9]{0,8}\\.(0|[1-9][0-9]{0,8})$"},
     "example": "1.1",
 }
 _HEADER_LENGTH: Schema = {
@@ -39,12 +39,22 @@ _TIMEOUT: Schema = {
 }
 
 
-def document(version: str) -> Schema:
+_OPEN = ("/v2", "/v2/health/live", "/v2/health/ready")
+"""What anyone may ask, with tokens or without."""
+
+
+def document(version: str, *, asks_for_tokens: bool = False) -> Schema:
     """The document.
 
     Args:
         version: of splitserve.
+        asks_for_tokens: callers must show who they are, and may be refused.
     """
+    paths, components = _paths(), {"schemas": _schemas(), "responses": _error_responses()}
+    if asks_for_tokens:
+        components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        for path in paths.keys() - set(_OPEN):
+            _ask_for_tokens(paths[path])
     return {
         "openapi": "3.1.0",
         "info": {
@@ -59,8 +69,8 @@ def document(version: str) -> Schema:
             {"name": "models", "description": "What there is, and what it takes."},
             {"name": "health", "description": "For probes and load balancers."},
         ],
-        "paths": _paths(),
-        "components": {"schemas": _schemas(), "responses": _error_responses()},
+        "paths": paths,
+        "components": components,
     }
 
 
@@ -87,10 +97,19 @@ def _paths() -> dict[str, Schema]:
         paths[f"{v2}/ready"] = {"get": ready, "parameters": parameters}
         status = _get("Whether it can be inferred now, and the states of its versions", "health", "ModelStatus", "404", "503")
         paths[v1] = {"get": status, "parameters": parameters}
+        told = _get("Signature of a model, as TensorFlow Serving tells it", "models", "SignatureDef", "404", "503")
+        paths[f"{v1}/metadata"] = {"get": told, "parameters": parameters}
         paths[f"{v2}/infer"] = {"post": _infer(), "parameters": parameters}
         paths[f"{v1}:predict"] = {"post": _predict(), "parameters": parameters}
         paths[f"{v1}:explain"] = {"post": _explain(), "parameters": parameters}
     return paths
+
+
+def _ask_for_tokens(item: Schema) -> None:
+    """503: the keys that tokens are checked by can not be had now."""
+    for method in item.keys() & {"get", "post"}:
+        item[method]["security"] = [{"token": []}]
+        item[method]["responses"] |= _errors("401", "403", "503")
 
 
 def _get(summary: str, tag: str, schema: str, *errors: str) -> Schema:
@@ -148,7 +167,8 @@ def _control(summary: str) -> Schema:
 
 _ERRORS = {
     "400": "The request is malformed: a name, datatype, shape, length or value, which the message names",
-    "403": "Not allowed here",
+    "401": "No credentials, or wrong ones",
+    "403": "Not allowed here, or not to this caller",
     "404": "No such model or version",
     "413": "The body is larger than the limit",
     "415": "The body's encoding is not taken",
@@ -158,7 +178,7 @@ _ERRORS = {
     "503": "Not ready: loading, draining, or a stage can not be reached",
     "504": "Out of time",
 }
-_INFER_ERRORS = tuple(status for status in _ERRORS if status not in ("403", "501"))
+_INFER_ERRORS = tuple(status for status in _ERRORS if status not in ("401", "403", "501"))
 
 
 def _errors(*statuses: str) -> Schema:
@@ -171,6 +191,8 @@ def _error_responses() -> dict[str, Schema]:
         responses[status]["headers"] = {
             "Retry-After": {"description": "Seconds to wait before another try.", "schema": {"type": "integer"}}
         }
+    challenge = {"WWW-Authenticate": {"description": "What is asked for.", "schema": {"type": "string"}}}
+    responses["401"]["headers"] = challenge
     return responses
 
 
@@ -189,6 +211,10 @@ def _object(properties: Schema, *required: str, **more: Any) -> Schema:
 def _struct(**properties: Schema) -> Schema:
     """An object with all of these."""
     return _object(properties, *properties)
+
+
+def _by_name(values: Schema) -> Schema:
+    return {"type": "object", "additionalProperties": values}
 
 
 def _array(items: Schema) -> Schema:
@@ -231,6 +257,18 @@ def _schemas() -> dict[str, Schema]:
             "name",
             "ready",
             "model_version_status",
+        ),
+        "SignatureDef": _struct(
+            model_spec=_struct(name=text, signature_name=text, version=text),
+            metadata=_struct(signature_def=_struct(signature_def=_by_name(_ref("Signature")))),
+        ),
+        "Signature": _struct(inputs=_by_name(_ref("TensorInfo")), outputs=_by_name(_ref("TensorInfo")), method_name=text),
+        "TensorInfo": _struct(
+            name=text,
+            dtype={"type": "string", "pattern": "^DT_"},
+            tensor_shape=_struct(
+                dim=_array(_struct(size={"type": "string", "pattern": "^-?[0-9]+$"}, name=text)), unknown_rank=yes
+            ),
         ),
         "Config": _object(
             {

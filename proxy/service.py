@@ -8,9 +8,10 @@ import msgspec
 import structlog
 
 from splitserve.admission import HIGHEST_PRIORITY
-from splitserve.batching import Batcher, Limits
+from splitserve.batching import Batcher
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
+from splitserve.lanes import Limits
 from splitserve.oip import (
     PRIORITY,
     READY,
@@ -20,11 +21,10 @@ from splitserve.oip import (
     InferResponse,
     ModelMetadata,
     ModelState,
-    check_time_left,
 )
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.statistics import Statistics, Stopwatch
-from splitserve.versions import Pair, parse_pair
+from splitserve.versions import UNNAMED, Pair, parse_pair
 
 STAGE = "proxy"
 
@@ -101,7 +101,7 @@ class ProxyService:
 
     async def _signature(self, state: ModelState, pair: Pair) -> ModelMetadata | None:
         known = self._pairs.entries(state.name).get(pair)
-        if known and known.value is not None and known.state == state.state:
+        if known and known.value is not None and known.state == state.state and pair.predictor != UNNAMED:
             return known.value
         if state.state != READY:
             return known.value if known else None
@@ -112,19 +112,20 @@ class ProxyService:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
-        with at_stage(STAGE, model=request.model, pair=target.pair):
-            check_time_left(request.deadline)
-            with self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch:
-                target.check(request.inputs)
-                if request.outputs:
-                    choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-                watch.end("input")
-                if request.version != target.pair:
-                    request = msgspec.structs.replace(request, version=target.pair)
-                priority = HIGHEST_PRIORITY
-                if PRIORITY in request.parameters:
-                    request, priority = _without_priority(request)
-                return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch, priority=priority)
+        with (
+            at_stage(STAGE, model=request.model, pair=target.pair),
+            self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch,
+        ):
+            target.check(request.inputs)
+            if request.outputs:
+                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+            watch.end("input")
+            if request.version != target.pair:
+                request = msgspec.structs.replace(request, version=target.pair)
+            priority = HIGHEST_PRIORITY
+            if PRIORITY in request.parameters:
+                request, priority = _without_priority(request)
+            return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch, priority=priority)
 
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):

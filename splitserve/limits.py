@@ -37,14 +37,11 @@ class Limits(msgspec.Struct, frozen=True):
         """
         if len(request.model) > MAX_NAME_LENGTH:
             raise InvalidInput(f"the model's name has more than {MAX_NAME_LENGTH} characters")
-        n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
-        for what, count, most in (
-            ("inputs", len(request.inputs), self.max_inputs),
-            ("requested outputs", len(request.outputs), self.max_outputs),
-            ("parameters", n_parameters, self.max_parameters),
-        ):
-            if count > most:
-                raise InvalidInput(f"the request has {count} {what}, at most {most} are taken")
+        _check_count("inputs", len(request.inputs), self.max_inputs)
+        if request.outputs or request.parameters:
+            n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
+            _check_count("requested outputs", len(request.outputs), self.max_outputs)
+            _check_count("parameters", n_parameters, self.max_parameters)
         for tensor in request.inputs:
             self._check_tensor(tensor)
 
@@ -65,6 +62,11 @@ class Limits(msgspec.Struct, frozen=True):
                     f'input "{tensor.name[:64]}": an element has {length} bytes, at most {self.max_element_bytes} are taken'
                 )
             offset += 4 + length
+
+
+def _check_count(what: str, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidInput(f"the request has {count} {what}, at most {most} are taken")
 
 
 def check_model_name(name: str) -> None:

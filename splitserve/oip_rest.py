@@ -71,6 +71,22 @@ class _PlainRequest(msgspec.Struct):
     outputs: list[_Output] | None = None
 
 
+class _AnsweredOutput(msgspec.Struct, omit_defaults=True):
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Any = msgspec.UNSET
+    parameters: Mapping[str, Parameter] = {}
+
+
+class _Answer(msgspec.Struct, omit_defaults=True):
+    model_name: str
+    model_version: str
+    outputs: list[_AnsweredOutput]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+
+
 _decoder = msgspec.json.Decoder(_Request)
 _plain_decoder = msgspec.json.Decoder(_PlainRequest)
 _list_decoders: dict[str, msgspec.json.Decoder[Any]] = {
@@ -150,12 +166,17 @@ def decode_request(
     message, inputs, end = _decode_plain(head) or _decode_any(head, body)
     if end != len(body):
         raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
-    parameters, deadline = scheduled(_parameters(message.parameters), deadline)
+    parameters: Mapping[str, Parameter] = {}
+    if message.parameters:
+        parameters, deadline = scheduled(_parameters(message.parameters), deadline)
+    outputs: tuple[RequestedOutput, ...] = ()
+    if message.outputs:
+        outputs = tuple([RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs])
     return InferRequest(
         model,
         tuple(inputs),
         version=version,
-        outputs=tuple([RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs or ()]),
+        outputs=outputs,
         id=message.id or "",
         parameters=parameters,
         deadline=deadline,
@@ -175,8 +196,10 @@ def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], 
             values = decoder.decode(item.data)
             count = 1
             for size in item.shape:
+                if not 0 <= size < 2**63:
+                    return None
                 count *= size
-            if count != len(values) or len(item.shape) > MAX_RANK or not all(0 <= size < 2**63 for size in item.shape):
+            if count != len(values) or len(item.shape) > MAX_RANK:
                 return None
             raw = struct.pack(f"<{count}{DATATYPES[item.datatype].format}", *values)
             inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
@@ -282,8 +305,14 @@ def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
     return level
 
 
+_EXACT_FLOATS = 2**53
+"""Up to here a double tells integers apart."""
+
+
 def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
     """The raw form of JSON values: text as UTF-8; for floats, null and "NaN" are NaN; for BYTES, null is the empty string.
+
+    1.0 is the integer 1, as some clients write it. Source: JSON Schema, "Numeric types".
 
     Raises:
         InvalidInput: a value is not of the datatype, or does not fit it.
@@ -296,7 +325,17 @@ def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
     elif datatype.is_float and not set(map(type, values)) <= {float, int}:
         values = [math.nan if value is None else _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
                   for value in values]  # fmt: skip
-    return pack(what, datatype, values)
+    try:
+        return pack(what, datatype, values)
+    except InvalidInput:
+        if not datatype.is_integer:
+            raise
+        return pack(what, datatype, [_whole(value) for value in values])
+
+
+def _whole(value: Any) -> Any:
+    """The integer that a float is, unless it may have been another one before it was a float."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOATS else value
 
 
 def is_binary_wanted(request: InferRequest, output: str) -> bool:
@@ -316,23 +355,23 @@ def encode_response(response: InferResponse, request: InferRequest) -> tuple[byt
         InvalidInput: an output has no JSON form and was not asked for as binary data.
     """
     outputs, binary = [], []
+    may_be_binary = bool(request.outputs or request.parameters)
     for tensor in response.outputs:
-        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        if is_binary_wanted(request, tensor.name):
-            entry["parameters"] = {_BINARY_SIZE: len(tensor.raw)}
+        if may_be_binary and is_binary_wanted(request, tensor.name):
+            parameters = {_BINARY_SIZE: len(tensor.raw)}
+            outputs.append(_AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, parameters=parameters))
             binary.append(tensor.raw)
-        else:
-            entry["data"] = values = json_values(tensor)
-            if tensor.datatype in ("FP32", "FP64") and (n_bad := len(values) - sum(map(math.isfinite, values))):
-                entry["parameters"] = {"nonfinite_values": n_bad}
-        outputs.append(entry)
-    message: dict[str, Any] = {"model_name": response.model, "model_version": response.version, "outputs": outputs}
-    if response.id:
-        message["id"] = response.id
-    if response.parameters:
-        message["parameters"] = response.parameters
-    head = _encoder.encode(message)
+            continue
+        answered = _AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, json_values(tensor))
+        if tensor.datatype in ("FP32", "FP64") and (n_bad := _count_nonfinite(answered.data)):
+            answered.parameters = {"nonfinite_values": n_bad}
+        outputs.append(answered)
+    head = _encoder.encode(_Answer(response.model, response.version, outputs, response.id, response.parameters))
     return (b"".join((head, *binary)), len(head)) if binary else (head, None)
+
+
+def _count_nonfinite(values: list[float]) -> int:
+    return 0 if math.isfinite(sum(values)) else len(values) - sum(map(math.isfinite, values))
 
 
 def json_values(tensor: Tensor) -> list[Any]:

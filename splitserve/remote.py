@@ -56,6 +56,7 @@ CONTROL_TIMEOUT_S = 300.0
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
+    "ModelReady": (pb.ModelReadyRequest, pb.ModelReadyResponse),
     "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
     "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
     "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse),
@@ -81,6 +82,11 @@ class _Replica(Replica):
             )
             for name, (request, response) in METHODS.items()
         }
+
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Which of how many processes that share the address it is; None while that is not known."""
+        return self.keeper.worker if self.keeper.stream is not None else None
 
     async def close(self) -> None:
         await self.keeper.close()
@@ -222,6 +228,7 @@ class RemoteInference:
             raise translate(error, self._stage) from error
         finally:
             replica.ended()
+        message = _parsed(message, self._stage)
         message.id = request.id
         try:
             return oip_grpc.decode_response(message)
@@ -232,6 +239,10 @@ class RemoteInference:
         """Call ModelMetadata."""
         request = pb.ModelMetadataRequest(name=model, version=version)
         return oip_grpc.decode_metadata(await self._ask("ModelMetadata", request))
+
+    async def is_ready(self, model: str, version: str = "") -> bool:
+        """Call ModelReady."""
+        return bool((await self._ask("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
 
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""
@@ -296,9 +307,17 @@ class RemoteInference:
 
     async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
         try:
-            return await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
+            answer = await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
+        return _parsed(answer, self._stage)
+
+
+def _parsed(answer: Any, stage: str) -> Any:
+    """The answer, in whose place grpc.aio gives None if it can not parse it."""
+    if answer is None:
+        raise PairMismatch(f"the {stage} service answered with what is no message of the protocol", stage=stage)
+    return answer
 
 
 async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> InferResponse:

@@ -13,12 +13,14 @@ import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import grpc
 
 from splitserve import oip_grpc
 from splitserve.errors import Unavailable
+from splitserve.streams import ALONE
 
 RESOLVE_INTERVAL_S = 2.0
 """How often a name is looked up again: a new replica gets calls after about that time."""
@@ -28,6 +30,12 @@ PATIENCE_S = 1.0
 
 LEFT_OUT_S = 1.0
 """For how long a replica that failed is only used if there is no other."""
+
+REACH_INTERVAL_S = 0.1
+"""How often channels to further processes of an address are looked at, until all are reached."""
+
+MAX_REACH_TRIES = 50
+"""After so many the next ones are made with the next look at the name: a process may be away."""
 
 RETIRE_TIMEOUT_S = 60.0
 """How long calls under way to a replica that is gone from the name may take."""
@@ -76,6 +84,11 @@ class Replica:
         self.left_out_until = 0.0
         self._on_change = on_change
         self._watching = asyncio.create_task(self._watch())
+
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Which of how many processes that share the address it is; None where that is not known."""
+        return None
 
     def began(self) -> None:
         """A call is under way to it."""
@@ -136,6 +149,8 @@ class Replicas(Generic[R]):
         self._resolve_interval_s = resolve_interval_s
         self._patience_s = patience_s
         self._replicas: dict[str, R] = {}
+        self._fellows: dict[str, list[R]] = {}
+        """Further channels to an address that several processes share."""
         self._authorities: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
@@ -151,11 +166,14 @@ class Replicas(Generic[R]):
     async def close(self) -> None:
         if self._following is not None:
             self._following.cancel()
-        await asyncio.gather(*(replica.close() for replica in self._replicas.values()), *self._closing)
+        await asyncio.gather(*(replica.close() for replica in self._all()), *self._closing)
+
+    def _all(self) -> Iterable[R]:
+        return chain(self._replicas.values(), *self._fellows.values()) if self._fellows else self._replicas.values()
 
     def usable(self) -> list[R]:
         """Those that take calls now."""
-        return [replica for replica in self._replicas.values() if replica.state is READY]
+        return [replica for replica in self._all() if replica.state is READY]
 
     def targets(self) -> list[tuple[str, str]]:
         """The addresses behind the name, used or not, each with the authority that it stands for."""
@@ -198,9 +216,13 @@ class Replicas(Generic[R]):
         replica.left_out_until = time.monotonic() + LEFT_OUT_S
 
     async def _follow(self) -> None:
+        n_tries = 0
         while True:
-            await asyncio.sleep(self._resolve_interval_s)
-            await self._refresh()
+            is_reaching = self._reach_workers() and n_tries < MAX_REACH_TRIES
+            n_tries = n_tries + 1 if is_reaching else 0
+            await asyncio.sleep(min(REACH_INTERVAL_S, self._resolve_interval_s) if is_reaching else self._resolve_interval_s)
+            if not is_reaching:
+                await self._refresh()
 
     async def _refresh(self) -> None:
         if self._match is None:
@@ -214,15 +236,45 @@ class Replicas(Generic[R]):
 
     def _set(self, targets: dict[str, str]) -> None:
         for target in list(self._replicas) if self._is_stale() else self._replicas.keys() - targets.keys():
-            replica = self._replicas.pop(target)
-            task = asyncio.create_task(self._retire(replica))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            for replica in (self._replicas.pop(target), *self._fellows.pop(target, ())):
+                self._let_go(replica)
         self._authorities = targets
         for target, authority in targets.items():
             if target not in self._replicas:
                 self._replicas[target] = self._connect(target, authority, self._changed.set)
         self._changed.set()
+
+    def _reach_workers(self) -> bool:
+        """Have a channel to each process where several share an address, and say whether some are missing.
+
+        Which one a connection reaches is for the kernel to say: more are opened until all are reached, and those that reach one
+        a second time are closed.
+        """
+        is_missing = False
+        for target, first in self._replicas.items():
+            _, count = first.worker or ALONE
+            if count == 1:
+                continue
+            reached, kept, n_unknown = set(), [], 0
+            for replica in (first, *self._fellows.get(target, ())):
+                if replica.worker is None:
+                    n_unknown += 1
+                elif replica.worker in reached:
+                    self._let_go(replica)
+                    continue
+                else:
+                    reached.add(replica.worker)
+                kept.append(replica)
+            n_missing = count - len(reached)
+            kept += [self._connect(target, self._authorities[target], self._changed.set) for _ in range(n_missing - n_unknown)]
+            self._fellows[target] = kept[1:]
+            is_missing |= n_missing > 0
+        return is_missing
+
+    def _let_go(self, replica: R) -> None:
+        task = asyncio.create_task(self._retire(replica))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _retire(self, replica: R) -> None:
         """Its address is not behind the name any more; what is under way to it may end."""

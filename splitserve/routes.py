@@ -33,7 +33,7 @@ class Route(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(Route)
-_PAIR = re.compile(r"[1-9][0-9]{0,8}\.[1-9][0-9]{0,8}")
+_PAIR = re.compile(r"[1-9][0-9]{0,8}\.(0|[1-9][0-9]{0,8})")
 
 
 def decode(data: bytes) -> Route:

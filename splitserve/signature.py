@@ -113,13 +113,12 @@ class InputCheck:
         return [by_name[spec.name] for spec in self._specs]
 
     def _is_plain(self, inputs: Sequence[Tensor]) -> bool:
-        if len(inputs) != len(self._plain):
+        if len(inputs) != len(self._plain) or not inputs or not inputs[0].shape:
             return False
-        n_rows = 0
+        n_rows = inputs[0].shape[0]
         for (name, inner, row_sizes), tensor in zip(self._plain, inputs, strict=True):
             shape = tensor.shape
-            n_rows = n_rows or (shape[0] if shape else 0)
-            if tensor.name != name or shape != (n_rows, *inner) or n_rows < 1:
+            if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
                 return False
             row_size = row_sizes.get(tensor.datatype)
             if row_size is None or (row_size and len(tensor.raw) != n_rows * row_size):

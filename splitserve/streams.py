@@ -22,8 +22,12 @@ METHOD = f"/{oip_grpc.SERVICE}/ModelStreamInfer"
 OFFER_KEY = "splitserve-stream"
 """Initial metadata of a server whose streams carry whole errors and many calls at once; other servers get unary calls."""
 
+WORKER_KEY = "splitserve-worker"
+"""Beside it: which of how many processes that share the port the far end is, e.g. ``0/4``."""
+
 Metadata = Sequence[tuple[str, str]]
 
+ALONE = (0, 1)
 OPEN_TIMEOUT_S = 5.0
 MAX_AGE_S = 60.0
 """A stream is replaced after this, before the server ends the connection for its age."""
@@ -117,6 +121,8 @@ class StreamKeeper:
         self._stage = stage
         self._readers: set[asyncio.Task[None]] = set()
         self._stream: InferStream | None = None
+        self.worker = ALONE
+        """Which of how many processes is at the far end of the channel, as far as is known."""
         self._keeping = asyncio.create_task(self._keep())
 
     @property
@@ -155,7 +161,10 @@ class StreamKeeper:
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 metadata = await call.initial_metadata()
-            if any(key == OFFER_KEY for key, _ in metadata or ()):
+            facts = {str(key): str(value) for key, value in metadata or ()}
+            if OFFER_KEY in facts:
+                index, _, count = facts.get(WORKER_KEY, "0/1").partition("/")
+                self.worker = (int(index), int(count))
                 return InferStream(call, self._stage)
             is_refusal = not call.done() or await call.code() is grpc.StatusCode.UNIMPLEMENTED
         except TimeoutError:

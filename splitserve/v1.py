@@ -193,3 +193,31 @@ def status_of(states: Iterable[ModelState]) -> dict[str, Any]:
             for state in states
         ]
     }
+
+
+_TENSORFLOW_TYPES = {
+    "BOOL": "DT_BOOL", "INT8": "DT_INT8", "INT16": "DT_INT16", "INT32": "DT_INT32", "INT64": "DT_INT64",
+    "UINT8": "DT_UINT8", "UINT16": "DT_UINT16", "UINT32": "DT_UINT32", "UINT64": "DT_UINT64",
+    "FP16": "DT_HALF", "BF16": "DT_BFLOAT16", "FP32": "DT_FLOAT", "FP64": "DT_DOUBLE", "BYTES": "DT_STRING",
+}  # fmt: skip
+
+
+def metadata_of(metadata: ModelMetadata, version: str) -> dict[str, Any]:
+    """A model's signature as TensorFlow Serving tells it. Source: its REST API, "Model Metadata API"; 64-bit numbers are text."""
+    signature = {
+        "inputs": {spec.name: _tensor_info(spec) for spec in metadata.inputs},
+        "outputs": {spec.name: _tensor_info(spec) for spec in metadata.outputs},
+        "method_name": "tensorflow/serving/predict",
+    }
+    return {
+        "model_spec": {"name": metadata.name, "signature_name": "", "version": version},
+        "metadata": {"signature_def": {"signature_def": {"serving_default": signature}}},
+    }
+
+
+def _tensor_info(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "dtype": _TENSORFLOW_TYPES[spec.datatype],
+        "tensor_shape": {"dim": [{"size": str(size), "name": ""} for size in spec.wire_shape], "unknown_rank": False},
+    }

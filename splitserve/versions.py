@@ -10,9 +10,12 @@ from splitserve.errors import NotFound
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
+UNNAMED = 0
+"""The predictor of a pair where another maker's server does not number its versions: whichever it takes by itself."""
+
 
 class Pair(msgspec.Struct, frozen=True, order=True):
-    """Preprocessor version K with predictor version M; the greater is the newer."""
+    """Preprocessor version K with predictor version M; the greater is the newer. M is 0 where it is `UNNAMED`."""
 
     preprocessor: int
     predictor: int
@@ -26,6 +29,16 @@ def unknown_model(name: str) -> str:
     return f"Request for unknown model: '{name[:128]}' is not found"
 
 
+def is_number(version: str) -> bool:
+    """Whether this is how a version of half a model is written."""
+    return _NUMBER.fullmatch(version) is not None
+
+
+def is_predictor(version: str) -> bool:
+    """Whether this can stand for the predictor in a pair: a number, or `UNNAMED`."""
+    return version == str(UNNAMED) or is_number(version)
+
+
 def parse_version(model: str, version: str) -> int | None:
     """The number in a request's ``version``; None for "", which leaves the choice to the service.
 
@@ -34,7 +47,7 @@ def parse_version(model: str, version: str) -> int | None:
     """
     if not version:
         return None
-    if _NUMBER.fullmatch(version):
+    if is_number(version):
         return int(version)
     raise NotFound(f"{unknown_model(model)}, version {version[:32]}", model=model[:128])
 
@@ -48,6 +61,6 @@ def parse_pair(model: str, version: str) -> Pair | None:
     if not version:
         return None
     halves = version.split(".")
-    if len(halves) == 2 and all(_NUMBER.fullmatch(half) for half in halves):
+    if len(halves) == 2 and is_number(halves[0]) and is_predictor(halves[1]):
         return Pair(int(halves[0]), int(halves[1]))
     raise NotFound(f'{unknown_model(model)}, version {version[:32]} (a pair is written "K.M")', model=model[:128])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.demo_models import Demos, publish_demos
@@ -11,3 +13,11 @@ from tests.demo_models import Demos, publish_demos
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Demos:
     """The demo models, trained and published once in each process that runs tests."""
     return publish_demos(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def _lines(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """The lines of docs/conformance.md that a test is about go into its record."""
+    for mark in request.node.iter_markers("line"):
+        for line in mark.args:
+            record_property("line", line)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, LessUrgent
-from splitserve.batching import Batcher, Limits
+from splitserve.batching import Batcher
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError
+from splitserve.lanes import Limits
 from splitserve.oip import InferRequest, InferResponse
 from splitserve.tensors import Tensor
 from tests.virtual_time import run

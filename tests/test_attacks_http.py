@@ -534,10 +534,9 @@ async def test_an_answer_has_to_be_taken() -> None:
         wish = json.dumps({"inputs": [ROW], "parameters": {"binary_data_output": True}}).encode()
         writer.transport.pause_reading()
         writer.write(request("POST", INFER, f"Content-Length: {len(wish)}") + wish)
-        connections = edge.face._server.server_state.connections
         await until(lambda: edge.backend.requests)
 
-        await until(lambda: not connections)
+        await until(lambda: not edge.face.n_connections)
         writer.transport.abort()
 
 
@@ -551,10 +550,10 @@ async def test_callers_who_leave_leave_nothing(edge: Edge) -> None:
         writer.close()
         await writer.wait_closed()
 
+    before = asyncio.all_tasks()
     for _ in range(10):
         await asyncio.gather(*(leave() for _ in range(20)))
-    state = edge.face._server.server_state
-    await until(lambda: not state.tasks and not state.connections)
+    await until(lambda: not edge.face.n_connections and asyncio.all_tasks() == before)
 
     assert edge.backend.requests == []
 

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitserve.batching import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Batcher, Limits, RowCost, merge, split
+from splitserve.batching import Batcher
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMismatch, SplitserveError, Unavailable
+from splitserve.lanes import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
+from splitserve.merging import merge, split
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor, encode_bytes
 from tests.virtual_time import run
@@ -387,9 +389,24 @@ def test_each_replica_has_its_calls_under_way() -> None:
     async def main() -> None:
         backend = Backend()
 
-        await outcomes(batcher_on(backend, max_batch_size=1, n_backends=lambda: 3), [row_request([n]) for n in range(9)])
+        batcher = batcher_on(backend, max_batch_size=1, max_in_flight=1, n_backends=lambda: 3)
+        await outcomes(batcher, [row_request([n]) for n in range(9)])
 
         assert backend.n_most_at_once == 3
+
+    run(main())
+
+
+@pytest.mark.parametrize(("max_batch_size", "at_most"), [(2, 8), (100, 1)])
+def test_a_call_that_is_full_keeps_nobody_waiting(max_batch_size: int, at_most: int) -> None:
+    """Waiting for it would fill no other call better; what has room is waited for."""
+
+    async def main() -> None:
+        backend = Backend()
+
+        await outcomes(batcher_on(backend, max_batch_size=max_batch_size), [row_request([n]) for n in range(40)])
+
+        assert backend.n_most_at_once == at_most
 
     run(main())
 

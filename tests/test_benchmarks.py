@@ -229,10 +229,9 @@ async def streaming_server(shift: int = 0) -> AsyncIterator[str]:
 async def test_the_stream_client_matches_answers_by_id():
     """Answers may come in another order than requests went; each slot gets its own row's."""
     async with streaming_server() as address:
-        load = await stream_client.run(address, halves(8), 8, seconds=0.1)
+        load = await stream_client.run(address, halves(8), 8, seconds=0)  # one from each slot: the server holds back every other
 
-    assert load.n_requests >= 8
-    assert load.n_requests % 2 == 0
+    assert load.n_requests == 8
 
 
 async def test_the_stream_client_refuses_wrong_answers():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from proxy.http_app import HttpApp
+from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from splitserve.errors import Overloaded, PairMismatch
 from splitserve.oip import InferRequest, InferResponse, ServerMetadata
@@ -37,7 +40,17 @@ async def app(backend: FakeInference) -> HttpApp:
 
 @pytest.fixture
 async def client(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with client_of(app) as client:
+        yield client
+
+
+@asynccontextmanager
+async def client_of(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the face, over a socket."""
+    async with (
+        HttpFace(app, host="127.0.0.1", port=0, grace_s=1) as face,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False) as client,
+    ):
         yield client
 
 
@@ -180,7 +193,7 @@ async def test_models_are_controlled_only_where_it_is_allowed(client: httpx.Asyn
     app = HttpApp(service, metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30, allow_control=True)
 
     refused = await client.post("/v2/repository/models/echo/unload")
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as operator:
+    async with client_of(app) as operator:
         done = [await operator.post(f"/v2/repository/models/echo/{action}") for action in ("unload", "load")]
         config = await operator.post("/v2/repository/models/echo/load", json={"parameters": {"config": "{}"}})
 
@@ -209,25 +222,19 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient) -> None:
 
 async def test_a_body_without_a_length_is_cut_off_at_the_limit(app: HttpApp) -> None:
     """Nothing is gathered beyond the limit, however much is sent; what is on its way is taken for a while after the answer."""
-    n_chunks = n_before_answer = 0
+    chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
+    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1) as face, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", face.port)
+        writer.write(b"POST /v2/models/echo/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        writer.write(chunk * (LIMIT // 1000 + 1))
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(chunk + b"0\r\n\r\n")
+        rest = await reader.read()
+        writer.close()
 
-    async def receive() -> dict[str, Any]:
-        nonlocal n_chunks
-        n_chunks += 1
-        return {"type": "http.request", "body": b" " * 1000, "more_body": True}
-
-    sent: list[Any] = []
-
-    async def send(message: Any) -> None:
-        nonlocal n_before_answer
-        n_before_answer = n_before_answer or n_chunks
-        sent.append(message)
-
-    await app({"type": "http", "method": "POST", "path": "/v2/models/echo/infer", "headers": []}, receive, send)
-
-    assert sent[0]["status"] == 413
-    assert n_before_answer == LIMIT // 1000 + 1
-    assert n_chunks <= 2 * n_before_answer
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert b"connection: close" in head
+    assert json.loads(rest)["reason"] == "TOO_LARGE"
 
 
 async def test_not_ready_is_503_with_the_reason(client: httpx.AsyncClient, app: HttpApp) -> None:
@@ -254,7 +261,7 @@ async def answer_to(error: Exception) -> httpx.Response:
     service = ProxyService(backend)
     await service.refresh()
     app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with client_of(app) as client:
         return await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
 
 
@@ -294,7 +301,7 @@ async def test_an_output_without_a_json_form_is_refused_with_the_way_out() -> No
     service = ProxyService(backend)
     await service.refresh()
     app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with client_of(app) as client:
         refused = await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
 
     assert refused.status_code == 400

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.service import ProxyService
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.batching import Limits
+from splitserve.lanes import Limits
 from splitserve.oip import InferRequest, InferResponse
 from splitserve.oip_grpc import SERVICE
 from splitserve.testing import FakeInference

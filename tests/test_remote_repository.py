@@ -17,6 +17,7 @@ from splitserve.repository import Bundle, BundleKey, Repository, fetch_bundle
 from splitserve.selection import Selection
 from splitserve.sources import index, source_of
 from splitserve.sources.cache import Cache, WrongContent
+from splitserve.sources.local_folder import LocalFolder
 from splitserve.sources.remote_folder import RemoteFolder
 from splitserve.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, FileServer, cut, flip, nothing, stall, status
@@ -434,7 +435,7 @@ def test_a_folder_is_a_folder(tmp_path: Path) -> None:
     """With or without a scheme."""
     for where in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
         source = source_of(where)
-        assert isinstance(source, Repository)
+        assert isinstance(source, LocalFolder)
         assert source.root == tmp_path
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from splitserve.errors import NotFound, Unavailable
 from splitserve.manifest import BundleError, NotFetched
@@ -342,3 +343,17 @@ async def test_load_looks_at_once() -> None:
     await store.load("m")
 
     assert held(store) == [1, 2]
+
+
+async def test_a_model_that_is_wanted_by_name_and_is_not_there_is_told_once() -> None:
+    """Else a wrong name would look like an empty repository; that others are there is no hindrance."""
+    source = FakeSource(1)
+    store = VersionStore(source, "predict", str, selection=Selection(models=frozenset({"m", "other"})))
+
+    with capture_logs() as logs:
+        await store.refresh()
+        await store.refresh()
+
+    told = [line for line in logs if line["event"] == "models are wanted that the repository does not have"]
+    assert [line["models"] for line in told] == [["other"]]
+    assert held(store) == [1]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.errors import NotFound
-from splitserve.versions import Pair, parse_pair, parse_version, unknown_model
+from splitserve.versions import UNNAMED, Pair, parse_pair, parse_version, unknown_model
 
 NUMBERS = st.integers(1, 999_999_999)
 
@@ -70,15 +70,16 @@ def test_what_is_no_number_is_not_found(version):
         ".1",
         "1.2.3",
         "1,2",
-        "1.0",
         "0.1",
+        "0.0",
+        "1.00",
         "01.2",
         " 1.2",
         "1.2 ",
         "1. 2",
         "1.x",
         ".",
-        *(f"1.{bad}" for bad in NO_NUMBERS),
+        *(f"1.{bad}" for bad in NO_NUMBERS if bad != "0"),
     ],
 )
 def test_what_is_no_pair_is_not_found(version):
@@ -89,6 +90,11 @@ def test_what_is_no_pair_is_not_found(version):
     assert caught.value.message == (
         f"Request for unknown model: 'penguins' is not found, version {version[:32]} (a pair is written \"K.M\")"
     )
+
+
+def test_a_predictor_without_a_number_is_written_as_zero():
+    """Other makers' servers need not number their versions; a preprocessor always has a number."""
+    assert parse_pair("penguins", "2.0") == Pair(2, UNNAMED)
 
 
 def test_the_newest_pair_is_the_greatest():

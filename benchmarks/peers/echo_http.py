@@ -1,20 +1,28 @@
-"""The floor of REST: uvicorn as our proxy runs it, and an application that gives the body back.
+"""The floor of REST: our proxy's HTTP server, and behind it nothing but to give the body back.
 
-python -m uvicorn benchmarks.peers.echo_http:app
+python -m benchmarks.peers.echo_http 9000
 """
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import sys
+
+import uvloop
+
+from proxy.http_messages import Incoming, Response
+from proxy.http_protocol import HttpConnection, HttpLimits, Listener
 
 
-async def app(scope: Any, receive: Any, send: Any) -> None:
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if not message.get("more_body"):
-            break
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+async def answer(incoming: Incoming) -> Response:
+    return Response(200, await incoming.body())
+
+
+async def serve(port: str) -> None:
+    listener = Listener(answer, HttpLimits(), max_body_bytes=2**26)
+    server = await asyncio.get_running_loop().create_server(lambda: HttpConnection(listener), "127.0.0.1", int(port))
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(sys.argv[1]))

@@ -63,7 +63,7 @@ class Preprocessor:
             PairMismatch: the transforms gave something else than the manifest promises.
         """
         tensors = self._check(inputs)
-        if self._rows.form == "tensors":
+        if self.passes_on:
             self._check.fully(inputs)
             return _passed_on(self.outputs, inputs)
         n_rows = tensors[0].n_rows
@@ -105,6 +105,11 @@ class Preprocessor:
         if output.shape != (n_rows, *spec.shape[1:]):
             check_outputs(self.outputs, (output,), n_rows)
         return output
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the predictor gets the values that the caller sent, as they are."""
+        return self._rows.form == "tensors"
 
     @property
     def runtime(self) -> str:

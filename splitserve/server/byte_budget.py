@@ -44,9 +44,13 @@ class Share:
         budget.used += n_bytes
         self._held += n_bytes
 
+    def give_back(self) -> None:
+        """The request is answered."""
+        self._budget.used -= self._held
+        self._held = 0
+
     def __enter__(self) -> Share:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._budget.used -= self._held
-        self._held = 0
+        self.give_back()

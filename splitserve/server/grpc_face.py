@@ -80,6 +80,7 @@ class GrpcFace:
         authenticator: learns who calls; None: nobody is asked.
         budget: of the bytes that requests hold; None: each is bounded by itself only.
         options: of the gRPC server, besides those that it always has.
+        shares_port: with other processes of the service.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class GrpcFace:
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
         options: Sequence[tuple[str, Any]] = (),
+        shares_port: bool = False,
     ) -> None:
         self._service = service
         self._stage = stage
@@ -118,7 +120,7 @@ class GrpcFace:
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._streams = InferStreams(self._answer_on_stream)
-        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes), *options])
+        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes, shares_port), *options])
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.add_to(self._server, (oip_grpc.SERVICE, health.SERVICE_NAME), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR))
@@ -323,11 +325,11 @@ def _credentials(context: Context) -> list[str]:
     return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
 
 
-def _server_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def _server_options(max_message_bytes: int, shares_port: bool) -> list[tuple[str, Any]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(shares_port)),
         ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
         # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
         ("grpc.server.max_pending_requests", 100_000),

@@ -12,7 +12,8 @@ from typing import Any
 
 import grpc
 
-from splitserve.streams import OFFER_KEY
+from splitserve.server.workers import own_place
+from splitserve.streams import OFFER_KEY, WORKER_KEY
 
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
@@ -35,7 +36,8 @@ class InferStreams:
 
     async def serve(self, _: Any, context: Context) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
-        await context.send_initial_metadata(((OFFER_KEY, "1"),))
+        index, count = own_place()
+        await context.send_initial_metadata(((OFFER_KEY, "1"), (WORKER_KEY, f"{index}/{count}")))
         stream = _Stream(self._answer, context)
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)

@@ -10,11 +10,20 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
+from splitserve.server import logs, workers
+
+if TYPE_CHECKING:
+    from splitserve.server.settings import ServiceSettings
+
 _MIB = 1024 * 1024
+
+WAITING_INTERVAL_S = 0.1
+"""How often a service that can not serve yet looks whether it can."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
@@ -55,15 +64,25 @@ class Refreshing(Protocol):
     async def refresh(self) -> None: ...
 
 
-async def keep_refreshing(what: Refreshing, *, interval_s: float) -> None:
-    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again."""
+async def keep_refreshing(
+    what: Refreshing, *, interval_s: float, why_waiting: Callable[[], Awaitable[str]] | None = None
+) -> None:
+    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again.
+
+    Args:
+        what: is refreshed.
+        interval_s: between two rounds.
+        why_waiting: what has to come before it can serve, "" when it can; until then rounds follow each other sooner.
+    """
     log = structlog.get_logger()
     while True:
+        is_waiting = False
         try:
             await what.refresh()
+            is_waiting = why_waiting is not None and bool(await why_waiting())
         except Exception:
             log.exception("refresh failed", of=type(what).__name__)
-        await asyncio.sleep(interval_s)
+        await asyncio.sleep(min(interval_s, WAITING_INTERVAL_S) if is_waiting else interval_s)
 
 
 def _keep_memory() -> None:
@@ -82,8 +101,25 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
-    """Run a service's main on the fastest event loop that there is here."""
+def run(main: Callable[[], Awaitable[None]], read: Callable[[], ServiceSettings], *, service: str) -> None:
+    """Run a service, in several processes if its settings or the option ``--workers`` say so.
+
+    Args:
+        main: its life.
+        read: gives its settings.
+        service: its name, in logs and, in capitals, in front of its settings.
+    """
+    workers.take_option(sys.argv, f"{service.upper()}_WORKERS")
+    config = read()
+    if config.workers == 1:
+        _run(main)
+        return
+    logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
+    workers.watch_over(config.workers, lambda: _run(main), config.ports)
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    """On the fastest event loop that there is here."""
     # Requests make many objects and no cycles: looking for those every 700 objects costs a tenth of a request.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -13,6 +13,7 @@ import msgspec
 import structlog
 
 from splitserve.errors import SplitserveError
+from splitserve.server.workers import own_place
 
 Format = Literal["auto", "json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
@@ -33,10 +34,14 @@ def configure(*, level: Level, format: Format, service: str, requests: Requests 
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        # A line is one write: workers share the output, and it may be unbuffered.
+        logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+    index, count = own_place()
+    if count > 1:
+        structlog.contextvars.bind_contextvars(worker=index)
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
 
 
@@ -72,7 +77,8 @@ class RequestLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None and not self.logs_all:
+        is_nothing_wrong = error is None or isinstance(error, asyncio.CancelledError)  # the caller left
+        if is_nothing_wrong and not self.logs_all:
             return
         structlog.get_logger().info(
             self._event,

@@ -13,10 +13,10 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitserve import sources
-from splitserve.batching import Limits
+from splitserve.lanes import Limits
 from splitserve.manifest import MODEL_NAME
 from splitserve.selection import Selection, parse_models, parse_policies
-from splitserve.server import logs
+from splitserve.server import cores, logs
 from splitserve.signing import Verifier
 
 MIB = 1024 * 1024
@@ -52,8 +52,22 @@ class ServiceSettings(BaseSettings):
     """Take requests to load and unload models: at the proxy from operators if it has an authorization file, else from anyone who
     can reach the port. Polling needs none of it."""
 
+    workers: int = Field(1, ge=1)
+    """Processes that share the ports, for hosts with more cores; also the option `--workers`. Each has its own models, statistics
+    and limits."""
+
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two looks at what this service follows: the model repository, the service behind it."""
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Those that it listens on."""
+        return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
+
+    @property
+    def n_cores(self) -> int:
+        """What each worker has of the cores that the service may use, at least 1."""
+        return max(1, cores.available() // self.workers)
 
 
 class BatchingSettings(ServiceSettings):
@@ -125,7 +139,8 @@ class RepositorySettings(ServiceSettings):
     """What the services that read the model repository can be told."""
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
-    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md)."""
+    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md). A
+    folder may be that of one model, too, or one bundle."""
 
     model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
     """Folder that files from a URL are kept in; below ~/.cache or, if that can not be written, the folder for temporary files."""

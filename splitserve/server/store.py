@@ -75,6 +75,7 @@ class VersionStore(Generic[T]):
         self._retry_at: dict[tuple[str, int], float] = {}
         self._n_tries: dict[tuple[str, int], int] = {}
         self._held_back: set[str] = set()
+        self._missing: list[str] = []
         self.catalogue: Catalogue[int, T] = Catalogue()
         self.is_loaded = False
         """Whether everything that was wanted at the first look has been tried."""
@@ -115,8 +116,16 @@ class VersionStore(Generic[T]):
         else:
             if self.problem:
                 self._log.info("model repository can be read again")
+            self._report_missing()
             delay_s, self._n_looks_failed, self.problem = self._look_interval_s, 0, ""
         self._look_at = self._clock() + delay_s
+
+    def _report_missing(self) -> None:
+        """A line when models that are asked for by name are not there, or others than before are not."""
+        missing = sorted(self._selection.models - self._found[0].keys())
+        if missing and missing != self._missing:
+            self._log.warning("models are wanted that the repository does not have", kind=self._kind, models=missing)
+        self._missing = missing
 
     async def _follow(self, published: dict[str, set[int]], routes: Mapping[str, Route]) -> None:
         models = sorted(published.keys() - self._held_back)

@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from splitserve.repository import BundleSource, Repository
+from splitserve.repository import BundleSource
 from splitserve.selection import Selection
+from splitserve.sources.local_folder import LocalFolder
 
 FETCH_TIMEOUT_S = 60.0
 
@@ -61,7 +62,7 @@ def source_of(
     """What reads a model repository. It connects to nothing before it is asked for something.
 
     Args:
-        where: a folder or a URL.
+        where: a folder (`LocalFolder`) or a URL.
         cache: folder that fetched files are kept in; the user's cache folder when empty.
         timeout_s: how long a step of a fetch may take: a listing, a piece of a file.
         selection: which models are of interest; a URL shows no others.
@@ -72,7 +73,7 @@ def source_of(
     where = os.fspath(where)
     check(where)
     if not is_url(where):
-        return Repository(unquote(urlsplit(where).path) if where.startswith("file://") else where)
+        return LocalFolder(unquote(urlsplit(where).path) if where.startswith("file://") else where)
     from splitserve.sources.cache import Cache
     from splitserve.sources.remote_folder import RemoteFolder
     from splitserve.sources.remote_repository import RemoteRepository

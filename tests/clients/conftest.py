@@ -16,6 +16,10 @@ ENVIRONMENTS = Path(".venv-clients").resolve()
 PROGRAMS = Path(__file__).parent / "programs"
 TIMEOUT_S = 240
 
+KSERVE = ("kserve==0.21.0", "onnxruntime==1.22.1")
+MLSERVER = ("mlserver==1.7.1", "onnxruntime==1.22.1")
+"""The clients are in the package of the server, which runs an ONNX model too."""
+
 
 @pytest.fixture(scope="session")
 def simple_models(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,7 +20,7 @@ from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, StandardScaler
 
 from splitserve import publish
 from splitserve.transformers import Flatten
-from tests.compose.stack import Stack, find_docker, wait_until
+from tests.compose.stack import Container, Stack, find_docker, wait_until
 
 
 class Model(NamedTuple):
@@ -110,3 +110,8 @@ def wait_until_ready(stack: Stack, models: dict[str, Model]) -> None:
     """`Stack.up` is content with one model that is ready; this waits for all."""
     for name in models:
         wait_until(lambda name=name: httpx.get(f"{stack.http}/v2/models/{name}/ready").is_success, f"model {name} ready")
+
+
+def probe(container: Container, arguments: list[str]) -> bool:
+    """Whether a service's own health check is content; with ``--ready``, whether it can be served from."""
+    return container.try_python("-m", "splitserve.server.probe", *arguments).returncode == 0

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,53 @@ class Container:
         assert answer.returncode == 0, answer.stderr
         return answer.stdout.strip()
 
-    def kill(self) -> None:
-        """End it without a word: SIGKILL."""
-        run([self._docker, "kill", self.identity])
+    def signal(self, number: int) -> None:
+        """Send the service itself a signal, not the process 1 over it. What ends by one is started again by docker."""
+        self.python(f"import os; os.kill(int(open('/proc/1/task/1/children').read().split()[0]), {int(number)})")
+
+    def start(self) -> None:
+        """Start it again, and nothing that it depends on."""
+        run([self._docker, "start", self.identity])
+
+    def stop(self) -> None:
+        """SIGTERM, and wait for its end."""
+        run([self._docker, "stop", self.identity])
+
+    def restart(self) -> None:
+        """Stop it, start it, wait until it takes calls."""
+        run([self._docker, "restart", self.identity])
+        self.wait_until_healthy()
+
+    def wait_until_healthy(self) -> None:
+        wait_until(lambda: self.facts()["State"]["Health"]["Status"] == "healthy", f"{self.identity[:12]} healthy")
+
+    def in_network(self, *command: str) -> str:
+        """Run a command of this machine in the container's network, as root."""
+        enter = ["nsenter", "--target", str(self.facts()["State"]["Pid"]), "--net", *command]
+        return run(enter if os.geteuid() == 0 else ["sudo", "-n", *enter])
+
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Every packet to and from it is lost without a word, for a while; loopback goes on."""
+        rules = [("INPUT", "--in-interface"), ("OUTPUT", "--out-interface")]
+        for chain, interface in rules:
+            self.in_network("iptables", "--append", chain, "!", interface, "lo", "--jump", "DROP")
+        try:
+            yield
+        finally:
+            for chain, interface in rules:
+                self.in_network("iptables", "--delete", chain, "!", interface, "lo", "--jump", "DROP")
+
+    @contextmanager
+    def disconnected(self) -> Iterator[None]:
+        """Out of its network, for a while: interface and name are gone; it may come back with another address."""
+        ((network, facts),) = self.facts()["NetworkSettings"]["Networks"].items()
+        run([self._docker, "network", "disconnect", network, self.identity])
+        try:
+            yield
+        finally:
+            aliases = [word for alias in facts["Aliases"] for word in ("--alias", alias)]
+            run([self._docker, "network", "connect", *aliases, network, self.identity])
 
 
 class Stack:
@@ -97,22 +141,26 @@ class Stack:
         docker: the client.
         project: a name that no other stack on this machine has.
         models: folder of the model repository.
-        overlays: compose files that lie over docker-compose.yml.
+        overlays: compose files that lie over docker-compose.yml, by their paths in the repository or absolute.
+        n_proxies: for how many there are host ports.
         environment: variables for the compose files.
     """
 
-    def __init__(self, docker: str, project: str, models: Path, *, overlays: Sequence[str] = (), **environment: str) -> None:
+    def __init__(
+        self, docker: str, project: str, models: Path, *, overlays: Sequence[str] = (), n_proxies: int = 1, **environment: str
+    ) -> None:
         self._docker = docker
         self._files = [word for name in ("docker-compose.yml", *overlays) for word in ("--file", str(ROOT / name))]
         self.project = project
-        http_port, grpc_port = free_ports(2)
-        self.http = f"http://127.0.0.1:{http_port}"
-        self.grpc = f"127.0.0.1:{grpc_port}"
+        ports = free_ports(2 * n_proxies)
+        self.http_ports, self.grpc_ports = ports[:n_proxies], ports[n_proxies:]
+        self.http = f"http://127.0.0.1:{self.http_ports[0]}"
+        self.grpc = f"127.0.0.1:{self.grpc_ports[0]}"
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("COMPOSE_", "SPLITSERVE_"))},
             "SPLITSERVE_MODELS": str(models),
-            "SPLITSERVE_HTTP_PORT": str(http_port),
-            "SPLITSERVE_GRPC_PORT": str(grpc_port),
+            "SPLITSERVE_HTTP_PORT": f"{self.http_ports[0]}-{self.http_ports[-1]}",
+            "SPLITSERVE_GRPC_PORT": f"{self.grpc_ports[0]}-{self.grpc_ports[-1]}",
             "SPLITSERVE_LOG_REQUESTS": "all",
             **environment,
         }
@@ -178,9 +226,12 @@ def run(command: Sequence[str], *, stderr: int = subprocess.PIPE, env: dict[str,
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [server.getsockname()[1] for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
+    """Ports of loopback that nobody listens on, one after the other."""
+    while True:
+        with ExitStack() as stack:
+            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            ports = list(range(first, first + count))
+            with suppress(OSError, OverflowError):
+                for port in ports[1:]:
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                return ports

@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc
 from tritonclient.utils import np_to_triton_dtype
 
-from tests.compose.conftest import Model, wait_until_ready
+from tests.compose.conftest import Model, probe, wait_until_ready
 from tests.compose.stack import SERVICES, Container, Stack, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4
 NAMES = ("breast-cancer", "digits", "weather")
 
 OWN = {
-    "proxy": {"proxy", "splitserve", "httptools", "uvicorn"},
+    "proxy": {"proxy", "splitserve", "httptools"},
     "preprocess": {"preprocess_service", "splitserve", "numpy", "pandas", "scipy", "sklearn", "skops"},
     "predict": {"predict_service", "splitserve", "numpy", "onnxruntime"},
 }
@@ -223,10 +223,6 @@ class Calls:
                     self._outcomes.append("" if answer.is_success else answer.text)
                 except httpx.HTTPError as error:
                     self._outcomes.append(repr(error))
-
-
-def probe(container: Container, arguments: list[str]) -> bool:
-    return container.try_python("-m", "splitserve.server.probe", *arguments).returncode == 0
 
 
 def stopped_at(container: Container) -> str:

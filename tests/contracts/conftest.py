@@ -1,20 +1,13 @@
-"""The lines of docs/conformance.md that a test is about go into its record."""
+"""Faces for tests of the protocol."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 
 from tests.contracts.faces import Served, served
-
-
-@pytest.fixture(autouse=True)
-def _lines(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    for mark in request.node.iter_markers("line"):
-        for line in mark.args:
-            record_property("line", line)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -77,6 +77,7 @@ QUESTIONS = [
 ]
 
 
+@lines("D1")
 @pytest.mark.parametrize(("path", "content"), QUESTIONS)
 async def test_health_is_told_in_a_body_too(system: Served, path: str, content: Any) -> None:
     """Some clients read the status, others the JSON (D1)."""
@@ -147,6 +148,7 @@ REFUSED = [
 ]
 
 
+@lines("D3")
 @pytest.mark.parametrize(("method", "path", "options", "status"), REFUSED)
 async def test_a_refusal_has_the_protocols_form(
     system: Served, method: str, path: str, options: dict[str, Any], status: int
@@ -208,6 +210,8 @@ MALFORMED = [
     case("I-11", "INT64 2^63", *of_type("INT64", [2**63, 0])),
     case("I-11", "UINT64 2^64", *of_type("UINT64", [2**64, 0])),
     case("I-12", "fraction in INT32", *of_type("INT32", [1.5, 0])),
+    case("I-12", "float that may have been another integer", *of_type("INT64", [1e17, 0])),
+    case("I-12", "whole, beyond INT8", *of_type("INT8", [128.0, 0])),
     case("I-13", "true in FP32", *with_input(data=[True, False])),
     case("I-13", "2 in BOOL", *of_type("BOOL", [2, 0])),
     case("I-13", "text in BOOL", *of_type("BOOL", ["true", "false"])),
@@ -244,6 +248,7 @@ MALFORMED = [
 ]  # fmt: skip
 
 
+@lines("D4")
 @pytest.mark.parametrize(("path", "body"), MALFORMED)
 async def test_what_is_malformed_is_400(system: Served, path: str, body: Any) -> None:
     """Every mistake of a caller, never 422 or 5xx (D4); the next request is answered."""
@@ -268,6 +273,7 @@ TAKEN = [
     case("I-01", "flat", *with_input(shape=[2, 2], data=[1, 2, 3, 4]), [1, 2, 3, 4]),
     case("I-01", "nested", *with_input(shape=[2, 2], data=[[1, 2], [3, 4]]), [1, 2, 3, 4]),
     case("I-05", "no rows", *with_input(shape=[0, 2], data=[]), []),
+    case("I-12", "whole", *of_type("INT32", [1.0, -2.0]), [1, -2]),
     case("I-13", "0 and 1 in BOOL", *of_type("BOOL", [0, 1]), [False, True]),
     case("I-13", "BOOL", *of_type("BOOL", [True, False]), [True, False]),
     case("I-15", "text", *of_type("BYTES", ["", "\u0000ü"]), ["", "\u0000ü"]),
@@ -324,6 +330,15 @@ async def test_the_id_comes_back_and_the_version_is_the_one_used(system: Served)
 
     assert (newest.json()["id"], newest.json()["model_version"]) == ("7", "2.1")
     assert named.json()["model_version"] == "1.1"
+
+
+@lines("D7")
+async def test_what_is_absent_is_left_out(system: Served) -> None:
+    """No null and nothing empty: strict clients would refuse it."""
+    answer = await system.rest.post(INFER, json={"id": "", "inputs": [ROW]})
+
+    assert answer.json().keys() == {"model_name", "model_version", "outputs"}
+    assert answer.json()["outputs"][0].keys() == {"name", "datatype", "shape", "data"}
 
 
 @lines("I-22")
@@ -770,3 +785,20 @@ async def test_the_v1_questions_are_answered(system: Served) -> None:
         "status": {"error_code": "OK", "error_message": ""},
     }
     assert explained.status_code == 501
+
+
+@lines("3")
+@pytest.mark.parametrize("path", ["/v1/models/simple/metadata", "/v1/models/simple/versions/1.1/metadata"])
+async def test_the_v1_metadata_is_as_tensorflow_serving_tells_it(system: Served, path: str) -> None:
+    """Numbers of 64 bits are text in protobuf's JSON."""
+    answer = await system.rest.get(path)
+
+    signature = answer.json()["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    assert answer.json()["model_spec"] == {"name": "simple", "signature_name": "", "version": "1.1"}
+    assert signature["inputs"].keys() == {"INPUT0", "INPUT1"}
+    assert signature["outputs"]["OUTPUT1"] == {
+        "name": "OUTPUT1",
+        "dtype": "DT_INT32",
+        "tensor_shape": {"dim": [{"size": "-1", "name": ""}, {"size": "4", "name": ""}], "unknown_rank": False},
+    }
+    assert (await system.rest.get("/v1/models/nope/metadata")).status_code == 404

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.xdist_group("environments")
 
 SERVICES = {
     "proxy": ("proxy", {"numpy", "sklearn", "skops", "pandas", "onnxruntime", "onnx"}),
-    "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "uvicorn"}),
-    "predict": ("predict_service", {"sklearn", "skops", "pandas", "scipy", "uvicorn"}),
+    "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "httptools"}),
+    "predict": ("predict_service", {"sklearn", "skops", "pandas", "scipy", "httptools"}),
 }
 """The module of each service, and what its environment must not hold."""
 

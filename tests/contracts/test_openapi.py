@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from openapi_spec_validator import validate
 
 from proxy.http_app import HttpApp
@@ -17,9 +18,10 @@ FOR_PEOPLE = {"/", "/docs", "/openapi.json"}
 """Paths that are no part of the API."""
 
 
-def test_the_document_is_valid() -> None:
+@pytest.mark.parametrize("asks_for_tokens", [False, True])
+def test_the_document_is_valid(asks_for_tokens: bool) -> None:
     """By the schema of OpenAPI 3.1."""
-    validate(document("1.0.0"))
+    validate(document("1.0.0", asks_for_tokens=asks_for_tokens))
 
 
 def test_every_documented_path_is_served_and_every_served_one_documented() -> None:
@@ -47,8 +49,21 @@ def test_every_documented_path_is_served_and_every_served_one_documented() -> No
 
 
 def test_every_status_that_an_inference_can_have_is_documented() -> None:
-    """The error table and the document agree, but for what has no client (499) or no door yet (401, 403, 501)."""
-    responses = set(document("0")["paths"]["/v2/models/{model}/infer"]["post"]["responses"])
+    """The error table and the document agree, but for what has no client (499) or is not for inference (501)."""
+    for asks_for_tokens, never in ((False, {"499", "501", "401", "403"}), (True, {"499", "501"})):
+        paths = document("0", asks_for_tokens=asks_for_tokens)["paths"]
+        responses = set(paths["/v2/models/{model}/infer"]["post"]["responses"])
 
-    expected = {str(error.http_status) for error in TABLE} - {"499", "401", "403", "501"}
-    assert responses == expected | {"200", "415"}
+        expected = {str(error.http_status) for error in TABLE} - never
+        assert responses == expected | {"200", "415"}
+
+
+def test_what_needs_a_token_says_so() -> None:
+    """All but what anyone may ask: health, and what the server is."""
+    document_ = document("0", asks_for_tokens=True)
+
+    needs = {path for path, item in document_["paths"].items() if "security" in (item.get("get") or item["post"])}
+
+    assert document_["paths"].keys() - needs == {"/v2", "/v2/health/live", "/v2/health/ready"}
+    assert document_["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert "security" not in str(document("0"))

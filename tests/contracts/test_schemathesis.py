@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.contracts.faces import Served
+from tests.contracts.faces import Served, served
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.line("6.4"), pytest.mark.timeout(300)]
 
@@ -28,6 +29,25 @@ CHECKS = (
 
 async def test_the_document_is_exact(system: Served, tmp_path: Path) -> None:
     """No status, header or body that is not documented, and no 5xx; `:explain`, which is always one, is left out."""
+    code, output = await schemathesis(system, await document_of(system, tmp_path))
+
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("token", ["open-sesame", "wrong"])
+async def test_the_document_is_exact_where_callers_must_show_tokens(tmp_path: Path, token: str) -> None:
+    """With those of a caller who may call one model, and with a wrong one."""
+    policy = {"tokens": [{"name": "one", "sha256": hashlib.sha256(b"open-sesame").hexdigest(), "models": ["echo"]}]}
+    (tmp_path / "auth.json").write_text(json.dumps(policy))
+    async with served(auth_file=str(tmp_path / "auth.json")) as system:
+        file = await document_of(system, tmp_path)
+
+        code, output = await schemathesis(system, file, "--header", f"Authorization: Bearer {token}", max_time_s=10)
+
+    assert code == 0, output
+
+
+async def document_of(system: Served, tmp_path: Path) -> Path:
     document = (await system.rest.get("/openapi.json")).json()
     for item in document["paths"].values():
         for parameter in item.get("parameters", ()):
@@ -35,16 +55,13 @@ async def test_the_document_is_exact(system: Served, tmp_path: Path) -> None:
                 parameter["schema"] = {"enum": ["echo", "nope"] if parameter["name"] == "model" else ["1.1", "9.9"]}
     file = tmp_path / "openapi.json"
     file.write_text(json.dumps(document))
-
-    code, output = await schemathesis(system, file)
-
-    assert code == 0, output
+    return file
 
 
-async def schemathesis(system: Served, file: Path) -> tuple[int | None, str]:
+async def schemathesis(system: Served, file: Path, *options: str, max_time_s: int = MAX_TIME_S) -> tuple[int | None, str]:
     """Exit code and output of a bounded run."""
-    command = ["run", str(file), "--url", str(system.rest.base_url), "--checks", ",".join(CHECKS)]
-    command += ["--exclude-path-regex", ":explain$", "--max-time", str(MAX_TIME_S)]
+    command = ["run", str(file), "--url", str(system.rest.base_url), "--checks", ",".join(CHECKS), *options]
+    command += ["--exclude-path-regex", ":explain$", "--max-time", str(max_time_s)]
     bounds = ["--max-examples", "8", "--seed", "1", "--generation-deterministic", "--no-color"]
     phases = ["--phases", "examples,coverage,fuzzing"]
     process = await asyncio.create_subprocess_exec(

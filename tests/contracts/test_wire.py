@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 from tritonclient.grpc import model_config_pb2, service_pb2
 
@@ -77,6 +78,7 @@ def test_every_field_is_where_other_clients_have_it():
     assert different == NOT_IN_TRITONCLIENT
 
 
+@pytest.mark.line("D19")
 def test_the_newer_field_is_not_taken_by_another():
     """Where we have `properties`, tritonclient has nothing: what it does not know it skips."""
     theirs = {facts[0] for name, facts in fields(THEIRS).items() if name.startswith(".inference.ModelMetadataResponse.")}
@@ -109,6 +111,7 @@ def test_every_datatype_of_a_configuration_has_the_number_that_other_clients_rea
     assert mine == theirs
 
 
+@pytest.mark.line("2 proto clash")
 def test_our_messages_are_in_a_pool_of_their_own():
     """Other clients register the same names in protobuf's default pool, where a second registration is an error."""
     assert ours.DESCRIPTOR.pool is not service_pb2.DESCRIPTOR.pool

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0
+
+
+def free_ports(n_ports: int) -> list[int]:
+    """Ports that nobody listens on now, for programs that can not say which one they took."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_ports)]
+        return [each.getsockname()[1] for each in sockets]
 
 
 def wait_until(claim: Callable[[], Any], what: str) -> Any:
@@ -31,11 +40,13 @@ def wait_until(claim: Callable[[], Any], what: str) -> Any:
 class Process:
     """One service process and the log lines that it has written so far."""
 
-    def __init__(self, module: str, environment: Mapping[str, str], python: str | Path = sys.executable) -> None:
+    def __init__(
+        self, module: str, environment: Mapping[str, str], python: str | Path = sys.executable, arguments: Sequence[str] = ()
+    ) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PROXY_", "PRE", "MODEL_"))}
         self.lines: list[str] = []
         self._process = subprocess.Popen(
-            [python, "-m", module],
+            [python, "-m", module, *arguments],
             env={**inherited, "LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -100,26 +111,26 @@ class Process:
 
 
 class System:
-    """Predict, preprocess and proxy, or all in one, on free ports."""
+    """Predict, preprocess and proxy, or all in one, on free ports; ``predict`` is the address of another server in its place."""
 
-    def __init__(self, models: Path | str, *, is_fused: bool = False, **environment: str) -> None:
+    def __init__(self, models: Path | str, *, is_fused: bool = False, predict: str = "", **environment: str) -> None:
         self._environment = {"MODEL_REPOSITORY": str(models), **environment}
         self.processes: dict[str, Process] = {}
         if is_fused:
             self._start_edge("fused", "fused_service")
             return
-        predict = self.start_predict()
+        self.predict = predict or self.start_predict()
         self.processes["preprocess"] = Process(
             "preprocess_service",
             {
                 **self._environment,
                 "PREPROCESS_GRPC_PORT": "0",
-                "PREPROCESS_PREDICT_TARGET": predict,
+                "PREPROCESS_PREDICT_TARGET": self.predict,
                 "PREPROCESS_REFRESH_INTERVAL_S": "0.1",
             },
         )
-        preprocess = f"127.0.0.1:{self.processes['preprocess'].wait_for('listening')['grpc_port']}"
-        self._start_edge("proxy", "proxy", PROXY_PREPROCESS_TARGET=preprocess)
+        self.preprocess = f"127.0.0.1:{self.processes['preprocess'].wait_for('listening')['grpc_port']}"
+        self._start_edge("proxy", "proxy", PROXY_PREPROCESS_TARGET=self.preprocess)
 
     def start_predict(self, port: int = 0) -> str:
         """Start predict and give its address; again after it was stopped, on the port it had."""

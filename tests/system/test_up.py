@@ -14,21 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.demo_models import Demos
-from tests.system.processes import wait_until
+from tests.system.processes import free_ports, wait_until
 
 pytestmark = pytest.mark.xdist_group("system")
 
 COMMAND = Path(sys.executable).with_name("splitserve")
 PORT_OPTIONS = ("--http-port", "--grpc-port", "--preprocess-port", "--predict-port")
-
-
-def free_ports(n_ports: int) -> list[int]:
-    """Ports that nothing listened on a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n_ports)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 class Up:

@@ -1,0 +1,93 @@
+"""Any server of the protocol in the place of predict. Knows no transport.
+
+Ours has an index of its models, whose versions are numbers and never change. Others may have no index, and versions that are no
+numbers, or none; what they serve under a name may change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import msgspec
+
+from splitserve.errors import NotFound, PermissionDenied, Unsupported
+from splitserve.oip import LOADING, READY, UNAVAILABLE, InferenceService, InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.versions import UNNAMED, is_number
+
+_STATES = (READY, LOADING, UNAVAILABLE)
+
+
+class Server(InferenceService, Protocol):
+    """What is behind."""
+
+    async def is_ready(self, model: str, version: str = "") -> bool: ...
+
+
+class AnyServer:
+    """An `InferenceService` in front of a server, whoever made that. Versions that are no numbers are `UNNAMED`, sent as "".
+
+    Args:
+        server: what is behind.
+        models: names of the models to ask for where there is no index.
+    """
+
+    def __init__(self, server: Server, *, models: Callable[[], Iterable[str]]) -> None:
+        self._server = server
+        self._models = models
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._server.is_loaded
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        if request.version == str(UNNAMED):
+            request = msgspec.structs.replace(request, version="")
+        return await self._server.infer(request)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        return await self._server.metadata(model, "" if version == str(UNNAMED) else version)
+
+    async def index(self) -> list[ModelState]:
+        """All versions, or those of `models` where the server has no index or shows it to nobody."""
+        try:
+            states = [_plain(state) for state in await self._server.index()]
+        except (Unsupported, PermissionDenied):
+            states = [state for model in self._models() for state in await self._ask_for(model)]
+        states.sort(key=lambda state: state.state == READY)  # of several that are the same here, one that is ready counts
+        return list({(state.name, state.version): state for state in states}.values())
+
+    async def _ask_for(self, model: str) -> list[ModelState]:
+        try:
+            versions = (await self._server.metadata(model)).versions
+            numbered = [version for version in versions if is_number(version)]
+            return [await self._state(model, version) for version in numbered or [""]]
+        except NotFound:
+            return []
+
+    async def _state(self, model: str, version: str) -> ModelState:
+        if await self._server.is_ready(model, version):
+            return ModelState(model, version or str(UNNAMED), READY)
+        return ModelState(model, version or str(UNNAMED), UNAVAILABLE, "the predict service says that it is not ready")
+
+    async def not_ready_reason(self) -> str:
+        return await self._server.not_ready_reason()
+
+    async def load(self, model: str) -> None:
+        """Where the server takes no such requests, it loads by itself."""
+        try:
+            await self._server.load(model)
+        except Unsupported:
+            return
+
+    async def unload(self, model: str) -> None:
+        await self._server.unload(model)
+
+
+def _plain(state: ModelState) -> ModelState:
+    """A version as ours writes it. MLServer's states are written ``State.READY``, and one of them is ``UNKNOWN``."""
+    name = state.state.rpartition(".")[2]
+    reason = state.reason if name in _STATES else state.reason or f"the predict service says {name[:32]}"
+    is_served = name in (READY, LOADING)
+    version = state.version if is_number(state.version) else str(UNNAMED) if is_served else ""
+    return ModelState(state.name, version, name if name in _STATES else UNAVAILABLE, reason)
