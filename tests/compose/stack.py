@@ -211,15 +211,6 @@ class Stack:
         """Stop and remove the containers, the network and the images."""
         self.compose("down", "--volumes", "--rmi", "local", "--remove-orphans")
 
-    @contextmanager
-    def scaled(self, **replicas: int) -> Iterator[None]:
-        """More replicas, for a while."""
-        self.up(**replicas)
-        try:
-            yield
-        finally:
-            self.up()
-
     def containers(self, service: str) -> list[Container]:
         """The containers of a service, stopped ones too."""
         return [Container(self._docker, line) for line in self.compose("ps", "--all", "--quiet", service).splitlines()]

@@ -97,14 +97,13 @@ def test_a_replica_that_is_frozen_is_not_waited_for(doubled: Stack, load: Steady
     assert load.failures == []
 
 
-@pytest.mark.parametrize("service", STAGES)
-@pytest.mark.parametrize("how", ["cut_off", "disconnected"])
+@pytest.mark.parametrize(("service", "how"), [("preprocess", "cut_off"), ("predict", "cut_off"), ("preprocess", "disconnected")])
 def test_a_replica_without_a_network_is_not_missed_for_long(doubled: Stack, load: SteadyLoad, service: str, how: str) -> None:
     """Packets that vanish, or an interface that does: nothing fails or outlasts its deadline, and it works once it is mended."""
     lost = doubled.containers(service)[0]
 
     with getattr(lost, how)():
-        load.wait_for(300)
+        load.wait_for(200)
 
     wait_for_work(replicas(doubled))
     assert load.failures == []
@@ -115,7 +114,7 @@ def test_a_replica_without_a_network_is_not_missed_for_long(doubled: Stack, load
 def test_a_replica_at_a_bad_line_delays_and_fails_nothing(doubled: Stack, load: SteadyLoad, service: str) -> None:
     """Late and lost packets: a call may take long, but it comes back within its deadline."""
     with doubled.containers(service)[0].slowed():
-        load.wait_for(300)
+        load.wait_for(200)
 
     assert load.failures == []
     assert [outcome for outcome in load.outcomes if outcome.seconds > TIMEOUT_S + SLACK_S] == []
