@@ -119,12 +119,12 @@ class Findings(msgspec.Struct, frozen=True):
             ("part", "p50 ms", "p99 ms"), [[part, f"{p50:.1f}", f"{p99:.1f}"] for part, (p50, p99) in self.latencies_ms.items()]
         )
         how = (
-            f"Three processes on loopback, {self.seconds:.0f} s, {self.per_s:.0f} requests/s of 1 to 5 rows to the demo models by the "
-            f"Python client, over REST and gRPC in turn, each answer compared with the pipeline's; beside them up to "
-            f"{1 / BAD_EVERY_S:.0f} bad requests/s. Samples every {SAMPLE_EVERY_S:g} s from /proc; the first third of the time is for "
-            "warming up. PSS is the median of a third, file descriptors the least of it: connections come and go with the load, "
-            f"what leaks stays. Flat: at most {MOST_GROWTH_MB_PER_MIN:g} MB/min and {MOST_GROWTH_FDS} descriptors more. The load runs "
-            "on the same cores."
+            f"Three processes on loopback, {self.seconds:.0f} s, {self.per_s:.0f} requests/s of 1 to 5 rows to the demo models "
+            "by the Python client, over REST and gRPC in turn, each answer compared with the pipeline's; beside them up to "
+            f"{1 / BAD_EVERY_S:.0f} bad requests/s. Samples every {SAMPLE_EVERY_S:g} s from /proc; the first third of the time "
+            "is for warming up. PSS is the median of a third, file descriptors the least of it: connections come and go with "
+            f"the load, what leaks stays. Flat: at most {MOST_GROWTH_MB_PER_MIN:g} MB/min and {MOST_GROWTH_FDS} descriptors "
+            "more. The load runs on the same cores."
         )
         return {"How": how, "Memory and file descriptors": grown, "Requests": load, "Latency as the client sees it": latencies}
 

@@ -27,6 +27,7 @@ from splitserve.errors import (
 from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
 from splitserve.oip_grpc import SERVICE
 from splitserve.remote import RemoteInference
+from splitserve.server import grpc_face
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
@@ -314,3 +315,22 @@ async def test_a_message_above_the_limit_is_refused(service: FakeInference) -> N
             await remote.infer(InferRequest("echo", (large,)))
 
     assert service.requests == []
+
+
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
+"""The preface and empty SETTINGS. Source: RFC 9113, section 3.4."""
+
+
+async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its machine may be gone: the connection is closed, so that it can not hold up a drain."""
+    monkeypatch.setattr(grpc_face, "SILENT_S", 1.0)
+    async with serving(service) as address:
+        reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        writer.write(HTTP2_HELLO)
+
+        async with asyncio.timeout(20):
+            while await reader.read(4096):
+                pass  # pings among it, which are not answered
+
+        writer.close()
+        await writer.wait_closed()

@@ -48,6 +48,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 HEALTH_INTERVAL_S = 0.2
 
+SILENT_S = 5.0
+"""A connection that has been silent for so long is asked for a sign of life, and closed if none comes in as long again."""
+
 _MAX_REASON_LENGTH = 1000
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
@@ -340,6 +343,11 @@ def _server_options(max_message_bytes: int, shares_port: bool) -> list[tuple[str
         # Clients may ask whether we are still there as often as ours do, calls under way or not.
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+        # A client whose machine or network is gone says nothing more; to wait for it at the end of a drain takes 20 s.
+        # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
+        ("grpc.keepalive_time_ms", round(SILENT_S * 1000)),
+        ("grpc.keepalive_timeout_ms", round(SILENT_S * 1000)),
+        ("grpc.http2.ping_timeout_ms", round(SILENT_S * 1000)),
     ]
 
 

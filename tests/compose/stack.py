@@ -123,6 +123,30 @@ class Container:
                 self.in_network("iptables", "--delete", chain, "!", interface, "lo", "--jump", "DROP")
 
     @contextmanager
+    def slowed(self) -> Iterator[None]:
+        """A bad line, for a while: what it sends is late, what comes to it is partly lost.
+
+        By netem where the kernel has it; else by a thin pipe with a queue in front, and a filter that drops at random.
+        """
+        device = self.in_network("ip", "route", "show", "default").split()[4]
+        queue = ["tc", "qdisc", "add", "dev", device, "root"]
+        lose = [
+            "--in-interface",
+            device,
+            *["--match", "statistic", "--mode", "random", "--probability", "0.02", "--jump", "DROP"],
+        ]
+        try:
+            self.in_network(*queue, "netem", "delay", "100ms", "20ms")
+        except AssertionError:
+            self.in_network(*queue, "tbf", "rate", "200kbit", "burst", "2kb", "latency", "400ms")
+        self.in_network("iptables", "--append", "INPUT", *lose)
+        try:
+            yield
+        finally:
+            self.in_network("iptables", "--delete", "INPUT", *lose)
+            self.in_network("tc", "qdisc", "delete", "dev", device, "root")
+
+    @contextmanager
     def disconnected(self) -> Iterator[None]:
         """Out of its network, for a while: interface and name are gone; it may come back with another address."""
         ((network, facts),) = self.facts()["NetworkSettings"]["Networks"].items()
@@ -186,15 +210,6 @@ class Stack:
     def down(self) -> None:
         """Stop and remove the containers, the network and the images."""
         self.compose("down", "--volumes", "--rmi", "local", "--remove-orphans")
-
-    @contextmanager
-    def scaled(self, **replicas: int) -> Iterator[None]:
-        """More replicas, for a while."""
-        self.up(**replicas)
-        try:
-            yield
-        finally:
-            self.up()
 
     def containers(self, service: str) -> list[Container]:
         """The containers of a service, stopped ones too."""

@@ -1,9 +1,8 @@
-"""The containers as a user runs them: what the images hold, what they may do, what they answer, how they scale and stop."""
+"""The containers as a user runs them: what the images hold, what they may do, what they answer, how they stop."""
 
 from __future__ import annotations
 
 import json
-import threading
 from typing import Any
 
 import httpx
@@ -18,7 +17,6 @@ from tests.compose.stack import SERVICES, Container, Stack, wait_until
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
 
 N_ROWS = 60
-N_CALLERS = 8
 TOLERANCE = 1e-4
 NAMES = ("breast-cancer", "digits", "weather")
 
@@ -135,35 +133,6 @@ def test_health_is_a_service_s_own_and_readiness_is_everyone_s(stack: Stack, mod
     wait_until_ready(stack, models)
 
 
-def test_scaling_out_and_in_gives_every_replica_work_and_loses_no_call(stack: Stack, models: dict[str, Model]) -> None:
-    """New replicas are found without a restart of who calls them, and leave without anyone's loss."""
-    with Calls(stack, models) as calls:
-        with stack.scaled(preprocess=2, predict=2):
-            replicas = [*stack.containers("preprocess"), *stack.containers("predict")]
-            wait_until(lambda: all(replica.n_events("infer") >= 10 for replica in replicas), "work for all replicas")
-        calls.wait_for(100)
-
-    assert len(replicas) == 4
-    assert calls.failures == []
-
-
-def test_calls_go_on_when_a_predict_replica_is_killed(stack: Stack, models: dict[str, Model]) -> None:
-    """What a replica takes down with it is tried on the other one."""
-    with stack.scaled(predict=2), Calls(stack, models) as calls:
-        replicas = stack.containers("predict")
-        before = [replica.n_events("infer") for replica in replicas]
-        wait_until(
-            lambda: all(replica.n_events("infer") > count for replica, count in zip(replicas, before, strict=True)),
-            "work for both replicas",
-        )
-
-        replicas[0].kill()
-
-        calls.wait_for(300)
-
-    assert calls.failures == []
-
-
 def test_stop_ends_every_service_in_order_and_down_leaves_nothing(
     docker: str, project: str, repository: Any, models: dict[str, Model]
 ) -> None:
@@ -183,46 +152,6 @@ def test_stop_ends_every_service_in_order_and_down_leaves_nothing(
     finally:
         stack.down()
     assert not any(stack.leftovers().values()), stack.leftovers()
-
-
-class Calls:
-    """Several callers, each with one call after another, all the while that this is entered."""
-
-    def __init__(self, stack: Stack, models: dict[str, Model]) -> None:
-        self._url = f"{stack.http}/v2/models/breast-cancer/infer"
-        self._body = json.dumps({"inputs": rest_inputs(models["breast-cancer"].rows[:N_ROWS])})
-        self._is_over = threading.Event()
-        self._callers = [threading.Thread(target=self._call) for _ in range(N_CALLERS)]
-        self._outcomes: list[str] = []
-
-    def __enter__(self) -> Calls:
-        for caller in self._callers:
-            caller.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        for caller in self._callers:
-            caller.join()
-
-    @property
-    def failures(self) -> list[str]:
-        """What the calls said that were not answered."""
-        return [outcome for outcome in self._outcomes if outcome]
-
-    def wait_for(self, count: int) -> None:
-        """Until so many more were answered."""
-        goal = self._outcomes.count("") + count
-        wait_until(lambda: self._outcomes.count("") >= goal, f"{count} more answers; failures: {self.failures[:3]}")
-
-    def _call(self) -> None:
-        with httpx.Client(timeout=60) as client:
-            while not self._is_over.is_set():
-                try:
-                    answer = client.post(self._url, content=self._body)
-                    self._outcomes.append("" if answer.is_success else answer.text)
-                except httpx.HTTPError as error:
-                    self._outcomes.append(repr(error))
 
 
 def stopped_at(container: Container) -> str:
