@@ -25,8 +25,9 @@ T = TypeVar("T")
 FIRST_LIMIT = 256
 """Requests that may be in the system before anything is known of it."""
 
-LEAST_LIMIT = 2
-"""One under way and one that waits: with less, a stage would stand idle between two calls."""
+LEAST_LIMIT = 16
+"""A stall of a second, when only few are there, says nothing of how many there may be. Where so few really wait too long, what is
+expected of the wait refuses them."""
 
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.5, 2.0
 """Source: Envoy, "Adaptive Concurrency"."""
