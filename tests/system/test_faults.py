@@ -204,11 +204,11 @@ def test_a_wrong_setting_stops_a_service_before_it_listens(demos: Demos) -> None
     """Exit status 2 and the variable's name."""
     from tests.system.processes import Process
 
-    process = Process("predict_service", {"PREDICT_GRPC_PORT": "many", "PREDICT_N_WORKERS": "0"})
+    process = Process("predict_service", {"PREDICT_GRPC_PORT": "many", "PREDICT_WORKERS": "0"})
 
     assert process.wait() == 2
     assert any(line.startswith("PREDICT_GRPC_PORT: ") for line in process.lines)
-    assert any(line.startswith("PREDICT_N_WORKERS: ") for line in process.lines)
+    assert any(line.startswith("PREDICT_WORKERS: ") for line in process.lines)
 
 
 def test_a_port_that_is_taken_stops_a_service_with_its_name(system: System, demos: Demos) -> None:
