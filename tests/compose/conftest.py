@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,14 +97,20 @@ def project() -> str:
 @pytest.fixture(scope="session")
 def stack(docker: str, project: str, repository: Path, models: dict[str, Model]) -> Iterator[Stack]:
     """The services, one container each, every model ready."""
-    running = Stack(docker, project, repository)
-    try:
-        running.build()
-        running.up()
-        wait_until_ready(running, models)
+    with started(Stack(docker, project, repository), models) as running:
         yield running
+
+
+@contextmanager
+def started(stack: Stack, models: dict[str, Model], **replicas: int) -> Iterator[Stack]:
+    """Built and up, every model ready; nothing of it is left afterwards."""
+    try:
+        stack.build()
+        stack.up(**replicas)
+        wait_until_ready(stack, models)
+        yield stack
     finally:
-        running.down()
+        stack.down()
 
 
 def wait_until_ready(stack: Stack, models: dict[str, Model]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.steady import TIMEOUT_S, Reference, SteadyLoad
-from tests.compose.conftest import Model, probe, wait_until_ready
+from tests.compose.conftest import Model, probe, started, wait_until_ready
 from tests.compose.stack import Container, Stack, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
@@ -32,14 +32,8 @@ def references(models: dict[str, Model]) -> dict[str, Reference]:
 @pytest.fixture(scope="module")
 def doubled(docker: str, project: str, repository: Path, models: dict[str, Model]) -> Iterator[Stack]:
     """Two replicas of each service."""
-    running = Stack(docker, f"{project}-faults", repository, n_proxies=2)
-    try:
-        running.build()
-        running.up(**TWO)
-        wait_until_ready(running, models)
+    with started(Stack(docker, f"{project}-faults", repository, n_proxies=2), models, **TWO) as running:
         yield running
-    finally:
-        running.down()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from benchmarks.steady import Reference, SteadyLoad
 from splitserve import publish
 from splitserve.repository import Repository
 from splitserve.sources import index
-from tests.compose.conftest import Model, wait_until_ready
+from tests.compose.conftest import Model, started
 from tests.compose.stack import Stack, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
@@ -47,14 +47,8 @@ def write_index(folder: Path) -> None:
 @pytest.fixture
 def fetching(docker: str, project: str, own_repository: Path, models: dict[str, Model]) -> Iterator[Stack]:
     overlay = str(Path(__file__).with_name("cache.yml"))
-    running = Stack(docker, f"{project}-cache", own_repository, overlays=[overlay])
-    try:
-        running.build()
-        running.up()
-        wait_until_ready(running, models)
+    with started(Stack(docker, f"{project}-cache", own_repository, overlays=[overlay]), models) as running:
         yield running
-    finally:
-        running.down()
 
 
 def test_what_is_served_is_served_on_while_the_cache_is_full(
