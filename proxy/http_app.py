@@ -48,7 +48,7 @@ N_REMEMBERED_PATHS = 512
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
 
-_HEADER_LENGTH = "inference-header-content-length"
+_HEADER_LENGTH = b"inference-header-content-length"
 _TIMEOUT = b"request-timeout"
 _LONG_BODY_BYTES = 64 * 1024
 """Longer answers are compressed beside the event loop."""
@@ -201,7 +201,7 @@ class HttpApp:
             body, header_length = oip_rest.encode_response(answer, asked)
         if header_length is None:
             return Response(200, body)
-        return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH, str(header_length)),))
+        return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
 
     def _asked(self, request: Request, model: str, version: str) -> InferRequest:
         header_length = _header_length(request.incoming)
@@ -282,9 +282,8 @@ class HttpApp:
     async def _repository_control(self, request: Request) -> Response:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
-        if (
-            b"origin" in request.incoming.headers
-        ):  # a page in somebody's browser, which may stand where we can not be reached from
+        if b"origin" in request.incoming.headers:
+            # A page in somebody's browser, which may stand where we can not be reached from.
             raise PermissionDenied("loading and unloading is not for web pages")
         check_model_name(request.path["model"])
         wish = oip_rest.decode_json(request.body) if request.body else {}
@@ -336,7 +335,7 @@ def _check_form(incoming: Incoming) -> str:
 
 
 def _header_length(incoming: Incoming) -> int | None:
-    value = incoming.header(_HEADER_LENGTH.encode())
+    value = incoming.header(_HEADER_LENGTH)
     if value is None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) < 12):

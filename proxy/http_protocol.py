@@ -414,8 +414,12 @@ class HttpConnection(asyncio.Protocol):
             self._since = now
         elif self._phase is _Phase.HEAD and elapsed_s > self._limits.header_timeout_s and not self._exchanges:
             self._refuse(408, "the headers did not arrive in time")
-        elif self._phase is _Phase.BODY and self._incoming.size < self._limits.min_body_bytes_per_s * (elapsed_s - BODY_GRACE_S):
+        elif self._phase is _Phase.BODY and elapsed_s > BODY_GRACE_S and self._incoming.size < self._least_size(elapsed_s):
             self._refuse(408, f"the body arrives at less than {self._limits.min_body_bytes_per_s} bytes a second")
+
+    def _least_size(self, elapsed_s: float) -> float:
+        """Of a body that is on its way so long."""
+        return self._limits.min_body_bytes_per_s * (elapsed_s - BODY_GRACE_S + LOOK_INTERVAL_S)
 
     def _look_at_reader(self, now: float) -> None:
         unsent = self._transport.get_write_buffer_size()
