@@ -50,6 +50,7 @@ LEAST_TIME_S = 0.001
 _DETAILS_KEY = "grpc-status-details-bin"
 
 WHY_TIMEOUT_S = 0.5
+"""How long a replica that takes no calls is asked why."""
 
 CONTROL_TIMEOUT_S = 300.0
 """Loading may have to fetch."""

@@ -102,17 +102,16 @@ class _Recorded(Stopwatch):
     __slots__ = ("_entry", "_n_rows")
 
     def __init__(self, entry: ModelStatistics, n_rows: int) -> None:
+        super().__init__()
         self._entry = entry
         self._n_rows = n_rows
-        self._started = self._lap = time.perf_counter_ns()
-        self.parts = {"queue": 0, "input": 0, "infer": 0, "output": 0}
 
     def __enter__(self) -> Stopwatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            Statistics._count(self._entry, self._n_rows, time.perf_counter_ns() - self._started, self.parts)
+            Statistics._count(self._entry, self._n_rows, self.total_ns, self.parts)
         else:
             self._entry.inference_stats.fail.add(self.total_ns)
 
