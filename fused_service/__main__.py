@@ -23,8 +23,7 @@ from splitserve.server import lifecycle, logs, settings
 from splitserve.server.lifecycle import keep_refreshing
 
 
-async def serve() -> None:
-    config = settings.read(ProxySettings)
+async def serve(config: ProxySettings) -> None:
     preprocess_config = settings.read(PreprocessSettings)
     predict_config = settings.read(PredictSettings)
     logs.configure(level=config.log_level, format=config.log_format, service="fused", requests=config.log_requests)

@@ -17,8 +17,7 @@ from splitserve.server import kserve, lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
 
 
-async def serve() -> None:
-    config = settings.read(PredictSettings, **kserve.predictor(sys.argv[1:]))
+async def serve(config: PredictSettings) -> None:
     logs.configure(level=config.log_level, format=config.log_format, service="predict", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
@@ -41,7 +40,7 @@ async def serve() -> None:
                 limits=config.limits,
                 budget=config.byte_budget(),
                 options=config.grpc_options,
-                shares_port=config.workers > 1,
+                shares_port=config.shares_ports,
             )
         )
         log.info("listening", grpc_port=face.port)

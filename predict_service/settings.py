@@ -6,11 +6,11 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from splitserve.server.limit_settings import LimitSettings
-from splitserve.server.settings import BatchingSettings, RepositorySettings
+from splitserve.server.settings import BatchingSettings, ComputeSettings, RepositorySettings
 from splitserve.server.tls_settings import ListenerTlsSettings
 
 
-class PredictSettings(ListenerTlsSettings, LimitSettings, RepositorySettings, BatchingSettings):
+class PredictSettings(ListenerTlsSettings, LimitSettings, ComputeSettings, RepositorySettings, BatchingSettings):
     """Settings of the predict service."""
 
     model_config = SettingsConfigDict(env_prefix="PREDICT_")
@@ -23,12 +23,3 @@ class PredictSettings(ListenerTlsSettings, LimitSettings, RepositorySettings, Ba
 
     providers: str = "CPUExecutionProvider"
     """ONNX Runtime's execution providers, most wanted first, separated by commas."""
-
-    compute_threads: int = Field(0, ge=0)
-    """Threads that run models side by side, so that health checks are answered meanwhile; 0: one for each core, at least 2. What
-    is short runs without them."""
-
-    @property
-    def n_threads(self) -> int:
-        """Those that run models."""
-        return self.compute_threads or max(2, self.n_cores)

@@ -19,8 +19,7 @@ from splitserve.server import lifecycle, logs
 from splitserve.server.grpc_face import GrpcFace
 
 
-async def serve() -> None:
-    config = settings.read(sys.argv[1:])
+async def serve(config: settings.PreprocessSettings) -> None:
     logs.configure(level=config.log_level, format=config.log_format, service="preprocess", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()
@@ -54,7 +53,7 @@ async def serve() -> None:
                 limits=config.limits,
                 budget=config.byte_budget(),
                 options=config.grpc_options,
-                shares_port=config.workers > 1,
+                shares_port=config.shares_ports,
             )
         )
         log.info("listening", grpc_port=face.port)

@@ -11,11 +11,11 @@ from pydantic_settings import SettingsConfigDict
 
 from splitserve.server import kserve, settings
 from splitserve.server.limit_settings import LimitSettings
-from splitserve.server.settings import RepositorySettings
+from splitserve.server.settings import ComputeSettings, RepositorySettings
 from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
 
 
-class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, RepositorySettings):
+class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, ComputeSettings, RepositorySettings):
     """Settings of the preprocess service."""
 
     model_config = SettingsConfigDict(env_prefix="PREPROCESS_")
@@ -44,15 +44,6 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
     """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
     Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
-
-    compute_threads: int = Field(0, ge=0)
-    """Threads that run transforms side by side, so that health checks are answered meanwhile; 0: one for each core, at least 2.
-    What is short runs without them."""
-
-    @property
-    def n_threads(self) -> int:
-        """Those that run transforms."""
-        return self.compute_threads or max(2, self.n_cores)
 
 
 def read(arguments: Sequence[str]) -> PreprocessSettings:

@@ -13,8 +13,7 @@ from splitserve.remote import RemoteInference
 from splitserve.server import lifecycle, logs, settings
 
 
-async def serve() -> None:
-    config = settings.read(ProxySettings)
+async def serve(config: ProxySettings) -> None:
     logs.configure(level=config.log_level, format=config.log_format, service="proxy", requests=config.log_requests)
     log = structlog.get_logger()
     stop = lifecycle.StopSignal()

@@ -51,7 +51,7 @@ class Faces:
             grace_s=config.grace_s,
             limits=config.http_limits,
             tls=config.tls,
-            shares_port=config.workers > 1,
+            shares_port=config.shares_ports,
             budget=budget,
         )
         self.grpc = GrpcFace(
@@ -70,7 +70,7 @@ class Faces:
             authenticator=self.authenticator,
             budget=budget,
             options=config.grpc_options,
-            shares_port=config.workers > 1,
+            shares_port=config.shares_ports,
         )
 
     async def __aenter__(self) -> Faces:

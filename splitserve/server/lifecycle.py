@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import structlog
 
@@ -18,6 +18,8 @@ from splitserve.server import logs, workers
 
 if TYPE_CHECKING:
     from splitserve.server.settings import ServiceSettings
+
+S = TypeVar("S", bound="ServiceSettings")
 
 _MIB = 1024 * 1024
 
@@ -101,24 +103,24 @@ def _keep_memory() -> None:
             mallopt(option, value)
 
 
-def run(main: Callable[[], Awaitable[None]], read: Callable[[], ServiceSettings], *, service: str) -> None:
+def run(main: Callable[[S], Awaitable[None]], read: Callable[[], S], *, service: str) -> None:
     """Run a service, in several processes if its settings or the option ``--workers`` say so.
 
     Args:
-        main: its life.
+        main: its life, with these settings.
         read: gives its settings.
         service: its name, in logs and, in capitals, in front of its settings.
     """
     workers.take_option(sys.argv, f"{service.upper()}_WORKERS")
     config = read()
     if config.workers == 1:
-        _run(main)
+        _run(main(config))
         return
     logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
-    workers.watch_over(config.workers, lambda: _run(main), config.ports)
+    workers.watch_over(config.workers, lambda: _run(main(config)), config.ports)
 
 
-def _run(main: Callable[[], Awaitable[None]]) -> None:
+def _run(main: Awaitable[None]) -> None:
     """On the fastest event loop that there is here."""
     # Requests make many objects and no cycles: looking for those every 700 objects costs a tenth of a request.
     gc.freeze()
@@ -132,5 +134,5 @@ def _run(main: Callable[[], Awaitable[None]]) -> None:
     uvloop.run(_awaited(main))
 
 
-async def _awaited(main: Callable[[], Awaitable[None]]) -> None:
-    await main()
+async def _awaited(main: Awaitable[None]) -> None:
+    await main

@@ -65,9 +65,27 @@ class ServiceSettings(BaseSettings):
         return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
 
     @property
+    def shares_ports(self) -> bool:
+        """Whether several processes listen on them."""
+        return self.workers > 1
+
+    @property
     def n_cores(self) -> int:
         """What each worker has of the cores that the service may use, at least 1."""
         return max(1, cores.available() // self.workers)
+
+
+class ComputeSettings(ServiceSettings):
+    """What the services that run models or transforms can be told."""
+
+    compute_threads: int = Field(0, ge=0)
+    """Threads that run models or transforms side by side, so that health checks are answered meanwhile; 0: one for each core, at
+    least 2. What is short runs without them."""
+
+    @property
+    def n_threads(self) -> int:
+        """Those that run models or transforms."""
+        return self.compute_threads or max(2, self.n_cores)
 
 
 class BatchingSettings(ServiceSettings):
