@@ -364,7 +364,7 @@ class ServerConnection(Connection):
     def write(self, data: bytes) -> None:
         """Send frames that need no room."""
         if not self._closing_since:
-            self._transport.write(data)
+            self._put(data)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -421,7 +421,7 @@ class ServerConnection(Connection):
 
     def _refuse(self, stream: int, code: int) -> None:
         self._make_noise()
-        self._transport.write(frames.reset(stream, code))
+        self._put(frames.reset(stream, code))
 
     def _open(self, stream: int, request: _Request | None, is_end: bool) -> None:
         if request is None:
@@ -500,13 +500,13 @@ class ServerConnection(Connection):
         if not self._is_greeted:
             self.abandon()
             return
-        self._transport.write(frames.goaway(frames.MAX_STREAM, frames.NO_ERROR))
+        self._put(frames.goaway(frames.MAX_STREAM, frames.NO_ERROR))
         self.ask_last_call()
 
     def _last_call_heard(self) -> None:
         if self._is_retiring:
             self._last_taken = self._last
-            self._transport.write(frames.goaway(self._last, frames.NO_ERROR))
+            self._put(frames.goaway(self._last, frames.NO_ERROR))
             self._close_if_done()
 
     def _close_if_done(self) -> None:

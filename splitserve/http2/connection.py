@@ -87,6 +87,8 @@ class Connection(asyncio.Protocol):
         self._stream_send_window: int = frames.DEFAULT_WINDOW
         self._max_frame: int = frames.DEFAULT_FRAME_SIZE
         self._blocked: dict[Stream, None] = {}
+        self._unwritten: list[bytes | memoryview] = []
+        self._is_gone = False
         self._is_write_paused = False
         self._noise = 0
         self._was_heard = False
@@ -131,6 +133,7 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_gone = True
         self._closing_since = self._closing_since or self._loop.time()
         for stream in tuple(self._streams.values()):
             self._sent(stream)
@@ -195,7 +198,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "more was sent than there is room for")
         self._unreturned += length
         if self._unreturned > CONNECTION_WINDOW // 2:
-            self._transport.write(frames.window_update(0, self._unreturned))
+            self._put(frames.window_update(0, self._unreturned))
             self._room += self._unreturned
             self._unreturned = 0
         size = length - (1 + padding if padding >= 0 else 0)
@@ -302,7 +305,7 @@ class Connection(asyncio.Protocol):
                 if not frames.DEFAULT_FRAME_SIZE <= value < 2**24:
                     raise ConnectionFault(frames.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of its range")
                 self._max_frame = min(value, FRAME_SIZE)
-        self._transport.write(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        self._put(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
     def _set_stream_window(self, value: int) -> None:
         if value > frames.MAX_WINDOW:
@@ -322,7 +325,7 @@ class Connection(asyncio.Protocol):
             raise ConnectionFault(frames.FRAME_SIZE_ERROR, "PING has 8 bytes")
         self._make_noise()
         if not flags & frames.ACK:
-            self._transport.write(frames.frame(frames.PING, frames.ACK, 0, content))
+            self._put(frames.frame(frames.PING, frames.ACK, 0, content))
         elif content == _LAST_CALL:
             self._last_call_heard()
 
@@ -368,6 +371,23 @@ class Connection(asyncio.Protocol):
 
     # Writing.
 
+    def _put(self, *pieces: bytes | memoryview) -> None:
+        """Have these written once all that is ready now has been dealt with: answers that are ready together are one write."""
+        if not self._unwritten:
+            self._loop.call_soon(self._write)
+        self._unwritten += pieces
+
+    def _write(self) -> None:
+        pieces, self._unwritten = self._unwritten, []
+        if not pieces or self._is_gone:
+            return
+        if len(pieces) == 1:
+            self._transport.write(pieces[0])
+        elif sum(map(len, pieces)) > _LONG_BYTES:
+            self._transport.writelines(pieces)
+        else:
+            self._transport.write(b"".join(pieces))
+
     def _greet(self, before: bytes, values: dict[int, int]) -> None:
         """Send what a connection begins with."""
         ours = {
@@ -377,7 +397,7 @@ class Connection(asyncio.Protocol):
             **values,
         }
         more = frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
-        self._transport.write(before + frames.settings(ours) + more)
+        self._put(before + frames.settings(ours) + more)
 
     def send(self, stream: Stream, before: bytes, content: bytes, tail: bytes = b"") -> None:
         """Send content on a stream, as far as the far end has room for it now, and the rest as it makes room.
@@ -400,14 +420,14 @@ class Connection(asyncio.Protocol):
             self._send_window -= size
             head = HEAD.pack(size >> 8, size & 0xFF, frames.DATA, 0, stream.number)
             if size > _LONG_BYTES:
-                self._transport.writelines((before + head, content, tail))
+                self._put(before + head, content, tail)
             else:
-                self._transport.write(b"%b%b%b%b" % (before, head, content, tail))
+                self._put(b"%b%b%b%b" % (before, head, content, tail))
             if tail:
                 self._sent(stream)
             return
         if before:
-            self._transport.write(before)
+            self._put(before)
         stream.backlog.append(memoryview(content))
         stream.tail = tail
         self._blocked[stream] = None
@@ -418,7 +438,7 @@ class Connection(asyncio.Protocol):
         if stream.backlog:
             stream.tail = frames_of_it
         else:
-            self._transport.write(frames_of_it)
+            self._put(frames_of_it)
             self._sent(stream)
 
     async def drained(self, stream: Stream) -> None:
@@ -444,7 +464,7 @@ class Connection(asyncio.Protocol):
         size = min(len(content), self._max_frame, stream.send_window, self._send_window)
         stream.send_window -= size
         self._send_window -= size
-        self._transport.writelines((frames.head(size, frames.DATA, 0, stream.number), content[:size]))
+        self._put(frames.head(size, frames.DATA, 0, stream.number), content[:size])
         if size < len(content):
             stream.backlog[0] = content[size:]
             return
@@ -453,7 +473,7 @@ class Connection(asyncio.Protocol):
             return
         del self._blocked[stream]
         if stream.tail:
-            self._transport.write(stream.tail)
+            self._put(stream.tail)
             self._sent(stream)
         elif stream.sending is not None:
             stream.sending.set_result(None)
@@ -475,13 +495,13 @@ class Connection(asyncio.Protocol):
     def reset(self, stream: Stream, code: int) -> None:
         """End a stream at once."""
         self._drop(stream)
-        self._transport.write(frames.reset(stream.number, code))
+        self._put(frames.reset(stream.number, code))
 
     def give_room(self, stream: Stream, size: int) -> None:
         """So many bytes of a stream were taken: as many more may come."""
         stream.unreturned += size
         if stream.unreturned > STREAM_WINDOW // 2 and not self._closing_since:
-            self._transport.write(frames.window_update(stream.number, stream.unreturned))
+            self._put(frames.window_update(stream.number, stream.unreturned))
             stream.room += stream.unreturned
             stream.unreturned = 0
 
@@ -501,17 +521,18 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
         elif now - self._heard_at >= self._silent_s:
             self._asked_at = now
-            self._transport.write(frames.frame(frames.PING, 0, 0, _KEEPALIVE))
+            self._put(frames.frame(frames.PING, 0, 0, _KEEPALIVE))
 
     def ask_last_call(self) -> None:
         """Have `_last_call_heard` called once the far end has got what was sent so far."""
-        self._transport.write(frames.frame(frames.PING, 0, 0, _LAST_CALL))
+        self._put(frames.frame(frames.PING, 0, 0, _LAST_CALL))
 
     def close(self, code: int = frames.NO_ERROR, reason: str = "", last_stream: int = 0) -> None:
         """Say goodbye and close, once what was written is taken."""
         if not self._closing_since:
             self._closing_since = self._loop.time()
-            self._transport.write(frames.goaway(last_stream, code, reason))
+            self._put(frames.goaway(last_stream, code, reason))
+            self._write()
             self._transport.close()
 
     def abandon(self) -> None:
