@@ -129,6 +129,18 @@ class MessageReader:
         return message
 
 
+def frame_message(message: bytes, max_bytes: int) -> bytes:
+    """A message as it stands in a stream.
+
+    Raises:
+        CallError: it is larger than it may be.
+    """
+    size = len(message)
+    if size > max_bytes:
+        raise too_large("Sent", size, max_bytes)
+    return b"\0%b%b" % (size.to_bytes(4, "big"), message)
+
+
 def too_large(what: str, size: int, max_bytes: int) -> CallError:
     """The error of a message that is, in the words that gRPC has for it."""
     return CallError("RESOURCE_EXHAUSTED", f"{what} message larger than max ({size} vs. {max_bytes})")

@@ -29,14 +29,14 @@ from splitserve.grpc_wire.messages import (
     Metadata,
     encode_metadata,
     encode_text,
+    frame_message,
     status_code,
     timeout_s,
-    too_large,
 )
 from splitserve.http2 import frames
 from splitserve.http2.connection import LOOK_INTERVAL_S, Connection, Stream
 from splitserve.http2.frames import HEAD, PREFACE
-from splitserve.http2.headers import ConnectionFault, HeaderDecoder, Headers, TooManyHeaders, encode
+from splitserve.http2.headers import NO_TABLE, ConnectionFault, HeaderDecoder, Headers, TooManyHeaders, encode
 
 HANDSHAKE_TIMEOUT_S = 10.0
 """Within which a connection must say that it is HTTP/2."""
@@ -76,11 +76,11 @@ class ServerLimits(msgspec.Struct, frozen=True):
     silent_s: float = 5.0
 
 
-_BEGIN = b"\x88" + encode([(b"content-type", CONTENT_TYPE), (b"grpc-accept-encoding", ACCEPTED)])
-"""Of every answer; its first byte is ``:status 200``. Source: RFC 7541, appendix A."""
+_BEGIN = NO_TABLE + b"\x88" + encode([(b"content-type", CONTENT_TYPE), (b"grpc-accept-encoding", ACCEPTED)])
+"""Of every answer; its second byte is ``:status 200``. Source: RFC 7541, appendix A."""
 
 _OK = encode([(b"grpc-status", b"0")])
-_NO_GRPC = encode([(b":status", b"415")])
+_NO_GRPC = NO_TABLE + encode([(b":status", b"415")])
 
 _END_HEADERS = frames.END_HEADERS
 _END_ALL = frames.END_HEADERS | frames.END_STREAM
@@ -220,7 +220,7 @@ class Call(Stream):
         Raises:
             CallError: it is larger than it may be.
         """
-        content = _framed(message, self._connection.limits.max_message_bytes)
+        content = frame_message(message, self._connection.limits.max_message_bytes)
         if not self._is_answered:
             self.begin()
         if self._connection.has(self):
@@ -284,7 +284,7 @@ class Call(Stream):
     async def _answer(self, handler: Unary, message: bytes) -> None:
         try:
             answer = await handler(message, self)
-            content = _framed(answer, self._connection.limits.max_message_bytes)
+            content = frame_message(answer, self._connection.limits.max_message_bytes)
         except CallError as error:
             self._task = None
             self.fail(error)
@@ -317,13 +317,6 @@ class Call(Stream):
         structlog.get_logger().exception("internal error", method=self._request.path)
         self._task = None
         self.fail(CallError("INTERNAL", "internal error"))
-
-
-def _framed(message: bytes, max_bytes: int) -> bytes:
-    size = len(message)
-    if size > max_bytes:
-        raise too_large("Sent", size, max_bytes)
-    return b"\0%b%b" % (size.to_bytes(4, "big"), message)
 
 
 @functools.lru_cache(maxsize=16)

@@ -150,6 +150,11 @@ def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
             raise IndexError
 
 
+NO_TABLE = b"\x20"
+"""Stands at the head of the first block that we send: we keep no table either, whatever the far end would allow.
+Source: RFC 7541, section 6.3."""
+
+
 def encode(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """A block of literals, which no table is needed for and none is changed by.
 
