@@ -8,8 +8,8 @@ from types import TracebackType
 
 from proxy.http_app import HttpApp
 from proxy.http_protocol import HttpConnection, HttpLimits, Listener
+from splitserve.byte_budget import ByteBudget
 from splitserve.grpc_wire.listening import BACKLOG, listen
-from splitserve.server.byte_budget import ByteBudget
 from splitserve.server.lifecycle import background
 from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
 

@@ -14,10 +14,9 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
-import structlog
 
 from splitserve.grpc_wire.listening import BACKLOG
 from splitserve.grpc_wire.messages import (
@@ -64,6 +63,16 @@ class Method(msgspec.Struct, frozen=True):
 
     unary: Unary | None = None
     streaming: Streaming | None = None
+
+
+class Share(Protocol):
+    """What one call holds of all the bytes that may be held."""
+
+    def take(self, n_bytes: int) -> None:
+        """May raise that so many more are too many."""
+
+    def give_back(self) -> None:
+        """The call is over."""
 
 
 class ServerLimits(msgspec.Struct, frozen=True):
@@ -150,6 +159,7 @@ class Call(Stream):
         "_method",
         "_n_held",
         "_request",
+        "_share",
         "_task",
         "_waiting",
         "trailing",
@@ -164,6 +174,7 @@ class Call(Stream):
         self._messages = MessageReader(connection.limits.max_message_bytes, request.encoding)
         self._has_ended = self._is_answered = False
         self._n_held = 0
+        self._share: Share | None = None
         self._task: asyncio.Task[None] | None = None
         self._waiting: asyncio.Future[None] | None = None
         self.trailing: Metadata = ()
@@ -240,6 +251,9 @@ class Call(Stream):
         self._messages.feed(content)
         self._has_ended = is_end
         if self._method.unary is not None:
+            if self._share is None:
+                self._share = self._connection.new_share()
+            self._share.take(len(content))
             if is_end:
                 message = self._messages.take()
                 if message is None or not self._messages.is_empty:
@@ -260,6 +274,11 @@ class Call(Stream):
         """End it if its time is over."""
         if self._deadline is not None and now > self._deadline:
             self.fail(CallError("DEADLINE_EXCEEDED", "out of time before the answer came"))
+
+    def give_back(self) -> None:
+        """It is over."""
+        if self._share is not None:
+            self._share.give_back()
 
     def cancel(self) -> None:
         """Its caller has left."""
@@ -285,12 +304,9 @@ class Call(Stream):
         try:
             answer = await handler(message, self)
             content = frame_message(answer, self._connection.limits.max_message_bytes)
-        except CallError as error:
+        except Exception as error:
             self._task = None
-            self.fail(error)
-            return
-        except Exception:
-            self._fail_inside()
+            self.fail(self._connection.explain(error))
             return
         if not self._connection.has(self):
             return
@@ -303,20 +319,13 @@ class Call(Stream):
     async def _stream(self, handler: Streaming) -> None:
         try:
             await handler(self)
-        except CallError as error:
+        except Exception as error:
             self._task = None
-            self.fail(error)
-        except Exception:
-            self._fail_inside()
+            self.fail(self._connection.explain(error))
         else:
             self.begin()
             if self._connection.has(self):
                 self._finish(frames.frame(frames.HEADERS, _END_ALL, self.number, _OK + encode(encode_metadata(self.trailing))))
-
-    def _fail_inside(self) -> None:
-        structlog.get_logger().exception("internal error", method=self._request.path)
-        self._task = None
-        self.fail(CallError("INTERNAL", "internal error"))
 
 
 @functools.lru_cache(maxsize=16)
@@ -340,6 +349,7 @@ class ServerConnection(Connection):
         self.now: Callable[[], float] = self._loop.time
         self._server = server
         self.limits = server.limits
+        self.new_share = server.new_share
         self.name = f"grpc:{next(_numbers)}"
         self._headers: HeaderDecoder[_Request] = HeaderDecoder(_understand, server.limits.max_metadata_bytes)
         self._preface = b""
@@ -349,6 +359,10 @@ class ServerConnection(Connection):
         self._made_at = self.now()
         self._retire_at = self._made_at + MAX_AGE_S * random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)  # noqa: S311
         self._is_retiring = False
+
+    def explain(self, error: Exception) -> CallError:
+        """The status that an error of a handler ends its call with."""
+        return error if isinstance(error, CallError) else self._server.explain(error)
 
     def has(self, call: Call) -> bool:
         """Whether the call is still open."""
@@ -446,8 +460,12 @@ class ServerConnection(Connection):
     def _take_content(self, stream: Call, content: bytes, is_end: bool) -> None:
         try:
             stream.receive(content, is_end)
-        except CallError as error:
-            stream.fail(error)
+        except Exception as error:
+            stream.fail(self.explain(error))
+
+    def _drop(self, stream: Call) -> None:  # type: ignore[override]  # a server's streams are calls
+        super()._drop(stream)
+        stream.give_back()
 
     def _take_reset(self, stream: Call, code: int) -> None:
         stream.cancel()
@@ -514,13 +532,24 @@ class GrpcServer:
         methods: by their paths, ``/package.Service/Method``.
         socket: that listens.
         limits: of what callers may cost.
+        explain: what an exception of a handler is to its caller, unless it is a `CallError`.
+        new_share: what a call takes the bytes of its message from, as they come.
         context: of TLS; None: plain text.
     """
 
     def __init__(
-        self, methods: Mapping[str, Method], socket: socket.socket, limits: ServerLimits, *, context: ssl.SSLContext | None = None
+        self,
+        methods: Mapping[str, Method],
+        socket: socket.socket,
+        limits: ServerLimits,
+        *,
+        explain: Callable[[Exception], CallError],
+        new_share: Callable[[], Share],
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self.methods = methods
+        self.explain = explain
+        self.new_share = new_share
         self.limits = limits
         self.connections: set[ServerConnection] = set()
         self._socket = socket

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from splitserve import classification, oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.byte_budget import ByteBudget
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.grpc_wire.listening import listen
 from splitserve.grpc_wire.messages import CallError, status_code
@@ -36,7 +37,6 @@ from splitserve.oip import (
     deadline_after,
 )
 from splitserve.server import health, reflection
-from splitserve.server.byte_budget import ByteBudget
 from splitserve.server.callers import Authenticator
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
@@ -130,6 +130,8 @@ class GrpcFace:
             socket,
             msgspec.structs.replace(connections or ServerLimits(), max_message_bytes=max_message_bytes),
             context=following_ssl_context(tls, "h2") if tls else None,
+            explain=self._explain,
+            new_share=self._budget.share,
         )
 
     async def __aenter__(self) -> GrpcFace:
@@ -197,19 +199,25 @@ class GrpcFace:
         }
 
     def _answering(self, answer: Answer, is_open: bool) -> Answer:
-        """Errors become statuses here and nowhere else."""
+        """The same for callers who have shown who they are, where that is asked for."""
+        authenticator = self._authenticator
+        if authenticator is None:
+            return answer
 
         async def serve(data: bytes, call: Call) -> bytes:
-            try:
-                with at_stage(self._stage):
-                    if self._authenticator is not None:
-                        await self._authenticator.authenticate(_credentials(call), is_open=is_open)
-                    return await answer(data, call)
-            except SplitserveError as failure:
-                self._note(failure)
-                raise CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure)) from None
+            await authenticator.authenticate(_credentials(call), is_open=is_open)
+            return await answer(data, call)
 
         return serve
+
+    def _explain(self, error: Exception) -> CallError:
+        """Errors become statuses here and nowhere else."""
+        try:
+            with at_stage(self._stage):
+                raise error
+        except SplitserveError as failure:
+            self._note(failure)
+            return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
     def _note(self, failure: SplitserveError) -> None:
         """The caller does not learn what went wrong inside; the log does."""
@@ -309,11 +317,9 @@ class GrpcFace:
         return name
 
     async def _model_infer(self, data: bytes, call: Call) -> bytes:
-        with self._budget.share() as share:
-            share.take(len(data))
-            message = oip_grpc.parse(pb.ModelInferRequest, data)
-            request = oip_grpc.decode_request(message, self._deadline(call.remaining_s()), call.peer)
-            return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
+        message = oip_grpc.parse(pb.ModelInferRequest, data)
+        request = oip_grpc.decode_request(message, self._deadline(call.remaining_s()), call.peer)
+        return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
 
     async def _infer(self, request: InferRequest) -> InferResponse:
         self._limits.check(request)
