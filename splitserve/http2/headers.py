@@ -59,8 +59,15 @@ class HeaderDecoder(Generic[T]):
         self._fields: dict[bytes, tuple[bytes, bytes]] = {}
 
     def forbid_table(self) -> None:
-        """The far end has acknowledged that it may keep no table."""
+        """The far end has acknowledged that it may keep no table.
+
+        It has to say so at the head of its next block. One that has put nothing into its table may leave that out: some that
+        never use theirs do.
+        """
         self._decoder.max_allowed_table_size = 0
+        if not self._decoder.header_table.dynamic_entries:
+            self._decoder.header_table_size = 0
+            self._is_stateless = True
 
     def decode(self, block: bytes) -> T:
         """What the headers in a block mean.
