@@ -137,6 +137,12 @@ class _Versioned(msgspec.Struct):
     schema_version: int
 
 
+# Made here, not as they are used: msgspec learns a type's fields as the first decoder for it is made, models load side by side,
+# and two threads that are the first to ask crash the process.
+_version_decoder = msgspec.json.Decoder(_Versioned)
+_decoder = msgspec.json.Decoder(Manifest)
+
+
 def decode(data: bytes) -> Manifest:
     """The manifest in a file's bytes.
 
@@ -144,10 +150,10 @@ def decode(data: bytes) -> Manifest:
         BundleError: not JSON, of another schema version, or a field is missing, unknown or of the wrong type.
     """
     try:
-        found = msgspec.json.decode(data, type=_Versioned).schema_version
+        found = _version_decoder.decode(data).schema_version
         if found != SCHEMA_VERSION:
             raise BundleError(f"{MANIFEST_FILE}: schema version {found}, this splitserve reads version {SCHEMA_VERSION}")
-        return msgspec.json.decode(data, type=Manifest)
+        return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{MANIFEST_FILE}: {error}") from None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -178,3 +180,33 @@ def test_the_environment_is_what_is_installed():
     found = environment.observe(["numpy", "no-such-package"])
 
     assert found == {"python": platform.python_version(), "numpy": version("numpy")}
+
+
+SIDE_BY_SIDE = """
+import sys, threading
+from splitserve import manifest
+
+sys.setswitchinterval(1e-6)
+data = sys.stdin.buffer.read()
+together = threading.Barrier(4)
+
+def decode():
+    together.wait()
+    manifest.decode(data)
+
+threads = [threading.Thread(target=decode) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_the_first_manifests_may_be_read_side_by_side():
+    """Models load in threads. One run in three crashed while the first decoder was made by whoever came first."""
+    codes = [
+        subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], input=manifest.encode(FULL), check=False, timeout=60).returncode
+        for _ in range(12)
+    ]
+
+    assert codes == [0] * 12

@@ -56,6 +56,10 @@ class _Seen(msgspec.Struct):
     digest: FileDigest
 
 
+_seen_decoder = msgspec.json.Decoder(_Seen)
+"""Made once: `splitserve.manifest` says why."""
+
+
 class Cache:
     """Files by digest, in a folder that need not exist yet.
 
@@ -157,7 +161,7 @@ class Cache:
     def recall(self, path: str, validator: str) -> FileDigest | None:
         """What came from a path, if it still has this validator; None if that is not known."""
         try:
-            seen = msgspec.json.decode(read_small(self._note(path)), type=_Seen)
+            seen = _seen_decoder.decode(read_small(self._note(path)))
         except (BundleError, msgspec.DecodeError):
             return None
         return seen.digest if (seen.path, seen.validator) == (path, validator) else None

@@ -43,6 +43,9 @@ class Index(msgspec.Struct, frozen=True):
         return {key: digest for path, digest in self.bundles.items() if (key := parse_key(path))}
 
 
+_decoder = msgspec.json.Decoder(Index)
+
+
 def decode(data: bytes) -> Index:
     """The index in a file's bytes.
 
@@ -50,7 +53,7 @@ def decode(data: bytes) -> Index:
         BundleError: not JSON, of another schema version, or something in it is not what it should be.
     """
     try:
-        index = msgspec.json.decode(data, type=Index)
+        index = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{INDEX_FILE}: {error}") from None
     if index.schema_version != SCHEMA_VERSION:
