@@ -19,7 +19,7 @@ from splitserve.grpc_wire.messages import (
     Metadata,
     decode_text,
     encode_metadata,
-    frame_message,
+    prefix_of,
     status_name,
 )
 from splitserve.http2 import frames
@@ -101,10 +101,10 @@ class StreamCall(Connection):
         Raises:
             CallError: it is larger than it may be, or the call is over.
         """
-        content = frame_message(message, self._max_message_bytes)
+        prefix = prefix_of(message, self._max_message_bytes)
         if self.ended.done():
             raise CallError("UNAVAILABLE", "the call is over")
-        self.send(self._stream, b"", content)
+        self.send(self._stream, b"", prefix, message)
 
     def finish(self) -> None:
         """Send nothing more; what is under way is still answered."""

@@ -129,8 +129,8 @@ class MessageReader:
         return message
 
 
-def frame_message(message: bytes, max_bytes: int) -> bytes:
-    """A message as it stands in a stream.
+def prefix_of(message: bytes, max_bytes: int) -> bytes:
+    """What stands before a message in a stream.
 
     Raises:
         CallError: it is larger than it may be.
@@ -138,7 +138,7 @@ def frame_message(message: bytes, max_bytes: int) -> bytes:
     size = len(message)
     if size > max_bytes:
         raise too_large("Sent", size, max_bytes)
-    return b"\0%b%b" % (size.to_bytes(4, "big"), message)
+    return PREFIX.pack(0, size)
 
 
 def too_large(what: str, size: int, max_bytes: int) -> CallError:

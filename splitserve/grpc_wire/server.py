@@ -28,7 +28,7 @@ from splitserve.grpc_wire.messages import (
     Metadata,
     encode_metadata,
     encode_text,
-    frame_message,
+    prefix_of,
     status_code,
     timeout_s,
 )
@@ -231,11 +231,11 @@ class Call(Stream):
         Raises:
             CallError: it is larger than it may be.
         """
-        content = frame_message(message, self._connection.limits.max_message_bytes)
+        prefix = prefix_of(message, self._connection.limits.max_message_bytes)
         if not self._is_answered:
             self.begin()
         if self._connection.has(self):
-            self._connection.send(self, b"", content)
+            self._connection.send(self, b"", prefix, message)
         if self.backlog:
             await self._connection.drained(self)
 
@@ -303,7 +303,7 @@ class Call(Stream):
     async def _answer(self, handler: Unary, message: bytes) -> None:
         try:
             answer = await handler(message, self)
-            content = frame_message(answer, self._connection.limits.max_message_bytes)
+            prefix = prefix_of(answer, self._connection.limits.max_message_bytes)
         except Exception as error:
             self._task = None
             self.fail(self._connection.explain(error))
@@ -314,7 +314,7 @@ class Call(Stream):
         before = HEAD.pack(0, len(_BEGIN), frames.HEADERS, _END_HEADERS, number) + _BEGIN
         trailers = _OK if not self.trailing else _OK + encode(encode_metadata(self.trailing))
         tail = HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, frames.HEADERS, _END_ALL, number) + trailers
-        self._connection.send(self, before, content, tail)
+        self._connection.send(self, before, prefix, answer, tail)
 
     async def _stream(self, handler: Streaming) -> None:
         try:

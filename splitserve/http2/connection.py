@@ -17,7 +17,7 @@ from splitserve.http2 import frames
 from splitserve.http2.frames import HEAD, HEAD_SIZE
 from splitserve.http2.headers import ConnectionFault
 
-STREAM_WINDOW = 1024 * 1024
+STREAM_WINDOW = 4 * 1024 * 1024
 """Bytes that a stream may bring before they are taken."""
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
@@ -399,16 +399,17 @@ class Connection(asyncio.Protocol):
         more = frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
         self._put(before + frames.settings(ours) + more)
 
-    def send(self, stream: Stream, before: bytes, content: bytes, tail: bytes = b"") -> None:
+    def send(self, stream: Stream, before: bytes, prefix: bytes, content: bytes, tail: bytes = b"") -> None:
         """Send content on a stream, as far as the far end has room for it now, and the rest as it makes room.
 
         Args:
             stream: that is open.
             before: frames to go ahead of it, which need no room.
-            content: not empty.
+            prefix: the first bytes of the content, not empty.
+            content: the others, which are not copied if they are many.
             tail: frames to go after it, the last of which ends the stream at this end.
         """
-        size = len(content)
+        size = len(prefix) + len(content)
         window = stream.send_window
         if (
             size <= window
@@ -420,15 +421,16 @@ class Connection(asyncio.Protocol):
             self._send_window -= size
             head = HEAD.pack(size >> 8, size & 0xFF, frames.DATA, 0, stream.number)
             if size > _LONG_BYTES:
-                self._put(before + head, content, tail)
+                self._put(before + head + prefix, content, tail)
             else:
-                self._put(b"%b%b%b%b" % (before, head, content, tail))
+                self._put(b"%b%b%b%b%b" % (before, head, prefix, content, tail))
             if tail:
                 self._sent(stream)
             return
         if before:
             self._put(before)
-        stream.backlog.append(memoryview(content))
+        pieces = (prefix, content) if len(content) > _LONG_BYTES else (prefix + content,)
+        stream.backlog.extend(map(memoryview, pieces))
         stream.tail = tail
         self._blocked[stream] = None
         self._flush()

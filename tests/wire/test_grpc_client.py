@@ -124,7 +124,7 @@ async def test_a_message_waits_for_room() -> None:
 
 async def test_a_long_answer_is_given_room() -> None:
     """More than a window of it."""
-    message = bytes(3 * STREAM_WINDOW)
+    message = bytes(STREAM_WINDOW + 1_000_000)
     async with stream() as (call, server, messages):
         server.h2.send_headers(1, OPENED)
         rest = framed(message)

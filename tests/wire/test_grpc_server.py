@@ -359,11 +359,11 @@ async def test_a_stream_that_is_not_read_is_given_no_more_room() -> None:
     stream = client.call(STREAM, None, is_end=False)
     await client.pump()
     n_sent = 0
-    while client.h2.local_flow_control_window(stream) >= 1_005:
-        client.h2.send_data(stream, framed(bytes(1_000)))
+    while client.h2.local_flow_control_window(stream) >= 20_005:
+        client.h2.send_data(stream, framed(bytes(20_000)))
         n_sent += 1
         await client.pump()
-    assert connection_module.STREAM_WINDOW // 1_005 <= n_sent <= 2 * connection_module.STREAM_WINDOW // 1_005
+    assert connection_module.STREAM_WINDOW // 20_005 <= n_sent <= 2 * connection_module.STREAM_WINDOW // 20_005
     other = client.call(ECHO, framed(b"x"))
     await client.pump()
     assert client.status(other) == "0"
@@ -371,7 +371,7 @@ async def test_a_stream_that_is_not_read_is_given_no_more_room() -> None:
     client.server.gate.set()
     await client.pump()
 
-    assert client.messages(stream) == [bytes(1_000)] * n_sent
+    assert client.messages(stream) == [bytes(20_000)] * n_sent
     assert client.h2.local_flow_control_window(stream) > connection_module.STREAM_WINDOW // 2
 
 
