@@ -153,7 +153,6 @@ class Call(Stream):
     __slots__ = (
         "_connection",
         "_deadline",
-        "_has_ended",
         "_is_answered",
         "_messages",
         "_method",
@@ -162,6 +161,7 @@ class Call(Stream):
         "_share",
         "_task",
         "_waiting",
+        "has_ended",
         "trailing",
     )
 
@@ -172,7 +172,9 @@ class Call(Stream):
         self._method = method
         self._deadline = None if request.timeout_s is None else connection.now() + request.timeout_s
         self._messages = MessageReader(connection.limits.max_message_bytes, request.encoding)
-        self._has_ended = self._is_answered = False
+        self._is_answered = False
+        self.has_ended = False
+        """Whether the caller has sent all."""
         self._n_held = 0
         self._share: Share | None = None
         self._task: asyncio.Task[None] | None = None
@@ -206,7 +208,7 @@ class Call(Stream):
             message = self._messages.take()
             if message is not None:
                 return message
-            if self._has_ended:
+            if self.has_ended:
                 if not self._messages.is_empty:
                     raise CallError("INTERNAL", "the stream ends in the middle of a message")
                 return None
@@ -249,7 +251,7 @@ class Call(Stream):
     def receive(self, content: bytes, is_end: bool) -> None:
         """Content has come, the last with ``is_end``."""
         self._messages.feed(content)
-        self._has_ended = is_end
+        self.has_ended = is_end
         if self._method.unary is not None:
             if self._share is None:
                 self._share = self._connection.new_share()
@@ -296,7 +298,7 @@ class Call(Stream):
         self._finish(frames.frame(frames.HEADERS, _END_ALL, self.number, trailers))
 
     def _finish(self, trailers: bytes) -> None:
-        if not self._has_ended:  # what is still on its way is of no use
+        if not self.has_ended:  # what is still on its way is of no use
             trailers += frames.reset(self.number, frames.NO_ERROR)
         self._connection.send_frames(self, trailers)
 
@@ -310,6 +312,7 @@ class Call(Stream):
             return
         if not self._connection.has(self):
             return
+        self._is_answered = True
         number = self.number
         before = HEAD.pack(0, len(_BEGIN), frames.HEADERS, _END_HEADERS, number) + _BEGIN
         trailers = _OK if not self.trailing else _OK + encode(encode_metadata(self.trailing))
@@ -452,12 +455,16 @@ class ServerConnection(Connection):
 
     def _take_trailers(self, call: Call, is_end: bool) -> None:
         if not is_end:
-            self.reset(call, frames.PROTOCOL_ERROR)
             call.cancel()
+            self.reset(call, frames.PROTOCOL_ERROR)
         else:
             self._take_content(call, b"", True)
 
     def _take_content(self, stream: Call, content: bytes, is_end: bool) -> None:
+        if stream.has_ended:
+            stream.cancel()
+            self.reset(stream, frames.STREAM_CLOSED)
+            return
         try:
             stream.receive(content, is_end)
         except Exception as error:

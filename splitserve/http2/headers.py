@@ -9,7 +9,7 @@ Source: RFC 7541.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import hpack
 
@@ -22,8 +22,8 @@ Headers = list[tuple[bytes, bytes]]
 TABLE_SIZE = 4096
 """What the far end may use until it knows our settings. Source: RFC 9113, section 6.5.2."""
 
-MAX_REMEMBERED = 256
-"""Blocks, and fields, that a connection remembers; when there are more it begins anew."""
+MAX_REMEMBERED, MAX_REMEMBERED_BYTES = 64, 512
+"""Blocks, and fields, that a connection remembers, if they are not longer; when there are more it begins anew."""
 
 FIELD_OVERHEAD_BYTES = 32
 """Counted for each field beside its name and value. Source: RFC 9113, section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE."""
@@ -91,9 +91,7 @@ class HeaderDecoder(Generic[T]):
             raise TooManyHeaders
         meaning = self._understand(headers)
         if self._is_stateless:
-            if len(self._blocks) >= MAX_REMEMBERED:
-                self._blocks.clear()
-            self._blocks[block] = meaning
+            _remember(self._blocks, block, meaning)
         return meaning
 
     def _decoded(self, data: bytes) -> Headers:
@@ -110,10 +108,15 @@ class HeaderDecoder(Generic[T]):
                 if not found:  # says again that there is no table
                     continue
                 known = found[0]
-                if len(self._fields) >= MAX_REMEMBERED:
-                    self._fields.clear()
-                self._fields[field] = known
+                _remember(self._fields, field, known)
             yield known
+
+
+def _remember(memory: dict[bytes, Any], data: bytes, meaning: Any) -> None:
+    if len(data) <= MAX_REMEMBERED_BYTES:
+        if len(memory) >= MAX_REMEMBERED:
+            memory.clear()
+        memory[data] = meaning
 
 
 def _bounds(block: bytes) -> Iterator[tuple[int, int]]:

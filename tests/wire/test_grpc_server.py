@@ -525,6 +525,40 @@ async def test_a_fault_ends_the_connection_with_its_code(name: str) -> None:
     assert client.transport.is_closed
 
 
+MORE = {
+    "content": frames.frame(frames.DATA, frames.END_STREAM, 1, framed(b"again")),
+    "trailers": frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, NO_TABLE),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+async def test_a_call_that_goes_on_after_its_end_is_reset(name: str) -> None:
+    """It is served once at most. Source: RFC 9113, 5.1."""
+    client = Client(FakeServer())
+    stream = client.call(HOLD, framed(b"x"))
+    await client.pump()
+
+    client.connection.data_received(MORE[name])
+    await client.pump()
+
+    assert client.resets() == {stream: frames.STREAM_CLOSED}
+    assert (len(client.server.calls), client.server.n_cancelled) == (1, 1)
+
+
+async def test_a_deadline_that_passes_while_the_answer_waits_for_room_adds_no_second_head() -> None:
+    """The status comes after what is on its way."""
+    client = Client(FakeServer(), window=10)
+    await client.pump()
+    stream = client.call(ECHO, framed(bytes(100)), grpc_timeout="1S")
+    await client.pump()
+    client.connection.look(client.connection.now() + 2)
+    client.h2.increment_flow_control_window(1_000, stream_id=stream)
+    await client.pump()
+
+    assert client.messages(stream) == [bytes(100)]
+    assert client.status(stream) == "4"
+
+
 async def test_noise_between_answers_is_no_fault() -> None:
     """Pings and room that come with calls, or over time, are what clients do."""
     client = Client(FakeServer())

@@ -80,6 +80,9 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(3 * MAX_REMEMBERED):
         assert ours.decode(encode([(b"n", str(number).encode())])) == [(b"n", str(number).encode())]
 
+    ours.decode(encode([(b"n", bytes(10_000))]))
+
+    assert max(map(len, [*ours._blocks, *ours._fields])) < 1_000
     assert len(ours._blocks) <= MAX_REMEMBERED
     assert len(ours._fields) <= MAX_REMEMBERED
 
