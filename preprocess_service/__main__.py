@@ -52,7 +52,7 @@ async def serve(config: settings.PreprocessSettings) -> None:
                 tls=config.tls,
                 limits=config.limits,
                 budget=config.byte_budget(),
-                options=config.grpc_options,
+                connections=config.grpc_limits,
                 shares_port=config.shares_ports,
             )
         )

@@ -69,7 +69,7 @@ class Faces:
             limits=config.limits,
             authenticator=self.authenticator,
             budget=budget,
-            options=config.grpc_options,
+            connections=config.grpc_limits,
             shares_port=config.shares_ports,
         )
 

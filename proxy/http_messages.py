@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable
 
 import msgspec
 
+from splitserve.byte_budget import Share
 from splitserve.errors import Overloaded, SplitserveError, TooLarge
-from splitserve.server.byte_budget import Share
 
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 

@@ -23,7 +23,7 @@ import msgspec
 import structlog
 
 from proxy.http_messages import Incoming, Response
-from splitserve.server.byte_budget import ByteBudget
+from splitserve.byte_budget import ByteBudget
 
 CHUNK_OVERHEAD_BYTES = 16
 """What the framing of a chunk may take on average; extensions of chunks mean nothing here."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 
 from proxy.http_app import HttpApp
 from proxy.http_protocol import HttpConnection, HttpLimits, Listener
-from splitserve.server.byte_budget import ByteBudget
+from splitserve.byte_budget import ByteBudget
+from splitserve.grpc_wire.listening import BACKLOG, listen
 from splitserve.server.lifecycle import background
 from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
-
-_BACKLOG = 2048
 
 
 class HttpFace:
@@ -44,13 +42,10 @@ class HttpFace:
     ) -> None:
         self._app = app
         self._grace_s = grace_s
-        self._context = following_ssl_context(tls) if tls else None
+        self._context = following_ssl_context(tls, "http/1.1") if tls else None
         self._listener = Listener(app.answer, limits or HttpLimits(), max_body_bytes=app.max_body_bytes, budget=budget)
         self._stack = AsyncExitStack()
-        try:
-            self._socket = socket.create_server((host, port), backlog=_BACKLOG, reuse_port=shares_port)
-        except OSError as error:
-            raise SystemExit(f"can not listen on {host}:{port}: {error.strerror}") from None
+        self._socket = listen(host, port, shares_port=shares_port)
         self.port: int = self._socket.getsockname()[1]
 
     @property
@@ -64,7 +59,7 @@ class HttpFace:
             sock=self._socket,
             ssl=self._context,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._context else None,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
         )
         await self._stack.enter_async_context(background(self._listener.keep_looking()))
         return self

@@ -27,7 +27,7 @@ from splitserve.errors import (
 )
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
 from splitserve.replicas import Replica, Replicas, channel_options
-from splitserve.streams import Metadata, StreamKeeper
+from splitserve.streams import Metadata, Route, StreamKeeper
 from splitserve.tls import ClientTls, bearer
 from splitserve.watched import Watched
 
@@ -70,11 +70,11 @@ class _Replica(Replica):
     """A replica with its methods, and with a stream to it where it offers one."""
 
     def __init__(
-        self, target: str, channel: grpc.aio.Channel, stage: str, on_change: Callable[[], None], metadata: Metadata
+        self, target: str, channel: grpc.aio.Channel, route: Route, on_change: Callable[[], None], metadata: Metadata
     ) -> None:
         super().__init__(target, channel, on_change)
         self.metadata = metadata
-        self.keeper = StreamKeeper(channel, stage, metadata)
+        self.keeper = StreamKeeper(channel, route)
         self.methods = {
             name: channel.unary_unary(
                 f"/{oip_grpc.SERVICE}/{name}",
@@ -125,6 +125,7 @@ class RemoteInference:
     ) -> None:
         self.target = target
         self._stage = stage
+        self._max_message_bytes = max_message_bytes
         self._options = channel_options(max_message_bytes)
         self._poll_timeout_s = poll_timeout_s
         self._tls = tls
@@ -136,7 +137,17 @@ class RemoteInference:
         self.is_loaded = True
 
     def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
-        return _Replica(target, self._channel(target, authority, self._options), self._stage, on_change, self._metadata)
+        channel = self._channel(target, authority, self._options)
+        route = Route(
+            target,
+            stage=self._stage,
+            authority=authority,
+            metadata=self._metadata,
+            max_message_bytes=self._max_message_bytes,
+            context=self._tls.ssl_context if self._tls else None,
+            server_name=self._tls.server_name if self._tls else "",
+        )
+        return _Replica(target, channel, route, on_change, self._metadata)
 
     def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
         authority = (self._tls.server_name if self._tls else "") or authority

@@ -48,6 +48,17 @@ class ClientTls(msgspec.Struct, frozen=True):
             Path(self.ca_file).read_bytes(), Path(self.key_file).read_bytes(), Path(self.cert_file).read_bytes()
         )
 
+    def ssl_context(self) -> ssl.SSLContext:
+        """The same for a connection of our own that speaks HTTP/2. Raises as `credentials`."""
+        check_certificates(self.ca_file)
+        context = ssl.create_default_context(cafile=self.ca_file)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["h2"])
+        if self.cert_file:
+            check_key(self.cert_file, self.key_file)
+            context.load_cert_chain(self.cert_file, self.key_file)
+        return context
+
     def options(self) -> Options:
         """What a channel needs besides the credentials."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []

@@ -15,6 +15,7 @@ import grpc
 import pytest
 
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.grpc_wire.server import ServerLimits
 from splitserve.limits import Limits
 from splitserve.oip import remaining_s
 from splitserve.oip_grpc import SERVICE
@@ -185,8 +186,7 @@ async def test_compressed_messages_are_bounded_as_they_unfold() -> None:
 
 async def test_metadata_is_bounded() -> None:
     """C04: too much of it is refused, and the connection lives."""
-    options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 16_384)]
-    async with face(options=options) as (channel, _):
+    async with face() as (channel, _):
         assert await ask(channel, message(), metadata=(("a", "x" * 15_000),)) == (CODES.OK, "")
         code, _ = await ask(channel, message(), metadata=(("a", "x" * 20_000),))
 
@@ -196,7 +196,7 @@ async def test_metadata_is_bounded() -> None:
 
 async def test_connections_are_counted() -> None:
     """G02: one past the limit is closed, those before are served on."""
-    async with serving(FakeInference(ECHO), options=[("grpc.max_allowed_incoming_connections", 2)]) as address:
+    async with serving(FakeInference(ECHO), connections=ServerLimits(max_connections=2)) as address:
         own = [("grpc.use_local_subchannel_pool", 1)]
         channels = [grpc.aio.insecure_channel(address, own) for _ in range(3)]
         codes = [(await ask(channel, message()))[0] for channel in channels]
@@ -312,8 +312,7 @@ async def test_a_timeout_that_is_none_harms_nobody(timeout: str) -> None:
 
 async def test_much_metadata_harms_nobody() -> None:
     """C04: a thousand keys are too many; bytes that are no base64 are not looked at."""
-    options = [("grpc.max_metadata_size", 16_384), ("grpc.absolute_max_metadata_size", 16_384)]
-    async with face(options=options) as (channel, _):
+    async with face() as (channel, _):
         code, _ = await ask(channel, message(), metadata=tuple((f"k{i}", "v") for i in range(1000)))
         assert code is CODES.RESOURCE_EXHAUSTED
         assert await ask(channel, message(), metadata=(("x-bin", b"\xff\x00"),)) == (CODES.OK, "")

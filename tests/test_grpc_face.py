@@ -24,10 +24,10 @@ from splitserve.errors import (
     TooLarge,
     Unavailable,
 )
+from splitserve.grpc_wire.server import ServerLimits
 from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
 from splitserve.oip_grpc import SERVICE
 from splitserve.remote import RemoteInference
-from splitserve.server import grpc_face
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
@@ -321,10 +321,9 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 """The preface and empty SETTINGS. Source: RFC 9113, section 3.4."""
 
 
-async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference) -> None:
     """Its machine may be gone: the connection is closed, so that it can not hold up a drain."""
-    monkeypatch.setattr(grpc_face, "SILENT_S", 1.0)
-    async with serving(service) as address:
+    async with serving(service, connections=ServerLimits(silent_s=0.2)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
         writer.write(HTTP2_HELLO)
 

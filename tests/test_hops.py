@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.service import ProxyService
+from splitserve.byte_budget import ByteBudget
 from splitserve.errors import DeadlineExceeded, Overloaded, Unavailable
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, deadline_after
 from splitserve.remote import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
-from splitserve.server.byte_budget import ByteBudget
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature

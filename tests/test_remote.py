@@ -231,7 +231,7 @@ async def test_what_is_in_flight_when_a_replica_dies_is_tried_on_another(over: s
         calls = [asyncio.create_task(remote.infer(request())) for _ in range(4)]
         await until(lambda: all(len(service.requests) == 2 for service in services))
 
-        await one._server.stop(None)
+        await one._server.stop()
         services[1].gate.set()
 
         assert len(await asyncio.gather(*calls)) == 4
@@ -299,7 +299,7 @@ async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
         port = first.port
         name = Name(first)
         async with connected(name) as remote:
-            await first._server.stop(None)
+            await first._server.stop()
             await until(lambda: remote.n_streams == 0)
             second = GrpcFace(
                 FakeInference(ECHO),

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any
 
-import grpc
+import msgspec
 import structlog
 from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 
 from splitserve import classification, oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.byte_budget import ByteBudget
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
+from splitserve.grpc_wire.listening import listen
+from splitserve.grpc_wire.messages import CallError, status_code
+from splitserve.grpc_wire.server import Call, GrpcServer, Method, ServerLimits
 from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
 from splitserve.oip import (
@@ -32,12 +36,11 @@ from splitserve.oip import (
     ServerMetadata,
     deadline_after,
 )
-from splitserve.server import reflection
-from splitserve.server.byte_budget import ByteBudget
+from splitserve.server import health, reflection
 from splitserve.server.callers import Authenticator
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.logs import RequestLine
-from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, add_port
+from splitserve.server.tls import ServerTls, following_ssl_context
 from splitserve.statistics import Statistics
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -48,16 +51,12 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 HEALTH_INTERVAL_S = 0.2
 
-SILENT_S = 5.0
-"""A connection that has been silent for so long is asked for a sign of life, and closed if none comes in as long again."""
-
 _MAX_REASON_LENGTH = 1000
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """What anyone may ask; grpc.health.v1 and reflection are open too."""
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
-Call = Callable[[bytes, Context], Awaitable[bytes]]
+Answer = Callable[[bytes, Call], Awaitable[bytes]]
 
 
 class GrpcFace:
@@ -82,7 +81,7 @@ class GrpcFace:
         limits: of requests.
         authenticator: learns who calls; None: nobody is asked.
         budget: of the bytes that requests hold; None: each is bounded by itself only.
-        options: of the gRPC server, besides those that it always has.
+        connections: what callers' connections may cost; its limit of messages gives way to ``max_message_bytes``.
         shares_port: with other processes of the service.
     """
 
@@ -103,7 +102,7 @@ class GrpcFace:
         limits: Limits | None = None,
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
-        options: Sequence[tuple[str, Any]] = (),
+        connections: ServerLimits | None = None,
         shares_port: bool = False,
     ) -> None:
         self._service = service
@@ -118,19 +117,22 @@ class GrpcFace:
         self._authenticator = authenticator
         self._budget = budget or ByteBudget(sys.maxsize)
         self._log = structlog.get_logger()
-        self._health = health.aio.HealthServicer()
+        self._health = health.Health()
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         self._streams = InferStreams(self._answer_on_stream)
-        self._server = grpc.aio.server(options=[*_server_options(max_message_bytes, shares_port), *options])
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, self._handlers()),))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.add_to(self._server, (oip_grpc.SERVICE, health.SERVICE_NAME), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR))
-        try:
-            self.port = add_port(self._server, address, tls)
-        except RuntimeError:
-            raise SystemExit(f"can not listen on {address}: is another process there?") from None
+        host, _, port = address.rpartition(":")
+        socket = listen(host.strip("[]"), int(port), shares_port=shares_port)
+        self.port: int = socket.getsockname()[1]
+        self._server = GrpcServer(
+            self._methods(),
+            socket,
+            msgspec.structs.replace(connections or ServerLimits(), max_message_bytes=max_message_bytes),
+            context=following_ssl_context(tls, "h2") if tls else None,
+            explain=self._explain,
+            new_share=self._budget.share,
+        )
 
     async def __aenter__(self) -> GrpcFace:
         await self._server.start()
@@ -140,7 +142,7 @@ class GrpcFace:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._watching is not None:
             self._watching.cancel()
-        await self._server.stop(None)
+        await self._server.stop()
 
     async def drain(self, *, delay_s: float, grace_s: float) -> None:
         """Say "not ready", serve on for ``delay_s``, then refuse new calls and give those in flight ``grace_s`` to finish."""
@@ -148,6 +150,7 @@ class GrpcFace:
         await self._set_health()
         await asyncio.sleep(delay_s)
         self._streams.stop()
+        self._health.end()
         await self._server.stop(grace_s)
 
     async def _watch_health(self) -> None:
@@ -159,9 +162,8 @@ class GrpcFace:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
         self._report(reason)
         takes_calls = not self._is_draining and self._service.is_loaded
-        for name, serving in (("", not reason), (oip_grpc.SERVICE, takes_calls)):
-            status = health_pb2.HealthCheckResponse
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._health.set("", not reason)
+        self._health.set(oip_grpc.SERVICE, takes_calls)
 
     def _report(self, reason: str) -> None:
         """A line when readiness changes, or why it is missing does."""
@@ -172,8 +174,8 @@ class GrpcFace:
             else:
                 self._log.info("ready")
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
-        methods: dict[str, Call] = {
+    def _methods(self) -> dict[str, Method]:
+        answers: dict[str, Answer] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
             "ModelReady": self._model_ready,
@@ -187,43 +189,53 @@ class GrpcFace:
             "RepositoryModelUnload": self._repository_model_unload,
         }
         return {
-            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._streams.serve),
-            **{name: grpc.unary_unary_rpc_method_handler(self._answering(call, name in _OPEN)) for name, call in methods.items()},
+            f"/{oip_grpc.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
+            **{
+                f"/{oip_grpc.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
+                for name, answer in answers.items()
+            },
+            **self._health.methods,
+            **reflection.methods((oip_grpc.SERVICE, health.SERVICE), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)),
         }
 
-    def _answering(self, call: Call, is_open: bool) -> Call:
+    def _answering(self, answer: Answer, is_open: bool) -> Answer:
+        """The same for callers who have shown who they are, where that is asked for."""
+        authenticator = self._authenticator
+        if authenticator is None:
+            return answer
+
+        async def serve(data: bytes, call: Call) -> bytes:
+            await authenticator.authenticate(_credentials(call), is_open=is_open)
+            return await answer(data, call)
+
+        return serve
+
+    def _explain(self, error: Exception) -> CallError:
         """Errors become statuses here and nowhere else."""
-
-        async def answer(data: bytes, context: Context) -> bytes:
-            try:
-                with at_stage(self._stage):
-                    if self._authenticator is not None:
-                        await self._authenticator.authenticate(_credentials(context), is_open=is_open)
-                    return await call(data, context)
-            except SplitserveError as error:
-                failure = error
+        try:
+            with at_stage(self._stage):
+                raise error
+        except SplitserveError as failure:
             self._note(failure)
-            return await context.abort(grpc.StatusCode[failure.grpc_code], failure.message, self._trailing_metadata(failure))
-
-        return answer
+            return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
     def _note(self, failure: SplitserveError) -> None:
         """The caller does not learn what went wrong inside; the log does."""
         if isinstance(failure, Internal):
             self._log.error("internal error", stage=failure.stage, exc_info=failure)
 
-    async def _answer_on_stream(self, data: bytes, context: Context) -> bytes:
+    async def _answer_on_stream(self, data: bytes, call: Call) -> bytes:
         """The same on a stream, where an error is an answer."""
         identity = ""
         try:
             with at_stage(self._stage):
                 if self._authenticator is not None:
-                    await self._authenticator.authenticate(_credentials(context), is_open=False)
+                    await self._authenticator.authenticate(_credentials(call), is_open=False)
                 message = oip_grpc.parse(pb.ModelInferRequest, data)
                 identity = message.id
                 with self._budget.share() as share:
                     share.take(len(data))
-                    request = oip_grpc.decode_request(message, self._deadline(None), context.peer())
+                    request = oip_grpc.decode_request(message, self._deadline(None), call.peer)
                     return oip_grpc.encode_stream_response(await self._infer(request), identity)
         except SplitserveError as failure:
             self._note(failure)
@@ -237,16 +249,16 @@ class GrpcFace:
             metadata += ((PUSHBACK_KEY, "-1"),)
         return metadata
 
-    async def _server_live(self, data: bytes, context: Context) -> bytes:
+    async def _server_live(self, data: bytes, call: Call) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
-    async def _server_ready(self, data: bytes, context: Context) -> bytes:
+    async def _server_ready(self, data: bytes, call: Call) -> bytes:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
         if reason:
-            context.set_trailing_metadata(((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),))
+            call.trailing = ((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
-    async def _model_ready(self, data: bytes, context: Context) -> bytes:
+    async def _model_ready(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.ModelReadyRequest, data)
         is_ready = not self._is_draining and any(
             state.state == READY and state.name == request.name and request.version in ("", state.version)
@@ -254,36 +266,36 @@ class GrpcFace:
         )
         return pb.ModelReadyResponse(ready=is_ready).SerializeToString()
 
-    async def _server_metadata(self, data: bytes, context: Context) -> bytes:
+    async def _server_metadata(self, data: bytes, call: Call) -> bytes:
         return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
 
-    async def _model_metadata(self, data: bytes, context: Context) -> bytes:
+    async def _model_metadata(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.ModelMetadataRequest, data)
         metadata = await self._service.metadata(request.name, request.version)
         return oip_grpc.encode_metadata(metadata).SerializeToString()
 
-    async def _model_config(self, data: bytes, context: Context) -> bytes:
+    async def _model_config(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.ModelConfigRequest, data)
         return oip_grpc.encode_config(config_of(await self._service.metadata(request.name, request.version))).SerializeToString()
 
-    async def _model_statistics(self, data: bytes, context: Context) -> bytes:
+    async def _model_statistics(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.ModelStatisticsRequest, data)
         if self._statistics is None:
             raise Unsupported("nothing is counted here")
         entries = self._statistics.report(await self._service.index(), request.name, request.version)
         return oip_grpc.encode_statistics(entries).SerializeToString()
 
-    async def _repository_index(self, data: bytes, context: Context) -> bytes:
+    async def _repository_index(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
         return oip_grpc.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
 
-    async def _repository_model_load(self, data: bytes, context: Context) -> bytes:
+    async def _repository_model_load(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.RepositoryModelLoadRequest, data)
         await self._service.load(self._controlled(request))
         return pb.RepositoryModelLoadResponse().SerializeToString()
 
-    async def _repository_model_unload(self, data: bytes, context: Context) -> bytes:
+    async def _repository_model_unload(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.RepositoryModelUnloadRequest, data)
         await self._service.unload(self._controlled(request))
         return pb.RepositoryModelUnloadResponse().SerializeToString()
@@ -304,12 +316,10 @@ class GrpcFace:
         check_model_name(name)
         return name
 
-    async def _model_infer(self, data: bytes, context: Context) -> bytes:
-        with self._budget.share() as share:
-            share.take(len(data))
-            message = oip_grpc.parse(pb.ModelInferRequest, data)
-            request = oip_grpc.decode_request(message, self._deadline(context.time_remaining()), context.peer())
-            return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
+    async def _model_infer(self, data: bytes, call: Call) -> bytes:
+        message = oip_grpc.parse(pb.ModelInferRequest, data)
+        request = oip_grpc.decode_request(message, self._deadline(call.remaining_s()), call.peer)
+        return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
 
     async def _infer(self, request: InferRequest) -> InferResponse:
         self._limits.check(request)
@@ -324,37 +334,14 @@ class GrpcFace:
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
 
 
-def _credentials(context: Context) -> list[str]:
-    return [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
-
-
-def _server_options(max_message_bytes: int, shares_port: bool) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.so_reuseport", int(shares_port)),
-        ("grpc.server_handshake_timeout_ms", round(HANDSHAKE_TIMEOUT_S * 1000)),
-        # Past 1000 calls that wait to be accepted grpcio kills them with CANCELLED, which looks like the caller's doing.
-        ("grpc.server.max_pending_requests", 100_000),
-        ("grpc.server.max_pending_requests_hard_limit", 100_000),
-        # A client that keeps its connections never learns of new replicas: each is ended now and then, calls on it first.
-        ("grpc.max_connection_age_ms", 60_000),
-        ("grpc.max_connection_age_grace_ms", 120_000),
-        # Clients may ask whether we are still there as often as ours do, calls under way or not.
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
-        # A client whose machine or network is gone says nothing more; to wait for it at the end of a drain takes 20 s.
-        # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
-        ("grpc.keepalive_time_ms", round(SILENT_S * 1000)),
-        ("grpc.keepalive_timeout_ms", round(SILENT_S * 1000)),
-        ("grpc.http2.ping_timeout_ms", round(SILENT_S * 1000)),
-    ]
+def _credentials(call: Call) -> list[str]:
+    return [value for key, value in call.metadata if key == "authorization"]
 
 
 def _rich_status(error: SplitserveError) -> bytes:
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     detail = any_pb2.Any()
     detail.Pack(info)
-    code = code_pb2.Code.Value(error.grpc_code)
+    code = status_code(error.grpc_code)
     status: bytes = status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
     return status

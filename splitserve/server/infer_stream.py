@@ -6,20 +6,16 @@ Answers carry the ids of their requests, and come as they are ready. A failure i
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-import grpc
-
+from splitserve.grpc_wire.server import Call
 from splitserve.server.workers import own_place
 from splitserve.streams import OFFER_KEY, WORKER_KEY
 
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
 
-Context = grpc.aio.ServicerContext[bytes, bytes]
-Answer = Callable[[bytes, Context], Awaitable[bytes]]
+Answer = Callable[[bytes, Call], Awaitable[bytes]]
 """A message's bytes and the stream that brought it -> the answer's bytes. Raises nothing."""
 
 
@@ -34,21 +30,22 @@ class InferStreams:
         self._answer = answer
         self._readers: set[asyncio.Task[None]] = set()
 
-    async def serve(self, _: Any, context: Context) -> None:
+    async def serve(self, call: Call) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
         index, count = own_place()
-        await context.send_initial_metadata(((OFFER_KEY, "1"), (WORKER_KEY, f"{index}/{count}")))
-        stream = _Stream(self._answer, context)
+        call.begin(((OFFER_KEY, "1"), (WORKER_KEY, f"{index}/{count}")))
+        stream = _Stream(self._answer, call)
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)
         try:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(reader)
-            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
-                reader.cancel()
-                stream.cancel()
-                raise asyncio.CancelledError
+            await asyncio.wait([reader])
+            if not reader.cancelled():
+                reader.result()
             await stream.finish()
+        except BaseException:
+            reader.cancel()
+            stream.cancel()
+            raise
         finally:
             self._readers.discard(reader)
 
@@ -59,37 +56,34 @@ class InferStreams:
 
 
 class _Stream:
-    def __init__(self, answer: Answer, context: Context) -> None:
+    def __init__(self, answer: Answer, call: Call) -> None:
         self._answer = answer
-        self._context = context
-        self._writing = asyncio.Lock()
+        self._call = call
         self._room = asyncio.Semaphore(MAX_UNANSWERED)
-        self._calls: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
 
     async def read(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await self._room.acquire()
-            data: Any = await self._context.read()
-            if data is grpc.aio.EOF:
+            data = await self._call.read()
+            if data is None:
                 return
-            call = asyncio.create_task(self._answer_one(data))
-            self._calls.add(call)
-            call.add_done_callback(self._ended)
+            task = loop.create_task(self._answer_one(data))
+            self._answering.add(task)
+            task.add_done_callback(self._answered)
 
-    def _ended(self, call: asyncio.Task[None]) -> None:
-        self._calls.discard(call)
+    def _answered(self, task: asyncio.Task[None]) -> None:
+        self._answering.discard(task)
         self._room.release()
 
     async def _answer_one(self, data: bytes) -> None:
-        answer = await self._answer(data, self._context)
-        async with self._writing:
-            with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):  # the client has left
-                await self._context.write(answer)
+        await self._call.write(await self._answer(data, self._call))
 
     async def finish(self) -> None:
-        while self._calls:
-            await asyncio.wait(self._calls)
+        while self._answering:
+            await asyncio.wait(self._answering)
 
     def cancel(self) -> None:
-        for call in self._calls:
-            call.cancel()
+        for task in self._answering:
+            task.cancel()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from splitserve.byte_budget import ByteBudget
+from splitserve.grpc_wire.server import ServerLimits
 from splitserve.limits import Limits
-from splitserve.server.byte_budget import ByteBudget
 
 KIB = 1024
 
@@ -53,11 +54,8 @@ class LimitSettings(BaseSettings):
         return ByteBudget(self.max_in_flight_bytes)
 
     @property
-    def grpc_options(self) -> list[tuple[str, int]]:
-        """Those of connections, as options of a gRPC server."""
-        return [
-            ("grpc.max_metadata_size", self.max_metadata_bytes),
-            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
-            ("grpc.max_concurrent_streams", self.max_streams),
-            ("grpc.max_allowed_incoming_connections", self.max_connections),
-        ]
+    def grpc_limits(self) -> ServerLimits:
+        """Those of gRPC connections."""
+        return ServerLimits(
+            max_metadata_bytes=self.max_metadata_bytes, max_streams=self.max_streams, max_connections=self.max_connections
+        )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from splitserve.grpc_wire.messages import CallError
+from splitserve.grpc_wire.server import Call, Method
 
 NAMES = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
 """The service's name, and the newer one that it has with the same messages. Source: grpc/reflection/v1/reflection.proto"""
 
 
-def add_to(server: grpc.aio.Server, services: Sequence[str], files: Sequence[Any]) -> None:
-    """Let a server tell of these services.
+def methods(services: Sequence[str], files: Sequence[Any]) -> Mapping[str, Method]:
+    """What tells of these services, by its paths.
 
     Args:
-        server: not started yet.
         services: their full names.
         files: descriptors of the files that they and their messages are in. Ours live in a pool of their own; reflection has to
             find them and the others in one.
@@ -28,11 +30,17 @@ def add_to(server: grpc.aio.Server, services: Sequence[str], files: Sequence[Any
         file.CopyToProto(copy)
         pool.Add(copy)
     servicer = reflection.aio.ReflectionServicer((*services, *NAMES[:1]), pool)
-    handler = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    server.add_generic_rpc_handlers(
-        tuple(grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": handler}) for name in NAMES)
-    )
+
+    async def serve(call: Call) -> None:
+        async for answer in servicer.ServerReflectionInfo(_requests(call), None):
+            await call.write(answer.SerializeToString())
+
+    return {f"/{name}/ServerReflectionInfo": Method(streaming=serve) for name in NAMES}
+
+
+async def _requests(call: Call) -> AsyncIterator[Any]:
+    while (data := await call.read()) is not None:
+        try:
+            yield reflection_pb2.ServerReflectionRequest.FromString(data)
+        except DecodeError:
+            raise CallError("INVALID_ARGUMENT", "the request is not a ServerReflectionRequest") from None

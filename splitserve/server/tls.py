@@ -6,9 +6,7 @@ New handshakes use what the files say now; connections that are open stay as the
 from __future__ import annotations
 
 import ssl
-from pathlib import Path
 
-import grpc
 import msgspec
 
 from splitserve.tls import check_certificates, check_key
@@ -38,20 +36,13 @@ class ServerTls(msgspec.Struct, frozen=True):
         if self.client_ca_file:
             check_certificates(self.client_ca_file)
 
-    def grpc_configuration(self) -> grpc.ServerCertificateConfiguration:
-        """What the files say, for a gRPC server. Raises as `check`."""
-        self.check()
-        pair = (Path(self.key_file).read_bytes(), Path(self.cert_file).read_bytes())
-        roots = Path(self.client_ca_file).read_bytes() if self.client_ca_file else None
-        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
-
-    def ssl_context(self) -> ssl.SSLContext:
-        """What the files say, for `ssl`. Raises as `check`."""
+    def ssl_context(self, protocol: str) -> ssl.SSLContext:
+        """What the files say, for a protocol by its ALPN name. Raises as `check`."""
         self.check()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
-        context.set_alpn_protocols(["http/1.1"])
+        context.set_alpn_protocols([protocol])
         context.load_cert_chain(self.cert_file, self.key_file)
         if self.client_ca_file:
             context.load_verify_locations(cafile=self.client_ca_file)
@@ -60,20 +51,14 @@ class ServerTls(msgspec.Struct, frozen=True):
         return context
 
 
-def grpc_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Credentials of a gRPC server. The files are looked at with every handshake."""
-    files = Watched(tls.files, tls.grpc_configuration)
+def following_ssl_context(tls: ServerTls, protocol: str) -> ssl.SSLContext:
+    """A context for an asyncio server. The files are looked at with every handshake.
 
-    def fetch() -> grpc.ServerCertificateConfiguration:
-        files.has_changed()
-        return files.value
-
-    return grpc.dynamic_ssl_server_credentials(files.value, fetch, bool(tls.client_ca_file))
-
-
-def following_ssl_context(tls: ServerTls) -> ssl.SSLContext:
-    """A context for an asyncio server. The files are looked at with every handshake."""
-    files = Watched(tls.files, tls.ssl_context)
+    Args:
+        tls: its files.
+        protocol: the ALPN name of what is spoken.
+    """
+    files = Watched(tls.files, lambda: tls.ssl_context(protocol))
     front = files.value
 
     def choose(connection: ssl.SSLObject, _server_name: str | None, _context: ssl.SSLContext) -> None:
@@ -83,10 +68,3 @@ def following_ssl_context(tls: ServerTls) -> ssl.SSLContext:
 
     front.sni_callback = choose  # called for every client, whether it names a server or not
     return front
-
-
-def add_port(server: grpc.aio.Server, address: str, tls: ServerTls | None) -> int:
-    """Have the server listen there, in plain text without ``tls``; gives the port."""
-    if tls is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, grpc_credentials(tls))

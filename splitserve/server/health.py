@@ -1,0 +1,90 @@
+"""grpc.health.v1: what orchestrators, load balancers and clients ask before they send anything.
+
+Source: gRPC, doc/health-checking.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+
+from splitserve.grpc_wire.messages import CallError
+from splitserve.grpc_wire.server import Call, Method
+
+SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+
+class Health:
+    """Which services of a server can be called."""
+
+    def __init__(self) -> None:
+        self._is_serving: dict[str, bool] = {"": False}
+        self._changed = asyncio.Event()
+        self._is_over = False
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """Those of the protocol, by their paths."""
+        return {
+            f"/{SERVICE}/Check": Method(unary=self._check),
+            f"/{SERVICE}/List": Method(unary=self._list),
+            f"/{SERVICE}/Watch": Method(streaming=self._watch),
+        }
+
+    def set(self, service: str, is_serving: bool) -> None:
+        """Tell of one, and those who watch it."""
+        if self._is_serving.get(service) is not is_serving:
+            self._is_serving[service] = is_serving
+            self._wake()
+
+    def end(self) -> None:
+        """Those who watch have nothing more to wait for."""
+        self._is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _check(self, data: bytes, call: Call) -> bytes:
+        service = _asked_for(data)
+        if service not in self._is_serving:
+            raise CallError("NOT_FOUND", f'there is no service "{service[:64]}"')
+        answer: bytes = self._answer(service).SerializeToString()
+        return answer
+
+    async def _list(self, data: bytes, call: Call) -> bytes:
+        statuses = {service: self._answer(service) for service in self._is_serving}
+        answer: bytes = health_pb2.HealthListResponse(statuses=statuses).SerializeToString()
+        return answer
+
+    async def _watch(self, call: Call) -> None:
+        service = _asked_for(await call.read() or b"")
+        told: bytes | None = None
+        while True:
+            changed = self._changed
+            now = self._answer(service).SerializeToString()
+            if now != told:
+                await call.write(now)
+                told = now
+            if self._is_over:
+                return
+            await changed.wait()
+
+    def _answer(self, service: str) -> Any:
+        response = health_pb2.HealthCheckResponse
+        if service not in self._is_serving:
+            return response(status=response.SERVICE_UNKNOWN)
+        return response(status=response.SERVING if self._is_serving[service] else response.NOT_SERVING)
+
+
+def _asked_for(data: bytes) -> str:
+    try:
+        service: str = health_pb2.HealthCheckRequest.FromString(data).service
+    except DecodeError:
+        raise CallError("INVALID_ARGUMENT", "the request is not a grpc.health.v1.HealthCheckRequest") from None
+    return service

@@ -1,0 +1,683 @@
+"""Our gRPC server at the far end of h2: calls, statuses, limits, flow control, and how a connection ends."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.grpc_wire import server as server_module
+from splitserve.grpc_wire.messages import decode_text
+from splitserve.grpc_wire.server import ServerLimits
+from splitserve.http2 import connection as connection_module
+from splitserve.http2 import frames
+from splitserve.http2.headers import NO_TABLE
+from tests.wire.far_ends import ECHO, FAIL, HOLD, STREAM, Client, FakeServer, framed, raw_frames, request_headers, until
+
+
+async def test_a_call_is_answered() -> None:
+    """Headers, message, trailers, in this order, and the stream is done with."""
+    client = Client(FakeServer())
+
+    stream = client.call(ECHO, framed(b"hello"))
+    await client.pump()
+
+    assert client.messages(stream) == [b"hello"]
+    assert client.headers(stream) == {
+        ":status": "200",
+        "content-type": "application/grpc",
+        "grpc-accept-encoding": "identity,deflate,gzip",
+        "grpc-status": "0",
+    }
+    assert client.resets() == {}
+
+
+async def test_answers_that_are_ready_together_are_one_write() -> None:
+    """Writes are what costs most."""
+    client = Client(FakeServer())
+    await client.pump()
+    streams = [client.call(HOLD, framed(b"x")) for _ in range(20)]
+    await client.pump()
+    before = client.transport.n_writes
+
+    client.server.gate.set()
+    await client.pump()
+
+    assert [client.status(stream) for stream in streams] == ["0"] * 20
+    assert client.transport.n_writes == before + 1
+
+
+@given(data=st.data())
+def test_it_does_not_matter_in_which_pieces_bytes_come(data: st.DataObject) -> None:
+    """Any number of calls, cut anywhere: each gets its own answer."""
+    bodies = data.draw(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
+    padding = data.draw(st.integers(0, 20))
+
+    async def run() -> None:
+        client = Client(FakeServer())
+        streams = []
+        for body in bodies:
+            stream = client.h2.get_next_available_stream_id()
+            client.h2.send_headers(stream, request_headers(ECHO))
+            client.h2.send_data(stream, framed(body), end_stream=True, pad_length=padding or None)
+            streams.append(stream)
+        stream = client.call(STREAM, None, is_end=False)
+        for body in bodies:
+            client.h2.send_data(stream, framed(body), pad_length=padding or None)
+        client.h2.end_stream(stream)
+        client.server.gate.set()
+        sent = client.h2.data_to_send()
+        cuts = sorted(data.draw(st.sets(st.integers(1, len(sent) - 1), max_size=12)))
+        for start, end in zip([0, *cuts], [*cuts, len(sent)], strict=True):
+            client.connection.data_received(sent[start:end])
+            await asyncio.sleep(0)
+        await client.pump()
+
+        assert [client.messages(each) for each in streams] == [[body] for body in bodies]
+        assert client.messages(stream) == bodies
+        assert client.status(stream) == "0"
+
+    asyncio.run(run())
+
+
+async def test_headers_may_use_a_table_until_our_settings_are_known() -> None:
+    """Clients may call before they have heard from us, and index what they say; equal calls later cost them no table."""
+    client = Client(FakeServer())
+
+    streams = [client.call(ECHO, framed(b"x"), x_name="same", x_number=str(number)) for number in range(3)]
+    await client.pump()
+    streams += [client.call(ECHO, framed(b"x"), x_name="same", x_number=str(number)) for number in range(3)]
+    await client.pump()
+
+    assert [client.status(stream) for stream in streams] == ["0"] * 6
+    numbers = [dict(call.metadata)["x-number"] for call in client.server.calls]
+    assert numbers == ["0", "1", "2"] * 2
+
+
+# Statuses.
+
+
+async def test_an_error_is_a_status_with_its_words_and_metadata() -> None:
+    """Percent-encoded text, and bytes in base 64."""
+    client = Client(FakeServer())
+
+    stream = client.call(FAIL, framed(b""))
+    await client.pump()
+
+    headers = client.headers(stream)
+    assert (headers["grpc-status"], decode_text(headers["grpc-message"].encode())) == ("13", "50 % of nothing, naïvely")
+    assert base64.b64decode(headers["x-bin"] + "==") == b"\x00\xff"
+
+
+MALFORMED: dict[str, list[tuple[str, str]]] = {
+    "another method": [(":method", "GET"), *request_headers(ECHO)[1:]],
+    "no method": request_headers(ECHO)[1:],
+    "no scheme": [each for each in request_headers(ECHO) if each[0] != ":scheme"],
+    "no path": [each for each in request_headers(ECHO) if each[0] != ":path"],
+    "two paths": [(":path", ECHO), *request_headers(ECHO)],
+    "an unknown pseudo-header": [(":nothing", "x"), *request_headers(ECHO)],
+    "a pseudo-header after others": [*request_headers(ECHO), (":authority", "x")],
+    "a name in upper case": [*request_headers(ECHO), ("Name", "x")],
+    "a name with a blank": [*request_headers(ECHO), ("na me", "x")],
+    "a value with a line feed": [*request_headers(ECHO), ("name", "x\ny")],
+    "a header of HTTP/1.1": [*request_headers(ECHO), ("transfer-encoding", "chunked")],
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_a_malformed_request_is_reset_alone(name: str) -> None:
+    """RFC 9113, 8.1.1; the next call is served."""
+    client = Client(FakeServer(), strict=False)
+    await client.pump()
+    stream = client.h2.get_next_available_stream_id()
+    client.h2.send_headers(stream, MALFORMED[name], end_stream=True)
+    await client.pump()
+
+    good = client.call(ECHO, framed(b"x"))
+    await client.pump()
+
+    assert client.resets() == {stream: frames.PROTOCOL_ERROR}
+    assert client.status(good) == "0"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], bytes, str]] = {
+    "no such method": ({"path": "/test.Test/Nothing"}, framed(b"x"), "12"),
+    "no message": ({}, b"", "12"),
+    "two messages": ({}, framed(b"x") * 2, "12"),
+    "half a message": ({}, framed(b"hello")[:-1], "12"),
+    "half a prefix": ({}, b"\0\0", "12"),
+    "an unknown encoding": ({"grpc_encoding": "zstd"}, framed(b"x"), "12"),
+    "compressed, and nobody knows how": ({}, framed(b"x", is_compressed=True), "13"),
+    "compressed another way": ({"grpc_encoding": "gzip"}, framed(zlib.compress(b"x"), is_compressed=True), "13"),
+    "compressed and cut off": ({"grpc_encoding": "gzip"}, framed(gzip.compress(b"x")[:-4], is_compressed=True), "13"),
+    "a bomb": ({"grpc_encoding": "gzip"}, framed(gzip.compress(bytes(5_000)), is_compressed=True), "8"),
+    "a flag that is none": ({}, b"\2\0\0\0\0", "13"),
+    "too large": ({}, framed(bytes(1_001)), "8"),
+    "too large by its own word": ({}, b"\0\xff\xff\xff\xff", "8"),
+    "a timeout that is none": ({"grpc_timeout": "soon"}, framed(b"x"), "3"),
+    "a timeout with too many digits": ({"grpc_timeout": "123456789S"}, framed(b"x"), "3"),
+    "no time left": ({"grpc_timeout": "0n"}, framed(b"x"), "4"),
+    "too much metadata": ({"x_long": "x" * 9_000, "x_longer": "y" * 9_000}, framed(b"x"), "8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_can_not_be_served_has_a_status_of_its_own(name: str) -> None:
+    """And harms no other call."""
+    headers, body, code = REFUSED[name]
+    client = Client(FakeServer(ServerLimits(max_message_bytes=1_000)))
+    await client.pump()
+
+    stream = client.call(**{"path": ECHO, "body": body, **headers})
+    await client.pump()
+    good = client.call(ECHO, framed(bytes(1_000)))
+    await client.pump()
+
+    assert client.status(stream) == code
+    assert client.headers(stream)[":status"] == "200"
+    assert client.messages(good) == [bytes(1_000)]
+
+
+async def test_what_is_no_grpc_is_told_by_http() -> None:
+    """Source: gRPC, doc/PROTOCOL-HTTP2.md: 415 for another content type."""
+    client = Client(FakeServer(), strict=False)
+    stream = client.h2.get_next_available_stream_id()
+    client.h2.send_headers(stream, [*request_headers(ECHO)[:-1], ("content-type", "application/json")], end_stream=True)
+    await client.pump()
+
+    assert client.headers(stream)[":status"] == "415"
+
+
+@pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
+async def test_compressed_messages_are_taken(encoding: str, compress: Any) -> None:
+    """And others beside them in the same call."""
+    client = Client(FakeServer())
+    client.server.gate.set()
+
+    stream = client.call(STREAM, framed(compress(b"small"), is_compressed=True) + framed(b"plain"), grpc_encoding=encoding)
+    await client.pump()
+
+    assert client.messages(stream) == [b"small", b"plain"]
+
+
+async def test_an_answer_that_is_too_large_is_an_error() -> None:
+    """It is not sent in part."""
+    client = Client(FakeServer(ServerLimits(max_message_bytes=10)))
+
+    async def large(data: bytes, call: object) -> bytes:
+        return bytes(11)
+
+    client.server.methods[ECHO] = server_module.Method(unary=large)
+    stream = client.call(ECHO, framed(b"x"))
+    await client.pump()
+
+    assert (client.status(stream), client.messages(stream)) == ("8", [])
+
+
+async def test_metadata_comes_as_it_was_sent() -> None:
+    """Names that come twice are one, with a comma between."""
+    client = Client(FakeServer())
+    stream = client.h2.get_next_available_stream_id()
+    client.h2.send_headers(stream, [*request_headers(ECHO), ("a", "1"), ("b", "ü"), ("a", "2")])
+    client.h2.send_data(stream, framed(b""), end_stream=True)
+    await client.pump()
+
+    (call,) = client.server.calls
+    assert {name: value for name, value in call.metadata if name in "ab"} == {"a": "1,2", "b": "ü"}
+
+
+# Time.
+
+
+async def test_a_call_whose_time_is_over_is_ended() -> None:
+    """Whatever its handler is at."""
+    client = Client(FakeServer())
+    stream = client.call(HOLD, framed(b"x"), grpc_timeout="10S")
+    await client.pump()
+    (call,) = client.server.calls
+    assert 5 < (call.remaining_s() or 0) <= 10
+
+    client.connection.look(client.connection.now() + 5)
+    await client.pump()
+    assert client.status(stream) is None
+    client.connection.look(client.connection.now() + 11)
+    await client.pump()
+
+    assert (client.status(stream), client.server.n_cancelled) == ("4", 1)
+
+
+async def test_a_call_that_its_caller_ends_is_cancelled() -> None:
+    """Its handler works for nobody, its bytes are given back, and nothing more is sent on it."""
+    client = Client(FakeServer())
+    stream = client.call(HOLD, framed(bytes(100)))
+    await client.pump()
+    assert client.server.budget.held == 105
+
+    client.h2.reset_stream(stream)
+    await client.pump()
+
+    assert (client.server.n_cancelled, client.server.budget.held) == (1, 0)
+    assert client.status(stream) is None
+
+
+async def test_calls_of_a_connection_that_is_gone_are_cancelled() -> None:
+    """Unary and streaming ones."""
+    client = Client(FakeServer())
+    client.call(HOLD, framed(b"x"))
+    client.call(STREAM, framed(b"x"), is_end=False)
+    await client.pump()
+
+    client.connection.connection_lost(None)
+    await until(lambda: client.server.n_cancelled == 2, lambda: asyncio.sleep(0))
+
+    assert client.server.budget.held == 0
+    assert not client.server.connections
+
+
+# Flow control.
+
+
+async def test_answers_wait_for_room_and_others_pass_them() -> None:
+    """A client that makes no room for one answer still gets the others; with room, all of it comes, byte by byte."""
+    client = Client(FakeServer(), window=0)
+    await client.pump()
+    blocked = client.call(ECHO, framed(b"0123456789" * 10_000))
+    await client.pump()
+    assert client.headers(blocked)[":status"] == "200"
+    assert client.body(blocked) == b""
+
+    other = client.call(ECHO, framed(b"small"))
+    client.h2.increment_flow_control_window(100, stream_id=other)
+    await client.pump()
+    assert client.messages(other) == [b"small"]
+    while client.status(blocked) is None:
+        client.h2.increment_flow_control_window(5_000, stream_id=blocked)
+        client.h2.increment_flow_control_window(5_000)
+        await client.pump()
+
+    assert client.messages(blocked) == [b"0123456789" * 10_000]
+
+
+async def test_answers_wait_while_the_transport_is_full() -> None:
+    """What goes on the wire is what it takes."""
+    client = Client(FakeServer())
+    await client.pump()
+    client.connection.pause_writing()
+    stream = client.call(ECHO, framed(bytes(1_000)))
+    await client.pump()
+    assert client.body(stream) == b""
+
+    client.connection.resume_writing()
+    await client.pump()
+
+    assert client.messages(stream) == [bytes(1_000)]
+
+
+async def test_streams_that_wait_for_room_share_it() -> None:
+    """A frame of each in turn."""
+    client = Client(FakeServer())
+    await client.pump()
+    streams = [client.call(ECHO, framed(bytes([number]) * 60_000)) for number in range(3)]
+    sent = client.h2.data_to_send()
+    client.connection.data_received(sent)
+    await until(lambda: len(client.server.calls) == 3, lambda: asyncio.sleep(0))
+    await client.pump()
+    client.h2.increment_flow_control_window(60_000)
+    await client.pump()
+
+    sizes = [len(client.body(stream)) for stream in streams]
+    assert sum(sizes) == 65_535 + 60_000
+    assert max(sizes[1:]) - min(sizes[1:]) <= 16_384
+
+
+async def test_a_long_message_is_given_room() -> None:
+    """Unary and on a stream."""
+    client = Client(FakeServer(), window=2**30)
+    client.h2.increment_flow_control_window(2**30)
+    client.server.gate.set()
+    await client.pump()
+    message = b"0123456789abcdef" * 300_000
+    for path in (ECHO, STREAM):
+        stream = client.call(path, None, is_end=False)
+        await client.send_all(stream, framed(message))
+
+        assert client.messages(stream) == [message]
+        assert client.status(stream) == "0"
+
+
+async def test_a_stream_that_is_not_read_is_given_no_more_room() -> None:
+    """What is not taken is not more than a window; when it is taken, there is room again."""
+    client = Client(FakeServer(), window=2**30)
+    client.h2.increment_flow_control_window(2**30)
+    await client.pump()
+    stream = client.call(STREAM, None, is_end=False)
+    await client.pump()
+    n_sent = 0
+    while client.h2.local_flow_control_window(stream) >= 20_005:
+        client.h2.send_data(stream, framed(bytes(20_000)))
+        n_sent += 1
+        await client.pump()
+    assert connection_module.STREAM_WINDOW // 20_005 <= n_sent <= 2 * connection_module.STREAM_WINDOW // 20_005
+    other = client.call(ECHO, framed(b"x"))
+    await client.pump()
+    assert client.status(other) == "0"
+
+    client.server.gate.set()
+    await client.pump()
+
+    assert client.messages(stream) == [bytes(20_000)] * n_sent
+    assert client.h2.local_flow_control_window(stream) > connection_module.STREAM_WINDOW // 2
+
+
+async def test_a_writer_waits_for_its_reader() -> None:
+    """A handler of a stream writes no further than there is room."""
+    client = Client(FakeServer(), window=100)
+    client.server.gate.set()
+    await client.pump()
+    stream = client.call(STREAM, framed(bytes(60)) * 10)
+    await client.pump()
+    assert len(client.body(stream)) == 100
+    (call,) = client.server.calls
+    assert len(call.backlog) == 1
+
+    while client.status(stream) is None:
+        client.h2.increment_flow_control_window(50, stream_id=stream)
+        await client.pump()
+
+    assert client.messages(stream) == [bytes(60)] * 10
+
+
+# Limits.
+
+
+async def test_bytes_count_from_their_arrival() -> None:
+    """A message that is not whole holds what is here of it; one too many is refused, and what it held is given back."""
+    client = Client(FakeServer(max_held_bytes=10_000))
+    first = client.call(ECHO, framed(bytes(9_000))[:8_000], is_end=False)
+    await client.pump()
+    assert client.server.budget.held == 8_000
+
+    second = client.call(ECHO, framed(bytes(3_000)))
+    await client.pump()
+    assert client.status(second) == "13"
+    assert client.server.budget.held == 8_000
+    client.h2.send_data(first, framed(bytes(9_000))[8_000:], end_stream=True)
+    await client.pump()
+
+    assert client.status(first) == "0"
+    assert client.server.budget.held == 0
+
+
+async def test_calls_at_a_time_are_bounded() -> None:
+    """One too many is refused as not looked at, so that it can be made again; h2 would not make it."""
+    client = Client(FakeServer(ServerLimits(max_streams=2)))
+    streams = [client.call(HOLD, framed(b"x")) for _ in range(3)]  # before it has heard of the limit
+    await client.pump()
+
+    client.server.gate.set()
+    await client.pump()
+
+    assert [client.status(stream) for stream in streams] == ["0", "0", None]
+    assert client.resets() == {streams[2]: frames.REFUSED_STREAM}
+
+
+async def test_connections_are_bounded() -> None:
+    """One too many is closed at once."""
+    server = FakeServer(ServerLimits(max_connections=1))
+    first, second = Client(server), Client(server)
+
+    assert (first.transport.is_aborted, second.transport.is_aborted) == (False, True)
+
+
+START = frames.PREFACE + frames.frame(frames.SETTINGS, 0, 0)
+BLOCK = b"\x83\x86\x41\x01x\x04\x01/"
+"""POST, http, :authority x, :path /"""
+
+OPEN = frames.frame(frames.HEADERS, frames.END_HEADERS, 1, BLOCK + b"\x40\x0ccontent-type\x10application/grpc")
+HOLDING = OPEN[frames.HEAD_SIZE :].replace(b"\x04\x01/", b"\x04\x0f" + HOLD.encode())
+NOISE = connection_module.MAX_NOISE + 10
+
+FAULTS: dict[str, tuple[bytes, int]] = {
+    "no SETTINGS first": (frames.PREFACE + frames.frame(frames.PING, 0, 0, bytes(8)), frames.PROTOCOL_ERROR),
+    "content of no stream": (START + frames.frame(frames.DATA, 0, 0, b"x"), frames.PROTOCOL_ERROR),
+    "content of a stream that is not open": (START + frames.frame(frames.DATA, 0, 1, b"x"), frames.PROTOCOL_ERROR),
+    "headers of no stream": (START + frames.frame(frames.HEADERS, 4, 0, BLOCK), frames.PROTOCOL_ERROR),
+    "headers of a server's stream": (START + frames.frame(frames.HEADERS, 4, 2, BLOCK), frames.PROTOCOL_ERROR),
+    "a stream before the last": (
+        START + frames.frame(frames.HEADERS, 5, 3, BLOCK) + frames.frame(frames.HEADERS, 5, 1, BLOCK),
+        frames.PROTOCOL_ERROR,
+    ),
+    "headers that are no block": (
+        START + frames.frame(frames.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
+        frames.COMPRESSION_ERROR,
+    ),
+    "an entry of a table that is empty": (START + frames.frame(frames.HEADERS, 4, 1, b"\xc0"), frames.COMPRESSION_ERROR),
+    "a block that is cut off": (START + frames.frame(frames.HEADERS, 4, 1, b"\x00\x05ab"), frames.COMPRESSION_ERROR),
+    "a continuation of nothing": (START + frames.frame(frames.CONTINUATION, 4, 1, BLOCK), frames.PROTOCOL_ERROR),
+    "a frame within a block": (
+        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.PING, 0, 0, bytes(8)),
+        frames.PROTOCOL_ERROR,
+    ),
+    "content within a block": (
+        START + OPEN + frames.frame(frames.HEADERS, 0, 3, BLOCK) + frames.frame(frames.DATA, 0, 1, b"x"),
+        frames.PROTOCOL_ERROR,
+    ),
+    "a continuation of another stream": (
+        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 4, 3, b""),
+        frames.PROTOCOL_ERROR,
+    ),
+    "continuations without end": (
+        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1) * 100,
+        frames.ENHANCE_YOUR_CALM,
+    ),
+    "continuations of much": (
+        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1, bytes(30_000)) * 3,
+        frames.ENHANCE_YOUR_CALM,
+    ),
+    "padding beyond headers": (START + frames.frame(frames.HEADERS, 4 | 8, 1, b"\xff" + BLOCK), frames.PROTOCOL_ERROR),
+    "padding beyond content": (START + OPEN + frames.frame(frames.DATA, 8, 1, b"\xff"), frames.PROTOCOL_ERROR),
+    "headers with padding and nothing": (START + frames.frame(frames.HEADERS, 4 | 8, 1), frames.FRAME_SIZE_ERROR),
+    "a push": (START + frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(4)), frames.PROTOCOL_ERROR),
+    "SETTINGS of a stream": (START + frames.frame(frames.SETTINGS, 0, 1), frames.FRAME_SIZE_ERROR),
+    "half a setting": (START + frames.frame(frames.SETTINGS, 0, 0, bytes(5)), frames.FRAME_SIZE_ERROR),
+    "an acknowledgement with settings": (START + frames.frame(frames.SETTINGS, 1, 0, bytes(6)), frames.FRAME_SIZE_ERROR),
+    "a window beyond its range": (START + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), frames.FLOW_CONTROL_ERROR),
+    "frames beyond their range": (START + frames.settings({frames.MAX_FRAME_SIZE: 2**24}), frames.PROTOCOL_ERROR),
+    "frames below their range": (START + frames.settings({frames.MAX_FRAME_SIZE: 1}), frames.PROTOCOL_ERROR),
+    "a PING of another size": (START + frames.frame(frames.PING, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
+    "a GOAWAY of another size": (START + frames.frame(frames.GOAWAY, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
+    "a reset of another size": (START + OPEN + frames.frame(frames.RST_STREAM, 0, 1, bytes(3)), frames.FRAME_SIZE_ERROR),
+    "a reset of a stream that is not open": (START + frames.reset(1, 8), frames.PROTOCOL_ERROR),
+    "room of another size": (START + frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(3)), frames.FRAME_SIZE_ERROR),
+    "no room": (START + frames.window_update(0, 0), frames.PROTOCOL_ERROR),
+    "room for a stream that is not open": (START + frames.window_update(1, 1), frames.PROTOCOL_ERROR),
+    "too much room": (START + frames.window_update(0, 2**31 - 1), frames.FLOW_CONTROL_ERROR),
+    "a large frame that must be whole": (START + frames.head(100_000, frames.HEADERS, 4, 1), frames.FRAME_SIZE_ERROR),
+    "a frame larger than ours": (
+        START + frames.head(connection_module.FRAME_SIZE + 1, frames.DATA, 0, 1),
+        frames.FRAME_SIZE_ERROR,
+    ),
+    "pings": (START + frames.frame(frames.PING, 0, 0, bytes(8)) * NOISE, frames.ENHANCE_YOUR_CALM),
+    "settings": (START + frames.settings({}) * NOISE, frames.ENHANCE_YOUR_CALM),
+    "unknown frames": (START + frames.frame(99, 0, 0) * NOISE, frames.ENHANCE_YOUR_CALM),
+    "priorities": (START + frames.frame(frames.PRIORITY, 0, 1, bytes(5)) * NOISE, frames.ENHANCE_YOUR_CALM),
+    "crumbs of room": (START + frames.window_update(0, 1) * NOISE, frames.ENHANCE_YOUR_CALM),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_a_fault_ends_the_connection_with_its_code(name: str) -> None:
+    """Source: RFC 9113; the sections of the frames, and 10.5."""
+    data, code = FAULTS[name]
+    client = Client(FakeServer())
+
+    client.connection.data_received(data)
+    await asyncio.sleep(0)
+
+    goodbye = [content for kind, _, _, content in raw_frames(client.transport.take()) if kind == frames.GOAWAY]
+    assert [int.from_bytes(content[4:8], "big") for content in goodbye] == [code]
+    assert client.transport.is_closed
+
+
+MORE = {
+    "content": frames.frame(frames.DATA, frames.END_STREAM, 1, framed(b"again")),
+    "trailers": frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, NO_TABLE),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+async def test_a_call_that_goes_on_after_its_end_is_reset(name: str) -> None:
+    """It is served once at most. Source: RFC 9113, 5.1."""
+    client = Client(FakeServer())
+    stream = client.call(HOLD, framed(b"x"))
+    await client.pump()
+
+    client.connection.data_received(MORE[name])
+    await client.pump()
+
+    assert client.resets() == {stream: frames.STREAM_CLOSED}
+    assert (len(client.server.calls), client.server.n_cancelled) == (1, 1)
+
+
+async def test_a_deadline_that_passes_while_the_answer_waits_for_room_adds_no_second_head() -> None:
+    """The status comes after what is on its way."""
+    client = Client(FakeServer(), window=10)
+    await client.pump()
+    stream = client.call(ECHO, framed(bytes(100)), grpc_timeout="1S")
+    await client.pump()
+    client.connection.look(client.connection.now() + 2)
+    client.h2.increment_flow_control_window(1_000, stream_id=stream)
+    await client.pump()
+
+    assert client.messages(stream) == [bytes(100)]
+    assert client.status(stream) == "4"
+
+
+async def test_noise_between_answers_is_no_fault() -> None:
+    """Pings and room that come with calls, or over time, are what clients do."""
+    client = Client(FakeServer())
+    for _ in range(5):
+        for _ in range(connection_module.MAX_NOISE // 2):
+            client.h2.ping(bytes(8))
+        await client.pump()
+        stream = client.call(ECHO, framed(b"x"))
+        await client.pump()
+        assert client.status(stream) == "0"
+    for _ in range(5):
+        for _ in range(connection_module.MAX_NOISE // 2):
+            client.h2.ping(bytes(8))
+        await client.pump()
+        client.connection.look(client.connection.now())
+
+    assert client.goodbyes() == []
+
+
+async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
+    """Source: CVE-2023-44487."""
+    client = Client(FakeServer())
+    client.connection.data_received(START)
+    n_sent = 0
+    while not client.transport.is_closed:
+        number = 2 * n_sent + 1
+        client.connection.data_received(frames.frame(frames.HEADERS, 4, number, HOLDING) + frames.reset(number, frames.CANCEL))
+        n_sent += 1
+
+    assert n_sent <= NOISE
+    assert client.server.calls == []
+
+
+# Life.
+
+
+async def test_a_silent_client_is_asked_and_left() -> None:
+    """A sign of life in time keeps the connection."""
+    client = Client(FakeServer(ServerLimits(silent_s=5)))
+    await client.pump()
+    now = client.connection.now()
+    client.connection.look(now)
+    client.connection.look(now + 6)
+    await client.pump()  # h2 acknowledges
+    client.connection.look(now + 12)
+    client.connection.look(now + 13)
+    assert not client.transport.is_closed
+
+    client.connection.look(now + 18)
+    client.connection.look(now + 24)
+
+    assert client.transport.is_aborted
+
+
+async def test_a_connection_that_says_nothing_is_left() -> None:
+    """Not even that it is HTTP/2."""
+    client = Client(FakeServer())
+
+    client.connection.look(client.connection.now() + server_module.HANDSHAKE_TIMEOUT_S + 1)
+
+    assert client.transport.is_aborted
+
+
+async def test_a_connection_that_retires_serves_what_was_sent_before_it_knew() -> None:
+    """Two goodbyes: the first names no last call, the second does once the client has heard the first."""
+    client = Client(FakeServer())
+    before = client.call(HOLD, framed(b"x"))
+    await client.pump()
+    client.connection.retire()
+    on_its_way = frames.frame(frames.HEADERS, 4, before + 2, NO_TABLE + HOLDING)
+    client.connection.data_received(on_its_way + frames.frame(frames.DATA, frames.END_STREAM, before + 2, framed(b"y")))
+    await until(lambda: len(client.server.calls) == 2, lambda: asyncio.sleep(0))
+    written = raw_frames(client.transport.take())
+    (ping,) = [content for kind, _, _, content in written if kind == frames.PING]
+    assert [content[:8] for kind, _, _, content in written if kind == frames.GOAWAY] == [b"\x7f\xff\xff\xff\0\0\0\0"]
+
+    client.connection.data_received(frames.frame(frames.PING, frames.ACK, 0, ping))
+    late = frames.frame(frames.HEADERS, 4, before + 4, HOLDING)
+    client.connection.data_received(late)
+    await asyncio.sleep(0)
+    assert not client.transport.is_closed
+    client.server.gate.set()
+    await until(lambda: client.transport.is_closed, lambda: asyncio.sleep(0))
+
+    written = raw_frames(client.transport.take())
+    assert next(int.from_bytes(content[:4], "big") for kind, _, _, content in written if kind == frames.GOAWAY) == before + 2
+    assert [stream for kind, flags, stream, _ in written if kind == frames.HEADERS and flags & frames.END_STREAM] == [
+        before,
+        before + 2,
+    ]
+
+
+async def test_a_connection_retires_at_its_age() -> None:
+    """Else its client never learns of new replicas. Calls that do not end are left after a while."""
+    client = Client(FakeServer())
+    client.call(HOLD, framed(b"x"))
+    await client.pump()
+    now = client.connection.now()
+
+    client.connection.look(now + server_module.MAX_AGE_S * 0.8)
+    await client.pump()
+    assert client.goodbyes() == []
+    client.connection.look(now + server_module.MAX_AGE_S * 1.2)
+    await asyncio.sleep(0)
+    assert [kind for kind, *_ in raw_frames(client.transport.take())] == [frames.PING, frames.GOAWAY, frames.PING]
+    assert not client.transport.is_closed
+    client.connection.look(now + server_module.MAX_AGE_S * 1.2 + server_module.AGE_GRACE_S)
+
+    assert client.transport.is_aborted
+
+
+@given(st.binary(max_size=300), st.booleans())
+def test_any_bytes_end_well(data: bytes, is_greeted: bool) -> None:
+    """The connection is closed, or waits for more."""
+
+    async def run() -> None:
+        client = Client(FakeServer())
+        client.connection.data_received((START if is_greeted else b"") + data)
+        await asyncio.sleep(0)
+        client.connection.connection_lost(None)
+
+    asyncio.run(run())

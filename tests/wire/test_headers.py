@@ -1,0 +1,130 @@
+"""Header blocks: what the library hpack makes of ours, and we of its, with a table and without."""
+
+from __future__ import annotations
+
+import hpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.grpc_wire.messages import decode_text, encode_metadata, encode_text, timeout_s
+from splitserve.http2.headers import MAX_REMEMBERED, NO_TABLE, ConnectionFault, HeaderDecoder, Headers, TooManyHeaders, encode
+
+fields = st.tuples(st.binary(max_size=300), st.binary(max_size=300))
+headers = st.lists(fields | st.sampled_from([(b":method", b"POST"), (b"te", b"trailers")]), max_size=8)
+
+
+def decoder(max_bytes: int = 100_000) -> HeaderDecoder[Headers]:
+    return HeaderDecoder(lambda found: found, max_bytes)
+
+
+@given(headers)
+def test_our_blocks_are_read_by_others(sent: Headers) -> None:
+    """Literals, and no table."""
+    assert [tuple(each) for each in hpack.Decoder(10**6).decode(NO_TABLE + encode(sent), raw=True)] == sent
+
+
+@given(st.lists(headers, max_size=6), st.booleans(), st.integers(0, 6))
+def test_blocks_of_others_are_read(blocks: list[Headers], huffman: bool, n_before: int) -> None:
+    """With a table until it is forbidden, without one after, and the same block again."""
+    theirs, ours = hpack.Encoder(), decoder()
+    for index, sent in enumerate([*blocks, *blocks]):
+        if index == n_before:
+            ours.forbid_table()
+            theirs.header_table_size = 0
+
+        assert ours.decode(theirs.encode(sent, huffman=huffman)) == sent
+
+
+def test_who_never_used_the_table_need_not_say_so() -> None:
+    """Strictly, a table that is forbidden has to be given up in so many bytes."""
+    ours = decoder()
+    assert ours.decode(encode([(b"a", b"b")])) == [(b"a", b"b")]
+    ours.forbid_table()
+
+    assert ours.decode(encode([(b"a", b"c")])) == [(b"a", b"c")]
+
+
+def test_who_used_the_table_has_to_give_it_up() -> None:
+    """Else what it means can not be known."""
+    ours, theirs = decoder(), hpack.Encoder()
+    ours.decode(theirs.encode([(b"a", b"b")]))
+    ours.forbid_table()
+
+    with pytest.raises(ConnectionFault):
+        ours.decode(theirs.encode([(b"a", b"b")]))
+
+
+@pytest.mark.parametrize("is_stateless", [False, True])
+def test_headers_are_bounded(is_stateless: bool) -> None:
+    """32 bytes count for each field beside its own. What is refused is refused again, and others are not."""
+    ours = decoder(1_000)
+    if is_stateless:
+        ours.forbid_table()
+    assert ours.decode(encode([(b"a", bytes(967))]))
+
+    for _ in range(2):
+        with pytest.raises(TooManyHeaders):
+            ours.decode(encode([(b"a", bytes(968))]))
+        with pytest.raises(TooManyHeaders):
+            ours.decode(encode([(b"a", b"b")] * 30))
+
+    assert ours.decode(encode([(b"a", b"b")]))
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Clients whose headers are new each time do not fill the memory."""
+    ours = decoder()
+    ours.forbid_table()
+
+    for number in range(3 * MAX_REMEMBERED):
+        assert ours.decode(encode([(b"n", str(number).encode())])) == [(b"n", str(number).encode())]
+
+    ours.decode(encode([(b"n", bytes(10_000))]))
+
+    assert max(map(len, [*ours._blocks, *ours._fields])) < 1_000
+    assert len(ours._blocks) <= MAX_REMEMBERED
+    assert len(ours._fields) <= MAX_REMEMBERED
+
+
+@given(st.binary(max_size=40), st.booleans())
+def test_any_bytes_are_headers_or_a_fault(data: bytes, is_stateless: bool) -> None:
+    """And nothing else."""
+    ours = decoder()
+    if is_stateless:
+        ours.forbid_table()
+    try:
+        found = ours.decode(data)
+    except ConnectionFault:
+        return
+    assert isinstance(found, list)
+
+
+@given(st.text())
+def test_words_of_a_status_come_home(text: str) -> None:
+    """Percent-encoded, so that a header can carry them."""
+    encoded = encode_text(text.encode(errors="replace").decode())
+
+    assert all(0x20 <= byte < 0x7F for byte in encoded)
+    assert decode_text(encoded) == text.encode(errors="replace").decode()
+
+
+def test_bytes_in_metadata_are_base_64() -> None:
+    """Without padding. Source: gRPC, doc/PROTOCOL-HTTP2.md, Binary-Header."""
+    assert encode_metadata([("a", "b"), ("c-bin", b"\x00\xff")]) == [(b"a", b"b"), (b"c-bin", b"AP8")]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [(b"1H", 3600), (b"2M", 120), (b"3S", 3), (b"4m", 0.004), (b"5u", 5e-6), (b"6n", 6e-9), (b"99999999S", 99_999_999)],
+)
+def test_timeouts(text: bytes, seconds: float) -> None:
+    """Up to 8 digits and a unit."""
+    assert timeout_s(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", [b"", b"S", b"1", b"-1S", b"1.5S", b"123456789S", b"1s", b"1 S", "٣S".encode()])
+def test_what_is_no_timeout(text: bytes) -> None:
+    """Source: gRPC, doc/PROTOCOL-HTTP2.md, Timeout."""
+    with pytest.raises(ValueError, match="^$"):
+        timeout_s(text)
