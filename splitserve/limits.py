@@ -37,20 +37,21 @@ class Limits(msgspec.Struct, frozen=True):
         """
         if len(request.model) > MAX_NAME_LENGTH:
             raise InvalidInput(f"the model's name has more than {MAX_NAME_LENGTH} characters")
-        _check_count("inputs", len(request.inputs), self.max_inputs)
-        if request.outputs or request.parameters:
-            n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
-            _check_count("requested outputs", len(request.outputs), self.max_outputs)
-            _check_count("parameters", n_parameters, self.max_parameters)
-        for tensor in request.inputs:
-            self._check_tensor(tensor)
+        inputs = request.inputs
+        if len(inputs) > self.max_inputs or request.outputs or request.parameters:
+            self._check_counts(request)
+        for tensor in inputs:
+            if tensor.shape and tensor.shape[0] > self.max_rows:
+                n_elements(f'input "{tensor.name[:64]}"', tensor.shape)  # more than there can be is malformed
+                raise TooLarge(f'input "{tensor.name[:64]}" has {tensor.shape[0]} rows, at most {self.max_rows} are taken')
+            if tensor.datatype == "BYTES" and len(tensor.raw) > self.max_element_bytes + 4:
+                self._check_elements(tensor)
 
-    def _check_tensor(self, tensor: Tensor) -> None:
-        if tensor.shape and tensor.shape[0] > self.max_rows:
-            n_elements(f'input "{tensor.name[:64]}"', tensor.shape)  # more than there can be is malformed
-            raise TooLarge(f'input "{tensor.name[:64]}" has {tensor.shape[0]} rows, at most {self.max_rows} are taken')
-        if tensor.datatype == "BYTES" and len(tensor.raw) > self.max_element_bytes + 4:
-            self._check_elements(tensor)
+    def _check_counts(self, request: InferRequest) -> None:
+        n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
+        _check_count("inputs", len(request.inputs), self.max_inputs)
+        _check_count("requested outputs", len(request.outputs), self.max_outputs)
+        _check_count("parameters", n_parameters, self.max_parameters)
 
     def _check_elements(self, tensor: Tensor) -> None:
         """Their lengths only; whether the bytes are what the shape says is checked with the signature."""

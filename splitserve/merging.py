@@ -13,6 +13,9 @@ from splitserve.tensors import DATATYPES, Tensor, bytes_offsets
 
 def alike(request: InferRequest) -> Hashable:
     """Requests with the same can be merged."""
+    if len(request.inputs) == 1 and not request.outputs and not request.parameters:  # as most are
+        tensor = request.inputs[0]
+        return request.model, request.version, tensor.name, tensor.datatype, tensor.shape[1:]
     return (
         request.model,
         request.version,

@@ -26,7 +26,18 @@ from splitserve.oip import (
     scheduled,
 )
 from splitserve.signature import TensorSpec
-from splitserve.tensors import DATATYPES, MAX_RANK, Datatype, Tensor, datatype_of, encode_bytes, n_elements, pack, unpack
+from splitserve.tensors import (
+    DATATYPES,
+    MAX_RANK,
+    Datatype,
+    Tensor,
+    datatype_of,
+    encode_bytes,
+    n_elements,
+    numbers,
+    pack,
+    unpack,
+)
 
 _BINARY_SIZE = "binary_data_size"
 _BINARY_OUTPUT = "binary_data"
@@ -201,7 +212,7 @@ def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], 
                 count *= size
             if count != len(values) or len(item.shape) > MAX_RANK:
                 return None
-            raw = struct.pack(f"<{count}{DATATYPES[item.datatype].format}", *values)
+            raw = numbers(count, DATATYPES[item.datatype].format).pack(*values)
             inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
         return None

@@ -116,7 +116,7 @@ class InputCheck:
         if len(inputs) != len(self._plain) or not inputs or not inputs[0].shape:
             return False
         n_rows = inputs[0].shape[0]
-        for (name, inner, row_sizes), tensor in zip(self._plain, inputs, strict=True):
+        for (name, inner, row_sizes), tensor in zip(self._plain, inputs):  # noqa: B905, strict=True costs as much as the rest
             shape = tensor.shape
             if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
                 return False

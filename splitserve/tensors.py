@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -144,7 +145,13 @@ def decode_bytes(tensor: Tensor) -> list[bytes]:
     Raises:
         InvalidInput: a length points beyond the end.
     """
-    return list(_elements(f'tensor "{tensor.name}"', tensor.raw))
+    raw, offset, end = tensor.raw, 0, len(tensor.raw)
+    elements = []
+    while offset + 4 <= end:
+        start = offset + 4
+        offset = start + _length_at(raw, offset)[0]
+        elements.append(raw[start:offset])
+    return elements if offset == end else list(_elements(f'tensor "{tensor.name}"', raw))  # which says what is wrong
 
 
 def bytes_offsets(tensor: Tensor) -> list[int]:
@@ -152,9 +159,12 @@ def bytes_offsets(tensor: Tensor) -> list[int]:
     raw, offset, end = tensor.raw, 0, len(tensor.raw)
     offsets = [0]
     while offset < end:
-        offset += 4 + int.from_bytes(raw[offset : offset + 4], "little")
+        offset += 4 + _length_at(raw, offset)[0]
         offsets.append(offset)
     return offsets
+
+
+_length_at = struct.Struct("<I").unpack_from
 
 
 def _elements(what: str, raw: bytes) -> Iterable[bytes]:
@@ -163,7 +173,7 @@ def _elements(what: str, raw: bytes) -> Iterable[bytes]:
         start = offset + 4
         if start > end:
             raise InvalidInput(f"{what}: the length of a BYTES element is cut off at byte {offset} of {end}")
-        offset = start + int.from_bytes(raw[offset:start], "little")
+        offset = start + _length_at(raw, offset)[0]
         if offset > end:
             raise InvalidInput(f"{what}: the BYTES element at byte {start} is longer than what is left of {end} bytes")
         yield raw[start:offset]
@@ -180,7 +190,7 @@ def pack(what: str, datatype: Datatype, values: Sequence[Any]) -> bytes:
     if datatype.name == "BYTES":
         return encode_bytes(values)
     try:
-        raw = struct.pack(f"<{len(values)}{datatype.format}", *values)
+        raw = numbers(len(values), datatype.format).pack(*values)
     except (OverflowError, struct.error):
         raise _misfit(what, datatype, values) from None
     if datatype.name == "BOOL" and not set(values) <= {0, 1}:
@@ -223,8 +233,14 @@ def unpack(tensor: Tensor) -> list[Any]:
     if datatype.name == "BYTES":
         return decode_bytes(tensor)
     if datatype.name == "FP16":
-        return list(struct.unpack(f"<{len(tensor.raw) // 2}e", tensor.raw))
+        return list(numbers(len(tensor.raw) // 2, "e").unpack(tensor.raw))
     if not datatype.format:
         raise InvalidInput(f'"{tensor.name}": {datatype.name} travels as raw bytes only')
     elements: list[Any] = memoryview(tensor.raw).cast(datatype.format).tolist()  # type: ignore[call-overload]
     return elements
+
+
+@lru_cache(512)
+def numbers(count: int, format: str) -> struct.Struct:
+    """Packs and unpacks so many elements of a datatype with this `Datatype.format`."""
+    return struct.Struct(f"<{count}{format}")
