@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 
 import msgspec
 
-from splitserve.batching import Batcher
+from splitserve.batching import Batcher, Pending, awaited
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import Unavailable, at_stage
-from splitserve.lanes import Limits
+from splitserve.lanes import Limits, OnAnswer
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor, Stop
 from splitserve.server.compute import Compute
@@ -39,8 +41,8 @@ class PredictService:
     ) -> None:
         self._predictors = predictors
         self._compute = Compute(executor)
-        self._batcher = Batcher(self._run, limits)
         self.statistics = Statistics()
+        self._batcher = Batcher(self._run, limits, statistics=self.statistics)
 
     @property
     def is_loaded(self) -> bool:
@@ -48,15 +50,21 @@ class PredictService:
 
     async def infer(self, request: InferRequest) -> InferResponse:
         with at_stage(STAGE, model=request.model):
-            check_time_left(request.deadline)
-            version, predictor = self._choose(request.model, request.version)
-            with self.statistics.recorded(request.model, str(version), n_rows=request.n_rows) as watch:
-                predictor.check(request.inputs)
-                if request.outputs:
-                    choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
-                watch.end("input")
-                request = msgspec.structs.replace(request, version=str(version))
-                return await self._batcher.infer(request, is_mergeable=predictor.is_row_wise, watch=watch)
+            return await awaited(partial(self._begin, request))
+
+    def _begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        began = time.monotonic()
+        check_time_left(request.deadline)
+        version, predictor = self._choose(request.model, request.version)
+        try:
+            predictor.check(request.inputs)
+            if request.outputs:
+                choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+            request = msgspec.structs.replace(request, version=str(version))
+            return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began=began)
+        except Exception:
+            self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
+            raise
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)

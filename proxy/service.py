@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import structlog
 
 from splitserve.admission import HIGHEST_PRIORITY
-from splitserve.batching import Batcher
+from splitserve.batching import Batcher, Pending, awaited
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
-from splitserve.lanes import Limits
+from splitserve.lanes import Limits, OnAnswer
 from splitserve.oip import (
     PRIORITY,
     READY,
@@ -61,8 +63,8 @@ class ProxyService:
     ) -> None:
         self._preprocess = preprocess
         self._targets: dict[tuple[str, str], _Target] = {}
-        self._batcher = Batcher(self._send, limits, n_backends=n_replicas)
         self.statistics = Statistics()
+        self._batcher = Batcher(self._send, limits, n_backends=n_replicas, statistics=self.statistics, named=_named)
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -111,21 +113,30 @@ class ProxyService:
             return None
 
     async def infer(self, request: InferRequest) -> InferResponse:
+        return await awaited(partial(self.begin, request))
+
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        """As `infer`, without a task for each request: ``on_answer`` is told of the answer, or of the error, later.
+
+        Raises:
+            SplitserveError: the request is refused at once, and ``on_answer`` is not told.
+        """
+        began = time.monotonic()
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
-        with (
-            at_stage(STAGE, model=request.model, pair=target.pair),
-            self.statistics.recorded(request.model, target.pair, n_rows=request.n_rows) as watch,
-        ):
+        try:
             target.check(request.inputs)
             if request.outputs:
                 choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-            watch.end("input")
             if request.version != target.pair:
                 request = msgspec.structs.replace(request, version=target.pair)
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
-            return await self._batcher.infer(request, is_mergeable=target.is_mergeable, watch=watch, priority=priority)
+            return self._batcher.begin(request, on_answer, is_mergeable=target.is_mergeable, priority=priority, began=began)
+        except Exception:
+            self.statistics.of(request.model, target.pair).failed(time.monotonic() - began)
+            with at_stage(STAGE, model=request.model, pair=target.pair):
+                raise
 
     def _find_target(self, request: InferRequest) -> _Target:
         with at_stage(STAGE, model=request.model):
@@ -174,6 +185,11 @@ class ProxyService:
 
     async def not_ready_reason(self) -> str:
         return self._broken_link or why_not_ready(self._pairs.index())
+
+
+def _named(request: InferRequest, error: Exception) -> SplitserveError:
+    """The error of a request that was bound to a pair."""
+    return at_stage(STAGE, model=request.model, pair=request.version).named(error)
 
 
 def _without_priority(request: InferRequest) -> tuple[InferRequest, int]:

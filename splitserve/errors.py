@@ -201,7 +201,13 @@ class at_stage:  # noqa: N801
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and (named := self.named(error)) is not error:
+            raise named from error
+
+    def named(self, error: Exception) -> SplitserveError:
+        """The error as it leaves the ``with``."""
         if isinstance(error, SplitserveError):
-            error.at(stage=self._stage, model=self._model[:128], pair=self._pair)
-        elif isinstance(error, Exception):
-            raise Internal("internal error", stage=self._stage, model=self._model[:128], pair=self._pair) from error
+            return error.at(stage=self._stage, model=self._model[:128], pair=self._pair)
+        internal = Internal("internal error", stage=self._stage, model=self._model[:128], pair=self._pair)
+        internal.__cause__ = error
+        return internal

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import msgspec
 
 from splitserve.admission import HIGHEST_PRIORITY, AdaptiveLimit, LessUrgent
-from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError
+from splitserve.errors import DeadlineExceeded, Overloaded
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse
-from splitserve.statistics import Stopwatch
+from splitserve.statistics import ModelStatistics
 
 MIB = 1024 * 1024
 
@@ -51,16 +52,16 @@ class Limits(msgspec.Struct, frozen=True):
 class Group:
     """The lanes of one model and version, and what is under way for it."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, counts: ModelStatistics) -> None:
         self.limits = limits
+        self.counts = counts
         self.lanes: OrderedDict[Hashable, Lane] = OrderedDict()
         self.n_waiting = 0
-        self.n_present = 0
+        self.members: set[Member] = set()
         """Those that wait and those under way."""
         self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
         self.less_urgent: LessUrgent[Member] = LessUrgent()
-        self.calls: dict[asyncio.Task[None], float] = {}
-        """Those under way, with when they keep others from going out no longer."""
+        self.calls: set[Call] = set()
         self.cost = RowCost()
         self.is_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -83,8 +84,9 @@ class Group:
         """Why a request can not be taken that has so much time; "" when it can."""
         if self.n_waiting >= self.limits.max_queue_size:
             return f"{self.n_waiting} requests wait already, which is the limit"
-        if reason := self.admission.why_full(self.n_present, time_left_s):
-            return f"{self.n_present} requests are here already, and {reason}"
+        n_present = len(self.members)
+        if reason := self.admission.why_full(n_present, time_left_s):
+            return f"{n_present} requests are here already, and {reason}"
         return ""
 
     def note(self, error: Exception) -> None:
@@ -103,7 +105,7 @@ class Group:
             return NO_DEADLINE
         if self.has_slow_rows():
             return 0.0
-        return sorted(self.calls.values())[-n_backends]
+        return sorted([call.overdue_at for call in self.calls])[-n_backends]
 
     def wait_until(self, when: float, now: float, pump: Callable[[Group], None]) -> None:
         """Pump again then, unless something does so before."""
@@ -147,7 +149,7 @@ class Lane:
         self.group = group
         self.is_mergeable = is_mergeable
         self.n_waiting = 0
-        self._n_rows = 0
+        self._n_rows = self._n_bytes = 0
         self._since = 0.0
         self._callers: OrderedDict[Hashable, dict[Member, None]] = OrderedDict()
 
@@ -160,12 +162,14 @@ class Lane:
             queue = self._callers[member.request.caller] = {}
         queue[member] = None
         self.n_waiting += 1
-        self.group.n_waiting += 1
-        self.group.n_present += 1
-        member.n_found = self.group.n_present
+        group = self.group
+        group.n_waiting += 1
+        group.members.add(member)
+        member.n_found = len(group.members)
         self._n_rows += member.n_rows
+        self._n_bytes += member.n_bytes
         if member.priority > HIGHEST_PRIORITY:
-            self.group.less_urgent.add(member, member.priority)
+            group.less_urgent.add(member, member.priority)
 
     def remove(self, member: Member) -> None:
         """It does not wait any more: it was taken, or its caller left."""
@@ -176,12 +180,16 @@ class Lane:
             self._callers.move_to_end(caller)
         else:
             del self._callers[caller]
-        member.is_waiting = False
-        if member.priority > HIGHEST_PRIORITY:
-            self.group.less_urgent.remove(member, member.priority)
+        self._waits_no_more(member)
         self.n_waiting -= 1
         self.group.n_waiting -= 1
         self._n_rows -= member.n_rows
+        self._n_bytes -= member.n_bytes
+
+    def _waits_no_more(self, member: Member) -> None:
+        member.is_waiting = False
+        if member.priority > HIGHEST_PRIORITY:
+            self.group.less_urgent.remove(member, member.priority)
 
     def ripe_at(self) -> float:
         """When it may be sent though others could still join."""
@@ -190,93 +198,131 @@ class Lane:
             return 0.0
         return self._since + limits.max_queue_delay_ms / 1000
 
-    def take(self, now: float) -> tuple[list[Member], bool]:
-        """Members of the next call, a request of each caller in turn, and whether it has no room for another like its last."""
+    def take(self, now: float) -> Load:
+        """What goes out with the next call: a request of each caller in turn."""
         limits = self.group.limits
         most_rows = self.group.most_rows()
-        members: list[Member] = []
+        if self._n_rows <= most_rows and self._n_bytes <= limits.max_batch_bytes:
+            return self._take_all(now)
+        load = Load([], [], is_full=False)
         n_rows = n_bytes = 0
         while self._callers:
             member = next(iter(next(iter(self._callers.values()))))
             if member.request.deadline <= now:
                 self.remove(member)
-                fail([member], DeadlineExceeded("out of time before it was sent"))
+                load.late.append(member)
                 continue
             n_rows += member.n_rows
             n_bytes += member.n_bytes
-            if members and (n_rows > most_rows or n_bytes > limits.max_batch_bytes):
+            if load.members and (n_rows > most_rows or n_bytes > limits.max_batch_bytes):
                 self._since = member.since
                 break
             self.remove(member)
-            members.append(member)
-        if not members:
-            return members, False
-        last = members[-1]
-        return members, n_rows + last.n_rows > limits.max_batch_size or n_bytes + last.n_bytes > limits.max_batch_bytes
+            load.members.append(member)
+        load.is_full = self._is_full(load.members)
+        return load
+
+    def _take_all(self, now: float) -> Load:
+        everybody = [member for queue in self._callers.values() for member in queue]
+        self._callers.clear()
+        self.group.n_waiting -= self.n_waiting
+        self.n_waiting = self._n_rows = self._n_bytes = 0
+        load = Load([], [], is_full=False)
+        for member in everybody:
+            self._waits_no_more(member)
+            if member.request.deadline > now:
+                load.members.append(member)
+            else:
+                load.late.append(member)
+        load.is_full = self._is_full(load.members)
+        return load
+
+    def _is_full(self, members: list[Member]) -> bool:
+        """Whether another like the last would be too much."""
+        limits, last = self.group.limits, members[-1:]
+        n_rows = sum([member.n_rows for member in members + last])
+        return n_rows > limits.max_batch_size or sum([member.n_bytes for member in members + last]) > limits.max_batch_bytes
 
 
-class Aboard:
-    """A call under way and how many of its members still wait for it; without any it is given up."""
+class Load(msgspec.Struct):
+    """Members of a call; those whose time was over before; whether the call has no room for another like its last."""
 
-    def __init__(self, call: asyncio.Task[None], n_members: int) -> None:
-        self._call = call
-        self._n_members = n_members
+    members: list[Member]
+    late: list[Member]
+    is_full: bool
 
-    def leave(self) -> None:
-        self._n_members -= 1
-        if not self._n_members:
-            self._call.cancel()
+
+class Call:
+    """A call under way and its members.
+
+    Args:
+        members: those that it was sent for.
+        overdue_at: when it keeps others from going out no longer.
+    """
+
+    __slots__ = ("answered_at", "members", "overdue_at", "sent_at", "task")
+
+    task: asyncio.Task[None]
+
+    def __init__(self, members: list[Member], overdue_at: float) -> None:
+        self.members = members
+        self.overdue_at = overdue_at
+        self.sent_at = self.answered_at = 0.0
+
+    def give_up_for_nobody(self) -> None:
+        """Cancel it if none of its members is to be told of an answer any more."""
+        if not any(member.on_answer for member in self.members):
+            self.task.cancel()
+
+
+OnAnswer = Callable[[InferResponse | Exception], None]
+"""Is told of the answer to a request, or of the error in its place."""
+
+
+class Keeper(Protocol):
+    """Where a member is until it is over."""
+
+    def leave(self, member: Member) -> None:
+        """Nobody waits for its answer any more."""
+        ...
 
 
 class Member:
-    """A request and who waits for its answer."""
+    """A request, and who is to be told of its answer."""
 
     __slots__ = (
-        "aboard",
-        "answer",
+        "_keeper",
+        "began",
+        "call",
         "is_waiting",
         "lane",
         "n_bytes",
         "n_found",
         "n_rows",
+        "on_answer",
         "priority",
         "request",
         "since",
-        "watch",
     )
 
     def __init__(
-        self,
-        request: InferRequest,
-        answer: asyncio.Future[InferResponse],
-        since: float,
-        lane: Lane,
-        watch: Stopwatch | None,
-        priority: int,
+        self, request: InferRequest, on_answer: OnAnswer, keeper: Keeper, lane: Lane, since: float, began: float, priority: int
     ) -> None:
         self.request = request
-        self.watch = watch
-        self.answer = answer
-        self.since = since
+        self.on_answer: OnAnswer | None = on_answer
+        """None once it is over."""
+        self._keeper = keeper
         self.lane = lane
+        self.since = since
+        self.began = began
         self.priority = priority
         self.n_found = 0
         self.is_waiting = True
-        self.aboard: Aboard | None = None
-        self.n_rows = request.inputs[0].shape[0] if lane.is_mergeable else 1
-        self.n_bytes = sum([len(tensor.raw) for tensor in request.inputs])
+        self.call: Call | None = None
+        inputs = request.inputs
+        self.n_rows = inputs[0].shape[0] if lane.is_mergeable else 1
+        self.n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
 
-
-def fail(members: Sequence[Member], error: Exception) -> None:
-    for member in members:
-        if not member.answer.done():
-            member.answer.set_exception(_copied(error))
-
-
-def _copied(error: Exception) -> Exception:
-    """Each caller adds to its error where it happened, so each gets one of its own."""
-    if not isinstance(error, SplitserveError):
-        return error
-    copy = type(error)(error.message, **error.metadata)
-    copy.__cause__ = error.__cause__ or error
-    return copy
+    def cancel(self) -> None:
+        """Nobody waits for its answer any more."""
+        self._keeper.leave(self)

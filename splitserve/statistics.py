@@ -9,7 +9,7 @@ nothing. ``queue`` is waiting to be sent, or for a free thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Literal
 
@@ -74,6 +74,31 @@ class ModelStatistics(msgspec.Struct):
     inference_stats: InferStatistics = msgspec.field(default_factory=InferStatistics)
     batch_stats: list[BatchStatistics] = []
 
+    def succeeded(self, n_requests: int, *, n_rows: int, total_ns: int, parts: Mapping[Part, int]) -> None:
+        """Count requests that were answered.
+
+        Args:
+            n_requests: those of one call, or one.
+            n_rows: of all of them.
+            total_ns: the sum of what each took.
+            parts: the sums of its parts.
+        """
+        self.last_inference = time.time_ns() // 1_000_000
+        self.inference_count += n_rows
+        stats = self.inference_stats
+        success = stats.success
+        success.count += n_requests
+        success.ns += total_ns
+        stats.queue.ns += parts["queue"]
+        stats.compute_input.ns += parts["input"]
+        stats.compute_infer.ns += parts["infer"]
+        stats.compute_output.ns += parts["output"]
+        stats.queue.count = stats.compute_input.count = stats.compute_infer.count = stats.compute_output.count = success.count
+
+    def failed(self, total_s: float) -> None:
+        """Count a request that was not answered, after so many seconds."""
+        self.inference_stats.fail.add(round(total_s * 1e9))
+
 
 class Stopwatch:
     """The parts of one request or run, in nanoseconds. Each lap belongs to the part that it is said to end."""
@@ -111,9 +136,9 @@ class _Recorded(Stopwatch):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            Statistics._count(self._entry, self._n_rows, self.total_ns, self.parts)
+            self._entry.succeeded(1, n_rows=self._n_rows, total_ns=self.total_ns, parts=self.parts)
         else:
-            self._entry.inference_stats.fail.add(self.total_ns)
+            self._entry.failed(self.total_ns / 1e9)
 
 
 class Statistics:
@@ -131,29 +156,11 @@ class Statistics:
             version: the one that serves the request.
             n_rows: of the request.
         """
-        return _Recorded(self._entry(model, version), n_rows)
-
-    def record(self, model: str, version: str, *, n_rows: int, total_ns: int, parts: dict[Part, int]) -> None:
-        """Count a request that was answered."""
-        self._count(self._entry(model, version), n_rows, total_ns, parts)
-
-    @staticmethod
-    def _count(entry: ModelStatistics, n_rows: int, total_ns: int, parts: dict[Part, int]) -> None:
-        entry.last_inference = time.time_ns() // 1_000_000
-        entry.inference_count += n_rows
-        stats = entry.inference_stats
-        success = stats.success
-        success.count += 1
-        success.ns += total_ns
-        stats.queue.ns += parts["queue"]
-        stats.compute_input.ns += parts["input"]
-        stats.compute_infer.ns += parts["infer"]
-        stats.compute_output.ns += parts["output"]
-        stats.queue.count = stats.compute_input.count = stats.compute_infer.count = stats.compute_output.count = success.count
+        return _Recorded(self.of(model, version), n_rows)
 
     def record_run(self, model: str, version: str, *, n_rows: int, parts: dict[Part, int]) -> None:
         """Count a run, of one request or of several together."""
-        entry = self._entry(model, version)
+        entry = self.of(model, version)
         entry.execution_count += 1
         batch = self._batches.get((model, version, n_rows))
         if batch is None:
@@ -165,7 +172,8 @@ class Statistics:
         batch.compute_infer.add(parts["infer"])
         batch.compute_output.add(parts["output"])
 
-    def _entry(self, model: str, version: str) -> ModelStatistics:
+    def of(self, model: str, version: str) -> ModelStatistics:
+        """The counts of a version that exists; they are kept."""
         entry = self._models.get((model, version))
         if entry is None:
             entry = self._models[model, version] = ModelStatistics(model, version)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import struct
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMi
 from splitserve.lanes import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
 from splitserve.merging import merge, split
 from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
+from splitserve.statistics import Statistics
 from splitserve.tensors import Tensor, encode_bytes
 from tests.virtual_time import run
 
@@ -486,6 +488,170 @@ def test_closing_answers_everybody() -> None:
         await batcher.close()
 
         assert all(isinstance(answer, SplitserveError) for answer in await asyncio.gather(*waiting))
+
+    run(main())
+
+
+def test_who_begins_is_told_once_and_later() -> None:
+    """Never while it begins: the answer or the error, and nothing after that."""
+
+    async def main() -> None:
+        batcher = batcher_on(Backend())
+        told: list[Any] = []
+
+        batcher.begin(row_request([1]), told.append)
+        late = batcher.begin(row_request([2], deadline=CALL_S / 2), told.append)
+        assert told == []
+        await asyncio.sleep(1)
+        late.cancel()
+
+        assert [type(outcome) for outcome in told] == [DeadlineExceeded, InferResponse]
+
+    run(main())
+
+
+def test_who_has_left_is_not_told() -> None:
+    """Neither of an answer nor of an error; a call for nobody is given up, and who waits is not sent."""
+
+    async def main() -> None:
+        backend = Backend(call_s=10)
+        batcher = batcher_on(backend)
+        told: list[Any] = []
+        pending = [batcher.begin(row_request([n]), told.append) for n in range(2)]
+        await asyncio.sleep(1)
+        pending.append(batcher.begin(row_request([2]), told.append))
+
+        for each in pending:
+            each.cancel()
+        await asyncio.sleep(0.001)
+
+        assert (told, backend.rows(), backend.n_at_once) == ([], [(0, 1)], 0)
+        assert batcher.load("m") == (0, 0)
+
+    run(main())
+
+
+def test_who_fails_when_told_keeps_nobody_from_being_told() -> None:
+    """The event loop's handler hears of it, as of any callback that fails."""
+
+    async def main() -> None:
+        batcher = batcher_on(Backend())
+        told: list[Any] = []
+        heard: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
+
+        def fail(_: InferResponse | Exception) -> None:
+            raise RuntimeError("a bug")
+
+        batcher.begin(row_request([1]), fail)
+        batcher.begin(row_request([2]), told.append)
+        await asyncio.sleep(1)
+
+        assert [values_of(answer.outputs[0]) for answer in told] == [(4,)]
+        assert [str(context["exception"]) for context in heard] == ["a bug"]
+        assert batcher.load("m") == (0, 0)
+
+    run(main())
+
+
+def test_who_is_told_may_begin_again() -> None:
+    """From within the callback, whether it was told of an answer or sent away for another; the queue's bound holds meanwhile."""
+
+    async def main() -> None:
+        backend = Backend()
+        batcher = batcher_on(backend, max_queue_size=2, max_batch_size=1, max_in_flight=1)
+        left, n_waiting, outcomes = 20, [], []
+
+        def again(outcome: InferResponse | Exception) -> None:
+            nonlocal left
+            outcomes.append(outcome)
+            if left:
+                left -= 1
+                begin(1 + left % 3)
+
+        def begin(priority: int) -> None:
+            try:
+                batcher.begin(row_request([left]), again, priority=priority)
+            except Overloaded as error:
+                outcomes.append(error)
+            n_waiting.append(batcher.load("m")[0])
+
+        for priority in (3, 2, 2, 1, 1, 1):
+            begin(priority)
+        await asyncio.sleep(10)
+
+        assert max(n_waiting) == 2
+        assert len(outcomes) == len(n_waiting)
+        assert batcher.load("m") == (0, 0)
+
+    run(main())
+
+
+def test_telling_is_no_part_of_a_call() -> None:
+    """How long a call takes decides how many go side by side; who is slow to take an answer makes no call slow."""
+
+    async def main() -> None:
+        now = 0.0
+
+        async def answer(request: InferRequest) -> InferResponse:
+            nonlocal now
+            now += 0.125
+            return InferResponse("m", "1.1", request.inputs)
+
+        def take_long(_: InferResponse | Exception) -> None:
+            nonlocal now
+            now += 10
+
+        statistics = Statistics()
+        batcher = Batcher(answer, statistics=statistics, clock=lambda: now)
+        for _ in range(4):
+            batcher.begin(row_request([1]), take_long)
+        await asyncio.sleep(1)
+
+        assert next(iter(batcher._groups.values())).admission.alone_s == 0.125
+        assert statistics.of("m", "1.1").inference_stats.compute_infer.ns == 4 * 0.125e9
+
+    run(main())
+
+
+def test_what_is_over_leaves_nothing_to_collect() -> None:
+    """No circles of objects: memory is free when a call has ended, not when the collector finds time."""
+
+    async def main() -> None:
+        batcher = batcher_on(Backend())
+        told: list[Any] = []
+        for _ in range(2):
+            gc.collect()
+            for n in range(20):
+                batcher.begin(row_request([n]), told.append)
+            await asyncio.sleep(1)
+
+        assert len(told) == 40
+        assert gc.collect() < 20
+
+    run(main())
+
+
+def test_each_request_is_counted_as_what_it_came_to() -> None:
+    """Answered or not, however many share its call; how long it took is the sum of its parts."""
+
+    async def main() -> None:
+        statistics = Statistics()
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(Backend(), Limits(), statistics=statistics, clock=loop.time)
+        pending = [batcher.begin(row_request([n, n]), lambda _: None, began=loop.time() - 0.01) for n in range(3)]
+        await asyncio.sleep(CALL_S / 2)
+        batcher.begin(row_request([1, POISON]), lambda _: None)
+        batcher.begin(row_request([1], deadline=loop.time() + CALL_S / 4), lambda _: None)
+        pending[0].cancel()
+        await asyncio.sleep(1)
+
+        counts = statistics.of("m", "1.1")
+        stats = counts.inference_stats
+        assert (stats.success.count, stats.fail.count, counts.inference_count) == (2, 3, 4)
+        parts = (stats.compute_input, stats.queue, stats.compute_infer, stats.compute_output)
+        assert [part.ns for part in parts] == [pytest.approx(2e7), 0, pytest.approx(2 * CALL_S * 1e9), 0]
+        assert stats.success.ns == pytest.approx(sum(part.ns for part in parts))
 
     run(main())
 
