@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import time
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from importlib.resources import files
@@ -19,10 +20,11 @@ import structlog
 from proxy import compression
 from proxy.compression import deflate
 from proxy.guard import Guard
-from proxy.http_messages import JSON, Incoming, Response
+from proxy.http_messages import JSON, Answer, Incoming, Reply, Response
 from proxy.openapi import document
 from proxy.service import STAGE, ProxyService
 from splitserve import classification, oip_rest, v1
+from splitserve.batching import Pending
 from splitserve.errors import (
     Internal,
     InvalidInput,
@@ -35,9 +37,9 @@ from splitserve.errors import (
 )
 from splitserve.limits import Limits, check_model_name
 from splitserve.model_config import config_of
-from splitserve.oip import CONTROL_PARAMETERS, READY, InferRequest, ServerMetadata, deadline_after
+from splitserve.oip import CONTROL_PARAMETERS, READY, InferRequest, InferResponse, ServerMetadata, deadline_after
 from splitserve.server.callers import Authenticator
-from splitserve.server.logs import RequestLine
+from splitserve.server.logs import RequestLine, log_request
 
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
@@ -115,10 +117,13 @@ class HttpApp:
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
+        infer = self._infer
+        self._direct = infer if authenticator is None and isinstance(service, ProxyService) else None
+        """The handler in whose place `_begin` is called where it can be."""
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
         routes: tuple[tuple[str, dict[str, Handler]], ...] = (
-            (rf"/v2{_MODEL}/infer", {"POST": self._infer}),
+            (rf"/v2{_MODEL}/infer", {"POST": infer}),
             (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
             (rf"/v1{_MODEL}:explain", {"POST": self._explain}),
             (r"/v2/health/live", {"GET": self._live}),
@@ -145,30 +150,63 @@ class HttpApp:
         self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
         self._route = lru_cache(N_REMEMBERED_PATHS)(self._find_route)
 
-    async def answer(self, incoming: Incoming) -> Response:
-        """Errors become statuses here and nowhere else."""
+    def answer(self, incoming: Incoming, reply: Reply) -> Answer:
+        """Begin to answer. An inference that has to wait for nothing else takes no task."""
         try:
             handler, path = self._route(incoming.method, incoming.path)
             encoding = _check_form(incoming)
-            with at_stage(STAGE):
-                deadline = deadline_after(self._timeout_s(incoming))
-                if self._authenticator is not None:
-                    given = incoming.header(b"authorization")
-                    await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
-                body = await incoming.body()
-                if encoding and body:
-                    body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
-                    incoming.share.take(len(body))
-                response = await handler(Request(path, incoming, body, deadline))
-                if b"accept-encoding" in incoming.headers and len(response.body) >= compression.MIN_COMPRESSED_BYTES:
-                    response = await _compressed(response, incoming)
-                return response
         except Refused as refused:
-            return _json(refused.status, {"error": str(refused)}, refused.headers)
+            return _refusal(refused)
+        if handler is self._direct and incoming.is_complete and not encoding:
+            return self._begin(path, incoming, reply)
+        return self._answer(handler, path, incoming, encoding)
+
+    def _begin(self, path: dict[str, str], incoming: Incoming, reply: Reply) -> Answer:
+        """As `_infer`, without a task."""
+        began = time.monotonic()
+        model, version = path["model"], path["version"]
+        try:
+            deadline = began + (self._timeout_s(incoming) if _TIMEOUT in incoming.headers else self._default_timeout_s)
+            body = incoming.whole_body()
         except SplitserveError as error:
-            if isinstance(error, Internal):  # the caller does not learn what went wrong inside; the log does
-                self._log.error("internal error", stage=error.stage, exc_info=error)
-            return _error(error)
+            return self.failure(error)
+        try:
+            asked = self._asked(model, version, incoming, body, deadline)
+            self._limits.check(asked)
+            if classification.is_wanted(asked):
+                return self._answer(self._infer, path, incoming, "")
+            inference = _Inference(self, incoming, asked, began, reply)
+            inference.pending = self._service.begin(asked, inference.end)
+            return inference
+        except Exception as error:
+            log_request("infer", model, version, began, error)
+            return self.failure(error)
+
+    async def _answer(self, handler: Handler, path: dict[str, str], incoming: Incoming, encoding: str) -> Response:
+        try:
+            deadline = deadline_after(self._timeout_s(incoming))
+            if self._authenticator is not None:
+                given = incoming.header(b"authorization")
+                await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
+            body = await incoming.body()
+            if encoding and body:
+                body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
+                incoming.share.take(len(body))
+            response = await handler(Request(path, incoming, body, deadline))
+            if _may_be_compressed(response, incoming):
+                response = await _compressed(response, incoming)
+            return response
+        except Exception as error:
+            return self.failure(error)
+
+    def failure(self, error: Exception) -> Response:
+        """Errors become statuses here and nowhere else."""
+        if isinstance(error, Refused):
+            return _refusal(error)
+        named = at_stage(STAGE).named(error)
+        if isinstance(named, Internal):  # the caller does not learn what went wrong inside; the log does
+            self._log.error("internal error", stage=named.stage, exc_info=named)
+        return _error(named)
 
     def _find_route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
         for pattern, methods in self._routes:
@@ -191,25 +229,19 @@ class HttpApp:
     async def _infer(self, request: Request) -> Response:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("infer", model, version) as line:
-            asked = self._asked(request, model, version)
+            asked = self._asked(model, version, request.incoming, request.body, request.deadline)
             self._limits.check(asked)
-            if asked.outputs:
-                answer = await classification.infer(self._service, asked)
-            else:
-                answer = await self._service.infer(asked)
+            answer = await classification.infer(self._service, asked)
             line.version = answer.version
-            body, header_length = oip_rest.encode_response(answer, asked)
-        if header_length is None:
-            return Response(200, body)
-        return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
+            return _rendered(answer, asked)
 
-    def _asked(self, request: Request, model: str, version: str) -> InferRequest:
-        header_length = _header_length(request.incoming)
+    def _asked(self, model: str, version: str, incoming: Incoming, body: bytes, deadline: float) -> InferRequest:
+        header_length = _header_length(incoming) if _HEADER_LENGTH in incoming.headers else None
         if header_length == 0:
             pair, metadata = self._service.choose(model, version)
-            return oip_rest.decode_raw_request(request.body, metadata, str(pair), deadline=request.deadline)
+            return oip_rest.decode_raw_request(body, metadata, str(pair), deadline=deadline)
         return oip_rest.decode_request(
-            model, version, request.body, header_length=header_length, deadline=request.deadline, caller=request.incoming.caller
+            model, version, body, header_length=header_length, deadline=deadline, caller=incoming.caller
         )
 
     async def _predict(self, request: Request) -> Response:
@@ -304,6 +336,60 @@ class HttpApp:
         return _json(200, {"status": "alive"})
 
 
+class _Inference:
+    """One that no task waits for.
+
+    Args:
+        app: that it is answered for.
+        incoming: the request.
+        asked: what it asks for.
+        began: on the monotonic clock.
+        reply: takes the answer.
+    """
+
+    __slots__ = ("_app", "_asked", "_began", "_incoming", "_reply", "pending")
+
+    pending: Pending
+
+    def __init__(self, app: HttpApp, incoming: Incoming, asked: InferRequest, began: float, reply: Reply) -> None:
+        self._app = app
+        self._incoming = incoming
+        self._asked = asked
+        self._began = began
+        self._reply = reply
+
+    def end(self, outcome: InferResponse | Exception) -> None:
+        """It is answered, or failed."""
+        asked = self._asked
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            response = _rendered(outcome, asked)
+        except Exception as error:
+            log_request("infer", asked.model, asked.version, self._began, error)
+            self._reply(self._app.failure(error))
+            return
+        log_request("infer", asked.model, outcome.version, self._began, None)
+        may_be_compressed = _may_be_compressed(response, self._incoming)
+        self._reply(_compressed(response, self._incoming) if may_be_compressed else response)
+
+    def cancel(self) -> None:
+        """The caller left."""
+        self.pending.cancel()
+        log_request("infer", self._asked.model, self._asked.version, self._began, asyncio.CancelledError())
+
+
+def _rendered(answer: InferResponse, asked: InferRequest) -> Response:
+    body, header_length = oip_rest.encode_response(answer, asked)
+    if header_length is None:
+        return Response(200, body)
+    return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
+
+
+def _may_be_compressed(response: Response, incoming: Incoming) -> bool:
+    return len(response.body) >= compression.MIN_COMPRESSED_BYTES and b"accept-encoding" in incoming.headers
+
+
 async def _compressed(response: Response, incoming: Incoming) -> Response:
     """The answer as the client takes it."""
     encoding = compression.choose(incoming.header(b"accept-encoding") or "")
@@ -321,9 +407,10 @@ def _check_form(incoming: Incoming) -> str:
     Raises:
         Refused: the body comes in a form that is not taken.
     """
-    if incoming.headers.get(b"content-type", b"").startswith(b"multipart/"):
+    headers = incoming.headers
+    if b"content-type" in headers and headers[b"content-type"].startswith(b"multipart/"):
         raise Refused(415, "multipart bodies are not taken, send JSON")
-    if b"content-encoding" not in incoming.headers:
+    if b"content-encoding" not in headers:
         return ""
     encoding = (incoming.header(b"content-encoding") or "").lower()
     if encoding == "identity":
@@ -334,13 +421,15 @@ def _check_form(incoming: Incoming) -> str:
     return encoding
 
 
-def _header_length(incoming: Incoming) -> int | None:
-    value = incoming.header(_HEADER_LENGTH)
-    if value is None:
-        return None
+def _header_length(incoming: Incoming) -> int:
+    value = incoming.headers[_HEADER_LENGTH].decode("latin-1")
     if not (value.isascii() and value.isdecimal() and len(value) < 12):
         raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
     return int(value)
+
+
+def _refusal(refused: Refused) -> Response:
+    return _json(refused.status, {"error": str(refused)}, refused.headers)
 
 
 def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> Response:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any
 
 import msgspec
 
+from splitserve.batching import Pending
 from splitserve.byte_budget import Share
 from splitserve.errors import Overloaded, SplitserveError, TooLarge
 
@@ -20,6 +22,15 @@ class Response(msgspec.Struct):
     body: bytes
     content_type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
+
+
+Reply = Callable[[Response | Coroutine[Any, Any, Response]], None]
+"""Takes an answer that was pending, or what becomes one in a task."""
+
+
+Answer = Response | Pending | Coroutine[Any, Any, Response]
+"""What there is of an answer when a request is given to whoever answers it: all of it; or the promise to call `Reply` later; or
+what becomes it in a task."""
 
 
 class Incoming(msgspec.Struct, eq=False):
@@ -60,8 +71,7 @@ class Incoming(msgspec.Struct, eq=False):
         """The whole body, once it is there.
 
         Raises:
-                TooLarge: it has more bytes than are taken; what comes of them is not kept.
-            Overloaded: the bodies of all requests together have too many.
+            TooLarge, Overloaded: as `whole_body`; also as soon as it is known that it will be too large.
         """
         if not self.is_complete and self.failure is None:
             if self._declared_size > self.max_body_bytes:
@@ -70,6 +80,15 @@ class Incoming(msgspec.Struct, eq=False):
                 self.invite()
             self.waiter = asyncio.get_running_loop().create_future()
             await self.waiter
+        return self.whole_body()
+
+    def whole_body(self) -> bytes:
+        """The body, which is there.
+
+        Raises:
+            TooLarge: it has more bytes than are taken; what came of them was not kept.
+            Overloaded: the bodies of all requests together had too many.
+        """
         if self.failure is not None:
             raise self.failure
         return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
@@ -100,7 +119,8 @@ class Incoming(msgspec.Struct, eq=False):
     def complete(self) -> None:
         """All of the body came."""
         self.is_complete = True
-        self._wake()
+        if self.waiter is not None:
+            self._wake()
 
     def _wake(self) -> None:
         if self.waiter is not None and not self.waiter.done():

@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections, on the parser httptools: one task and one write for an answer, and limits on what a client may cost.
+"""HTTP/1.1 connections, on the parser httptools: one write for an answer, and limits on what a client may cost.
 
 An answer's way through an ASGI server costs about as much as all that the proxy does for it; see docs/decisions/0012. The cases
 that the limits are for are those of request smuggling and slow clients as servers have met them; see tests/test_attacks_http.py.
@@ -7,14 +7,12 @@ that the limits are for are those of request smuggling and slow clients as serve
 from __future__ import annotations
 
 import asyncio
-import http.client
 import itertools
-import sys
 from collections import deque
-from collections.abc import Awaitable, Callable
-from email.utils import formatdate
+from collections.abc import Coroutine
 from enum import Enum
 from functools import lru_cache
+from types import CoroutineType
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -22,115 +20,23 @@ import httptools
 import msgspec
 import structlog
 
+from proxy.http_listener import BODY_GRACE_S, LOOK_INTERVAL_S, Listener
 from proxy.http_messages import Incoming, Response
-from splitserve.byte_budget import ByteBudget
+from splitserve.batching import Pending
+from splitserve.byte_budget import Share
 
 CHUNK_OVERHEAD_BYTES = 16
 """What the framing of a chunk may take on average; extensions of chunks mean nothing here."""
 
-BODY_GRACE_S = 5.0
-"""How long a body may take before its rate is looked at."""
-
 LINGER_S = 1.0
 """How long the rest of a body that nobody waits for is taken after the answer. Closing on it would cost the caller the answer.
 Source: RFC 9112, section 9.6."""
-
-LOOK_INTERVAL_S = 1.0
-"""How often connections are looked at for what takes too long; more often if a limit is shorter."""
 
 _LONG_BODY_BYTES = 64 * 1024
 """Longer answers are not copied to stand behind their head."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _numbers = itertools.count()
-
-
-class HttpLimits(msgspec.Struct, frozen=True):
-    """What a connection may cost. Sizes are in bytes."""
-
-    max_url_bytes: int = 8 * 1024
-    max_header_bytes: int = 64 * 1024
-    max_headers: int = 100
-    max_chunks: int = 65_536
-    max_connections: int = 2_000
-    header_timeout_s: float = 10.0
-    min_body_bytes_per_s: int = 1_000
-    keep_alive_s: float = 60.0
-    write_timeout_s: float = 30.0
-
-    @property
-    def look_interval_s(self) -> float:
-        """Often enough for the shortest of the limits."""
-        shortest_s = min(self.header_timeout_s, self.keep_alive_s, self.write_timeout_s, BODY_GRACE_S)
-        return min(LOOK_INTERVAL_S, shortest_s / 2)
-
-
-class Listener:
-    """What the connections to one port share.
-
-    Args:
-        answer: answers a request; what it raises is logged, and is a 500.
-        limits: of each connection.
-        max_body_bytes: of a request.
-        budget: of the bytes of all bodies together; None: each is bounded by itself only.
-    """
-
-    def __init__(
-        self,
-        answer: Callable[[Incoming], Awaitable[Response]],
-        limits: HttpLimits,
-        *,
-        max_body_bytes: int,
-        budget: ByteBudget | None = None,
-    ) -> None:
-        self.answer = answer
-        self.limits = limits
-        self.max_body_bytes = max_body_bytes
-        self.budget = budget or ByteBudget(sys.maxsize)
-        self.connections: set[HttpConnection] = set()
-        self.is_closing = False
-        self._heads: dict[int, bytes] = {}
-        self._is_empty = asyncio.Event()
-
-    def head(self, status: int) -> bytes:
-        """The first lines of an answer."""
-        head = self._heads.get(status)
-        if head is None:
-            phrase = http.client.responses.get(status, "Client Closed Request")
-            head = self._heads[status] = f"HTTP/1.1 {status} {phrase}\r\ndate: {formatdate(usegmt=True)}\r\n".encode()
-        return head
-
-    async def keep_looking(self) -> None:
-        """Close what takes too long, and tell the time, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self.limits.look_interval_s)
-            self._heads.clear()
-            for connection in tuple(self.connections):
-                connection.look(loop.time())
-
-    def close(self) -> None:
-        """Answer what is under way, then close each connection."""
-        self.is_closing = True
-        for connection in tuple(self.connections):
-            connection.finish()
-
-    async def closed(self) -> None:
-        """Wait until no connection is left, after `close`."""
-        while self.connections:
-            self._is_empty.clear()
-            await self._is_empty.wait()
-
-    def leave(self, connection: HttpConnection) -> None:
-        """It is closed."""
-        self.connections.discard(connection)
-        if not self.connections:
-            self._is_empty.set()
-
-    def abandon(self) -> None:
-        """Close what is left at once."""
-        for connection in tuple(self.connections):
-            connection.abandon()
 
 
 class _Phase(Enum):
@@ -140,6 +46,9 @@ class _Phase(Enum):
     WHOLE = 3  # a request that is being answered
     LINGER = 4  # it is answered, and the rest of its body is on its way
     CLOSING = 5
+
+
+_IDLE, _HEAD, _BODY, _WHOLE, _LINGER, _CLOSING = _Phase  # to ask the class costs ten times as much, ten times a request
 
 
 class _Rejected(Exception):
@@ -162,18 +71,18 @@ class HttpConnection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._caller = next(_numbers)
-        self._phase = _Phase.HEAD
-        self._since = self._loop.time()
+        self._phase = _HEAD
+        self._since = self._now = self._loop.time()
         self._unsent, self._since_unsent = 0, 0.0
         self._is_write_paused = self._is_read_paused = False
         self._exchanges: deque[Incoming] = deque()
-        self._task: asyncio.Task[None] | None = None
+        self._under_way: Pending | None = None
         self._is_one_message = True
         self._is_deaf = False
         self._begin()
 
     def _begin(self) -> None:
-        self._incoming = Incoming(self._caller, self._listener.max_body_bytes, self._listener.budget.share())
+        self._incoming = Incoming(self._caller, self._listener.max_body_bytes, Share(self._listener.budget))
         self._is_in_message = False
         self._n_raw_bytes = self._n_header_bytes = self._n_headers = self._n_chunks = 0
 
@@ -191,16 +100,16 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.leave(self)
-        self._phase, self._is_deaf = _Phase.CLOSING, True
+        self._phase, self._is_deaf = _CLOSING, True
         self._forget_exchanges()
-        if self._task is not None:
-            self._task.cancel()
+        self._give_up()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
-        if self._phase is _Phase.IDLE:
-            self._enter(_Phase.HEAD)
+        self._now = self._loop.time()
+        if self._phase is _IDLE:
+            self._phase, self._since = _HEAD, self._now
         self._is_one_message = True
         try:
             self._parser.feed_data(data)
@@ -208,7 +117,6 @@ class HttpConnection(asyncio.Protocol):
             self._is_deaf = True
             for exchange in self._exchanges:
                 exchange.keep_alive = exchange is not self._exchanges[-1]
-            return
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, _Rejected):
                 self._refuse(error.__context__.status, error.__context__.message)
@@ -220,12 +128,13 @@ class HttpConnection(asyncio.Protocol):
         if self._is_in_message and self._is_one_message:
             self._n_raw_bytes += len(data)
             self._check_framing()
+        self._answer_next()
 
     def _check_framing(self) -> None:
         """All that is not body is bounded, parsed or not: httptools keeps what it has of a header until that ends."""
         bound = self._limits.max_header_bytes + self._limits.max_url_bytes + CHUNK_OVERHEAD_BYTES * self._n_chunks
         if self._n_raw_bytes - self._incoming.size > bound:
-            if self._phase is _Phase.HEAD:
+            if self._phase is _HEAD:
                 self._refuse(431, f"the headers have more than {self._limits.max_header_bytes} bytes")
             else:
                 self._refuse(400, "the chunks of the body have too much around them")
@@ -255,7 +164,7 @@ class HttpConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._is_in_message = True
-        self._enter(_Phase.HEAD)
+        self._phase, self._since = _HEAD, self._now
 
     def on_url(self, url: bytes) -> None:
         incoming = self._incoming
@@ -266,19 +175,22 @@ class HttpConnection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._n_headers += 1
         self._n_header_bytes += len(name) + len(value)
-        if self._n_headers > self._limits.max_headers:
-            raise _Rejected(431, f"there are more than {self._limits.max_headers} headers")
-        if self._n_header_bytes > self._limits.max_header_bytes:
-            raise _Rejected(431, f"the headers have more than {self._limits.max_header_bytes} bytes")
-        if self._phase is not _Phase.HEAD:  # a trailer: it means nothing here
+        limits = self._limits
+        if self._n_headers > limits.max_headers:
+            raise _Rejected(431, f"there are more than {limits.max_headers} headers")
+        if self._n_header_bytes > limits.max_header_bytes:
+            raise _Rejected(431, f"the headers have more than {limits.max_header_bytes} bytes")
+        if self._phase is not _HEAD:  # a trailer: it means nothing here
             return
         name = name.lower()
         headers = self._incoming.headers
         headers[name] = b"%b, %b" % (headers[name], value) if name in headers else value
 
     def on_headers_complete(self) -> None:
-        incoming, headers = self._incoming, self._incoming.headers
-        is_old = self._parser.get_http_version() == "1.0"
+        incoming, parser = self._incoming, self._parser
+        headers = incoming.headers
+        may_stay = parser.should_keep_alive()
+        is_old = (b"connection" in headers or not may_stay) and parser.get_http_version() == "1.0"  # else it could not stay
         if b", " in headers.get(b"host", b"" if is_old else b", "):
             raise _Rejected(400, "expected one Host header")
         if b"transfer-encoding" in headers and (is_old or headers[b"transfer-encoding"].lower() != b"chunked"):
@@ -287,11 +199,11 @@ class HttpConnection(asyncio.Protocol):
             incoming.path = _path_of(incoming.url)
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
             raise _Rejected(400, "the request's target is no URL") from None
-        incoming.method = self._parser.get_method().decode("ascii")
-        incoming.keep_alive = not is_old and self._parser.should_keep_alive()
-        if headers.get(b"expect", b"").lower() == b"100-continue":
+        incoming.method = parser.get_method().decode("ascii")
+        incoming.keep_alive = may_stay and not is_old
+        if b"expect" in headers and headers[b"expect"].lower() == b"100-continue":
             incoming.invite = self._invite
-        self._enter(_Phase.BODY)
+        self._phase, self._since = _BODY, self._now
         self._put_in_turn(incoming)
 
     def on_chunk_header(self) -> None:
@@ -300,7 +212,7 @@ class HttpConnection(asyncio.Protocol):
             raise _Rejected(413, f"the body has more than {self._limits.max_chunks} chunks")
 
     def on_body(self, body: bytes) -> None:
-        if self._phase is not _Phase.LINGER:
+        if self._phase is not _LINGER:
             self._incoming.add(body)
             return
         self._incoming.size += len(body)
@@ -310,41 +222,57 @@ class HttpConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._is_one_message = False
         self._incoming.complete()
-        if self._phase is _Phase.LINGER:
+        if self._phase is _LINGER:
             self._close()
-        elif self._phase is _Phase.BODY:
-            self._phase = _Phase.WHOLE
+        elif self._phase is _BODY:
+            self._phase = _WHOLE
         self._begin()
 
     # Answers.
 
     def _put_in_turn(self, incoming: Incoming) -> None:
         self._exchanges.append(incoming)
-        if len(self._exchanges) == 1:
-            self._answer_next()
-        else:
+        if len(self._exchanges) > 1:
             self._match_reading()
 
     def _answer_next(self) -> None:
-        if self._task is not None or self._is_write_paused or not self._exchanges:
-            return
-        incoming = self._exchanges[0]
-        if incoming.refusal is not None:
-            self._send(incoming, incoming.refusal)
-        else:
-            self._task = self._loop.create_task(self._serve(incoming))
+        """Begin with the request whose turn it is, and go on to those behind while they are answered at once."""
+        while self._exchanges and self._under_way is None and not self._is_write_paused:
+            incoming = self._exchanges[0]
+            try:
+                answer = incoming.refusal or self._listener.answer(incoming, self._reply)
+            except Exception:
+                answer = _internal_error()
+            if isinstance(answer, Response):
+                self._send(incoming, answer)
+            elif isinstance(answer, CoroutineType):
+                self._under_way = self._loop.create_task(self._serve(answer))
+            else:
+                self._under_way = answer  # type: ignore[assignment]  # CoroutineType is the only Coroutine here
 
-    async def _serve(self, incoming: Incoming) -> None:
+    def _reply(self, answer: Response | Coroutine[Any, Any, Response]) -> None:
+        """The answer to the request whose turn it is, which was pending."""
+        if isinstance(answer, Response):
+            self._under_way = None
+            self._send(self._exchanges[0], answer)
+            if self._exchanges:
+                self._answer_next()
+        else:
+            self._under_way = self._loop.create_task(self._serve(answer))
+
+    async def _serve(self, answer: Coroutine[Any, Any, Response]) -> None:
         try:
-            response = await self._listener.answer(incoming)
+            response = await answer
         except asyncio.CancelledError:  # the caller left, or what it sends is refused
             return
         except Exception:
-            structlog.get_logger().exception("internal error")
-            response = Response(500, b'{"error":"internal error","reason":"INTERNAL"}')
-        if self._phase is not _Phase.CLOSING:
-            self._task = None
-            self._send(incoming, response)
+            response = _internal_error()
+        self._reply(response)
+
+    def _give_up(self) -> None:
+        if self._under_way is not None:
+            self._under_way.cancel()
+            self._under_way = None
 
     def _invite(self) -> None:
         self._transport.write(_CONTINUE)
@@ -353,40 +281,37 @@ class HttpConnection(asyncio.Protocol):
         self._exchanges.popleft()
         incoming.share.give_back()
         is_last = self._listener.is_closing or not (incoming.keep_alive and incoming.is_complete)
-        head = b"%bcontent-type: %b\r\ncontent-length: %d\r\n" % (
-            self._listener.head(response.status),
-            response.content_type.encode(),
-            len(response.body),
-        )
+        body = response.body
+        head = b"%b%d" % (self._listener.head(response.status, response.content_type), len(body))
         if response.headers:
-            head += "".join([f"{name}: {value}\r\n" for name, value in response.headers]).encode()
+            head += "".join([f"\r\n{name}: {value}" for name, value in response.headers]).encode()
         if is_last:
-            head += b"connection: close\r\n"
+            head += b"\r\nconnection: close"
         if incoming.method == "HEAD":
-            self._transport.write(head + b"\r\n")
-        elif len(response.body) > _LONG_BODY_BYTES:
-            self._transport.writelines((head, b"\r\n", response.body))
+            self._transport.write(head + b"\r\n\r\n")
+        elif len(body) > _LONG_BODY_BYTES:
+            self._transport.writelines((head, b"\r\n\r\n", body))
         else:
-            self._transport.write(b"%b\r\n%b" % (head, response.body))
+            self._transport.write(b"%b\r\n\r\n%b" % (head, body))
         if not is_last:
             self._go_on()
         elif incoming.is_complete or incoming.refusal is not None:
             self._close()
         else:
-            self._enter(_Phase.LINGER)
+            self._enter(_LINGER)
 
     def _go_on(self) -> None:
-        if self._phase is _Phase.WHOLE and not self._exchanges:
-            self._phase = _Phase.IDLE
+        if self._phase is _WHOLE and not self._exchanges:
+            self._phase = _IDLE
         self._since = self._loop.time()  # what came of a next request had to wait, and is not late
         if self._exchanges or self._is_read_paused:
             self._match_reading()
-            self._answer_next()
 
     def _close(self) -> None:
-        self._enter(_Phase.CLOSING)
+        self._enter(_CLOSING)
         self._is_deaf = True
         self._forget_exchanges()
+        self._give_up()
         self._transport.close()
 
     def _forget_exchanges(self) -> None:
@@ -401,20 +326,20 @@ class HttpConnection(asyncio.Protocol):
         elapsed_s = now - self._since
         if self._is_write_paused:
             self._look_at_reader(now)
-        elif self._phase is _Phase.CLOSING:
+        elif self._phase is _CLOSING:
             if elapsed_s > self._limits.write_timeout_s:
                 self._transport.abort()
-        elif self._phase is _Phase.IDLE:
+        elif self._phase is _IDLE:
             if elapsed_s > self._limits.keep_alive_s:
                 self._close_idle()
-        elif self._phase is _Phase.LINGER:
+        elif self._phase is _LINGER:
             if elapsed_s > LINGER_S:
                 self._close()
         elif self._is_read_paused:
             self._since = now
-        elif self._phase is _Phase.HEAD and elapsed_s > self._limits.header_timeout_s and not self._exchanges:
+        elif self._phase is _HEAD and elapsed_s > self._limits.header_timeout_s and not self._exchanges:
             self._refuse(408, "the headers did not arrive in time")
-        elif self._phase is _Phase.BODY and elapsed_s > BODY_GRACE_S and self._incoming.size < self._least_size(elapsed_s):
+        elif self._phase is _BODY and elapsed_s > BODY_GRACE_S and self._incoming.size < self._least_size(elapsed_s):
             self._refuse(408, f"the body arrives at less than {self._limits.min_body_bytes_per_s} bytes a second")
 
     def _least_size(self, elapsed_s: float) -> float:
@@ -446,18 +371,22 @@ class HttpConnection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Instead of the answer to the request that is on its way, which is the last."""
         self._is_deaf = True
-        if self._phase is _Phase.LINGER:
+        if self._phase is _LINGER:
             self._close()
             return
         incoming = self._incoming
         incoming.refusal = Response(status, msgspec.json.encode({"error": message}))
-        if self._phase is not _Phase.BODY:
+        if self._phase is not _BODY:
             self._put_in_turn(incoming)
         elif incoming is self._exchanges[0]:
-            if self._task is not None:
-                self._task.cancel()
-                self._task = None
-            self._answer_next()
+            self._give_up()
+        self._answer_next()
+
+
+def _internal_error() -> Response:
+    """In place of an answer; to be called where the error is handled."""
+    structlog.get_logger().exception("internal error")
+    return Response(500, b'{"error":"internal error","reason":"INTERNAL"}')
 
 
 @lru_cache(1024)

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 
 from proxy.http_app import HttpApp
-from proxy.http_protocol import HttpConnection, HttpLimits, Listener
+from proxy.http_listener import HttpLimits, Listener
+from proxy.http_protocol import HttpConnection
 from splitserve.byte_budget import ByteBudget
 from splitserve.grpc_wire.listening import BACKLOG, listen
 from splitserve.server.lifecycle import background

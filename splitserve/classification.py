@@ -20,6 +20,11 @@ LABELS = "labels"
 """The property of a model's metadata that holds the names of its classes, as a JSON list."""
 
 
+def is_wanted(request: InferRequest) -> bool:
+    """Whether an output is asked for as classes."""
+    return bool(request.outputs) and any(PARAMETER in output.parameters for output in request.outputs)
+
+
 async def infer(service: InferenceService, request: InferRequest) -> InferResponse:
     """Infer, and give those outputs as classes that the request wants so. The service sees nothing of it.
 

@@ -17,7 +17,7 @@ import pytest
 
 from proxy import http_protocol
 from proxy.http_app import HttpApp
-from proxy.http_protocol import HttpLimits
+from proxy.http_listener import HttpLimits
 from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from splitserve.limits import Limits

@@ -10,11 +10,16 @@ import sys
 
 import uvloop
 
-from proxy.http_messages import Incoming, Response
-from proxy.http_protocol import HttpConnection, HttpLimits, Listener
+from proxy.http_listener import HttpLimits, Listener
+from proxy.http_messages import Answer, Incoming, Reply, Response
+from proxy.http_protocol import HttpConnection
 
 
-async def answer(incoming: Incoming) -> Response:
+def answer(incoming: Incoming, reply: Reply) -> Answer:
+    return Response(200, incoming.whole_body()) if incoming.is_complete else _answer_when_whole(incoming)
+
+
+async def _answer_when_whole(incoming: Incoming) -> Response:
     return Response(200, await incoming.body())
 
 

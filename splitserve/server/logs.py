@@ -57,7 +57,7 @@ class _ToStructlog(logging.Handler):
 
 
 class RequestLine:
-    """One line for a request: model, version, status, time. Never payloads. Of those that succeed only if all are wanted.
+    """Writes a line for the request that is handled inside the ``with``, see `log_request`.
 
     Args:
         event: what was asked for.
@@ -71,22 +71,35 @@ class RequestLine:
         self._event = event
         self._model = model
         self.version = version
-        self._started = time.monotonic()
+        self._began = time.monotonic()
 
     def __enter__(self) -> RequestLine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        is_nothing_wrong = error is None or isinstance(error, asyncio.CancelledError)  # the caller left
-        if is_nothing_wrong and not self.logs_all:
-            return
-        structlog.get_logger().info(
-            self._event,
-            model=self._model[:128],
-            version=self.version[:32],
-            status=_status(error),
-            duration_ms=round((time.monotonic() - self._started) * 1000, 2),
-        )
+        log_request(self._event, self._model, self.version, self._began, error)
+
+
+def log_request(event: str, model: str, version: str, began: float, error: BaseException | None) -> None:
+    """One line for a request: model, version, status, time. Never payloads. Of those that succeed only if all are wanted.
+
+    Args:
+        event: what was asked for.
+        model: as the caller named it.
+        version: that was used, or as the caller named it.
+        began: on the monotonic clock.
+        error: that it failed with, if it did.
+    """
+    is_nothing_wrong = error is None or isinstance(error, asyncio.CancelledError)  # the caller left
+    if is_nothing_wrong and not RequestLine.logs_all:
+        return
+    structlog.get_logger().info(
+        event,
+        model=model[:128],
+        version=version[:32],
+        status=_status(error),
+        duration_ms=round((time.monotonic() - began) * 1000, 2),
+    )
 
 
 def _status(error: BaseException | None) -> str:
