@@ -12,7 +12,7 @@ import msgspec
 
 from splitserve.batching import Batcher, Pending, awaited
 from splitserve.catalogue import STILL_LOADING, why_not_ready
-from splitserve.errors import Unavailable, at_stage
+from splitserve.errors import SplitserveError, Unavailable, at_stage
 from splitserve.lanes import Limits, OnAnswer
 from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.runtimes.predictor import Predictor, Stop
@@ -42,29 +42,34 @@ class PredictService:
         self._predictors = predictors
         self._compute = Compute(executor)
         self.statistics = Statistics()
-        self._batcher = Batcher(self._run, limits, statistics=self.statistics)
+        self._batcher = Batcher(self._run, limits, statistics=self.statistics, named=_named)
 
     @property
     def is_loaded(self) -> bool:
         return self._predictors.is_loaded
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        with at_stage(STAGE, model=request.model):
-            return await awaited(partial(self._begin, request))
+        return await awaited(partial(self.begin, request))
 
-    def _begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        """As `infer`, without a task for each request: ``on_answer`` is told of the answer, or of the error, later.
+
+        Raises:
+            SplitserveError: the request is refused at once, and ``on_answer`` is not told.
+        """
         began = time.monotonic()
-        check_time_left(request.deadline)
-        version, predictor = self._choose(request.model, request.version)
-        try:
-            predictor.check(request.inputs)
-            if request.outputs:
-                choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
-            request = msgspec.structs.replace(request, version=str(version))
-            return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began=began)
-        except Exception:
-            self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
-            raise
+        with at_stage(STAGE, model=request.model):
+            check_time_left(request.deadline)
+            version, predictor = self._choose(request.model, request.version)
+            try:
+                predictor.check(request.inputs)
+                if request.outputs:
+                    choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+                request = msgspec.structs.replace(request, version=str(version))
+                return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began=began)
+            except Exception:
+                self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
+                raise
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)
@@ -101,3 +106,8 @@ class PredictService:
 
     async def unload(self, model: str) -> None:
         await self._predictors.unload(model)
+
+
+def _named(request: InferRequest, error: Exception) -> SplitserveError:
+    """The error of a request that was sent to a model."""
+    return at_stage(STAGE, model=request.model).named(error)

@@ -22,7 +22,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from splitserve.admission import HIGHEST_PRIORITY
 from splitserve.errors import (
@@ -51,6 +51,9 @@ _SWEEP_S = 0.005
 Send = Callable[[InferRequest], Awaitable[InferResponse]]
 
 
+T = TypeVar("T")
+
+
 class Pending(Protocol):
     """What was begun, until who began it is told how it ended. A task is one."""
 
@@ -59,9 +62,9 @@ class Pending(Protocol):
         ...
 
 
-async def awaited(begin: Callable[[OnAnswer], Pending]) -> InferResponse:
+async def awaited(begin: Callable[[Callable[[T | Exception], None]], Pending]) -> T:
     """The answer to what is begun; cancelled with whoever awaits it."""
-    answer: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
+    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
     pending = begin(partial(_settle, answer))
     try:
         return await answer
@@ -69,13 +72,22 @@ async def awaited(begin: Callable[[OnAnswer], Pending]) -> InferResponse:
         pending.cancel()
 
 
-def _settle(answer: asyncio.Future[InferResponse], outcome: InferResponse | Exception) -> None:
+def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
     if answer.done():
         return
     if isinstance(outcome, Exception):
         answer.set_exception(outcome)
     else:
         answer.set_result(outcome)
+
+
+async def told(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> None:
+    """Tell of what is awaited, as if it had been begun."""
+    try:
+        outcome: T | Exception = await answer
+    except Exception as error:
+        outcome = error
+    on_answer(outcome)
 
 
 class Batcher:

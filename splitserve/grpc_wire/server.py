@@ -54,14 +54,26 @@ MAX_STATUS_BYTES = 8 * 1024
 Unary = Callable[[bytes, "Call"], Awaitable[bytes]]
 """Answers one message with one."""
 
+
+class Pending(Protocol):
+    """What is under way for a call. A task is one."""
+
+    def cancel(self) -> object:
+        """Its caller has left."""
+
+
+Begin = Callable[[bytes, "Call", Callable[[bytes | Exception], None]], Pending]
+"""The same without a task: what it is given is told of the answer, or of the error, later. May raise at once."""
+
 Streaming = Callable[["Call"], Awaitable[None]]
 """Reads messages from the call and writes others to it; the call ends as it returns."""
 
 
 class Method(msgspec.Struct, frozen=True):
-    """What serves a method: one of the two."""
+    """What serves a method: one of the three; of the first two ``begin``, if there is one."""
 
     unary: Unary | None = None
+    begin: Begin | None = None
     streaming: Streaming | None = None
 
 
@@ -157,9 +169,9 @@ class Call(Stream):
         "_messages",
         "_method",
         "_n_held",
+        "_pending",
         "_request",
         "_share",
-        "_task",
         "_waiting",
         "has_ended",
         "trailing",
@@ -177,7 +189,7 @@ class Call(Stream):
         """Whether the caller has sent all."""
         self._n_held = 0
         self._share: Share | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._pending: Pending | None = None
         self._waiting: asyncio.Future[None] | None = None
         self.trailing: Metadata = ()
         """Trailing metadata of an answer that is OK."""
@@ -228,7 +240,17 @@ class Call(Stream):
             self._connection.write(frames.frame(frames.HEADERS, _END_HEADERS, self.number, block))
 
     async def write(self, message: bytes) -> None:
-        """Send a message; returns when it is on its way, or the caller has left.
+        """Send a message; returns when it is on its way, or the caller has left. Raises as `post`."""
+        self.post(message)
+        if self.backlog:
+            await self.drained()
+
+    async def drained(self) -> None:
+        """Wait until what was posted is on its way, or the caller has left."""
+        await self._connection.drained(self)
+
+    def post(self, message: bytes) -> None:
+        """Send a message; where there is no room for it, it is in `backlog` until there is.
 
         Raises:
             CallError: it is larger than it may be.
@@ -238,21 +260,19 @@ class Call(Stream):
             self.begin()
         if self._connection.has(self):
             self._connection.send(self, b"", prefix, message)
-        if self.backlog:
-            await self._connection.drained(self)
 
     # For the connection.
 
     def start(self) -> None:
         """Its headers have come."""
         if self._method.streaming is not None:
-            self._task = self._connection.new_task(self._stream(self._method.streaming))
+            self._pending = self._connection.new_task(self._stream(self._method.streaming))
 
     def receive(self, content: bytes, is_end: bool) -> None:
         """Content has come, the last with ``is_end``."""
         self._messages.feed(content)
         self.has_ended = is_end
-        if self._method.unary is not None:
+        if self._method.streaming is None:
             if self._share is None:
                 self._share = self._connection.new_share()
             self._share.take(len(content))
@@ -260,7 +280,7 @@ class Call(Stream):
                 message = self._messages.take()
                 if message is None or not self._messages.is_empty:
                     raise CallError("UNIMPLEMENTED", "expected one message")
-                self._task = self._connection.new_task(self._answer(self._method.unary, message))
+                self._serve(message)
             else:
                 self._messages.check_size()
                 self._connection.give_room(self, len(content))
@@ -284,8 +304,8 @@ class Call(Stream):
 
     def cancel(self) -> None:
         """Its caller has left."""
-        if self._task is not None:
-            self._task.cancel()
+        if self._pending is not None:
+            self._pending.cancel()
 
     def fail(self, error: CallError) -> None:
         """End it with this status, whatever its handler is at."""
@@ -302,13 +322,29 @@ class Call(Stream):
             trailers += frames.reset(self.number, frames.NO_ERROR)
         self._connection.send_frames(self, trailers)
 
+    def _serve(self, message: bytes) -> None:
+        if self._method.begin is not None:
+            self._pending = self._method.begin(message, self, self._end)
+        elif self._method.unary is not None:
+            self._pending = self._connection.new_task(self._answer(self._method.unary, message))
+
     async def _answer(self, handler: Unary, message: bytes) -> None:
         try:
-            answer = await handler(message, self)
-            prefix = prefix_of(answer, self._connection.limits.max_message_bytes)
+            outcome: bytes | Exception = await handler(message, self)
         except Exception as error:
-            self._task = None
-            self.fail(self._connection.explain(error))
+            outcome = error
+        self._end(outcome)
+
+    def _end(self, outcome: bytes | Exception) -> None:
+        """It is answered, or failed."""
+        self._pending = None
+        if isinstance(outcome, Exception):
+            self.fail(self._connection.explain(outcome))
+            return
+        try:
+            prefix = prefix_of(outcome, self._connection.limits.max_message_bytes)
+        except CallError as error:
+            self.fail(error)
             return
         if not self._connection.has(self):
             return
@@ -317,13 +353,13 @@ class Call(Stream):
         before = HEAD.pack(0, len(_BEGIN), frames.HEADERS, _END_HEADERS, number) + _BEGIN
         trailers = _OK if not self.trailing else _OK + encode(encode_metadata(self.trailing))
         tail = HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, frames.HEADERS, _END_ALL, number) + trailers
-        self._connection.send(self, before, prefix, answer, tail)
+        self._connection.send(self, before, prefix, outcome, tail)
 
     async def _stream(self, handler: Streaming) -> None:
         try:
             await handler(self)
         except Exception as error:
-            self._task = None
+            self._pending = None
             self.fail(self._connection.explain(error))
         else:
             self.begin()

@@ -17,7 +17,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
-from splitserve import classification, oip_grpc
+from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.byte_budget import ByteBudget
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
@@ -31,15 +31,13 @@ from splitserve.oip import (
     NO_DEADLINE,
     READY,
     InferenceService,
-    InferRequest,
-    InferResponse,
     ServerMetadata,
     deadline_after,
 )
 from splitserve.server import health, reflection
 from splitserve.server.callers import Authenticator
+from splitserve.server.grpc_inference import GrpcInference, credentials
 from splitserve.server.infer_stream import InferStreams
-from splitserve.server.logs import RequestLine
 from splitserve.server.tls import ServerTls, following_ssl_context
 from splitserve.statistics import Statistics
 
@@ -113,15 +111,22 @@ class GrpcFace:
         self._statistics = statistics
         self._retry_after_s = retry_after_s
         self._allow_control = allow_control
-        self._limits = limits or Limits()
         self._authenticator = authenticator
-        self._budget = budget or ByteBudget(sys.maxsize)
+        budget = budget or ByteBudget(sys.maxsize)
         self._log = structlog.get_logger()
         self._health = health.Health()
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._streams = InferStreams(self._answer_on_stream)
+        self._inference = GrpcInference(
+            service,
+            limits=limits or Limits(),
+            deadline=self._deadline,
+            named=self._named,
+            authenticator=authenticator,
+            budget=budget,
+        )
+        self._streams = InferStreams(self._inference.begin_on_stream)
         host, _, port = address.rpartition(":")
         socket = listen(host.strip("[]"), int(port), shares_port=shares_port)
         self.port: int = socket.getsockname()[1]
@@ -131,7 +136,7 @@ class GrpcFace:
             msgspec.structs.replace(connections or ServerLimits(), max_message_bytes=max_message_bytes),
             context=following_ssl_context(tls, "h2") if tls else None,
             explain=self._explain,
-            new_share=self._budget.share,
+            new_share=budget.share,
         )
 
     async def __aenter__(self) -> GrpcFace:
@@ -181,14 +186,15 @@ class GrpcFace:
             "ModelReady": self._model_ready,
             "ServerMetadata": self._server_metadata,
             "ModelMetadata": self._model_metadata,
-            "ModelInfer": self._model_infer,
             "ModelConfig": self._model_config,
             "ModelStatistics": self._model_statistics,
             "RepositoryIndex": self._repository_index,
             "RepositoryModelLoad": self._repository_model_load,
             "RepositoryModelUnload": self._repository_model_unload,
         }
+        infer = self._inference.begin if self._authenticator is None else None
         return {
+            f"/{oip_grpc.SERVICE}/ModelInfer": Method(begin=infer, unary=self._answering(self._inference.infer, is_open=False)),
             f"/{oip_grpc.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
             **{
                 f"/{oip_grpc.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
@@ -205,41 +211,22 @@ class GrpcFace:
             return answer
 
         async def serve(data: bytes, call: Call) -> bytes:
-            await authenticator.authenticate(_credentials(call), is_open=is_open)
+            await authenticator.authenticate(credentials(call), is_open=is_open)
             return await answer(data, call)
 
         return serve
 
     def _explain(self, error: Exception) -> CallError:
         """Errors become statuses here and nowhere else."""
-        try:
-            with at_stage(self._stage):
-                raise error
-        except SplitserveError as failure:
-            self._note(failure)
-            return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
+        failure = self._named(error)
+        return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
-    def _note(self, failure: SplitserveError) -> None:
+    def _named(self, error: Exception) -> SplitserveError:
         """The caller does not learn what went wrong inside; the log does."""
+        failure = at_stage(self._stage).named(error)
         if isinstance(failure, Internal):
             self._log.error("internal error", stage=failure.stage, exc_info=failure)
-
-    async def _answer_on_stream(self, data: bytes, call: Call) -> bytes:
-        """The same on a stream, where an error is an answer."""
-        identity = ""
-        try:
-            with at_stage(self._stage):
-                if self._authenticator is not None:
-                    await self._authenticator.authenticate(_credentials(call), is_open=False)
-                message = oip_grpc.parse(pb.ModelInferRequest, data)
-                identity = message.id
-                with self._budget.share() as share:
-                    share.take(len(data))
-                    request = oip_grpc.decode_request(message, self._deadline(None), call.peer)
-                    return oip_grpc.encode_stream_response(await self._infer(request), identity)
-        except SplitserveError as failure:
-            self._note(failure)
-            return oip_grpc.encode_stream_error(identity, failure)
+        return failure
 
     def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
         metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, _rich_status(error)),)
@@ -316,26 +303,10 @@ class GrpcFace:
         check_model_name(name)
         return name
 
-    async def _model_infer(self, data: bytes, call: Call) -> bytes:
-        message = oip_grpc.parse(pb.ModelInferRequest, data)
-        request = oip_grpc.decode_request(message, self._deadline(call.remaining_s()), call.peer)
-        return oip_grpc.encode_response(await self._infer(request)).SerializeToString()
-
-    async def _infer(self, request: InferRequest) -> InferResponse:
-        self._limits.check(request)
-        with RequestLine("infer", request.model, request.version) as line:
-            response = await classification.infer(self._service, request)
-            line.version = response.version
-            return response
-
     def _deadline(self, remaining_s: float | None) -> float:
         if remaining_s is not None:
             return deadline_after(min(remaining_s, self._max_timeout_s))
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
-
-
-def _credentials(call: Call) -> list[str]:
-    return [value for key, value in call.metadata if key == "authorization"]
 
 
 def _rich_status(error: SplitserveError) -> bytes:

@@ -6,8 +6,11 @@ Answers carry the ids of their requests, and come as they are ready. A failure i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 
+from splitserve.batching import Pending
+from splitserve.grpc_wire.messages import CallError
 from splitserve.grpc_wire.server import Call
 from splitserve.server.workers import own_place
 from splitserve.streams import OFFER_KEY, WORKER_KEY
@@ -15,26 +18,26 @@ from splitserve.streams import OFFER_KEY, WORKER_KEY
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
 
-Answer = Callable[[bytes, Call], Awaitable[bytes]]
-"""A message's bytes and the stream that brought it -> the answer's bytes. Raises nothing."""
+Begin = Callable[[bytes, Call, Callable[[bytes], None]], Pending | None]
+"""A message's bytes, the stream that brought it, and who is told of the answer's bytes, at once or later. Raises nothing."""
 
 
 class InferStreams:
     """The streams of a server.
 
     Args:
-        answer: answers one message.
+        begin: begins to answer one message.
     """
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, begin: Begin) -> None:
+        self._begin = begin
         self._readers: set[asyncio.Task[None]] = set()
 
     async def serve(self, call: Call) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
         index, count = own_place()
         call.begin(((OFFER_KEY, "1"), (WORKER_KEY, f"{index}/{count}")))
-        stream = _Stream(self._answer, call)
+        stream = _Stream(self._begin, call)
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)
         try:
@@ -56,34 +59,48 @@ class InferStreams:
 
 
 class _Stream:
-    def __init__(self, answer: Answer, call: Call) -> None:
-        self._answer = answer
+    def __init__(self, begin: Begin, call: Call) -> None:
+        self._begin = begin
         self._call = call
-        self._room = asyncio.Semaphore(MAX_UNANSWERED)
-        self._answering: set[asyncio.Task[None]] = set()
+        self._n_read = 0
+        self._unanswered: dict[int, Pending | None] = {}
+        self._changed = asyncio.Event()
 
     async def read(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await self._room.acquire()
+            while len(self._unanswered) >= MAX_UNANSWERED or self._call.backlog:
+                await self._until_fewer()
             data = await self._call.read()
             if data is None:
                 return
-            task = loop.create_task(self._answer_one(data))
-            self._answering.add(task)
-            task.add_done_callback(self._answered)
+            self._n_read += 1
+            number = self._n_read
+            self._unanswered[number] = None
+            pending = self._begin(data, self._call, partial(self._answer, number))
+            if number in self._unanswered:
+                self._unanswered[number] = pending
 
-    def _answered(self, task: asyncio.Task[None]) -> None:
-        self._answering.discard(task)
-        self._room.release()
+    async def _until_fewer(self) -> None:
+        """Until something is answered, or what is answered is on its way."""
+        if self._call.backlog:
+            await self._call.drained()
+        else:
+            self._changed.clear()
+            await self._changed.wait()
 
-    async def _answer_one(self, data: bytes) -> None:
-        await self._call.write(await self._answer(data, self._call))
+    def _answer(self, number: int, answer: bytes) -> None:
+        del self._unanswered[number]
+        self._changed.set()
+        try:
+            self._call.post(answer)
+        except CallError as error:  # it is too large; that it is can not be told otherwise
+            self._call.fail(error)
 
     async def finish(self) -> None:
-        while self._answering:
-            await asyncio.wait(self._answering)
+        while self._unanswered or self._call.backlog:
+            await self._until_fewer()
 
     def cancel(self) -> None:
-        for task in self._answering:
-            task.cancel()
+        for pending in self._unanswered.values():
+            if pending is not None:
+                pending.cancel()
