@@ -154,6 +154,8 @@ class PreprocessService:
                 for state in theirs:
                     pair = Pair(number, int(state.version))
                     pairs.put(model, pair, self._admit(model, pair, entry, state))
+        for model, reason in self._preprocessors.route_problems.items():
+            pairs.put_incomplete(model, reason)
         return pairs
 
     def _admit(self, model: str, pair: Pair, mine: Entry[Preprocessor], theirs: ModelState) -> Entry[AdmittedPair]:
@@ -167,7 +169,7 @@ class PreprocessService:
         if differences := mine.value.differences(signature.inputs, signature.outputs):
             return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
         warnings = mine.value.warnings
-        if other := pairing.other_meaning(mine.value.manifest, signature.properties.get(pairing.FINGERPRINT, "")):
+        if other := pairing.other_meaning(mine.value.manifest, *pairing.heard_meaning(signature.properties)):
             if not self._allow_fingerprint_mismatch:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
             warnings += (f"{other}, allowed by a setting",)

@@ -102,6 +102,16 @@ class Catalogue(Generic[V, T]):
         return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
 
 
+def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) -> str:
+    """Why a service with this index can not infer with a model, or with this version of it; "" when it can."""
+    asked = [state for state in states if state.name == model and version in ("", state.version)]
+    if any(state.state == READY for state in asked):
+        return ""
+    if not asked:
+        return unknown_model(model) + (f", version {version[:32]}" if version else "")
+    return "; ".join(f"{model} {state.version}".strip() + f": {state.reason or state.state.lower()}" for state in asked)
+
+
 def why_not_ready(states: Iterable[ModelState]) -> str:
     """Why a service with this index can infer nothing; "" when it can."""
     affected: dict[str, list[str]] = {}

@@ -1,6 +1,6 @@
 """Library versions: those a bundle was made with, those here, and whether the one can be served with the other.
 
-The rules are in `RULES`, and as a table in docs/guide-versions.md.
+The rules are in `RULES`, and as a table in docs/versions.md.
 """
 
 from __future__ import annotations

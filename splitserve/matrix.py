@@ -10,13 +10,15 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from typing import Literal
 
 import msgspec
 
 from splitserve import __version__, environment, pairing
 from splitserve.manifest import BundleError, Kind, Manifest
-from splitserve.repository import KINDS, Bundle, BundleKey, BundleSource, Repository, load_bundle
+from splitserve.repository import KINDS, Bundle, BundleKey, BundleSource, load_bundle
 from splitserve.routes import Route
+from splitserve.sources.local_folder import LocalFolder
 from splitserve.versions import Pair
 
 HERE = "here"
@@ -26,12 +28,13 @@ _PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "skops", "onnxruntime")
 
 
 class Allowed(msgspec.Struct, frozen=True):
-    """What services can be told to allow; the names are those of their settings."""
+    """What services can be told to allow, and what runs their transforms; the names are those of their settings."""
 
     trusted_modules: tuple[str, ...] = ()
     environment_mismatch: bool = False
     fingerprint_mismatch: bool = False
     unsafe_pickle: bool = False
+    runtime: Literal["auto", "sklearn", "onnx"] = "auto"
 
 
 NOTHING_MORE = Allowed()
@@ -116,6 +119,7 @@ def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
                 trusted_modules=allowed.trusted_modules,
                 allow_environment_mismatch=allowed.environment_mismatch,
                 allow_unsafe_pickle=allowed.unsafe_pickle,
+                runtime=allowed.runtime,
             ).warnings
 
         found["preprocess"] = load_preprocessor
@@ -141,23 +145,41 @@ def _try(source: BundleSource, key: BundleKey, load: _Loader) -> Trial:
         return Trial(str(key), f"{key}: failed to load: {type(error).__name__}: {error}")
 
 
+def refuse(report: Report, reasons: Mapping[str, str]) -> Report:
+    """The report, had it refused these bundles too."""
+    trials = tuple(Trial(trial.bundle, reasons[trial.bundle]) if trial.bundle in reasons else trial for trial in report.trials)
+    return msgspec.structs.replace(report, trials=trials)
+
+
 def judge(source: BundleSource, reports: Mapping[str, Report], *, allow_fingerprint_mismatch: bool = False) -> Matrix:
     """The matrix of a repository that was tried in these environments, by name.
 
     Raises:
-        BundleError: the source can not be looked at, or a route is broken.
+        BundleError: the source can not be looked at.
     """
     keys = tuple(source.bundles())
     manifests = {str(key): manifest for key in keys if (manifest := _manifest(source, key))}
-    routes = source.routes()
+    routes, broken_routes = _routes(source, sorted({key.model for key in keys}))
     judged = _Judge(manifests, _stacks(reports), allow_fingerprint_mismatch)
     pairs = tuple(judged.pair(model, pair, _part(pair, routes.get(model))) for model, pair in _pairs(keys, routes))
     return Matrix(
         dict(reports),
         {bundle: _made_with(manifest) for bundle, manifest in manifests.items()},
         pairs,
-        tuple(_problems(sorted({key.model for key in keys}), pairs, reports)),
+        (*broken_routes, *_problems(sorted({key.model for key in keys}), pairs, reports)),
     )
+
+
+def _routes(source: BundleSource, models: Sequence[str]) -> tuple[dict[str, Route], list[str]]:
+    """The routes of the models that have one, and what is wrong with those that are broken."""
+    found, problems = {}, []
+    for model in models:
+        try:
+            if route := source.route(model):
+                found[model] = route
+        except BundleError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def _manifest(source: BundleSource, key: BundleKey) -> Manifest | None:
@@ -283,7 +305,7 @@ def main(folder: str, allowed: str = "{}") -> int:
         allowed: an `Allowed` as JSON.
     """
     try:
-        report = examine(Repository(folder), msgspec.json.decode(allowed, type=Allowed))
+        report = examine(LocalFolder(folder), msgspec.json.decode(allowed, type=Allowed))
     except BundleError as error:
         print(error, file=sys.stderr)
         return 1

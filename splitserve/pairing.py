@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -12,6 +12,11 @@ from splitserve.tensors import Tensor
 
 FINGERPRINT = "fingerprint"
 """The property of a predictor's metadata that says what it was trained on."""
+
+FEATURE_NAMES = "feature_names"
+"""The property that names the columns that it was trained on, as a JSON list, where there are no more than `MAX_NAMES`."""
+
+MAX_NAMES = 1000
 
 PROBABILITIES, LABEL = "probabilities", "label"
 """The outputs of the postprocess step."""
@@ -80,6 +85,25 @@ def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Seque
         f"the features mean something else than those that the predictor was trained on (fingerprint "
         f"{_short(preprocessor.fingerprint)}, trained on {_short(fingerprint)})"
     )
+
+
+def told_meaning(predictor: Manifest) -> dict[str, str]:
+    """What a predictor's metadata tells of the features that it was trained on."""
+    facts = {}
+    if predictor.fingerprint:
+        facts[FINGERPRINT] = predictor.fingerprint
+    if 0 < len(predictor.feature_names) <= MAX_NAMES:
+        facts[FEATURE_NAMES] = msgspec.json.encode(predictor.feature_names).decode()
+    return facts
+
+
+def heard_meaning(properties: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """The fingerprint and the names of the features in a predictor's metadata, whoever's it is; both empty if it has none."""
+    try:
+        names = msgspec.json.decode(properties.get(FEATURE_NAMES, "[]"), type=tuple[str, ...])
+    except msgspec.DecodeError:
+        names = ()
+    return properties.get(FINGERPRINT, ""), names
 
 
 def _short(fingerprint: str) -> str:

@@ -24,7 +24,7 @@ import msgspec
 
 from splitserve import manifest as manifests
 from splitserve import routes
-from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest
+from splitserve.manifest import MANIFEST_FILE, MODEL_NAME, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest, NotFetched
 from splitserve.routes import ROUTE_FILE, Route
 
 T = TypeVar("T")
@@ -132,11 +132,12 @@ class BundleSource(Protocol):
         """
         ...
 
-    def routes(self) -> dict[str, Route]:
-        """The routes of the models that have one.
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one.
 
         Raises:
-            BundleError: one is broken, or the source can not be looked at.
+            NotFetched: it can not be had now; another try may help.
+            BundleError: it is broken. The message names the model.
         """
         ...
 
@@ -144,8 +145,15 @@ class BundleSource(Protocol):
         """A bundle, its manifest read.
 
         Raises:
-            NotFetched: it can not be had now; another try may help.
+            NotFetched: it can not be had now, or not all of it is there; another try may help.
             BundleError: it is broken.
+        """
+        ...
+
+    def stamp(self, key: BundleKey) -> str:
+        """What changes when a bundle's files do, as far as that can be told without reading them; "" if there is none.
+
+        After `bundles` it costs next to nothing, and what it tells is not newer than that.
         """
         ...
 
@@ -222,7 +230,8 @@ class Repository:
         """A bundle, its manifest read.
 
         Raises:
-            BundleError: there is none, its manifest is broken or another bundle's, or it has files that are not listed.
+            NotFetched: its manifest is not there, or not yet.
+            BundleError: its manifest is broken or another bundle's, or it has files that are not listed.
         """
         folder = self.folder(key)
         data = read_small(folder / MANIFEST_FILE)
@@ -235,20 +244,30 @@ class Repository:
             raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
         return Bundle(key, folder, manifest, hashlib.sha256(data).hexdigest())
 
-    def routes(self) -> dict[str, Route]:
-        """The routes of the models that have one.
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one.
 
         Raises:
-            BundleError: one is broken; the message names its model.
+            BundleError: it is broken; the message names the model.
         """
-        found = {}
-        for model in self.models():
-            try:
-                if (self.root / model / ROUTE_FILE).exists():
-                    found[model] = routes.decode(read_small(self.root / model / ROUTE_FILE))
-            except (OSError, BundleError) as error:
-                raise BundleError(f"{model}: {error}") from error
-        return found
+        file = self.route_file(model)
+        try:
+            return routes.decode(read_small(file)) if file.exists() else None
+        except (OSError, BundleError) as error:
+            raise BundleError(f"{model}: {error}") from error
+
+    def route_file(self, model: str) -> Path:
+        """Where a model's route is, or would be."""
+        return self.root / model / ROUTE_FILE
+
+    def stamp(self, key: BundleKey) -> str:
+        """Sizes and times of the files in a bundle's folder."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder(key)) as entries:
+            for entry in entries:
+                facts = entry.stat(follow_symlinks=False)
+                found.append(f"{entry.name} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns}")
+        return "\n".join(sorted(found))
 
     def close(self) -> None:
         """Nothing is ever under way."""
@@ -333,6 +352,7 @@ def read_small(path: Path) -> bytes:
     """All of a manifest or a route.
 
     Raises:
+        NotFetched: it is not there.
         BundleError: it can not be read, is no regular file, or is too large.
     """
 
@@ -347,6 +367,7 @@ def read_checked(path: Path, name: str, expected: FileDigest) -> bytes:
     """All of a file, the bytes that were checked. Of one whose size is wrong nothing is read.
 
     Raises:
+        NotFetched: it is not there.
         BundleError: it can not be read, is no regular file, or its size or digest is not what was expected.
     """
 
@@ -369,6 +390,8 @@ def _read(path: Path, name: str, check_size: Callable[[int], None]) -> bytes:
                 raise BundleError(f"{name} is {what}; expected a regular file")
             check_size(facts.st_size)
             data = file.read(facts.st_size + 1)  # one more, to see whether it has grown
+    except FileNotFoundError as error:  # whoever copies file by file has not come to it yet
+        raise NotFetched(f"{name} can not be read: {error.strerror}") from None
     except OSError as error:
         reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise BundleError(f"{name} can not be read: {reason}") from None

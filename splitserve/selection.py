@@ -10,7 +10,7 @@ import msgspec
 from splitserve.errors import NotFound
 from splitserve.manifest import MODEL_NAME, Kind
 from splitserve.routes import Route
-from splitserve.versions import Pair, parse_pair
+from splitserve.versions import UNNAMED, Pair, parse_pair
 
 _LATEST = re.compile(r"latest:([1-9][0-9]{0,8})")
 
@@ -86,7 +86,7 @@ def _parse_policy(value: str) -> VersionPolicy:
 def pinned(kind: Kind, policy: VersionPolicy, route: Route | None) -> set[int]:
     """Versions of one half that are held whatever else there is: those of specific pairs and of the route."""
     pairs = [*policy.specific, *(route.named() if route else ())]
-    return {pair.preprocessor if kind == "preprocess" else pair.predictor for pair in pairs}
+    return {pair.preprocessor if kind == "preprocess" else pair.predictor for pair in pairs} - {UNNAMED}
 
 
 def wanted(published: Collection[int], refused: Collection[int], pins: Collection[int], n_latest: int | None) -> set[int]:

@@ -133,14 +133,17 @@ class SignedBundles:
     def bundles(self) -> Iterable[BundleKey]:
         return self._source.bundles()
 
-    def routes(self) -> dict[str, Route]:
-        return self._source.routes()
+    def route(self, model: str) -> Route | None:
+        return self._source.route(model)
 
     def open(self, key: BundleKey) -> Bundle:
         """As the source; nothing but the manifest has been looked at when the signature is checked."""
         bundle = self._source.open(key)
         self._verifier.check(bundle)
         return bundle
+
+    def stamp(self, key: BundleKey) -> str:
+        return self._source.stamp(key)
 
     def close(self) -> None:
         self._source.close()

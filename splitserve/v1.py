@@ -191,6 +191,7 @@ def status_of(states: Iterable[ModelState]) -> dict[str, Any]:
                 "status": {"error_code": "OK" if state.state in names else "UNAVAILABLE", "error_message": state.reason},
             }
             for state in states
+            if state.version
         ]
     }
 

@@ -130,7 +130,7 @@ def pairs_of(source: BundleSource, server: Server, model: str) -> list[Pair]:
         BundleError: a route is broken.
         SplitserveError: the system does not serve the model.
     """
-    route = source.routes().get(model)
+    route = source.route(model)
     ready = [pair for version in server.metadata(model).versions if (pair := parse_pair(model, version))]
     if pairs := sorted({*ready, *(route.named() if route else ())}):
         return pairs

@@ -1,13 +1,15 @@
-"""A web server for tests that serves a folder, knows ranges, counts, and fails on demand."""
+"""Web servers for tests that count what they are asked for and fail on demand: of a folder, and in front of another server."""
 
 from __future__ import annotations
 
+import http.client
 import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 Fault = Callable[["Handler", bytes], bool]
 """Gets the answer's bytes before they are sent; whether it has answered itself."""
@@ -21,11 +23,14 @@ class FileServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._listen(Handler)
+
+    def _listen(self, handler: type[Handler]) -> None:
         self.requests: list[tuple[str, int]] = []
         self.faults: dict[str, list[Fault]] = {}
         self.knows_ranges = True
         self.stopping = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"files": self}))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (handler,), {"files": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def fail(self, path: str, *faults: Fault) -> None:
@@ -49,6 +54,14 @@ class FileServer:
             self._server.server_close()
 
 
+class Gateway(FileServer):
+    """What another server answers to GET, but for the faults."""
+
+    def __init__(self, behind: str) -> None:
+        self.behind = urlsplit(behind).netloc
+        self._listen(Forwarding)
+
+
 class Handler(BaseHTTPRequestHandler):
     """GET of whole files and of ranges."""
 
@@ -57,11 +70,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.lstrip("/")
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start = int(wanted[1]) if wanted else 0
-        self.files.requests.append((path, start))
-        faults = self.files.faults.get(path, [])
-        fault = faults.pop(0) if faults else None
+        start, wanted = self.first_byte()
+        fault = self.take_fault(path, start)
         file = self.files.folder / path
         if not file.is_file():
             self.answer(404)
@@ -82,8 +92,41 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def take_fault(self, path: str, start: int) -> Fault | None:
+        """Count a request; what shall happen to it, if anything."""
+        self.files.requests.append((path, start))
+        faults = self.files.faults.get(path, [])
+        return faults.pop(0) if faults else None
+
+    def first_byte(self) -> tuple[int, re.Match[str] | None]:
+        """Where the range that is asked for begins, and the range."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        return (int(wanted[1]) if wanted else 0), wanted
+
     def log_message(self, format: str, *args: object) -> None:
         """Not on the terminal."""
+
+
+class Forwarding(Handler):
+    """GET as the server behind answers it."""
+
+    files: Gateway
+
+    def do_GET(self) -> None:
+        fault = self.take_fault(urlsplit(self.path).path.lstrip("/"), self.first_byte()[0])
+        connection = http.client.HTTPConnection(self.files.behind)
+        connection.request("GET", self.path, headers=dict(self.headers))
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        if fault is None or not fault(self, body):
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("connection", "content-length", "transfer-encoding", "server", "date"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
 
 def status(number: int) -> Fault:

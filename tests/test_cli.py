@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -172,6 +173,11 @@ def files(tmp_path: Path) -> Path:
         ),
         (["--transformer", "transforms.skops", "--data", "rows.npy"], "m/preprocess/1: ", {"preprocess": [1], "predict": []}),
         (["--onnx", "model.onnx", "--data", "sample.npz"], "m/predict/1: ", {"preprocess": [], "predict": [1]}),
+        (
+            ["--onnx", "model.onnx", "--data", "sample.npz", "--trained-on", "transforms.skops"],
+            "m/predict/1: ",
+            {"preprocess": [], "predict": [1]},
+        ),
     ],
 )
 def test_publish_writes_what_it_is_given(
@@ -184,6 +190,22 @@ def test_publish_writes_what_it_is_given(
 
     assert result.output.startswith(printed), result.output
     assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
+
+
+def test_halves_that_are_published_one_after_the_other_can_say_that_they_belong_together(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictor is told which transforms it was trained on, and has their fingerprint."""
+    monkeypatch.chdir(files)
+    common = ("publish", "m", "--repository", "models")
+    assert run(*common, "--transformer", "transforms.skops", "--data", "rows.npy").exit_code == 0
+
+    result = run(*common, "--onnx", "model.onnx", "--data", "sample.npz", "--trained-on", "transforms.skops")
+
+    keys = BundleKey("m", "preprocess", 1), BundleKey("m", "predict", 1)
+    first, second = (Repository("models").open(key).manifest for key in keys)
+    assert result.exit_code == 0, result.output
+    assert first.fingerprint == second.fingerprint != ""
 
 
 def test_what_skops_can_not_hold_is_published_as_a_pickle_only_if_told_to(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +232,10 @@ def test_what_skops_can_not_hold_is_published_as_a_pickle_only_if_told_to(files:
         (["--pipeline", "pipeline.skops", "--data", "model.onnx"], "expected .csv, .npy or .npz"),
         (["--pipeline", "pipeline.skops", "--data", "missing.csv"], "missing.csv"),
         (["--data", "rows.npy"], "give one of --pipeline, --transformer and --onnx"),
+        (
+            ["--pipeline", "pipeline.skops", "--trained-on", "transforms.skops", "--data", "rows.npy"],
+            "--trained-on goes with --onnx",
+        ),
     ],
 )
 def test_publish_says_what_is_wrong(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
@@ -321,6 +347,17 @@ async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
     assert "damaged" in some.stdout
 
 
+async def test_health_says_what_is_waited_for_where_no_model_is_known() -> None:
+    """Instead of an empty table."""
+    async with serving(FakeInference(not_ready="waiting for the model repository: s3://m: not found")) as address:
+        result = await asyncio.to_thread(run, "health", "--url", address)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(
+        f"{address}: the proxy service is not ready: waiting for the model repository: s3://m: not found"
+    )
+
+
 def test_health_says_so_when_nobody_answers() -> None:
     """A line with the address that was asked."""
     result = run("health", "--url", "127.0.0.1:1")
@@ -373,6 +410,18 @@ def test_models_lists_what_is_at_a_url(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 0
     assert "predict" in result.output
     assert [path for path, _ in server.requests] == ["index.json", "m/predict/1/manifest.json"]
+
+
+async def test_reload_needs_a_name_where_no_model_is_known() -> None:
+    """There is nothing else to ask for; done would be a lie."""
+    service = FakeInference()
+    async with serving(service, allow_control=True) as address:
+        nameless = await asyncio.to_thread(run, "reload", "--url", address)
+        named = await asyncio.to_thread(run, "reload", "m", "--url", address)
+
+    assert (nameless.exit_code, nameless.stderr) == (1, f"{address} knows of no model yet: name the one that is new\n")
+    assert (named.exit_code, named.stdout) == (0, "looked at the repository for m\n")
+    assert service.controlled == [("load", "m")]
 
 
 @pytest.mark.parametrize("command", [["publish", "m", "--data", "rows.npy"], ["index"]])

@@ -25,8 +25,8 @@ from splitserve.errors import (
     Unavailable,
 )
 from splitserve.grpc_wire.server import ServerLimits
-from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip import LOADING, UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
+from splitserve.oip_grpc import REASON_KEY, SERVICE
 from splitserve.remote import RemoteInference
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -209,6 +209,30 @@ async def test_model_ready_is_no_error_for_an_unknown_model(
     answer = pb.ModelReadyResponse.FromString(await ask(channel, "ModelReady", request.SerializeToString()))
 
     assert answer.ready is is_ready
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "reason"),
+    [
+        ("echo", "", None),
+        ("other", "", "other 3: damaged; other 4: loading"),
+        ("other", "3", "other 3: damaged"),
+        ("other", "5", "Request for unknown model: 'other' is not found, version 5"),
+        ("nope", "", "Request for unknown model: 'nope' is not found"),
+    ],
+)
+async def test_model_ready_says_why_not(
+    channel: grpc.aio.Channel, service: FakeInference, name: str, version: str, reason: str | None
+) -> None:
+    """In the trailing metadata, since its message has a truth value and nothing else."""
+    service.states += [ModelState("other", "3", UNAVAILABLE, "damaged"), ModelState("other", "4", LOADING)]
+    call = channel.unary_unary(f"/{SERVICE}/ModelReady")(pb.ModelReadyRequest(name=name, version=version).SerializeToString())
+
+    answer = pb.ModelReadyResponse.FromString(await call)
+    said = dict(await call.trailing_metadata()).get(REASON_KEY)
+
+    assert answer.ready is (reason is None)
+    assert (said and said.decode()) == reason
 
 
 async def test_metadata_of_an_unknown_model_is_not_found(service: FakeInference) -> None:

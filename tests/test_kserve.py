@@ -141,7 +141,7 @@ def test_a_mounted_folder_may_be_a_repository(repository: Path, tmp_path: Path) 
         BundleKey("m", "predict", 1),
         BundleKey("m", "predict", 2),
     ]
-    assert list(source.routes()) == ["m"]
+    assert source.route("m") is not None
 
 
 def test_a_mounted_folder_may_be_that_of_one_model(repository: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_mounted_folder_may_be_that_of_one_model(repository: Path, tmp_path: P
         BundleKey("m", "predict", 1),
         BundleKey("m", "predict", 2),
     ]
-    assert list(source.routes()) == ["m"]
+    assert source.route("m") is not None
     assert source.open(BundleKey("m", "predict", 2)).read("model.onnx")
 
 
@@ -162,7 +162,17 @@ def test_a_mounted_folder_may_be_one_bundle(repository: Path, tmp_path: Path) ->
     source = mounted(repository / "m" / "predict" / "2", tmp_path)
 
     assert list(source.bundles()) == [BundleKey("m", "predict", 2)]
-    assert source.routes() == {}
+    assert source.route("m") is None
+    assert source.open(BundleKey("m", "predict", 2)).read("model.onnx")
+
+
+def test_a_new_version_with_a_broken_manifest_takes_no_other_down(repository: Path, tmp_path: Path) -> None:
+    """The model's name is that of a manifest that can be read."""
+    (repository / "m" / "predict" / "1" / "manifest.json").write_text("{")
+    (repository / "m" / "preprocess" / "1" / "manifest.json").write_text("{")
+    source = mounted(repository / "m", tmp_path)
+
+    assert len(list(source.bundles())) == 3
     assert source.open(BundleKey("m", "predict", 2)).read("model.onnx")
 
 

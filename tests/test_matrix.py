@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,12 @@ from splitserve.cli import app
 from splitserve.golden import Golden
 from splitserve.manifest import GOLDEN_FILE, MODEL_FILE
 from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
-from splitserve.repository import BundleKey, Repository
+from splitserve.repository import BundleKey, Repository, load_bundle
+from splitserve.signing import Signer
+from splitserve.sources.index import build as build_index
+from splitserve.sources.index import write as write_index
+from tests.file_server import FileServer
+from tests.signing_keys import make_keys
 from tests.system.models import softmax_model
 
 FRAME = pd.DataFrame({"colour": ["red", "green", "blue"] * 4, "size": np.arange(12.0)})
@@ -294,13 +300,77 @@ def test_the_command_has_nothing_to_say_of_no_repository(tmp_path: Path, folder:
 
 
 def test_a_broken_route_is_told_in_a_line(models: Path) -> None:
-    """With its model."""
+    """With its model; everything else is tried all the same."""
     (models / "paint" / "route.json").write_text("[]")
 
     result = run("--repository", models)
 
     assert result.exit_code == 1
-    assert result.stderr.startswith("paint: route.json: ")
+    assert result.stderr.startswith("not fit to be deployed: paint: route.json: ")
+    assert "admitted" in result.stdout
+
+
+def test_the_command_reads_whatever_services_read(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository on a web server, the folder of one model."""
+    monkeypatch.setenv("MODEL_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(published, tmp_path / "models"))
+    write_index(folder, build_index(Repository(folder))[0])
+    with FileServer(folder).running() as server:
+        fetched = run("--repository", server.url, "--json")
+    of_one = run("--repository", folder / "paint", "--json")
+
+    assert (fetched.exit_code, of_one.exit_code) == (0, 0), fetched.output
+    expected = matrix_of(published)
+    for printed in (fetched.stdout, of_one.stdout):
+        found = msgspec.json.decode(printed, type=Matrix)
+        assert found.pairs == expected.pairs
+        assert set(found.environments[HERE].trials) == set(expected.environments[HERE].trials)
+
+
+def test_images_need_a_folder(docker: Path) -> None:
+    """They get it mounted."""
+    result = run("--repository", "http://127.0.0.1:1/models", "--image", "first", "--docker", docker)
+
+    assert result.exit_code == 1
+    assert result.stderr == "--image needs the repository in a folder, which it mounts: copy it to one, and name that\n"
+
+
+@pytest.mark.parametrize("where", ["here", "images"])
+def test_what_services_refuse_for_its_signature_the_matrix_refuses(
+    models: Path, docker: Path, tmp_path: Path, where: str
+) -> None:
+    """If it is given the key that they are given."""
+    keys = make_keys(tmp_path)
+    repository = Repository(models)
+    for key in (BundleKey("paint", "preprocess", 1), BundleKey("paint", "preprocess", 2)):
+        load_bundle(repository, key, Signer(keys.private).sign)
+    images = ["--image", "first", "--image", "second", "--docker", docker] if where == "images" else []
+
+    without_key = run("--repository", models, *images)
+    half_signed = run("--repository", models, "--signature-key", keys.public, "--json", *images)
+    load_bundle(repository, BundleKey("paint", "predict", 1), Signer(keys.private).sign)
+    signed = run("--repository", models, "--signature-key", keys.public, *images)
+    no_key = run("--repository", models, "--signature-key", tmp_path / "nowhere")
+
+    assert (without_key.exit_code, half_signed.exit_code, signed.exit_code, no_key.exit_code) == (0, 1, 0, 1)
+    (verdict,) = msgspec.json.decode(half_signed.stdout, type=Matrix).pairs[0].verdicts.values()
+    assert verdict.reasons == ('paint/predict/1: it is not signed; "splitserve sign" adds a model.sig',)
+    assert no_key.stderr.endswith("nowhere: No such file or directory\n")
+
+
+def test_what_runs_the_transforms_is_told_too(models: Path) -> None:
+    """Services that take compiled forms only refuse what has none."""
+    manifest = models / "paint" / "preprocess" / "1" / "manifest.json"
+    manifest.write_text(
+        re.sub(r'"compiled": {.*?}', '"compiled": {"reason": "no such operator"}', manifest.read_text(), flags=re.S)
+    )
+    (models / "paint" / "preprocess" / "1" / "pipeline.onnx").unlink(missing_ok=True)
+    content = json.loads(manifest.read_text())
+    content["files"].pop("pipeline.onnx", None)
+    manifest.write_text(json.dumps(content))
+
+    assert "no such operator" not in run("--repository", models).output
+    assert "no compiled form: no such operator" in run("--repository", models, "--runtime", "onnx").output
 
 
 FAKE_DOCKER = """#!{python}
@@ -312,7 +382,7 @@ if image == "missing":
     sys.exit("Unable to find image 'missing:latest' locally")
 folder = re.search("source=([^,]*)", mount)[1]
 block = "import sys; sys.modules[%r] = None;" % {{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")
-code = block + "import runpy; sys.argv = ['', *sys.argv[1:]]; runpy.run_module('splitserve.matrix', run_name='__main__')"
+code = block + "import runpy; runpy.run_module('splitserve.matrix', run_name='__main__', alter_sys=True)"
 sys.exit(subprocess.run([sys.executable, "-c", code, folder, inside[-1]]).returncode)
 """
 """Runs what would be run in an image, with this environment less a library."""

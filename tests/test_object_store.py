@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from splitserve.manifest import BundleError, Manifest, NotFetched
 from splitserve.repository import BundleKey, Repository, fetch_bundle
 from splitserve.sources import source_of
 from splitserve.sources.remote_repository import RemoteRepository
+from tests.file_server import Fault, Gateway, cut, flip, stall, status
 from tests.object_store import ObjectStore, object_store
 
 KEY = BundleKey("m", "predict", 1)
@@ -59,6 +61,13 @@ def write(repository: Repository, version: int) -> None:
     repository.write(manifest, {"model.onnx": CONTENT})
 
 
+def routed(source: RemoteRepository) -> list[str]:
+    """The pairs of the model's route."""
+    route = source.route("m")
+    assert route is not None
+    return [str(pair) for pair in route.named()]
+
+
 @pytest.fixture
 def filled(store: ObjectStore, repository: Repository) -> ObjectStore:
     """With the repository in it, below a prefix."""
@@ -92,7 +101,7 @@ def test_a_bucket_is_a_model_repository(filled: ObjectStore, open_source: Callab
 
     assert keys == [KEY]
     assert len(filled.requests) == 1
-    assert [str(pair) for pair in source.routes()["m"].named()] == ["1.1"]
+    assert routed(source) == ["1.1"]
     assert fetch_bundle(source, KEY).read("model.onnx") == CONTENT
 
 
@@ -100,14 +109,14 @@ def test_a_restart_fetches_nothing(filled: ObjectStore, open_source: Callable[..
     """The listing says that manifests and routes are as they were."""
     first = open_source()
     first.bundles()
-    first.routes()
+    first.route("m")
     fetch_bundle(first, KEY)
     fetched = filled.fetched()
     filled.requests.clear()
 
     again = open_source()
     again.bundles()
-    again.routes()
+    again.route("m")
     bundle = fetch_bundle(again, KEY)
 
     assert len(fetched) == 3
@@ -121,17 +130,17 @@ def test_what_is_new_is_seen_at_the_next_look(
     """A bundle, and a route that changed; nothing else is fetched again."""
     source = open_source()
     source.bundles()
-    source.routes()
+    source.route("m")
     filled.requests.clear()
     write(repository, 2)
     (repository.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.2"}]}')
     filled.upload(repository.root, "models", "prod/")
 
     keys = list(source.bundles())
-    routes = source.routes()
+    pairs = routed(source)
 
     assert keys == [KEY, BundleKey("m", "predict", 2)]
-    assert [str(pair) for pair in routes["m"].named()] == ["1.2"]
+    assert pairs == ["1.2"]
     assert filled.fetched() == ["/models/prod/m/route.json"]
 
 
@@ -198,6 +207,54 @@ def test_an_object_that_is_not_what_was_published_is_refused_by_name(
     assert str(caught.value).startswith(f"m/predict/1: model.onnx: expected {len(CONTENT)} bytes, sha256 ")
     assert f"; got {len(content)} bytes, " in str(caught.value)
     assert str(caught.value).endswith(", twice in a row from s3://models/prod")
+
+
+@pytest.fixture
+def gateway(filled: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    """In front of the store, and what the environment leads to; the package behind the URL does not try again by itself."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with Gateway(filled.environment["AWS_ENDPOINT_URL"]).running() as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        assert isinstance(running, Gateway)
+        yield running
+
+
+@pytest.mark.parametrize("faults", [[cut], [flip], [status(500)], [cut, flip]], ids=["cut", "wrong byte", "500", "both"])
+def test_a_store_with_its_moods_is_good_enough(
+    gateway: Gateway, open_source: Callable[..., RemoteRepository], faults: list[Fault]
+) -> None:
+    """Cut off in the middle, a wrong byte: it is asked again, perhaps by the next try, and what is loaded is right."""
+    source = open_source()
+    gateway.fail(f"models/{MODEL}", *faults)
+
+    with contextlib.suppress(NotFetched):
+        fetch_bundle(source, KEY)
+
+    assert fetch_bundle(source, KEY).read("model.onnx") == CONTENT
+    assert not any(gateway.faults.values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (status(503), r"^m/predict/1: model\.onnx: .*503.*Service Unavailable"),
+        (status(403), r"^m/predict/1: model\.onnx: access denied: Forbidden$"),
+        (cut, r"^m/predict/1: model\.onnx: "),
+        (stall, r"^m/predict/1: model\.onnx: no answer within 5 s$"),
+    ],
+    ids=["503", "403", "cut", "stall"],
+)
+def test_a_store_that_fails_says_why_and_may_be_tried_again(
+    gateway: Gateway, open_source: Callable[..., RemoteRepository], fault: Fault, message: str
+) -> None:
+    """The next try succeeds."""
+    source = open_source(timeout_s=5 if fault is stall else 60)
+    gateway.fail(f"models/{MODEL}", *[fault] * 100)
+    with pytest.raises(NotFetched, match=message):
+        fetch_bundle(source, KEY)
+    gateway.faults.clear()
+
+    assert fetch_bundle(open_source(), KEY).read("model.onnx") == CONTENT
 
 
 def test_an_object_that_is_missing_may_come_later(filled: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:

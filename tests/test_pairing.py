@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -16,9 +17,9 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEnc
 
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.manifest import BundleError, Manifest
-from splitserve.pairing import misfits, other_meaning, sent_specs
+from splitserve.pairing import FEATURE_NAMES, MAX_NAMES, heard_meaning, misfits, other_meaning, sent_specs, told_meaning
 from splitserve.repository import Repository, load_bundle
-from splitserve.runtimes import predictor, preprocessor
+from splitserve.runtimes import predictor, preprocessor, sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.signature import TensorSpec
 from tests.system.models import softmax_model
@@ -31,6 +32,11 @@ def one_hot(*order: str) -> Any:
     return make_column_transformer(
         (OneHotEncoder(categories=[list(order)], sparse_output=False), ["colour"]), (StandardScaler(), ["size"])
     ).fit(FRAME)
+
+
+def nameless() -> FunctionTransformer:
+    """Can not tell what its results are called."""
+    return FunctionTransformer(np.log1p)
 
 
 def test_a_reordered_category_changes_the_meaning_and_no_shape() -> None:
@@ -61,6 +67,39 @@ def test_vocabularies_count_where_names_do_not_show_them(one: Any, other: Any) -
     fingerprints = {meaning_of(each.fit(rows)).fingerprint for each in (one, other)}
 
     assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            make_column_transformer((nameless(), ["size"]), (StandardScaler(), ["weight"])),
+            make_column_transformer((StandardScaler(), ["weight"]), (nameless(), ["size"])),
+        ),
+        (
+            make_pipeline(make_column_transformer((nameless(), [0, 1])), nameless()),
+            make_pipeline(make_column_transformer((nameless(), [1, 0])), nameless()),
+        ),
+        (
+            FeatureUnion([("a", nameless()), ("b", StandardScaler())]),
+            FeatureUnion([("b", StandardScaler()), ("a", nameless())]),
+        ),
+        (
+            make_column_transformer((nameless(), slice(0, 1)), remainder="passthrough"),
+            make_column_transformer((nameless(), slice(1, 2)), remainder="passthrough"),
+        ),
+    ],
+    ids=["parts", "columns", "union", "slice"],
+)
+def test_without_names_the_order_of_what_goes_in_counts(one: Any, other: Any) -> None:
+    """A function has no names to tell; the columns that it gets have. It is the same after it was written and read."""
+    frame = pd.DataFrame({"size": [1.0, 2.0], "weight": [3.0, 5.0]})
+    first, second = (meaning_of(clone(each).fit(frame)) for each in (one, other))
+    fitted = clone(one).fit(frame)
+
+    assert first.feature_names == second.feature_names == ()
+    assert first.fingerprint != second.fingerprint
+    assert meaning_of(sklearn_pipeline.load(sklearn_pipeline.dump(fitted))) == first
 
 
 def test_what_was_learnt_of_numbers_does_not_count() -> None:
@@ -109,6 +148,25 @@ def test_another_meaning_is_named_if_both_sides_tell(
     found = other_meaning(manifest(**mine), fingerprint, names)
 
     assert re.fullmatch(message, found)
+
+
+@pytest.mark.parametrize(
+    ("names", "heard"),
+    [(("x", "y"), ("x", "y")), ((), ()), (tuple(map(str, range(MAX_NAMES + 1))), ())],
+    ids=["some", "none", "too many"],
+)
+def test_what_a_predictor_was_trained_on_crosses_the_wire(names: tuple[str, ...], heard: tuple[str, ...]) -> None:
+    """As properties of its metadata; the fingerprint always, the names where they are not too many."""
+    told = told_meaning(manifest(fingerprint="sha256:a", feature_names=names))
+
+    assert all(isinstance(value, str) for value in told.values())
+    assert heard_meaning(told) == ("sha256:a", heard)
+
+
+@pytest.mark.parametrize("nonsense", ["", "x", "{}", "[1]"])
+def test_another_makers_properties_need_not_mean_this(nonsense: str) -> None:
+    """What is no list of names is none."""
+    assert heard_meaning({FEATURE_NAMES: nonsense}) == ("", ())
 
 
 def test_a_manifest_may_map_names() -> None:

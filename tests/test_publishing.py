@@ -30,7 +30,7 @@ from splitserve.errors import InvalidInput
 from splitserve.golden import decode
 from splitserve.manifest import BundleError
 from splitserve.publishing.agreement import compare
-from splitserve.publishing.halves import LEAST_ATOL, RTOL
+from splitserve.publishing.halves import LEAST_ATOL, RTOL, preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
 from splitserve.repository import BundleKey, Repository, load_bundle
 from splitserve.runtimes import predictor, preprocessor
@@ -235,7 +235,60 @@ def test_golden_samples_show_every_category_and_a_missing_value() -> None:
     crowded = golden_rows(pd.DataFrame({"word": [str(index) for index in range(500)]}))
 
     assert {321, 322, 323} <= set(chosen)
+    assert len(chosen) == N_GOLDEN + 3
     assert len(crowded) == N_GOLDEN_MAX
+
+
+def test_a_category_that_comes_late_is_shown() -> None:
+    """All of the data is looked through."""
+    late = 100_001
+    words = np.full(late + 300, "common", dtype=object)
+    words[late] = "late"
+
+    assert late in golden_rows(pd.DataFrame({"word": words}))
+
+
+def test_a_category_that_is_shown_already_takes_no_room() -> None:
+    """However many columns there are: what is rare in the last one is shown all the same."""
+    rows = np.arange(500)
+    frame = pd.DataFrame({f"word {index}": np.where(rows < 8 * index + 4, "a", "b") for index in range(60)})
+    frame.loc[321, "word 59"] = "rare"
+
+    chosen = golden_rows(frame)
+
+    assert 321 in chosen
+    assert all(set(frame.iloc[chosen][name]) == set(frame[name]) for name in frame)
+
+
+def test_where_there_is_no_room_for_all_the_free_text_goes_short() -> None:
+    """A missing value and the few categories of another column are shown before the many of this one."""
+    frame = pd.DataFrame({"text": [f"text {index}" for index in range(500)], "kind": "a", "size": 1.0})
+    frame.loc[321, "kind"] = "b"
+    frame.loc[322, "size"] = np.nan
+
+    assert {321, 322} <= set(golden_rows(frame))
+
+
+@pytest.mark.parametrize("make", [pd.DataFrame, lambda columns: np.array(list(columns.values())).T], ids=["frame", "array"])
+def test_numbers_are_categories_if_the_transforms_have_learnt_them(make: Any) -> None:
+    """Of an encoder: the rare ones are tried too, of a frame and of an array."""
+    rows = make({"floor": [1] * 321 + [2] + [1] * 178, "size": range(500)})
+    encoder = make_column_transformer((OneHotEncoder(), [0]), (StandardScaler(), [1])).fit(rows)
+
+    half = preprocessor_half(
+        encoder,
+        rows,
+        name="m",
+        input_name="x",
+        output_name="y",
+        precision="FP32",
+        all_as_floats=True,
+        trusted_modules=(),
+    )
+
+    floors = np.concatenate([to_array(tensor).reshape(tensor.shape[0], -1)[:, :1] for tensor in half.golden.inputs[:1]])
+    assert set(floors.ravel().tolist()) == {1, 2}
+    assert len(floors) == N_GOLDEN + 1
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,13 @@ def write_index(repository: Repository) -> None:
     index.write(repository.root, index.build(repository)[0])
 
 
+def routed(source: RemoteRepository) -> list[str]:
+    """The pairs of the model's route."""
+    route = source.route("m")
+    assert route is not None
+    return [str(pair) for pair in route.named()]
+
+
 @pytest.fixture
 def published(tmp_path: Path) -> Repository:
     """A bundle and a route, and another model."""
@@ -88,11 +95,11 @@ def source(server: FileServer, open_source: Callable[..., RemoteRepository]) -> 
 def test_a_bundle_is_read_as_it_was_written(source: RemoteRepository) -> None:
     """Manifest, files, route; in pieces that are put together in order."""
     keys = list(source.bundles())
-    routes = source.routes()
+    pairs = routed(source)
     bundle = fetch_bundle(source, KEY)
 
     assert keys == [KEY, BundleKey("other", "predict", 1)]
-    assert [str(pair) for pair in routes["m"].named()] == ["1.1"]
+    assert pairs == ["1.1"]
     assert bundle.manifest.name == "m"
     assert {name: bundle.read(name) for name in bundle.manifest.files} == FILES
     with pytest.raises(BundleError, match=r"^manifest\.json lists no model\.sig$"):
@@ -105,7 +112,7 @@ def test_only_what_is_wanted_is_fetched(server: FileServer, open_source: Callabl
     (server.folder / "other" / "route.json").write_bytes(b"broken")
 
     keys = list(source.bundles())
-    source.routes()
+    source.route("m")
     source.open(KEY)
 
     assert keys == [KEY]
@@ -116,13 +123,13 @@ def test_a_restart_fetches_nothing(server: FileServer, open_source: Callable[...
     """But the index, which may have changed."""
     first = open_source(server.url)
     fetch_bundle(first, KEY)
-    first.routes()
+    first.route("m")
     first.close()
     server.requests.clear()
 
     again = open_source(server.url)
     again.bundles()
-    again.routes()
+    again.route("m")
     bundle = fetch_bundle(again, KEY)
 
     assert bundle.read("model.onnx") == FILES["model.onnx"]
@@ -289,7 +296,7 @@ def test_a_new_bundle_and_another_route_are_seen_at_the_next_look(
 ) -> None:
     """Once the index says so."""
     source.bundles()
-    source.routes()
+    source.route("m")
     write(published, version=2)
     (published.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.2"}]}')
     write_index(published)
@@ -297,7 +304,7 @@ def test_a_new_bundle_and_another_route_are_seen_at_the_next_look(
     keys = list(source.bundles())
 
     assert BundleKey("m", "predict", 2) in keys
-    assert [str(pair) for pair in source.routes()["m"].named()] == ["1.2"]
+    assert routed(source) == ["1.2"]
     assert fetch_bundle(source, BundleKey("m", "predict", 2)).manifest.version == 2
 
 
@@ -359,7 +366,7 @@ def test_a_broken_route_names_its_model(server: FileServer, published: Repositor
     (published.root / "m" / "route.json").write_bytes(b"?")
 
     with pytest.raises(BundleError, match=r"^m: route\.json: expected .* bytes"):
-        source.routes()
+        source.route("m")
 
 
 def test_a_host_that_is_not_there_says_so(open_source: Callable[..., RemoteRepository]) -> None:
@@ -393,7 +400,7 @@ def test_a_bucket_is_listed(bucket: str, open_source: Callable[..., RemoteReposi
     source = open_source(bucket)
 
     assert list(source.bundles()) == [KEY, BundleKey("other", "predict", 1)]
-    assert [str(pair) for pair in source.routes()["m"].named()] == ["1.1"]
+    assert routed(source) == ["1.1"]
     assert fetch_bundle(source, KEY).read("model.onnx") == FILES["model.onnx"]
     assert list(open_source("memory://bucket/elsewhere").bundles()) == []
 

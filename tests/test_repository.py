@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from splitserve import manifest as manifests
-from splitserve.manifest import BundleError, Manifest
+from splitserve.manifest import BundleError, Manifest, NotFetched
 from splitserve.repository import Bundle, BundleKey, Repository, load_bundle
 
 FILES = {"pipeline.skops": b"fitted", "golden.npz": b"samples"}
@@ -387,3 +387,32 @@ def test_the_digests_are_those_of_the_contents(repository):
     assert bundle.manifest.files == {
         "golden.npz": manifests.FileDigest("24baa7a731ce04b431af93d94cba8e0160a0e6a4607edc2d70c595dd098e56cf", 7)
     }
+
+
+def test_a_stamp_changes_when_a_file_does(repository: Repository) -> None:
+    """Whatever it is that is written, and stays the same otherwise; of what is not there it is empty."""
+    bundle = publish(repository)
+    found = [repository.stamp(KEY), repository.stamp(KEY)]
+    for change in (
+        lambda: (bundle.folder / "pipeline.skops").write_bytes(b"anothe"),
+        lambda: (bundle.folder / "model.sig").write_bytes(b"signed"),
+        lambda: (bundle.folder / "golden.npz").unlink(),
+    ):
+        change()
+        found.append(repository.stamp(KEY))
+
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+    assert repository.stamp(BundleKey("penguins", "preprocess", 2)) == ""
+
+
+def test_what_is_not_there_yet_may_come(repository: Repository) -> None:
+    """Whoever copies a bundle does so file by file: its manifest, or another file, may be on its way."""
+    bundle = publish(repository)
+    (bundle.folder / "golden.npz").unlink()
+    with pytest.raises(NotFetched, match=r"golden\.npz can not be read: No such file or directory"):
+        bundle.read("golden.npz")
+    (bundle.folder / "manifest.json").unlink()
+
+    with pytest.raises(NotFetched, match=r"manifest\.json can not be read: No such file or directory"):
+        repository.open(KEY)

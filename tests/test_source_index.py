@@ -78,6 +78,17 @@ def test_a_broken_bundle_is_left_out_and_named(repository: Repository) -> None:
     assert problems[0].startswith("m/predict/2: manifest.json: ")
 
 
+def test_a_broken_route_is_left_out_and_named(repository: Repository) -> None:
+    """Its model is listed."""
+    (repository.root / "m" / "route.json").write_bytes(b"?")
+
+    found, problems = index.build(repository)
+
+    assert (list(found.bundles), found.routes) == (["m/predict/1"], {})
+    assert len(problems) == 1
+    assert problems[0].startswith("m: route.json: ")
+
+
 def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository) -> None:
     """Not even the scratch file."""
     (repository.root / "index.json").mkdir()

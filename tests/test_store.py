@@ -47,7 +47,8 @@ class FakeSource:
     def __init__(self, *versions: int, model: str = "m") -> None:
         self.keys = {BundleKey(model, "predict", version) for version in versions}
         self.failures: dict[int, Exception] = {}
-        self.found_routes: dict[str, Route] = {}
+        self.found_routes: dict[str, Route | Exception] = {}
+        self.stamps: dict[int, str] = {}
         self.opened: list[int] = []
         self.n_looks = 0
         self.problem: Exception | None = None
@@ -58,8 +59,14 @@ class FakeSource:
             raise self.problem
         return sorted(self.keys)
 
-    def routes(self) -> dict[str, Route]:
-        return self.found_routes
+    def route(self, model: str) -> Route | None:
+        found = self.found_routes.get(model)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stamp(self, key: BundleKey) -> str:
+        return self.stamps.get(key.version, "")
 
     def open(self, key: BundleKey) -> Any:
         self.opened.append(key.version)
@@ -118,7 +125,7 @@ async def test_a_broken_version_changes_nothing_but_the_report() -> None:
 
 
 async def test_what_was_refused_is_tried_again_when_somebody_asks_for_it() -> None:
-    """Whoever has mended it says so with `load`; by itself a published version never changes."""
+    """Whoever has mended what it takes, and nothing in the bundle, says so with `load`."""
     source = FakeSource(1, 2)
     source.failures[2] = BundleError("damaged")
     store = store_of(source)
@@ -132,6 +139,58 @@ async def test_what_was_refused_is_tried_again_when_somebody_asks_for_it() -> No
     assert before == [1]
     assert held(store) == [1, 2]
     assert source.opened.count(1) == 1
+
+
+async def test_what_was_refused_is_tried_again_once_its_files_have_changed_and_been_left_alone() -> None:
+    """Whoever copies a bundle into place file by file may not be done when the first look comes."""
+    source = FakeSource(1, 2)
+    source.failures[2] = BundleError("model.onnx has 10 bytes, manifest.json says 20")
+    source.stamps[2] = "10 bytes"
+    store = store_of(source)
+    await store.refresh()
+    await store.refresh()
+    while_unchanged = source.opened.count(2)
+
+    source.stamps[2] = "15 bytes"
+    await store.refresh()
+    source.stamps[2] = "20 bytes"
+    await store.refresh()
+    while_changing = source.opened.count(2)
+    source.failures.clear()
+    await store.refresh()
+
+    assert (while_unchanged, while_changing) == (1, 1)
+    assert held(store) == [1, 2]
+
+
+async def test_a_change_that_mends_nothing_is_tried_once() -> None:
+    """What it was when it was tried last is what counts."""
+    source = FakeSource(1)
+    source.failures[1] = BundleError("damaged")
+    store = store_of(source)
+    await store.refresh()
+
+    source.stamps[1] = "touched"
+    for _ in range(5):
+        await store.refresh()
+
+    assert source.opened == [1, 1]
+
+
+async def test_what_was_waited_for_and_then_refused_is_not_tried_again_and_again() -> None:
+    """It has come, and is no good."""
+    clock, source = Clock(), FakeSource(1)
+    source.failures[1] = NotFetched("not there yet")
+    store = store_of(source, clock=clock)
+    await store.refresh()
+    source.failures[1] = BundleError("damaged")
+    clock.now = FIRST_RETRY_S
+
+    for _ in range(5):
+        await store.refresh()
+
+    assert source.opened == [1, 1]
+    assert store.catalogue.entries("m")[1].reason == "m/predict/1: damaged"
 
 
 async def test_an_unexpected_failure_is_a_report_too() -> None:
@@ -190,6 +249,83 @@ async def test_what_a_route_names_is_held() -> None:
     await store.refresh()
 
     assert held(store) == [1, 4]
+
+
+async def test_a_broken_route_is_reported_once_and_the_one_before_it_counts() -> None:
+    """Neither the model nor the others wait for it to be mended."""
+    source = FakeSource(1, 2)
+    source.keys.add(BundleKey("other", "predict", 1))
+    source.found_routes = {"m": Route((RoutedPair("7.1"),))}
+    store = store_of(source, "latest:1")
+    await store.refresh()
+
+    source.found_routes = {"m": BundleError("m: route.json: Input data was truncated")}
+    source.publish(3)
+    source.keys.add(BundleKey("other", "predict", 2))
+    with capture_logs() as logs:
+        await store.refresh()
+        await store.refresh()
+    problems, while_broken = dict(store.route_problems), held(store)
+    source.found_routes = {}
+    await store.refresh()
+
+    assert [entry for entry in logs if entry["event"] == "route refused"] == [
+        {"event": "route refused", "log_level": "error", "model": "m", "reason": "m: route.json: Input data was truncated"}
+    ]
+    assert problems == {"m": "m: route.json: Input data was truncated"}
+    assert while_broken == [1, 3]
+    assert store.route_problems == {}
+    assert store.catalogue.ready_versions("other") == (2,)
+    assert held(store) == [3]
+
+
+async def test_a_version_that_is_named_and_not_there_says_so_until_it_is() -> None:
+    """Whether a route or a setting names it; whoever asks for it is told, and the log tells it once."""
+    source = FakeSource(1)
+    source.found_routes = {"m": Route((RoutedPair("1.7"),))}
+    store = store_of(source, "m=1.8; latest:1")
+    with capture_logs() as logs:
+        await store.refresh()
+        await store.refresh()
+    with pytest.raises(Unavailable, match=r"m/predict/7: not published"):
+        store.choose("m", 7)
+    missing = held(store, UNAVAILABLE)
+
+    source.publish(7)
+    await store.refresh()
+    source.found_routes = {}
+    source.keys -= {BundleKey("m", "predict", 7)}
+    await store.refresh()
+
+    told = [entry["bundle"] for entry in logs if entry["event"] == "bundle is wanted that the repository does not have"]
+    assert told == ["m/predict/7", "m/predict/8"]
+    assert missing == [7, 8]
+    assert source.opened == [7]
+    assert held(store, UNAVAILABLE) == [8]
+
+
+async def test_a_model_that_is_gone_leaves_no_version_that_is_waited_for() -> None:
+    """Its route is gone with it."""
+    source = FakeSource(1)
+    source.found_routes = {"m": Route((RoutedPair("1.7"),))}
+    store = store_of(source)
+    await store.refresh()
+
+    source.keys.clear()
+    await store.refresh()
+
+    assert store.catalogue.models() == []
+
+
+async def test_a_predictor_without_a_number_is_not_looked_for() -> None:
+    """Another maker's server has it."""
+    source = FakeSource(1)
+    source.found_routes = {"m": Route((RoutedPair("1.0"),))}
+    store = store_of(source)
+
+    await store.refresh()
+
+    assert held(store, UNAVAILABLE) == []
 
 
 async def test_what_is_gone_from_the_source_is_let_go() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import warnings
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from proxy.http_app import HttpApp
 from proxy.http_server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
+from splitserve.cli.connection import client as command_client
 from splitserve.cli.connection import connect
 from splitserve.client import TLS, Client
 from splitserve.errors import Unavailable
@@ -244,6 +245,8 @@ async def test_commands_probe_and_client_find_their_files(monkeypatch: pytest.Mo
         async with connect(address) as remote:
             assert [state.name for state in await remote.index()] == ["echo"]
         assert await asyncio.to_thread(client_call)
+        with closing(command_client(address, timeout_s=10)) as client:
+            assert await asyncio.to_thread(client.is_ready)
         assert "NOT" not in await asyncio.to_thread(probe.problem, address, probe.TAKES_CALLS)
 
 
@@ -251,11 +254,28 @@ def test_commands_stop_at_files_that_can_not_be_used(monkeypatch: pytest.MonkeyP
     """A line that names the variables, and status 2."""
     monkeypatch.setenv("SPLITSERVE_CA_FILE", "/nowhere.pem")
 
+    for command in (connect, lambda url: command_client(url, timeout_s=1)):
+        with pytest.raises(SystemExit) as raised:
+            command("127.0.0.1:1")
+
+        assert raised.value.code == 2
+        assert capsys.readouterr().err.startswith("SPLITSERVE_CA_FILE")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"), [("http://", "expected a host"), ("http://127.0.0.1:1", "is in plain text, but tls")]
+)
+def test_a_command_stops_at_an_address_that_can_not_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: Files, url: str, message: str
+) -> None:
+    """A token must not cross the network in plain text because somebody forgot an s."""
+    monkeypatch.setenv("SPLITSERVE_CA_FILE", files.ca)
+
     with pytest.raises(SystemExit) as raised:
-        connect("127.0.0.1:1")
+        command_client(url, timeout_s=1)
 
     assert raised.value.code == 2
-    assert capsys.readouterr().err.startswith("SPLITSERVE_CA_FILE")
+    assert message in capsys.readouterr().err
 
 
 def test_settings_give_the_files(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:

@@ -24,6 +24,9 @@ app = typer.Typer(
 RepositoryOption = Annotated[
     str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository: a folder or a URL.")
 ]
+FolderOption = Annotated[
+    str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository, a folder that can be written.")
+]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
 
 
@@ -102,7 +105,10 @@ def publish(
     ] = None,
     transformer: Annotated[Path | None, typer.Option(help="Fitted transforms: publishes a preprocessor.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="An ONNX model: publishes a predictor.")] = None,
-    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    trained_on: Annotated[
+        Path | None, typer.Option(help="The fitted transforms that the ONNX model was trained on: it is paired with no others.")
+    ] = None,
+    repository: FolderOption = DEFAULT_REPOSITORY,
     version: Annotated[int | None, typer.Option(help="Version number; the next free one by default.")] = None,
     input_name: Annotated[str, typer.Option(help="What the input is called if the data is one array.")] = "features",
     trusted_module: Annotated[
@@ -126,6 +132,7 @@ def publish(
         pipeline=pipeline,
         transformer=transformer,
         onnx=onnx,
+        trained_on=trained_on,
         repository=_folder(repository),
         version=version,
         input_name=input_name,
@@ -135,7 +142,7 @@ def publish(
 
 
 @app.command("publish-test-models")
-def publish_test_models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+def publish_test_models(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
     """Publish simple models for trying clients and load generators.
 
     Sum and difference (simple, simple_string), and identity in every datatype.
@@ -157,7 +164,7 @@ def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
 def sign(
     key: Annotated[Path, typer.Option("--key", "-k", help="A private key in PEM form: P-256, P-384 or P-521, not encrypted.")],
     models: Annotated[list[str] | None, typer.Argument(help="Names of models; all by default.")] = None,
-    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    repository: FolderOption = DEFAULT_REPOSITORY,
 ) -> None:
     """Sign the bundles of a model repository.
 
@@ -188,6 +195,10 @@ def matrix(
     allow_unsafe_pickle: Annotated[
         bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
     ] = False,
+    runtime: Annotated[Literal["auto", "sklearn", "onnx"], typer.Option(help="As PREPROCESS_RUNTIME.")] = "auto",
+    signature_key: Annotated[
+        str, typer.Option(envvar="MODEL_SIGNATURE_KEY", help="A public key in PEM form: refuse what was not signed with it.")
+    ] = "",
     docker: Annotated[str, typer.Option(envvar="DOCKER", help="The program that runs images.")] = "docker",
 ) -> None:
     """Say which bundles load and which pairs fit.
@@ -203,13 +214,14 @@ def matrix(
         environment_mismatch=allow_environment_mismatch,
         fingerprint_mismatch=allow_fingerprint_mismatch,
         unsafe_pickle=allow_unsafe_pickle,
+        runtime=runtime,
     )
     form: Literal["text", "json", "markdown"] = "json" if as_json else "markdown" if as_markdown else "text"
-    raise typer.Exit(run(_folder(repository), image or [], form=form, allowed=allowed, docker=docker))
+    raise typer.Exit(run(repository, image or [], form=form, allowed=allowed, signature_key=signature_key, docker=docker))
 
 
 @app.command()
-def index(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
+def index(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
     """List a model repository in a file.
 
     Services that find their models at an http:// or https:// URL read it: write it again whenever the repository has changed.
@@ -263,7 +275,7 @@ def verify(
     """
     from splitserve.cli.verify import run
 
-    raise typer.Exit(run(url, models or [], root=_folder(repository), version=version, timeout_s=timeout_s))
+    raise typer.Exit(run(url, models or [], where=repository, version=version, timeout_s=timeout_s))
 
 
 @app.command()

@@ -12,16 +12,21 @@ from splitserve.oip import READY, ModelState
 
 
 def run(url: str) -> int:
-    """Print a row for each version; 1 if none is ready."""
+    """Print a row for each version, or why there are none; 1 if none is ready."""
     try:
-        states = asyncio.run(_index(url))
+        states, reason = asyncio.run(_look(url))
     except SplitserveError as error:
         print(f"{url}: {error.message}", file=sys.stderr)
+        return 1
+    if not states:
+        print(f"{url}: {reason}", file=sys.stderr)
         return 1
     print_table(("model", "version", "state", "reason"), [(s.name, s.version, s.state, s.reason) for s in states])
     return int(not any(state.state == READY for state in states))
 
 
-async def _index(url: str) -> list[ModelState]:
+async def _look(url: str) -> tuple[list[ModelState], str]:
+    """The index, and, where it is empty, what the system says of that."""
     async with connect(url) as remote:
-        return await remote.index()
+        states = await remote.index()
+        return states, "" if states else await remote.not_ready_reason()

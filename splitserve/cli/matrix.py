@@ -10,10 +10,13 @@ from typing import Literal
 
 import msgspec
 
+from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import markdown, print_table
 from splitserve.manifest import BundleError
-from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge
-from splitserve.repository import Repository
+from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge, refuse
+from splitserve.repository import BundleSource
+from splitserve.signing import KeyProblem, signed_by
+from splitserve.sources.local_folder import LocalFolder
 
 Form = Literal["text", "json", "markdown"]
 Table = tuple[list[str], list[list[str]]]
@@ -31,20 +34,17 @@ class ImageError(Exception):
     """A report can not be had of an image."""
 
 
-def run(root: Path, images: Sequence[str], *, form: Form, allowed: Allowed, docker: str) -> int:
+def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, signature_key: str, docker: str) -> int:
     """Print the matrix; 1 if something in it must not be deployed, or it can not be made."""
-    if not root.is_dir():
-        print(f"{root}: no such folder", file=sys.stderr)
-        return 1
-    source = Repository(root)
     try:
-        reports = {image: _examine_in(image, root, allowed, docker) for image in images} or {HERE: examine(source, allowed)}
+        source = repository_at(where)
+        reports = _reports(source, images, allowed, signature_key, docker)
         matrix = judge(source, reports, allow_fingerprint_mismatch=allowed.fingerprint_mismatch)
-    except (BundleError, ImageError) as error:
+    except (BundleError, ImageError, NoRepository, KeyProblem) as error:
         print(error, file=sys.stderr)
         return 1
     if not matrix.pairs and not matrix.problems:
-        print(f"{root} holds no models", file=sys.stderr)
+        print(f"{where} holds no models", file=sys.stderr)
         return 1
     if form == "json":
         print(msgspec.json.format(msgspec.json.encode(matrix), indent=2).decode())
@@ -53,6 +53,31 @@ def run(root: Path, images: Sequence[str], *, form: Form, allowed: Allowed, dock
         for problem in matrix.problems:
             print(f"not fit to be deployed: {problem}", file=sys.stderr)
     return int(bool(matrix.problems))
+
+
+def _reports(source: BundleSource, images: Sequence[str], allowed: Allowed, signature_key: str, docker: str) -> dict[str, Report]:
+    """What each image says, or this environment if there are none.
+
+    Signatures are looked at here: whether one is right depends on no library, and images need not have what that takes.
+    """
+    signed = signed_by(signature_key, source)
+    if not images:
+        return {HERE: examine(signed, allowed)}
+    if not isinstance(source, LocalFolder):
+        raise NoRepository("--image needs the repository in a folder, which it mounts: copy it to one, and name that")
+    unsigned = _refused(signed) if signature_key else {}
+    return {image: refuse(_examine_in(image, source.root, allowed, docker), unsigned) for image in images}
+
+
+def _refused(signed: BundleSource) -> dict[str, str]:
+    """Why bundles are not even opened, by bundle."""
+    found = {}
+    for key in signed.bundles():
+        try:
+            signed.open(key)
+        except BundleError as error:
+            found[str(key)] = f"{key}: {error}"
+    return found
 
 
 def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
 
+from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.manifest import BundleError
 from splitserve.repository import BundleKey, BundleSource
 from splitserve.signature import TensorSpec
-from splitserve.sources import is_url, source_of
 
 
 def run(where: str) -> int:
     """Print a row for each bundle; 1 if a manifest is broken."""
-    if not is_url(where) and not Path(where.removeprefix("file://")).is_dir():
-        print(f"{where}: no such folder", file=sys.stderr)
-        return 1
     try:
-        source = source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
+        source = repository_at(where)
         rows = [_row(source, key) for key in source.bundles()]
-    except (BundleError, ValueError) as error:
+    except (BundleError, NoRepository) as error:
         print(error, file=sys.stderr)
         return 1
     if not rows:

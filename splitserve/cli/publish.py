@@ -21,6 +21,7 @@ def run(
     pipeline: Path | None,
     transformer: Path | None,
     onnx: Path | None,
+    trained_on: Path | None,
     repository: Path,
     version: int | None,
     input_name: str,
@@ -30,6 +31,8 @@ def run(
     """Publish the one of pipeline, transformer and onnx that is given; exits 1 with the reason if that fails."""
     if sum(path is not None for path in (pipeline, transformer, onnx)) != 1:
         raise typer.BadParameter("give one of --pipeline, --transformer and --onnx")
+    if trained_on is not None and onnx is None:
+        raise typer.BadParameter("--trained-on goes with --onnx")
     try:
         from splitserve.publishing import PublishError, publish, publish_predictor, publish_preprocessor
     except ImportError as error:
@@ -41,7 +44,8 @@ def run(
     try:
         rows = _read_data(data)
         if onnx is not None:
-            print(_written(publish_predictor(onnx, rows, **common)))
+            known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
+            print(_written(publish_predictor(onnx, rows, trained_on=known, **common)))
         elif transformer is not None:
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
             bundle = publish_preprocessor(fitted, rows, input_name=input_name, **form, **common)

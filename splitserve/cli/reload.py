@@ -17,7 +17,10 @@ def run(models: Sequence[str], url: str) -> int:
     except SplitserveError as error:
         print(f"{url}: {error.message}", file=sys.stderr)
         return 1
-    print(f"looked at the repository for {', '.join(asked) or 'no model'}")
+    if not asked:
+        print(f"{url} knows of no model yet: name the one that is new", file=sys.stderr)
+        return 1
+    print(f"looked at the repository for {', '.join(asked)}")
     return 0
 
 

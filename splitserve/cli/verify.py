@@ -5,31 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Any
 
+from splitserve.cli.connection import client
+from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.manifest import BundleError
-from splitserve.repository import Repository
+from splitserve.repository import BundleSource
 from splitserve.verification import Outcome, Server, pairs_of, verify
 from splitserve.versions import parse_pair
 
 
-def run(url: str, models: Sequence[str], *, root: Path, version: str, timeout_s: float) -> int:
+def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s: float) -> int:
     """Print a row for each pair and the worst difference of each that differs; 1 if one does, or none could be asked for."""
-    if not root.is_dir():
-        print(f"{root}: no such folder", file=sys.stderr)
-        return 1
-    source = Repository(root)
     try:
-        names = list(models) or source.models()
+        source = repository_at(where)
+        names = list(models) or sorted({key.model for key in source.bundles()})
         if not names:
-            print(f"{root} holds no models", file=sys.stderr)
+            print(f"{where} holds no models", file=sys.stderr)
             return 1
-        with closing(_client(url, timeout_s)) as server:
+        with closing(client(url, timeout_s=timeout_s)) as server:
             outcomes = [outcome for model in names for outcome in _verify(source, server, model, version)]
-    except BundleError as error:
+    except (BundleError, NoRepository) as error:
         print(error, file=sys.stderr)
         return 1
     print_table(("model", "pair", "samples", "expected answers", "result"), map(_row, outcomes))
@@ -40,14 +37,7 @@ def run(url: str, models: Sequence[str], *, root: Path, version: str, timeout_s:
     return int(any(outcome.problem for outcome in outcomes))
 
 
-def _client(url: str, timeout_s: float) -> Any:
-    """A client of the system at this address."""
-    from splitserve.client import Client
-
-    return Client(url, timeout_s=timeout_s, max_attempts=1)
-
-
-def _verify(source: Repository, server: Server, model: str, version: str) -> list[Outcome]:
+def _verify(source: BundleSource, server: Server, model: str, version: str) -> list[Outcome]:
     try:
         pair = parse_pair(model, version)
         pairs = [pair] if pair else pairs_of(source, server, model)

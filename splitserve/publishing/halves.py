@@ -103,7 +103,9 @@ def preprocessor_half(
     Raises:
         PublishError: the data does not fit, or the transforms do not survive being written, loaded or called over the wire.
     """
-    golden_rows = samples.take(data, samples.golden_rows(data))
+    meaning = meaning_of(transformer)
+    learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
+    golden_rows = samples.take(data, samples.golden_rows(data, learnt))
     features = _transform(transformer, golden_rows)
     try:
         rows, inputs = observe(data, input_name)
@@ -112,7 +114,6 @@ def preprocessor_half(
     rows = _settle_missing(rows, transformer, data)
     output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
     manifest = _manifest(name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, **manifest_fields)
-    meaning = meaning_of(transformer)
     manifest = msgspec.structs.replace(
         manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
     )

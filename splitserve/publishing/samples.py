@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
 
+from splitserve.arrays import Array
 from splitserve.runtimes.rows import Rowset, is_missing
 
 N_GOLDEN = 16
 """Rows spread evenly over the data, before those that are added so that each category and a missing value occurs."""
 
 N_GOLDEN_MAX = 64
-N_SEARCHED = 20_000
-"""Categories and missing values are looked for in the first rows only, so many of them."""
 
 N_CHECKED = 1000
 """At most so many rows, spread evenly, are run through the split and compared with the original pipeline."""
+
+_MISSING = object()
+"""Stands for a missing value among a column's categories."""
+
+_Values = Any
+"""A column: an array of numbers, or a list of anything."""
 
 
 def spread(n_rows: int, n_wanted: int) -> list[int]:
@@ -24,20 +30,27 @@ def spread(n_rows: int, n_wanted: int) -> list[int]:
     return sorted({int(index) for index in np.linspace(0, n_rows - 1, min(n_wanted, n_rows)).round()})
 
 
-def golden_rows(rows: Rowset) -> list[int]:
-    """Row numbers of the golden samples: spread evenly, then the first row of each category and missing value by column.
+def golden_rows(rows: Rowset, learnt: Collection[str] = ()) -> list[int]:
+    """Row numbers of the golden samples: spread evenly, then for each column what the rows so far do not show.
 
-    Categories are texts, truth values, and whatever a column of pandas' categorical dtype holds.
+    That is a missing value, and each category: texts, truth values, whatever a column of pandas' categorical dtype holds, and
+    numbers that the transforms have learnt as categories. If there is no room for all of them, missing values come first, and
+    columns with few categories before those with many.
+
+    Args:
+        rows: the training data.
+        learnt: the categories that the transforms have learnt, as text.
     """
-    n_rows = len(rows)
-    chosen = dict.fromkeys(spread(n_rows, N_GOLDEN))
-    for values in _columns(rows):
-        first_rows: dict[Any, int] = {}
-        for index, value in enumerate(values[:N_SEARCHED]):
-            first_rows.setdefault("missing" if is_missing(value) else value if _is_category(value) else "present", index)
-        for index in first_rows.values():
-            if len(chosen) < N_GOLDEN_MAX:
-                chosen.setdefault(index)
+    columns = _columns(rows)
+    chosen = dict.fromkeys(spread(len(rows), N_GOLDEN))
+    shown = [{_category(values[row], learnt) for row in chosen} for values in columns]
+    for number, category, row in _wanted(columns, learnt):
+        if len(chosen) == N_GOLDEN_MAX:
+            break
+        if category not in shown[number]:
+            chosen[row] = None
+            for categories, values in zip(shown, columns, strict=True):
+                categories.add(_category(values[row], learnt))
     return sorted(chosen)
 
 
@@ -46,21 +59,59 @@ def take(rows: Rowset, indices: list[int]) -> Rowset:
     return rows.iloc[indices] if hasattr(rows, "iloc") else rows[indices]
 
 
-def _columns(rows: Rowset) -> list[list[Any]]:
+def _wanted(columns: list[_Values], learnt: Collection[str]) -> list[tuple[int, Any, int]]:
+    """What should be shown, the most wanted first: the column's number, the category, the first row that has it."""
+    ranked = []
+    for number, values in enumerate(columns):
+        found = _first_rows(values, learnt)
+        ranked += [((category is not _MISSING, len(found), number, row), category) for category, row in found.items()]
+    return [(number, category, row) for (_, _, number, row), category in sorted(ranked, key=lambda each: each[0])]
+
+
+def _first_rows(values: _Values, learnt: Collection[str]) -> dict[Any, int]:
+    """The first row of each category of a column; of categories that are more than there is room for, some."""
+    found: dict[Any, int] = {}
+    for row, value in _distinct_numbers(values, learnt) if isinstance(values, np.ndarray) else enumerate(values):
+        category = value if isinstance(value, str) else _category(value, learnt)
+        if category is not None and category not in found and (len(found) <= N_GOLDEN_MAX or category is _MISSING):
+            found[category] = row
+    return found
+
+
+def _distinct_numbers(values: Array, learnt: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """The first row of a missing value, and of each number if there are no more of them than the transforms have learnt."""
+    if values.dtype.kind == "f":
+        yield from ((int(row), np.nan) for row in np.flatnonzero(np.isnan(values))[:1])
+    if learnt:
+        numbers, rows = np.unique(values, return_index=True)
+        if len(numbers) <= len(learnt) + 1:  # of what is missing there may be one
+            yield from zip(rows.tolist(), numbers, strict=True)
+
+
+def _category(value: Any, learnt: Collection[str]) -> Any:
+    """What a value is one of; None if it is just a number."""
+    if isinstance(value, str | bytes | bool):
+        return value
+    if is_missing(value):
+        return _MISSING
+    return name if learnt and (name := str(value)) in learnt else None
+
+
+def _columns(rows: Rowset) -> list[_Values]:
     if hasattr(rows, "columns"):
-        return [_values(rows[name]) for name in rows.columns]
-    if rows.dtype.kind not in "OSUfb" or rows.ndim > 2:
+        return [_values(rows.iloc[:, number]) for number in range(rows.shape[1])]
+    if rows.dtype.kind not in "OSUfbiu" or rows.ndim > 2:
         return []
-    return [column.tolist() for column in (rows.T if rows.ndim == 2 else [rows])]
+    return [_listed(column) for column in (rows.T if rows.ndim == 2 else [rows])]
 
 
-def _values(column: Any) -> list[Any]:
+def _values(column: Any) -> _Values:
     """A column's values; those of a categorical one as text, whatever they are."""
-    values: list[Any] = column.tolist()
     if str(column.dtype) == "category":
-        return [value if is_missing(value) else str(value) for value in values]
-    return values
+        return [value if is_missing(value) else str(value) for value in column.tolist()]
+    return _listed(column.to_numpy()) if isinstance(column.dtype, np.dtype) else column.tolist()
 
 
-def _is_category(value: Any) -> bool:
-    return isinstance(value, str | bytes | bool)
+def _listed(values: Any) -> _Values:
+    """Numbers as they are, all else as a list."""
+    return values if values.dtype.kind in "fiu" else values.tolist()

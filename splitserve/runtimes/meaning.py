@@ -17,7 +17,10 @@ _VOCABULARIES = ("categories_", "vocabulary_", "classes_")
 
 
 class Meaning(msgspec.Struct, frozen=True):
-    """Names of the result's columns in order, none where the transforms can not tell; the vocabularies in the steps' order."""
+    """Names of the result's columns in order, none where the transforms can not tell; the vocabularies in the steps' order.
+
+    Where there are no names, which of its inputs go into which part of the transforms stands before the vocabularies.
+    """
 
     feature_names: tuple[str, ...]
     vocabularies: tuple[tuple[str, ...], ...]
@@ -35,7 +38,9 @@ NO_MEANING = Meaning((), ())
 
 def meaning_of(transformer: Any) -> Meaning:
     """The meaning of a fitted transformer's results."""
-    return Meaning(_feature_names(transformer), tuple(_vocabularies(transformer)))
+    names = _feature_names(transformer)
+    layout = () if names else tuple(_layout(transformer))
+    return Meaning(names, (*layout, *_vocabularies(transformer)))
 
 
 def _feature_names(transformer: Any) -> tuple[str, ...]:
@@ -43,6 +48,19 @@ def _feature_names(transformer: Any) -> tuple[str, ...]:
         return tuple(str(name) for name in transformer.get_feature_names_out())
     except Exception:  # not every transformer can tell, and each says so in its own way
         return ()
+
+
+def _layout(transformer: Any) -> Iterator[tuple[str, ...]]:
+    """The parts whose results stand side by side, in order, each with the columns that it takes."""
+    for name, _, columns in getattr(transformer, "transformers_", ()):
+        if isinstance(columns, str | int | slice):
+            yield name, str(columns)
+        else:
+            yield name, *map(str, columns)
+    for name, _ in getattr(transformer, "transformer_list", ()):
+        yield (name,)
+    for part in parts(transformer):
+        yield from _layout(part)
 
 
 def _vocabularies(transformer: Any) -> Iterator[tuple[str, ...]]:

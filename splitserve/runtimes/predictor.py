@@ -12,10 +12,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from splitserve import golden as goldens
+from splitserve import pairing
 from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput
 from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
-from splitserve.pairing import FINGERPRINT
 from splitserve.repository import Bundle
 from splitserve.runtimes import onnx_support
 from splitserve.runtimes.external_data import refuse_external_data
@@ -153,9 +153,7 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
     predictor = Predictor(bundle.read(MODEL_FILE), intra_op_num_threads=intra_op_num_threads, providers=providers)
     _check_signature("input", manifest.inputs, predictor.inputs)
     _check_signature("output", manifest.outputs, predictor.outputs)
-    predictor.properties = {"created": manifest.created}
-    if manifest.fingerprint:
-        predictor.properties[FINGERPRINT] = manifest.fingerprint
+    predictor.properties = {"created": manifest.created, **pairing.told_meaning(manifest)}
     goldens.replay(bundle.read(GOLDEN_FILE), manifest, predictor.infer)
     return predictor
 

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.byte_budget import ByteBudget
+from splitserve.catalogue import why_model_not_ready
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.grpc_wire.listening import listen
 from splitserve.grpc_wire.messages import CallError, status_code
@@ -241,17 +242,15 @@ class GrpcFace:
 
     async def _server_ready(self, data: bytes, call: Call) -> bytes:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
-        if reason:
-            call.trailing = ((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
+        _tell(call, reason)
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
     async def _model_ready(self, data: bytes, call: Call) -> bytes:
         request = oip_grpc.parse(pb.ModelReadyRequest, data)
-        is_ready = not self._is_draining and any(
-            state.state == READY and state.name == request.name and request.version in ("", state.version)
-            for state in await self._service.index()
-        )
-        return pb.ModelReadyResponse(ready=is_ready).SerializeToString()
+        states = await self._service.index()
+        reason = "draining" if self._is_draining else why_model_not_ready(states, request.name, request.version)
+        _tell(call, reason)
+        return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 
     async def _server_metadata(self, data: bytes, call: Call) -> bytes:
         return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
@@ -307,6 +306,12 @@ class GrpcFace:
         if remaining_s is not None:
             return deadline_after(min(remaining_s, self._max_timeout_s))
         return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
+
+
+def _tell(call: Call, reason: str) -> None:
+    """Why the answer is "not ready", if it is: the protocol's message has no room for it."""
+    if reason:
+        call.trailing = ((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
 
 
 def _rich_status(error: SplitserveError) -> bytes:

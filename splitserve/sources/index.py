@@ -22,7 +22,6 @@ from splitserve.repository import (
     parse_key,
     read_small,
 )
-from splitserve.routes import ROUTE_FILE
 
 SCHEMA_VERSION = 1
 INDEX_FILE = "index.json"
@@ -72,12 +71,12 @@ def decode(data: bytes) -> Index:
 
 
 def build(repository: Repository) -> tuple[Index, list[str]]:
-    """The index of a repository, and what is wrong with the bundles that were left out of it.
+    """The index of a repository, and what is wrong with the bundles and routes that were left out of it.
 
     Raises:
-        BundleError: the repository can not be looked at, or a route is broken.
+        BundleError: the repository can not be looked at.
     """
-    bundles, signatures, problems = {}, {}, []
+    bundles, routes, signatures, problems = {}, {}, {}, []
     for key in repository.bundles():
         try:
             data = read_small(repository.folder(key) / MANIFEST_FILE)
@@ -87,7 +86,12 @@ def build(repository: Repository) -> tuple[Index, list[str]]:
                 signatures[str(key)] = _digest(read_small(repository.folder(key) / SIGNATURE_FILE))
         except BundleError as error:
             problems.append(f"{key}: {error}")
-    routes = {model: _digest(read_small(repository.root / model / ROUTE_FILE)) for model in repository.routes()}
+    for model in repository.models():
+        try:
+            if repository.route(model):
+                routes[model] = _digest(read_small(repository.route_file(model)))
+        except BundleError as error:
+            problems.append(str(error))
     return Index(SCHEMA_VERSION, bundles, routes, signatures), problems
 
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from splitserve import manifest as manifests
-from splitserve import routes
-from splitserve.manifest import MANIFEST_FILE, Kind, Manifest
+from splitserve.manifest import MANIFEST_FILE, BundleError, Kind, Manifest
 from splitserve.repository import KINDS, Bundle, BundleKey, Repository, read_small
 from splitserve.routes import ROUTE_FILE, Route
 
 
 class LocalFolder:
-    """A `BundleSource`. What the folder is, is looked at anew each time: storage may be filled late."""
+    """A `BundleSource`. What the folder is, is looked at anew with each look at the bundles: storage may be filled late."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
+        self._seen: Repository | None = None
 
     def bundles(self) -> Iterator[BundleKey]:
         """All bundles, by model, kind and version."""
-        return self._repository().bundles()
+        self._seen = self._repository()
+        return self._seen.bundles()
 
-    def routes(self) -> dict[str, Route]:
-        """The routes of the models that have one."""
-        return self._repository().routes()
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one."""
+        return (self._seen or self._repository()).route(model)
 
     def open(self, key: BundleKey) -> Bundle:
         """As `Repository.open`."""
         return self._repository().open(key)
+
+    def stamp(self, key: BundleKey) -> str:
+        """As `Repository.stamp`."""
+        return (self._seen or self._repository()).stamp(key)
 
     def close(self) -> None:
         """Nothing is ever under way."""
@@ -37,8 +43,8 @@ class LocalFolder:
     def _repository(self) -> Repository:
         if (self.root / MANIFEST_FILE).exists():
             return _SingleBundle(self.root)
-        manifest = next((path for kind in KINDS for path in sorted(self.root.glob(f"{kind}/[1-9]*/{MANIFEST_FILE}"))), None)
-        return _ModelFolder(self.root, _read(manifest).name) if manifest else Repository(self.root)
+        found = [path for kind in KINDS for path in sorted(self.root.glob(f"{kind}/[1-9]*/{MANIFEST_FILE}"))]
+        return _ModelFolder(self.root, _name_in(found)) if found else Repository(self.root)
 
 
 class _SingleBundle(Repository):
@@ -48,8 +54,8 @@ class _SingleBundle(Repository):
         manifest = _read(self.root / MANIFEST_FILE)
         yield BundleKey(manifest.name, manifest.kind, manifest.version)
 
-    def routes(self) -> dict[str, Route]:
-        return {}
+    def route(self, model: str) -> Route | None:
+        return None
 
     def folder(self, key: BundleKey) -> Path:
         return self.root
@@ -69,12 +75,23 @@ class _ModelFolder(Repository):
     def versions(self, model: str, kind: Kind) -> list[int]:
         return Repository(self.root.parent).versions(self.root.name, kind)
 
-    def routes(self) -> dict[str, Route]:
-        file = self.root / ROUTE_FILE
-        return {self._model: routes.decode(read_small(file))} if file.exists() else {}
+    def route_file(self, model: str) -> Path:
+        return self.root / ROUTE_FILE
 
     def folder(self, key: BundleKey) -> Path:
         return self.root / key.kind / str(key.version)
+
+
+def _name_in(files: Sequence[Path]) -> str:
+    """What the first of these manifests that can be read says that the model is called.
+
+    Raises:
+        BundleError: none can be read.
+    """
+    for path in files[:-1]:
+        with contextlib.suppress(BundleError):
+            return _read(path).name
+    return _read(files[-1]).name
 
 
 def _read(path: Path) -> Manifest:

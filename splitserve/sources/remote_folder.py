@@ -182,15 +182,25 @@ class RemoteFolder:
             return "the service is stopping"
         if isinstance(error, TimeoutError):
             return f"no answer within {self._timeout_s:g} s"
-        if (status := getattr(error, "status", None)) is not None:
-            said = f"HTTP status {status} {getattr(error, 'message', '')}".strip()
+        if (status := _status(error)) is not None:
+            said = f"HTTP status {status} {getattr(error, 'message', None) or getattr(error, 'strerror', None) or ''}".strip()
         else:
             said = " ".join(str(error).split())[:300]
         if isinstance(error, FileNotFoundError):
-            return "not found" if not said or "://" in said or said.startswith("/") else f"not found: {said}"
+            is_plain = error.errno is not None or not said or "://" in said or said.startswith("/")
+            return "not found" if is_plain else f"not found: {said}"
         if isinstance(error, PermissionError) or status in (401, 403):
             return f"access denied: {said}"
         return said if status is not None else f"{type(error).__name__}: {said}"
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status behind an error, where the text does not say more: aiohttp's, or behind s3fs' plain OSError botocore's."""
+    if type(error) is OSError:
+        answer = getattr(error.__cause__, "response", None) or {}
+        found: int | None = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return found
+    return getattr(error, "status", None)
 
 
 def _validator(info: dict[str, Any]) -> str:

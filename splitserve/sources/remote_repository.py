@@ -35,11 +35,12 @@ class _Small(msgspec.Struct, frozen=True):
 
 
 class _Listing(msgspec.Struct, frozen=True):
-    """What there is."""
+    """What there is. ``stamps`` has what is known of each bundle's files."""
 
     manifests: dict[BundleKey, _Small]
     routes: dict[str, _Small]
     signatures: dict[BundleKey, _Small]
+    stamps: dict[BundleKey, list[str]]
 
 
 class RemoteRepository:
@@ -64,16 +65,13 @@ class RemoteRepository:
         self._listing = self._list() if self._folder.can_list else self._read_index()
         return sorted(self._listing.manifests)
 
-    def routes(self) -> dict[str, Route]:
-        """The routes of the models that have one, as of the last look at the bundles."""
-        listing = self._look()
-        found = {}
-        for model in sorted({key.model for key in listing.manifests} & listing.routes.keys()):
-            try:
-                found[model] = routes.decode(self._read_small(ROUTE_FILE, listing.routes[model]))
-            except BundleError as error:
-                raise type(error)(f"{model}: {error}") from error
-        return found
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one, as of the last look at the bundles."""
+        listed = self._look().routes.get(model)
+        try:
+            return None if listed is None else routes.decode(self._read_small(ROUTE_FILE, listed))
+        except BundleError as error:
+            raise type(error)(f"{model}: {error}") from error
 
     def open(self, key: BundleKey) -> Bundle:
         """A bundle, its manifest read. `Bundle.fetch` gets its files."""
@@ -88,6 +86,10 @@ class RemoteRepository:
         place = self._cache.place(f"{folder}/{MANIFEST_FILE}", data).parent
         return _RemoteBundle(key, place, manifest, hashlib.sha256(data).hexdigest(), self._fetch, self._read)
 
+    def stamp(self, key: BundleKey) -> str:
+        """What the last look says of its files: a bucket knows when each has changed, an index only of manifest and signature."""
+        return "\n".join(sorted(self._look().stamps.get(key, ())))
+
     def close(self) -> None:
         """End what is being fetched."""
         self._folder.close()
@@ -101,12 +103,14 @@ class RemoteRepository:
 
     def _list(self) -> _Listing:
         """What a bucket's listing says."""
-        listing = _Listing({}, {}, {})
+        listing = _Listing({}, {}, {}, {})
         for path, validator in self._folder.list().items():
             parent, _, name = path.rpartition("/")
             key = parse_key(parent)
             if not self._serves(parent.partition("/")[0]):
                 continue
+            if key:
+                listing.stamps.setdefault(key, []).append(f"{name} {validator}")
             if name == ROUTE_FILE and "/" not in parent:
                 listing.routes[parent] = _Small(path, validator)
             elif name == MANIFEST_FILE and key:
@@ -137,6 +141,10 @@ class RemoteRepository:
                 key: _Small(f"{key}/{SIGNATURE_FILE}", digest=found.signatures[str(key)])
                 for key in served
                 if str(key) in found.signatures
+            },
+            {
+                key: [digest.sha256, found.signatures[str(key)].sha256 if str(key) in found.signatures else ""]
+                for key, digest in served.items()
             },
         )
 

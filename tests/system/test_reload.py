@@ -11,12 +11,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
+from splitserve.oip_grpc import SERVICE
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
@@ -152,14 +155,64 @@ def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> Non
         assert "m/predict/2: model.onnx has sha256" in states["m 1.2"][1]
 
 
+def test_a_bundle_that_is_copied_into_place_file_by_file_is_served_once_it_is_whole(tmp_path: Path) -> None:
+    """As cp and rsync do it: half of a file, a file under another name, the manifest before the rest."""
+    publish(tmp_path / "models", 1)
+    publish(tmp_path / "elsewhere", 2)
+    with serving(tmp_path / "models", is_fused=True) as system:
+        for half in ("preprocess", "predict"):
+            source, target = (tmp_path / root / "m" / half / "2" for root in ("elsewhere", "models"))
+            target.mkdir()
+            wait_until(lambda: "manifest.json can not be read" in str(index(system)), "the empty folder seen")
+            for file in sorted(source.iterdir(), reverse=True):
+                data = file.read_bytes()
+                (target / f".{file.name}.part").write_bytes(data[: len(data) // 2])
+                (target / f".{file.name}.part").rename(target / file.name)
+                with (target / file.name).open("ab") as rest:
+                    rest.write(data[len(data) // 2 :])
+        wait_until(lambda: versions(system) == ["2.2"], "the copied version alone")
+
+        assert index(system)["m 2.2"] == ("READY", "")
+
+
+def test_a_broken_route_keeps_no_model_from_its_new_versions(tmp_path: Path) -> None:
+    """The route before it counts; what is wrong is told, and what a route names and is not there."""
+    publish(tmp_path, 1)
+    route = tmp_path / "m" / "route.json"
+    with serving(tmp_path, MODEL_VERSIONS="latest:1") as system:
+        route.write_text('{"pairs": [{"pair": "1.1"}')
+        broken = wait_until(lambda: index(system).get("m "), "the report")
+        publish(tmp_path, 2)
+        wait_until(lambda: "2.2" in versions(system), "the new version")
+        route.write_text('{"pairs": [{"pair": "1.1"}, {"pair": "7.1"}]}')
+        missing = wait_until(lambda: index(system).get("m 7.1"), "the other report")
+        status, answer = system.rest("/v2/models/m/versions/7.1/ready")
+        still = index(system).get("m ")
+
+    assert broken == ("UNAVAILABLE", "m: route.json: Input data was truncated")
+    assert missing == ("UNAVAILABLE", "m/preprocess/7: not published")
+    assert (status, answer["error"]) == (503, 'model "m" version 7.1 is not ready: m/preprocess/7: not published')
+    assert still is None
+
+
 def index(system: System) -> dict[str, tuple[str, str]]:
     """State and reason by model and version, as REST tells them."""
     _, entries = system.rest("/v2/repository/index", {})
     return {f"{entry['name']} {entry['version']}": (entry["state"], entry.get("reason", "")) for entry in entries}
 
 
+def call(system: System, method: str, request: Any) -> bytes:
+    with grpc.insecure_channel(system.grpc) as channel:
+        answer: bytes = channel.unary_unary(f"/{SERVICE}/{method}")(request.SerializeToString())
+        return answer
+
+
+def index_over_grpc(system: System) -> Any:
+    return pb.RepositoryIndexResponse.FromString(call(system, "RepositoryIndex", pb.RepositoryIndexRequest())).models
+
+
 def test_reload_and_the_protocols_calls_act_at_once(tmp_path: Path) -> None:
-    """With polling as good as off: the command, and load and unload for operators."""
+    """With polling as good as off: the command, and load and unload for operators, over REST and gRPC."""
     command = Path(sys.executable).with_name("splitserve")
     publish(tmp_path, 1)
     slow = {"PREDICT_REFRESH_INTERVAL_S": "3600"}
@@ -171,9 +224,17 @@ def test_reload_and_the_protocols_calls_act_at_once(tmp_path: Path) -> None:
         unloaded, _ = system.rest("/v2/repository/models/m/unload", {})
         status, answer = system.rest("/v2/models/m/ready")
         loaded, _ = system.rest("/v2/repository/models/m/load", {})
+        ready_again, _ = system.rest("/v2/models/m/ready")
+
+        call(system, "RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name="m"))
+        states_unloaded = {state.state for state in index_over_grpc(system)}
+        call(system, "RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="m"))
+        states_loaded = {state.version: state.state for state in index_over_grpc(system)}
 
         assert reloaded.stdout == "looked at the repository for m\n"
         assert "2.2" in after_reload
         assert (unloaded, status, loaded) == (200, 503, 200)
         assert "it was unloaded" in answer["error"] or "no preprocessor" in answer["error"]
-        assert system.rest("/v2/models/m/ready")[0] == 200
+        assert ready_again == 200
+        assert states_unloaded == {"UNAVAILABLE"}
+        assert states_loaded["2.2"] == "READY"

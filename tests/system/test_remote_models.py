@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from tests.system.processes import Process, System, wait_until
 
 pytestmark = pytest.mark.xdist_group("system")
 
+COMMAND = Path(sys.executable).with_name("splitserve")
 N_FEATURES = 3
 QUICK = {
     "MODEL_POLL_INTERVAL_S": "0.1",
@@ -71,8 +74,8 @@ def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path
     with serving("s3://models/prod", tmp_path / "cache", is_fused=is_fused, **store.environment) as system:
         readers = [process for name, process in system.processes.items() if name != "proxy"]
         logged = [process.wait_for("model repository can not be read")["reason"] for process in readers]
-        if is_fused:  # a stage that has looked at nothing yet takes no calls, so the one before it can not tell more
-            wait_until(lambda: f"waiting for the model repository: {NO_BUCKET}" in str(system.rest("/v2/health/ready")), "why")
+        wait_until(lambda: f"waiting for the model repository: {NO_BUCKET}" in str(system.rest("/v2/health/ready")), "why")
+        told = subprocess.run([COMMAND, "health", "--url", system.grpc], capture_output=True, text=True).stderr
         health = system.rest("/v2/health/live")[0], system.rest("/v2/health/ready")[0]
 
         store.client.create_bucket(Bucket="models")
@@ -88,6 +91,7 @@ def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path
 
     assert logged == [NO_BUCKET] * len(readers)
     assert health == (200, 503)
+    assert f"waiting for the model repository: {NO_BUCKET}" in told
     assert (status_code, again[0]) == (200, 200)
     assert answered == again[1]
     assert "/models/prod/m/predict/1/model.onnx" in fetched

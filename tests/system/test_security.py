@@ -89,8 +89,13 @@ def test_a_call_crosses_all_hops_over_mutual_tls(system: System, files: dict[str
 
     health = command(str(COMMAND), "health", "--url", system.grpc)
     probe = command(sys.executable, "-m", "splitserve.server.probe", system.grpc, "--ready")
+    repository = str(Path(ca).parents[1] / "models")
+    verified = [
+        command(str(COMMAND), "verify", url, "m", "--repository", repository) for url in (f"https://{system.http}", system.grpc)
+    ]
 
     assert "READY" in health.stdout, health.stderr
+    assert [(each.returncode, each.stderr) for each in verified] == [(0, ""), (0, "")]
     assert probe.returncode == 0, probe.stderr
     assert infer(system, files["client"]).tolist() == [[31338.0] * 3]
     with pytest.raises(Unauthenticated):

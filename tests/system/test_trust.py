@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import joblib
 import numpy as np
 import onnx
@@ -18,7 +19,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
-from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve import oip_grpc, publish, publish_predictor, publish_preprocessor
+from splitserve.api.inference import inference_pb2 as pb
 from tests.signing_keys import make_keys
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
@@ -150,7 +152,7 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
         _, unsuspicious = system.rest("/v2/models/m/versions/1.1")
 
     assert before == admitted == known == ""
-    assert "the halves do not fit: the features mean something else than those that the predictor was trained on" in reason
+    assert reason.endswith('the halves do not fit: feature 0 is "colour_blue" where the predictor was trained on "colour_red"')
     assert answer["predictions"] == still["predictions"]
     assert metadata["versions"] == ["1.1"]
     assert "trained on" in allowed["properties"]["warnings"]
@@ -173,18 +175,32 @@ def other_numbers(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_version_whose_numbers_differ_shows_the_worst_difference_everywhere(tmp_path: Path) -> None:
-    """The log, the ready answer, the index and the command: sample, tensor, index, expected, got."""
+def why_not_ready_over_grpc(system: System, model: str, pair: str) -> str:
+    """What the trailing metadata of ModelReady says."""
+    with grpc.insecure_channel(system.grpc) as channel:
+        request = pb.ModelReadyRequest(name=model, version=pair).SerializeToString()
+        answer, call = channel.unary_unary(f"/{oip_grpc.SERVICE}/ModelReady").with_call(request)
+    assert not pb.ModelReadyResponse.FromString(answer).ready
+    return dict(call.trailing_metadata())[oip_grpc.REASON_KEY].decode()
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+def test_a_version_whose_numbers_differ_shows_the_worst_difference_everywhere(tmp_path: Path, is_fused: bool) -> None:
+    """The log, the ready answers, the index and the commands: sample, tensor, index, expected, got."""
     publish_halves(tmp_path, "m")
     other_numbers(tmp_path / "m" / "predict" / "1")
     worst = 'output "scores" of golden sample 2 at [2, 1]: expected 13.0, got 16.0'
 
-    with serving(tmp_path, is_fused=False) as system:
+    with serving(tmp_path, is_fused=is_fused) as system:
         ready = why_not_ready(system, "m")
+        ready_over_grpc = why_not_ready_over_grpc(system, "m", "1.1")
         _, index = system.rest("/v2/repository/index", {})
         health = command("health", "--url", system.grpc)
-        logged = system.processes["predict"].wait_for("bundle refused")
+        logged = system.processes["fused" if is_fused else "predict"].wait_for("bundle refused")
+    matrix = command("matrix", "--repository", tmp_path)
 
+    assert ready_over_grpc == f"m 1.1: m/predict/1: {worst}"
+    assert f"(1) m/predict/1: {worst}" in matrix.stdout.splitlines()
     assert ready.endswith(f"m/predict/1: {worst}")
     assert logged == {**logged, "bundle": "m/predict/1", "reason": f"m/predict/1: {worst}"}
     assert [entry["reason"] for entry in index] == [f"m/predict/1: {worst}"]

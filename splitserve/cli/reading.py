@@ -1,0 +1,27 @@
+"""The model repository that a command is told to read: a folder or a URL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from splitserve.repository import BundleSource
+from splitserve.sources import is_url, source_of
+
+
+class NoRepository(Exception):
+    """There is none where one was said to be, or it can not be read so; the message says why."""
+
+
+def repository_at(where: str) -> BundleSource:
+    """What reads it; files from a URL are kept where services keep them.
+
+    Raises:
+        NoRepository: no such folder, or a URL that this installation can not read.
+    """
+    if not is_url(where) and not Path(where.removeprefix("file://")).is_dir():
+        raise NoRepository(f"{where}: no such folder")
+    try:
+        return source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
+    except ValueError as error:
+        raise NoRepository(str(error)) from error
