@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import settings
 
 from tests.demo_models import Demos, publish_demos
+
+settings.register_profile("splitserve", deadline=None)  # a busy machine is no bug
+settings.load_profile("splitserve")
 
 
 @pytest.fixture(scope="session")

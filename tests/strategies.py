@@ -6,13 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from splitserve.tensors import DATATYPES, Tensor, encode_bytes
-
-settings.register_profile("splitserve", deadline=None)  # a busy machine is no bug
-settings.load_profile("splitserve")
 
 INTEGERS = ("INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 FLOATS = ("FP16", "BF16", "FP32", "FP64")

@@ -23,6 +23,7 @@ from splitserve.grpc_wire.messages import (
     ACCEPTED,
     CONTENT_TYPE,
     ENCODINGS,
+    PREFIX,
     CallError,
     MessageReader,
     Metadata,
@@ -273,9 +274,11 @@ class Call(Stream):
         self._messages.feed(content)
         self.has_ended = is_end
         if self._method.streaming is None:
+            n_bytes = len(content)
             if self._share is None:
                 self._share = self._connection.new_share()
-            self._share.take(len(content))
+                n_bytes = max(0, n_bytes - PREFIX.size)
+            self._share.take(n_bytes)
             if is_end:
                 message = self._messages.take()
                 if message is None or not self._messages.is_empty:
