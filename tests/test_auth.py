@@ -325,7 +325,7 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
         signed(aud=None),
         signed(iss="https://evil.example"),
         signed(iss=None),
-        signed(nbf=time.time() + 600),
+        signed(nbf=time.time() + 86_400),
         signed(OTHER_KEY),
         signed(key_id="2"),
         signed(algorithm="RS512"),
