@@ -74,7 +74,7 @@ def public_key(key: Any, key_id: str) -> dict[str, Any]:
 
 def signed(key: Any = KEY, key_id: str | None = "1", algorithm: str = "RS256", **claims: Any) -> str:
     """A JWT; claims that are None are left out."""
-    all_claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + 600, "sub": "team-a", **claims}
+    all_claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": time.time() + 172_800, "sub": "team-a", **claims}
     present = {name: value for name, value in all_claims.items() if value is not None}
     return jwt.encode(present, key, algorithm, headers={"kid": key_id} if key_id else None)
 
