@@ -19,9 +19,6 @@ T = TypeVar("T")
 
 Headers = list[tuple[bytes, bytes]]
 
-TABLE_SIZE = 4096
-"""What the far end may use until it knows our settings. Source: RFC 9113, section 6.5.2."""
-
 MAX_REMEMBERED, MAX_REMEMBERED_BYTES = 64, 512
 """Blocks, and fields, that a connection remembers, if they are not longer; when there are more it begins anew."""
 

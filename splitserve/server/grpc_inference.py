@@ -13,7 +13,7 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.batching import Pending, awaited, told
 from splitserve.byte_budget import ByteBudget, Share
 from splitserve.errors import SplitserveError
-from splitserve.grpc_wire.server import Call
+from splitserve.grpc_wire.call import Call
 from splitserve.lanes import OnAnswer
 from splitserve.limits import Limits
 from splitserve.oip import InferenceService, InferRequest, InferResponse

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 
 from splitserve.batching import Pending
+from splitserve.grpc_wire.call import Call
 from splitserve.grpc_wire.messages import CallError
-from splitserve.grpc_wire.server import Call
 from splitserve.server.workers import own_place
 from splitserve.streams import OFFER_KEY, WORKER_KEY
 

@@ -11,8 +11,9 @@ import h2.connection
 import h2.events
 import h2.settings
 
+from splitserve.grpc_wire.call import Call, Method
 from splitserve.grpc_wire.messages import PREFIX, CallError
-from splitserve.grpc_wire.server import Call, Method, ServerConnection, ServerLimits
+from splitserve.grpc_wire.server import ServerConnection, ServerLimits
 from splitserve.http2 import frames
 
 ECHO, STREAM, HOLD, FAIL = "/test.Test/Echo", "/test.Test/Stream", "/test.Test/Hold", "/test.Test/Fail"

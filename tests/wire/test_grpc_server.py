@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.grpc_wire import server as server_module
+from splitserve.grpc_wire.call import Method
 from splitserve.grpc_wire.messages import decode_text
 from splitserve.grpc_wire.server import ServerLimits
 from splitserve.http2 import connection as connection_module
@@ -213,7 +214,7 @@ async def test_an_answer_that_is_too_large_is_an_error() -> None:
     async def large(data: bytes, call: object) -> bytes:
         return bytes(11)
 
-    client.server.methods[ECHO] = server_module.Method(unary=large)
+    client.server.methods[ECHO] = Method(unary=large)
     stream = client.call(ECHO, framed(b"x"))
     await client.pump()
 
