@@ -314,6 +314,27 @@ async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
                 assert (await remote.infer(request())).outputs == (X,)
 
 
+@over_both
+async def test_connections_that_retire_fail_nobody(over: str) -> None:
+    """Servers end connections for their age: what is under way is answered, and what follows takes new ones."""
+    service = Gated()
+    async with face(service) as server, connected(Name(server), over=over) as remote:
+        before = list(server._server.connections)
+        held = [asyncio.create_task(remote.infer(request())) for _ in range(3)]
+        await until(lambda: len(service.requests) == 3)
+
+        for connection in before:
+            connection.retire()
+        later = [asyncio.create_task(remote.infer(request())) for _ in range(3)]
+        await until(lambda: len(service.requests) == 6)
+        service.gate.set()
+
+        assert len(await asyncio.gather(*held, *later)) == 6
+        await until(lambda: not set(before) & set(server._server.connections))
+        assert (await remote.infer(request())).outputs == (X,)
+        await until(lambda: remote.n_streams == (over == "stream"))
+
+
 async def test_without_any_replica_a_call_waits_a_little_and_fails() -> None:
     """A restart is bridged; an outage is told, without an address."""
     async with face(FakeInference(ECHO)) as server:
