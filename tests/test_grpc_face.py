@@ -262,6 +262,24 @@ async def test_health_tells_ready_from_taking_calls(channel: grpc.aio.Channel, s
     await until_health_is(channel, SERVICE, serving_status)
 
 
+async def test_who_watches_is_told_though_another_has_left(channel: grpc.aio.Channel, service: FakeInference) -> None:
+    """A client that leaves ends its own watch. (grpcio's own servicer then told the others no more.)"""
+    stub = health_pb2_grpc.HealthStub(channel)
+    status = health_pb2.HealthCheckResponse
+    async with asyncio.timeout(20):
+        leaving, staying = (stub.Watch(health_pb2.HealthCheckRequest(service="")) for _ in range(2))
+        while (await leaving.read()).status != status.SERVING:
+            pass
+        while (await staying.read()).status != status.SERVING:
+            pass
+
+        leaving.cancel()
+        service.not_ready = "away"
+
+        assert (await staying.read()).status == status.NOT_SERVING
+        staying.cancel()
+
+
 async def test_reflection_shows_our_messages_beside_health(channel: grpc.aio.Channel) -> None:
     """Tools without .proto files find the service and its messages."""
     requests = [

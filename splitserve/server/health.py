@@ -31,7 +31,6 @@ class Health:
         """Those of the protocol, by their paths."""
         return {
             f"/{SERVICE}/Check": Method(unary=self._check),
-            f"/{SERVICE}/List": Method(unary=self._list),
             f"/{SERVICE}/Watch": Method(streaming=self._watch),
         }
 
@@ -55,11 +54,6 @@ class Health:
         if service not in self._is_serving:
             raise CallError("NOT_FOUND", f'there is no service "{service[:64]}"')
         answer: bytes = self._answer(service).SerializeToString()
-        return answer
-
-    async def _list(self, data: bytes, call: Call) -> bytes:
-        statuses = {service: self._answer(service) for service in self._is_serving}
-        answer: bytes = health_pb2.HealthListResponse(statuses=statuses).SerializeToString()
         return answer
 
     async def _watch(self, call: Call) -> None:
