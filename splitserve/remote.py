@@ -129,7 +129,7 @@ class RemoteInference:
         self._options = channel_options(max_message_bytes)
         self._poll_timeout_s = poll_timeout_s
         self._tls = tls
-        self._files = Watched(tls.files, tls.credentials) if tls else None
+        self._files = Watched(tls.files, lambda: (tls.credentials(), tls.ssl_context())) if tls else None
         self._metadata = bearer(token)
         self._budget = RetryBudget()
         self._hedge_after_s = hedge_after_s
@@ -144,7 +144,7 @@ class RemoteInference:
             authority=authority,
             metadata=self._metadata,
             max_message_bytes=self._max_message_bytes,
-            context=self._tls.ssl_context if self._tls else None,
+            context=self._files.value[1] if self._files else None,
             server_name=self._tls.server_name if self._tls else "",
         )
         return _Replica(target, channel, route, on_change, self._metadata)
@@ -154,7 +154,7 @@ class RemoteInference:
         options = options + ([("grpc.default_authority", authority)] if authority else [])
         if self._files is None or self._tls is None:
             return grpc.aio.insecure_channel(target, options)
-        return grpc.aio.secure_channel(target, self._files.value, [*options, *self._tls.options()])
+        return grpc.aio.secure_channel(target, self._files.value[0], [*options, *self._tls.options()])
 
     def _has_new_files(self) -> bool:
         """Whether the credentials of open channels are old: they are fixed for a channel's life."""

@@ -50,7 +50,7 @@ class Route:
         authority: the name that it is called by; "" for its address.
         metadata: sent as a stream is opened.
         max_message_bytes: the largest message sent or taken.
-        context: makes the TLS of a connection; None: plain text.
+        context: of TLS; None: plain text.
         server_name: that the certificate must have; "" for the authority's.
     """
 
@@ -62,7 +62,7 @@ class Route:
         authority: str = "",
         metadata: Metadata = (),
         max_message_bytes: int,
-        context: Callable[[], ssl.SSLContext] | None = None,
+        context: ssl.SSLContext | None = None,
         server_name: str = "",
     ) -> None:
         self.stage = stage
@@ -92,7 +92,7 @@ class Route:
             authority=self._authority,
             max_message_bytes=self._max_message_bytes,
             metadata=self._metadata,
-            context=self._context() if self._context else None,
+            context=self._context,
             server_name=self._server_name,
         )
 

@@ -25,6 +25,7 @@ from splitserve.errors import Unavailable
 from splitserve.oip import InferRequest, InferResponse, ServerMetadata, deadline_after
 from splitserve.remote import RemoteInference
 from splitserve.server import probe, settings
+from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.tls import ServerTls
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -218,6 +219,26 @@ async def test_a_channel_shows_its_new_certificate(tmp_path: Path, files: Files,
         write(tmp_path / "caller", stranger)
 
         assert (await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))).outputs == (X,)
+
+
+async def test_a_stream_is_opened_again_while_the_files_can_not_be_used(files: Files) -> None:
+    """What they said before holds until they say something new, for a stream as for a channel."""
+    metadata = ServerMetadata("test", "0")
+    face = GrpcFace(
+        FakeInference(ECHO), stage="predict", address="127.0.0.1:0", metadata=metadata, max_message_bytes=10_000, tls=files.mutual
+    )
+    async with face, RemoteInference(f"127.0.0.1:{face.port}", stage="predict", tls=files.client) as remote, asyncio.timeout(30):
+        while remote.n_streams != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        before = set(face._server.connections)
+        replace(files.client.ca_file, b"no certificate")
+
+        for connection in before:
+            connection.retire()
+        while before & set(face._server.connections) or remote.n_streams != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+        assert (await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(20)))).outputs == (X,)
 
 
 async def test_a_name_other_than_the_address_is_asked_for(tmp_path: Path, authority: trustme.CA) -> None:
