@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-import struct
 import sys
 import time
 from typing import Any
@@ -22,29 +21,17 @@ from benchmarks.latencies import Load, of_latencies
 from benchmarks.loads import STREAM_PATH
 from benchmarks.workloads import Workload, grpc_frame
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.http2 import frames
+from splitserve.http2.headers import encode
 
 TIMEOUT_S = 15.0
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
-_INITIAL_WINDOW_SIZE, _MAX_FRAME_SIZE = 4, 5
 _WINDOW = 2**30
 _STREAM = 1
 
 
 class StreamError(Exception):
     """The stream has ended or carries an error."""
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """Source: RFC 9113, 4.1."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def header_block(headers: list[tuple[str, str]]) -> bytes:
-    """Literals without indexing, no Huffman code; each shorter than 127 bytes. Source: RFC 7541, 6.2.2."""
-    return b"".join(b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in headers)
 
 
 class StreamClient(asyncio.Protocol):
@@ -76,18 +63,18 @@ class StreamClient(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:  # uvloop's are no asyncio.Transport
         self._transport = transport
-        block = header_block(
+        block = encode(
             [
-                (":method", "POST"), (":scheme", "http"), (":path", STREAM_PATH), (":authority", self._authority),
-                ("content-type", "application/grpc"), ("te", "trailers"),
+                (b":method", b"POST"), (b":scheme", b"http"), (b":path", STREAM_PATH.encode()),
+                (b":authority", self._authority.encode()), (b"content-type", b"application/grpc"), (b"te", b"trailers"),
             ]
         )  # fmt: skip
-        settings = struct.pack(">HIHI", _INITIAL_WINDOW_SIZE, _WINDOW, 1, 0)  # and no header table: blocks need no state
+        settings = {frames.INITIAL_WINDOW_SIZE: _WINDOW, frames.HEADER_TABLE_SIZE: 0}  # no header table: blocks need no state
         transport.write(
-            _PREFACE
-            + frame(_SETTINGS, 0, 0, settings)
-            + frame(_WINDOW_UPDATE, 0, 0, struct.pack(">I", _WINDOW))
-            + frame(_HEADERS, _END_HEADERS, _STREAM, block)
+            frames.PREFACE
+            + frames.settings(settings)
+            + frames.window_update(0, _WINDOW)
+            + frames.frame(frames.HEADERS, frames.END_HEADERS, _STREAM, block)
         )
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -109,14 +96,14 @@ class StreamClient(asyncio.Protocol):
         """Write what the windows and the frame size allow."""
         self._waiting += b"".join(self._outgoing)
         self._outgoing.clear()
-        frames = []
+        pieces = []
         while size := min(len(self._waiting), self._frame_size, self._stream_window, self._connection_window):
-            frames.append(frame(_DATA, 0, _STREAM, self._waiting[:size]))
+            pieces.append(frames.frame(frames.DATA, 0, _STREAM, self._waiting[:size]))
             self._waiting = self._waiting[size:]
             self._stream_window -= size
             self._connection_window -= size
-        if frames:
-            self._transport.write(b"".join(frames))
+        if pieces:
+            self._transport.write(b"".join(pieces))
 
     def data_received(self, data: bytes) -> None:
         self._input += data
@@ -136,38 +123,40 @@ class StreamClient(asyncio.Protocol):
             self._fail(str(error))
 
     def _on_frame(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == _DATA:
+        if kind == frames.DATA:
             self._on_data(payload)
-        elif kind == _SETTINGS and not flags & _ACK:
+        elif kind == frames.SETTINGS and not flags & frames.ACK:
             self._on_settings(payload)
-        elif kind == _WINDOW_UPDATE:
+        elif kind == frames.WINDOW_UPDATE:
             increment = int.from_bytes(payload, "big")
             if stream:
                 self._stream_window += increment
             else:
                 self._connection_window += increment
-        elif kind == _PING and not flags & _ACK:
-            self._transport.write(frame(_PING, _ACK, 0, payload))
-        elif kind in (_RST_STREAM, _GOAWAY) and (kind == _RST_STREAM or int.from_bytes(payload[:4], "big") < _STREAM):
+        elif kind == frames.PING and not flags & frames.ACK:
+            self._transport.write(frames.frame(frames.PING, frames.ACK, 0, payload))
+        elif kind in (frames.RST_STREAM, frames.GOAWAY) and (
+            kind == frames.RST_STREAM or int.from_bytes(payload[:4], "big") < _STREAM
+        ):
             raise StreamError(f"the server ended the stream: frame {kind}, {payload!r}")
-        if kind in (_DATA, _HEADERS) and flags & _END_STREAM:
+        if kind in (frames.DATA, frames.HEADERS) and flags & frames.END_STREAM:
             raise StreamError(f"the server ended the stream: {payload!r}")
 
     def _on_settings(self, payload: bytes) -> None:
-        for identifier, value in struct.iter_unpack(">HI", payload):
-            if identifier == _INITIAL_WINDOW_SIZE:
+        for identifier, value in frames.SETTING.iter_unpack(payload):
+            if identifier == frames.INITIAL_WINDOW_SIZE:
                 self._stream_window += value - self._initial_window
                 self._initial_window = value
-            elif identifier == _MAX_FRAME_SIZE:
+            elif identifier == frames.MAX_FRAME_SIZE:
                 self._frame_size = value
-        self._transport.write(frame(_SETTINGS, _ACK, 0, b""))
+        self._transport.write(frames.frame(frames.SETTINGS, frames.ACK, 0, b""))
 
     def _on_data(self, payload: bytes) -> None:
         self._stream_input += payload
         self._unacknowledged += len(payload)
         if self._unacknowledged > _WINDOW // 4:
-            update = struct.pack(">I", self._unacknowledged)
-            self._transport.write(frame(_WINDOW_UPDATE, 0, 0, update) + frame(_WINDOW_UPDATE, 0, _STREAM, update))
+            more = self._unacknowledged
+            self._transport.write(frames.window_update(0, more) + frames.window_update(_STREAM, more))
             self._unacknowledged = 0
         at = 0
         while len(self._stream_input) - at >= 5:

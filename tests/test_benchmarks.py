@@ -21,12 +21,13 @@ from benchmarks.measuring import Case, Measurement
 from benchmarks.open_loop import poisson, request_bytes
 from benchmarks.peer_systems import KSERVE
 from benchmarks.processes import BenchmarkError
-from benchmarks.stream_client import frame, header_block
 from benchmarks.systems import parse_settings
 from benchmarks.workloads import Workload, grpc_frame
 from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array, to_array
+from splitserve.http2.frames import frame
+from splitserve.http2.headers import encode
 from splitserve.oip import InferResponse
 
 WRK = """Running 2s test @ http://127.0.0.1:8000/v2/models/m/infer
@@ -117,7 +118,7 @@ def test_frames_are_those_of_http2():
     """Length in three bytes, type, flags, stream; a literal header without indexing; gRPC's five bytes before a message."""
     assert frame(4, 1, 0, b"") == bytes([0, 0, 0, 4, 1, 0, 0, 0, 0])
     assert frame(0, 0, 1, b"abc")[:9] == bytes([0, 0, 3, 0, 0, 0, 0, 0, 1])
-    assert header_block([("te", "trailers")]) == b"\0\x02te\x08trailers"
+    assert encode([(b"te", b"trailers")]) == b"\0\x02te\x08trailers"
     assert grpc_frame(b"abc") == b"\0\0\0\0\x03abc"
 
 

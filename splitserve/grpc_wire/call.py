@@ -24,7 +24,6 @@ from splitserve.grpc_wire.messages import (
 from splitserve.grpc_wire.request import Request
 from splitserve.http2 import frames
 from splitserve.http2.connection import Stream
-from splitserve.http2.frames import HEAD
 from splitserve.http2.headers import NO_TABLE, encode
 
 if TYPE_CHECKING:
@@ -269,11 +268,9 @@ class Call(Stream):
         if not self._connection.has(self):
             return
         self._is_answered = True
-        number = self.number
-        before = HEAD.pack(0, len(_BEGIN), frames.HEADERS, frames.END_HEADERS, number) + _BEGIN
+        before = frames.frame(frames.HEADERS, frames.END_HEADERS, self.number, _BEGIN)
         trailers = _OK if not self.trailing else _OK + encode(encode_metadata(self.trailing))
-        tail = HEAD.pack(len(trailers) >> 8, len(trailers) & 0xFF, frames.HEADERS, END_ALL, number) + trailers
-        self._connection.send(self, before, prefix, outcome, tail)
+        self._connection.send(self, before, prefix, outcome, frames.frame(frames.HEADERS, END_ALL, self.number, trailers))
 
     async def _stream(self, handler: Streaming) -> None:
         try:

@@ -50,7 +50,7 @@ _KEEPALIVE, _LAST_CALL = b"alive?\0\0", b"lastcall"
 class Stream:
     """One stream: how much may still be sent and received on it, and what waits to be sent."""
 
-    __slots__ = ("backlog", "number", "received", "room", "send_window", "sending", "tail", "unreturned")
+    __slots__ = ("backlog", "number", "room", "send_window", "sending", "tail", "unreturned")
 
     def __init__(self, number: int, send_window: int) -> None:
         self.number = number
@@ -419,7 +419,7 @@ class Connection(asyncio.Protocol):
         ):
             stream.send_window = window - size
             self._send_window -= size
-            head = HEAD.pack(size >> 8, size & 0xFF, frames.DATA, 0, stream.number)
+            head = frames.head(size, frames.DATA, 0, stream.number)
             if size > _LONG_BYTES:
                 self._put(before + head + prefix, content, tail)
             else:

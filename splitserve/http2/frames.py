@@ -38,7 +38,7 @@ def head(length: int, kind: int, flags: int, stream: int) -> bytes:
 
 def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
     """A whole frame."""
-    return HEAD.pack(len(content) >> 8, len(content) & 0xFF, kind, flags, stream) + content
+    return head(len(content), kind, flags, stream) + content
 
 
 def settings(values: dict[int, int]) -> bytes:

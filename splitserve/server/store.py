@@ -175,7 +175,7 @@ class VersionStore(Generic[T]):
         self.is_loaded = True
 
     def _look(self) -> _Found:
-        found = _Found({}, {}, {})
+        found = _Found()
         for key in self._source.bundles():
             if key.kind == self._kind and self._selection.serves(key.model):
                 found.published.setdefault(key.model, set()).add(key.version)
