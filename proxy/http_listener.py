@@ -13,6 +13,7 @@ import msgspec
 
 from proxy.http_messages import Answer, Incoming, Reply
 from splitserve.byte_budget import ByteBudget
+from splitserve.listening import Connections
 
 if TYPE_CHECKING:
     from proxy.http_protocol import HttpConnection
@@ -66,10 +67,9 @@ class Listener:
         self.limits = limits
         self.max_body_bytes = max_body_bytes
         self.budget = budget or ByteBudget(sys.maxsize)
-        self.connections: set[HttpConnection] = set()
+        self.connections: Connections[HttpConnection] = Connections()
         self.is_closing = False
         self._heads: dict[tuple[int, str], bytes] = {}
-        self._is_empty = asyncio.Event()
 
     def head(self, status: int, content_type: str) -> bytes:
         """The first lines of an answer, up to the length of its body."""
@@ -82,32 +82,13 @@ class Listener:
 
     async def keep_looking(self) -> None:
         """Close what takes too long, and tell the time, until cancelled."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.limits.look_interval_s)
             self._heads.clear()
-            for connection in tuple(self.connections):
-                connection.look(loop.time())
+            self.connections.look()
 
     def close(self) -> None:
         """Answer what is under way, then close each connection."""
         self.is_closing = True
-        for connection in tuple(self.connections):
+        for connection in self.connections:
             connection.finish()
-
-    async def closed(self) -> None:
-        """Wait until no connection is left, after `close`."""
-        while self.connections:
-            self._is_empty.clear()
-            await self._is_empty.wait()
-
-    def leave(self, connection: HttpConnection) -> None:
-        """It is closed."""
-        self.connections.discard(connection)
-        if not self.connections:
-            self._is_empty.set()
-
-    def abandon(self) -> None:
-        """Close what is left at once."""
-        for connection in tuple(self.connections):
-            connection.abandon()

@@ -99,7 +99,7 @@ class HttpConnection(asyncio.Protocol):
             self._refuse(503, f"more than {self._limits.max_connections} connections are open")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._listener.leave(self)
+        self._listener.connections.leave(self)
         self._phase, self._is_deaf = _CLOSING, True
         self._forget_exchanges()
         self._give_up()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from types import TracebackType
 
 from proxy.http_app import HttpApp
 from proxy.http_listener import HttpLimits, Listener
 from proxy.http_protocol import HttpConnection
 from splitserve.byte_budget import ByteBudget
-from splitserve.grpc_wire.listening import BACKLOG, listen
+from splitserve.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, listen
 from splitserve.server.lifecycle import background
-from splitserve.server.tls import HANDSHAKE_TIMEOUT_S, ServerTls, following_ssl_context
+from splitserve.server.tls import ServerTls, following_ssl_context
 
 
 class HttpFace:
@@ -77,8 +77,6 @@ class HttpFace:
     async def _stop(self) -> None:
         self._server.close()
         self._listener.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._grace_s):
-                await self._listener.closed()
-        self._listener.abandon()
+        await self._listener.connections.until_none(self._grace_s)
+        self._listener.connections.abandon()
         await self._stack.aclose()

@@ -6,7 +6,6 @@ See docs/decisions/0017.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import random
 import socket
@@ -17,18 +16,13 @@ from typing import Any
 import msgspec
 
 from splitserve.grpc_wire.call import END_ALL, Call, Method, Share
-from splitserve.grpc_wire.listening import BACKLOG
-from splitserve.grpc_wire.messages import (
-    CallError,
-)
+from splitserve.grpc_wire.messages import CallError
 from splitserve.grpc_wire.request import Request, understand
 from splitserve.http2 import frames
 from splitserve.http2.connection import LOOK_INTERVAL_S, Connection
 from splitserve.http2.frames import PREFACE
 from splitserve.http2.headers import NO_TABLE, ConnectionFault, HeaderDecoder, TooManyHeaders, encode
-
-HANDSHAKE_TIMEOUT_S = 10.0
-"""Within which a connection must say that it is HTTP/2."""
+from splitserve.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, Connections
 
 MAX_AGE_S, AGE_GRACE_S = 60.0, 120.0
 """A client that keeps its connections never learns of new replicas: each is ended at about this age, calls on it first."""
@@ -198,7 +192,7 @@ class ServerConnection(Connection):
         self._close_if_done()
 
     def _end(self) -> None:
-        self._server.leave(self)
+        self._server.connections.leave(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         calls = tuple(self._streams.values())
@@ -269,12 +263,11 @@ class GrpcServer:
         self.explain = explain
         self.new_share = new_share
         self.limits = limits
-        self.connections: set[ServerConnection] = set()
+        self.connections: Connections[ServerConnection] = Connections()
         self._socket = socket
         self._context = context
         self._server: asyncio.Server | None = None
         self._looking: asyncio.Task[None] | None = None
-        self._is_empty = asyncio.Event()
 
     async def start(self) -> None:
         """Take connections."""
@@ -293,33 +286,17 @@ class GrpcServer:
             self._socket.close()
             return
         self._server.close()
-        for connection in tuple(self.connections):
+        for connection in self.connections:
             connection.retire()
-        await self._until_empty(grace_s)
-        for connection in tuple(self.connections):
+        await self.connections.until_none(grace_s)
+        for connection in self.connections:
             connection.close()
-        await self._until_empty(CLOSE_GRACE_S)
-        for connection in tuple(self.connections):
-            connection.abandon()
+        await self.connections.until_none(CLOSE_GRACE_S)
+        self.connections.abandon()
         self._looking.cancel()
         await asyncio.gather(self._looking, return_exceptions=True)
 
-    async def _until_empty(self, timeout_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self.connections:
-                    self._is_empty.clear()
-                    await self._is_empty.wait()
-
-    def leave(self, connection: ServerConnection) -> None:
-        """It is closed."""
-        self.connections.discard(connection)
-        if not self.connections:
-            self._is_empty.set()
-
     async def _keep_looking(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(min(LOOK_INTERVAL_S, self.limits.silent_s / 2))
-            for connection in tuple(self.connections):
-                connection.look(loop.time())
+            self.connections.look()

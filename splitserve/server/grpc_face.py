@@ -23,10 +23,10 @@ from splitserve.byte_budget import ByteBudget
 from splitserve.catalogue import why_model_not_ready
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.grpc_wire.call import Call, Method
-from splitserve.grpc_wire.listening import listen
 from splitserve.grpc_wire.messages import CallError, status_code
 from splitserve.grpc_wire.server import GrpcServer, ServerLimits
 from splitserve.limits import Limits, check_model_name
+from splitserve.listening import listen
 from splitserve.model_config import config_of
 from splitserve.oip import (
     CONTROL_PARAMETERS,

@@ -12,8 +12,6 @@ import msgspec
 from splitserve.tls import check_certificates, check_key
 from splitserve.watched import Watched
 
-HANDSHAKE_TIMEOUT_S = 10.0
-
 
 class ServerTls(msgspec.Struct, frozen=True):
     """Files of a server, all PEM. With ``client_ca_file``, callers must show a certificate that one of its authorities signed."""

@@ -11,10 +11,12 @@ import h2.connection
 import h2.events
 import h2.settings
 
+from splitserve.byte_budget import ByteBudget
 from splitserve.grpc_wire.call import Call, Method
 from splitserve.grpc_wire.messages import PREFIX, CallError
 from splitserve.grpc_wire.server import ServerConnection, ServerLimits
 from splitserve.http2 import frames
+from splitserve.listening import Connections
 
 ECHO, STREAM, HOLD, FAIL = "/test.Test/Echo", "/test.Test/Stream", "/test.Test/Hold", "/test.Test/Fail"
 
@@ -47,41 +49,14 @@ class FakeTransport:
         return data
 
 
-class Budget:
-    """Bytes that calls hold."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.held = 0
-
-    def share(self) -> Held:
-        return Held(self)
-
-
-class Held:
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._held = 0
-
-    def take(self, n_bytes: int) -> None:
-        if self._budget.held + n_bytes > self._budget.max_bytes:
-            raise RuntimeError("too many bytes")
-        self._budget.held += n_bytes
-        self._held += n_bytes
-
-    def give_back(self) -> None:
-        self._budget.held -= self._held
-        self._held = 0
-
-
 class FakeServer:
     """What a connection knows of its server: methods that echo, hold and fail."""
 
     def __init__(self, limits: ServerLimits | None = None, max_held_bytes: int = 10**9) -> None:
         self.limits = limits or ServerLimits()
-        self.budget = Budget(max_held_bytes)
+        self.budget = ByteBudget(max_held_bytes)
         self.new_share = self.budget.share
-        self.connections: set[ServerConnection] = set()
+        self.connections: Connections[ServerConnection] = Connections()
         self.calls: list[Call] = []
         self.gate = asyncio.Event()
         self.n_cancelled = 0
@@ -94,9 +69,6 @@ class FakeServer:
 
     def explain(self, error: Exception) -> CallError:
         return CallError("INTERNAL", str(error), (("x-bin", b"\x00\xff"),))
-
-    def leave(self, connection: ServerConnection) -> None:
-        self.connections.discard(connection)
 
     async def _echo(self, data: bytes, call: Call) -> bytes:
         self.calls.append(call)

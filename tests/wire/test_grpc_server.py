@@ -19,6 +19,7 @@ from splitserve.grpc_wire.server import ServerLimits
 from splitserve.http2 import connection as connection_module
 from splitserve.http2 import frames
 from splitserve.http2.headers import NO_TABLE
+from splitserve.listening import HANDSHAKE_TIMEOUT_S
 from tests.wire.far_ends import ECHO, FAIL, HOLD, STREAM, Client, FakeServer, framed, raw_frames, request_headers, until
 
 
@@ -258,12 +259,12 @@ async def test_a_call_that_its_caller_ends_is_cancelled() -> None:
     client = Client(FakeServer())
     stream = client.call(HOLD, framed(bytes(100)))
     await client.pump()
-    assert client.server.budget.held == 100
+    assert client.server.budget.used == 100
 
     client.h2.reset_stream(stream)
     await client.pump()
 
-    assert (client.server.n_cancelled, client.server.budget.held) == (1, 0)
+    assert (client.server.n_cancelled, client.server.budget.used) == (1, 0)
     assert client.status(stream) is None
 
 
@@ -277,7 +278,7 @@ async def test_calls_of_a_connection_that_is_gone_are_cancelled() -> None:
     client.connection.connection_lost(None)
     await until(lambda: client.server.n_cancelled == 2, lambda: asyncio.sleep(0))
 
-    assert client.server.budget.held == 0
+    assert client.server.budget.used == 0
     assert not client.server.connections
 
 
@@ -402,17 +403,17 @@ async def test_bytes_count_from_their_arrival() -> None:
     client = Client(FakeServer(max_held_bytes=10_000))
     first = client.call(ECHO, framed(bytes(9_000))[:8_000], is_end=False)
     await client.pump()
-    assert client.server.budget.held == 7_995
+    assert client.server.budget.used == 7_995
 
     second = client.call(ECHO, framed(bytes(3_000)))
     await client.pump()
     assert client.status(second) == "13"
-    assert client.server.budget.held == 7_995
+    assert client.server.budget.used == 7_995
     client.h2.send_data(first, framed(bytes(9_000))[8_000:], end_stream=True)
     await client.pump()
 
     assert client.status(first) == "0"
-    assert client.server.budget.held == 0
+    assert client.server.budget.used == 0
 
 
 async def test_calls_at_a_time_are_bounded() -> None:
@@ -618,7 +619,7 @@ async def test_a_connection_that_says_nothing_is_left() -> None:
     """Not even that it is HTTP/2."""
     client = Client(FakeServer())
 
-    client.connection.look(client.connection.now() + server_module.HANDSHAKE_TIMEOUT_S + 1)
+    client.connection.look(client.connection.now() + HANDSHAKE_TIMEOUT_S + 1)
 
     assert client.transport.is_aborted
 
