@@ -154,7 +154,7 @@ def main() -> None:
     start = time.perf_counter()
     loop.run(poisson(float(per_s), float(seconds)))
     loop.close()
-    # The time until the last answer: with a server that can not keep up it is longer than was asked for.
+    # The time until the last answer: with a server that cannot keep up it is longer than was asked for.
     load: Load = of_latencies(loop.latencies_ms, seconds=time.perf_counter() - start, n_failed=loop.n_failed)
     print(msgspec.json.encode(load).decode())
 

@@ -24,7 +24,7 @@ _N_LINES_SHOWN = 15
 
 
 class BenchmarkError(Exception):
-    """A run that can not go on: something is missing, does not start, or answers wrongly."""
+    """A run that cannot go on: something is missing, does not start, or answers wrongly."""
 
 
 class Stage(NamedTuple):

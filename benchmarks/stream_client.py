@@ -21,8 +21,8 @@ from benchmarks.latencies import Load, of_latencies
 from benchmarks.loads import STREAM_PATH
 from benchmarks.workloads import Workload, grpc_frame
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.http2 import frames
-from splitserve.http2.headers import encode
+from splitserve.wire.http2 import frames
+from splitserve.wire.http2.headers import encode
 
 TIMEOUT_S = 15.0
 

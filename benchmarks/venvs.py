@@ -39,7 +39,7 @@ def python_of(name: str) -> str:
     """The interpreter of an environment, which is made if it is not there or not as it should be.
 
     Raises:
-        BenchmarkError: it can not be made.
+        BenchmarkError: it cannot be made.
     """
     environment = ENVIRONMENTS[name]
     if not Path(environment.python).exists():

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import DTYPES, Array, from_array, to_array
-from splitserve.oip import InferRequest
+from splitserve.oip import protobuf
+from splitserve.oip.messages import InferRequest
 from splitserve.tensors import Tensor
 
 N_ROWS = 64
@@ -66,7 +66,7 @@ class Workload(NamedTuple):
     def grpc(self, index: int, request_id: str = "") -> bytes:
         """A ModelInferRequest; raw contents."""
         request = InferRequest(model=self.model, id=request_id, inputs=self.tensors(index))
-        return oip_grpc.encode_request(request).SerializeToString()
+        return protobuf.encode_request(request).SerializeToString()
 
     def is_right(self, index: int, answer: Array | None) -> bool:
         """Whether an answer's `output` is the original's for that row."""
@@ -95,7 +95,7 @@ class Workload(NamedTuple):
 
     def from_grpc(self, message: bytes) -> Array | None:
         """The `output` of a ModelInferResponse, None if it is not there."""
-        outputs = oip_grpc.decode_response(pb.ModelInferResponse.FromString(message)).outputs
+        outputs = protobuf.decode_response(pb.ModelInferResponse.FromString(message)).outputs
         return next((to_array(tensor) for tensor in outputs if tensor.name == self.output), None)
 
 

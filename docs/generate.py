@@ -14,9 +14,9 @@ from pydantic_core import PydanticUndefined
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
-from splitserve.environment import RULES
 from splitserve.errors import TABLE
-from splitserve.manifest import Manifest
+from splitserve.repository.environment import RULES
+from splitserve.repository.manifest import Manifest
 from splitserve.server.settings import ServiceSettings, variable_name
 
 DOCS = Path(__file__).parent
@@ -75,7 +75,7 @@ def manifest_schema() -> str:
 
 
 def versions_page() -> str:
-    """docs/versions.md, with the rules that `splitserve.environment` has put between its marks."""
+    """docs/versions.md, with the rules that `splitserve.repository.environment` has put between its marks."""
     before, rest = (DOCS / "versions.md").read_text().split(RULES_BEGIN)
     rows = ["| bundle | package | the version here must be | otherwise |", "|---|---|---|---|"]
     for kind, rules in RULES.items():

@@ -11,8 +11,9 @@ import structlog
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
-from splitserve import __version__, oip
-from splitserve.oip import ServerMetadata
+from splitserve import __version__
+from splitserve.oip import messages
+from splitserve.oip.messages import ServerMetadata
 from splitserve.server import kserve, lifecycle, logs, settings
 from splitserve.server.grpc_face import GrpcFace
 
@@ -31,7 +32,7 @@ async def serve(config: PredictSettings) -> None:
                 stage="predict",
                 address=f"{config.host}:{config.grpc_port}",
                 metadata=ServerMetadata(
-                    "splitserve-predict", __version__, oip.extensions(allow_control=config.allow_repository_control)
+                    "splitserve-predict", __version__, messages.extensions(allow_control=config.allow_repository_control)
                 ),
                 max_message_bytes=config.max_message_bytes,
                 allow_control=config.allow_repository_control,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from predict_service.settings import PredictSettings
+from splitserve.repository.signing import signed_by
+from splitserve.repository.sources import source_of
 from splitserve.runtimes import predictor
 from splitserve.runtimes.predictor import Predictor
 from splitserve.server.store import VersionStore
-from splitserve.signing import signed_by
-from splitserve.sources import source_of
 
 
 def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:

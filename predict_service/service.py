@@ -10,16 +10,16 @@ from functools import partial
 
 import msgspec
 
-from splitserve.batching import Batcher, Pending, awaited
+from splitserve.batching.batcher import Batcher, Pending, awaited
+from splitserve.batching.queue import Limits, OnAnswer
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
-from splitserve.lanes import Limits, OnAnswer
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
+from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.runtimes.predictor import Predictor, Stop
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import choose_outputs
-from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import parse_version
 
 STAGE = "predict"

@@ -12,9 +12,10 @@ from preprocess_service import settings
 from preprocess_service.any_server import AnyServer
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
-from splitserve import __version__, oip
-from splitserve.oip import ServerMetadata
-from splitserve.remote import RemoteInference
+from splitserve import __version__
+from splitserve.oip import messages
+from splitserve.oip.messages import ServerMetadata
+from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, logs
 from splitserve.server.grpc_face import GrpcFace
 
@@ -43,7 +44,7 @@ async def serve(config: settings.PreprocessSettings) -> None:
                 stage="preprocess",
                 address=f"{config.host}:{config.grpc_port}",
                 metadata=ServerMetadata(
-                    "splitserve-preprocess", __version__, oip.extensions(allow_control=config.allow_repository_control)
+                    "splitserve-preprocess", __version__, messages.extensions(allow_control=config.allow_repository_control)
                 ),
                 max_message_bytes=config.max_message_bytes,
                 default_timeout_s=config.default_timeout_s,

@@ -12,7 +12,16 @@ from typing import Protocol
 import msgspec
 
 from splitserve.errors import NotFound, PermissionDenied, Unsupported
-from splitserve.oip import LOADING, READY, UNAVAILABLE, InferenceService, InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.oip.messages import (
+    LOADING,
+    READY,
+    UNAVAILABLE,
+    InferenceService,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+)
 from splitserve.versions import UNNAMED, is_number
 
 _STATES = (READY, LOADING, UNAVAILABLE)

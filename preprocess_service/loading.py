@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from preprocess_service.settings import PreprocessSettings
+from splitserve.repository.signing import signed_by
+from splitserve.repository.sources import source_of
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.store import VersionStore
-from splitserve.signing import signed_by
-from splitserve.sources import source_of
 
 
 def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:

@@ -9,10 +9,10 @@ from concurrent.futures import Executor
 import msgspec
 import structlog
 
-from splitserve import classification, pairing
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
-from splitserve.oip import (
+from splitserve.oip import classification
+from splitserve.oip.messages import (
     READY,
     UNAVAILABLE,
     InferenceService,
@@ -22,11 +22,12 @@ from splitserve.oip import (
     ModelState,
     check_time_left,
 )
+from splitserve.oip.statistics import Statistics, Stopwatch
+from splitserve.repository import pairing
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
-from splitserve.statistics import Statistics, Stopwatch
 from splitserve.tensors import Tensor
 from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair
 

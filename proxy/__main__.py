@@ -9,7 +9,7 @@ import structlog
 from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve.remote import RemoteInference
+from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, logs, settings
 
 

@@ -80,7 +80,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def read_policy(path: str) -> Policy:
     """Raises:
-    OSError: the file, or the one with the keys, can not be read.
+    OSError: the file, or the one with the keys, cannot be read.
     ValueError: says what is wrong in it, and where.
     """
     try:
@@ -115,7 +115,7 @@ Keys = Mapping[str | None, jwt.PyJWK]
 
 def read_keys(path: str) -> Keys:
     """Raises:
-    OSError: the file can not be read.
+    OSError: the file cannot be read.
     ValueError: it is no JSON Web Key Set.
     """
     return _parse_keys(path, Path(path).read_bytes())
@@ -167,7 +167,7 @@ class BearerAuthenticator:
         path: of the authorization file.
 
     Raises:
-        OSError, ValueError: it can not be used.
+        OSError, ValueError: it cannot be used.
     """
 
     def __init__(self, path: str) -> None:
@@ -262,7 +262,7 @@ class BearerAuthenticator:
             self._remembered.clear()
             keys = self._keys()
         if keys is None:
-            raise Unavailable("the keys that tokens are checked with can not be fetched")
+            raise Unavailable("the keys that tokens are checked with cannot be fetched")
         if key_id is None and len(keys) == 1:
             return next(iter(keys.values()))
         if key_id not in keys:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from proxy.guard import Guard
-from proxy.http_app import RETRY_AFTER_S, HttpApp
-from proxy.http_server import HttpFace
+from proxy.rest.app import RETRY_AFTER_S, HttpApp
+from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve import __version__, oip
-from splitserve.oip import ServerMetadata
+from splitserve import __version__
+from splitserve.oip import messages
+from splitserve.oip.messages import ServerMetadata
 from splitserve.server import lifecycle
 from splitserve.server.grpc_face import GrpcFace
 
@@ -27,7 +28,7 @@ class Faces:
     """Listens on both ports while entered."""
 
     def __init__(self, service: ProxyService, config: ProxySettings) -> None:
-        extensions = ("binary_tensor_data", *oip.extensions(allow_control=config.allow_repository_control))
+        extensions = ("binary_tensor_data", *messages.extensions(allow_control=config.allow_repository_control))
         metadata = ServerMetadata("splitserve", __version__, extensions)
         self._config = config
         self._stack = AsyncExitStack()

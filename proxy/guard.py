@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from splitserve.errors import PermissionDenied, Unauthenticated
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState
 from splitserve.versions import Pair
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from functools import partial
 import msgspec
 import structlog
 
-from splitserve.admission import HIGHEST_PRIORITY
-from splitserve.batching import Batcher, Pending, awaited
+from splitserve.batching.admission import HIGHEST_PRIORITY
+from splitserve.batching.batcher import Batcher, Pending, awaited
+from splitserve.batching.queue import Limits, OnAnswer
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
-from splitserve.lanes import Limits, OnAnswer
-from splitserve.oip import (
+from splitserve.oip.messages import (
     PRIORITY,
     READY,
     UNAVAILABLE,
@@ -24,8 +24,8 @@ from splitserve.oip import (
     ModelMetadata,
     ModelState,
 )
+from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
-from splitserve.statistics import Statistics, Stopwatch
 from splitserve.versions import UNNAMED, Pair, parse_pair
 
 STAGE = "proxy"
@@ -158,7 +158,7 @@ class ProxyService:
 
         Raises:
             NotFound: no such model or pair.
-            Unavailable: it is known and can not be served, or nothing is known yet.
+            Unavailable: it is known and cannot be served, or nothing is known yet.
         """
         if self._broken_link and model not in self._pairs.models():
             raise Unavailable(self._broken_link, model=model[:128])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from proxy.http_listener import HttpLimits
 from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import BatchingSettings
 from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
+from splitserve.wire.http1.listener import HttpLimits
 
 
 class ProxySettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, BatchingSettings):

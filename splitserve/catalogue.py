@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from splitserve.errors import NotFound, Unavailable
-from splitserve.oip import READY, UNAVAILABLE, ModelState
+from splitserve.oip.messages import READY, UNAVAILABLE, ModelState
 from splitserve.versions import Pair, unknown_model
 
 STILL_LOADING = "models are still being loaded"
@@ -26,7 +26,7 @@ class Entry(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Catalogue(Generic[V, T]):
-    """Versions by model. A version that can be served has a value; one that can not has a reason."""
+    """Versions by model. A version that can be served has a value; one that cannot has a reason."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[V, Entry[T]]] = {}
@@ -80,7 +80,7 @@ class Catalogue(Generic[V, T]):
         entries = self._models.get(model)
         if not entries:
             if model in self._incomplete:
-                raise Unavailable(f'model "{model}" can not be served: {self._incomplete[model]}', model=model)
+                raise Unavailable(f'model "{model}" cannot be served: {self._incomplete[model]}', model=model)
             raise NotFound(unknown_model(model), model=model[:128])
         if version is None:
             version = max(entries, key=lambda each: (entries[each].state == READY, entries[each].value is not None, each))
@@ -103,7 +103,7 @@ class Catalogue(Generic[V, T]):
 
 
 def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) -> str:
-    """Why a service with this index can not infer with a model, or with this version of it; "" when it can."""
+    """Why a service with this index cannot infer with a model, or with this version of it; "" when it can."""
     asked = [state for state in states if state.name == model and version in ("", state.version)]
     if any(state.state == READY for state in asked):
         return ""

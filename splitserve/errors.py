@@ -1,6 +1,6 @@
 """The errors that cross a hop, with the status that each has over gRPC and over HTTP.
 
-One class is one row of the table in docs/errors.md; both faces render from the class, so the two can not disagree.
+One class is one row of the table in docs/errors.md; both faces render from the class, so the two cannot disagree.
 Knows no gRPC and no HTTP library: a code is a name and a number.
 """
 
@@ -100,7 +100,7 @@ class Overloaded(SplitserveError):
 
 
 class Unavailable(SplitserveError):
-    """Loading, draining, or the next stage can not be reached."""
+    """Loading, draining, or the next stage cannot be reached."""
 
     grpc_code = "UNAVAILABLE"
     http_status = 503
@@ -161,7 +161,7 @@ TABLE: tuple[type[SplitserveError], ...] = (
 
 _BY_REASON = {error.reason: error for error in TABLE}
 _BY_GRPC_CODE = {error.grpc_code: error for error in reversed(TABLE)} | {
-    # Without a reason the two meanings of these codes can not be told apart; the harmless one is taken.
+    # Without a reason the two meanings of these codes cannot be told apart; the harmless one is taken.
     "RESOURCE_EXHAUSTED": Overloaded,
     "INTERNAL": Internal,
 }

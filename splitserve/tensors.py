@@ -106,7 +106,7 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
         if size < 0:
             raise InvalidInput(f"{what}: shape {list(shape)} has a negative dimension")
         if size >= 2**63:
-            raise InvalidInput(f"{what}: shape {list(shape)} has a dimension that int64 can not hold")
+            raise InvalidInput(f"{what}: shape {list(shape)} has a dimension that int64 cannot hold")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise InvalidInput(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")

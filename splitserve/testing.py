@@ -8,8 +8,8 @@ from typing import Any
 
 from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
-from splitserve.oip import READY, InferRequest, InferResponse, ModelMetadata, ModelState, ServerMetadata
-from splitserve.remote import MAX_MESSAGE_BYTES
+from splitserve.oip.messages import READY, InferRequest, InferResponse, ModelMetadata, ModelState, ServerMetadata
+from splitserve.remote.inference import MAX_MESSAGE_BYTES
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.versions import unknown_model

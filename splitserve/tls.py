@@ -37,7 +37,7 @@ class ClientTls(msgspec.Struct, frozen=True):
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Raises:
-        OSError: a file can not be read.
+        OSError: a file cannot be read.
         ValueError: it is not what it should be.
         """
         check_certificates(self.ca_file)
@@ -66,7 +66,7 @@ class ClientTls(msgspec.Struct, frozen=True):
 
 def check_certificates(path: str) -> None:
     """Raises:
-    OSError: the file can not be read.
+    OSError: the file cannot be read.
     ValueError: it holds no certificates in PEM form.
     """
     try:
@@ -77,7 +77,7 @@ def check_certificates(path: str) -> None:
 
 def check_key(cert_file: str, key_file: str) -> None:
     """Raises:
-    OSError: a file can not be read.
+    OSError: a file cannot be read.
     ValueError: the key is not that of the certificate, is no PEM key, or has a passphrase.
     """
     check_certificates(cert_file)

@@ -8,6 +8,9 @@ import msgspec
 
 from splitserve.errors import NotFound
 
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What a model may be called: it becomes a folder, a path of the REST API and a label of metrics."""
+
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 UNNAMED = 0

@@ -17,11 +17,11 @@ class Watched(Generic[T]):
 
     Args:
         paths: the files; links are followed, so that a mounted secret that is swapped by its link counts as changed.
-        read: gives their meaning; raises OSError or ValueError for files that can not be used.
+        read: gives their meaning; raises OSError or ValueError for files that cannot be used.
 
     Raises:
-        OSError: a file is not there or can not be read.
-        ValueError: they can not be used.
+        OSError: a file is not there or cannot be read.
+        ValueError: they cannot be used.
     """
 
     def __init__(self, paths: Sequence[str], read: Callable[[], T]) -> None:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, LessUrgent
-from splitserve.batching import Batcher
+from splitserve.batching.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, LessUrgent
+from splitserve.batching.batcher import Batcher
+from splitserve.batching.queue import Limits
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError
-from splitserve.lanes import Limits
-from splitserve.oip import InferRequest, InferResponse
+from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.tensors import Tensor
 from tests.virtual_time import run
 

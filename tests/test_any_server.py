@@ -20,10 +20,10 @@ from splitserve import publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import NotFound, PairMismatch, PermissionDenied, SplitserveError, Unavailable, Unsupported
-from splitserve.oip import LOADING, READY, UNAVAILABLE, InferRequest, ModelMetadata, ModelState
-from splitserve.oip_grpc import SERVICE
-from splitserve.remote import RemoteInference
-from splitserve.repository import Repository
+from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, InferRequest, ModelMetadata, ModelState
+from splitserve.oip.protobuf import SERVICE
+from splitserve.remote.inference import RemoteInference
+from splitserve.repository.bundle import Repository
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.server.store import VersionStore
 from splitserve.signature import TensorSpec
@@ -238,7 +238,7 @@ async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, e
 
 
 async def test_a_server_that_says_nothing_of_its_model_is_refused(tmp_path: Path, executor: Executor) -> None:
-    """A fit that can not be checked is none; what is to be done is said."""
+    """A fit that cannot be checked is none; what is to be done is said."""
     async with bare_server(raw, is_described=False) as target, preprocess(target, tmp_path, executor) as service:
         with pytest.raises(Unavailable, match="does not say what the model takes and gives: declare it there"):
             await service.infer(request())

@@ -13,11 +13,11 @@ import pytest
 from scipy.sparse import csr_matrix
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from splitserve import archives
-from splitserve.archives import check_npz, check_skops
 from splitserve.arrays import from_array
-from splitserve.golden import Golden, decode, encode
-from splitserve.manifest import BundleError
+from splitserve.repository import archives
+from splitserve.repository.archives import check_npz, check_skops
+from splitserve.repository.golden import Golden, decode, encode
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes.sklearn_pipeline import dump, load
 from splitserve.signature import TensorSpec
 

@@ -95,7 +95,7 @@ async def test_handshakes_that_do_not_go_on_hold_nobody_up(files: Files, ca: tru
 
 @pytest.mark.parametrize("ciphers", ["NULL:eNULL", "aNULL", "RC4:DES:3DES:EXPORT", "MD5"])
 async def test_weak_ciphers_are_not_spoken(ciphers: str, files: Files, ca: trustme.CA) -> None:
-    """F06: whoever offers nothing else is refused, or can not even offer it."""
+    """F06: whoever offers nothing else is refused, or cannot even offer it."""
     context = shows(files, ca.issue_cert("c.example"))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -15,13 +15,13 @@ import grpc
 import pytest
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.grpc_wire.server import ServerLimits
-from splitserve.limits import Limits
-from splitserve.oip import remaining_s
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.limits import Limits
+from splitserve.oip.messages import remaining_s
+from splitserve.oip.protobuf import SERVICE
 from splitserve.server.infer_stream import MAX_UNANSWERED
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import FakeInference, serving, signature
+from splitserve.wire.grpc.server import ServerLimits
 
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
 MESSAGE_LIMIT = 100_000
@@ -301,7 +301,7 @@ async def test_control_names_a_model_or_nothing() -> None:
 
 @pytest.mark.parametrize("timeout", ["99999999H", "-1S", "0n", "x", "1", "", "1" * 20 + "S"])
 async def test_a_timeout_that_is_none_harms_nobody(timeout: str) -> None:
-    """C04: what can not be read as a timeout, or lies beyond all limits, ends in a status; the deadline is clamped."""
+    """C04: what cannot be read as a timeout, or lies beyond all limits, ends in a status; the deadline is clamped."""
     async with face(max_timeout_s=100) as (channel, service), asyncio.timeout(30):
         code, _ = await ask(channel, message(), metadata=(("grpc-timeout", timeout),), timeout=None)
 

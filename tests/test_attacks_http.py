@@ -15,15 +15,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy import http_protocol
-from proxy.http_app import HttpApp
-from proxy.http_listener import HttpLimits
-from proxy.http_server import HttpFace
+from proxy.rest.app import HttpApp
+from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
-from splitserve.limits import Limits
-from splitserve.oip import InferResponse, ServerMetadata
+from splitserve.oip.limits import Limits
+from splitserve.oip.messages import InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
+from splitserve.wire.http1 import connection as http1
+from splitserve.wire.http1.listener import HttpLimits
 
 BODY_LIMIT = 1_000_000
 INFER = "/v2/models/echo/infer"
@@ -504,7 +504,7 @@ async def test_headers_have_to_arrive_in_time_on_a_connection_that_is_kept() -> 
 
 async def test_a_body_has_to_arrive_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """G01: what comes slower than the floor is told so and closed, and its request never reaches the service."""
-    monkeypatch.setattr(http_protocol, "BODY_GRACE_S", 0.1)
+    monkeypatch.setattr(http1, "BODY_GRACE_S", 0.1)
     async with edge_with() as edge:
         answer = await edge.send(request("POST", INFER, f"Content-Length: {len(GOOD)}") + GOOD[:-1])
 

@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
-from splitserve.manifest import BundleError, Kind
-from splitserve.repository import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository.manifest import BundleError, Kind
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.predictor import Predictor
 from tests.system.models import affine_model

@@ -24,8 +24,8 @@ from proxy.service import ProxyService
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import DeadlineExceeded, InvalidInput
-from splitserve.oip import InferRequest, InferResponse, deadline_after
-from splitserve.repository import Repository
+from splitserve.oip.messages import InferRequest, InferResponse, deadline_after
+from splitserve.repository.bundle import Repository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.runtimes.predictor import Predictor
@@ -147,7 +147,7 @@ async def test_a_run_that_nobody_waits_for_is_ended(tmp_path: Path, executor: Ex
 
 
 async def test_a_transform_that_takes_long_keeps_nobody_from_being_told(executor: Executor) -> None:
-    """D13: a document that a pattern never ends on can not be stopped, it holds a thread; whoever waits is let go."""
+    """D13: a document that a pattern never ends on cannot be stopped, it holds a thread; whoever waits is let go."""
     released = threading.Event()
     compute = Compute(executor)
     stuck = asyncio.create_task(compute.run(Owner(), 1, released.wait))

@@ -26,7 +26,7 @@ from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import Unauthenticated
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.protobuf import SERVICE
 from splitserve.server import settings
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature

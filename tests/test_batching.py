@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitserve.batching import Batcher
+from splitserve.batching.batcher import Batcher
+from splitserve.batching.merging import merge, split
+from splitserve.batching.queue import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMismatch, SplitserveError, Unavailable
-from splitserve.lanes import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
-from splitserve.merging import merge, split
-from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
-from splitserve.statistics import Statistics
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
+from splitserve.oip.statistics import Statistics
 from splitserve.tensors import Tensor, encode_bytes
 from tests.virtual_time import run
 

@@ -23,12 +23,12 @@ from benchmarks.peer_systems import KSERVE
 from benchmarks.processes import BenchmarkError
 from benchmarks.systems import parse_settings
 from benchmarks.workloads import Workload, grpc_frame
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array, to_array
-from splitserve.http2.frames import frame
-from splitserve.http2.headers import encode
-from splitserve.oip import InferResponse
+from splitserve.oip import protobuf
+from splitserve.oip.messages import InferResponse
+from splitserve.wire.http2.frames import frame
+from splitserve.wire.http2.headers import encode
 
 WRK = """Running 2s test @ http://127.0.0.1:8000/v2/models/m/infer
   1 threads and 16 connections
@@ -210,9 +210,9 @@ async def streaming_server(shift: int = 0) -> AsyncIterator[str]:
     async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         held: list[bytes] = []
         async for data in requests:
-            request = oip_grpc.decode_request(pb.ModelInferRequest.FromString(data))
+            request = protobuf.decode_request(pb.ModelInferRequest.FromString(data))
             outputs = (from_array("y", to_array(request.inputs[0]) / 2 + shift),)
-            answer = oip_grpc.encode_response(InferResponse("halves", "1", outputs, id=request.id))
+            answer = protobuf.encode_response(InferResponse("halves", "1", outputs, id=request.id))
             held.append(pb.ModelStreamInferResponse(infer_response=answer).SerializeToString())
             if len(held) == 2:
                 yield held.pop()
@@ -220,7 +220,7 @@ async def streaming_server(shift: int = 0) -> AsyncIterator[str]:
 
     server = grpc.aio.server()
     handlers = {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(protobuf.SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"

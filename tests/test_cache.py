@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from splitserve.manifest import BundleError, FileDigest, NotFetched
-from splitserve.sources.cache import LEFTOVER_S, MAX_RESUMES, Cache, WrongContent, default_folder
+from splitserve.repository.manifest import BundleError, FileDigest, NotFetched
+from splitserve.repository.sources.cache import LEFTOVER_S, MAX_RESUMES, Cache, WrongContent, default_folder
 
 CONTENT = bytes(range(256)) * 4
 NAME = "model.onnx"
@@ -260,7 +260,7 @@ def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, write: 
     """Here a file is where the folder should be."""
     (tmp_path / "cache").write_bytes(b"")
 
-    with pytest.raises(NotFetched, match=r"can not be written: .*; MODEL_CACHE names another folder"):
+    with pytest.raises(NotFetched, match=r"cannot be written: .*; MODEL_CACHE names another folder"):
         WRITES[write](Cache(tmp_path / "cache"))
 
 
@@ -276,7 +276,7 @@ def test_a_disk_that_is_full_says_so(cache: Cache) -> None:
 
 
 def test_what_came_from_a_path_is_known_while_its_validator_is_the_same(cache: Cache) -> None:
-    """A change, or a note that can not be read, means that nothing is known."""
+    """A change, or a note that cannot be read, means that nothing is known."""
     digest = cache.add(b"{}")
     cache.remember("s3://bucket/m/route.json", "etag 1", digest)
 
@@ -324,7 +324,7 @@ def test_a_sweep_of_nothing_is_fine(cache: Cache) -> None:
 
 
 def test_the_cache_is_the_users_own_unless_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Below the cache folder of the account, or where that can not be written, a folder in the one for temporary files."""
+    """Below the cache folder of the account, or where that cannot be written, a folder in the one for temporary files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     own = default_folder()

@@ -6,7 +6,7 @@ import pytest
 
 from splitserve.catalogue import Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, Unavailable
-from splitserve.oip import LOADING, READY, UNAVAILABLE, ModelState
+from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.versions import Pair
 
 
@@ -15,7 +15,7 @@ def ready(value: str) -> Entry[str]:
 
 
 BROKEN: Entry[str] = Entry(UNAVAILABLE, "golden samples differ")
-LOST = Entry(UNAVAILABLE, "predict can not be reached", "still known")
+LOST = Entry(UNAVAILABLE, "predict cannot be reached", "still known")
 """Not ready at the last look, and yet worth a try."""
 
 
@@ -98,7 +98,7 @@ def test_an_incomplete_model_is_unavailable(version):
     with pytest.raises(Unavailable) as caught:
         known.choose("penguins", version)
 
-    assert caught.value.message == 'model "penguins" can not be served: it has a preprocessor but no predictor'
+    assert caught.value.message == 'model "penguins" cannot be served: it has a preprocessor but no predictor'
     assert caught.value.model == "penguins"
 
 

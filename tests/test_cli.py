@@ -25,10 +25,10 @@ from typer.testing import CliRunner
 from splitserve import publish_predictor
 from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
-from splitserve.oip import UNAVAILABLE, InferRequest, InferResponse, ModelState
-from splitserve.repository import BundleKey, Repository
+from splitserve.oip.messages import UNAVAILABLE, InferRequest, InferResponse, ModelState
+from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.signing import Verifier
 from splitserve.signature import TensorSpec
-from splitserve.signing import Verifier
 from splitserve.tensors import Tensor, encode_bytes
 from splitserve.testing import FakeInference, serving, signature
 from tests.demo_models import Demos
@@ -363,7 +363,7 @@ def test_health_says_so_when_nobody_answers() -> None:
     result = run("health", "--url", "127.0.0.1:1")
 
     assert result.exit_code == 1
-    assert result.output == "127.0.0.1:1: the proxy service can not be reached\n"
+    assert result.output == "127.0.0.1:1: the proxy service cannot be reached\n"
 
 
 @pytest.mark.parametrize("model", ["penguins", "breast-cancer", "digits"])
@@ -430,5 +430,5 @@ def test_a_url_is_not_written(command: list[str]) -> None:
     result = run(*command, "--repository", "s3://bucket/models")
 
     assert result.exit_code == 2
-    assert "s3://bucket/models can not be written" in result.output
+    assert "s3://bucket/models cannot be written" in result.output
     assert not Path("s3:").exists()

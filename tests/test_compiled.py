@@ -12,9 +12,9 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, RobustScal
 
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import COMPILED_FILE, BundleError
 from splitserve.publishing import publish_preprocessor
 from splitserve.publishing.compile import odd_rows
+from splitserve.repository.manifest import COMPILED_FILE, BundleError
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.rows import to_tensors
 
@@ -80,7 +80,7 @@ def test_without_a_plan_auto_takes_the_compiled_form_if_it_can(is_installed, run
 @pytest.mark.parametrize(
     ("transformer", "reason"),
     [
-        (FunctionTransformer(np.abs).fit(FRAME[["length"]]), "can not convert"),
+        (FunctionTransformer(np.abs).fit(FRAME[["length"]]), "cannot convert"),
         (make_column_transformer((OneHotEncoder(), ["sex"])).fit(FRAME), "refuse what the"),
     ],
 )

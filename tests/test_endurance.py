@@ -13,8 +13,8 @@ import pytest
 
 from splitserve import publish_predictor
 from splitserve.errors import NotFound
-from splitserve.oip import READY
-from splitserve.repository import Repository
+from splitserve.oip.messages import READY
+from splitserve.repository.bundle import Repository
 from splitserve.runtimes import predictor
 from splitserve.server.store import VersionStore
 from tests.contracts.faces import served

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from splitserve.environment import mismatches, observe
+from splitserve.repository.environment import mismatches, observe
 from splitserve.runtimes import onnx_support
 
 HERE = {
@@ -48,7 +48,7 @@ def test_each_package_has_its_rule(package: str, made_with: str, is_required: bo
 
 @pytest.mark.parametrize("made_with", [{}, {"numpy": "2.4.6"}, {"scikit-learn": "nightly"}])
 def test_a_bundle_that_does_not_name_its_scikit_learn_is_refused(made_with: dict[str, str]) -> None:
-    """What can not be compared can not be trusted."""
+    """What cannot be compared cannot be trusted."""
     found = mismatches("preprocess", made_with, HERE)
 
     assert [each.package for each in found if each.is_required] == ["scikit-learn"]

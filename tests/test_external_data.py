@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from splitserve.manifest import BundleError
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes.external_data import refuse_external_data
 from splitserve.runtimes.predictor import Predictor
 from tests.system.models import softmax_model
@@ -112,5 +112,5 @@ def test_the_runtime_would_not_find_a_file_either(tmp_path: Path, monkeypatch: p
     (tmp_path / "weights.bin").write_bytes(np.ones((3, 2), np.float32).tobytes())
     monkeypatch.setattr("splitserve.runtimes.predictor.refuse_external_data", lambda model: None)
 
-    with pytest.raises(BundleError, match=f"can not load it: (?s:.*)({os.devnull}|xternal)"):
+    with pytest.raises(BundleError, match=f"cannot load it: (?s:.*)({os.devnull}|xternal)"):
         Predictor(with_initializer(outside("weights.bin")).SerializeToString())

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES, from_array
-from splitserve.golden import Difference, Golden, decode, encode, replay, worst_difference
-from splitserve.manifest import BundleError, Manifest, Tolerance
+from splitserve.repository.golden import Difference, Golden, decode, encode, replay, worst_difference
+from splitserve.repository.manifest import BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
 from tests.strategies import tensors
@@ -235,7 +235,7 @@ def test_the_tolerance_itself_is_tolerated(tolerance, expected, got):
     ],
 )
 def test_what_is_beyond_the_tolerance_is_found(tolerance, expected, got):
-    """By however little, and where numbers can not be subtracted too."""
+    """By however little, and where numbers cannot be subtracted too."""
     worst = worst_difference([floats([0.0, expected])], [floats([0.0, got])], {"y": tolerance})
 
     assert worst == Difference("y", 1, (1,), str(np.float64(expected)), str(np.float64(got)))

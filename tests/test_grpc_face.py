@@ -24,13 +24,13 @@ from splitserve.errors import (
     TooLarge,
     Unavailable,
 )
-from splitserve.grpc_wire.server import ServerLimits
-from splitserve.oip import LOADING, UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
-from splitserve.oip_grpc import REASON_KEY, SERVICE
-from splitserve.remote import RemoteInference
+from splitserve.oip.messages import LOADING, UNAVAILABLE, InferRequest, InferResponse, ModelState, deadline_after, remaining_s
+from splitserve.oip.protobuf import REASON_KEY, SERVICE
+from splitserve.remote.inference import RemoteInference
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
+from splitserve.wire.grpc.server import ServerLimits
 
 X = Tensor("x", "FP32", (1, 2), b"\x00\x00\x80?\x00\x00\x00@")
 REQUEST = InferRequest("echo", (X,), id="7")
@@ -126,12 +126,12 @@ async def test_a_far_end_that_is_not_there_is_unavailable_without_its_address() 
         with pytest.raises(Unavailable) as raised:
             await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))
 
-    assert raised.value.message == "the predict service can not be reached"
+    assert raised.value.message == "the predict service cannot be reached"
     assert raised.value.stage == "predict"
 
 
 async def test_an_answer_that_takes_too_long_is_out_of_time() -> None:
-    """The caller does not wait beyond its deadline, whatever the far end does."""
+    """The caller does not wait beyond its deadline, whatever the peer does."""
     forever = asyncio.Event()
 
     class Stuck(FakeInference):
@@ -364,7 +364,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 
 
 async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference) -> None:
-    """Its machine may be gone: the connection is closed, so that it can not hold up a drain."""
+    """Its machine may be gone: the connection is closed, so that it cannot hold up a drain."""
     async with serving(service, connections=ServerLimits(silent_s=0.2)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
         writer.write(HTTP2_HELLO)

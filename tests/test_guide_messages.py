@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.cli import app
-from splitserve.manifest import MODEL_FILE
-from splitserve.repository import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.manifest import MODEL_FILE
 from tests.system.models import softmax_model
 
 GUIDE = Path(__file__).parents[1] / "docs" / "guide-versions.md"
@@ -36,7 +36,7 @@ def log(rows: Any) -> Any:
 
 def rewrite(repository: Repository, key: BundleKey, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> None:
     """Write a bundle anew, as one that was put together by hand: manifest and files changed, digests right."""
-    from splitserve import manifest as manifests
+    from splitserve.repository import manifest as manifests
 
     bundle = repository.open(key)
     files = {name: bundle.read(name) for name in bundle.manifest.files}

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.service import ProxyService
-from splitserve.byte_budget import ByteBudget
 from splitserve.errors import DeadlineExceeded, Overloaded, Unavailable
-from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, deadline_after
-from splitserve.remote import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, deadline_after
+from splitserve.remote.inference import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
+from splitserve.wire.byte_budget import ByteBudget
 
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 1))], version="1.1")
-LOADING = "waiting for the model repository: s3://models can not be read"
+LOADING = "waiting for the model repository: s3://models cannot be read"
 
 
 def request(timeout_s: float) -> InferRequest:
@@ -87,7 +87,7 @@ async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
         proxy = ProxyService(remote)
         await proxy.refresh()
         assert await proxy.not_ready_reason() == f"the preprocess service is not ready: {LOADING}"
-        with pytest.raises(Unavailable, match="s3://models can not be read"):
+        with pytest.raises(Unavailable, match="s3://models cannot be read"):
             await proxy.infer(request(20))
 
         behind.is_loaded, behind.not_ready = True, ""
@@ -106,7 +106,7 @@ async def test_where_nobody_is_that_is_said() -> None:
         proxy = ProxyService(remote)
         await proxy.refresh()
 
-        assert await proxy.not_ready_reason() == "the preprocess service can not be reached"
+        assert await proxy.not_ready_reason() == "the preprocess service cannot be reached"
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=5), max_size=20))

@@ -12,11 +12,11 @@ import httpx
 import numpy as np
 import pytest
 
-from proxy.http_app import HttpApp
-from proxy.http_server import HttpFace
+from proxy.rest.app import HttpApp
+from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
 from splitserve.errors import Overloaded, PairMismatch
-from splitserve.oip import InferRequest, InferResponse, ServerMetadata
+from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature

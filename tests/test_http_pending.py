@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from proxy.http_app import HttpApp
-from proxy.http_server import HttpFace
+from proxy.rest.app import HttpApp
+from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
-from splitserve.oip import InferRequest, InferResponse, ServerMetadata
+from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature

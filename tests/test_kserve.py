@@ -14,10 +14,10 @@ from sklearn.preprocessing import StandardScaler
 import preprocess_service.settings
 from predict_service.settings import PredictSettings
 from splitserve import publish_predictor, publish_preprocessor
-from splitserve.manifest import BundleError
-from splitserve.repository import BundleKey
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.sources import source_of
 from splitserve.server import kserve, settings
-from splitserve.sources import source_of
 from tests import certificates
 from tests.system.models import softmax_model
 
@@ -66,7 +66,7 @@ def test_a_predictors_arguments_become_settings() -> None:
         (["--predictor_use_ssl", "true"], "--predictor_use_ssl: needs PREPROCESS_NEXT_CA_FILE"),
         (["--grpc_port", "x"], "argument --grpc_port: invalid int value"),
         (["--grpc_port", "70000"], "grpc_port: Input should be less than or equal to 65535"),
-        (["--model_name", "a/b"], '"a/b" can not be the name of a model'),
+        (["--model_name", "a/b"], '"a/b" cannot be the name of a model'),
     ],
 )
 def test_a_wrong_argument_ends_the_process_naming_it(

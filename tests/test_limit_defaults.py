@@ -14,12 +14,12 @@ from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve.admission import FIRST_LIMIT
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.limits import MAX_JSON_DEPTH, MAX_NAME_LENGTH
-from splitserve.oip import InferRequest, InferResponse, remaining_s
-from splitserve.oip_grpc import SERVICE
-from splitserve.repository import MAX_BUNDLE_BYTES
+from splitserve.batching.admission import FIRST_LIMIT
+from splitserve.oip.limits import MAX_JSON_DEPTH, MAX_NAME_LENGTH
+from splitserve.oip.messages import InferRequest, InferResponse, remaining_s
+from splitserve.oip.protobuf import SERVICE
+from splitserve.repository.bundle import MAX_BUNDLE_BYTES
 from splitserve.server import settings
 from splitserve.tensors import MAX_RANK
 from splitserve.testing import FakeInference

@@ -15,9 +15,9 @@ import pytest
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
-from splitserve.manifest import BundleError
 from splitserve.publishing import PublishError
-from splitserve.repository import Bundle, Repository, load_bundle
+from splitserve.repository.bundle import Bundle, Repository, load_bundle
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from tests.system.models import softmax_model
@@ -111,7 +111,7 @@ def test_versions_that_are_no_numbers_are_left_to_the_runtime(model: Bundle, non
 
 
 def with_a_pattern() -> FunctionTransformer:
-    """Passes rows on, and holds what skops can not."""
+    """Passes rows on, and holds what skops cannot."""
     return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
 
 

@@ -10,9 +10,10 @@ from importlib.metadata import version
 
 import pytest
 
-from splitserve import environment, manifest
-from splitserve.manifest import MODEL_NAME, BundleError, Column, FileDigest, Manifest, Postprocess, Rows, Tolerance
+from splitserve.repository import environment, manifest
+from splitserve.repository.manifest import BundleError, Column, FileDigest, Manifest, Postprocess, Rows, Tolerance
 from splitserve.signature import TensorSpec
+from splitserve.versions import MODEL_NAME
 
 FULL = Manifest(
     schema_version=1,
@@ -184,7 +185,7 @@ def test_the_environment_is_what_is_installed():
 
 SIDE_BY_SIDE = """
 import sys, threading
-from splitserve import manifest
+from splitserve.repository import manifest
 
 sys.setswitchinterval(1e-6)
 data = sys.stdin.buffer.read()

@@ -20,17 +20,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from typer.testing import CliRunner
 
-from splitserve import golden as goldens
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import from_array, to_array
+from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
 from splitserve.cli import app
-from splitserve.golden import Golden
-from splitserve.manifest import GOLDEN_FILE, MODEL_FILE
-from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
-from splitserve.repository import BundleKey, Repository, load_bundle
-from splitserve.signing import Signer
-from splitserve.sources.index import build as build_index
-from splitserve.sources.index import write as write_index
+from splitserve.repository import golden as goldens
+from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE
+from splitserve.repository.signing import Signer
+from splitserve.repository.sources.index import build as build_index
+from splitserve.repository.sources.index import write as write_index
 from tests.file_server import FileServer
 from tests.signing_keys import make_keys
 from tests.system.models import softmax_model
@@ -242,7 +242,7 @@ def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) ->
 def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, missing: str, kinds: list[str]) -> None:
     """As a program of its own, which needs neither the commands' packages nor the other half's."""
     block = f"import sys; sys.modules.update(dict.fromkeys([{missing!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
-    code = f"{block}; from splitserve.matrix import main; sys.exit(main(*sys.argv[1:]))"
+    code = f"{block}; from splitserve.checks.matrix import main; sys.exit(main(*sys.argv[1:]))"
 
     printed = subprocess.run([sys.executable, "-c", code, published], check=True, capture_output=True).stdout
     found = msgspec.json.decode(printed, type=Report)
@@ -382,7 +382,7 @@ if image == "missing":
     sys.exit("Unable to find image 'missing:latest' locally")
 folder = re.search("source=([^,]*)", mount)[1]
 block = "import sys; sys.modules[%r] = None;" % {{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")
-code = block + "import runpy; runpy.run_module('splitserve.matrix', run_name='__main__', alter_sys=True)"
+code = block + "import runpy; runpy.run_module('splitserve.checks.matrix', run_name='__main__', alter_sys=True)"
 sys.exit(subprocess.run([sys.executable, "-c", code, folder, inside[-1]]).returncode)
 """
 """Runs what would be run in an image, with this environment less a library."""
@@ -414,4 +414,4 @@ def test_an_image_that_can_not_be_run_is_named(published: Path, docker: Path) ->
 
     assert (missing.exit_code, nothing.exit_code) == (1, 1)
     assert missing.stderr == "missing: Unable to find image 'missing:latest' locally\n"
-    assert nothing.stderr.endswith("nothing can not be run: No such file or directory\n")
+    assert nothing.stderr.endswith("nothing cannot be run: No such file or directory\n")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from splitserve.manifest import BundleError, Manifest, NotFetched
-from splitserve.repository import BundleKey, Repository, fetch_bundle
-from splitserve.sources import source_of
-from splitserve.sources.remote_repository import RemoteRepository
+from splitserve.repository.bundle import BundleKey, Repository, fetch_bundle
+from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.sources import source_of
+from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, Gateway, cut, flip, stall, status
 from tests.object_store import ObjectStore, object_store
 

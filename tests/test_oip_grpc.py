@@ -8,11 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as triton
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import DTYPES
 from splitserve.errors import InvalidInput
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, RequestedOutput, ServerMetadata
+from splitserve.oip import protobuf
+from splitserve.oip.messages import (
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    RequestedOutput,
+    ServerMetadata,
+)
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes, validate
 from tests.strategies import MAX_ELEMENTS, names, python_values, tensors
@@ -117,9 +124,9 @@ def typed_request(datatype: str, shape: tuple[int, ...] = (1,), **contents: list
 @given(requests())
 def test_a_request_is_the_same_after_the_wire(request_):
     """Every tensor bit for bit, every parameter; the deadline travels in the transport."""
-    data = oip_grpc.encode_request(request_).SerializeToString()
+    data = protobuf.encode_request(request_).SerializeToString()
 
-    assert oip_grpc.decode_request(oip_grpc.parse(pb.ModelInferRequest, data), 12.5) == request_
+    assert protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, data), 12.5) == request_
 
 
 @given(
@@ -134,16 +141,16 @@ def test_a_request_is_the_same_after_the_wire(request_):
 )
 def test_a_response_is_the_same_after_the_wire(response):
     """Every tensor bit for bit, every parameter."""
-    data = oip_grpc.encode_response(response).SerializeToString()
+    data = protobuf.encode_response(response).SerializeToString()
 
-    assert oip_grpc.decode_response(oip_grpc.parse(pb.ModelInferResponse, data)) == response
+    assert protobuf.decode_response(protobuf.parse(pb.ModelInferResponse, data)) == response
 
 
 @pytest.mark.parametrize(
     ("found", "golden", "message_type"),
     [
-        (oip_grpc.encode_request(REQUEST), REQUEST_BYTES, triton.ModelInferRequest),
-        (oip_grpc.encode_response(RESPONSE), RESPONSE_BYTES, triton.ModelInferResponse),
+        (protobuf.encode_request(REQUEST), REQUEST_BYTES, triton.ModelInferRequest),
+        (protobuf.encode_response(RESPONSE), RESPONSE_BYTES, triton.ModelInferResponse),
     ],
     ids=["request", "response"],
 )
@@ -170,12 +177,12 @@ def test_tritonclients_requests_are_read():
     message.outputs[0].parameters["binary_data"].bool_param = True
 
     assert message.SerializeToString() == REQUEST_BYTES
-    assert oip_grpc.decode_request(oip_grpc.parse(pb.ModelInferRequest, REQUEST_BYTES)) == REQUEST
+    assert protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, REQUEST_BYTES)) == REQUEST
 
 
 def test_tritonclient_reads_our_responses():
     """Names, shapes and raw contents are where it looks for them."""
-    message = triton.ModelInferResponse.FromString(oip_grpc.encode_response(RESPONSE).SerializeToString())
+    message = triton.ModelInferResponse.FromString(protobuf.encode_response(RESPONSE).SerializeToString())
 
     assert (message.model_name, message.model_version, message.id) == ("penguins", "1.2", "r1")
     assert message.parameters["cost"].double_param == 0.5
@@ -185,7 +192,7 @@ def test_tritonclient_reads_our_responses():
     ]
     assert list(message.raw_output_contents) == [tensor.raw for tensor in RESPONSE.outputs]
     assert not any(output.HasField("contents") for output in message.outputs)
-    assert oip_grpc.decode_response(oip_grpc.parse(pb.ModelInferResponse, RESPONSE_BYTES)) == RESPONSE
+    assert protobuf.decode_response(protobuf.parse(pb.ModelInferResponse, RESPONSE_BYTES)) == RESPONSE
 
 
 @pytest.mark.parametrize("datatype", FIELDS)
@@ -196,11 +203,11 @@ def test_typed_contents_mean_what_raw_contents_mean(datatype, data):
     raw = encode_bytes(values) if datatype == "BYTES" else np.array(values, dtype=DTYPES[datatype]).tobytes()
     shape = (len(values),)
 
-    request = oip_grpc.decode_request(typed_request(datatype, shape, **{FIELDS[datatype]: values}))
+    request = protobuf.decode_request(typed_request(datatype, shape, **{FIELDS[datatype]: values}))
     output = pb.ModelInferResponse.InferOutputTensor(
         name="age", datatype=datatype, shape=shape, contents=pb.InferTensorContents(**{FIELDS[datatype]: values})
     )
-    response = oip_grpc.decode_response(pb.ModelInferResponse(outputs=[output]))
+    response = protobuf.decode_response(pb.ModelInferResponse(outputs=[output]))
 
     assert request.inputs == response.outputs == (Tensor("age", datatype, shape, raw),)
 
@@ -228,7 +235,7 @@ def test_typed_contents_mean_what_raw_contents_mean(datatype, data):
 def test_typed_contents_that_do_not_fit_are_refused(datatype, contents, message):
     """The wrong field, two fields (G-06), a value that does not fit (G-07), a datatype that has no field (G-08)."""
     with pytest.raises(InvalidInput) as caught:
-        oip_grpc.decode_request(typed_request(datatype, **contents))
+        protobuf.decode_request(typed_request(datatype, **contents))
 
     assert caught.value.message == f'input "age": {message}'
 
@@ -236,7 +243,7 @@ def test_typed_contents_that_do_not_fit_are_refused(datatype, contents, message)
 @pytest.mark.parametrize("values", [[1], [1, 2, 3]])
 def test_a_typed_count_that_is_not_the_shapes_is_found(values):
     """Packed, the contents have another size than the shape says (G-06)."""
-    request = oip_grpc.decode_request(typed_request("INT32", (2,), int_contents=values))
+    request = protobuf.decode_request(typed_request("INT32", (2,), int_contents=values))
 
     with pytest.raises(InvalidInput, match=f"needs 8 bytes, got {4 * len(values)}"):
         validate('input "age"', request.inputs[0])
@@ -245,7 +252,7 @@ def test_a_typed_count_that_is_not_the_shapes_is_found(values):
 def test_no_contents_are_no_elements():
     """An empty tensor has nothing to say in any field; FP16 has no field to say it in."""
     for datatype in (*FIELDS, "FP16", "BF16"):
-        request = oip_grpc.decode_request(typed_request(datatype, (0,)))
+        request = protobuf.decode_request(typed_request(datatype, (0,)))
 
         assert request.inputs == (Tensor("age", datatype, (0,), b""),)
 
@@ -253,7 +260,7 @@ def test_no_contents_are_no_elements():
 def test_an_unknown_datatype_of_typed_contents_is_refused():
     """There is no field that it could be in."""
     with pytest.raises(InvalidInput, match='input "age": unknown datatype "STRING"'):
-        oip_grpc.decode_request(typed_request("STRING", bytes_contents=[b"a"]))
+        protobuf.decode_request(typed_request("STRING", bytes_contents=[b"a"]))
 
 
 def test_raw_and_typed_contents_do_not_mix():
@@ -262,64 +269,64 @@ def test_raw_and_typed_contents_do_not_mix():
     message.raw_input_contents.append(bytes(4))
 
     with pytest.raises(InvalidInput, match="the contents field must not be specified when using raw_input_contents"):
-        oip_grpc.decode_request(message)
+        protobuf.decode_request(message)
 
     message.inputs[0].contents.ClearField("int_contents")
     with pytest.raises(InvalidInput, match="the contents field must not be specified when using raw_input_contents"):
-        oip_grpc.decode_request(message)
+        protobuf.decode_request(message)
 
 
 @pytest.mark.parametrize("n_raw", [1, 3])
 def test_every_input_has_one_raw_content(n_raw):
     """One too few would shift the others to the wrong names (G-04)."""
-    message = oip_grpc.encode_request(REQUEST)
+    message = protobuf.encode_request(REQUEST)
     message.raw_input_contents[:] = [b"a"] * n_raw
 
     with pytest.raises(InvalidInput, match=f"expected one raw_input_contents for each of 2 inputs, got {n_raw}"):
-        oip_grpc.decode_request(message)
+        protobuf.decode_request(message)
 
 
 @pytest.mark.parametrize("n_raw", [1, 3])
 def test_every_output_has_one_raw_content(n_raw):
     """Another maker's server may be wrong as well."""
-    message = oip_grpc.encode_response(RESPONSE)
+    message = protobuf.encode_response(RESPONSE)
     message.raw_output_contents[:] = [b"a"] * n_raw
 
     with pytest.raises(InvalidInput, match=f"expected one raw_output_contents for each of 2 outputs, got {n_raw}"):
-        oip_grpc.decode_response(message)
+        protobuf.decode_response(message)
 
 
 @pytest.mark.parametrize(("value", "field"), PARAMETERS)
 def test_a_parameter_goes_into_the_field_of_its_type(value, field):
-    """A boolean is no integer, a whole number that came as a float stays one, what int64 can not hold is uint64 (D16)."""
-    message = oip_grpc.encode_request(InferRequest("m", (), parameters={"key": value}))
+    """A boolean is no integer, a whole number that came as a float stays one, what int64 cannot hold is uint64 (D16)."""
+    message = protobuf.encode_request(InferRequest("m", (), parameters={"key": value}))
 
     assert message.parameters["key"].WhichOneof("parameter_choice") == field
-    found = oip_grpc.decode_request(message).parameters["key"]
+    found = protobuf.decode_request(message).parameters["key"]
     assert (type(found), found) == (type(value), value)
 
 
 def test_a_parameter_without_a_value_is_ignored():
     """At every level; none set means none given (D16)."""
-    message = oip_grpc.encode_request(REQUEST)
+    message = protobuf.encode_request(REQUEST)
     message.parameters["empty"].SetInParent()
     message.outputs[0].parameters["empty"].SetInParent()
 
-    assert oip_grpc.decode_request(message) == REQUEST
+    assert protobuf.decode_request(message) == REQUEST
 
 
 def test_unknown_fields_are_skipped():
     """A newer client's request is read as far as it is known (G-17)."""
     unknown = b"\xf2\x3e\x03abc"  # field 1006, three bytes
 
-    assert oip_grpc.decode_request(oip_grpc.parse(pb.ModelInferRequest, REQUEST_BYTES + unknown)) == REQUEST
+    assert protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, REQUEST_BYTES + unknown)) == REQUEST
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", REQUEST_BYTES[:-1], b"\x0a\x02\xff\xfe"], ids=["junk", "cut", "not UTF-8"])
 def test_bytes_that_are_no_message_are_bad_input(data):
     """The caller's mistake, without a word about classes (G-14)."""
     with pytest.raises(InvalidInput, match=r"^the request is not a inference\.ModelInferRequest$"):
-        oip_grpc.parse(pb.ModelInferRequest, data)
+        protobuf.parse(pb.ModelInferRequest, data)
 
 
 def test_metadata_is_the_same_after_the_wire():
@@ -328,8 +335,8 @@ def test_metadata_is_the_same_after_the_wire():
     outputs = (TensorSpec("label", "BYTES", ("batch",)), TensorSpec("scale", "FP32", ()))
     metadata = ModelMetadata("penguins", ("1.1", "1.2"), "splitserve_pair", inputs, outputs, {"trained": "today"})
 
-    message = oip_grpc.encode_metadata(metadata)
-    found = oip_grpc.decode_metadata(pb.ModelMetadataResponse.FromString(message.SerializeToString()))
+    message = protobuf.encode_metadata(metadata)
+    found = protobuf.decode_metadata(pb.ModelMetadataResponse.FromString(message.SerializeToString()))
 
     assert [list(tensor.shape) for tensor in (*message.inputs, *message.outputs)] == [[-1, 1], [-1, 3, -1, -1], [-1], []]
     assert (found.name, found.versions, found.platform, found.properties) == (
@@ -346,18 +353,18 @@ def test_the_index_is_the_same_after_the_wire():
     """Names, versions, states and reasons."""
     states = [ModelState("penguins", "1.2", "READY"), ModelState("digits", "", "UNAVAILABLE", "no predictor")]
 
-    message = oip_grpc.encode_index(states)
+    message = protobuf.encode_index(states)
 
-    assert oip_grpc.decode_index(pb.RepositoryIndexResponse.FromString(message.SerializeToString())) == states
+    assert protobuf.decode_index(pb.RepositoryIndexResponse.FromString(message.SerializeToString())) == states
 
 
 def test_a_server_says_who_it_is():
     """Name, version, extensions."""
-    message = oip_grpc.encode_server_metadata(ServerMetadata("splitserve", "1.0", ("binary_tensor_data",)))
+    message = protobuf.encode_server_metadata(ServerMetadata("splitserve", "1.0", ("binary_tensor_data",)))
 
     assert (message.name, message.version, list(message.extensions)) == ("splitserve", "1.0", ["binary_tensor_data"])
 
 
 def test_the_service_has_the_protocols_name():
     """Clients call it by this path."""
-    assert oip_grpc.SERVICE == "inference.GRPCInferenceService"
+    assert protobuf.SERVICE == "inference.GRPCInferenceService"

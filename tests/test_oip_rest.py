@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from splitserve import oip_rest
 from splitserve.arrays import DTYPES, to_array
 from splitserve.errors import InvalidInput, SplitserveError
-from splitserve.oip import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, RequestedOutput
+from splitserve.oip import rest
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, RequestedOutput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes, unpack
 from tests.strategies import ALL, INTEGERS, JSON_ABLE, tensors
@@ -46,7 +46,7 @@ def body(*inputs: Any, **fields: Any) -> bytes:
 
 
 def decode(data: bytes, header_length: int | None = None) -> InferRequest:
-    return oip_rest.decode_request("penguins", "1.2", data, header_length=header_length)
+    return rest.decode_request("penguins", "1.2", data, header_length=header_length)
 
 
 def decode_binary(head: bytes, tail: bytes) -> InferRequest:
@@ -113,7 +113,7 @@ def test_a_request_says_what_it_wants():
         outputs=[{"name": "label"}, {"name": "probabilities", "parameters": {"binary_data": True}}],
     )
 
-    request = oip_rest.decode_request("penguins", "1.2", data, deadline=12.5)
+    request = rest.decode_request("penguins", "1.2", data, deadline=12.5)
 
     assert (request.model, request.version, request.id, request.deadline) == ("penguins", "1.2", "r1", 12.5)
     assert request.parameters == {"priority": 5, "rate": 0.5, "name": "a", "fast": True}
@@ -390,14 +390,14 @@ def test_a_lone_surrogate_is_refused(template, text):
 
 def test_a_surrogate_written_as_bytes_is_refused():
     """Neither is it UTF-8, whatever else is in the body."""
-    for rest in (b"", b', "x": NaN'):
-        refusal(b'{"inputs": [], "id": "\xed\xa0\x80"' + rest + b"}")
+    for tail in (b"", b', "x": NaN'):
+        refusal(b'{"inputs": [], "id": "\xed\xa0\x80"' + tail + b"}")
 
 
 def test_plain_json_takes_the_bare_tokens_too():
     """The V1 form decodes without a type."""
-    assert oip_rest.decode_json(b'{"a": [1, "b"]}') == {"a": [1, "b"]}
-    assert repr(oip_rest.decode_json(b"[NaN, Infinity, -Infinity]")) == "[nan, inf, -inf]"
+    assert rest.decode_json(b'{"a": [1, "b"]}') == {"a": [1, "b"]}
+    assert repr(rest.decode_json(b"[NaN, Infinity, -Infinity]")) == "[nan, inf, -inf]"
 
 
 # --- requests: binary data
@@ -501,7 +501,7 @@ ASKED = InferRequest("penguins", ())
 
 def encode(*outputs: Tensor, asked: InferRequest = ASKED, **fields: Any) -> dict[str, Any]:
     """The JSON of an answer that has no binary tensors."""
-    data, header_length = oip_rest.encode_response(InferResponse("penguins", "1.2", outputs, **fields), asked)
+    data, header_length = rest.encode_response(InferResponse("penguins", "1.2", outputs, **fields), asked)
     assert header_length is None
     return json.loads(data)
 
@@ -559,7 +559,7 @@ def test_what_is_not_there_is_left_out():
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP64"])
 def test_numbers_that_json_lacks_are_null_and_counted(datatype):
-    """Strict parsers can not read the bare tokens (D11)."""
+    """Strict parsers cannot read the bare tokens (D11)."""
     tensor = Tensor("y", datatype, (4,), np.array([np.nan, 1.5, np.inf, -np.inf], dtype=DTYPES[datatype]).tobytes())
 
     (output,) = encode(tensor)["outputs"]
@@ -572,7 +572,7 @@ def test_the_largest_integers_are_exact():
     """No detour over doubles (I-28)."""
     tensors_ = [Tensor("u", "UINT64", (1,), b"\xff" * 8), Tensor("i", "INT64", (1,), b"\x00" * 7 + b"\x80")]
 
-    data, _ = oip_rest.encode_response(InferResponse("m", "1", tuple(tensors_)), ASKED)
+    data, _ = rest.encode_response(InferResponse("m", "1", tuple(tensors_)), ASKED)
 
     assert b"[18446744073709551615]" in data
     assert b"[-9223372036854775808]" in data
@@ -603,7 +603,7 @@ def test_an_output_is_binary_if_it_was_asked_for_so(parameters, outputs, is_bina
         "m", (), parameters=parameters, outputs=tuple(RequestedOutput(name, facts) for name, facts in outputs.items())
     )
 
-    assert [name for name in ("floats", "text") if oip_rest.is_binary_wanted(asked, name)] == is_binary
+    assert [name for name in ("floats", "text") if rest.is_binary_wanted(asked, name)] == is_binary
 
 
 def test_binary_outputs_follow_the_json_in_order():
@@ -613,7 +613,7 @@ def test_binary_outputs_follow_the_json_in_order():
     )
     outputs = (FLOATS, Tensor("json", "INT8", (1,), b"\x07"), Tensor("empty", "FP16", (0,), b""), TEXT)
 
-    data, header_length = oip_rest.encode_response(InferResponse("penguins", "1.2", outputs), asked)
+    data, header_length = rest.encode_response(InferResponse("penguins", "1.2", outputs), asked)
 
     assert header_length is not None
     assert data[header_length:] == NUMBERS + WORDS
@@ -630,7 +630,7 @@ def test_a_binary_answer_is_a_binary_request(tensor):
     """The same form in both directions, for every datatype and bit pattern."""
     asked = InferRequest("m", (), parameters={"binary_data_output": True})
 
-    data, header_length = oip_rest.encode_response(InferResponse("m", "1", (tensor,)), asked)
+    data, header_length = rest.encode_response(InferResponse("m", "1", (tensor,)), asked)
     message = json.loads(data[:header_length])
     head = json.dumps({"inputs": message["outputs"]}).encode()
 
@@ -665,8 +665,8 @@ def test_metadata_has_the_protocols_shapes():
         "outputs": [{"name": "label", "datatype": "BYTES", "shape": [-1]}],
     }
 
-    found = json.loads(json.dumps(oip_rest.encode_metadata(metadata)))
+    found = json.loads(json.dumps(rest.encode_metadata(metadata)))
     with_properties = ModelMetadata("penguins", (), "p", (), (), {"trained": "today"})
 
     assert found == document
-    assert oip_rest.encode_metadata(with_properties)["properties"] == {"trained": "today"}
+    assert rest.encode_metadata(with_properties)["properties"] == {"trained": "today"}

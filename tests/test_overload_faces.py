@@ -13,9 +13,9 @@ import pytest
 
 from proxy.service import ProxyService
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.lanes import Limits
-from splitserve.oip import InferRequest, InferResponse
-from splitserve.oip_grpc import SERVICE
+from splitserve.batching.queue import Limits
+from splitserve.oip.messages import InferRequest, InferResponse
+from splitserve.oip.protobuf import SERVICE
 from splitserve.testing import FakeInference
 from tests.contracts.faces import MODELS, Served, served
 

@@ -16,9 +16,17 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 
 from splitserve import publish, publish_predictor, publish_preprocessor
-from splitserve.manifest import BundleError, Manifest
-from splitserve.pairing import FEATURE_NAMES, MAX_NAMES, heard_meaning, misfits, other_meaning, sent_specs, told_meaning
-from splitserve.repository import Repository, load_bundle
+from splitserve.repository.bundle import Repository, load_bundle
+from splitserve.repository.manifest import BundleError, Manifest
+from splitserve.repository.pairing import (
+    FEATURE_NAMES,
+    MAX_NAMES,
+    heard_meaning,
+    misfits,
+    other_meaning,
+    sent_specs,
+    told_meaning,
+)
 from splitserve.runtimes import predictor, preprocessor, sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.signature import TensorSpec

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES, from_array, to_array
-from splitserve.manifest import Postprocess
-from splitserve.pairing import postprocess_misfits as differences
+from splitserve.repository.manifest import Postprocess
+from splitserve.repository.pairing import postprocess_misfits as differences
 from splitserve.runtimes.postprocess import apply, output_specs
 from splitserve.signature import TensorSpec, check_outputs
 from splitserve.tensors import Tensor, decode_bytes
@@ -151,7 +151,7 @@ def test_scores_of_either_precision_fit():
 
 @pytest.mark.parametrize("name", ["label", "probabilities"])
 def test_an_output_of_a_name_that_the_step_makes_does_not_fit(name):
-    """An answer can not have two tensors of one name: one would take the other's place."""
+    """An answer cannot have two tensors of one name: one would take the other's place."""
     outputs = [SCORES, TensorSpec(name, "INT64", ("batch",))]
 
     (difference,) = differences(STEP, LABELS, outputs)

@@ -27,12 +27,12 @@ from sklearn.svm import LinearSVC
 from splitserve import PublishError, publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
-from splitserve.golden import decode
-from splitserve.manifest import BundleError
 from splitserve.publishing.agreement import compare
 from splitserve.publishing.halves import LEAST_ATOL, RTOL, preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
-from splitserve.repository import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.golden import decode
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.rows import to_tensors
 from tests.system.models import softmax_model
@@ -187,7 +187,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         make_pipeline(StandardScaler(), Unknown()).fit(IRIS, SPECIES),
         IRIS,
         {},
-        "Unknown can not be converted",
+        "Unknown cannot be converted",
     ),
     "fewer columns": (FITTED, IRIS[:, :3], {}, "X has 3 features, but .* is expecting 4 features"),
     "text for numbers": (FITTED, np.full((3, 4), "a"), {}, "X does not fit"),
@@ -200,7 +200,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         {},
         "holds types that are not allowed",
     ),
-    "a tolerance that can not be met": (FITTED, IRIS, {"tolerance": 0.0}, "probabilities of row .* more than 0e"),
+    "a tolerance that cannot be met": (FITTED, IRIS, {"tolerance": 0.0}, "probabilities of row .* more than 0e"),
 }
 
 
@@ -220,7 +220,7 @@ def test_a_repository_that_can_not_be_written_is_named(tmp_path: Path) -> None:
     """A file where the folder should be."""
     (tmp_path / "models").write_text("")
 
-    with pytest.raises(PublishError, match="m/preprocess/1: can not be written"):
+    with pytest.raises(PublishError, match="m/preprocess/1: cannot be written"):
         publish(FITTED, IRIS, name="m", repository=tmp_path / "models")
 
 
@@ -411,7 +411,7 @@ def test_a_predictor_is_taken_as_path_bytes_or_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "sample", "message"),
     [
-        (b"no model", np.zeros((2, 3), np.float32), "ONNX Runtime .* can not load it"),
+        (b"no model", np.zeros((2, 3), np.float32), "ONNX Runtime .* cannot load it"),
         ("missing.onnx", np.zeros((2, 3), np.float32), "missing.onnx: No such file"),
         (softmax_model(3), np.zeros((2, 4), np.float32), "the sample inputs do not fit the model"),
         (softmax_model(3), {"wrong": np.zeros((2, 3), np.float32)}, 'unknown input "wrong"'),

@@ -11,12 +11,12 @@ import grpc
 import numpy as np
 import pytest
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array
 from splitserve.errors import TABLE, DeadlineExceeded, Internal, PairMismatch, SplitserveError, Unavailable
-from splitserve.oip import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
-from splitserve.remote import MAX_MESSAGE_BYTES, RemoteInference, RetryBudget
+from splitserve.oip import protobuf
+from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
+from splitserve.remote.inference import MAX_MESSAGE_BYTES, RemoteInference, RetryBudget
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
@@ -169,7 +169,7 @@ async def test_a_server_without_the_stream_gets_unary_calls() -> None:
 
     def answer(data: bytes, context: Any) -> bytes:
         asked = pb.ModelInferRequest.FromString(data)
-        return oip_grpc.encode_response(InferResponse(asked.model_name, "1", (X,), asked.id)).SerializeToString()
+        return protobuf.encode_response(InferResponse(asked.model_name, "1", (X,), asked.id)).SerializeToString()
 
     async def stream(requests: Any, context: Any) -> AsyncIterator[bytes]:
         async for data in requests:
@@ -180,7 +180,7 @@ async def test_a_server_without_the_stream_gets_unary_calls() -> None:
         "ModelInfer": grpc.unary_unary_rpc_method_handler(answer),
         "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip_grpc.SERVICE, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(protobuf.SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -197,14 +197,14 @@ async def test_a_server_without_the_stream_gets_unary_calls() -> None:
 @over_both
 async def test_an_answer_that_is_broken_is_the_stages_fault(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw contents that are too few are a mismatch, never the caller's bad input."""
-    fill = oip_grpc._fill_response
+    fill = protobuf._fill_response
 
     def fill_badly(message: Any, response: InferResponse) -> None:
         fill(message, response)
         message.raw_output_contents.append(b"more")
 
     async with face(FakeInference(ECHO)) as server, connected(Name(server), over=over) as remote:
-        monkeypatch.setattr(oip_grpc, "_fill_response", fill_badly)
+        monkeypatch.setattr(protobuf, "_fill_response", fill_badly)
         with pytest.raises(PairMismatch):
             await remote.infer(request())
 
@@ -340,7 +340,7 @@ async def test_without_any_replica_a_call_waits_a_little_and_fails() -> None:
     async with face(FakeInference(ECHO)) as server:
         name = Name()
         async with RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05) as remote:
-            with pytest.raises(Unavailable, match="^the predict service can not be reached$"):
+            with pytest.raises(Unavailable, match="^the predict service cannot be reached$"):
                 await remote.infer(request())
 
             waiting = asyncio.create_task(remote.infer(request()))
@@ -353,7 +353,7 @@ async def test_what_failed_further_on_is_not_tried_again_here() -> None:
     """The stage that called it has done so already: attempts do not multiply along the hops."""
 
     def fail(_: InferRequest) -> InferResponse:
-        raise Unavailable("the predict service can not be reached", stage="far")
+        raise Unavailable("the predict service cannot be reached", stage="far")
 
     service = FakeInference(ECHO, answer=fail)
     async with face(service) as server, connected(Name(server)) as remote:

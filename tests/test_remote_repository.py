@@ -1,4 +1,4 @@
-"""A model repository at a URL: what is fetched and when, and what is told when it can not be."""
+"""A model repository at a URL: what is fetched and when, and what is told when it cannot be."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from splitserve import sources
-from splitserve.manifest import BundleError, Manifest, NotFetched
-from splitserve.repository import Bundle, BundleKey, Repository, fetch_bundle
-from splitserve.selection import Selection
-from splitserve.sources import index, source_of
-from splitserve.sources.cache import Cache, WrongContent
-from splitserve.sources.local_folder import LocalFolder
-from splitserve.sources.remote_folder import RemoteFolder
-from splitserve.sources.remote_repository import RemoteRepository
+from splitserve.repository import sources
+from splitserve.repository.bundle import Bundle, BundleKey, Repository, fetch_bundle
+from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.selection import Selection
+from splitserve.repository.sources import index, source_of
+from splitserve.repository.sources.cache import Cache, WrongContent
+from splitserve.repository.sources.local_folder import LocalFolder
+from splitserve.repository.sources.remote_folder import RemoteFolder
+from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, FileServer, cut, flip, nothing, stall, status
 
 KEY = BundleKey("m", "predict", 1)
@@ -309,7 +309,7 @@ def test_a_new_bundle_and_another_route_are_seen_at_the_next_look(
 
 
 def test_a_manifest_that_is_not_the_indexs_is_refused(server: FileServer, source: RemoteRepository) -> None:
-    """Whoever can change files on the server can not change what is served, without the index."""
+    """Whoever can change files on the server cannot change what is served, without the index."""
     manifest = server.folder / MANIFEST
     manifest.write_bytes(manifest.read_bytes().replace(b'"created": ""', b'"created": "?"'))
 
@@ -449,8 +449,8 @@ def test_a_folder_is_a_folder(tmp_path: Path) -> None:
 def test_a_folder_needs_nothing_of_what_a_url_needs() -> None:
     """A service with a folder starts as fast as before."""
     check = (
-        "import sys; from splitserve.sources import source_of; source_of('./models');"
-        "print(sorted({'fsspec', 'aiohttp', 's3fs', 'botocore', 'splitserve.sources.cache'} & set(sys.modules)))"
+        "import sys; from splitserve.repository.sources import source_of; source_of('./models');"
+        "print(sorted({'fsspec', 'aiohttp', 's3fs', 'botocore', 'splitserve.repository.sources.cache'} & set(sys.modules)))"
     )
 
     assert subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout.strip() == "[]"

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from splitserve import manifest as manifests
-from splitserve.manifest import BundleError, Manifest, NotFetched
-from splitserve.repository import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository import manifest as manifests
+from splitserve.repository.bundle import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository.manifest import BundleError, Manifest, NotFetched
 
 FILES = {"pipeline.skops": b"fitted", "golden.npz": b"samples"}
 KEY = BundleKey("penguins", "preprocess", 1)
@@ -86,7 +86,7 @@ def test_a_published_version_never_changes(repository):
 
 def test_a_write_that_fails_leaves_nothing(repository):
     """Not even for a moment under the bundle's name: what was begun goes with the error."""
-    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: can not be written: No such file or directory$"):
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: cannot be written: No such file or directory$"):
         repository.write(manifest_of(), {**FILES, "no-such-folder/file": b""})
 
     assert everything_below(repository.root) == ["penguins", "penguins/preprocess"]
@@ -110,7 +110,7 @@ def test_a_repository_that_can_not_be_written_says_so(tmp_path):
     """A file is where the folder should be."""
     (tmp_path / "models").write_text("not a folder")
 
-    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: can not be written: Not a directory$"):
+    with pytest.raises(BundleError, match=r"^penguins/preprocess/1: cannot be written: Not a directory$"):
         publish(Repository(tmp_path / "models"))
 
 
@@ -196,7 +196,7 @@ def test_a_bundle_that_is_not_there_says_so(repository):
     with pytest.raises(BundleError) as caught:
         repository.open(KEY)
 
-    assert str(caught.value) == "manifest.json can not be read: No such file or directory"
+    assert str(caught.value) == "manifest.json cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_bundle_that_is_not_there_says_so(repository):
         (b"fitte", "pipeline.skops has 5 bytes, manifest.json says 6"),
         (b"fitted!", "pipeline.skops has 7 bytes, manifest.json says 6"),
         (b"", "pipeline.skops has 0 bytes, manifest.json says 6"),
-        (None, "pipeline.skops can not be read: No such file or directory"),
+        (None, "pipeline.skops cannot be read: No such file or directory"),
     ],
     ids=["damaged", "truncated", "longer", "empty", "missing"],
 )
@@ -282,7 +282,7 @@ def test_a_manifest_can_not_name_a_file_elsewhere(repository, name):
     folder = publish(repository).folder
     rewritten(folder, files={name: {"sha256": "0" * 64, "size": 1}})
 
-    with pytest.raises(BundleError, match=r"^manifest\.json: .* can not be the name of a file$"):
+    with pytest.raises(BundleError, match=r"^manifest\.json: .* cannot be the name of a file$"):
         repository.open(KEY)
 
 
@@ -315,10 +315,10 @@ def test_a_signature_can_not_name_a_tensor_twice(repository):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda file: file.symlink_to("/etc/passwd"), "can not be read: it is a symbolic link"),
-        (lambda file: file.symlink_to("elsewhere"), "can not be read: it is a symbolic link"),
+        (lambda file: file.symlink_to("/etc/passwd"), "cannot be read: it is a symbolic link"),
+        (lambda file: file.symlink_to("elsewhere"), "cannot be read: it is a symbolic link"),
         (os.mkfifo, "is a pipe; expected a regular file"),
-        (lambda file: file.mkdir(), "can not be read: Is a directory"),
+        (lambda file: file.mkdir(), "cannot be read: Is a directory"),
     ],
     ids=["link", "dangling link", "pipe", "folder"],
 )
@@ -361,7 +361,7 @@ def test_loading_names_the_bundle(repository):
     assert load_bundle(repository, KEY, lambda bundle: bundle.read("golden.npz")) == b"samples"
     with pytest.raises(BundleError, match=r"^penguins/preprocess/1: golden samples differ$"):
         load_bundle(repository, KEY, refuse)
-    with pytest.raises(BundleError, match=r"^digits/predict/3: manifest\.json can not be read: No such file or directory$"):
+    with pytest.raises(BundleError, match=r"^digits/predict/3: manifest\.json cannot be read: No such file or directory$"):
         load_bundle(repository, BundleKey("digits", "predict", 3), refuse)
 
 
@@ -410,9 +410,9 @@ def test_what_is_not_there_yet_may_come(repository: Repository) -> None:
     """Whoever copies a bundle does so file by file: its manifest, or another file, may be on its way."""
     bundle = publish(repository)
     (bundle.folder / "golden.npz").unlink()
-    with pytest.raises(NotFetched, match=r"golden\.npz can not be read: No such file or directory"):
+    with pytest.raises(NotFetched, match=r"golden\.npz cannot be read: No such file or directory"):
         bundle.read("golden.npz")
     (bundle.folder / "manifest.json").unlink()
 
-    with pytest.raises(NotFetched, match=r"manifest\.json can not be read: No such file or directory"):
+    with pytest.raises(NotFetched, match=r"manifest\.json cannot be read: No such file or directory"):
         repository.open(KEY)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import Column, Rows
+from splitserve.repository.manifest import Column, Rows
 from splitserve.runtimes.rows import UnsupportedRows, is_missing, observe, to_rows, to_tensors
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.tensors import Tensor, decode_bytes, encode_bytes
@@ -225,7 +225,7 @@ def test_a_dtype_that_the_wire_lacks_is_refused_by_column(column):
     with pytest.raises(UnsupportedRows) as caught:
         observe(pd.DataFrame({"good": [1.0] * len(column), "bad": column}), "x")
 
-    assert str(caught.value) == f'column "bad": dtype {column.dtype} can not be sent; convert it, e.g. with .astype("float64")'
+    assert str(caught.value) == f'column "bad": dtype {column.dtype} cannot be sent; convert it, e.g. with .astype("float64")'
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_narrower_array_becomes_the_training_datas():
 @pytest.mark.parametrize("dtype", ["complex128", "datetime64[D]", "timedelta64[s]", "longdouble", "i4,f4"])
 def test_an_array_that_the_wire_lacks_is_refused(dtype):
     """By the input's name."""
-    with pytest.raises(UnsupportedRows, match='^"image": dtype .* can not be sent$'):
+    with pytest.raises(UnsupportedRows, match='^"image": dtype .* cannot be sent$'):
         observe(np.zeros((2, 2), dtype=dtype), "image")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from splitserve.manifest import BundleError
-from splitserve.routes import Route, RoutedPair, decode
-from splitserve.selection import Selection, VersionPolicy, parse_models, parse_policies, pinned, wanted
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.routes import Route, RoutedPair, decode
+from splitserve.repository.selection import Selection, VersionPolicy, parse_models, parse_policies, pinned, wanted
 from splitserve.versions import Pair
 
 
@@ -40,7 +40,7 @@ def test_models_are_a_list_or_all() -> None:
     assert Selection(parse_models("a, b")).serves("b")
     assert not Selection(parse_models("a, b")).serves("c")
     assert Selection(parse_models("")).serves("anything")
-    with pytest.raises(ValueError, match='"a/b" can not be the name of a model'):
+    with pytest.raises(ValueError, match='"a/b" cannot be the name of a model'):
         parse_models("a/b")
 
 

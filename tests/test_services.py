@@ -25,8 +25,17 @@ from splitserve.errors import (
     SplitserveError,
     Unavailable,
 )
-from splitserve.oip import LOADING, READY, UNAVAILABLE, InferRequest, InferResponse, ModelState, RequestedOutput, deadline_after
-from splitserve.repository import Repository
+from splitserve.oip.messages import (
+    LOADING,
+    READY,
+    UNAVAILABLE,
+    InferRequest,
+    InferResponse,
+    ModelState,
+    RequestedOutput,
+    deadline_after,
+)
+from splitserve.repository.bundle import Repository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.server.store import VersionStore
@@ -246,7 +255,7 @@ async def test_a_lost_predict_is_reported_and_found_again(repository: Repository
     service = await preprocess_service(repository, predict, executor)
 
     async def lost() -> list[ModelState]:
-        raise Unavailable("the predict service can not be reached")
+        raise Unavailable("the predict service cannot be reached")
 
     found, predict.index = predict.index, lost  # type: ignore[method-assign]
     await service.refresh()
@@ -256,7 +265,7 @@ async def test_a_lost_predict_is_reported_and_found_again(repository: Repository
     predict.index = found  # type: ignore[method-assign]
     await service.refresh()
 
-    assert reason == "the predict service can not be reached"
+    assert reason == "the predict service cannot be reached"
     assert {(state.state, state.reason) for state in states} == {(UNAVAILABLE, reason)}
     assert response.version == "2.1"
     assert await service.not_ready_reason() == ""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
-from splitserve.lanes import Limits
+from splitserve.batching.queue import Limits
 from splitserve.server import settings
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)

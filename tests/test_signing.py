@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
-from splitserve.manifest import SIGNATURE_FILE, BundleError, NotFetched
-from splitserve.repository import Bundle, BundleKey, Repository
-from splitserve.signing import KeyProblem, NotSigned, Signer, Verifier, signed_by
+from splitserve.repository.bundle import Bundle, BundleKey, Repository
+from splitserve.repository.manifest import SIGNATURE_FILE, BundleError, NotFetched
+from splitserve.repository.signing import KeyProblem, NotSigned, Signer, Verifier, signed_by
 from tests.signing_keys import Keys, make_keys
 from tests.test_repository import KEY, manifest_of, publish
 
@@ -126,7 +126,7 @@ def test_a_changed_file_is_refused_as_it_is_read(repository: Repository, signed:
 
 
 def test_a_signature_is_of_one_version(repository: Repository, signed: Bundle, keys: Keys) -> None:
-    """Another version's says nothing of this one, and a signed bundle can not be passed off as another version."""
+    """Another version's says nothing of this one, and a signed bundle cannot be passed off as another version."""
     second = publish(repository, BundleKey("penguins", "preprocess", 2))
     shutil.copy(signed.folder / SIGNATURE_FILE, second.folder)
     third = BundleKey("penguins", "preprocess", 3)
@@ -192,7 +192,7 @@ def test_a_manifest_can_not_list_the_signature(repository: Repository) -> None:
     """It is made after the manifest."""
     written = repository.write(manifest_of(BundleKey("a", "predict", 1)), {"model.sig": b"x"})
 
-    with pytest.raises(BundleError, match=r"'model\.sig' can not be the name of a file"):
+    with pytest.raises(BundleError, match=r"'model\.sig' cannot be the name of a file"):
         repository.open(written.key)
 
 

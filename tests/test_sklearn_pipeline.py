@@ -27,7 +27,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
-from splitserve.manifest import BundleError
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes.sklearn_pipeline import dump, load, untrusted_modules
 from splitserve.transformers import Flatten
 

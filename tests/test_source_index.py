@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from splitserve.manifest import BundleError, FileDigest, Manifest
-from splitserve.repository import BundleKey, Repository
-from splitserve.sources import index
+from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.manifest import BundleError, FileDigest, Manifest
+from splitserve.repository.sources import index
 
 KEY = BundleKey("m", "predict", 1)
 DIGEST = {"sha256": "0" * 64, "size": 2}
@@ -107,7 +107,7 @@ def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository)
         ({"bundles": {"../x/predict/1": DIGEST}}, "'../x/predict/1' is no bundle"),
         ({"bundles": {"m/predict/0": DIGEST}}, "'m/predict/0' is no bundle"),
         ({"signatures": {"m": DIGEST}}, "'m' is no bundle"),
-        ({"routes": {"..": DIGEST}}, "'..' can not be the name of a model"),
+        ({"routes": {"..": DIGEST}}, "'..' cannot be the name of a model"),
         ({"routes": {"m": {"sha256": "../../x", "size": 2}}}, "m: expected a sha256 of 64 hex digits and a size"),
         ({"bundles": {"m/predict/1": {"sha256": "0" * 64, "size": -1}}}, "m/predict/1: expected a sha256"),
         ({"routes": {"m": {"sha256": "0" * 64, "size": 2**40}}}, "m has 1099511627776 bytes; the limit is 16777216"),

@@ -10,11 +10,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from splitserve.errors import NotFound, Unavailable
-from splitserve.manifest import BundleError, NotFetched
-from splitserve.oip import READY, UNAVAILABLE
-from splitserve.repository import BundleKey
-from splitserve.routes import Route, RoutedPair
-from splitserve.selection import Selection, parse_policies
+from splitserve.oip.messages import READY, UNAVAILABLE
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.manifest import BundleError, NotFetched
+from splitserve.repository.routes import Route, RoutedPair
+from splitserve.repository.selection import Selection, parse_policies
 from splitserve.server.store import FIRST_RETRY_S, VersionStore
 
 

@@ -87,7 +87,7 @@ def test_elements_are_the_product_of_the_shape(shape, count):
         ((-2, -3), InvalidInput, 'input "age": shape [-2, -3] has a negative dimension'),
         ((1,) * 17, InvalidInput, 'input "age": expected at most 16 dimensions, got 17'),
         ((2**31 + 1,), InvalidInput, 'input "age": shape [2147483649] has more than 2147483648 elements'),
-        ((0, 2**63), InvalidInput, f'input "age": shape [0, {2**63}] has a dimension that int64 can not hold'),
+        ((0, 2**63), InvalidInput, f'input "age": shape [0, {2**63}] has a dimension that int64 cannot hold'),
         # In 64 bits this product is 32 (I-07).
         ((16, 2**60 + 2), InvalidInput, f'input "age": shape [16, {2**60 + 2}] has more than 2147483648 elements'),
     ],

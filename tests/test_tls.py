@@ -14,16 +14,16 @@ import httpx
 import pytest
 import trustme
 
-from proxy.http_app import HttpApp
-from proxy.http_server import HttpFace
+from proxy.rest.app import HttpApp
+from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.cli.connection import client as command_client
 from splitserve.cli.connection import connect
 from splitserve.client import TLS, Client
 from splitserve.errors import Unavailable
-from splitserve.oip import InferRequest, InferResponse, ServerMetadata, deadline_after
-from splitserve.remote import RemoteInference
+from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after
+from splitserve.remote.inference import RemoteInference
 from splitserve.server import probe, settings
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.tls import ServerTls

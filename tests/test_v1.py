@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from splitserve import v1
 from splitserve.arrays import DTYPES, to_array
 from splitserve.errors import InvalidInput
-from splitserve.oip import NO_DEADLINE, InferResponse, ModelMetadata
+from splitserve.oip import v1
+from splitserve.oip.messages import NO_DEADLINE, InferResponse, ModelMetadata
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.tensors import Tensor, encode_bytes, unpack
 from tests.strategies import INTEGERS, JSON_ABLE, tensors
@@ -147,7 +147,7 @@ def test_what_is_not_base64_is_refused(value):
 
 @pytest.mark.parametrize("value", [{"other": "YQ=="}, {}])
 def test_an_object_that_is_not_base64_is_refused(value):
-    """Inside a record, where it can not be a record itself."""
+    """Inside a record, where it cannot be a record itself."""
     assert refusal([{"file": value}], FILES) == 'input "file": expected text or {"b64": "base64 text"}'
 
 

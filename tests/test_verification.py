@@ -16,13 +16,13 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import Array, to_array
+from splitserve.checks.verify import Promise, pairs_of, promise, verify
 from splitserve.errors import Unavailable
-from splitserve.manifest import BundleError
-from splitserve.oip import ModelMetadata
+from splitserve.oip.messages import ModelMetadata
 from splitserve.publishing import Postprocess
-from splitserve.repository import Repository
+from splitserve.repository.bundle import Repository
+from splitserve.repository.manifest import BundleError
 from splitserve.runtimes import postprocess
-from splitserve.verification import Promise, pairs_of, promise, verify
 from splitserve.versions import Pair
 from tests.system.models import softmax_model
 
@@ -121,8 +121,8 @@ def test_the_postprocess_step_is_part_of_the_promise(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (Pair(9, 1), "iris/preprocess/9: manifest.json can not be read"),
-        (Pair(1, 9), "iris/predict/9: manifest.json can not be read"),
+        (Pair(9, 1), "iris/preprocess/9: manifest.json cannot be read"),
+        (Pair(1, 9), "iris/predict/9: manifest.json cannot be read"),
     ],
 )
 def test_there_is_no_promise_without_both_halves(repository: Repository, pair: Pair, message: str) -> None:

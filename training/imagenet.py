@@ -22,9 +22,9 @@ from PIL import Image
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from splitserve.arrays import Array, from_array, to_array
-from splitserve.manifest import Postprocess
 from splitserve.publishing import PublishError, publish_predictor, publish_preprocessor
-from splitserve.repository import KINDS, BundleKey, Repository
+from splitserve.repository.bundle import KINDS, BundleKey, Repository
+from splitserve.repository.manifest import Postprocess
 from splitserve.runtimes.predictor import Predictor
 from splitserve.transformers import DecodeImage, NormaliseImage, ResizeImage
 

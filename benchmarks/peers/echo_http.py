@@ -10,9 +10,9 @@ import sys
 
 import uvloop
 
-from proxy.http_listener import HttpLimits, Listener
-from proxy.http_messages import Answer, Incoming, Reply, Response
-from proxy.http_protocol import HttpConnection
+from splitserve.wire.http1.connection import HttpConnection
+from splitserve.wire.http1.listener import HttpLimits, Listener
+from splitserve.wire.http1.messages import Answer, Incoming, Reply, Response
 
 
 def answer(incoming: Incoming, reply: Reply) -> Answer:

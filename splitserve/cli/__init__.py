@@ -47,10 +47,10 @@ def _folder(repository: str) -> Path:
     Raises:
         typer.BadParameter: it is a URL.
     """
-    from splitserve.sources import is_url
+    from splitserve.repository.sources import is_url
 
     if is_url(repository):
-        raise typer.BadParameter(f"{repository} can not be written; give a folder with --repository, and copy that")
+        raise typer.BadParameter(f"{repository} cannot be written; give a folder with --repository, and copy that")
     return Path(repository.removeprefix("file://"))
 
 
@@ -119,7 +119,7 @@ def publish(
         typer.Option(
             "--allow-pickle",
             help="Read .joblib and .pkl files, which run any code in them: only your own. "
-            "Write a pickle where skops can not hold the transforms; services refuse it by default.",
+            "Write a pickle where skops cannot hold the transforms; services refuse it by default.",
         ),
     ] = False,
 ) -> None:
@@ -206,8 +206,8 @@ def matrix(
     Tries every bundle of the repository, its golden samples included, and every pair, in this environment or in the images of
     services. Exits 1 if a pair that a route names is refused, or a model without a route has no pair that is admitted.
     """
+    from splitserve.checks.matrix import Allowed
     from splitserve.cli.matrix import run
-    from splitserve.matrix import Allowed
 
     allowed = Allowed(
         trusted_modules=tuple(trusted_module or ()),

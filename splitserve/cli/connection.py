@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from splitserve import tls
-from splitserve.remote import RemoteInference
+from splitserve.remote.inference import RemoteInference
 
 if TYPE_CHECKING:
     from splitserve.client import Client
@@ -15,7 +15,7 @@ _FILES = "SPLITSERVE_CA_FILE, _CERT_FILE, _KEY_FILE or _TOKEN_FILE"
 
 
 def connect(url: str) -> RemoteInference:
-    """The proxy at ``url``. Files that can not be used end the process with a line that says why."""
+    """The proxy at ``url``. Files that cannot be used end the process with a line that says why."""
     try:
         return RemoteInference(url, stage="proxy", tls=tls.from_environment(), token=tls.token_from_environment())
     except (OSError, ValueError) as error:
@@ -24,7 +24,7 @@ def connect(url: str) -> RemoteInference:
 
 
 def client(url: str, *, timeout_s: float) -> Client:
-    """The system at ``url``, over REST or gRPC. An address or files that can not be used end the process, as for `connect`."""
+    """The system at ``url``, over REST or gRPC. An address or files that cannot be used end the process, as for `connect`."""
     from splitserve.client import TLS, Client
 
     try:

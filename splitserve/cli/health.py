@@ -8,7 +8,7 @@ import sys
 from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.oip import READY, ModelState
+from splitserve.oip.messages import READY, ModelState
 
 
 def run(url: str) -> int:

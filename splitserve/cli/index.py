@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from splitserve.manifest import BundleError
-from splitserve.repository import Repository
-from splitserve.sources import index
+from splitserve.repository.bundle import Repository
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.sources import index
 
 
 def run(root: Path) -> int:

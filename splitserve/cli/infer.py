@@ -12,10 +12,10 @@ from typing import Any
 from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import InvalidInput, SplitserveError
-from splitserve.oip import InferResponse, ModelMetadata, deadline_after
-from splitserve.oip_rest import decode_json
+from splitserve.oip.messages import InferResponse, ModelMetadata, deadline_after
+from splitserve.oip.rest import decode_json
+from splitserve.oip.v1 import from_instances
 from splitserve.tensors import DATATYPES, Tensor, unpack
-from splitserve.v1 import from_instances
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 N_SHOWN = 5

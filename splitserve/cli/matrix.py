@@ -10,13 +10,13 @@ from typing import Literal
 
 import msgspec
 
+from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge, refuse
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import markdown, print_table
-from splitserve.manifest import BundleError
-from splitserve.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge, refuse
-from splitserve.repository import BundleSource
-from splitserve.signing import KeyProblem, signed_by
-from splitserve.sources.local_folder import LocalFolder
+from splitserve.repository.bundle import BundleSource
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.signing import KeyProblem, signed_by
+from splitserve.repository.sources.local_folder import LocalFolder
 
 Form = Literal["text", "json", "markdown"]
 Table = tuple[list[str], list[list[str]]]
@@ -31,11 +31,11 @@ _FOLDER = "/models"
 
 
 class ImageError(Exception):
-    """A report can not be had of an image."""
+    """A report cannot be had of an image."""
 
 
 def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, signature_key: str, docker: str) -> int:
-    """Print the matrix; 1 if something in it must not be deployed, or it can not be made."""
+    """Print the matrix; 1 if something in it must not be deployed, or it cannot be made."""
     try:
         source = repository_at(where)
         reports = _reports(source, images, allowed, signature_key, docker)
@@ -84,16 +84,16 @@ def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report
     """The report of an image's own Python, with the repository mounted read-only.
 
     Raises:
-        ImageError: there is no docker or no such image, or splitserve in it can not tell.
+        ImageError: there is no docker or no such image, or splitserve in it cannot tell.
     """
     mount = f"type=bind,source={root.resolve()},target={_FOLDER},readonly"
-    inside = ["-m", "splitserve.matrix", _FOLDER, msgspec.json.encode(allowed).decode()]
+    inside = ["-m", "splitserve.checks.matrix", _FOLDER, msgspec.json.encode(allowed).decode()]
     try:
         answer = subprocess.run(
             [docker, *_CONFINED, "--mount", mount, "--entrypoint", "python", image, *inside], capture_output=True, text=True
         )
     except OSError as error:
-        raise ImageError(f"{docker} can not be run: {error.strerror}") from error
+        raise ImageError(f"{docker} cannot be run: {error.strerror}") from error
     if answer.returncode:
         raise ImageError(f"{image}: {_complaint(answer.stderr) or f'exit status {answer.returncode}'}")
     try:

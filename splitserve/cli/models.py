@@ -6,8 +6,8 @@ import sys
 
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
-from splitserve.manifest import BundleError
-from splitserve.repository import BundleKey, BundleSource
+from splitserve.repository.bundle import BundleKey, BundleSource
+from splitserve.repository.manifest import BundleError
 from splitserve.signature import TensorSpec
 
 

@@ -85,7 +85,7 @@ def _warn_of_pickle(folder: Path) -> None:
     from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 
     if (folder / PICKLE_FILE).exists():
-        print(f"skops can not hold the transforms, so {folder} is a pickle, which can run any code: services refuse it unless "
+        print(f"skops cannot hold the transforms, so {folder} is a pickle, which can run any code: services refuse it unless "
               "PREPROCESS_ALLOW_UNSAFE_PICKLE=true", file=sys.stderr)  # fmt: skip
 
 
@@ -119,8 +119,8 @@ def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bo
     Raises:
         PublishError: not readable, of a format that is not known, or a pickle that is not allowed.
     """
-    from splitserve.manifest import BundleError
     from splitserve.publishing import PublishError
+    from splitserve.repository.manifest import BundleError
     from splitserve.runtimes import sklearn_pipeline
 
     if path.suffix in _PICKLES and not allow_pickle:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from splitserve.repository import BundleSource
-from splitserve.sources import is_url, source_of
+from splitserve.repository.bundle import BundleSource
+from splitserve.repository.sources import is_url, source_of
 
 
 class NoRepository(Exception):
-    """There is none where one was said to be, or it can not be read so; the message says why."""
+    """There is none where one was said to be, or it cannot be read so; the message says why."""
 
 
 def repository_at(where: str) -> BundleSource:
     """What reads it; files from a URL are kept where services keep them.
 
     Raises:
-        NoRepository: no such folder, or a URL that this installation can not read.
+        NoRepository: no such folder, or a URL that this installation cannot read.
     """
     if not is_url(where) and not Path(where.removeprefix("file://")).is_dir():
         raise NoRepository(f"{where}: no such folder")

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from splitserve import golden
 from splitserve.errors import InvalidInput
-from splitserve.manifest import GOLDEN_FILE, BundleError
-from splitserve.oip_rest import json_values
-from splitserve.sources import source_of
+from splitserve.oip.rest import json_values
+from splitserve.repository import golden
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError
+from splitserve.repository.sources import source_of
 from splitserve.tensors import Tensor
 
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from splitserve.manifest import BundleError
-from splitserve.repository import BundleKey, Repository, load_bundle
-from splitserve.signing import KeyProblem, Signer
+from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.signing import KeyProblem, Signer
 
 
 def run(root: Path, key: Path, models: Sequence[str]) -> int:

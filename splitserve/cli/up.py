@@ -18,7 +18,7 @@ from splitserve.cli.connection import connect
 from splitserve.cli.serve import MODULES
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.oip import LOADING, READY
+from splitserve.oip.messages import LOADING, READY
 
 STOP_TIMEOUT_S = 35.0
 """A service that has not ended by then is killed; longer than the grace that it gives its calls."""

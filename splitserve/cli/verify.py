@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
+from splitserve.checks.verify import Outcome, Server, pairs_of, verify
 from splitserve.cli.connection import client
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.manifest import BundleError
-from splitserve.repository import BundleSource
-from splitserve.verification import Outcome, Server, pairs_of, verify
+from splitserve.repository.bundle import BundleSource
+from splitserve.repository.manifest import BundleError
 from splitserve.versions import parse_pair
 
 

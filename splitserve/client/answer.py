@@ -7,7 +7,7 @@ from typing import Any
 
 from splitserve.arrays import Array, to_array
 from splitserve.errors import InvalidInput, PairMismatch
-from splitserve.oip import InferResponse
+from splitserve.oip.messages import InferResponse
 
 
 class Answer(dict[str, Array]):

@@ -13,7 +13,7 @@ from splitserve.client.connection import TLS, AsyncToken, Compression, Connectio
 from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run_async
-from splitserve.oip import ModelMetadata, ModelState, Parameter, ServerMetadata
+from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, ServerMetadata
 
 T = TypeVar("T")
 

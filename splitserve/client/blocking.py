@@ -13,7 +13,7 @@ from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
 from splitserve.client.stop import Stop
-from splitserve.oip import ModelMetadata, ModelState, Parameter, ServerMetadata
+from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, ServerMetadata
 
 T = TypeVar("T")
 
@@ -170,7 +170,7 @@ class Client:
         """Whether the server runs.
 
         Raises:
-            SplitserveError: it can not be reached.
+            SplitserveError: it cannot be reached.
         """
         return bool(self._ask("live"))
 
@@ -178,7 +178,7 @@ class Client:
         """Whether at least one model can be inferred now.
 
         Raises:
-            SplitserveError: the server can not be reached.
+            SplitserveError: the server cannot be reached.
         """
         return bool(self._ask("ready"))
 
@@ -186,7 +186,7 @@ class Client:
         """Whether this model, or this version of it, can be inferred now; no if there is none such.
 
         Raises:
-            SplitserveError: the server can not be reached.
+            SplitserveError: the server cannot be reached.
         """
         return bool(self._ask("model_ready", model, version))
 

@@ -9,7 +9,7 @@ import numpy as np
 from splitserve.arrays import Array
 from splitserve.client.encoding import Column
 from splitserve.errors import PairMismatch
-from splitserve.oip import ModelMetadata
+from splitserve.oip.messages import ModelMetadata
 from splitserve.signature import TensorSpec
 
 CHUNK_BYTES = 1024 * 1024

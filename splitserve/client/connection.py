@@ -86,7 +86,7 @@ def request_headers(headers: Mapping[str, str], token: Token) -> dict[str, str]:
     """The headers of a request, with its credentials.
 
     Raises:
-        Unauthenticated: the token can not stand in a header.
+        Unauthenticated: the token cannot stand in a header.
     """
     return dict(headers) | _authorization(token() if callable(token) else token)
 
@@ -102,5 +102,5 @@ def _authorization(token: str | None) -> dict[str, str]:
         return {}
     token = token.strip()  # files end in a newline
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise Unauthenticated("the token is empty or has characters that a header can not hold")
+        raise Unauthenticated("the token is empty or has characters that a header cannot hold")
     return {"authorization": f"Bearer {token}"}

@@ -132,7 +132,7 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     """The array in the dtype of a datatype.
 
     Raises:
-        InvalidInput: text where numbers belong or the reverse, or a number that the datatype can not hold.
+        InvalidInput: text where numbers belong or the reverse, or a number that the datatype cannot hold.
     """
     if datatype == "BYTES":
         return _as_text(name, array)
@@ -149,7 +149,7 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     is_kept = ~np.isinf(converted) | ~np.isfinite(array) if wanted.kind == "f" else converted == array
     if not is_kept.all():
         index = int(np.argmin(is_kept.ravel()))
-        raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} can not hold')
+        raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} cannot hold')
     return converted
 
 

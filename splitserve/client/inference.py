@@ -16,7 +16,7 @@ from splitserve.client.encoding import Column, is_frame, to_columns
 from splitserve.client.retries import Retries
 from splitserve.client.steps import Ask, Steps, attempts
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 Outputs = dict[str, Array]
 
@@ -56,7 +56,7 @@ class Core:
         """The signature as it is now; None if the server gives none: the inference itself will say what is wrong, if anything is.
 
         Raises:
-            SplitserveError: the server can not be reached, or takes no calls, so that there is no use in sending the inputs.
+            SplitserveError: the server cannot be reached, or takes no calls, so that there is no use in sending the inputs.
         """
         try:
             signature: ModelMetadata = yield from self.ask(Ask("model_metadata", model, version), deadline)
@@ -125,7 +125,7 @@ class Inference:
         """Learn the signature, encode, and send the first chunk. A known signature that no longer fits is fetched again, once.
 
         Raises:
-            SplitserveError: as it came from the server; `InvalidInput` also for what can not be encoded.
+            SplitserveError: as it came from the server; `InvalidInput` also for what cannot be encoded.
         """
         deadline = self._core.deadline_after(self._timeout_s)
         known = self._core.known_signature(self._model, self._version)

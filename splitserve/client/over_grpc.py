@@ -9,21 +9,21 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.client.connection import TLS, AsyncToken, Connection, Token, request_headers, request_headers_async
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask, Send, Verb
 from splitserve.client.stop import Stop
 from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
-from splitserve.oip import ServerMetadata
-from splitserve.remote import translate
+from splitserve.oip import protobuf
+from splitserve.oip.messages import ServerMetadata
+from splitserve.remote.inference import translate
 
 _STAGE = "server"
 
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
-_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": oip_grpc.SERVICE}}
+_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": protobuf.SERVICE}}
 """Every replica of a name in turn, those that drain or load left out. Retries are ours: they know the deadline and the budget."""
 
 
@@ -47,9 +47,9 @@ _METHODS: dict[Verb, _Method] = {
     "server_metadata": _Method(
         "ServerMetadata", lambda answer: ServerMetadata(answer.name, answer.version, tuple(answer.extensions))
     ),
-    "model_metadata": _Method("ModelMetadata", oip_grpc.decode_metadata),
-    "index": _Method("RepositoryIndex", oip_grpc.decode_index),
-    "infer": _Method("ModelInfer", oip_grpc.decode_response),
+    "model_metadata": _Method("ModelMetadata", protobuf.decode_metadata),
+    "index": _Method("RepositoryIndex", protobuf.decode_index),
+    "infer": _Method("ModelInfer", protobuf.decode_response),
 }
 
 
@@ -154,7 +154,7 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
 def _calls(channel: Any) -> dict[Verb, Any]:
     return {
         verb: channel.unary_unary(
-            f"/{oip_grpc.SERVICE}/{method.name}",
+            f"/{protobuf.SERVICE}/{method.name}",
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.response.FromString,
         )
@@ -164,7 +164,7 @@ def _calls(channel: Any) -> dict[Verb, Any]:
 
 def _encode(ask: Ask) -> Any:
     if ask.request is not None:
-        return oip_grpc.encode_request(ask.request)
+        return protobuf.encode_request(ask.request)
     request = _METHODS[ask.verb].request
     return request(name=ask.model, version=ask.version) if ask.model else request()
 

@@ -142,7 +142,7 @@ def _translating(*, can_retry: bool) -> Iterator[None]:
     except httpx.HTTPError as error:
         if _is_distrust(error):
             raise Failed(Unavailable("the server's certificate is not one that is trusted", stage=_STAGE)) from error
-        raise Failed(Unavailable("the server can not be reached", stage=_STAGE), can_retry=can_retry) from error
+        raise Failed(Unavailable("the server cannot be reached", stage=_STAGE), can_retry=can_retry) from error
 
 
 def _is_distrust(error: BaseException | None) -> bool:

@@ -27,8 +27,8 @@ from splitserve.errors import (
     Unsupported,
     from_wire,
 )
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
-from splitserve.oip_rest import decode_json, flatten, pack_values
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
+from splitserve.oip.rest import decode_json, flatten, pack_values
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, datatype_of, n_elements
 
@@ -250,6 +250,6 @@ def _model_metadata(answer: _Metadata) -> ModelMetadata:
 
 
 def _spec(spec: _Spec) -> TensorSpec:
-    """Dimensions that vary get names by their place, as those of `splitserve.oip_grpc.decode_metadata`."""
+    """Dimensions that vary get names by their place, as those of `splitserve.oip.protobuf.decode_metadata`."""
     shape = tuple(size if size >= 0 else f"d{axis}" if axis else "batch" for axis, size in enumerate(spec.shape))
     return TensorSpec(spec.name, spec.datatype, shape)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from splitserve.client.retries import Failed, Retries
 from splitserve.errors import DeadlineExceeded
-from splitserve.oip import InferRequest
+from splitserve.oip.messages import InferRequest
 
 Verb = Literal["live", "ready", "model_ready", "server_metadata", "model_metadata", "index", "infer"]
 

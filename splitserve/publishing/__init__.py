@@ -17,13 +17,13 @@ from sklearn.utils import get_tags
 from sklearn.utils.validation import check_is_fitted
 
 from splitserve.arrays import Array, to_array
-from splitserve.manifest import BundleError, Postprocess
 from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PreprocessorHalf, passing_half, predictor_half, preprocessor_half, write
-from splitserve.repository import Bundle, Repository
+from splitserve.repository.bundle import Bundle, Repository
+from splitserve.repository.manifest import BundleError, Postprocess
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.runtimes.rows import Rowset
@@ -82,7 +82,7 @@ def publish(
         input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
         tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
-        allow_pickle: write the transforms as a pickle if skops can not hold them; a service loads one only if it is told to,
+        allow_pickle: write the transforms as a pickle if skops cannot hold them; a service loads one only if it is told to,
             since that runs any code in it.
 
     Raises:
@@ -208,7 +208,7 @@ def publish_predictor(
             features mean the same.
 
     Raises:
-        PublishError: ONNX Runtime can not run it, the samples do not fit, or the version exists. Nothing has been written then.
+        PublishError: ONNX Runtime cannot run it, the samples do not fit, or the version exists. Nothing has been written then.
     """
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
     half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning)
@@ -256,7 +256,7 @@ def refused_types(transformer: Any) -> list[str]:
         transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
 
     Raises:
-        PublishError: skops, in whose form they are published, can not hold them at all.
+        PublishError: skops, in whose form they are published, cannot hold them at all.
     """
     try:
         return sklearn_pipeline.untrusted_types(sklearn_pipeline.dump(transformer))
@@ -278,7 +278,7 @@ def _as_rows(X: Any) -> Rowset:
     if hasattr(X, "columns") and hasattr(X, "iloc"):
         rows = X
     elif hasattr(X, "toarray"):
-        raise PublishError("X is a sparse matrix, which the protocol can not carry; publish with X.toarray()")
+        raise PublishError("X is a sparse matrix, which the protocol cannot carry; publish with X.toarray()")
     else:
         try:
             rows = np.asarray(X)

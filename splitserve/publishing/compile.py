@@ -14,11 +14,11 @@ from skl2onnx import convert_sklearn
 from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType, StringTensorType
 from sklearn.impute import SimpleImputer
 
-from splitserve import golden as goldens
 from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput, SplitserveError
-from splitserve.golden import Golden
-from splitserve.manifest import BundleError, Compiled, Manifest
+from splitserve.repository import golden as goldens
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import BundleError, Compiled, Manifest
 from splitserve.runtimes.compiled import CompiledTransforms
 from splitserve.runtimes.meaning import parts
 from splitserve.runtimes.preprocessor import Preprocessor
@@ -73,7 +73,7 @@ def _convert(transformer: Any, manifest: Manifest) -> bytes:
                 custom_shape_calculators={SimpleImputer: _shape_of_imputed},
             )
     except Exception as error:  # skl2onnx raises what its converters happen to
-        raise _NotCompiled(f"skl2onnx can not convert the transforms: {error}") from error
+        raise _NotCompiled(f"skl2onnx cannot convert the transforms: {error}") from error
     if len(model.graph.output) != 1:
         raise _NotCompiled(f"skl2onnx gives {len(model.graph.output)} outputs, expected one")
     data: bytes = model.SerializeToString()

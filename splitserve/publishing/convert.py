@@ -44,7 +44,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str)
     except Exception as error:  # skl2onnx raises what its converters happen to
         reason = " ".join(str(error).split())[:300]
         raise NotConvertible(
-            f"{type(estimator).__name__} can not be converted to ONNX at {precision}: {reason}; convert it by other means and "
+            f"{type(estimator).__name__} cannot be converted to ONNX at {precision}: {reason}; convert it by other means and "
             "publish the result with publish_predictor"
         ) from error
     return _tidy(model, estimator)

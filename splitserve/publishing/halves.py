@@ -10,16 +10,19 @@ import msgspec
 import numpy as np
 import onnx
 
-from splitserve import environment
-from splitserve import golden as goldens
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError
-from splitserve.golden import Golden
-from splitserve.manifest import (
+from splitserve.publishing import samples
+from splitserve.publishing.compile import compile_transforms
+from splitserve.publishing.errors import PublishError
+from splitserve.repository import environment
+from splitserve.repository import golden as goldens
+from splitserve.repository.bundle import Bundle, Repository
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import (
     COMPILED_FILE,
     GOLDEN_FILE,
     MODEL_FILE,
-    MODEL_NAME,
     PIPELINE_FILE,
     SCHEMA_VERSION,
     BundleError,
@@ -29,10 +32,6 @@ from splitserve.manifest import (
     Rows,
     Tolerance,
 )
-from splitserve.publishing import samples
-from splitserve.publishing.compile import compile_transforms
-from splitserve.publishing.errors import PublishError
-from splitserve.repository import Bundle, Repository
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, Meaning, meaning_of
 from splitserve.runtimes.predictor import Predictor
@@ -41,6 +40,7 @@ from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensor
 from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 from splitserve.signature import BATCH, TensorSpec, check_inputs
 from splitserve.tensors import Tensor
+from splitserve.versions import MODEL_NAME
 
 RTOL = 1e-4
 MARGIN = 10
@@ -97,7 +97,7 @@ def preprocessor_half(
         precision: "FP32" or "FP64", the datatype of results that are floating-point.
         all_as_floats: of all results.
         trusted_modules: modules besides the usual ones whose types may be in it.
-        allow_pickle: write a pickle if skops can not hold the transforms.
+        allow_pickle: write a pickle if skops cannot hold the transforms.
         manifest_fields: fields of the manifest that are passed on as they are.
 
     Raises:
@@ -229,7 +229,7 @@ def predictor_half(
         meaning: of the features that it was trained on.
 
     Raises:
-        PublishError: ONNX Runtime can not run it, its leading dimensions are no batch, or the samples do not fit.
+        PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
     """
     try:
         runtime = Predictor(model)
@@ -345,7 +345,7 @@ def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, ver
         version: of each; the next free number by default.
 
     Raises:
-        PublishError: a version exists, or the repository can not be written.
+        PublishError: a version exists, or the repository cannot be written.
     """
     written: list[Bundle] = []
     try:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from splitserve.arrays import Array, objects
 from splitserve.publishing import publish_onnx
-from splitserve.repository import Repository
+from splitserve.repository.bundle import Repository
 
 _OPSET, _IR_VERSION = 17, 8
 """Old enough for every ONNX Runtime that serves."""
@@ -50,7 +50,7 @@ def publish_all(repository: str | os.PathLike[str]) -> Iterator[str]:
         The names of those that were published.
 
     Raises:
-        PublishError: the repository can not be written.
+        PublishError: the repository cannot be written.
     """
     store = Repository(repository)
     for name, (model, inputs) in _models().items():

@@ -12,7 +12,7 @@ import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import Manifest
+from splitserve.repository.manifest import Manifest
 from splitserve.runtimes.predictor import Predictor
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor

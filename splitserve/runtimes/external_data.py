@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 
-from splitserve.manifest import MODEL_FILE, BundleError
+from splitserve.repository.manifest import MODEL_FILE, BundleError
 
 _MARK = b"location"
 """The key under which a tensor says where its values are: without these bytes, none can."""

@@ -17,7 +17,7 @@ _VOCABULARIES = ("categories_", "vocabulary_", "classes_")
 
 
 class Meaning(msgspec.Struct, frozen=True):
-    """Names of the result's columns in order, none where the transforms can not tell; the vocabularies in the steps' order.
+    """Names of the result's columns in order, none where the transforms cannot tell; the vocabularies in the steps' order.
 
     Where there are no names, which of its inputs go into which part of the transforms stands before the vocabularies.
     """

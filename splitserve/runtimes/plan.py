@@ -22,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, OrdinalEncoder, StandardScaler
 
 from splitserve.arrays import Array
-from splitserve.manifest import Column, Rows
+from splitserve.repository.manifest import Column, Rows
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.rows import Values, frame, read_columns, series
 from splitserve.signature import TensorSpec
@@ -190,7 +190,7 @@ def _original(transformer: Any, columns: Sequence[Column], indices: list[int], *
         raise _NotPlanned
     try:
         n_features = len(transformer.get_feature_names_out())
-    except Exception:  # each transformer that can not tell says so in its own way
+    except Exception:  # each transformer that cannot tell says so in its own way
         raise _NotPlanned from None
     dtype = np.dtype("f8")
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
-from splitserve.manifest import Postprocess
-from splitserve.pairing import LABEL, PROBABILITIES
+from splitserve.repository.manifest import Postprocess
+from splitserve.repository.pairing import LABEL, PROBABILITIES
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 

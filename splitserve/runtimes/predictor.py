@@ -11,16 +11,16 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-from splitserve import golden as goldens
-from splitserve import pairing
 from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
-from splitserve.repository import Bundle
+from splitserve.oip.statistics import Stopwatch
+from splitserve.repository import golden as goldens
+from splitserve.repository import pairing
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
 from splitserve.runtimes import onnx_support
 from splitserve.runtimes.external_data import refuse_external_data
 from splitserve.signature import BATCH, Dimension, InputCheck, TensorSpec, choose_outputs, empty, is_row_wise
-from splitserve.statistics import Stopwatch
 from splitserve.tensors import Tensor, decode_bytes
 
 _DATATYPES = {
@@ -90,7 +90,7 @@ class Predictor:
         try:
             self._session = ort.InferenceSession(model, options, providers=list(providers))
         except Exception as error:
-            raise BundleError(f"{MODEL_FILE}: ONNX Runtime {ort.__version__} can not load it: {error}") from None
+            raise BundleError(f"{MODEL_FILE}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
         self.properties: dict[str, str] = {}
         """Facts about the version, for its metadata."""
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
@@ -125,7 +125,7 @@ class Predictor:
         names, specs = choose_outputs(self.outputs, wanted) if wanted else self._names, self._specs
         feeds = {}
         for tensor in inputs:
-            if not tensor.n_rows:  # which some operators can not do
+            if not tensor.n_rows:  # which some operators cannot do
                 return tuple(empty(specs[name]) for name in names)
             feeds[tensor.name] = _text(tensor) if tensor.datatype == "BYTES" else to_array(tensor)
         watch.end("input")
@@ -145,7 +145,7 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
     """Read, check and try a predictor's bundle.
 
     Raises:
-        BundleError: a file is damaged, ONNX Runtime can not run the model, its signature is not the manifest's, or its golden
+        BundleError: a file is damaged, ONNX Runtime cannot run the model, its signature is not the manifest's, or its golden
             samples come out otherwise.
     """
     manifest = bundle.manifest
@@ -177,7 +177,7 @@ def _check_environment(manifest: Manifest) -> None:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it can be a version; of what can not, the runtime finds out as it loads the model."""
+    """Whether it can be a version; of what cannot, the runtime finds out as it loads the model."""
     return text.isdecimal() and len(text) < _N_DIGITS_MAX
 
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from splitserve import environment, pairing
-from splitserve import golden as goldens
 from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import InvalidInput
-from splitserve.golden import Golden
-from splitserve.manifest import COMPILED_FILE, GOLDEN_FILE, BundleError, Manifest
-from splitserve.repository import Bundle
+from splitserve.repository import environment, pairing
+from splitserve.repository import golden as goldens
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import COMPILED_FILE, GOLDEN_FILE, BundleError, Manifest
 from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.plan import OriginalDecides, Plan, plan_of
@@ -98,7 +98,7 @@ class Preprocessor:
 
     def _output(self, features: Array, n_rows: int) -> Tensor:
         spec = self.outputs[0]
-        with np.errstate(over="ignore"):  # what float32 can not hold becomes infinite, and is refused below if it must not be
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below if it must not be
             features = features.astype(DTYPES[spec.datatype], copy=False)
         self._check_values(features)
         output = from_array(spec.name, features, spec.datatype)
@@ -214,7 +214,7 @@ def _is_compiled(manifest: Manifest) -> bool:
 
 def _load_compiled(bundle: Bundle) -> Preprocessor:
     """Raises:
-    BundleError: there is no compiled form, or it can not be run here, or its golden samples come out otherwise.
+    BundleError: there is no compiled form, or it cannot be run here, or its golden samples come out otherwise.
     """
     manifest = bundle.manifest
     if not _is_compiled(manifest):

@@ -14,7 +14,7 @@ import numpy as np
 
 from splitserve.arrays import Array, datatype_of, from_array, objects, to_array
 from splitserve.errors import InvalidInput
-from splitserve.manifest import Column, Rows
+from splitserve.repository.manifest import Column, Rows
 from splitserve.signature import BATCH, TensorSpec
 from splitserve.tensors import Tensor, decode_bytes
 
@@ -31,7 +31,7 @@ _MISSING = {"nan": np.nan, "none": None}
 
 
 class UnsupportedRows(ValueError):
-    """The training data has a form that the wire can not carry; the message names the column and the way out."""
+    """The training data has a form that the wire cannot carry; the message names the column and the way out."""
 
 
 def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]]:
@@ -43,7 +43,7 @@ def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]
         input_name: what the input is called if the data is one array.
 
     Raises:
-        UnsupportedRows: a column or the array has a type that the wire can not carry.
+        UnsupportedRows: a column or the array has a type that the wire cannot carry.
     """
     if hasattr(rows, "columns"):
         if not all(isinstance(name, str) for name in rows.columns) or not rows.columns.is_unique:
@@ -65,7 +65,7 @@ def _observe_column(name: str, series: Any) -> Column:
     dtype = str(series.dtype)
     if dtype not in _TEXT_DTYPES:
         if _plain_datatype(dtype) is None:
-            raise UnsupportedRows(f'column "{name}": dtype {dtype} can not be sent; convert it, e.g. with .astype("float64")')
+            raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; convert it, e.g. with .astype("float64")')
         return Column(name, dtype)
     values = series.tolist()
     _check_text(f'column "{name}"', [value for value in values if not is_missing(value)])
@@ -76,7 +76,7 @@ def _observe_column(name: str, series: Any) -> Column:
 def _observe_elements(array: Array, name: str) -> str:
     if array.dtype.kind not in "OSU":
         if datatype_of(array.dtype) is None:
-            raise UnsupportedRows(f"{name}: dtype {array.dtype} can not be sent")
+            raise UnsupportedRows(f"{name}: dtype {array.dtype} cannot be sent")
         return str(array.dtype)
     present = [value for value in array.ravel().tolist() if not is_missing(value)]
     if present and all(isinstance(value, bytes) for value in present):

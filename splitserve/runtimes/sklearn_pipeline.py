@@ -1,6 +1,6 @@
 """Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and unknown types are refused.
 
-What skops can not hold may be a pickle instead, written with joblib. Loading one runs whatever code is in it, so nothing here
+What skops cannot hold may be a pickle instead, written with joblib. Loading one runs whatever code is in it, so nothing here
 does unless it is told to.
 """
 
@@ -17,9 +17,9 @@ import sklearn
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
-from splitserve.archives import check_skops
-from splitserve.manifest import PIPELINE_FILE, BundleError
-from splitserve.repository import Bundle
+from splitserve.repository.archives import check_skops
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.manifest import PIPELINE_FILE, BundleError
 
 PICKLE_FILE = "pipeline.joblib"
 _TRUSTED_PACKAGES = ("numpy", "scipy", "sklearn")
@@ -70,12 +70,12 @@ def dump(transformer: Any) -> bytes:
     """The contents of ``pipeline.skops``.
 
     Raises:
-        BundleError: skops can not hold it.
+        BundleError: skops cannot hold it.
     """
     try:
         data: bytes = skops.io.dumps(transformer)
     except Exception as error:  # a part raises what it happens to
-        raise BundleError(f"skops can not hold the transforms: {type(error).__name__}: {error}") from error
+        raise BundleError(f"skops cannot hold the transforms: {type(error).__name__}: {error}") from error
     return data
 
 
@@ -83,13 +83,13 @@ def dump_pickle(transformer: Any) -> bytes:
     """The contents of ``pipeline.joblib``.
 
     Raises:
-        BundleError: it can not be pickled.
+        BundleError: it cannot be pickled.
     """
     buffer = io.BytesIO()
     try:
         joblib.dump(transformer, buffer)
     except Exception as error:
-        raise BundleError(f"the transforms can not be pickled: {type(error).__name__}: {error}") from error
+        raise BundleError(f"the transforms cannot be pickled: {type(error).__name__}: {error}") from error
     return buffer.getvalue()
 
 
@@ -97,12 +97,12 @@ def load_pickle(data: bytes) -> Any:
     """The transformer in ``pipeline.joblib``. Runs whatever code is in it.
 
     Raises:
-        BundleError: it can not be loaded.
+        BundleError: it cannot be loaded.
     """
     try:
         return joblib.load(io.BytesIO(data))
     except Exception as error:
-        raise BundleError(f"{PICKLE_FILE}: can not be loaded: {type(error).__name__}: {error}") from error
+        raise BundleError(f"{PICKLE_FILE}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
@@ -134,7 +134,7 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
     except UntrustedTypesFoundException as error:
         raise BundleError(f"{PIPELINE_FILE}: {error}") from None
     except Exception as error:
-        raise BundleError(f"{PIPELINE_FILE}: can not be loaded: {type(error).__name__}: {error}") from error
+        raise BundleError(f"{PIPELINE_FILE}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def untrusted_modules(data: bytes, trusted_modules: Sequence[str] = ()) -> list[str]:

@@ -17,18 +17,12 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.byte_budget import ByteBudget
 from splitserve.catalogue import why_model_not_ready
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
-from splitserve.grpc_wire.call import Call, Method
-from splitserve.grpc_wire.messages import CallError, status_code
-from splitserve.grpc_wire.server import GrpcServer, ServerLimits
-from splitserve.limits import Limits, check_model_name
-from splitserve.listening import listen
-from splitserve.model_config import config_of
-from splitserve.oip import (
+from splitserve.oip import protobuf
+from splitserve.oip.limits import Limits, check_model_name
+from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     NO_DEADLINE,
     READY,
@@ -36,12 +30,18 @@ from splitserve.oip import (
     ServerMetadata,
     deadline_after,
 )
+from splitserve.oip.model_config import config_of
+from splitserve.oip.statistics import Statistics
 from splitserve.server import health, reflection
 from splitserve.server.callers import Authenticator
 from splitserve.server.grpc_inference import GrpcInference, credentials
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.tls import ServerTls, following_ssl_context
-from splitserve.statistics import Statistics
+from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.messages import CallError, status_code
+from splitserve.wire.grpc.server import GrpcServer, ServerLimits
+from splitserve.wire.listening import listen
 
 DETAILS_KEY = "grpc-status-details-bin"
 """Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
@@ -170,7 +170,7 @@ class GrpcFace:
         self._report(reason)
         takes_calls = not self._is_draining and self._service.is_loaded
         self._health.set("", not reason)
-        self._health.set(oip_grpc.SERVICE, takes_calls)
+        self._health.set(protobuf.SERVICE, takes_calls)
 
     def _report(self, reason: str) -> None:
         """A line when readiness changes, or why it is missing does."""
@@ -196,14 +196,14 @@ class GrpcFace:
         }
         infer = self._inference.begin if self._authenticator is None else None
         return {
-            f"/{oip_grpc.SERVICE}/ModelInfer": Method(begin=infer, unary=self._answering(self._inference.infer, is_open=False)),
-            f"/{oip_grpc.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
+            f"/{protobuf.SERVICE}/ModelInfer": Method(begin=infer, unary=self._answering(self._inference.infer, is_open=False)),
+            f"/{protobuf.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
             **{
-                f"/{oip_grpc.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
+                f"/{protobuf.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
                 for name, answer in answers.items()
             },
             **self._health.methods,
-            **reflection.methods((oip_grpc.SERVICE, health.SERVICE), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)),
+            **reflection.methods((protobuf.SERVICE, health.SERVICE), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)),
         }
 
     def _answering(self, answer: Answer, is_open: bool) -> Answer:
@@ -247,43 +247,43 @@ class GrpcFace:
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
     async def _model_ready(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.ModelReadyRequest, data)
+        request = protobuf.parse(pb.ModelReadyRequest, data)
         states = await self._service.index()
         reason = "draining" if self._is_draining else why_model_not_ready(states, request.name, request.version)
         _tell(call, reason)
         return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 
     async def _server_metadata(self, data: bytes, call: Call) -> bytes:
-        return oip_grpc.encode_server_metadata(self._metadata).SerializeToString()
+        return protobuf.encode_server_metadata(self._metadata).SerializeToString()
 
     async def _model_metadata(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.ModelMetadataRequest, data)
+        request = protobuf.parse(pb.ModelMetadataRequest, data)
         metadata = await self._service.metadata(request.name, request.version)
-        return oip_grpc.encode_metadata(metadata).SerializeToString()
+        return protobuf.encode_metadata(metadata).SerializeToString()
 
     async def _model_config(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.ModelConfigRequest, data)
-        return oip_grpc.encode_config(config_of(await self._service.metadata(request.name, request.version))).SerializeToString()
+        request = protobuf.parse(pb.ModelConfigRequest, data)
+        return protobuf.encode_config(config_of(await self._service.metadata(request.name, request.version))).SerializeToString()
 
     async def _model_statistics(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.ModelStatisticsRequest, data)
+        request = protobuf.parse(pb.ModelStatisticsRequest, data)
         if self._statistics is None:
             raise Unsupported("nothing is counted here")
         entries = self._statistics.report(await self._service.index(), request.name, request.version)
-        return oip_grpc.encode_statistics(entries).SerializeToString()
+        return protobuf.encode_statistics(entries).SerializeToString()
 
     async def _repository_index(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.RepositoryIndexRequest, data)
+        request = protobuf.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
-        return oip_grpc.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
+        return protobuf.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
 
     async def _repository_model_load(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.RepositoryModelLoadRequest, data)
+        request = protobuf.parse(pb.RepositoryModelLoadRequest, data)
         await self._service.load(self._controlled(request))
         return pb.RepositoryModelLoadResponse().SerializeToString()
 
     async def _repository_model_unload(self, data: bytes, call: Call) -> bytes:
-        request = oip_grpc.parse(pb.RepositoryModelUnloadRequest, data)
+        request = protobuf.parse(pb.RepositoryModelUnloadRequest, data)
         await self._service.unload(self._controlled(request))
         return pb.RepositoryModelUnloadResponse().SerializeToString()
 
@@ -312,7 +312,7 @@ class GrpcFace:
 def _tell(call: Call, reason: str) -> None:
     """Why the answer is "not ready", if it is: the protocol's message has no room for it."""
     if reason:
-        call.trailing = ((oip_grpc.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
+        call.trailing = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
 
 
 def _rich_status(error: SplitserveError) -> bytes:

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from splitserve import classification, oip_grpc
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.batching import Pending, awaited, told
-from splitserve.byte_budget import ByteBudget, Share
+from splitserve.batching.batcher import Pending, awaited, told
+from splitserve.batching.queue import OnAnswer
 from splitserve.errors import SplitserveError
-from splitserve.grpc_wire.call import Call
-from splitserve.lanes import OnAnswer
-from splitserve.limits import Limits
-from splitserve.oip import InferenceService, InferRequest, InferResponse
+from splitserve.oip import classification, protobuf
+from splitserve.oip.limits import Limits
+from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import log_request
+from splitserve.wire.byte_budget import ByteBudget, Share
+from splitserve.wire.grpc.call import Call
 
 
 def credentials(call: Call) -> list[str]:
@@ -63,7 +63,7 @@ class GrpcInference:
         Raises:
             SplitserveError: the request is refused at once, and ``on_end`` is not told.
         """
-        message = oip_grpc.parse(pb.ModelInferRequest, data)
+        message = protobuf.parse(pb.ModelInferRequest, data)
         return self._infer(message, call, call.remaining_s(), partial(_encoded, on_end))
 
     async def infer(self, data: bytes, call: Call) -> bytes:
@@ -92,12 +92,12 @@ class GrpcInference:
 
     def infer_message(self, one: _OnStream, data: bytes, call: Call, on_answer: OnAnswer) -> Pending:
         """Begin with a message of a stream. Raises as `begin`."""
-        message = oip_grpc.parse(pb.ModelInferRequest, data)
+        message = protobuf.parse(pb.ModelInferRequest, data)
         one.identity = message.id
         return self._infer(message, call, None, on_answer)
 
     def _infer(self, message: Any, call: Call, remaining_s: float | None, on_answer: OnAnswer) -> Pending:
-        request = oip_grpc.decode_request(message, self._deadline(remaining_s), call.peer)
+        request = protobuf.decode_request(message, self._deadline(remaining_s), call.peer)
         self._limits.check(request)
         one = _Logged(request, on_answer)
         try:
@@ -115,7 +115,7 @@ class GrpcInference:
 def _encoded(on_end: Callable[[bytes | Exception], None], outcome: InferResponse | Exception) -> None:
     if not isinstance(outcome, Exception):
         try:
-            on_end(oip_grpc.encode_response(outcome).SerializeToString())
+            on_end(protobuf.encode_response(outcome).SerializeToString())
             return
         except ValueError as error:  # an answer of the wrong types
             outcome = error
@@ -175,9 +175,9 @@ class _OnStream:
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            data = oip_grpc.encode_stream_response(outcome, self.identity)
+            data = protobuf.encode_stream_response(outcome, self.identity)
         except Exception as error:
-            data = oip_grpc.encode_stream_error(self.identity, self._inference.named(error))
+            data = protobuf.encode_stream_error(self.identity, self._inference.named(error))
         self._answer(data)
 
     def cancel(self) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from splitserve.grpc_wire.call import Call, Method
-from splitserve.grpc_wire.messages import CallError
+from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.messages import CallError
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 

@@ -9,11 +9,11 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from splitserve.batching import Pending
-from splitserve.grpc_wire.call import Call
-from splitserve.grpc_wire.messages import CallError
+from splitserve.batching.batcher import Pending
+from splitserve.remote.stream import OFFER_KEY, WORKER_KEY
 from splitserve.server.workers import own_place
-from splitserve.streams import OFFER_KEY, WORKER_KEY
+from splitserve.wire.grpc.call import Call
+from splitserve.wire.grpc.messages import CallError
 
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
@@ -93,7 +93,7 @@ class _Stream:
         self._changed.set()
         try:
             self._call.post(answer)
-        except CallError as error:  # it is too large; that it is can not be told otherwise
+        except CallError as error:  # it is too large; that it is cannot be told otherwise
             self._call.fail(error)
 
     async def finish(self) -> None:

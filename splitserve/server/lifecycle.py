@@ -24,7 +24,7 @@ S = TypeVar("S", bound="ServiceSettings")
 _MIB = 1024 * 1024
 
 WAITING_INTERVAL_S = 0.1
-"""How often a service that can not serve yet looks whether it can."""
+"""How often a service that cannot serve yet looks whether it can."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from splitserve.byte_budget import ByteBudget
-from splitserve.grpc_wire.server import ServerLimits
-from splitserve.limits import Limits
+from splitserve.oip.limits import Limits
+from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.grpc.server import ServerLimits
 
 KIB = 1024
 

@@ -9,8 +9,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from splitserve.grpc_wire.call import Call, Method
-from splitserve.grpc_wire.messages import CallError
+from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.messages import CallError
 
 NAMES = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
 """The service's name, and the newer one that it has with the same messages. Source: grpc/reflection/v1/reflection.proto"""

@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from splitserve import sources
-from splitserve.lanes import Limits
-from splitserve.manifest import MODEL_NAME
-from splitserve.selection import Selection, parse_models, parse_policies
+from splitserve.batching.queue import Limits
+from splitserve.repository import sources
+from splitserve.repository.selection import Selection, parse_models, parse_policies
+from splitserve.repository.signing import Verifier
 from splitserve.server import cores, logs
-from splitserve.signing import Verifier
+from splitserve.versions import MODEL_NAME
 
 MIB = 1024 * 1024
 
@@ -161,7 +161,7 @@ class RepositorySettings(ServiceSettings):
     folder may be that of one model, too, or one bundle."""
 
     model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
-    """Folder that files from a URL are kept in; below ~/.cache or, if that can not be written, the folder for temporary files."""
+    """Folder that files from a URL are kept in; below ~/.cache or, if that cannot be written, the folder for temporary files."""
 
     model_poll_interval_s: float = Field(10.0, ge=0, validation_alias=AliasChoices("MODEL_POLL_INTERVAL_S"))
     """Seconds between two listings of a repository that is a URL. A folder is looked at every refresh interval."""

@@ -14,11 +14,11 @@ import structlog
 
 from splitserve.catalogue import Catalogue, Entry
 from splitserve.errors import NotFound, Unavailable
-from splitserve.manifest import BundleError, Kind, NotFetched
-from splitserve.oip import LOADING, READY, UNAVAILABLE
-from splitserve.repository import Bundle, BundleKey, BundleSource, fetch_bundle, make_of
-from splitserve.routes import Route
-from splitserve.selection import Selection, pinned, wanted
+from splitserve.oip.messages import LOADING, READY, UNAVAILABLE
+from splitserve.repository.bundle import Bundle, BundleKey, BundleSource, fetch_bundle, make_of
+from splitserve.repository.manifest import BundleError, Kind, NotFetched
+from splitserve.repository.routes import Route
+from splitserve.repository.selection import Selection, pinned, wanted
 from splitserve.versions import unknown_model
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class VersionStore(Generic[T]):
     """Loads bundles and keeps what came of each.
 
     A bundle that is broken is kept with the reason and takes no other one down; it is tried again when its files have changed,
-    and one that can not be fetched after a while. A published version never changes, so none is loaded twice while it is held.
+    and one that cannot be fetched after a while. A published version never changes, so none is loaded twice while it is held.
     The route of a model that is broken is passed over for the one before it. New versions are loaded beside those that serve;
     a version that is no longer wanted is let go once nobody has asked for it for a while, and is freed when its last call ends.
 
@@ -136,7 +136,7 @@ class VersionStore(Generic[T]):
             self._n_looks_failed += 1
             problem = f"waiting for the model repository: {error}"
             if problem != self.problem:
-                self._log.error("model repository can not be read", reason=str(error), retry_in_s=delay_s)
+                self._log.error("model repository cannot be read", reason=str(error), retry_in_s=delay_s)
             self.problem = problem
         else:
             if self.problem:
@@ -233,7 +233,7 @@ class VersionStore(Generic[T]):
             delay_s = _backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1
             self._retry_at[place] = self._clock() + delay_s
-            self._log.warning("bundle can not be fetched yet", bundle=str(key), reason=str(error), retry_in_s=delay_s)
+            self._log.warning("bundle cannot be fetched yet", bundle=str(key), reason=str(error), retry_in_s=delay_s)
             return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
         except BundleError as error:
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
@@ -287,7 +287,7 @@ class VersionStore(Generic[T]):
 
         Raises:
             NotFound: there is no such model.
-            Unavailable: the source can not be looked at, so nobody can tell.
+            Unavailable: the source cannot be looked at, so nobody can tell.
         """
         async with self._lock:
             self._held_back.discard(model)

@@ -27,7 +27,7 @@ class ServerTls(msgspec.Struct, frozen=True):
 
     def check(self) -> None:
         """Raises:
-        OSError: a file can not be read.
+        OSError: a file cannot be read.
         ValueError: it is not what it should be.
         """
         check_key(self.cert_file, self.key_file)

@@ -99,7 +99,7 @@ def _checked_certificates(path: str) -> str:
 
 
 def _checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:
-    """``cert_file`` is None if it was refused already: what is wrong with the key can not be said then."""
+    """``cert_file`` is None if it was refused already: what is wrong with the key cannot be said then."""
     if cert_file is not None and bool(path) != bool(cert_file):
         raise ValueError(f"this and {cert_setting} need each other")
     if cert_file and path:

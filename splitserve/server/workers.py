@@ -2,7 +2,7 @@
 
 The first process only watches over them: it begins one anew that has ended, and hands on signals. They are forked before there
 is an event loop, a channel or a server, so that what is imported is shared. The kernel spreads connections over those who listen
-on a port (SO_REUSEPORT); a client that wants to reach all of them learns from each which it is (`splitserve.streams`).
+on a port (SO_REUSEPORT); a client that wants to reach all of them learns from each which it is (`splitserve.remote.stream`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from splitserve.errors import (
     SplitserveError,
     Unavailable,
 )
-from splitserve.oip import InferRequest, InferResponse, ModelState, remaining_s
+from splitserve.oip.messages import InferRequest, InferResponse, ModelState, remaining_s
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature
@@ -127,7 +127,7 @@ async def test_every_error_arrives_as_what_it_was(way: Way, kind: type[Splitserv
 
 
 async def test_without_a_signature_the_values_say_what_they_are(way: Way, service: FakeInference) -> None:
-    """A server that knows none may infer all the same; what it can not, it says itself."""
+    """A server that knows none may infer all the same; what it cannot, it says itself."""
     async with way.to(service) as client:
         answer = await client.infer("other", {"x": [[1, 2]], "t": ["a"]})
         service._answer = raising(NotFound("no such model"))
@@ -140,7 +140,7 @@ async def test_without_a_signature_the_values_say_what_they_are(way: Way, servic
 async def test_a_server_that_is_not_there_is_unavailable(way: Way) -> None:
     """Whatever is asked of it."""
     async with way.at("http://127.0.0.1:1" if way.is_rest else "127.0.0.1:1", max_attempts=2) as client:
-        with pytest.raises(Unavailable, match="can not be reached"):
+        with pytest.raises(Unavailable, match="cannot be reached"):
             await client.infer("echo", {"x": [[1, 2]]})
         with pytest.raises(Unavailable):
             await client.is_ready()

@@ -15,7 +15,7 @@ import trustme
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.client import TLS
 from splitserve.errors import Unavailable
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.protobuf import SERVICE
 from tests.client.scripted import http, scripted
 from tests.client.ways import Way
 

@@ -68,12 +68,12 @@ def test_values_become_what_the_signature_says(case: str) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str | None, str]] = {
-    "a fraction": ([1, 2.5], "INT64", 'input "x": element 1 is 2.5, which INT64 can not hold'),
-    "a missing integer": ([1, None], "INT64", "element 1 is nan, which INT64 can not hold"),
-    "out of range": ([300], "UINT8", "element 0 is 300, which UINT8 can not hold"),
-    "negative": ([-1], "UINT64", "element 0 is -1, which UINT64 can not hold"),
-    "too large for a single": ([1e300], "FP32", "which FP32 can not hold"),
-    "two as a boolean": ([2], "BOOL", "element 0 is 2, which BOOL can not hold"),
+    "a fraction": ([1, 2.5], "INT64", 'input "x": element 1 is 2.5, which INT64 cannot hold'),
+    "a missing integer": ([1, None], "INT64", "element 1 is nan, which INT64 cannot hold"),
+    "out of range": ([300], "UINT8", "element 0 is 300, which UINT8 cannot hold"),
+    "negative": ([-1], "UINT64", "element 0 is -1, which UINT64 cannot hold"),
+    "too large for a single": ([1e300], "FP32", "which FP32 cannot hold"),
+    "two as a boolean": ([2], "BOOL", "element 0 is 2, which BOOL cannot hold"),
     "text for numbers": (["1"], "FP32", 'input "x": expected FP32, got text'),
     "numbers for text": ([1], "BYTES", 'input "x": expected text or bytes, got int64'),
     "a date": (np.array(["2020-01-01"], "datetime64[D]"), "FP64", "expected FP64, got datetime64"),

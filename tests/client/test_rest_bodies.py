@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve import oip_rest
 from splitserve.client import rest_bodies
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask
 from splitserve.errors import Internal, InvalidInput, NotFound, Overloaded, PairMismatch, Unavailable, Unsupported
-from splitserve.oip import InferRequest, InferResponse, RequestedOutput
+from splitserve.oip import rest
+from splitserve.oip.messages import InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor
 from tests.strategies import tensors
 
@@ -27,18 +27,18 @@ def test_the_server_reads_what_the_client_writes(inputs: list[Tensor], outputs: 
     request = InferRequest("m", tuple(inputs), version="1", id="7", outputs=tuple(map(RequestedOutput, outputs)))
 
     body, header_length = rest_bodies.encode_request(request)
-    read = oip_rest.decode_request("m", "1", body, header_length=header_length)
+    read = rest.decode_request("m", "1", body, header_length=header_length)
 
     assert (read.inputs, read.id) == (request.inputs, "7")
     assert [output.name for output in read.outputs] == outputs
-    assert all(oip_rest.is_binary_wanted(read, name) for name in outputs or ["any"])
+    assert all(rest.is_binary_wanted(read, name) for name in outputs or ["any"])
 
 
 @given(st.lists(tensors(), max_size=3), st.sampled_from(["m", ""]))
 def test_the_client_reads_what_the_server_writes(outputs: list[Tensor], identity: str) -> None:
     """As binary data, bit for bit."""
     response = InferResponse("m", "1", tuple(outputs), identity)
-    body, header_length = oip_rest.encode_response(response, InferRequest("m", (), parameters={"binary_data_output": True}))
+    body, header_length = rest.encode_response(response, InferRequest("m", (), parameters={"binary_data_output": True}))
 
     assert rest_bodies.decode_response(body, len(body) if header_length is None else header_length) == response
 
@@ -47,7 +47,7 @@ def test_the_client_reads_what_the_server_writes(outputs: list[Tensor], identity
 def test_answers_in_json_are_read_too(outputs: list[Tensor]) -> None:
     """From servers that have no binary data."""
     response = InferResponse("m", "1", tuple(outputs))
-    body, _ = oip_rest.encode_response(response, InferRequest("m", ()))
+    body, _ = rest.encode_response(response, InferRequest("m", ()))
 
     assert rest_bodies.decode_response(body, len(body)) == response
 

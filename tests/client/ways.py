@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from proxy.http_app import HttpApp
-from proxy.http_server import HttpFace
+from proxy.rest.app import HttpApp
+from proxy.rest.server import HttpFace
 from splitserve import AsyncClient, Client
 from splitserve.errors import NotFound
-from splitserve.oip import ModelMetadata, ServerMetadata
+from splitserve.oip.messages import ModelMetadata, ServerMetadata
 from splitserve.testing import FakeInference, serving
 
 EXTENSIONS = ("binary_tensor_data",)

@@ -28,7 +28,7 @@ def loader_for(version: tuple[int, ...], home: Path) -> list[str]:
         version: of glibc.
         home: the folder to unpack in; made once.
 
-    Skips the test where it can not be had.
+    Skips the test where it cannot be had.
     """
     if machines_version() >= version:
         return []

@@ -38,7 +38,7 @@ def baked(
 
 @pytest.mark.parametrize(("service", "half"), [("preprocess", "preprocess"), ("predict", "predict")])
 def test_an_image_holds_its_half_of_the_chosen_models(baked: Stack, service: str, half: str) -> None:
-    """Nothing is mounted, nothing is there that the service does not load, and it can not be written."""
+    """Nothing is mounted, nothing is there that the service does not load, and it cannot be written."""
     container = baked.container(service)
 
     found = container.python("import os; print(*sorted(d for d, _, files in os.walk('/models') if 'manifest.json' in files))")

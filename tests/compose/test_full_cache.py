@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.steady import Reference, SteadyLoad
 from splitserve import publish
-from splitserve.repository import Repository
-from splitserve.sources import index
+from splitserve.repository.bundle import Repository
+from splitserve.repository.sources import index
 from tests.compose.conftest import Model, started
 from tests.compose.stack import Stack, wait_until
 

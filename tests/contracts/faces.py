@@ -13,8 +13,8 @@ from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.oip import InferRequest, InferResponse, ModelMetadata
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata
+from splitserve.oip.protobuf import SERVICE
 from splitserve.signature import TensorSpec
 from splitserve.tensors import DATATYPES, Tensor, pack, unpack
 from splitserve.testing import FakeInference, signature

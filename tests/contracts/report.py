@@ -141,7 +141,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "6.3 open-inference": "open-inference-openapi and open-inference-grpc 2.0, made from the protocol's documents",
         "6.3 kserve": "KServe 0.21's REST and gRPC clients",
         "6.3 each stage": "tritonclient's gRPC client, a client by reflection and probes at preprocess and at predict",
-        "6.3 mlserver infer": "`mlserver infer` 1.7.1 over REST; over gRPC it says that it can not yet",
+        "6.3 mlserver infer": "`mlserver infer` 1.7.1 over REST; over gRPC it says that it cannot yet",
         "6.3 perf_analyzer": "perf_analyzer 2.60: closed loop, rate, batches, own data, text; REST, gRPC, streams",
     },
 }

@@ -12,8 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.oip import NO_DEADLINE, remaining_s
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.messages import NO_DEADLINE, remaining_s
+from splitserve.oip.protobuf import SERVICE
 from splitserve.tensors import DATATYPES, encode_bytes
 from tests.contracts.faces import LIMIT, Served, served
 

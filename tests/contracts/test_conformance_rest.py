@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from splitserve.oip import UNAVAILABLE, ModelState, remaining_s
+from splitserve.oip.messages import UNAVAILABLE, ModelState, remaining_s
 from tests.contracts.faces import LIMIT, Served, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -16,15 +16,15 @@ from predict_service.service import PredictService
 from preprocess_service.any_server import AnyServer
 from preprocess_service.service import PreprocessService
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.oip import InferenceService, ServerMetadata
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.messages import InferenceService, ServerMetadata
+from splitserve.oip.protobuf import SERVICE
+from splitserve.oip.statistics import Statistics
 from splitserve.publishing.simple_models import publish_all
-from splitserve.remote import RemoteInference
-from splitserve.repository import Repository
+from splitserve.remote.inference import RemoteInference
+from splitserve.repository.bundle import Repository
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.store import VersionStore
-from splitserve.statistics import Statistics
 from splitserve.tensors import DATATYPES, encode_bytes
 from tests.contracts.test_conformance_grpc import TYPED, case, lines
 

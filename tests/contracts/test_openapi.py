@@ -7,11 +7,11 @@ import re
 import pytest
 from openapi_spec_validator import validate
 
-from proxy.http_app import HttpApp
-from proxy.openapi import document
+from proxy.rest.app import HttpApp
+from proxy.rest.openapi import document
 from proxy.service import ProxyService
 from splitserve.errors import TABLE
-from splitserve.oip import ServerMetadata
+from splitserve.oip.messages import ServerMetadata
 from splitserve.testing import FakeInference
 
 FOR_PEOPLE = {"/", "/docs", "/openapi.json"}

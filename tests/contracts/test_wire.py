@@ -9,8 +9,8 @@ import pytest
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from splitserve import oip_grpc
 from splitserve.api.inference import inference_pb2 as ours
+from splitserve.oip import protobuf
 
 NOT_IN_TRITONCLIENT = {
     # Field 6 of the protocol's newer text; a client that does not know it skips it.
@@ -98,7 +98,7 @@ def test_the_protocols_own_methods_are_all_there():
     """The six of the standard; Triton's further ones are optional."""
     core = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
 
-    assert methods(file_of(ours)).keys() >= {f"/{oip_grpc.SERVICE}/{name}" for name in core}
+    assert methods(file_of(ours)).keys() >= {f"/{protobuf.SERVICE}/{name}" for name in core}
 
 
 def test_every_datatype_of_a_configuration_has_the_number_that_other_clients_read():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from splitserve import oip_grpc, oip_rest, v1
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
-from splitserve.limits import Limits
-from splitserve.oip import InferRequest
+from splitserve.oip import protobuf, rest, v1
+from splitserve.oip.limits import Limits
+from splitserve.oip.messages import InferRequest
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import signature
 
@@ -23,7 +23,7 @@ def _checked(request: InferRequest) -> None:
 
 def json(data: bytes) -> None:
     """A V2 body, and the same as a V1 body."""
-    for decode in (lambda: oip_rest.decode_request("m", "", data), lambda: v1.decode_request(data, MODEL, "1.1").request):
+    for decode in (lambda: rest.decode_request("m", "", data), lambda: v1.decode_request(data, MODEL, "1.1").request):
         with contextlib.suppress(SplitserveError):
             _checked(decode())
 
@@ -31,13 +31,13 @@ def json(data: bytes) -> None:
 def binary(data: bytes) -> None:
     """A V2 body with binary tensors: the first two bytes say how much of it is JSON."""
     with contextlib.suppress(SplitserveError):
-        _checked(oip_rest.decode_request("m", "", data[2:], header_length=int.from_bytes(data[:2], "little")))
+        _checked(rest.decode_request("m", "", data[2:], header_length=int.from_bytes(data[:2], "little")))
 
 
 def grpc(data: bytes) -> None:
     """A ModelInferRequest."""
     with contextlib.suppress(SplitserveError):
-        _checked(oip_grpc.decode_request(oip_grpc.parse(pb.ModelInferRequest, data)))
+        _checked(protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, data)))
 
 
 DECODERS: dict[str, Callable[[bytes], None]] = {"json": json, "binary": binary, "grpc": grpc}

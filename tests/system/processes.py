@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 
 
 def free_ports(n_ports: int) -> list[int]:
-    """Ports that nobody listens on now, for programs that can not say which one they took."""
+    """Ports that nobody listens on now, for programs that cannot say which one they took."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_ports)]
         return [each.getsockname()[1] for each in sockets]

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from splitserve import Client, publish_predictor, publish_preprocessor
 from splitserve.errors import InvalidInput, NotFound, Unavailable
-from splitserve.manifest import Postprocess
+from splitserve.repository.manifest import Postprocess
 from tests.demo_models import Demos
 from tests.system.models import softmax_model
 from tests.system.processes import System, wait_until
@@ -153,11 +153,11 @@ def test_over_grpc_the_status_details_say_the_same(system: System) -> None:
 
 def error_info(system: System, features: np.ndarray) -> error_details_pb2.ErrorInfo:
     """What the details of the failed call say."""
-    from splitserve import oip_grpc
     from splitserve.arrays import from_array
-    from splitserve.oip import InferRequest
+    from splitserve.oip import protobuf
+    from splitserve.oip.messages import InferRequest
 
-    message = oip_grpc.encode_request(InferRequest("breast-cancer", (from_array("features", features),)))
+    message = protobuf.encode_request(InferRequest("breast-cancer", (from_array("features", features),)))
     with grpc.insecure_channel(system.grpc) as channel, pytest.raises(grpc.RpcError) as raised:
         channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(message.SerializeToString())
     trailing = dict(raised.value.trailing_metadata())
@@ -193,7 +193,7 @@ def test_a_lost_predict_makes_the_others_not_ready_until_it_is_back(demos: Demos
         wait_until(lambda: system.rest("/v2/health/ready")[0] == 200, "ready again")
 
         assert (status, answer["stage"], answer["reason"]) == (503, "predict", "UNAVAILABLE")
-        assert "the predict service can not be reached" in ready["error"]
+        assert "the predict service cannot be reached" in ready["error"]
         assert live == 200
         assert system.rest(PREDICT.format("breast-cancer"), rows_of(30))[0] == 200
     finally:
@@ -220,7 +220,7 @@ def test_a_port_that_is_taken_stops_a_service_with_its_name(system: System, demo
     process = Process("predict_service", {"PREDICT_GRPC_PORT": port, "MODEL_REPOSITORY": str(demos.repository)})
 
     assert process.wait() == 1
-    assert any(f"can not listen on 127.0.0.1:{port}" in line for line in process.lines)
+    assert any(f"cannot listen on 127.0.0.1:{port}" in line for line in process.lines)
     assert not any("Traceback" in line for line in process.lines)
 
 

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from splitserve import Client, publish_predictor, publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
-from splitserve.oip_grpc import SERVICE
+from splitserve.oip.protobuf import SERVICE
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
@@ -163,7 +163,7 @@ def test_a_bundle_that_is_copied_into_place_file_by_file_is_served_once_it_is_wh
         for half in ("preprocess", "predict"):
             source, target = (tmp_path / root / "m" / half / "2" for root in ("elsewhere", "models"))
             target.mkdir()
-            wait_until(lambda: "manifest.json can not be read" in str(index(system)), "the empty folder seen")
+            wait_until(lambda: "manifest.json cannot be read" in str(index(system)), "the empty folder seen")
             for file in sorted(source.iterdir(), reverse=True):
                 data = file.read_bytes()
                 (target / f".{file.name}.part").write_bytes(data[: len(data) // 2])

@@ -113,7 +113,7 @@ def test_predict_answers_what_is_in_flight(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_a_service_at_once(folder: Path) -> None:
-    """Whoever can not wait for what is in flight says so twice."""
+    """Whoever cannot wait for what is in flight says so twice."""
     with gated_system(folder, is_fused=True) as system, ThreadPoolExecutor() as pool:
         answer = pool.submit(over_grpc, system)
         wait_until(lambda: list(folder.glob("entered-*")), "the call in flight")

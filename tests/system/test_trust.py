@@ -19,8 +19,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
-from splitserve import oip_grpc, publish, publish_predictor, publish_preprocessor
+from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.oip import protobuf
 from tests.signing_keys import make_keys
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
@@ -103,7 +104,7 @@ def test_a_key_that_can_not_be_used_stops_a_service_before_it_listens(tmp_path: 
 
 
 def pickled() -> FunctionTransformer:
-    """Passes rows on, and holds something that skops can not."""
+    """Passes rows on, and holds something that skops cannot."""
     return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
 
 
@@ -179,9 +180,9 @@ def why_not_ready_over_grpc(system: System, model: str, pair: str) -> str:
     """What the trailing metadata of ModelReady says."""
     with grpc.insecure_channel(system.grpc) as channel:
         request = pb.ModelReadyRequest(name=model, version=pair).SerializeToString()
-        answer, call = channel.unary_unary(f"/{oip_grpc.SERVICE}/ModelReady").with_call(request)
+        answer, call = channel.unary_unary(f"/{protobuf.SERVICE}/ModelReady").with_call(request)
     assert not pb.ModelReadyResponse.FromString(answer).ready
-    return dict(call.trailing_metadata())[oip_grpc.REASON_KEY].decode()
+    return dict(call.trailing_metadata())[protobuf.REASON_KEY].decode()
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
@@ -225,9 +226,9 @@ import sys
 events = set()
 sys.addaudithook(lambda event, _: events.add(event) if event.startswith(("pickle.", "marshal.loads")) else None)
 from pathlib import Path
-from splitserve.repository import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey, Repository, load_bundle
 from splitserve.runtimes import predictor, preprocessor
-from splitserve.golden import decode
+from splitserve.repository.golden import decode
 events.clear()  # imports read bytecode
 repository = Repository(sys.argv[1])
 first = load_bundle(repository, BundleKey("m", "preprocess", 1), preprocessor.load)

@@ -73,7 +73,7 @@ def test_what_the_system_does_not_have_fails_in_a_line(system: System, demos: De
     assert (model.returncode, pair.returncode) == (1, 1)
     assert model.stderr == "nope: Request for unknown model: 'nope' is not found\n"
     assert "digits" in model.stdout
-    assert pair.stderr.startswith("digits 7.1: digits/preprocess/7: manifest.json can not be read")
+    assert pair.stderr.startswith("digits 7.1: digits/preprocess/7: manifest.json cannot be read")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
@@ -82,7 +82,7 @@ def test_a_system_that_is_not_there_fails_in_a_line(demos: Demos, url: str) -> N
     result = verify(url, demos.repository, "digits", "--version", "1.1")
 
     assert result.returncode == 1
-    assert "can not be reached" in result.stderr
+    assert "cannot be reached" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Our stream's end at the far end of h2 as a server: messages both ways, and every way that a stream ends."""
+"""Our stream's end at the peer of h2 as a server: messages both ways, and every way that a stream ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import h2.errors
 import h2.events
 import pytest
 
-from splitserve.grpc_wire.client import Address, StreamCall, open_stream
-from splitserve.grpc_wire.messages import CallError
-from splitserve.http2.connection import STREAM_WINDOW
-from tests.wire.far_ends import framed
+from splitserve.wire.grpc.client import Address, StreamCall, open_stream
+from splitserve.wire.grpc.messages import CallError
+from splitserve.wire.http2.connection import STREAM_WINDOW
+from tests.wire.peers import framed
 
 OPENED = [(":status", "200"), ("content-type", "application/grpc"), ("greeting", "hello")]
 
@@ -60,7 +60,7 @@ async def until(claim: Callable[[], Any]) -> None:
 
 @asynccontextmanager
 async def stream(max_message_bytes: int = 10_000_000) -> AsyncIterator[tuple[StreamCall, H2Server, list[bytes]]]:
-    """A stream that is open, the far end of it, and the messages that came."""
+    """A stream that is open, the peer of it, and the messages that came."""
     servers: list[H2Server] = []
     messages: list[bytes] = []
 
@@ -234,7 +234,7 @@ async def test_a_server_that_retires_is_left_in_peace() -> None:
 
 
 async def test_who_cancels_says_so() -> None:
-    """The far end stops its work."""
+    """The peer stops its work."""
     async with stream() as (call, server, _):
         call.cancel()
 

@@ -1,4 +1,4 @@
-"""Our gRPC server at the far end of h2: calls, statuses, limits, flow control, and how a connection ends."""
+"""Our gRPC server at the peer of h2: calls, statuses, limits, flow control, and how a connection ends."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.grpc_wire import server as server_module
-from splitserve.grpc_wire.call import Method
-from splitserve.grpc_wire.messages import decode_text
-from splitserve.grpc_wire.server import ServerLimits
-from splitserve.http2 import connection as connection_module
-from splitserve.http2 import frames
-from splitserve.http2.headers import NO_TABLE
-from splitserve.listening import HANDSHAKE_TIMEOUT_S
-from tests.wire.far_ends import ECHO, FAIL, HOLD, STREAM, Client, FakeServer, framed, raw_frames, request_headers, until
+from splitserve.wire.grpc import server as server_module
+from splitserve.wire.grpc.call import Method
+from splitserve.wire.grpc.messages import decode_text
+from splitserve.wire.grpc.server import ServerLimits
+from splitserve.wire.http2 import connection as connection_module
+from splitserve.wire.http2 import frames
+from splitserve.wire.http2.headers import NO_TABLE
+from splitserve.wire.listening import HANDSHAKE_TIMEOUT_S
+from tests.wire.peers import ECHO, FAIL, HOLD, STREAM, Client, FakeServer, framed, raw_frames, request_headers, until
 
 
 async def test_a_call_is_answered() -> None:

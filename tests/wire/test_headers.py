@@ -7,8 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.grpc_wire.messages import decode_text, encode_metadata, encode_text, timeout_s
-from splitserve.http2.headers import MAX_REMEMBERED, NO_TABLE, ConnectionFault, HeaderDecoder, Headers, TooManyHeaders, encode
+from splitserve.wire.grpc.messages import decode_text, encode_metadata, encode_text, timeout_s
+from splitserve.wire.http2.headers import (
+    MAX_REMEMBERED,
+    NO_TABLE,
+    ConnectionFault,
+    HeaderDecoder,
+    Headers,
+    TooManyHeaders,
+    encode,
+)
 
 fields = st.tuples(st.binary(max_size=300), st.binary(max_size=300))
 headers = st.lists(fields | st.sampled_from([(b":method", b"POST"), (b"te", b"trailers")]), max_size=8)
@@ -46,7 +54,7 @@ def test_who_never_used_the_table_need_not_say_so() -> None:
 
 
 def test_who_used_the_table_has_to_give_it_up() -> None:
-    """Else what it means can not be known."""
+    """Else what it means cannot be known."""
     ours, theirs = decoder(), hpack.Encoder()
     ours.decode(theirs.encode([(b"a", b"b")]))
     ours.forbid_table()

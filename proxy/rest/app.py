@@ -1,0 +1,452 @@
+"""The REST face: Open Inference Protocol V2, the V1 form, the API's own documentation.
+
+Knows HTTP; bodies are the business of `splitserve.oip.rest` and `splitserve.oip.v1`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Callable, Coroutine
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import structlog
+
+from proxy.guard import Guard
+from proxy.rest import compression
+from proxy.rest.compression import deflate
+from proxy.rest.openapi import document
+from proxy.service import STAGE, ProxyService
+from splitserve.batching.batcher import Pending
+from splitserve.errors import (
+    Internal,
+    InvalidInput,
+    PermissionDenied,
+    SplitserveError,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    at_stage,
+)
+from splitserve.oip import classification, rest, v1
+from splitserve.oip.limits import Limits, check_model_name
+from splitserve.oip.messages import (
+    CONTROL_PARAMETERS,
+    READY,
+    InferRequest,
+    InferResponse,
+    ServerMetadata,
+    deadline_after,
+)
+from splitserve.oip.model_config import config_of
+from splitserve.server.callers import Authenticator
+from splitserve.server.logs import RequestLine, log_request
+from splitserve.wire.http1.messages import JSON, Answer, Incoming, Reply, Response
+
+RETRY_AFTER_S = 1
+"""What clients are told to wait before they retry, over REST and gRPC alike."""
+
+N_REMEMBERED_PATHS = 512
+"""For so many paths it is known what serves them."""
+
+_CHALLENGE = 'Bearer realm="splitserve"'
+"""Source: RFC 6750, section 3."""
+
+_HEADER_LENGTH = b"inference-header-content-length"
+_TIMEOUT = b"request-timeout"
+_LONG_BODY_BYTES = 64 * 1024
+"""Longer answers are compressed beside the event loop."""
+
+
+class Request(msgspec.Struct):
+    """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; ``body`` is not compressed."""
+
+    path: dict[str, str]
+    incoming: Incoming
+    body: bytes
+    deadline: float
+
+
+class Refused(Exception):
+    """A request that HTTP itself has a status for: no such path, another method, a form of body that is not taken."""
+
+    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+_MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
+
+
+class HttpApp:
+    """Serves a `ProxyService` over HTTP.
+
+    Args:
+        service: what is served.
+        metadata: what ``GET /v2`` answers.
+        max_body_bytes: larger bodies are refused.
+        default_timeout_s: the deadline of a request that sets none.
+        max_timeout_s: the longest that a request may ask for.
+        allow_control: take requests to load and unload models.
+        limits: of requests.
+        authenticator: learns who calls; None: nobody is asked.
+    """
+
+    def __init__(
+        self,
+        service: ProxyService | Guard,
+        *,
+        metadata: ServerMetadata,
+        max_body_bytes: int,
+        default_timeout_s: float,
+        max_timeout_s: float = math.inf,
+        allow_control: bool = False,
+        limits: Limits | None = None,
+        authenticator: Authenticator | None = None,
+    ) -> None:
+        self._service = service
+        self._metadata = metadata
+        self.max_body_bytes = max_body_bytes
+        self._default_timeout_s = default_timeout_s
+        self._max_timeout_s = max_timeout_s
+        self._allow_control = allow_control
+        self._limits = limits or Limits()
+        self._authenticator = authenticator
+        self._log = structlog.get_logger()
+        self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
+        self._page = files("proxy").joinpath("docs.html").read_bytes()
+        infer = self._infer
+        self._direct = infer if authenticator is None and isinstance(service, ProxyService) else None
+        """The handler in whose place `_begin` is called where it can be."""
+        self.is_draining = False
+        """Set to say "not ready" while calls are still answered."""
+        routes: tuple[tuple[str, dict[str, Handler]], ...] = (
+            (rf"/v2{_MODEL}/infer", {"POST": infer}),
+            (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
+            (rf"/v1{_MODEL}:explain", {"POST": self._explain}),
+            (r"/v2/health/live", {"GET": self._live}),
+            (r"/v2/health/ready", {"GET": self._ready}),
+            (r"/v2/models/stats", {"GET": self._all_statistics}),
+            (rf"/v2{_MODEL}", {"GET": self._model_metadata}),
+            (rf"/v2{_MODEL}/config", {"GET": self._model_config}),
+            (rf"/v2{_MODEL}/stats", {"GET": self._model_statistics}),
+            (rf"/v2{_MODEL}/ready", {"GET": self._model_ready}),
+            (r"/v2/?", {"GET": self._server_metadata}),
+            (r"/v2/models", {"GET": self._models}),
+            (r"/v2/repository/index", {"POST": self._repository_index}),
+            (r"/v2/repository/models/(?P<model>[^/:]+)/(?P<action>load|unload)", {"POST": self._repository_control}),
+            (r"/v1/models", {"GET": self._models}),
+            (rf"/v1{_MODEL}", {"GET": self._model_status}),
+            (rf"/v1{_MODEL}/metadata", {"GET": self._v1_metadata}),
+            (r"/openapi\.json", {"GET": self._openapi_document}),
+            (r"/docs", {"GET": self._docs_page}),
+            (r"/", {"GET": self._alive}),
+        )
+        self._open: tuple[Handler, ...] = (
+            self._live, self._ready, self._server_metadata, self._openapi_document, self._docs_page, self._alive,
+        )  # fmt: skip
+        self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
+        self._route = lru_cache(N_REMEMBERED_PATHS)(self._find_route)
+
+    def answer(self, incoming: Incoming, reply: Reply) -> Answer:
+        """Begin to answer. An inference that has to wait for nothing else takes no task."""
+        try:
+            handler, path = self._route(incoming.method, incoming.path)
+            encoding = _check_form(incoming)
+        except Refused as refused:
+            return _refusal(refused)
+        if handler is self._direct and incoming.is_complete and not encoding:
+            return self._begin(path, incoming, reply)
+        return self._answer(handler, path, incoming, encoding)
+
+    def _begin(self, path: dict[str, str], incoming: Incoming, reply: Reply) -> Answer:
+        """As `_infer`, without a task."""
+        began = time.monotonic()
+        model, version = path["model"], path["version"]
+        try:
+            deadline = began + (self._timeout_s(incoming) if _TIMEOUT in incoming.headers else self._default_timeout_s)
+            body = incoming.whole_body()
+        except SplitserveError as error:
+            return self.failure(error)
+        try:
+            asked = self._asked(model, version, incoming, body, deadline)
+            self._limits.check(asked)
+            if classification.is_wanted(asked):
+                return self._answer(self._infer, path, incoming, "")
+            inference = _Inference(self, incoming, asked, began, reply)
+            inference.pending = self._service.begin(asked, inference.end)
+            return inference
+        except Exception as error:
+            log_request("infer", model, version, began, error)
+            return self.failure(error)
+
+    async def _answer(self, handler: Handler, path: dict[str, str], incoming: Incoming, encoding: str) -> Response:
+        try:
+            deadline = deadline_after(self._timeout_s(incoming))
+            if self._authenticator is not None:
+                given = incoming.header(b"authorization")
+                await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
+            body = await incoming.body()
+            if encoding and body:
+                body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
+                incoming.share.take(len(body))
+            response = await handler(Request(path, incoming, body, deadline))
+            if _may_be_compressed(response, incoming):
+                response = await _compressed(response, incoming)
+            return response
+        except Exception as error:
+            return self.failure(error)
+
+    def failure(self, error: Exception) -> Response:
+        """Errors become statuses here and nowhere else."""
+        if isinstance(error, Refused):
+            return _refusal(error)
+        named = at_stage(STAGE).named(error)
+        if isinstance(named, Internal):  # the caller does not learn what went wrong inside; the log does
+            self._log.error("internal error", stage=named.stage, exc_info=named)
+        return _error(named)
+
+    def _find_route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
+        for pattern, methods in self._routes:
+            if match := pattern.fullmatch(path):
+                handler = methods.get("GET" if method == "HEAD" else method)
+                if handler is None:
+                    allowed = ", ".join(methods) + (", HEAD" if "GET" in methods else "")
+                    raise Refused(405, f"{method[:16]} is not a method of this path", (("allow", allowed),))
+                return handler, {name: value or "" for name, value in match.groupdict().items()}
+        raise Refused(404, "Not Found")
+
+    def _timeout_s(self, incoming: Incoming) -> float:
+        value = incoming.header(_TIMEOUT)
+        if value is None:
+            return self._default_timeout_s
+        if not _SECONDS.fullmatch(value) or not float(value) > 0:
+            raise InvalidInput(f"Request-Timeout: expected a number of seconds, more than 0, got {value[:32]!r}")
+        return min(float(value), self._max_timeout_s)
+
+    async def _infer(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        with RequestLine("infer", model, version) as line:
+            asked = self._asked(model, version, request.incoming, request.body, request.deadline)
+            self._limits.check(asked)
+            answer = await classification.infer(self._service, asked)
+            line.version = answer.version
+            return _rendered(answer, asked)
+
+    def _asked(self, model: str, version: str, incoming: Incoming, body: bytes, deadline: float) -> InferRequest:
+        header_length = _header_length(incoming) if _HEADER_LENGTH in incoming.headers else None
+        if header_length == 0:
+            pair, metadata = self._service.choose(model, version)
+            return rest.decode_raw_request(body, metadata, str(pair), deadline=deadline)
+        return rest.decode_request(model, version, body, header_length=header_length, deadline=deadline, caller=incoming.caller)
+
+    async def _predict(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        with RequestLine("predict", model, version) as line:
+            pair, metadata = self._service.choose(model, version)
+            line.version = str(pair)
+            asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
+            self._limits.check(asked.request)
+            answer = await self._service.infer(asked.request)
+            return Response(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
+
+    async def _explain(self, request: Request) -> Response:
+        raise Unsupported("there is nothing here that explains")
+
+    async def _live(self, request: Request) -> Response:
+        return _json(200, {"live": True})
+
+    async def _ready(self, request: Request) -> Response:
+        if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
+            raise Unavailable(reason)
+        return _json(200, {"ready": True, "live": True})
+
+    async def _server_metadata(self, request: Request) -> Response:
+        return _json(200, self._metadata)
+
+    async def _models(self, request: Request) -> Response:
+        return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
+
+    async def _model_metadata(self, request: Request) -> Response:
+        return _json(200, rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"])))
+
+    async def _model_ready(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        self._service.choose(model, version)  # or the error that says why not
+        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
+        if not any(state.state == READY for state in states):
+            reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
+            raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
+        return _json(200, {"name": model, "ready": True})
+
+    async def _model_status(self, request: Request) -> Response:
+        """As both KServe's and TensorFlow Serving's clients read it."""
+        model, version = request.path["model"], request.path["version"]
+        ready = await self._model_ready(request)
+        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
+        return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
+
+    async def _v1_metadata(self, request: Request) -> Response:
+        """As TensorFlow Serving's clients read it."""
+        pair, metadata = self._service.choose(request.path["model"], request.path["version"])
+        return _json(200, v1.metadata_of(metadata, str(pair)))
+
+    async def _model_config(self, request: Request) -> Response:
+        return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
+
+    async def _model_statistics(self, request: Request) -> Response:
+        model, version = request.path["model"], request.path["version"]
+        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
+
+    async def _all_statistics(self, request: Request) -> Response:
+        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index())})
+
+    async def _repository_index(self, request: Request) -> Response:
+        wish = rest.decode_json(request.body) if request.body else {}
+        only_ready = isinstance(wish, dict) and wish.get("ready") is True
+        states = [state for state in await self._service.index() if state.state == READY or not only_ready]
+        return _json(200, states)
+
+    async def _repository_control(self, request: Request) -> Response:
+        if not self._allow_control:
+            raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+        if b"origin" in request.incoming.headers:
+            # A page in somebody's browser, which may stand where we cannot be reached from.
+            raise PermissionDenied("loading and unloading is not for web pages")
+        check_model_name(request.path["model"])
+        wish = rest.decode_json(request.body) if request.body else {}
+        parameters = wish.get("parameters", {}) if isinstance(wish, dict) else None
+        if not isinstance(parameters, dict) or parameters.keys() - CONTROL_PARAMETERS:
+            raise InvalidInput("parameters are not taken: the model repository says what is loaded")
+        act = self._service.load if request.path["action"] == "load" else self._service.unload
+        await act(request.path["model"])
+        return _json(200, {})
+
+    async def _openapi_document(self, request: Request) -> Response:
+        return Response(200, self._openapi)
+
+    async def _docs_page(self, request: Request) -> Response:
+        return Response(200, self._page, "text/html; charset=utf-8")
+
+    async def _alive(self, request: Request) -> Response:
+        return _json(200, {"status": "alive"})
+
+
+class _Inference:
+    """One that no task waits for.
+
+    Args:
+        app: that it is answered for.
+        incoming: the request.
+        asked: what it asks for.
+        began: on the monotonic clock.
+        reply: takes the answer.
+    """
+
+    __slots__ = ("_app", "_asked", "_began", "_incoming", "_reply", "pending")
+
+    pending: Pending
+
+    def __init__(self, app: HttpApp, incoming: Incoming, asked: InferRequest, began: float, reply: Reply) -> None:
+        self._app = app
+        self._incoming = incoming
+        self._asked = asked
+        self._began = began
+        self._reply = reply
+
+    def end(self, outcome: InferResponse | Exception) -> None:
+        """It is answered, or failed."""
+        asked = self._asked
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            response = _rendered(outcome, asked)
+        except Exception as error:
+            log_request("infer", asked.model, asked.version, self._began, error)
+            self._reply(self._app.failure(error))
+            return
+        log_request("infer", asked.model, outcome.version, self._began, None)
+        may_be_compressed = _may_be_compressed(response, self._incoming)
+        self._reply(_compressed(response, self._incoming) if may_be_compressed else response)
+
+    def cancel(self) -> None:
+        """The caller left."""
+        self.pending.cancel()
+        log_request("infer", self._asked.model, self._asked.version, self._began, asyncio.CancelledError())
+
+
+def _rendered(answer: InferResponse, asked: InferRequest) -> Response:
+    body, header_length = rest.encode_response(answer, asked)
+    if header_length is None:
+        return Response(200, body)
+    return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
+
+
+def _may_be_compressed(response: Response, incoming: Incoming) -> bool:
+    return len(response.body) >= compression.MIN_COMPRESSED_BYTES and b"accept-encoding" in incoming.headers
+
+
+async def _compressed(response: Response, incoming: Incoming) -> Response:
+    """The answer as the client takes it."""
+    encoding = compression.choose(incoming.header(b"accept-encoding") or "")
+    if not encoding:
+        return response
+    is_long = len(response.body) > _LONG_BODY_BYTES
+    body = await asyncio.to_thread(deflate, response.body, encoding) if is_long else deflate(response.body, encoding)
+    extra = (("content-encoding", encoding), ("vary", "accept-encoding"))
+    return Response(response.status, body, response.content_type, (*response.headers, *extra))
+
+
+def _check_form(incoming: Incoming) -> str:
+    """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
+
+    Raises:
+        Refused: the body comes in a form that is not taken.
+    """
+    headers = incoming.headers
+    if b"content-type" in headers and headers[b"content-type"].startswith(b"multipart/"):
+        raise Refused(415, "multipart bodies are not taken, send JSON")
+    if b"content-encoding" not in headers:
+        return ""
+    encoding = (incoming.header(b"content-encoding") or "").lower()
+    if encoding == "identity":
+        return ""
+    if encoding not in compression.ENCODINGS:
+        taken = ", ".join(compression.ENCODINGS)
+        raise Refused(415, f"content-encoding {encoding[:32]} is not taken, {taken} are", (("accept-encoding", taken),))
+    return encoding
+
+
+def _header_length(incoming: Incoming) -> int:
+    value = incoming.headers[_HEADER_LENGTH].decode("latin-1")
+    if not (value.isascii() and value.isdecimal() and len(value) < 12):
+        raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
+    return int(value)
+
+
+def _refusal(refused: Refused) -> Response:
+    return _json(refused.status, {"error": str(refused)}, refused.headers)
+
+
+def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    return Response(status, msgspec.json.encode(content), JSON, headers)
+
+
+def _error(error: SplitserveError) -> Response:
+    headers: tuple[tuple[str, str], ...] = ()
+    if error.is_retryable:
+        headers = (("retry-after", str(RETRY_AFTER_S)),)
+    elif isinstance(error, Unauthenticated):
+        headers = (("www-authenticate", _CHALLENGE),)
+    elif isinstance(error, PermissionDenied):
+        headers = (("www-authenticate", f'{_CHALLENGE}, error="insufficient_scope"'),)
+    return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

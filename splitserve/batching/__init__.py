@@ -1,0 +1,1 @@
+"""Merges queued requests of one model into calls, and splits the answers."""

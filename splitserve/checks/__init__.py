@@ -1,0 +1,1 @@
+"""Checks of whole repositories (`matrix`) and of running systems (`verify`)."""

@@ -1,0 +1,153 @@
+"""Whether a running system answers what its bundles promise: golden samples sent to it, answers compared.
+
+What a pair must answer to the golden rows of its preprocessor is worked out from its bundles, without scikit-learn: `promise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from splitserve.arrays import Array, from_array, to_array
+from splitserve.errors import SplitserveError, Unavailable
+from splitserve.oip.messages import ModelMetadata
+from splitserve.repository import golden as goldens
+from splitserve.repository import pairing
+from splitserve.repository.bundle import Bundle, BundleKey, BundleSource, load_bundle
+from splitserve.repository.golden import Difference, Golden
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
+from splitserve.runtimes import postprocess
+from splitserve.tensors import Tensor
+from splitserve.versions import Pair, parse_pair
+
+
+class Server(Protocol):
+    """What is verified: a client of it, over whatever transport."""
+
+    def infer(self, model: str, inputs: Mapping[str, Any], *, version: str = "") -> Mapping[str, Array]:
+        """Raises:
+        SplitserveError: the system refused, or could not be reached.
+        """
+        ...
+
+    def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """Raises:
+        SplitserveError: as `infer`.
+        """
+        ...
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """What a pair must answer.
+
+    ``is_recorded``: all of it was written down when the pair was published; else the predictor was run here, on what the
+    preprocessor's features were when it was published.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    tolerances: Mapping[str, Tolerance]
+    is_recorded: bool
+
+    @property
+    def n_samples(self) -> int:
+        """How many rows."""
+        return self.inputs[0].n_rows
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What came of a pair: ``problem`` is "" if the system keeps its promise, which is None if it is not known."""
+
+    model: str
+    pair: str
+    promise: Promise | None = None
+    problem: str = ""
+    worst: Difference | None = None
+
+
+def promise(source: BundleSource, model: str, pair: Pair) -> Promise:
+    """What a pair must answer to the golden rows of its preprocessor.
+
+    The preprocessor's samples are rows with the features that they became. If both halves were published together, the
+    predictor's are these features with the outputs that they gave. If not, the predictor is loaded, passes its own samples, and
+    is run on these features. Either way the postprocess step comes last. An answer may be as far off as the predictor's manifest
+    allows; a probability as far as the score that it is made of, and what is no float not at all.
+
+    Raises:
+        BundleError: a half is not there, broken or cannot be run here, or the two do not fit.
+    """
+    preprocessor = _open(source, BundleKey(model, "preprocess", pair.preprocessor))
+    predictor = _open(source, BundleKey(model, "predict", pair.predictor))
+    rows, known = _golden(preprocessor), _golden(predictor)
+    if differences := pairing.misfits(preprocessor.manifest, predictor.manifest.inputs, predictor.manifest.outputs):
+        raise BundleError(f"the halves do not fit: {'; '.join(differences)}")
+    features = pairing.sent(preprocessor.manifest, rows.outputs)
+    is_recorded = {tensor.name: tensor for tensor in features} == {tensor.name: tensor for tensor in known.inputs}
+    outputs = known.outputs if is_recorded else _run(source, predictor.key, features)
+    return _postprocessed(preprocessor.manifest, predictor.manifest, rows.inputs, outputs, is_recorded)
+
+
+def _open(source: BundleSource, key: BundleKey) -> Bundle:
+    return load_bundle(source, key, lambda bundle: bundle)
+
+
+def _golden(bundle: Bundle) -> Golden:
+    try:
+        return goldens.decode(bundle.read(GOLDEN_FILE), bundle.manifest.inputs, bundle.manifest.outputs)
+    except BundleError as error:
+        raise BundleError(f"{bundle.key}: {error}") from error
+
+
+def _run(source: BundleSource, key: BundleKey, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    try:
+        from splitserve.runtimes import predictor
+    except ImportError as error:
+        raise BundleError(
+            f"{key} was not published together with its preprocessor, so it has to be run here, and {error.name} is not installed"
+        ) from error
+    try:
+        return load_bundle(source, key, predictor.load).infer(features)
+    except SplitserveError as error:
+        raise BundleError(f"{key}: {error.message}") from error
+
+
+def _postprocessed(
+    preprocessor: Manifest, predictor: Manifest, rows: tuple[Tensor, ...], outputs: tuple[Tensor, ...], is_recorded: bool
+) -> Promise:
+    step, tolerances = preprocessor.postprocess, dict(predictor.tolerances)
+    if step is not None:
+        outputs = postprocess.apply(step, preprocessor.labels, outputs)
+        tolerances[pairing.PROBABILITIES] = tolerances.pop(step.scores, Tolerance())
+    return Promise(rows, outputs, tolerances, is_recorded)
+
+
+def pairs_of(source: BundleSource, server: Server, model: str) -> list[Pair]:
+    """The pairs of a model to verify: those that the system has ready, and those that the route names, ascending.
+
+    Raises:
+        BundleError: a route is broken.
+        SplitserveError: the system does not serve the model.
+    """
+    route = source.route(model)
+    ready = [pair for version in server.metadata(model).versions if (pair := parse_pair(model, version))]
+    if pairs := sorted({*ready, *(route.named() if route else ())}):
+        return pairs
+    raise Unavailable(f'model "{model}" has no pair that is ready')
+
+
+def verify(source: BundleSource, server: Server, model: str, pair: Pair) -> Outcome:
+    """Send the golden rows of a pair, as one request, and compare what comes back with its promise."""
+    outcome = Outcome(model, str(pair))
+    try:
+        promised = promise(source, model, pair)
+        outcome = msgspec.structs.replace(outcome, promise=promised)
+        answer = server.infer(model, {tensor.name: to_array(tensor) for tensor in promised.inputs}, version=str(pair))
+        got = [from_array(name, array) for name, array in answer.items()]
+    except BundleError as error:
+        return msgspec.structs.replace(outcome, problem=str(error))
+    except SplitserveError as error:
+        return msgspec.structs.replace(outcome, problem=error.message)
+    worst = goldens.worst_difference(promised.outputs, got, promised.tolerances)
+    return msgspec.structs.replace(outcome, problem=str(worst or ""), worst=worst)

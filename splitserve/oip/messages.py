@@ -1,0 +1,201 @@
+"""The Open Inference Protocol as Python objects: its messages and its verbs, free of any transport.
+
+Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
+front of that, or a stub for one of them at the peer of a channel. The faces (gRPC, REST) serve any of them, so a system is
+split or fused by what is put behind what.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from splitserve.errors import DeadlineExceeded, InvalidInput
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+
+Parameter = bool | int | float | str
+
+NO_DEADLINE = math.inf
+
+_EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_policy", "statistics")
+
+
+def extensions(*, allow_control: bool) -> tuple[str, ...]:
+    """The extensions of the protocol that every face offers, by the names that clients know.
+
+    Args:
+        allow_control: models can be loaded and unloaded.
+    """
+    return (*_EXTENSIONS, "model_repository") if allow_control else _EXTENSIONS
+
+
+def deadline_after(timeout_s: float) -> float:
+    """The point on the monotonic clock that lies ``timeout_s`` seconds ahead."""
+    return time.monotonic() + timeout_s
+
+
+def remaining_s(deadline: float) -> float:
+    """Seconds until ``deadline``; negative when it has passed, infinite when there is none."""
+    return deadline - time.monotonic()
+
+
+def check_time_left(deadline: float) -> None:
+    """Raises:
+    DeadlineExceeded: ``deadline`` has passed, so work for it would be for nobody.
+    """
+    if remaining_s(deadline) <= 0:
+        raise DeadlineExceeded("out of time before the work began")
+
+
+CONTROL_PARAMETERS = {"unload_dependents"}
+"""Parameters of a request to load or unload that clients send always; no model here depends on another."""
+
+TIMEOUT, PRIORITY = "timeout", "priority"
+
+
+def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Mapping[str, Parameter], float]:
+    """The parameters of a request without its timeout, and its deadline with it.
+
+    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked and left where it is.
+
+    Args:
+        parameters: of the request.
+        deadline: that it has otherwise.
+
+    Raises:
+        InvalidInput: one of the two is no whole number, or negative.
+
+    Source: Triton's "schedule policy" extension.
+    """
+    if TIMEOUT not in parameters and PRIORITY not in parameters:
+        return parameters, deadline
+    for name in (TIMEOUT, PRIORITY):
+        value = parameters.get(name, 0)
+        if type(value) is not int or value < 0:
+            raise InvalidInput(f'parameter "{name}": expected a whole number, not negative, got {str(value)[:32]}')
+    if timeout_us := int(parameters.get(TIMEOUT, 0)):
+        deadline = min(deadline, deadline_after(timeout_us / 1e6))
+    return {name: value for name, value in parameters.items() if name != TIMEOUT}, deadline
+
+
+class RequestedOutput(msgspec.Struct, frozen=True):
+    """One output that the caller wants, by name."""
+
+    name: str
+    parameters: Mapping[str, Parameter] = {}
+
+
+class InferRequest(msgspec.Struct, frozen=True):
+    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all.
+
+    ``caller`` tells apart who is to be served in turn, e.g. a connection; it is not sent on.
+    """
+
+    model: str
+    inputs: tuple[Tensor, ...]
+    version: str = ""
+    outputs: tuple[RequestedOutput, ...] = ()
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+    deadline: float = NO_DEADLINE
+    caller: Hashable = None
+
+    @property
+    def n_rows(self) -> int:
+        """The rows of its first tensor; 0 if it has none."""
+        return self.inputs[0].n_rows if self.inputs else 0
+
+
+class InferResponse(msgspec.Struct, frozen=True):
+    """One answer; ``version`` is the one that was really used."""
+
+    model: str
+    version: str
+    outputs: tuple[Tensor, ...]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+
+
+class ModelMetadata(msgspec.Struct, frozen=True):
+    """Signature of one version of a model, and the versions that are ready."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    properties: Mapping[str, str] = {}
+
+
+READY, UNAVAILABLE, LOADING = "READY", "UNAVAILABLE", "LOADING"
+
+
+class ModelState(msgspec.Struct, frozen=True):
+    """One version of a model in a service's index: ``state`` is READY, LOADING or UNAVAILABLE, the latter with a reason."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class ServerMetadata(msgspec.Struct, frozen=True):
+    """Who answers, and which extensions of the protocol it offers."""
+
+    name: str
+    version: str
+    extensions: tuple[str, ...] = ()
+
+
+class InferenceService(Protocol):
+    """The verbs of the protocol. Every method may raise a `splitserve.errors.SplitserveError`."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the first loading is over, whatever came of it: from then on calls are better sent here than held back."""
+        ...
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Raises:
+        NotFound: no such model or version.
+        Unavailable: it is known, and not ready.
+        InvalidInput: the request does not fit the signature.
+        DeadlineExceeded: the request's deadline passed.
+        """
+        ...
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """Raises:
+        NotFound: no such model or version.
+        Unavailable: it is known, and not ready.
+        """
+        ...
+
+    async def index(self) -> list[ModelState]:
+        """All versions that the service knows of, ready or not."""
+        ...
+
+    async def not_ready_reason(self) -> str:
+        """Why nothing can be inferred now; "" when something can."""
+        ...
+
+    async def load(self, model: str) -> None:
+        """Look at the model repository now, and serve the model again if it was unloaded.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        ...
+
+    async def unload(self, model: str) -> None:
+        """Serve no version of the model until `load`.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        ...

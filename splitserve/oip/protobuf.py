@@ -1,0 +1,294 @@
+"""Open Inference Protocol over gRPC: protobuf messages <-> the objects of `splitserve.oip.messages`.
+
+Knows the messages, not channels or servers. The bytes of raw contents pass through untouched; typed contents are turned into
+raw ones here, so that nothing behind this module has to know that they exist.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+from google.protobuf.message import DecodeError
+
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.errors import DOMAIN, InvalidInput, SplitserveError, from_wire
+from splitserve.oip.messages import (
+    NO_DEADLINE,
+    TIMEOUT,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    Parameter,
+    RequestedOutput,
+    ServerMetadata,
+    remaining_s,
+    scheduled,
+)
+from splitserve.oip.model_config import ModelConfig
+from splitserve.oip.statistics import ModelStatistics
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor, datatype_of, pack
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+REASON_KEY = "splitserve-not-ready-bin"
+"""Trailing metadata of an answer to ServerReady that says no: why, as UTF-8."""
+
+_CONTENTS_FIELDS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+"""Source: Open Inference Protocol gRPC, ``InferTensorContents``. FP16 and BF16 have no field."""
+
+_SAME_WIDTH = {"INT32": "i", "INT64": "q", "UINT32": "I", "UINT64": "Q", "FP32": "f", "FP64": "d"}
+"""Datatypes whose field holds no value that they cannot: nothing to check when packing."""
+
+
+def parse(message_type: Any, data: bytes) -> Any:
+    """A protobuf message from its bytes.
+
+    Raises:
+        InvalidInput: they are not one.
+    """
+    try:
+        return message_type.FromString(data)
+    except DecodeError:
+        raise InvalidInput(f"the request is not a {message_type.DESCRIPTOR.full_name}") from None
+
+
+def encode_stream_request(request: InferRequest, identity: str) -> bytes:
+    """A request as a message on a stream, which has no deadline of its own for each: what remains goes as a parameter."""
+    message = encode_request(request)
+    message.id = identity
+    if request.deadline != NO_DEADLINE:
+        message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
+    return message.SerializeToString()
+
+
+def encode_stream_response(response: InferResponse, identity: str) -> bytes:
+    """An answer as a message on a stream, with the id of the request, by which the caller finds it."""
+    message = pb.ModelStreamInferResponse()
+    _fill_response(message.infer_response, response)
+    message.infer_response.id = identity
+    return message.SerializeToString()
+
+
+def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
+    """A failure as a message on a stream: the text where every client looks for it, the rest of it in parameters."""
+    message = pb.ModelStreamInferResponse(error_message=error.message)
+    message.infer_response.id = identity
+    facts = {"code": error.grpc_code, "reason": error.reason, **error.metadata}
+    _encode_parameters({f"{DOMAIN}_{name}": fact for name, fact in facts.items()}, message.infer_response.parameters)
+    return message.SerializeToString()
+
+
+def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
+    """Raises:
+    SplitserveError: the one that the peer raised, if the message on a stream tells of one.
+    """
+    parameters = message.infer_response.parameters
+    if message.error_message or f"{DOMAIN}_code" in parameters:
+        facts = {name.removeprefix(f"{DOMAIN}_"): value.string_param for name, value in parameters.items()}
+        raise from_wire(facts.get("code", "INTERNAL"), message.error_message, facts.get("reason", ""), facts)
+
+
+def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE, caller: Hashable = None) -> InferRequest:
+    """The request in a message.
+
+    Raises:
+        InvalidInput: raw and typed contents are mixed or of the wrong number, or typed contents do not fit their datatype.
+    """
+    inputs = message.inputs
+    if raws := list(message.raw_input_contents):
+        if any(tensor.HasField("contents") for tensor in inputs):
+            raise InvalidInput("the contents field must not be specified when using raw_input_contents")
+        if len(raws) != len(inputs):
+            raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
+    else:
+        raws = [_pack_contents("input", tensor) for tensor in inputs]
+    parameters: Mapping[str, Parameter] = {}
+    if message.parameters:
+        parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
+    return InferRequest(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        parameters=parameters,
+        inputs=tuple(
+            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
+        ),
+        outputs=tuple(RequestedOutput(wanted.name, _decode_parameters(wanted.parameters)) for wanted in message.outputs),
+        deadline=deadline,
+        caller=caller,
+    )
+
+
+def encode_request(request: InferRequest) -> pb.ModelInferRequest:
+    """The message for a request; its tensors as raw contents."""
+    message = pb.ModelInferRequest(
+        model_name=request.model,
+        model_version=request.version,
+        id=request.id,
+        inputs=[
+            pb.ModelInferRequest.InferInputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+            for tensor in request.inputs
+        ],
+        raw_input_contents=[tensor.raw for tensor in request.inputs],
+    )
+    _encode_parameters(request.parameters, message.parameters)
+    for wanted in request.outputs:
+        _encode_parameters(wanted.parameters, message.outputs.add(name=wanted.name).parameters)
+    return message
+
+
+def decode_response(message: pb.ModelInferResponse) -> InferResponse:
+    """The answer in a message.
+
+    Raises:
+        InvalidInput: the number of raw contents is not that of the outputs, or typed contents do not fit their datatype.
+    """
+    outputs = message.outputs
+    raws = list(message.raw_output_contents)
+    if not raws:
+        raws = [_pack_contents("output", tensor) for tensor in outputs]
+    elif len(raws) != len(outputs):
+        raise InvalidInput(f"expected one raw_output_contents for each of {len(outputs)} outputs, got {len(raws)}")
+    return InferResponse(
+        model=message.model_name,
+        version=message.model_version,
+        id=message.id,
+        parameters=_decode_parameters(message.parameters) if message.parameters else {},
+        outputs=tuple(
+            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(outputs, raws, strict=True)
+        ),
+    )
+
+
+def encode_response(response: InferResponse) -> pb.ModelInferResponse:
+    """The message for an answer; its tensors as raw contents."""
+    message = pb.ModelInferResponse()
+    _fill_response(message, response)
+    return message
+
+
+def _fill_response(message: pb.ModelInferResponse, response: InferResponse) -> None:
+    message.model_name = response.model
+    message.model_version = response.version
+    message.id = response.id
+    for tensor in response.outputs:
+        message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        message.raw_output_contents.append(tensor.raw)
+    _encode_parameters(response.parameters, message.parameters)
+
+
+def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> bytes:
+    what = f'{side} "{tensor.name[:64]}"'
+    datatype = datatype_of(what, tensor.datatype)
+    filled = tensor.contents.ListFields()
+    if not filled:
+        return b""
+    field = _CONTENTS_FIELDS.get(datatype.name)
+    if field is None:
+        raise InvalidInput(f"{what}: {datatype.name} travels in raw contents only")
+    if len(filled) > 1 or filled[0][0].name != field:
+        found = ", ".join(descriptor.name for descriptor, _ in filled)
+        raise InvalidInput(f"{what}: the contents of {datatype.name} belong in {field}, got {found}")
+    values = filled[0][1]
+    if datatype.name in _SAME_WIDTH:
+        return array(_SAME_WIDTH[datatype.name], values).tobytes()
+    return pack(what, datatype, values)
+
+
+def _decode_parameters(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Parameter]:
+    chosen = ((key, value, value.WhichOneof("parameter_choice")) for key, value in parameters.items())
+    return {key: getattr(value, field) for key, value, field in chosen if field}
+
+
+def _encode_parameters(parameters: Mapping[str, Parameter], into: Any) -> None:
+    for key, value in parameters.items():
+        if isinstance(value, bool):
+            into[key].bool_param = value
+        elif isinstance(value, int):
+            setattr(into[key], "int64_param" if -(2**63) <= value < 2**63 else "uint64_param", value)
+        elif isinstance(value, float):
+            into[key].double_param = value
+        else:
+            into[key].string_param = value
+
+
+def encode_metadata(metadata: ModelMetadata) -> pb.ModelMetadataResponse:
+    """The message for a model's signature."""
+    tensor = pb.ModelMetadataResponse.TensorMetadata
+    return pb.ModelMetadataResponse(
+        name=metadata.name,
+        versions=metadata.versions,
+        platform=metadata.platform,
+        inputs=[tensor(name=spec.name, datatype=spec.datatype, shape=spec.wire_shape) for spec in metadata.inputs],
+        outputs=[tensor(name=spec.name, datatype=spec.datatype, shape=spec.wire_shape) for spec in metadata.outputs],
+        properties=metadata.properties,
+    )
+
+
+def decode_metadata(message: pb.ModelMetadataResponse) -> ModelMetadata:
+    """A model's signature; dimensions that vary get names by their place, the leading one ``"batch"``."""
+    return ModelMetadata(
+        name=message.name,
+        versions=tuple(message.versions),
+        platform=message.platform,
+        inputs=_decode_specs(message.inputs),
+        outputs=_decode_specs(message.outputs),
+        properties=dict(message.properties),
+    )
+
+
+def _decode_specs(tensors: Iterable[pb.ModelMetadataResponse.TensorMetadata]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            tensor.name,
+            tensor.datatype,
+            tuple(size if size >= 0 else f"{tensor.name}_{axis}" if axis else "batch" for axis, size in enumerate(tensor.shape)),
+        )
+        for tensor in tensors
+    )
+
+
+def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:
+    """The message for what a service knows of its models."""
+    entry = pb.RepositoryIndexResponse.ModelIndex
+    return pb.RepositoryIndexResponse(
+        models=[entry(name=state.name, version=state.version, state=state.state, reason=state.reason) for state in states]
+    )
+
+
+def decode_index(message: pb.RepositoryIndexResponse) -> list[ModelState]:
+    """What a service knows of its models."""
+    return [ModelState(entry.name, entry.version, entry.state, entry.reason) for entry in message.models]
+
+
+def encode_server_metadata(metadata: ServerMetadata) -> pb.ServerMetadataResponse:
+    """The message for who answers."""
+    return pb.ServerMetadataResponse(name=metadata.name, version=metadata.version, extensions=metadata.extensions)
+
+
+def encode_config(config: ModelConfig) -> pb.ModelConfigResponse:
+    """The message for a model's configuration."""
+    return pb.ModelConfigResponse(config=pb.ModelConfig(**msgspec.to_builtins(config)))
+
+
+def encode_statistics(statistics: Iterable[ModelStatistics]) -> pb.ModelStatisticsResponse:
+    """The message for what was counted."""
+    return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(**msgspec.to_builtins(entry)) for entry in statistics])

@@ -1,0 +1,425 @@
+"""Open Inference Protocol over REST: JSON bodies, with binary tensors behind them, <-> the objects of `splitserve.oip.messages`.
+
+Knows bodies, not HTTP servers. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from splitserve.errors import InvalidInput
+from splitserve.oip.limits import check_json_depth
+from splitserve.oip.messages import (
+    NO_DEADLINE,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    Parameter,
+    RequestedOutput,
+    scheduled,
+)
+from splitserve.signature import TensorSpec
+from splitserve.tensors import (
+    DATATYPES,
+    MAX_RANK,
+    Datatype,
+    Tensor,
+    datatype_of,
+    encode_bytes,
+    n_elements,
+    numbers,
+    pack,
+    unpack,
+)
+
+_BINARY_SIZE = "binary_data_size"
+_BINARY_OUTPUT = "binary_data"
+_ALL_BINARY = "binary_data_output"
+_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class _Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: Any = msgspec.UNSET
+    parameters: dict[str, Parameter] | None = None
+
+
+class _Output(msgspec.Struct):
+    name: str
+    parameters: dict[str, Parameter] | None = None
+
+
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
+    id: str | None = None
+    parameters: dict[str, Parameter] | None = None
+    outputs: list[_Output] | None = None
+
+
+class _PlainInput(msgspec.Struct):
+    """An input whose data is not looked at yet."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Parameter] | None = None
+
+
+class _PlainRequest(msgspec.Struct):
+    inputs: list[_PlainInput]
+    id: str | None = None
+    parameters: dict[str, Parameter] | None = None
+    outputs: list[_Output] | None = None
+
+
+class _AnsweredOutput(msgspec.Struct, omit_defaults=True):
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Any = msgspec.UNSET
+    parameters: Mapping[str, Parameter] = {}
+
+
+class _Answer(msgspec.Struct, omit_defaults=True):
+    model_name: str
+    model_version: str
+    outputs: list[_AnsweredOutput]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = {}
+
+
+_decoder = msgspec.json.Decoder(_Request)
+_plain_decoder = msgspec.json.Decoder(_PlainRequest)
+_list_decoders: dict[str, msgspec.json.Decoder[Any]] = {
+    name: msgspec.json.Decoder(list[float] if datatype.is_float else list[int])
+    for name, datatype in DATATYPES.items()
+    if datatype.format and name not in ("BOOL", "FP16")
+}
+"""For data that is what most clients send: a flat list of numbers, decoded as its datatype says."""
+_encoder = msgspec.json.Encoder()
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+    """What a JSON body says; the bare tokens NaN, Infinity and -Infinity, which Python's and other clients write, are taken too.
+
+    Args:
+        body: UTF-8.
+        decoder: checks the types as well; plain JSON when None.
+
+    Raises:
+        InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which is named.
+    """
+    check_json_depth(body)
+    try:
+        return decoder.decode(body) if decoder else msgspec.json.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"the request body: {error}") from None
+    except RecursionError:
+        raise InvalidInput("the request body is nested too deeply") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if b"NaN" not in body and b"Infinity" not in body:
+            raise InvalidInput(f"the request body is not JSON: {error}") from None
+    try:
+        text = body.decode()
+        lenient = json.loads(text, parse_float=_finite)
+        if "\\u" in text:
+            json.dumps(lenient, ensure_ascii=False).encode()  # fails for a lone surrogate, which no answer of ours could hold
+        return msgspec.convert(lenient, decoder.type) if decoder else lenient
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise InvalidInput(f"the request body is not JSON: {error}") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"number out of range: {text[:32]}")
+    return number
+
+
+def decode_request(
+    model: str,
+    version: str,
+    body: bytes,
+    *,
+    header_length: int | None = None,
+    deadline: float = NO_DEADLINE,
+    caller: Hashable = None,
+) -> InferRequest:
+    """The request in a body.
+
+    Args:
+        model: from the path.
+        version: from the path, "" if it has none.
+        body: JSON, and behind it the binary tensors if there are any.
+        header_length: bytes of JSON, from the header Inference-Header-Content-Length; None: all of it.
+        deadline: of the request.
+        caller: who sent it.
+
+    Raises:
+        InvalidInput: names the input, what was expected and what came.
+    """
+    if header_length is None:
+        header_length = len(body)
+    if not 0 < header_length <= len(body):
+        raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
+    head = body if header_length == len(body) else body[:header_length]
+    check_json_depth(head)
+    message, inputs, end = _decode_plain(head) or _decode_any(head, body)
+    if end != len(body):
+        raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+    parameters: Mapping[str, Parameter] = {}
+    if message.parameters:
+        parameters, deadline = scheduled(_parameters(message.parameters), deadline)
+    outputs: tuple[RequestedOutput, ...] = ()
+    if message.outputs:
+        outputs = tuple([RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs])
+    return InferRequest(
+        model,
+        tuple(inputs),
+        version=version,
+        outputs=outputs,
+        id=message.id or "",
+        parameters=parameters,
+        deadline=deadline,
+        caller=caller,
+    )
+
+
+def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int] | None:
+    """As `_decode_any`, if every input is a flat list of numbers that fit it; None leaves it to that, errors too."""
+    try:
+        message = _plain_decoder.decode(head)
+        inputs = []
+        for item in message.inputs:
+            decoder = _list_decoders.get(item.datatype)
+            if decoder is None or item.parameters or item.data is msgspec.UNSET:
+                return None
+            values = decoder.decode(item.data)
+            count = 1
+            for size in item.shape:
+                if not 0 <= size < 2**63:
+                    return None
+                count *= size
+            if count != len(values) or len(item.shape) > MAX_RANK:
+                return None
+            raw = numbers(count, DATATYPES[item.datatype].format).pack(*values)
+            inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
+        return None
+    return message, inputs, len(head)
+
+
+def _decode_any(head: bytes, body: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int]:
+    """What the JSON says with all forms that data can have, and where in the body the binary tensors end."""
+    message = decode_json(head, _decoder)
+    inputs, end = [], len(head)
+    for item in message.inputs:
+        parameters = item.parameters or {}
+        what = f'input "{item.name[:64]}"'
+        datatype_of(what, item.datatype)
+        n_elements(what, item.shape)
+        if _BINARY_SIZE in parameters:
+            raw, end = _binary(item, parameters[_BINARY_SIZE], body, end)
+        else:
+            raw = _pack_json(item)
+        inputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
+    return message, inputs, end
+
+
+def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
+    """The request in a body without JSON: the elements of the only input of a model, one row. All outputs are wanted as binary.
+
+    Args:
+        body: raw elements; a BYTES element without its length in front.
+        metadata: signature of the model. Besides the batch one dimension may vary: its size is told from the body's.
+        version: the one to call.
+        deadline: of the request.
+
+    Raises:
+        InvalidInput: the model has several inputs or dimensions that vary, or the body has another size.
+
+    Source: Triton, "raw binary request".
+    """
+    if len(metadata.inputs) != 1:
+        raise InvalidInput(f"a body without JSON is for models with one input, this one has {len(metadata.inputs)}")
+    spec = metadata.inputs[0]
+    if spec.datatype == "BYTES":
+        body = encode_bytes([body])
+    tensor = Tensor(spec.name, spec.datatype, _raw_shape(spec, len(body)), body)
+    return InferRequest(metadata.name, (tensor,), version=version, parameters={_ALL_BINARY: True}, deadline=deadline)
+
+
+def _raw_shape(spec: TensorSpec, n_bytes: int) -> tuple[int, ...]:
+    """The shape of one row of so many bytes; whether they fill it is checked with the request."""
+    shape = (1, *spec.wire_shape[1:]) if spec.wire_shape[:1] == (-1,) else spec.wire_shape
+    if shape.count(-1) > 1:
+        raise InvalidInput(f'input "{spec.name}": more than one dimension of {list(shape)} varies, send JSON or its header')
+    size = math.prod(size for size in shape if size > 0) * max(DATATYPES[spec.datatype].itemsize, 1)
+    varying = 1 if spec.datatype == "BYTES" else n_bytes // max(size, 1)
+    return tuple(varying if size == -1 else size for size in shape)
+
+
+def _parameters(given: dict[str, Parameter] | None) -> dict[str, Parameter]:
+    for name, value in (given or {}).items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise InvalidInput(f'parameter "{name[:64]}": expected a number of 64 bits')
+    return given or {}
+
+
+def _binary(item: _Input, size: Parameter, body: bytes, start: int) -> tuple[bytes, int]:
+    if item.data is not msgspec.UNSET:
+        raise InvalidInput(f'input "{item.name}": has both data and {_BINARY_SIZE}')
+    if type(size) is not int or size < 0 or size > len(body) - start:
+        raise InvalidInput(f'input "{item.name}": {_BINARY_SIZE} is {size}, {len(body) - start} bytes are left of the body')
+    return body[start : start + size], start + size
+
+
+def _pack_json(item: _Input) -> bytes:
+    what = f'input "{item.name[:64]}"'
+    datatype = datatype_of(what, item.datatype)
+    if item.data is msgspec.UNSET:
+        raise InvalidInput(f'input "{item.name}": has neither data nor {_BINARY_SIZE}')
+    if datatype.name in ("FP16", "BF16"):
+        raise InvalidInput(f'input "{item.name}": {datatype.name} has no JSON form, send it as binary data')
+    count = n_elements(what, item.shape)
+    values = flatten(what, item.data, item.shape)
+    if len(values) != count:
+        raise InvalidInput(f'input "{item.name}": shape {item.shape} needs {count} elements, got {len(values)}')
+    return pack_values(what, datatype, values)
+
+
+def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
+    """The elements of a flat or nested list, row-major; a nested one must be nested as ``shape`` says.
+
+    Raises:
+        InvalidInput: it is no list, or a list in it has another length than its dimension.
+    """
+    if not isinstance(data, list):
+        raise InvalidInput(f"{what}: data is a list, got {_json_type(data)}")
+    if not any(isinstance(item, list) for item in data):
+        return data
+    level = [data]
+    for size in shape[:MAX_RANK]:
+        if any(not isinstance(item, list) or len(item) != size for item in level):
+            raise InvalidInput(f"{what}: the nested lists are not of shape {list(shape)}")
+        level = list(chain.from_iterable(level))
+    return level
+
+
+_EXACT_FLOATS = 2**53
+"""Up to here a double tells integers apart."""
+
+
+def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
+    """The raw form of JSON values: text as UTF-8; for floats, null and "NaN" are NaN; for BYTES, null is the empty string.
+
+    1.0 is the integer 1, as some clients write it. Source: JSON Schema, "Numeric types".
+
+    Raises:
+        InvalidInput: a value is not of the datatype, or does not fit it.
+    """
+    if datatype.name == "BYTES":
+        try:
+            values = [value.encode() if isinstance(value, str) else b"" if value is None else value for value in values]
+        except UnicodeEncodeError:
+            raise InvalidInput(f"{what}: an element is not text that UTF-8 can hold") from None
+    elif datatype.is_float and not set(map(type, values)) <= {float, int}:
+        values = [math.nan if value is None else _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
+                  for value in values]  # fmt: skip
+    try:
+        return pack(what, datatype, values)
+    except InvalidInput:
+        if not datatype.is_integer:
+            raise
+        return pack(what, datatype, [_whole(value) for value in values])
+
+
+def _whole(value: Any) -> Any:
+    """The integer that a float is, unless it may have been another one before it was a float."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOATS else value
+
+
+def is_binary_wanted(request: InferRequest, output: str) -> bool:
+    """Whether the caller wants this output behind the JSON instead of in it."""
+    for wanted in request.outputs:
+        if wanted.name == output and _BINARY_OUTPUT in wanted.parameters:
+            return wanted.parameters[_BINARY_OUTPUT] is True
+    return request.parameters.get(_ALL_BINARY) is True
+
+
+def encode_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
+    """The body of an answer, and how many bytes of it are JSON if binary tensors follow.
+
+    Values that are not finite are null in JSON, and counted in the output's parameter ``nonfinite_values``.
+
+    Raises:
+        InvalidInput: an output has no JSON form and was not asked for as binary data.
+    """
+    outputs, binary = [], []
+    may_be_binary = bool(request.outputs or request.parameters)
+    for tensor in response.outputs:
+        if may_be_binary and is_binary_wanted(request, tensor.name):
+            parameters = {_BINARY_SIZE: len(tensor.raw)}
+            outputs.append(_AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, parameters=parameters))
+            binary.append(tensor.raw)
+            continue
+        answered = _AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, json_values(tensor))
+        if tensor.datatype in ("FP32", "FP64") and (n_bad := _count_nonfinite(answered.data)):
+            answered.parameters = {"nonfinite_values": n_bad}
+        outputs.append(answered)
+    head = _encoder.encode(_Answer(response.model, response.version, outputs, response.id, response.parameters))
+    return (b"".join((head, *binary)), len(head)) if binary else (head, None)
+
+
+def _count_nonfinite(values: list[float]) -> int:
+    return 0 if math.isfinite(sum(values)) else len(values) - sum(map(math.isfinite, values))
+
+
+def json_values(tensor: Tensor) -> list[Any]:
+    """The elements, row-major, as values that have a JSON form.
+
+    Raises:
+        InvalidInput: FP16, BF16, or BYTES that are not UTF-8.
+    """
+    if tensor.datatype in ("FP16", "BF16"):
+        raise InvalidInput(f'output "{tensor.name}": {tensor.datatype} has no JSON form, request binary_data for it')
+    values = unpack(tensor)
+    if tensor.datatype != "BYTES":
+        return values
+    try:
+        return [value.decode() for value in values]
+    except UnicodeDecodeError:
+        raise InvalidInput(f'output "{tensor.name}": an element is not UTF-8 text, request binary_data for it') from None
+
+
+def encode_metadata(metadata: ModelMetadata) -> dict[str, Any]:
+    """The JSON object for a model's signature."""
+    document: dict[str, Any] = {
+        "name": metadata.name,
+        "versions": metadata.versions,
+        "platform": metadata.platform,
+        "inputs": [_encode_spec(spec) for spec in metadata.inputs],
+        "outputs": [_encode_spec(spec) for spec in metadata.outputs],
+    }
+    if metadata.properties:
+        document["properties"] = metadata.properties
+    return document
+
+
+def _encode_spec(spec: TensorSpec) -> Mapping[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": spec.wire_shape}
+
+
+def _json_type(value: object) -> str:
+    names = {dict: "an object", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

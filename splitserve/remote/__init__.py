@@ -1,0 +1,1 @@
+"""A service at another address: its replicas and the stream to each."""

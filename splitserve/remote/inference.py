@@ -1,0 +1,402 @@
+"""An `InferenceService` at the peer of a gRPC channel."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import grpc
+import msgspec
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.errors import (
+    DOMAIN,
+    DeadlineExceeded,
+    InvalidInput,
+    PairMismatch,
+    SplitserveError,
+    TooLarge,
+    Unavailable,
+    from_wire,
+)
+from splitserve.oip import protobuf
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
+from splitserve.remote.replicas import Replica, Replicas, channel_options
+from splitserve.remote.stream import Metadata, Route, StreamKeeper
+from splitserve.tls import ClientTls, bearer
+from splitserve.watched import Watched
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""The largest message, in bytes, that is sent or taken unless settings say otherwise."""
+
+MAX_ATTEMPTS = 3
+RETRY_BACKOFF_S = 0.02
+"""At most so long, by chance, before another attempt; doubled with each."""
+
+HEDGE_AFTER_S = 1.0
+"""A replica that has not answered after this may be frozen: another one is asked as well, and the first answer counts."""
+
+RESERVE_SHARE, MOST_RESERVE_S = 0.05, 0.02
+"""What each hop keeps back of the time that remains, to bring the answer or the error home: this share, at most so much."""
+
+LEAST_TIME_S = 0.001
+"""With less no stage can do anything, and the call is refused before it is made."""
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+WHY_TIMEOUT_S = 0.5
+"""How long a replica that takes no calls is asked why."""
+
+CONTROL_TIMEOUT_S = 300.0
+"""Loading may have to fetch."""
+
+METHODS: dict[str, tuple[Any, Any]] = {
+    "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
+    "ModelReady": (pb.ModelReadyRequest, pb.ModelReadyResponse),
+    "ModelMetadata": (pb.ModelMetadataRequest, pb.ModelMetadataResponse),
+    "ModelInfer": (pb.ModelInferRequest, pb.ModelInferResponse),
+    "RepositoryIndex": (pb.RepositoryIndexRequest, pb.RepositoryIndexResponse),
+    "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, pb.RepositoryModelLoadResponse),
+    "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, pb.RepositoryModelUnloadResponse),
+}
+
+
+class _Replica(Replica):
+    """A replica with its methods, and with a stream to it where it offers one."""
+
+    def __init__(
+        self, target: str, channel: grpc.aio.Channel, route: Route, on_change: Callable[[], None], metadata: Metadata
+    ) -> None:
+        super().__init__(target, channel, on_change)
+        self.metadata = metadata
+        self.keeper = StreamKeeper(channel, route)
+        self.methods = {
+            name: channel.unary_unary(
+                f"/{protobuf.SERVICE}/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            for name, (request, response) in METHODS.items()
+        }
+
+    @property
+    def worker(self) -> tuple[int, int] | None:
+        """Which of how many processes that share the address it is; None while that is not known."""
+        return self.keeper.worker if self.keeper.stream is not None else None
+
+    async def close(self) -> None:
+        await self.keeper.close()
+        await super().close()
+
+
+class RemoteInference:
+    """A service that is reached over gRPC, by its replicas. Entered, it can be called.
+
+    A call goes to the idlest replica, over the stream to it where there is one. What fails because a replica is gone is tried on
+    another one, within a budget.
+
+    Args:
+        target: as for `Replicas`, e.g. ``dns:///predict:8021``.
+        stage: what the peer is, for errors that it cannot name itself.
+        max_message_bytes: the largest message sent or taken.
+        poll_timeout_s: how long questions other than inference may take.
+        tls: files of the channels, followed as they change; None: plain text.
+        token: shown with every call.
+        hedge_after_s: after how long without an answer another replica is asked as well.
+        replicas: as for `Replicas`: how names are looked up, how often, and how long a call waits for a replica.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        stage: str,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        poll_timeout_s: float = 5.0,
+        tls: ClientTls | None = None,
+        token: str = "",
+        hedge_after_s: float = HEDGE_AFTER_S,
+        **replicas: Any,
+    ) -> None:
+        self.target = target
+        self._stage = stage
+        self._max_message_bytes = max_message_bytes
+        self._options = channel_options(max_message_bytes)
+        self._poll_timeout_s = poll_timeout_s
+        self._tls = tls
+        self._files = Watched(tls.files, lambda: (tls.credentials(), tls.ssl_context())) if tls else None
+        self._metadata = bearer(token)
+        self._budget = RetryBudget()
+        self._hedge_after_s = hedge_after_s
+        self._replicas = Replicas(target, stage=stage, connect=self._connect, is_stale=self._has_new_files, **replicas)
+        self.is_loaded = True
+
+    def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
+        channel = self._channel(target, authority, self._options)
+        route = Route(
+            target,
+            stage=self._stage,
+            authority=authority,
+            metadata=self._metadata,
+            max_message_bytes=self._max_message_bytes,
+            context=self._files.value[1] if self._files else None,
+            server_name=self._tls.server_name if self._tls else "",
+        )
+        return _Replica(target, channel, route, on_change, self._metadata)
+
+    def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
+        authority = (self._tls.server_name if self._tls else "") or authority
+        options = options + ([("grpc.default_authority", authority)] if authority else [])
+        if self._files is None or self._tls is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, self._files.value[0], [*options, *self._tls.options()])
+
+    def _has_new_files(self) -> bool:
+        """Whether the credentials of open channels are old: they are fixed for a channel's life."""
+        return self._files is not None and self._files.has_changed()
+
+    async def __aenter__(self) -> RemoteInference:
+        await self._replicas.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._replicas.close()
+
+    @property
+    def n_replicas(self) -> int:
+        """How many can be used now."""
+        return len(self._replicas.usable())
+
+    @property
+    def n_streams(self) -> int:
+        """How many of these have a stream open; the others get unary calls."""
+        return sum(replica.keeper.stream is not None for replica in self._replicas.usable())
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Infer with what remains of the request's deadline, less a reserve."""
+        timeout_s = remaining_s(request.deadline)
+        if timeout_s < LEAST_TIME_S:
+            raise DeadlineExceeded(f"out of time before {self._stage} was called")
+        if request.deadline != NO_DEADLINE:
+            reserve_s = min(MOST_RESERVE_S, RESERVE_SHARE * timeout_s)
+            request = msgspec.structs.replace(request, deadline=request.deadline - reserve_s)
+            timeout_s -= reserve_s
+        try:
+            async with asyncio.timeout(None if request.deadline == NO_DEADLINE else timeout_s):
+                return await self._infer_on_some(request, timeout_s)
+        except TimeoutError:
+            raise DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage) from None
+
+    async def _infer_on_some(self, request: InferRequest, timeout_s: float) -> InferResponse:
+        tried: list[_Replica] = []
+        while True:
+            replica = await self._replicas.pick(but=tried, patience_s=timeout_s)
+            tried.append(replica)
+            try:
+                response = await self._infer_hedged(request, replica)
+            except Unavailable as error:
+                if error.stage != self._stage or len(tried) == MAX_ATTEMPTS or not self._budget.take():
+                    raise
+                self._replicas.leave_out(replica)
+                if self.n_replicas < 2:
+                    await asyncio.sleep(random.uniform(0, RETRY_BACKOFF_S * 2 ** len(tried)))  # noqa: S311
+            else:
+                self._budget.give()
+                return response
+
+    async def _infer_hedged(self, request: InferRequest, replica: _Replica) -> InferResponse:
+        """On this replica; if it does not answer for long, on another one too."""
+        if self.n_replicas < 2:
+            return await self._infer_on(request, replica)
+        calls = [asyncio.ensure_future(self._infer_on(request, replica))]
+        try:
+            await asyncio.wait(calls, timeout=self._hedge_after_s)
+            if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
+                self._replicas.leave_out(replica)
+                other = await self._replicas.pick(but=[replica])
+                calls.append(asyncio.ensure_future(self._infer_on(request, other)))
+            return await _first_answer(calls)
+        finally:
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _infer_on(self, request: InferRequest, replica: _Replica) -> InferResponse:
+        replica.began()
+        try:
+            if (stream := replica.keeper.stream) is not None:
+                message = await stream.infer(request)
+            else:
+                timeout_s = None if request.deadline == NO_DEADLINE else remaining_s(request.deadline)
+                message = await replica.methods["ModelInfer"](
+                    protobuf.encode_request(request), timeout=timeout_s, metadata=replica.metadata
+                )
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self._stage) from error
+        finally:
+            replica.ended()
+        message = _parsed(message, self._stage)
+        message.id = request.id
+        try:
+            return protobuf.decode_response(message)
+        except InvalidInput as error:  # the caller did not make this answer
+            raise PairMismatch(error.message, stage=self._stage) from error
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        """Call ModelMetadata."""
+        request = pb.ModelMetadataRequest(name=model, version=version)
+        return protobuf.decode_metadata(await self._ask("ModelMetadata", request))
+
+    async def is_ready(self, model: str, version: str = "") -> bool:
+        """Call ModelReady."""
+        return bool((await self._ask("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
+
+    async def index(self) -> list[ModelState]:
+        """Call RepositoryIndex."""
+        return protobuf.decode_index(await self._ask("RepositoryIndex", pb.RepositoryIndexRequest()))
+
+    async def load(self, model: str) -> None:
+        """Call RepositoryModelLoad of every replica."""
+        await self._tell_all("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model))
+
+    async def unload(self, model: str) -> None:
+        """Call RepositoryModelUnload of every replica."""
+        await self._tell_all("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=model))
+
+    async def not_ready_reason(self) -> str:
+        """Call ServerReady."""
+        try:
+            response = await self._ask("ServerReady", pb.ServerReadyRequest())
+        except SplitserveError as error:
+            return error.message
+        return "" if response.ready else await self._why_unusable()
+
+    async def _why_unusable(self) -> str:
+        """What a replica that takes no calls says of itself, asked on a channel that does not mind its health."""
+        targets = self._replicas.targets()
+        said = [reason for target in targets if (reason := await self._say_why(*target))]
+        if not said:
+            return f"the {self._stage} service cannot be reached"
+        return f"the {self._stage} service is not ready: {said[0]}"
+
+    async def _say_why(self, target: str, authority: str) -> str:
+        async with self._channel(target, authority, [("grpc.service_config", "{}")]) as channel:
+            ask: Any = channel.unary_unary(f"/{protobuf.SERVICE}/ServerReady")
+            call = ask(b"", timeout=WHY_TIMEOUT_S, metadata=self._metadata)
+            try:
+                await call
+            except grpc.aio.AioRpcError:
+                return ""
+            said = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(protobuf.REASON_KEY, b"")
+            return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+
+    async def _ask(self, method: str, request: Any) -> Any:
+        """One replica's answer; another one is asked if it is gone."""
+        tried: list[_Replica] = []
+        while True:
+            try:
+                replica = await self._replicas.pick(but=tried)
+            except Unavailable:
+                raise Unavailable(await self._why_unusable(), stage=self._stage) from None
+            tried.append(replica)
+            try:
+                return await self._call(replica, method, request, self._poll_timeout_s)
+            except Unavailable:
+                if len(tried) == MAX_ATTEMPTS:
+                    raise
+
+    async def _tell_all(self, method: str, request: Any) -> None:
+        await self._replicas.pick()
+        calls = [self._call(replica, method, request, CONTROL_TIMEOUT_S) for replica in self._replicas.usable()]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
+        try:
+            answer = await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self._stage) from error
+        return _parsed(answer, self._stage)
+
+
+def _parsed(answer: Any, stage: str) -> Any:
+    """The answer, in whose place grpc.aio gives None if it cannot parse it."""
+    if answer is None:
+        raise PairMismatch(f"the {stage} service answered with what is no message of the protocol", stage=stage)
+    return answer
+
+
+async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> InferResponse:
+    """The first answer that is not that a replica is gone; that, if all say so."""
+    pending = set(calls)
+    while True:
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for call in done:
+            if not pending or not isinstance(call.exception(), Unavailable):
+                return call.result()
+
+
+class RetryBudget:
+    """Bounds retries to a share of the calls that succeed, so that an outage is not made worse by them.
+
+    Source: gRPC proposal A6, "Throttling Retry Attempts".
+    """
+
+    MAX_TOKENS = 100.0
+    PER_SUCCESS = 0.125
+
+    def __init__(self) -> None:
+        self._tokens = self.MAX_TOKENS
+
+    def take(self) -> bool:
+        """Whether one more retry may be made."""
+        if self._tokens <= self.MAX_TOKENS / 2:
+            return False
+        self._tokens -= 1
+        return True
+
+    def give(self) -> None:
+        """A call succeeded."""
+        self._tokens = min(self.MAX_TOKENS, self._tokens + self.PER_SUCCESS)
+
+
+def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
+    """The error that the peer raised, or one of our own where it did not get to raise any.
+
+    Args:
+        error: of a call that failed.
+        stage: what the peer is.
+    """
+    reason, metadata = _error_info(error.trailing_metadata())
+    message = error.details() or ""
+    if reason:
+        return from_wire(error.code().name, message, reason, metadata)
+    # CANCELLED that the peer did not raise: it stopped as the call arrived. The texts of both name addresses.
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return Unavailable(f"the {stage} service cannot be reached", stage=stage)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(f"the {stage} service did not answer in time", stage=stage)
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:  # grpc's own limit
+        return TooLarge(f"the message to or from {stage} is larger than its limit", stage=stage)
+    return from_wire(error.code().name, message, metadata={"stage": stage})
+
+
+def _error_info(metadata: Iterable[Any] | None) -> tuple[str, dict[str, str]]:
+    """Reason and facts of an answer's ErrorInfo, if it is one of ours."""
+    for key, value in metadata or ():
+        if key == _DETAILS_KEY and isinstance(value, bytes):
+            try:
+                details = status_pb2.Status.FromString(value).details
+            except DecodeError:
+                continue
+            for detail in details:
+                info = error_details_pb2.ErrorInfo()
+                if detail.Unpack(info) and info.domain == DOMAIN:
+                    return info.reason, dict(info.metadata)
+    return "", {}

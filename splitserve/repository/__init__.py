@@ -1,0 +1,1 @@
+"""Model repositories: bundles, routes, and what is checked before a bundle is used."""

@@ -1,0 +1,110 @@
+"""Library versions: those a bundle was made with, those here, and whether the one can be served with the other.
+
+The rules are in `RULES`, and as a table in docs/versions.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import msgspec
+
+from splitserve.repository.manifest import Kind
+
+Release = tuple[int, ...]
+
+_NUMBERS = re.compile(r"\d+(\.\d+)*")
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """How close the version here must be to the one that a bundle was made with.
+
+    ``fits`` compares (made with, here) as release numbers; ``is_required``: the bundle is refused if they do not fit, otherwise
+    a warning says so.
+    """
+
+    package: str
+    fits: Callable[[Release, Release], bool]
+    is_required: bool
+    meaning: str
+
+
+def _same_major(made: Release, here: Release) -> bool:
+    return made[:1] == here[:1]
+
+
+def _same_minor(made: Release, here: Release) -> bool:
+    return made[:2] == here[:2]
+
+
+def _not_older_minor(made: Release, here: Release) -> bool:
+    return made[:2] <= here[:2]
+
+
+RULES: dict[Kind, tuple[Rule, ...]] = {
+    "preprocess": (
+        Rule("scikit-learn", _same_minor, True, "the same minor version"),
+        Rule("numpy", _same_major, True, "the same major version"),
+        Rule("skops", _not_older_minor, True, "not an older minor version"),
+        Rule("pandas", _same_major, False, "the same major version"),
+        Rule("scipy", _same_major, False, "the same major version"),
+        Rule("pillow", _same_major, False, "the same major version"),
+        Rule("python", _same_minor, False, "the same minor version"),
+    ),
+    "predict": (),
+}
+"""Fitted scikit-learn objects are bound to the minor version that made them (scikit-learn, "Model persistence"). What a
+predictor needs is in its model file: the ONNX versions, which the runtime here is asked about."""
+
+
+class Mismatch(msgspec.Struct, frozen=True):
+    """A package whose version here does not fit."""
+
+    package: str
+    made_with: str
+    here: str
+    is_required: bool
+    meaning: str
+
+    def __str__(self) -> str:
+        return f"published with {self.package} {self.made_with}, this service runs {self.here or 'none'} (wanted: {self.meaning})"
+
+
+def observe(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of Python and of the packages that are installed, by name."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def mismatches(kind: Kind, made_with: Mapping[str, str], here: Mapping[str, str] | None = None) -> list[Mismatch]:
+    """Where this environment is not what a bundle needs.
+
+    Args:
+        kind: which half.
+        made_with: the manifest's environment. A package that it does not name is not compared, but scikit-learn must be named.
+        here: versions by package; those of this process by default.
+    """
+    rules = RULES[kind]
+    here = observe([rule.package for rule in rules]) if here is None else here
+    found = []
+    for rule in rules:
+        made, have = made_with.get(rule.package, ""), here.get(rule.package, "")
+        if not made and rule.package != "scikit-learn":
+            continue
+        if not made or not have or not rule.fits(_release(made), _release(have)):
+            found.append(Mismatch(rule.package, made or "(unknown)", have, rule.is_required, rule.meaning))
+    return found
+
+
+def _release(text: str) -> Release:
+    """The numbers at the beginning of a version: ``"1.9.1rc2"`` -> (1, 9, 1)."""
+    match = _NUMBERS.match(text)
+    return tuple(int(number) for number in match[0].split(".")) if match else ()

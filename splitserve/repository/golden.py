@@ -1,0 +1,165 @@
+"""Golden samples: inputs that a bundle was tried with where it was made, and the outputs that they gave there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from splitserve.arrays import Array, from_array, to_array
+from splitserve.errors import SplitserveError
+from splitserve.repository.archives import check_npz, check_unpacked
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
+from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
+
+_RAW_DATATYPES = ("BYTES", "BF16")
+"""Datatypes that numpy has no dtype for: kept as wire bytes, with the shape beside them."""
+
+
+class Golden(msgspec.Struct, frozen=True):
+    """The tensors of all samples, one sample a row."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Where an output is farthest from the golden one."""
+
+    tensor: str
+    sample: int
+    index: tuple[int, ...]
+    expected: str
+    got: str
+
+    def __str__(self) -> str:
+        return (
+            f'output "{self.tensor}" of golden sample {self.sample} at {list(self.index)}: '
+            f"expected {self.expected}, got {self.got}"
+        )
+
+
+class GoldenDifference(BundleError):
+    """A bundle runs here, and its golden samples come out otherwise than where it was made."""
+
+
+def encode(golden: Golden) -> bytes:
+    """The contents of ``golden.npz``.
+
+    Raises:
+        BundleError: it would be too large to be read again.
+    """
+    check_unpacked(sum(len(tensor.raw) for tensor in (*golden.inputs, *golden.outputs)), GOLDEN_FILE)
+    arrays: dict[str, Array] = {}
+    for side, tensors in (("inputs", golden.inputs), ("outputs", golden.outputs)):
+        for tensor in tensors:
+            if tensor.datatype in _RAW_DATATYPES:
+                arrays[f"{side}/{tensor.name}"] = np.frombuffer(tensor.raw, dtype=np.uint8)
+                arrays[f"{side}_shapes/{tensor.name}"] = np.array(tensor.shape, dtype=np.int64)
+            else:
+                arrays[f"{side}/{tensor.name}"] = to_array(tensor)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
+
+
+def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Golden:
+    """The samples in ``golden.npz``.
+
+    Raises:
+        BundleError: not such a file, one that is too large unpacked, or a tensor of the signature is not in it.
+    """
+    try:
+        check_npz(data, GOLDEN_FILE)
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return Golden(
+                inputs=tuple(_tensor(arrays, "inputs", spec) for spec in inputs),
+                outputs=tuple(_tensor(arrays, "outputs", spec) for spec in outputs),
+            )
+    except BundleError:
+        raise
+    except KeyError as error:
+        raise BundleError(f"{GOLDEN_FILE}: {error.args[0]}") from None
+    except Exception as error:  # numpy, zipfile and zlib each raise their own for a file that is damaged or another one
+        raise BundleError(f"{GOLDEN_FILE}: not an npz file of plain arrays: {error}") from None
+
+
+def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
+    array = arrays[f"{side}/{spec.name}"]
+    if spec.datatype in _RAW_DATATYPES:
+        shape = tuple(int(size) for size in arrays[f"{side}_shapes/{spec.name}"])
+        return Tensor(spec.name, spec.datatype, shape, array.tobytes())
+    return from_array(spec.name, array)
+
+
+def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
+    """Run the samples of a bundle and compare.
+
+    Args:
+        data: the contents of ``golden.npz``.
+        manifest: of the bundle: signature and tolerances.
+        run: what was loaded of the bundle.
+
+    Raises:
+        GoldenDifference: they come out otherwise; the message shows the worst difference.
+        BundleError: the samples are damaged or not of the signature, or cannot be run.
+    """
+    golden = decode(data, manifest.inputs, manifest.outputs)
+    for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
+        if tensor.datatype != spec.datatype:
+            raise BundleError(f'{GOLDEN_FILE}: "{spec.name}" is {tensor.datatype}, manifest.json says {spec.datatype}')
+    check(golden, manifest, run)
+
+
+def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
+    """The same with samples that were read.
+
+    Raises:
+        BundleError: they cannot be run, or come out otherwise.
+    """
+    if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
+        raise BundleError(f"{GOLDEN_FILE}: holds no sample, so nothing shows that this answers as where it was made")
+    try:
+        found = run(golden.inputs)
+    except SplitserveError as error:
+        raise BundleError(f"golden samples: {error.message}") from error
+    if worst := worst_difference(golden.outputs, found, manifest.tolerances):
+        raise GoldenDifference(str(worst))
+
+
+def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:
+    """Where an answer is farthest beyond its tolerance from the golden one; None when it is nowhere beyond it.
+
+    A NaN agrees with a NaN.
+    """
+    by_name = {tensor.name: tensor for tensor in got}
+    worst, excess = None, 0.0
+    for want in expected:
+        have = by_name.get(want.name)
+        if have is None or (have.datatype, have.shape) != (want.datatype, want.shape):
+            found = f"{have.datatype} {list(have.shape)}" if have else "nothing"
+            return Difference(want.name, 0, (), f"{want.datatype} {list(want.shape)}", found)
+        found_excess, index = _excess(to_array(want), to_array(have), tolerances.get(want.name, Tolerance()))
+        if found_excess > excess:
+            excess = found_excess
+            worst = Difference(want.name, index[0] if index else 0, index, str(to_array(want)[index]), str(to_array(have)[index]))
+    return worst
+
+
+def _excess(want: Array, have: Array, tolerance: Tolerance) -> tuple[float, tuple[int, ...]]:
+    """How far beyond the tolerance the worst element is, and where; infinite where values cannot be subtracted."""
+    if want.size == 0:
+        return 0.0, ()
+    if want.dtype.kind == "f":
+        with np.errstate(invalid="ignore", over="ignore"):
+            wide_want, wide_have = want.astype(np.float64), have.astype(np.float64)
+            beyond = np.abs(wide_have - wide_want) - (tolerance.atol + tolerance.rtol * np.abs(wide_want))
+        same = (wide_want == wide_have) | (np.isnan(wide_want) & np.isnan(wide_have))
+        beyond = np.where(same, 0.0, np.where(np.isnan(beyond), np.inf, beyond))
+    else:
+        beyond = np.where(want == have, 0.0, np.inf)
+    at = int(np.argmax(beyond))
+    return float(beyond.flat[at]), tuple(int(axis) for axis in np.unravel_index(at, want.shape))

@@ -1,0 +1,102 @@
+"""Which versions of which models a service holds: what the settings ask for, and what routes name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from splitserve.errors import NotFound
+from splitserve.repository.manifest import Kind
+from splitserve.repository.routes import Route
+from splitserve.versions import MODEL_NAME, UNNAMED, Pair, parse_pair
+
+_LATEST = re.compile(r"latest:([1-9][0-9]{0,8})")
+
+
+class VersionPolicy(msgspec.Struct, frozen=True):
+    """``n_latest`` newest versions that load, all if it is None, and those of the ``specific`` pairs."""
+
+    n_latest: int | None = None
+    specific: tuple[Pair, ...] = ()
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """What the settings ask for.
+
+    ``models``: those to serve, all when empty. ``policies`` by model; the one for ``""`` is for all others.
+    """
+
+    models: frozenset[str] = frozenset()
+    policies: Mapping[str, VersionPolicy] = {}
+
+    def serves(self, model: str) -> bool:
+        """Whether the model is one of those to serve."""
+        return not self.models or model in self.models
+
+    def policy(self, model: str) -> VersionPolicy:
+        """Which versions of a model to hold."""
+        return self.policies.get(model) or self.policies.get("") or VersionPolicy()
+
+
+def parse_models(text: str) -> frozenset[str]:
+    """Names separated by commas.
+
+    Raises:
+        ValueError: one cannot be a model's name.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if not MODEL_NAME.fullmatch(name):
+            raise ValueError(f'"{name}" cannot be the name of a model')
+    return frozenset(names)
+
+
+def parse_policies(text: str) -> dict[str, VersionPolicy]:
+    """Policies by model from e.g. ``latest:2; penguins=all; digits=1.1,2.1``.
+
+    Raises:
+        ValueError: names the part that is not understood.
+    """
+    policies = {"": VersionPolicy()}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        model, separator, value = part.partition("=")
+        name, value = (model.strip(), value.strip()) if separator else ("", part)
+        if separator and not MODEL_NAME.fullmatch(name):
+            raise ValueError(f'"{name}" cannot be the name of a model')
+        policies[name] = _parse_policy(value)
+    return policies
+
+
+def _parse_policy(value: str) -> VersionPolicy:
+    if value == "all":
+        return VersionPolicy()
+    if match := _LATEST.fullmatch(value):
+        return VersionPolicy(n_latest=int(match[1]))
+    try:
+        pairs = tuple(pair for name in value.split(",") if (pair := parse_pair("", name.strip())))
+    except NotFound:
+        pairs = ()
+    if not pairs:
+        raise ValueError(f'"{value}" is none of all, latest:N and pairs like 1.1,2.1')
+    return VersionPolicy(n_latest=0, specific=pairs)
+
+
+def pinned(kind: Kind, policy: VersionPolicy, route: Route | None) -> set[int]:
+    """Versions of one half that are held whatever else there is: those of specific pairs and of the route."""
+    pairs = [*policy.specific, *(route.named() if route else ())]
+    return {pair.preprocessor if kind == "preprocess" else pair.predictor for pair in pairs} - {UNNAMED}
+
+
+def wanted(published: Collection[int], refused: Collection[int], pins: Collection[int], n_latest: int | None) -> set[int]:
+    """Versions to hold now.
+
+    Args:
+        published: all that there are.
+        refused: those that were tried and cannot be served; they take no other version's place.
+        pins: those to hold in any case.
+        n_latest: how many of the newest others; all if None.
+    """
+    newest = sorted(set(published) - set(refused), reverse=True)
+    return {version for version in published if version in pins} | set(newest if n_latest is None else newest[:n_latest])

@@ -1,0 +1,85 @@
+"""Where services get bundles from: a folder, or a URL with a cache in front.
+
+What a URL needs is imported when one is used: a service with a folder starts without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from splitserve.repository.bundle import BundleSource
+from splitserve.repository.selection import Selection
+from splitserve.repository.sources.local_folder import LocalFolder
+
+FETCH_TIMEOUT_S = 60.0
+
+_NEEDS = {
+    "s3": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+    "az": ("adlfs", "azure"),
+    "http": ("aiohttp", "http"),
+    "https": ("aiohttp", "http"),
+}
+"""By scheme: the package that has to be there, and the extra that brings it."""
+
+
+def is_url(where: str) -> bool:
+    """Whether a model repository is far away; otherwise it is a folder."""
+    return "://" in where and not where.startswith("file://")
+
+
+def check(where: str) -> None:
+    """See that a model repository is one that this installation can read. Nothing is looked at yet.
+
+    Raises:
+        ValueError: the scheme is not known, or the packages for it are missing.
+    """
+    if not is_url(where):
+        return
+    scheme, _, rest = where.partition("://")
+    if scheme not in _NEEDS:
+        raise ValueError(f"expected a folder or a URL with {', '.join(f'{name}://' for name in _NEEDS)}; got {scheme}://")
+    if not rest.strip("/"):
+        raise ValueError(f"{where} names no {'host' if scheme.startswith('http') else 'bucket'}")
+    package, extra = _NEEDS[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f'{scheme}:// needs more packages ({package}): pip install "splitserve[{extra}]", '
+            f"or an image that was built with --build-arg EXTRAS={extra}"
+        )
+
+
+def source_of(
+    where: str | os.PathLike[str],
+    *,
+    cache: str = "",
+    timeout_s: float = FETCH_TIMEOUT_S,
+    selection: Selection | None = None,
+) -> BundleSource:
+    """What reads a model repository. It connects to nothing before it is asked for something.
+
+    Args:
+        where: a folder (`LocalFolder`) or a URL.
+        cache: folder that fetched files are kept in; the user's cache folder when empty.
+        timeout_s: how long a step of a fetch may take: a listing, a piece of a file.
+        selection: which models are of interest; a URL shows no others.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    where = os.fspath(where)
+    check(where)
+    if not is_url(where):
+        return LocalFolder(unquote(urlsplit(where).path) if where.startswith("file://") else where)
+    from splitserve.repository.sources.cache import Cache
+    from splitserve.repository.sources.remote_folder import RemoteFolder
+    from splitserve.repository.sources.remote_repository import RemoteRepository
+
+    return RemoteRepository(
+        RemoteFolder(where, timeout_s=timeout_s),
+        Cache(Path(cache) if cache else None, patience_s=2 * timeout_s),
+        serves=(selection or Selection()).serves,
+    )

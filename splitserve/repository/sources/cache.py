@@ -1,0 +1,360 @@
+"""The cache of a remote model repository: files by their digest, so that each is fetched once and a restart fetches nothing.
+
+<cache>/sha256/ab/<digest>      whole files, put there by a rename once they were found to be right
+<cache>/partial/<digest>        a download under way, or what a process that died has left of one: the next one goes on with it
+<cache>/seen/<digest of path>   which digest a manifest or route had when it was last fetched
+<cache>/bundles/…               the manifests of bundles that were opened, and their signatures
+
+Any number of processes may share a cache. Who downloads a file holds a lock on the partial one, which ends with the process.
+The cache only grows; what is in it may be deleted at any time. POSIX only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from splitserve.repository.bundle import read_checked, read_small
+from splitserve.repository.manifest import BundleError, FileDigest, NotFetched
+
+Download = Callable[[int], Iterable[bytes]]
+"""A file's bytes from an offset on. Raises `NotFetched` when they cannot be had, also in the middle."""
+
+MAX_RESUMES = 4
+"""How often a download that breaks off goes on at once, as long as each try brings something."""
+
+LEFTOVER_S = 24 * 3600.0
+"""After how long what a dead process has left is removed, if nobody has gone on with it."""
+
+_POLL_S = 0.1
+_BLOCK_BYTES = 1024**2
+
+
+class WrongContent(BundleError):
+    """What was fetched is not what it should be."""
+
+
+class _Seen(msgspec.Struct):
+    """What was last fetched from a path: where it says it is from, its validator, its digest."""
+
+    path: str
+    validator: str
+    digest: FileDigest
+
+
+_seen_decoder = msgspec.json.Decoder(_Seen)
+"""Made once: `splitserve.repository.manifest` says why."""
+
+
+class Cache:
+    """Files by digest, in a folder that need not exist yet.
+
+    Args:
+        folder: where; nobody else may be able to write to it. `default_folder` if None.
+        patience_s: how long to wait for another process that is fetching the same file and makes no progress.
+        free_bytes: how much room is left in a folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        patience_s: float = 60.0,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        self._given_folder = folder
+        self._closed = threading.Event()
+        self._patience_s = patience_s
+        self._free_bytes = free_bytes
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is.
+
+        Raises:
+            NotFetched: none was named, and no folder can be written.
+        """
+        return self._given_folder or default_folder()
+
+    def close(self) -> None:
+        """Wait for no other process any more."""
+        self._closed.set()
+
+    def holds(self, digest: FileDigest) -> bool:
+        """Whether a file of the right name and size is there. `read` finds out whether its content is right."""
+        with contextlib.suppress(OSError):
+            facts = self._blob(digest).lstat()
+            return stat.S_ISREG(facts.st_mode) and facts.st_size == digest.size
+        return False
+
+    def read(self, name: str, digest: FileDigest) -> bytes:
+        """A file's bytes, checked as they are read.
+
+        Args:
+            name: what it is called in messages.
+            digest: which file.
+
+        Raises:
+            BundleError: it is not there, or damaged.
+        """
+        return read_checked(self._blob(digest), name, digest)
+
+    def discard(self, digest: FileDigest) -> None:
+        """Remove a file that is damaged."""
+        with self._writing():
+            self._blob(digest).unlink(missing_ok=True)
+
+    def fetch(self, name: str, digest: FileDigest, download: Download) -> None:
+        """See that a file is there: go on with what there is of it, check, rename into place.
+
+        Args:
+            name: what it is called in messages.
+            digest: what it must be; no more than its size is written.
+            download: where it comes from.
+
+        Raises:
+            NotFetched: it could not be had, or there is no room for it. What came so far is kept.
+            WrongContent: what came is something else. It is thrown away.
+        """
+        with self._writing():
+            while not self.holds(digest):
+                with self._lock(name, digest) as file:
+                    if file is None:
+                        continue
+                    if self.holds(digest):  # somebody finished it between the look and the lock
+                        (self._partials / digest.sha256).unlink()
+                    else:
+                        self._complete(name, digest, file, download)
+
+    def add(self, data: bytes) -> FileDigest:
+        """Put a small file there.
+
+        Raises:
+            NotFetched: it cannot be written.
+        """
+        digest = FileDigest(hashlib.sha256(data).hexdigest(), len(data))
+        self._write_whole(self._blob(digest), data)
+        return digest
+
+    def remember(self, path: str, validator: str, digest: FileDigest) -> None:
+        """Note what came from a path that had this validator.
+
+        Raises:
+            NotFetched: it cannot be written.
+        """
+        self._write_whole(self._note(path), msgspec.json.encode(_Seen(path, validator, digest)))
+
+    def recall(self, path: str, validator: str) -> FileDigest | None:
+        """What came from a path, if it still has this validator; None if that is not known."""
+        try:
+            seen = _seen_decoder.decode(read_small(self._note(path)))
+        except (BundleError, msgspec.DecodeError):
+            return None
+        return seen.digest if (seen.path, seen.validator) == (path, validator) else None
+
+    def place(self, path: str, data: bytes | None) -> Path:
+        """See that a small file is below ``bundles`` and holds this; that it is not there if this is None.
+
+        Raises:
+            NotFetched: it cannot be written.
+        """
+        place = self.folder / "bundles" / path
+        try:
+            held = read_small(place)
+        except BundleError:
+            held = None
+        if data is None:
+            with self._writing():
+                place.unlink(missing_ok=True)
+        elif data != held:
+            self._write_whole(place, data)
+        return place
+
+    def sweep(self) -> None:
+        """Remove what dead processes have left and nobody has gone on with for `LEFTOVER_S`."""
+        with contextlib.suppress(OSError):
+            for path in self._partials.iterdir():
+                with contextlib.suppress(OSError), path.open("rb") as file:
+                    if time.time() - os.fstat(file.fileno()).st_mtime > LEFTOVER_S and _is_locked(file):
+                        path.unlink()
+
+    @property
+    def _partials(self) -> Path:
+        return self.folder / "partial"
+
+    def _blob(self, digest: FileDigest) -> Path:
+        return self.folder / "sha256" / digest.sha256[:2] / digest.sha256
+
+    def _note(self, path: str) -> Path:
+        return self.folder / "seen" / hashlib.sha256(path.encode()).hexdigest()
+
+    def _complete(self, name: str, digest: FileDigest, file: BinaryIO, download: Download) -> None:
+        """Fill a locked partial file, check it, and put it in its place."""
+        partial = _Partial(file, digest.size)
+        if (free := self._free_bytes(self.folder)) < partial.n_missing:
+            raise NotFetched(f"{name} needs {partial.n_missing} bytes more, the cache {self.folder} has {free} free")
+        partial.fill(name, download)
+        if (found := partial.describe()) != f"{digest.size} bytes, sha256 {digest.sha256}":
+            partial.clear()
+            raise WrongContent(f"{name}: expected {digest.size} bytes, sha256 {digest.sha256}; got {found}")
+        self._blob(digest).parent.mkdir(parents=True, exist_ok=True)
+        (self._partials / digest.sha256).replace(self._blob(digest))
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, digest: FileDigest) -> Iterator[BinaryIO | None]:
+        """The partial file, locked; None if it was renamed or removed meanwhile, so one has to look again.
+
+        Raises:
+            NotFetched: another process has held it for long without making progress.
+        """
+        self._partials.mkdir(parents=True, exist_ok=True)
+        path = self._partials / digest.sha256
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(number, "r+b", buffering=0) as file:
+            self._wait_for_lock(name, file)
+            # Whoever had the lock before may have moved the file: what is open here would be the finished one.
+            yield file if _is_at(path, file) else None
+
+    def _wait_for_lock(self, name: str, file: BinaryIO) -> None:
+        size, end = -1, 0.0
+        while not _is_locked(file):
+            if (grown := os.fstat(file.fileno()).st_size) != size:
+                size, end = grown, time.monotonic() + self._patience_s
+            elif time.monotonic() > end:
+                raise NotFetched(f"{name}: another process is fetching it and made no progress for {self._patience_s:g} s")
+            if self._closed.wait(_POLL_S):
+                raise NotFetched(f"{name}: the service is stopping")
+
+    def _write_whole(self, path: Path, data: bytes) -> None:
+        with self._writing():
+            self._partials.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number, scratch = tempfile.mkstemp(dir=self._partials)
+            try:
+                with os.fdopen(number, "wb") as file:
+                    os.fchmod(number, 0o644)
+                    file.write(data)
+                Path(scratch).replace(path)
+            except BaseException:
+                Path(scratch).unlink(missing_ok=True)
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Problems of the disk as `NotFetched`: somebody may make room or mend permissions."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NotFetched(f"no room left in the cache {self.folder}: {error.strerror}") from error
+            raise NotFetched(
+                f"the cache {self.folder} cannot be written: {error.strerror}; MODEL_CACHE names another folder"
+            ) from error
+
+
+class _Partial:
+    """A locked file that is being filled up to its size."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._n_bytes = 0
+        self._hash = hashlib.sha256()
+        while block := file.read(_BLOCK_BYTES):
+            self._count(block)
+        if self._n_bytes > size:
+            self.clear()
+
+    @property
+    def n_missing(self) -> int:
+        return self._size - self._n_bytes
+
+    def fill(self, name: str, download: Download) -> None:
+        """Until it has its size, or the source says that there is no more."""
+        problem: NotFetched | None = None
+        for _ in range(MAX_RESUMES + 1):
+            before, problem = self._n_bytes, None
+            try:
+                self._append(download(self._n_bytes))
+            except NotFetched as error:
+                problem = error
+            if not self.n_missing or self._n_bytes == before:
+                break
+        if self.n_missing and problem is not None:
+            raise problem
+
+    def _append(self, blocks: Iterable[bytes]) -> None:
+        for block in blocks:
+            kept = block[: self.n_missing]
+            self._file.write(kept)
+            self._count(kept)
+            if not self.n_missing:
+                break
+
+    def _count(self, block: bytes) -> None:
+        self._hash.update(block)
+        self._n_bytes += len(block)
+
+    def describe(self) -> str:
+        """What it is so far."""
+        return f"{self._n_bytes} bytes, sha256 {self._hash.hexdigest()}"
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._file.truncate(0)
+        self._file.seek(0)
+        self._hash, self._n_bytes = hashlib.sha256(), 0
+
+
+def _is_locked(file: BinaryIO) -> bool:
+    """Whether this process could lock an open file, now and until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file is the one that has this path."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def default_folder() -> Path:
+    """Where the cache is unless one is named: below the user's cache folder, or the folder for temporary files.
+
+    The latter belongs to everybody, so what is below it must be this user's own.
+
+    Raises:
+        NotFetched: there is none that could be written.
+    """
+    with contextlib.suppress(OSError, RuntimeError):
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "splitserve"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    with contextlib.suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"splitserve-{os.geteuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+        if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022:
+            return folder
+    raise NotFetched("there is no folder to keep fetched files in; MODEL_CACHE has to name one that can be written")

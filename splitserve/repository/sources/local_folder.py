@@ -1,0 +1,98 @@
+"""A folder as storage is mounted into a container: a model repository, the folder of one model in it, or a single bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from splitserve.repository import manifest as manifests
+from splitserve.repository.bundle import KINDS, Bundle, BundleKey, Repository, read_small
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, Kind, Manifest
+from splitserve.repository.routes import ROUTE_FILE, Route
+
+
+class LocalFolder:
+    """A `BundleSource`. What the folder is, is looked at anew with each look at the bundles: storage may be filled late."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+        self._seen: Repository | None = None
+
+    def bundles(self) -> Iterator[BundleKey]:
+        """All bundles, by model, kind and version."""
+        self._seen = self._repository()
+        return self._seen.bundles()
+
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one."""
+        return (self._seen or self._repository()).route(model)
+
+    def open(self, key: BundleKey) -> Bundle:
+        """As `Repository.open`."""
+        return self._repository().open(key)
+
+    def stamp(self, key: BundleKey) -> str:
+        """As `Repository.stamp`."""
+        return (self._seen or self._repository()).stamp(key)
+
+    def close(self) -> None:
+        """Nothing is ever under way."""
+
+    def _repository(self) -> Repository:
+        if (self.root / MANIFEST_FILE).exists():
+            return _SingleBundle(self.root)
+        found = [path for kind in KINDS for path in sorted(self.root.glob(f"{kind}/[1-9]*/{MANIFEST_FILE}"))]
+        return _ModelFolder(self.root, _name_in(found)) if found else Repository(self.root)
+
+
+class _SingleBundle(Repository):
+    """The root is a bundle. It has the name and the version that its manifest says."""
+
+    def bundles(self) -> Iterator[BundleKey]:
+        manifest = _read(self.root / MANIFEST_FILE)
+        yield BundleKey(manifest.name, manifest.kind, manifest.version)
+
+    def route(self, model: str) -> Route | None:
+        return None
+
+    def folder(self, key: BundleKey) -> Path:
+        return self.root
+
+
+class _ModelFolder(Repository):
+    """The root is the folder of one model, called what its manifests say, whatever the folder is called."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        super().__init__(root)
+        self._model = model
+
+    def bundles(self) -> Iterator[BundleKey]:
+        for kind in KINDS:
+            yield from (BundleKey(self._model, kind, version) for version in self.versions(self._model, kind))
+
+    def versions(self, model: str, kind: Kind) -> list[int]:
+        return Repository(self.root.parent).versions(self.root.name, kind)
+
+    def route_file(self, model: str) -> Path:
+        return self.root / ROUTE_FILE
+
+    def folder(self, key: BundleKey) -> Path:
+        return self.root / key.kind / str(key.version)
+
+
+def _name_in(files: Sequence[Path]) -> str:
+    """What the first of these manifests that can be read says that the model is called.
+
+    Raises:
+        BundleError: none can be read.
+    """
+    for path in files[:-1]:
+        with contextlib.suppress(BundleError):
+            return _read(path).name
+    return _read(files[-1]).name
+
+
+def _read(path: Path) -> Manifest:
+    return manifests.decode(read_small(path))

@@ -1,0 +1,224 @@
+"""The peer of our HTTP/2 connections: the library h2, which keeps every rule, and a transport that keeps what is written."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+
+from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.messages import PREFIX, CallError
+from splitserve.wire.grpc.server import ServerConnection, ServerLimits
+from splitserve.wire.http2 import frames
+from splitserve.wire.listening import Connections
+
+ECHO, STREAM, HOLD, FAIL = "/test.Test/Echo", "/test.Test/Stream", "/test.Test/Hold", "/test.Test/Fail"
+
+
+class FakeTransport:
+    """Keeps what is written, until it is taken."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+        self.n_writes = 0
+        self.is_closed = self.is_aborted = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.is_closed
+        self.written += data
+        self.n_writes += 1
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        self.write(b"".join(pieces))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def abort(self) -> None:
+        self.is_closed = self.is_aborted = True
+
+    def take(self) -> bytes:
+        data = bytes(self.written)
+        self.written.clear()
+        return data
+
+
+class FakeServer:
+    """What a connection knows of its server: methods that echo, hold and fail."""
+
+    def __init__(self, limits: ServerLimits | None = None, max_held_bytes: int = 10**9) -> None:
+        self.limits = limits or ServerLimits()
+        self.budget = ByteBudget(max_held_bytes)
+        self.new_share = self.budget.share
+        self.connections: Connections[ServerConnection] = Connections()
+        self.calls: list[Call] = []
+        self.gate = asyncio.Event()
+        self.n_cancelled = 0
+        self.methods = {
+            ECHO: Method(unary=self._echo),
+            HOLD: Method(unary=self._hold),
+            FAIL: Method(unary=self._fail),
+            STREAM: Method(streaming=self._stream),
+        }
+
+    def explain(self, error: Exception) -> CallError:
+        return CallError("INTERNAL", str(error), (("x-bin", b"\x00\xff"),))
+
+    async def _echo(self, data: bytes, call: Call) -> bytes:
+        self.calls.append(call)
+        return data
+
+    async def _hold(self, data: bytes, call: Call) -> bytes:
+        self.calls.append(call)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.n_cancelled += 1
+            raise
+        return data
+
+    async def _fail(self, data: bytes, call: Call) -> bytes:
+        raise ValueError("50 % of nothing, naïvely")
+
+    async def _stream(self, call: Call) -> None:
+        """Echo each message, once the gate is open."""
+        self.calls.append(call)
+        call.begin((("greeting", "hello"),))
+        try:
+            while (data := await call.read()) is not None:
+                await self.gate.wait()
+                await call.write(data)
+        except asyncio.CancelledError:
+            self.n_cancelled += 1
+            raise
+
+
+class Client:
+    """h2 as a client of one `ServerConnection`."""
+
+    def __init__(self, server: FakeServer, *, strict: bool = True, window: int | None = None) -> None:
+        self.server = server
+        self.transport = FakeTransport()
+        self.connection = ServerConnection(server)  # type: ignore[arg-type]
+        self.connection.connection_made(self.transport)
+        config = h2.config.H2Configuration(
+            client_side=True, header_encoding="utf-8", validate_outbound_headers=strict, normalize_outbound_headers=strict
+        )
+        self.h2 = h2.connection.H2Connection(config)
+        self.events: list[Any] = []
+        self.h2.initiate_connection()
+        if window is not None:
+            self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
+
+    async def pump(self) -> None:
+        """Carry bytes both ways until nobody has anything more to say."""
+        quiet = 0
+        while quiet < 5:
+            data = self.h2.data_to_send()
+            if data and not self.transport.is_closed:
+                self.connection.data_received(data)
+            await asyncio.sleep(0)
+            answer = self.transport.take()
+            if answer:
+                self.events += self.h2.receive_data(answer)
+            quiet = 0 if data or answer else quiet + 1
+
+    def call(self, path: str, body: bytes | None, *, is_end: bool = True, **headers: str) -> int:
+        """Begin a call; gives its stream."""
+        stream: int = self.h2.get_next_available_stream_id()
+        self.h2.send_headers(stream, request_headers(path, **headers), end_stream=body is None and is_end)
+        if body is not None:
+            self.h2.send_data(stream, body, end_stream=is_end)
+        return stream
+
+    async def send_all(self, stream: int, body: bytes) -> None:
+        """Send a long body as there is room for it."""
+        while body:
+            room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
+            self.h2.send_data(stream, body[:room], end_stream=room >= len(body))
+            body = body[room:]
+            await self.pump()
+
+    def body(self, stream: int) -> bytes:
+        """What came on a stream."""
+        return b"".join(
+            each.data for each in self.events if isinstance(each, h2.events.DataReceived) and each.stream_id == stream
+        )
+
+    def messages(self, stream: int) -> list[bytes]:
+        """The messages in it."""
+        data, found = self.body(stream), []
+        while data:
+            _, length = PREFIX.unpack_from(data)
+            assert len(data) >= PREFIX.size + length
+            found.append(data[PREFIX.size : PREFIX.size + length])
+            data = data[PREFIX.size + length :]
+        return found
+
+    def headers(self, stream: int) -> dict[str, str]:
+        """All headers and trailers of a stream."""
+        kinds = (h2.events.ResponseReceived, h2.events.TrailersReceived)
+        return {
+            name: value
+            for each in self.events
+            if isinstance(each, kinds) and each.stream_id == stream
+            for name, value in each.headers
+        }
+
+    def status(self, stream: int) -> str | None:
+        """The status of a call; None if it has none yet."""
+        return self.headers(stream).get("grpc-status")
+
+    def resets(self) -> dict[int, int]:
+        """Streams that were reset, and the codes."""
+        return {each.stream_id: int(each.error_code) for each in self.events if isinstance(each, h2.events.StreamReset)}
+
+    def goodbyes(self) -> list[tuple[int, int]]:
+        """Of each GOAWAY the code and the last stream."""
+        return [
+            (int(each.error_code), each.last_stream_id)
+            for each in self.events
+            if isinstance(each, h2.events.ConnectionTerminated)
+        ]
+
+
+def request_headers(path: str, **headers: str) -> list[tuple[str, str]]:
+    return [
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", "test"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+        *((name.replace("_", "-"), value) for name, value in headers.items()),
+    ]
+
+
+def framed(message: bytes, *, is_compressed: bool = False) -> bytes:
+    return PREFIX.pack(is_compressed, len(message)) + message
+
+
+async def until(claim: Callable[[], bool], step: Callable[[], Awaitable[None]]) -> None:
+    """Go on until a claim holds."""
+    for _ in range(10_000):
+        if claim():
+            return
+        await step()
+    raise AssertionError("it does not come to hold")
+
+
+def raw_frames(data: bytes) -> list[tuple[int, int, int, bytes]]:
+    """Kind, flags, stream and content of each frame."""
+    found = []
+    while data:
+        high, low, kind, flags, stream = frames.HEAD.unpack_from(data)
+        length = high << 8 | low
+        found.append((kind, flags, stream, data[frames.HEAD_SIZE : frames.HEAD_SIZE + length]))
+        data = data[frames.HEAD_SIZE + length :]
+    return found
