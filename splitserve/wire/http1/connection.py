@@ -1,7 +1,8 @@
 """HTTP/1.1 connections, on the parser httptools: one write for an answer, and limits on what a client may cost.
 
 An answer's way through an ASGI server costs about as much as all that the proxy does for it; see docs/decisions/0012. The cases
-that the limits are for are those of request smuggling and slow clients as servers have met them; see tests/test_attacks_http.py.
+that the limits are for are those of request smuggling and slow clients as servers have met them; see
+tests/proxy/test_attacks_http.py.
 """
 
 from __future__ import annotations

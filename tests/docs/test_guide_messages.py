@@ -24,7 +24,7 @@ from splitserve.repository.bundle import BundleKey, Repository
 from splitserve.repository.manifest import MODEL_FILE
 from tests.system.models import softmax_model
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide-versions.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide-versions.md"
 ROWS = np.arange(36.0).reshape(9, 4)
 COLOURS = pd.DataFrame({"colour": ["red", "green", "blue"] * 3})
 WORDS = [0, 1, 1] * 3

@@ -23,7 +23,7 @@ from proxy.settings import ProxySettings
 from splitserve.api.inference import inference_pb2 as pb
 from tests.certificates import Files, replace, write
 from tests.contracts.faces import served
-from tests.test_attacks_http import INSIDE
+from tests.proxy.test_attacks_http import INSIDE
 
 ROW = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
 ALL = (PreprocessSettings, PredictSettings, ProxySettings)

@@ -18,7 +18,7 @@ from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature
-from tests.test_attacks_http import read_answer, request, until
+from tests.proxy.test_attacks_http import read_answer, request, until
 
 INFER = "/v2/models/echo/infer"
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1")

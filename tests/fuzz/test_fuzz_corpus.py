@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.decoders import DECODERS
 
-CORPUS = Path(__file__).parent / "fuzz" / "corpus"
+CORPUS = Path(__file__).parent / "corpus"
 SEEDS = {name: [path.read_bytes() for path in sorted((CORPUS / name).iterdir())] for name in DECODERS}
 
 

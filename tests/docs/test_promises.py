@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"tests/[\w/]+\.py::\w+")
 ROW = re.compile(r"^\| ([A-H]\d\d|P-\d\d) \|(.*)\|$", re.MULTILINE)
 _ATTACKS = """

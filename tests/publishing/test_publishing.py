@@ -307,7 +307,7 @@ def test_categories_need_not_be_text(values: Any, rare: int) -> None:
 
 def test_as_many_samples_are_kept_as_the_documents_say() -> None:
     """docs/publishing.md states the default: 16 rows spread evenly, 64 at most."""
-    text = " ".join((Path(__file__).parents[1] / "docs" / "publishing.md").read_text().split())
+    text = " ".join((Path(__file__).parents[2] / "docs" / "publishing.md").read_text().split())
 
     assert len(golden_rows(np.zeros((1000, 2)))) == N_GOLDEN
     assert f"{N_GOLDEN} spread evenly" in text

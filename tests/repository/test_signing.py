@@ -17,8 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from splitserve.repository.bundle import Bundle, BundleKey, Repository
 from splitserve.repository.manifest import SIGNATURE_FILE, BundleError, NotFetched
 from splitserve.repository.signing import KeyProblem, NotSigned, Signer, Verifier, signed_by
+from tests.repository.test_repository import KEY, manifest_of, publish
 from tests.signing_keys import Keys, make_keys
-from tests.test_repository import KEY, manifest_of, publish
 
 MODEL_SIGNING = Path(sys.executable).with_name("model_signing")
 

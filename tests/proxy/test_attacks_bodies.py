@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-from tests.test_attacks_http import BODY_LIMIT, GOOD, INFER, Edge, edge_with, request
+from tests.proxy.test_attacks_http import BODY_LIMIT, GOOD, INFER, Edge, edge_with, request
 
 
 @pytest.fixture
