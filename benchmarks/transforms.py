@@ -25,7 +25,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from splitserve.publishing import publish, publish_preprocessor
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor

@@ -35,7 +35,7 @@ from splitserve.oip.messages import (
     RequestedOutput,
     deadline_after,
 )
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.server.store import VersionStore

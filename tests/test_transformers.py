@@ -24,7 +24,7 @@ from splitserve import transformers
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing import publish_preprocessor
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import preprocessor, sklearn_pipeline
 from splitserve.transformers import DecodeImage, Flatten, NormaliseImage, ResizeImage
 

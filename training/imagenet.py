@@ -23,7 +23,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.publishing import PublishError, publish_predictor, publish_preprocessor
-from splitserve.repository.bundle import KINDS, BundleKey, Repository
+from splitserve.repository.bundle import KINDS, BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import Postprocess
 from splitserve.runtimes.predictor import Predictor
 from splitserve.transformers import DecodeImage, NormaliseImage, ResizeImage

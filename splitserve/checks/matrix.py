@@ -16,9 +16,10 @@ import msgspec
 
 from splitserve import __version__
 from splitserve.repository import environment, pairing
-from splitserve.repository.bundle import KINDS, Bundle, BundleKey, BundleSource, load_bundle
+from splitserve.repository.bundle import KINDS, Bundle, BundleKey
 from splitserve.repository.manifest import BundleError, Kind, Manifest
 from splitserve.repository.routes import Route
+from splitserve.repository.source import BundleSource, load_bundle
 from splitserve.repository.sources.local_folder import LocalFolder
 from splitserve.versions import Pair
 

@@ -15,9 +15,10 @@ from splitserve.errors import SplitserveError, Unavailable
 from splitserve.oip.messages import ModelMetadata
 from splitserve.repository import golden as goldens
 from splitserve.repository import pairing
-from splitserve.repository.bundle import Bundle, BundleKey, BundleSource, load_bundle
+from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.golden import Difference, Golden
 from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
+from splitserve.repository.source import BundleSource, load_bundle
 from splitserve.runtimes import postprocess
 from splitserve.tensors import Tensor
 from splitserve.versions import Pair, parse_pair

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.sources import index
 

@@ -13,9 +13,9 @@ import msgspec
 from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge, refuse
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import markdown, print_table
-from splitserve.repository.bundle import BundleSource
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.signing import KeyProblem, signed_by
+from splitserve.repository.source import BundleSource
 from splitserve.repository.sources.local_folder import LocalFolder
 
 Form = Literal["text", "json", "markdown"]

@@ -6,8 +6,9 @@ import sys
 
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
-from splitserve.repository.bundle import BundleKey, BundleSource
+from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import BundleError
+from splitserve.repository.source import BundleSource
 from splitserve.signature import TensorSpec
 
 

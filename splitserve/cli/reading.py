@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from splitserve.repository.bundle import BundleSource
+from splitserve.repository.source import BundleSource
 from splitserve.repository.sources import is_url, source_of
 
 

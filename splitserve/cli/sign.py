@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.signing import KeyProblem, Signer
+from splitserve.repository.source import load_bundle
 
 
 def run(root: Path, key: Path, models: Sequence[str]) -> int:

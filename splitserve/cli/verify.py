@@ -11,8 +11,8 @@ from splitserve.cli.connection import client
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.repository.bundle import BundleSource
 from splitserve.repository.manifest import BundleError
+from splitserve.repository.source import BundleSource
 from splitserve.versions import parse_pair
 
 

@@ -22,7 +22,8 @@ from splitserve.publishing.agreement import compare, expected_answer, split_answ
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PreprocessorHalf, passing_half, predictor_half, preprocessor_half, write
-from splitserve.repository.bundle import Bundle, Repository
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Postprocess
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of

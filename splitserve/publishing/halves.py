@@ -17,7 +17,8 @@ from splitserve.publishing.compile import compile_transforms
 from splitserve.publishing.errors import PublishError
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
-from splitserve.repository.bundle import Bundle, Repository
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import (
     COMPILED_FILE,

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from splitserve.arrays import Array, objects
 from splitserve.publishing import publish_onnx
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 
 _OPSET, _IR_VERSION = 17, 8
 """Old enough for every ONNX Runtime that serves."""

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from splitserve.repository.bundle import Bundle, BundleKey, BundleSource
+from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, NotFetched
 from splitserve.repository.routes import Route
+from splitserve.repository.source import BundleSource
 
 _INSTALL = 'signatures need more packages ({missing}): pip install "splitserve[signing]"'
 _CURVES = "P-256, P-384 or P-521"

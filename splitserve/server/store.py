@@ -15,10 +15,11 @@ import structlog
 from splitserve.catalogue import Catalogue, Entry
 from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE
-from splitserve.repository.bundle import Bundle, BundleKey, BundleSource, fetch_bundle, make_of
+from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import BundleError, Kind, NotFetched
 from splitserve.repository.routes import Route
 from splitserve.repository.selection import Selection, pinned, wanted
+from splitserve.repository.source import BundleSource, fetch_bundle, load_fetched
 from splitserve.versions import unknown_model
 
 T = TypeVar("T")
@@ -228,7 +229,7 @@ class VersionStore(Generic[T]):
         try:
             bundle = await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, key)
             async with self._turn_to_load:
-                loaded = await asyncio.to_thread(make_of, bundle, self._load)
+                loaded = await asyncio.to_thread(load_fetched, bundle, self._load)
         except NotFetched as error:
             delay_s = _backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1

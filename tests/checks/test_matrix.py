@@ -25,10 +25,12 @@ from splitserve.arrays import from_array, to_array
 from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
 from splitserve.cli import app
 from splitserve.repository import golden as goldens
-from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE
 from splitserve.repository.signing import Signer
+from splitserve.repository.source import load_bundle
 from splitserve.repository.sources.index import build as build_index
 from splitserve.repository.sources.index import write as write_index
 from tests.file_server import FileServer

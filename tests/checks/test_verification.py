@@ -20,7 +20,7 @@ from splitserve.checks.verify import Promise, pairs_of, promise, verify
 from splitserve.errors import Unavailable
 from splitserve.oip.messages import ModelMetadata
 from splitserve.publishing import Postprocess
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
 from splitserve.runtimes import postprocess
 from splitserve.versions import Pair

@@ -26,7 +26,8 @@ from splitserve import publish_predictor
 from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
 from splitserve.oip.messages import UNAVAILABLE, InferRequest, InferResponse, ModelState
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.signing import Verifier
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
@@ -61,7 +62,8 @@ def test_sign_puts_a_signature_beside_every_bundle(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert f"m/predict/1: {tmp_path}/models/m/predict/1/model.sig" in result.output
-    assert "damaged/predict/1: model.onnx has 0 bytes, manifest.json says" in result.output
+    assert "damaged/predict/1: model.onnx: expected " in result.output
+    assert " bytes as in manifest.json, got 0" in result.output
     Verifier(keys.public).check(Repository(tmp_path / "models").open(BundleKey("m", "predict", 1)))
 
 

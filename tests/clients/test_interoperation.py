@@ -19,7 +19,8 @@ import pytest
 from splitserve import Client
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.oip.protobuf import SERVICE
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.signature import TensorSpec
 from tests.clients.conftest import KSERVE, MLSERVER, PROGRAMS, environment, run_command
 from tests.demo_models import Demos

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.steady import Reference, SteadyLoad
 from splitserve import publish
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.repository.sources import index
 from tests.compose.conftest import Model, started
 from tests.compose.stack import Stack, wait_until

@@ -21,7 +21,7 @@ from splitserve.oip.protobuf import SERVICE
 from splitserve.oip.statistics import Statistics
 from splitserve.publishing.simple_models import publish_all
 from splitserve.remote.inference import RemoteInference
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.store import VersionStore

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.cli import app
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import MODEL_FILE
 from tests.system.models import softmax_model
 

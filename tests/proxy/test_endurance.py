@@ -14,7 +14,7 @@ import pytest
 from splitserve import publish_predictor
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor
 from splitserve.server.store import VersionStore
 from tests.contracts.faces import served

@@ -30,9 +30,11 @@ from splitserve.errors import InvalidInput
 from splitserve.publishing.agreement import compare
 from splitserve.publishing.halves import LEAST_ATOL, RTOL, preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
-from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.golden import decode
 from splitserve.repository.manifest import BundleError
+from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.rows import to_tensors
 from tests.system.models import softmax_model

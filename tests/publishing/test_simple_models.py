@@ -10,7 +10,8 @@ import pytest
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing.simple_models import ONNX_TYPES, publish_all
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor, preprocessor
 
 NUMBERS = np.arange(16, dtype=np.int32).reshape(1, 16)

@@ -23,7 +23,7 @@ from splitserve.errors import NotFound, PairMismatch, PermissionDenied, Splitser
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, InferRequest, ModelMetadata, ModelState
 from splitserve.oip.protobuf import SERVICE
 from splitserve.remote.inference import RemoteInference
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.server.store import VersionStore
 from splitserve.signature import TensorSpec

@@ -19,8 +19,10 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
-from splitserve.repository.bundle import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Kind
+from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.predictor import Predictor
 from tests.system.models import affine_model

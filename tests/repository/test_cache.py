@@ -177,7 +177,7 @@ def test_a_file_that_was_damaged_later_is_found_out(cache: Cache) -> None:
     blob(cache).write_bytes(CONTENT[:-1] + b"!")
 
     looks_right = cache.holds(DIGEST)
-    with pytest.raises(BundleError, match=r"^model\.onnx has sha256"):
+    with pytest.raises(BundleError, match=r"^model\.onnx: expected sha256"):
         cache.read(NAME, DIGEST)
     cache.discard(DIGEST)
     cache.fetch(NAME, DIGEST, Source())

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from splitserve.repository.bundle import BundleKey, Repository, fetch_bundle
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import source_of
 from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, Gateway, cut, flip, stall, status

@@ -16,7 +16,7 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 
 from splitserve import publish, publish_predictor, publish_preprocessor
-from splitserve.repository.bundle import Repository, load_bundle
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Manifest
 from splitserve.repository.pairing import (
     FEATURE_NAMES,
@@ -27,6 +27,7 @@ from splitserve.repository.pairing import (
     sent_specs,
     told_meaning,
 )
+from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor, sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.signature import TensorSpec

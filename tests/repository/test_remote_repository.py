@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from splitserve.repository import sources
-from splitserve.repository.bundle import Bundle, BundleKey, Repository, fetch_bundle
+from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Manifest, NotFetched
 from splitserve.repository.selection import Selection
+from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import index, source_of
 from splitserve.repository.sources.cache import Cache, WrongContent
 from splitserve.repository.sources.local_folder import LocalFolder

@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from splitserve.repository import manifest as manifests
-from splitserve.repository.bundle import Bundle, BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.source import load_bundle
 
 FILES = {"pipeline.skops": b"fitted", "golden.npz": b"samples"}
 KEY = BundleKey("penguins", "preprocess", 1)
@@ -202,10 +204,10 @@ def test_a_bundle_that_is_not_there_says_so(repository):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"fittes", "pipeline.skops has sha256 .*, manifest.json says .*"),
-        (b"fitte", "pipeline.skops has 5 bytes, manifest.json says 6"),
-        (b"fitted!", "pipeline.skops has 7 bytes, manifest.json says 6"),
-        (b"", "pipeline.skops has 0 bytes, manifest.json says 6"),
+        (b"fittes", "pipeline.skops: expected sha256 .* as in manifest.json, got .*"),
+        (b"fitte", "pipeline.skops: expected 6 bytes as in manifest.json, got 5"),
+        (b"fitted!", "pipeline.skops: expected 6 bytes as in manifest.json, got 7"),
+        (b"", "pipeline.skops: expected 6 bytes as in manifest.json, got 0"),
         (None, "pipeline.skops cannot be read: No such file or directory"),
     ],
     ids=["damaged", "truncated", "longer", "empty", "missing"],
@@ -248,7 +250,7 @@ def test_another_bundles_manifest_is_refused(repository, there):
     """A folder that was copied or renamed is not the version that its name says."""
     shutil.copytree(publish(repository).folder, repository.folder(there))
 
-    with pytest.raises(BundleError, match=r"^manifest\.json is that of penguins/preprocess/1$"):
+    with pytest.raises(BundleError, match=rf"^manifest\.json: expected that of {there}, got that of penguins/preprocess/1$"):
         repository.open(there)
 
 
@@ -291,7 +293,7 @@ def test_a_manifest_can_not_name_a_file_elsewhere(repository, name):
     [
         ({"sha256": "../../etc/passwd", "size": 1}, "expected a sha256 of 64 hex digits"),
         ({"sha256": "0" * 64, "size": -1}, "expected a sha256 of 64 hex digits and a size"),
-        ({"sha256": "0" * 64, "size": 4 * 1024**3 + 1}, "lists 4294967297 bytes; the limit is 4294967296"),
+        ({"sha256": "0" * 64, "size": 4 * 1024**3 + 1}, "its files have 4294967297 bytes; the limit is 4294967296"),
     ],
 )
 def test_a_manifest_can_not_promise_what_nobody_wants(repository, digest, message):
@@ -347,7 +349,7 @@ def test_of_a_file_with_another_size_nothing_is_read(repository):
     with (bundle.folder / "golden.npz").open("wb") as sparse:
         sparse.truncate(2**40)
 
-    with pytest.raises(BundleError, match=r"^golden\.npz has 1099511627776 bytes, manifest\.json says 7$"):
+    with pytest.raises(BundleError, match=r"^golden\.npz: expected 7 bytes as in manifest\.json, got 1099511627776$"):
         bundle.read("golden.npz")
 
 

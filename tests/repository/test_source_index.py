@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from splitserve.repository.bundle import BundleKey, Repository
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, FileDigest, Manifest
 from splitserve.repository.sources import index
 

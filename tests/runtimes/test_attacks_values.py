@@ -25,7 +25,7 @@ from splitserve import publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.oip.messages import InferRequest, InferResponse, deadline_after
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.runtimes.predictor import Predictor

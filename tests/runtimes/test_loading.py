@@ -16,8 +16,10 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
 from splitserve.publishing import PublishError
-from splitserve.repository.bundle import Bundle, Repository, load_bundle
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
+from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
 from tests.system.models import softmax_model

@@ -61,7 +61,7 @@ def rows_of(n_features: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("damaged", "damaged/predict/1: model.onnx has sha256"),
+        ("damaged", "damaged/predict/1: model.onnx: expected sha256"),
         ("halved", "it has a preprocessor but no predictor"),
         ("headless", "it has a predictor but no preprocessor"),
         ("misfit", '"features": dimension 1 is 30 where 29 is wanted'),

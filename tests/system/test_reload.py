@@ -152,7 +152,7 @@ def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> Non
         assert load.complaints == []
         assert states["m 1.1"] == ("READY", "")
         assert states["m 1.2"][0] == "UNAVAILABLE"
-        assert "m/predict/2: model.onnx has sha256" in states["m 1.2"][1]
+        assert "m/predict/2: model.onnx: expected sha256" in states["m 1.2"][1]
 
 
 def test_a_bundle_that_is_copied_into_place_file_by_file_is_served_once_it_is_whole(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
-from splitserve.repository.bundle import Repository
+from splitserve.repository.folder import Repository
 from splitserve.repository.sources import index
 from tests.file_server import FileServer, cut, flip, status
 from tests.object_store import ObjectStore, object_store

@@ -44,7 +44,7 @@ def test_the_tour_tells_its_story(printed: str) -> None:
         r"rents  3\.2          admitted",
         r"requests so far: .*\d+ by 3\.2, 0 failed",
         r"rents  3\.2   \d+ +recorded +as promised",
-        r"rents/predict/2: model\.onnx has sha256",
+        r"rents/predict/2: model\.onnx: expected sha256",
         r"requests so far: .*\d+ by 3\.2, 0 failed",
         r"3\.2 +UNAVAILABLE",
         r"says 1\.1",

@@ -226,7 +226,9 @@ import sys
 events = set()
 sys.addaudithook(lambda event, _: events.add(event) if event.startswith(("pickle.", "marshal.loads")) else None)
 from pathlib import Path
-from splitserve.repository.bundle import BundleKey, Repository, load_bundle
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
+from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.repository.golden import decode
 events.clear()  # imports read bytecode

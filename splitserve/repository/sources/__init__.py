@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from splitserve.repository.bundle import BundleSource
 from splitserve.repository.selection import Selection
+from splitserve.repository.source import BundleSource
 from splitserve.repository.sources.local_folder import LocalFolder
 
 FETCH_TIMEOUT_S = 60.0

@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from splitserve.repository.bundle import read_checked, read_small
+from splitserve.repository.files import read_checked, read_small
 from splitserve.repository.manifest import BundleError, FileDigest, NotFetched
 
 Download = Callable[[int], Iterable[bytes]]

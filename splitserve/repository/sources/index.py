@@ -12,15 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from splitserve.repository.bundle import (
-    MAX_SMALL_FILE_BYTES,
-    BundleKey,
-    Repository,
-    check_digest,
-    decode_manifest,
-    parse_key,
-    read_small,
-)
+from splitserve.repository.bundle import BundleKey, decode_manifest, parse_key
+from splitserve.repository.files import MAX_SMALL_FILE_BYTES, check_digest, read_small
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest
 from splitserve.versions import MODEL_NAME
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from splitserve.repository import manifest as manifests
-from splitserve.repository.bundle import KINDS, Bundle, BundleKey, Repository, read_small
+from splitserve.repository.bundle import KINDS, Bundle, BundleKey
+from splitserve.repository.files import read_small
+from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, Kind, Manifest
 from splitserve.repository.routes import ROUTE_FILE, Route
 

@@ -15,7 +15,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from splitserve.repository.bundle import MAX_SMALL_FILE_BYTES
+from splitserve.repository.files import MAX_SMALL_FILE_BYTES
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.sources.cache import Download
 

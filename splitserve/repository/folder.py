@@ -1,0 +1,139 @@
+"""A model repository in a folder that can be written: bundles appear whole or not at all.
+
+<repository>/<model>/{preprocess,predict}/<version>/{manifest.json, …}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from splitserve.repository import manifest as manifests
+from splitserve.repository import routes
+from splitserve.repository.bundle import KINDS, Bundle, BundleKey, decode_manifest
+from splitserve.repository.files import read_small, subfolders
+from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest
+from splitserve.repository.routes import ROUTE_FILE, Route
+from splitserve.versions import MODEL_NAME
+
+
+class Repository:
+    """A model repository in a folder: a `BundleSource` that can be written.
+
+    Folders whose names are not a model's, a kind's or a version's are ignored.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def models(self) -> list[str]:
+        """Names of the models that have at least one bundle, sorted."""
+        return sorted({key.model for key in self.bundles()})
+
+    def bundles(self) -> Iterator[BundleKey]:
+        """All bundles, ordered by model, kind and version."""
+        for model in subfolders(self.root):
+            if MODEL_NAME.fullmatch(model.name):
+                for kind in KINDS:
+                    yield from (BundleKey(model.name, kind, version) for version in self.versions(model.name, kind))
+
+    def versions(self, model: str, kind: Kind) -> list[int]:
+        """Version numbers of one half of a model, ascending."""
+        names = (folder.name for folder in subfolders(self.root / model / kind))
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and not name.startswith("0"))
+
+    def open(self, key: BundleKey) -> Bundle:
+        """A bundle with its manifest read.
+
+        Raises:
+            NotFetched: it has no manifest (yet).
+            BundleError: its manifest is invalid or another bundle's, or it has files that the manifest does not list.
+        """
+        folder = self.folder(key)
+        data = read_small(folder / MANIFEST_FILE)
+        manifest = decode_manifest(data, key)
+        try:
+            present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE, SIGNATURE_FILE}
+        except OSError as error:
+            raise BundleError(f"the folder cannot be read: {error.strerror}") from None
+        if unlisted := sorted(present - manifest.files.keys()):
+            raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
+        return Bundle(key, folder, manifest, hashlib.sha256(data).hexdigest())
+
+    def route(self, model: str) -> Route | None:
+        """The route of a model, if it has one.
+
+        Raises:
+            BundleError: it is invalid; the message names the model.
+        """
+        file = self.route_file(model)
+        try:
+            return routes.decode(read_small(file)) if file.exists() else None
+        except (OSError, BundleError) as error:
+            raise BundleError(f"{model}: {error}") from error
+
+    def route_file(self, model: str) -> Path:
+        """The path of a model's route, whether or not it exists."""
+        return self.root / model / ROUTE_FILE
+
+    def stamp(self, key: BundleKey) -> str:
+        """Inodes, sizes and modification times of the files in a bundle's folder."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder(key)) as entries:
+            for entry in entries:
+                facts = entry.stat(follow_symlinks=False)
+                found.append(f"{entry.name} {facts.st_ino} {facts.st_size} {facts.st_mtime_ns}")
+        return "\n".join(sorted(found))
+
+    def close(self) -> None:
+        """Nothing is fetched from a folder."""
+
+    def folder(self, key: BundleKey) -> Path:
+        """The path of a bundle, whether or not it exists."""
+        return self.root / key.model / key.kind / str(key.version)
+
+    def next_version(self, model: str, kind: Kind) -> int:
+        """The number after the highest one published."""
+        return max(self.versions(model, kind), default=0) + 1
+
+    def write(self, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
+        """Publish a bundle: under a temporary name, then renamed, so that a reader never sees a part of one.
+
+        Args:
+            manifest: its ``files`` are filled in here.
+            files: contents by name.
+
+        Raises:
+            BundleError: the version exists, or the repository cannot be written.
+        """
+        key = BundleKey(manifest.name, manifest.kind, manifest.version)
+        digests = {name: FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+        manifest = msgspec.structs.replace(manifest, files=digests)
+        encoded = manifests.encode(manifest)
+        folder = self.folder(key)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{key.version}-", dir=folder.parent))
+            try:
+                for name, data in {**files, MANIFEST_FILE: encoded}.items():
+                    (scratch / name).write_bytes(data)
+                scratch.chmod(0o755)
+                if folder.exists():
+                    raise BundleError(f"{key}: already published, and a published version never changes; publish a new one")
+                scratch.rename(folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:
+            raise BundleError(f"{key}: cannot be written: {error.strerror}") from error
+        return Bundle(key, folder, manifest, hashlib.sha256(encoded).hexdigest())
+
+    def remove(self, key: BundleKey) -> None:
+        """Undo `write`. Only for a bundle that has not been served."""
+        shutil.rmtree(self.folder(key), ignore_errors=True)
