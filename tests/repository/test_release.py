@@ -67,7 +67,7 @@ def test_any_byte_that_is_changed_is_seen(data):
         ({"pair": "1.2"}, "got that of wine 1 1.2"),
         ({"preprocessor": "abc"}, '"preprocessor": expected a sha256'),
         ({"predictor": ""}, '"predictor": expected a sha256'),
-        ({"withdraws": 1, "preprocessor": "", "predictor": ""}, "expected an earlier one than 1"),
+        ({"withdraws": 1, "preprocessor": "", "predictor": ""}, "expected an earlier sequence number than 1"),
     ],
 )
 def test_a_manifest_that_cannot_be_relied_on_is_refused(changed, complaint):

@@ -1,0 +1,177 @@
+"""The releases of a model in a folder: an append-only log that several publishers may write.
+
+A record is written under a temporary name and renamed, so a reader never sees half of one. Its sequence number is allocated by
+the exclusive creation of a file of that number, which works on network file systems too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest
+from splitserve.repository.release import RELEASES_FOLDER, Release, ReleaseKey, ReleaseManifest, decode, encode, parse_folder_name
+
+try:
+    import fcntl
+except ImportError:  # a platform without flock: scratch folders are not swept there
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".publishing"
+"""Locked, shared, by each process that publishes a model; who gets it alone knows that no scratch folder is in use."""
+
+SCRATCH_PREFIX = ".scratch-"
+SCRATCH_AGE_S = 3600.0
+"""Scratch folders older than this, left by a publisher that was killed, are removed by the next one."""
+
+MakeRecord = Callable[[int], tuple[ReleaseManifest, Mapping[str, bytes]]]
+"""The manifest and files of a record, by the sequence number that it gets. Called again with the next one on conflict."""
+
+
+def listing(root: Path, model: str) -> list[ReleaseKey]:
+    """Keys of all records of a model, by sequence.
+
+    Raises:
+        BundleError: the folder cannot be read.
+    """
+    try:
+        with os.scandir(root / model / RELEASES_FOLDER) as entries:
+            keys = [key for entry in entries if (key := parse_folder_name(model, entry.name)) and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BundleError(f"{model}/{RELEASES_FOLDER}: cannot be read: {error.strerror}") from error
+    return sorted(keys)
+
+
+def append(root: Path, model: str, make: MakeRecord) -> Release:
+    """Add a record to the releases of a model.
+
+    Args:
+        root: of the model repository.
+        model: whose releases.
+        make: what is recorded.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+    folder = root / model / RELEASES_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _allocated(root, model) as sequence:
+            manifest, files = make(sequence)
+            data = encode(manifest)
+            write_folder(folder / manifest.key.folder_name, {**files, MANIFEST_FILE: data})
+    except OSError as error:
+        raise BundleError(f"{model}/{RELEASES_FOLDER}: cannot be written: {error.strerror}") from error
+    return Release(decode(data, manifest.key), hashlib.sha256(data).hexdigest())
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, FileDigest]:
+    """What a manifest says of its files."""
+    return {name: FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+
+
+@contextlib.contextmanager
+def _allocated(root: Path, model: str) -> Iterator[int]:
+    """A sequence number that is this process's alone. A number whose publisher was killed stays unused: gaps do no harm."""
+    folder = root / model / RELEASES_FOLDER
+    sequence = _next_sequence(root, model)
+    while True:
+        marker = folder / f".{sequence:04d}"
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            sequence += 1
+            continue
+        if sequence >= (following := _next_sequence(root, model)):
+            break
+        marker.unlink()  # between listing and creation the number was used, and its marker removed
+        sequence = following
+    try:
+        yield sequence
+    finally:
+        marker.unlink(missing_ok=True)
+
+
+def _next_sequence(root: Path, model: str) -> int:
+    return max((key.sequence for key in listing(root, model)), default=0) + 1
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a folder whole or not at all: under a temporary name, synced, then renamed.
+
+    Args:
+        folder: its final place; the parent exists.
+        files: contents by name.
+
+    Raises:
+        FileExistsError: it exists.
+        OSError: it cannot be written.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=folder.parent))
+    try:
+        for name, data in files.items():
+            with (scratch / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        scratch.chmod(0o755)
+        _sync_folder(scratch)
+        if folder.exists():
+            raise FileExistsError(f"{folder} exists")
+        scratch.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, OSError) and folder.exists():  # renamed onto one that was written meanwhile
+            raise FileExistsError(f"{folder} exists") from error
+        raise
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder durable, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def publishing(root: Path, model: str) -> Iterator[None]:
+    """Held while a model is published to. Who holds it alone removes what killed publishers left behind.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+    try:
+        (root / model).mkdir(parents=True, exist_ok=True)
+        file = (root / model / LOCK_FILE).open("ab")
+    except OSError as error:
+        raise BundleError(f"{model}: cannot be written: {error.strerror}") from error
+    with file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # others publish now, or the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _sweep(root / model)
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _sweep(model: Path) -> None:
+    """Remove scratch folders, and markers of sequence numbers, that are older than an hour."""
+    oldest = time.time() - SCRATCH_AGE_S
+    for part in ("preprocess", "predict", RELEASES_FOLDER):
+        for left in (model / part).glob(".*"):
+            with contextlib.suppress(OSError):
+                if left.lstat().st_mtime < oldest:
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()

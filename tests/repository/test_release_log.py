@@ -1,0 +1,145 @@
+"""The releases of a model in a folder: appended whole or not at all, by several publishers."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError
+from splitserve.repository.release import SCHEMA_VERSION, ReleaseManifest, decode
+from splitserve.repository.release_log import LOCK_FILE, SCRATCH_AGE_S, append, digests, listing, publishing, write_folder
+
+MODEL = "wine"
+N_PUBLISHERS, N_RECORDS = 4, 10
+
+
+def record(pair: str = "1.1"):
+    def make(sequence: int):
+        files = {"golden.npz": b"rows"}
+        manifest = ReleaseManifest(
+            schema_version=SCHEMA_VERSION, model=MODEL, sequence=sequence, pair=pair, created="2026-11-30T00:00:00+00:00",
+            preprocessor="a" * 64, predictor="b" * 64, files=digests(files),
+        )  # fmt: skip
+        return manifest, files
+
+    return make
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def append_many(root: Path, number: int) -> list[int]:
+    return [append(root, MODEL, record(f"{number}.{number}")).sequence for _ in range(N_RECORDS)]
+
+
+def test_records_are_numbered_in_order(tmp_path):
+    first, second = append(tmp_path, MODEL, record()), append(tmp_path, MODEL, record("2.2"))
+
+    assert [first.sequence, second.sequence] == [1, 2]
+    assert listing(tmp_path, MODEL) == [first.key, second.key]
+    folder = tmp_path / MODEL / "releases" / "0002-2.2"
+    assert decode((folder / MANIFEST_FILE).read_bytes(), second.key) == second.manifest
+    assert (folder / "golden.npz").read_bytes() == b"rows"
+
+
+def test_nothing_but_records_is_left_behind(tmp_path):
+    append(tmp_path, MODEL, record())
+
+    assert names(tmp_path / MODEL / "releases") == ["0001-1.1"]
+
+
+def test_several_publishers_never_get_the_same_number(tmp_path):
+    with ProcessPoolExecutor(N_PUBLISHERS) as pool:
+        numbers = [number for found in pool.map(append_many, [tmp_path] * N_PUBLISHERS, range(1, 5)) for number in found]
+
+    assert len(set(numbers)) == N_PUBLISHERS * N_RECORDS
+    assert [key.sequence for key in listing(tmp_path, MODEL)] == sorted(numbers)
+
+
+def test_a_number_whose_publisher_was_killed_is_passed_over(tmp_path):
+    (tmp_path / MODEL / "releases").mkdir(parents=True)
+    (tmp_path / MODEL / "releases" / ".0001").touch()
+
+    assert append(tmp_path, MODEL, record()).sequence == 2
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    def fail(sequence: int):
+        raise BundleError("not this one")
+
+    with pytest.raises(BundleError, match="not this one"):
+        append(tmp_path, MODEL, fail)
+
+    assert names(tmp_path / MODEL / "releases") == []
+
+
+def test_a_folder_is_never_written_over(tmp_path):
+    write_folder(tmp_path / "1", {"a": b"first"})
+
+    with pytest.raises(FileExistsError):
+        write_folder(tmp_path / "1", {"a": b"second"})
+
+    assert (tmp_path / "1" / "a").read_bytes() == b"first"
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_folder_that_appears_while_another_is_written_is_never_written_over(tmp_path, monkeypatch):
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: False if path.name == "1" else exists(path))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a").touch()
+    with pytest.raises(OSError, match=r".*"):
+        write_folder(tmp_path / "1", {"a": b"second"})
+
+    assert (tmp_path / "1" / "a").read_bytes() == b""
+    assert names(tmp_path) == ["1"]
+
+
+def leave_scratch(root: Path, *, age_s: float) -> Path:
+    scratch = root / MODEL / "predict" / ".scratch-left"
+    scratch.mkdir(parents=True)
+    (scratch / "model.onnx").touch()
+    then = scratch.stat().st_mtime - age_s
+    os.utime(scratch, (then, then))
+    return scratch
+
+
+def test_what_a_killed_publisher_left_is_removed_after_an_hour(tmp_path):
+    scratch = leave_scratch(tmp_path, age_s=SCRATCH_AGE_S + 1)
+
+    with publishing(tmp_path, MODEL):
+        assert not scratch.exists()
+
+
+def test_what_is_younger_is_kept(tmp_path):
+    scratch = leave_scratch(tmp_path, age_s=SCRATCH_AGE_S - 60)
+
+    with publishing(tmp_path, MODEL):
+        assert scratch.exists()
+
+
+def test_while_others_publish_nothing_is_removed(tmp_path):
+    """A publication that takes longer than an hour keeps its scratch folder."""
+    scratch = leave_scratch(tmp_path, age_s=SCRATCH_AGE_S + 1)
+    os.utime(scratch)
+    with publishing(tmp_path, MODEL):
+        os.utime(scratch, (0, 0))
+        with publishing(tmp_path, MODEL):
+            assert scratch.exists()
+
+
+def test_a_repository_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / MODEL).write_text("a file where the model's folder should be")
+
+    with pytest.raises(BundleError, match="wine: cannot be written"), publishing(tmp_path, MODEL):
+        pass
+    with pytest.raises(BundleError, match="wine/releases: cannot be written"):
+        append(tmp_path, MODEL, record())
+
+
+def test_the_lock_is_no_model_and_no_bundle(tmp_path):
+    with publishing(tmp_path, MODEL):
+        assert (tmp_path / MODEL / LOCK_FILE).is_file()
+    assert listing(tmp_path, MODEL) == []
