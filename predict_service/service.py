@@ -10,8 +10,9 @@ from functools import partial
 
 import msgspec
 
-from splitserve.batching.batcher import Batcher, Pending, awaited
-from splitserve.batching.queue import Limits, OnAnswer
+from splitserve.batching.batcher import Batcher
+from splitserve.batching.pending import OnAnswer, Pending, awaited
+from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
@@ -37,7 +38,11 @@ class PredictService:
     """
 
     def __init__(
-        self, predictors: VersionStore[Predictor], executor: Executor, *, limits: Callable[[str], Limits] | Limits | None = None
+        self,
+        predictors: VersionStore[Predictor],
+        executor: Executor,
+        *,
+        limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
     ) -> None:
         self._predictors = predictors
         self._compute = Compute(executor)

@@ -10,8 +10,9 @@ import msgspec
 import structlog
 
 from splitserve.batching.admission import HIGHEST_PRIORITY
-from splitserve.batching.batcher import Batcher, Pending, awaited
-from splitserve.batching.queue import Limits, OnAnswer
+from splitserve.batching.batcher import Batcher
+from splitserve.batching.pending import OnAnswer, Pending, awaited
+from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
 from splitserve.oip.messages import (
@@ -58,7 +59,7 @@ class ProxyService:
         self,
         preprocess: InferenceService,
         *,
-        limits: Callable[[str], Limits] | Limits | None = None,
+        limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
         n_replicas: Callable[[], int] = lambda: 1,
     ) -> None:
         self._preprocess = preprocess

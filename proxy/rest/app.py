@@ -22,7 +22,7 @@ from proxy.rest import compression
 from proxy.rest.compression import deflate
 from proxy.rest.openapi import document
 from proxy.service import STAGE, ProxyService
-from splitserve.batching.batcher import Pending
+from splitserve.batching.pending import Pending
 from splitserve.errors import (
     Internal,
     InvalidInput,
@@ -34,7 +34,7 @@ from splitserve.errors import (
     at_stage,
 )
 from splitserve.oip import classification, rest, v1
-from splitserve.oip.limits import Limits, check_model_name
+from splitserve.oip.limits import RequestLimits, check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     READY,
@@ -110,7 +110,7 @@ class HttpApp:
         default_timeout_s: float,
         max_timeout_s: float = math.inf,
         allow_control: bool = False,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         authenticator: Authenticator | None = None,
     ) -> None:
         self._service = service
@@ -119,7 +119,7 @@ class HttpApp:
         self._default_timeout_s = default_timeout_s
         self._max_timeout_s = max_timeout_s
         self._allow_control = allow_control
-        self._limits = limits or Limits()
+        self._limits = limits or RequestLimits()
         self._authenticator = authenticator
         self._log = structlog.get_logger()
         self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))

@@ -21,12 +21,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from functools import partial
-from typing import Protocol, TypeVar
 
 from splitserve.batching.admission import HIGHEST_PRIORITY
 from splitserve.batching.merging import alike, merge, split
-from splitserve.batching.queue import OVERDUE_S, Call, Group, Lane, Limits, Load, Member, OnAnswer
+from splitserve.batching.pending import OnAnswer, Pending, awaited
+from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -51,45 +50,6 @@ _SWEEP_S = 0.005
 Send = Callable[[InferRequest], Awaitable[InferResponse]]
 
 
-T = TypeVar("T")
-
-
-class Pending(Protocol):
-    """What was begun, until who began it is told how it ended. A task is one."""
-
-    def cancel(self) -> object:
-        """Whoever began it has left, and is not told any more; nothing happens if it has ended."""
-        ...
-
-
-async def awaited(begin: Callable[[Callable[[T | Exception], None]], Pending]) -> T:
-    """The answer to what is begun; cancelled with whoever awaits it."""
-    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-    pending = begin(partial(_settle, answer))
-    try:
-        return await answer
-    finally:
-        pending.cancel()
-
-
-def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
-    if answer.done():
-        return
-    if isinstance(outcome, Exception):
-        answer.set_exception(outcome)
-    else:
-        answer.set_result(outcome)
-
-
-async def told(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> None:
-    """Tell of what is awaited, as if it had been begun."""
-    try:
-        outcome: T | Exception = await answer
-    except Exception as error:
-        outcome = error
-    on_answer(outcome)
-
-
 class Batcher:
     """Merges requests in front of something that answers them.
 
@@ -105,25 +65,25 @@ class Batcher:
     def __init__(
         self,
         send: Send,
-        limits: Callable[[str], Limits] | Limits | None = None,
+        limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
         *,
         n_backends: Callable[[], int] = lambda: 1,
         statistics: Statistics | None = None,
         named: Callable[[InferRequest, Exception], Exception] = lambda _, error: error,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        fixed = limits if isinstance(limits, Limits) else Limits()
+        fixed = limits if isinstance(limits, BatchLimits) else BatchLimits()
         self._send = send
         self._limits = limits if callable(limits) else lambda _: fixed
         self._n_backends = n_backends
         self._statistics = statistics or Statistics()
         self._named = named
         self._clock = clock
-        self._groups: dict[tuple[str, str], Group] = {}
-        self._lanes: dict[Hashable, Lane] = {}
+        self._groups: dict[tuple[str, str], ModelQueue] = {}
+        self._lanes: dict[Hashable, CompatibleRequests] = {}
         self._sweep_at = NO_DEADLINE
         self._sweeping: asyncio.TimerHandle | None = None
-        self._calls: set[Call] = set()
+        self._calls: set[BatchCall] = set()
 
     async def infer(self, request: InferRequest, *, is_mergeable: bool = True, priority: int = HIGHEST_PRIORITY) -> InferResponse:
         """As `begin`, for whoever awaits the answer.
@@ -166,7 +126,7 @@ class Batcher:
             if stands_back is None:
                 raise Overloaded(reason, model=request.model)
             self._take_out(stands_back)
-        member = Member(request, on_answer, self, lane, now, now if began is None else began, priority)
+        member = QueuedRequest(request, on_answer, self, lane, now, now if began is None else began, priority)
         lane.add(member)
         self._lanes[lane.key] = lane
         if request.deadline < self._sweep_at:
@@ -178,7 +138,7 @@ class Batcher:
             self._fail([stands_back], Overloaded("refused for a request of higher priority", model=request.model))
         return member
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: QueuedRequest) -> None:
         """Nobody waits for its answer any more."""
         if member.on_answer is not None:
             member.lane.group.counts.failed(self._clock() - member.began)
@@ -186,7 +146,7 @@ class Batcher:
             if member.call is not None:
                 member.call.give_up_for_nobody()
 
-    def _end(self, member: Member) -> OnAnswer | None:
+    def _end(self, member: QueuedRequest) -> OnAnswer | None:
         """It is here no longer, waiting or under way. Who is to be told, if anyone."""
         on_answer, member.on_answer = member.on_answer, None
         if on_answer is not None:
@@ -195,11 +155,11 @@ class Batcher:
                 self._take_out(member)
         return on_answer
 
-    def _take_out(self, member: Member) -> None:
+    def _take_out(self, member: QueuedRequest) -> None:
         member.lane.remove(member)
         self._drop_if_empty(member.lane)
 
-    def _tell(self, member: Member, outcome: InferResponse | Exception) -> None:
+    def _tell(self, member: QueuedRequest, outcome: InferResponse | Exception) -> None:
         """Its answer or its error. What goes wrong in telling one keeps none of the others waiting."""
         on_answer = self._end(member)
         if on_answer is None:
@@ -210,7 +170,7 @@ class Batcher:
             context = {"message": "who was told of an answer failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
 
-    def _fail(self, members: Sequence[Member], error: Exception) -> None:
+    def _fail(self, members: Sequence[QueuedRequest], error: Exception) -> None:
         now = self._clock()
         for member in members:
             if member.on_answer is not None:
@@ -233,10 +193,10 @@ class Batcher:
             await asyncio.sleep(0)
 
     @property
-    def _members(self) -> set[Member]:
+    def _members(self) -> set[QueuedRequest]:
         return {member for group in self._groups.values() for member in group.members}
 
-    def _lane(self, request: InferRequest, is_mergeable: bool) -> Lane:
+    def _lane(self, request: InferRequest, is_mergeable: bool) -> CompatibleRequests:
         key = alike(request) if is_mergeable else object()
         lane = self._lanes.get(key)
         if lane is None:
@@ -244,20 +204,20 @@ class Batcher:
             group = self._groups.get(place)
             if group is None:
                 self._forget_idle_groups()
-                group = self._groups[place] = Group(self._limits(request.model), self._statistics.of(*place))
-            lane = Lane(key, group, is_mergeable)
+                group = self._groups[place] = ModelQueue(self._limits(request.model), self._statistics.of(*place))
+            lane = CompatibleRequests(key, group, is_mergeable)
         return lane
 
     def _forget_idle_groups(self) -> None:
         if len(self._groups) >= _MAX_GROUPS:
             self._groups = {place: each for place, each in self._groups.items() if each.lanes or each.n_in_flight}
 
-    def _drop_if_empty(self, lane: Lane) -> None:
+    def _drop_if_empty(self, lane: CompatibleRequests) -> None:
         if not lane.n_waiting:
             lane.group.lanes.pop(lane.key, None)
             self._lanes.pop(lane.key, None)
 
-    def _pump(self, group: Group) -> None:
+    def _pump(self, group: ModelQueue) -> None:
         """Send what may be sent now."""
         group.is_scheduled = False
         while group.lanes:
@@ -276,9 +236,9 @@ class Batcher:
             if load.members:
                 self._start(group, load)
 
-    def _start(self, group: Group, load: Load) -> None:
+    def _start(self, group: ModelQueue, load: Batch) -> None:
         patience_s = 0.0 if load.is_full else max(OVERDUE_S, 2 * group.admission.alone_s)
-        call = Call(load.members, overdue_at=self._clock() + patience_s)
+        call = BatchCall(load.members, overdue_at=self._clock() + patience_s)
         call.task = asyncio.get_running_loop().create_task(self._call(group, call))
         call.task.add_done_callback(lambda _: self._ended(group, call))  # also of one that is given up before it began
         self._calls.add(call)
@@ -286,7 +246,7 @@ class Batcher:
         for member in load.members:
             member.call = call
 
-    async def _call(self, group: Group, call: Call) -> None:
+    async def _call(self, group: ModelQueue, call: BatchCall) -> None:
         call.sent_at = self._clock()
         if not await self._answer(group, call):
             return
@@ -297,7 +257,7 @@ class Batcher:
         alone_s = max(took_s - group.cost.row_s * (n_rows - first.n_rows), took_s / len(call.members))
         group.admission.learn(max(first.n_found, len(call.members)), call.sent_at - first.since, took_s, min(alone_s, took_s))
 
-    def _ended(self, group: Group, call: Call) -> None:
+    def _ended(self, group: ModelQueue, call: BatchCall) -> None:
         self._calls.discard(call)
         group.calls.discard(call)
         error = None if call.task.cancelled() else call.task.exception()
@@ -308,7 +268,7 @@ class Batcher:
         if error is not None:
             raise error
 
-    async def _answer(self, group: Group, call: Call) -> bool:
+    async def _answer(self, group: ModelQueue, call: BatchCall) -> bool:
         """Answer all of its members; whether it took one call that succeeded."""
         members = call.members
         if len(members) == 1:
@@ -333,7 +293,7 @@ class Batcher:
                 self._tell(member, answer)
         return True
 
-    async def _answer_alone(self, group: Group, call: Call, member: Member) -> bool:
+    async def _answer_alone(self, group: ModelQueue, call: BatchCall, member: QueuedRequest) -> bool:
         if member.on_answer is None:
             return False
         try:
@@ -350,7 +310,7 @@ class Batcher:
             self._tell(member, response)
         return True
 
-    def _count(self, group: Group, call: Call, members: Sequence[Member]) -> None:
+    def _count(self, group: ModelQueue, call: BatchCall, members: Sequence[QueuedRequest]) -> None:
         """Those that are answered by it now."""
         if not members:
             return

@@ -13,8 +13,9 @@ from typing import Protocol
 import msgspec
 
 from splitserve.batching.admission import HIGHEST_PRIORITY, AdaptiveLimit, LessUrgent
+from splitserve.batching.pending import OnAnswer
 from splitserve.errors import DeadlineExceeded, Overloaded
-from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse
+from splitserve.oip.messages import NO_DEADLINE, InferRequest
 from splitserve.oip.statistics import ModelStatistics
 
 MIB = 1024 * 1024
@@ -30,7 +31,7 @@ OVERDUE_S = 0.1
 its backend hangs."""
 
 
-class Limits(msgspec.Struct, frozen=True):
+class BatchLimits(msgspec.Struct, frozen=True):
     """Bounds of the calls for one model.
 
     ``max_batch_size`` rows and ``max_batch_bytes`` bounds what is merged; a request that is larger by itself goes out alone.
@@ -49,19 +50,19 @@ class Limits(msgspec.Struct, frozen=True):
     max_queue_wait_ms: float = 0.0
 
 
-class Group:
+class ModelQueue:
     """The lanes of one model and version, and what is under way for it."""
 
-    def __init__(self, limits: Limits, counts: ModelStatistics) -> None:
+    def __init__(self, limits: BatchLimits, counts: ModelStatistics) -> None:
         self.limits = limits
         self.counts = counts
-        self.lanes: OrderedDict[Hashable, Lane] = OrderedDict()
+        self.lanes: OrderedDict[Hashable, CompatibleRequests] = OrderedDict()
         self.n_waiting = 0
-        self.members: set[Member] = set()
+        self.members: set[QueuedRequest] = set()
         """Those that wait and those under way."""
         self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
-        self.less_urgent: LessUrgent[Member] = LessUrgent()
-        self.calls: set[Call] = set()
+        self.less_urgent: LessUrgent[QueuedRequest] = LessUrgent()
+        self.calls: set[BatchCall] = set()
         self.cost = RowCost()
         self.is_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
@@ -107,7 +108,7 @@ class Group:
             return 0.0
         return sorted([call.overdue_at for call in self.calls])[-n_backends]
 
-    def wait_until(self, when: float, now: float, pump: Callable[[Group], None]) -> None:
+    def wait_until(self, when: float, now: float, pump: Callable[[ModelQueue], None]) -> None:
         """Pump again then, unless something does so before."""
         if self._timer is not None:
             self._timer.cancel()
@@ -141,26 +142,26 @@ class RowCost:
             self.row_s = (self._weight * self._rows_time - self._rows * self._time) / variance
 
 
-class Lane:
+class CompatibleRequests:
     """Requests that can be merged with each other, by caller."""
 
-    def __init__(self, key: Hashable, group: Group, is_mergeable: bool) -> None:
+    def __init__(self, key: Hashable, group: ModelQueue, is_mergeable: bool) -> None:
         self.key = key
         self.group = group
         self.is_mergeable = is_mergeable
         self.n_waiting = 0
         self._n_rows = self._n_bytes = 0
         self._since = 0.0
-        self._callers: OrderedDict[Hashable, dict[Member, None]] = OrderedDict()
+        self._callers: OrderedDict[Hashable, dict[QueuedRequest, None]] = OrderedDict()
 
-    def add(self, member: Member) -> None:
+    def add(self, member: QueuedRequest) -> None:
         if not self.n_waiting:
             self._since = member.since
             self.group.lanes[self.key] = self
-        queue = self._callers.get(member.request.caller)
-        if queue is None:
-            queue = self._callers[member.request.caller] = {}
-        queue[member] = None
+        of_caller = self._callers.get(member.request.caller)
+        if of_caller is None:
+            of_caller = self._callers[member.request.caller] = {}
+        of_caller[member] = None
         self.n_waiting += 1
         group = self.group
         group.n_waiting += 1
@@ -171,12 +172,12 @@ class Lane:
         if member.priority > HIGHEST_PRIORITY:
             group.less_urgent.add(member, member.priority)
 
-    def remove(self, member: Member) -> None:
+    def remove(self, member: QueuedRequest) -> None:
         """It does not wait any more: it was taken, or its caller left."""
         caller = member.request.caller
-        queue = self._callers[caller]
-        del queue[member]
-        if queue:
+        of_caller = self._callers[caller]
+        del of_caller[member]
+        if of_caller:
             self._callers.move_to_end(caller)
         else:
             del self._callers[caller]
@@ -186,7 +187,7 @@ class Lane:
         self._n_rows -= member.n_rows
         self._n_bytes -= member.n_bytes
 
-    def _waits_no_more(self, member: Member) -> None:
+    def _waits_no_more(self, member: QueuedRequest) -> None:
         member.is_waiting = False
         if member.priority > HIGHEST_PRIORITY:
             self.group.less_urgent.remove(member, member.priority)
@@ -198,13 +199,13 @@ class Lane:
             return 0.0
         return self._since + limits.max_queue_delay_ms / 1000
 
-    def take(self, now: float) -> Load:
+    def take(self, now: float) -> Batch:
         """What goes out with the next call: a request of each caller in turn."""
         limits = self.group.limits
         most_rows = self.group.most_rows()
         if self._n_rows <= most_rows and self._n_bytes <= limits.max_batch_bytes:
             return self._take_all(now)
-        load = Load([], [], is_full=False)
+        load = Batch([], [], is_full=False)
         n_rows = n_bytes = 0
         while self._callers:
             member = next(iter(next(iter(self._callers.values()))))
@@ -222,12 +223,12 @@ class Lane:
         load.is_full = self._is_full(load.members)
         return load
 
-    def _take_all(self, now: float) -> Load:
-        everybody = [member for queue in self._callers.values() for member in queue]
+    def _take_all(self, now: float) -> Batch:
+        everybody = [member for of_caller in self._callers.values() for member in of_caller]
         self._callers.clear()
         self.group.n_waiting -= self.n_waiting
         self.n_waiting = self._n_rows = self._n_bytes = 0
-        load = Load([], [], is_full=False)
+        load = Batch([], [], is_full=False)
         for member in everybody:
             self._waits_no_more(member)
             if member.request.deadline > now:
@@ -237,22 +238,22 @@ class Lane:
         load.is_full = self._is_full(load.members)
         return load
 
-    def _is_full(self, members: list[Member]) -> bool:
+    def _is_full(self, members: list[QueuedRequest]) -> bool:
         """Whether another like the last would be too much."""
         limits, last = self.group.limits, members[-1:]
         n_rows = sum([member.n_rows for member in members + last])
         return n_rows > limits.max_batch_size or sum([member.n_bytes for member in members + last]) > limits.max_batch_bytes
 
 
-class Load(msgspec.Struct):
+class Batch(msgspec.Struct):
     """Members of a call; those whose time was over before; whether the call has no room for another like its last."""
 
-    members: list[Member]
-    late: list[Member]
+    members: list[QueuedRequest]
+    late: list[QueuedRequest]
     is_full: bool
 
 
-class Call:
+class BatchCall:
     """A call under way and its members.
 
     Args:
@@ -264,7 +265,7 @@ class Call:
 
     task: asyncio.Task[None]
 
-    def __init__(self, members: list[Member], overdue_at: float) -> None:
+    def __init__(self, members: list[QueuedRequest], overdue_at: float) -> None:
         self.members = members
         self.overdue_at = overdue_at
         self.sent_at = self.answered_at = 0.0
@@ -275,19 +276,15 @@ class Call:
             self.task.cancel()
 
 
-OnAnswer = Callable[[InferResponse | Exception], None]
-"""Is told of the answer to a request, or of the error in its place."""
-
-
 class Keeper(Protocol):
     """Where a member is until it is over."""
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: QueuedRequest) -> None:
         """Nobody waits for its answer any more."""
         ...
 
 
-class Member:
+class QueuedRequest:
     """A request, and who is to be told of its answer."""
 
     __slots__ = (
@@ -306,7 +303,14 @@ class Member:
     )
 
     def __init__(
-        self, request: InferRequest, on_answer: OnAnswer, keeper: Keeper, lane: Lane, since: float, began: float, priority: int
+        self,
+        request: InferRequest,
+        on_answer: OnAnswer,
+        keeper: Keeper,
+        lane: CompatibleRequests,
+        since: float,
+        began: float,
+        priority: int,
     ) -> None:
         self.request = request
         self.on_answer: OnAnswer | None = on_answer
@@ -318,7 +322,7 @@ class Member:
         self.priority = priority
         self.n_found = 0
         self.is_waiting = True
-        self.call: Call | None = None
+        self.call: BatchCall | None = None
         inputs = request.inputs
         self.n_rows = inputs[0].shape[0] if lane.is_mergeable else 1
         self.n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])

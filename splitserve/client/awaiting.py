@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from splitserve.client.answer import Answer
 from splitserve.client.blocking import CONCURRENCY, MAX_MESSAGE_BYTES
-from splitserve.client.connection import TLS, AsyncToken, Compression, Connection, connection
+from splitserve.client.connection import TLS, AsyncToken, Compression, ConnectionOptions, connection_options
 from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run_async
@@ -24,7 +24,7 @@ class _Transport(Protocol):
     async def close(self) -> None: ...
 
 
-def _transport(connection: Connection, token: AsyncToken) -> _Transport:
+def _transport(connection: ConnectionOptions, token: AsyncToken) -> _Transport:
     """Imports what the connection needs and nothing else."""
     if connection.is_rest:
         from splitserve.client.over_rest import AsyncRestTransport
@@ -65,7 +65,9 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self._core = Core(timeout_s, max_attempts)
-        self._connection = connection(url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers)
+        self._connection = connection_options(
+            url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers
+        )
         self._token = token
         self._transport: _Transport | None = None
 

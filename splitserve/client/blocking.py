@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from splitserve.client.answer import Answer
-from splitserve.client.connection import TLS, Compression, Connection, Token, connection
+from splitserve.client.connection import TLS, Compression, ConnectionOptions, Token, connection_options
 from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
@@ -27,7 +27,7 @@ class _Transport(Protocol):
     def close(self) -> None: ...
 
 
-def _transport(connection: Connection, token: Token) -> _Transport:
+def _transport(connection: ConnectionOptions, token: Token) -> _Transport:
     """Imports what the connection needs and nothing else."""
     if connection.is_rest:
         from splitserve.client.over_rest import RestTransport
@@ -72,7 +72,7 @@ class Client:
     ) -> None:
         self._core = Core(timeout_s, max_attempts)
         self._transport = _transport(
-            connection(url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers), token
+            connection_options(url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers), token
         )
 
     def __enter__(self) -> Client:

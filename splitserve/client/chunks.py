@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.client.encoding import Column
+from splitserve.client.encoding import InputColumn
 from splitserve.errors import PairMismatch
 from splitserve.oip.messages import ModelMetadata
 from splitserve.signature import TensorSpec
@@ -16,7 +16,7 @@ CHUNK_BYTES = 1024 * 1024
 """About how much goes into one request: enough that its cost is the rows', little enough to be merged, retried and waited for."""
 
 
-def cut(columns: Sequence[Column], chunk_rows: int) -> list[range]:
+def cut(columns: Sequence[InputColumn], chunk_rows: int) -> list[range]:
     """The rows of each request, in order; at least one request, be there rows or not.
 
     Args:
@@ -30,7 +30,7 @@ def cut(columns: Sequence[Column], chunk_rows: int) -> list[range]:
     return [range(start, min(start + chunk_rows, n_rows)) for start in range(0, max(n_rows, 1), chunk_rows)]
 
 
-def can_be_cut(columns: Sequence[Column]) -> bool:
+def can_be_cut(columns: Sequence[InputColumn]) -> bool:
     """Whether the inputs are a table: as many rows in each."""
     return bool(columns) and all(column.array.ndim for column in columns) and len({len(each.array) for each in columns}) == 1
 

@@ -37,7 +37,7 @@ class TLS(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("TLS: cert_file and key_file belong together, one of them is missing")
 
 
-class Connection(msgspec.Struct, frozen=True):
+class ConnectionOptions(msgspec.Struct, frozen=True):
     """What a transport needs to know. ``target`` is a URL for REST, a name for gRPC; ``tls`` None: in plain text."""
 
     target: str
@@ -48,9 +48,9 @@ class Connection(msgspec.Struct, frozen=True):
     headers: Mapping[str, str]
 
 
-def connection(
+def connection_options(
     url: str, *, tls: TLS | None, compression: Compression, max_message_bytes: int, headers: Mapping[str, str] | None
-) -> Connection:
+) -> ConnectionOptions:
     """The connection that a URL and options describe.
 
     Args:
@@ -79,7 +79,7 @@ def connection(
     if known and not is_rest and not target.rpartition(":")[2].isdecimal():
         raise ValueError(f"{url!r}: expected a port, e.g. {scheme}://{target}:8001")
     named = {name.lower(): value for name, value in (headers or {}).items()}
-    return Connection(target, is_rest, (tls or TLS()) if is_secure else None, compression, max_message_bytes, named)
+    return ConnectionOptions(target, is_rest, (tls or TLS()) if is_secure else None, compression, max_message_bytes, named)
 
 
 def request_headers(headers: Mapping[str, str], token: Token) -> dict[str, str]:

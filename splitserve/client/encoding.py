@@ -19,7 +19,7 @@ from splitserve.tensors import Tensor
 _N_SAMPLED = 1000
 
 
-class Column(NamedTuple):
+class InputColumn(NamedTuple):
     """An input as it will be sent: ``array`` has the shape of the tensor."""
 
     name: str
@@ -44,7 +44,7 @@ def is_frame(inputs: Any) -> bool:
     return hasattr(inputs, "columns") and hasattr(inputs, "iloc")
 
 
-def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None) -> list[Column]:
+def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None) -> list[InputColumn]:
     """The inputs of a request.
 
     Args:
@@ -75,7 +75,7 @@ def _named(inputs: Any, specs: Sequence[TensorSpec] | None) -> dict[str, Any]:
     raise InvalidInput(f"the inputs have no names, expected {expected}")
 
 
-def _column(name: str, values: Any, spec: TensorSpec | None) -> Column:
+def _column(name: str, values: Any, spec: TensorSpec | None) -> InputColumn:
     array = _to_array(name, values)
     datatype = spec.datatype if spec else None
     if array.dtype.kind in "OSU":
@@ -84,11 +84,11 @@ def _column(name: str, values: Any, spec: TensorSpec | None) -> Column:
         found = datatype_of(array.dtype)
         if found is None:
             raise InvalidInput(f'input "{name}": dtype {array.dtype} has no datatype in the Open Inference Protocol')
-        return Column(name, found, array)
+        return InputColumn(name, found, array)
     array = _as_datatype(name, array, datatype)
     if spec and spec.is_column and array.ndim < 2:
         array = array.reshape(-1, 1)
-    return Column(name, datatype, array)
+    return InputColumn(name, datatype, array)
 
 
 def _to_array(name: str, values: Any) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 from splitserve.arrays import Array
 from splitserve.client.answer import Answer, outputs_of
 from splitserve.client.chunks import can_be_cut, cut, has_rows, join
-from splitserve.client.encoding import Column, is_frame, to_columns
+from splitserve.client.encoding import InputColumn, is_frame, to_columns
 from splitserve.client.retries import Retries
 from splitserve.client.steps import Ask, Steps, attempts
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
@@ -107,7 +107,7 @@ class Inference:
         self._parameters = parameters or {}
         self._chunk_rows = chunk_rows
         self._timeout_s = timeout_s
-        self._columns: list[Column] = []
+        self._columns: list[InputColumn] = []
         self._chunks: list[range] = [range(0)]
         self._model_name = model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,21 +9,17 @@ from typing import Any, NamedTuple
 import grpc
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.client.connection import TLS, AsyncToken, Connection, Token, request_headers, request_headers_async
+from splitserve.client.connection import TLS, AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask, Send, Verb
 from splitserve.client.stop import Stop
 from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
 from splitserve.oip import protobuf
 from splitserve.oip.messages import ServerMetadata
+from splitserve.remote.channel import TO_ANY_SERVER, channel_options
 from splitserve.remote.inference import translate
 
 _STAGE = "server"
-
-_PUSHBACK_KEY = "grpc-retry-pushback-ms"
-
-_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": protobuf.SERVICE}}
-"""Every replica of a name in turn, those that drain or load left out. Retries are ours: they know the deadline and the budget."""
 
 
 class _Method(NamedTuple):
@@ -56,7 +51,7 @@ _METHODS: dict[Verb, _Method] = {
 class GrpcTransport:
     """Sends over a channel of its own; safe in several threads."""
 
-    def __init__(self, connection: Connection, token: Token) -> None:
+    def __init__(self, connection: ConnectionOptions, token: Token) -> None:
         self._connection = connection
         self._token = token
         if connection.tls is None:
@@ -94,7 +89,7 @@ class GrpcTransport:
 class AsyncGrpcTransport:
     """Sends over a channel of its own, on the event loop that runs when it is made."""
 
-    def __init__(self, connection: Connection, token: AsyncToken) -> None:
+    def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
         self._connection = connection
         self._token = token
         if connection.tls is None:
@@ -121,29 +116,11 @@ class AsyncGrpcTransport:
         await self._channel.close()
 
 
-def _arguments(connection: Connection) -> dict[str, Any]:
+def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
     return {
-        "options": _options(connection.max_message_bytes),
+        "options": channel_options(connection.max_message_bytes, TO_ANY_SERVER),
         "compression": grpc.Compression.Gzip if connection.compression else None,
     }
-
-
-def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        # A silent connection is found out in a minute. Servers other than ours end connections that ask much more often.
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.http2.ping_timeout_ms", 10_000),
-        ("grpc.use_local_subchannel_pool", 1),
-        # A proxy in the environment is for what leaves the cluster.
-        ("grpc.enable_http_proxy", 0),
-    ]
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
@@ -187,7 +164,7 @@ def _failed(ask: Ask, error: Any) -> bool:
     if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
         raise Failed(Unavailable("the server's certificate is not one that is trusted", stage=_STAGE)) from error
     translated = translate(error, _STAGE)
-    pushback_ms = dict(error.trailing_metadata() or ()).get(_PUSHBACK_KEY)
+    pushback_ms = dict(error.trailing_metadata() or ()).get(protobuf.PUSHBACK_KEY)
     is_refused = pushback_ms is not None and not str(pushback_ms).isdecimal()
     raise Failed(
         translated,

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from splitserve.client import rest_bodies
-from splitserve.client.connection import TLS, AsyncToken, Connection, Token, request_headers, request_headers_async
+from splitserve.client.connection import TLS, AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask, Send
 from splitserve.client.stop import Stop
@@ -24,7 +24,7 @@ _STAGE = "server"
 class RestTransport:
     """Sends over connections of its own; safe in several threads."""
 
-    def __init__(self, connection: Connection, token: Token) -> None:
+    def __init__(self, connection: ConnectionOptions, token: Token) -> None:
         self._connection = connection
         self._token = token
         self._http = httpx.Client(**_arguments(connection))
@@ -55,7 +55,7 @@ class RestTransport:
 class AsyncRestTransport:
     """Sends over connections of its own."""
 
-    def __init__(self, connection: Connection, token: AsyncToken) -> None:
+    def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
         self._connection = connection
         self._token = token
         self._http = httpx.AsyncClient(**_arguments(connection))
@@ -86,7 +86,7 @@ class AsyncRestTransport:
         await self._http.aclose()
 
 
-def _arguments(connection: Connection) -> dict[str, Any]:
+def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
     return {
         "base_url": connection.target,
         "headers": {"accept-encoding": "gzip" if connection.compression else "identity"},
@@ -106,7 +106,7 @@ def _context(tls: TLS) -> ssl.SSLContext:
 
 
 def _request(
-    http: httpx.Client | httpx.AsyncClient, connection: Connection, step: Send, headers: dict[str, str]
+    http: httpx.Client | httpx.AsyncClient, connection: ConnectionOptions, step: Send, headers: dict[str, str]
 ) -> httpx.Request:
     """Raises:
     Failed: it is larger than the limit.

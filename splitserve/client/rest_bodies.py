@@ -45,7 +45,7 @@ _BY_STATUS: dict[int, type[SplitserveError]] = {
 """The inverse of the table of errors, and statuses that only other makers' servers and proxies give."""
 
 
-class Asked(NamedTuple):
+class RestRequest(NamedTuple):
     """An HTTP request, as far as it does not depend on the connection."""
 
     method: str
@@ -54,27 +54,27 @@ class Asked(NamedTuple):
     body: bytes
 
 
-def encode(ask: Ask, *, compress: bool = False) -> Asked:
+def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
     """The HTTP request of a verb; ``compress`` its body, if that is worth it."""
     model = f"/v2/models/{quote(ask.model, safe='')}" + (f"/versions/{quote(ask.version, safe='')}" if ask.version else "")
     match ask.verb:
         case "live" | "ready":
-            return Asked("GET", f"/v2/health/{ask.verb}", {}, b"")
+            return RestRequest("GET", f"/v2/health/{ask.verb}", {}, b"")
         case "model_ready":
-            return Asked("GET", f"{model}/ready", {}, b"")
+            return RestRequest("GET", f"{model}/ready", {}, b"")
         case "server_metadata":
-            return Asked("GET", "/v2", {}, b"")
+            return RestRequest("GET", "/v2", {}, b"")
         case "model_metadata":
-            return Asked("GET", model, {}, b"")
+            return RestRequest("GET", model, {}, b"")
         case "index":
-            return Asked("POST", "/v2/repository/index", {"content-type": "application/json"}, b"{}")
+            return RestRequest("POST", "/v2/repository/index", {"content-type": "application/json"}, b"{}")
     assert ask.request is not None
     body, header_length = encode_request(ask.request)
     headers = {"content-type": "application/octet-stream", _LENGTH_HEADER: str(header_length)}
     if compress and len(body) >= _MIN_COMPRESSED_BYTES:
         body = gzip.compress(body, compresslevel=1, mtime=0)
         headers["content-encoding"] = "gzip"
-    return Asked("POST", f"{model}/infer", headers, body)
+    return RestRequest("POST", f"{model}/infer", headers, body)
 
 
 def encode_request(request: InferRequest) -> tuple[bytes, int]:

@@ -7,11 +7,10 @@ import threading
 from collections.abc import Callable
 
 from splitserve.errors import SplitserveError
+from splitserve.remote.retry_budget import RetryBudget
 
 INITIAL_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
-MAX_TOKENS = 100.0
-TOKEN_RATIO = 0.1
 
 
 class Failed(Exception):
@@ -31,10 +30,7 @@ class Failed(Exception):
 
 
 class Retries:
-    """Backoff with jitter, and a budget that all calls of a client share: retries do not double the load of a failing server.
-
-    The budget is gRPC's: a failed attempt takes one of `MAX_TOKENS`, a success gives `TOKEN_RATIO` back, and there are retries
-    while more than half is left. Source: gRPC proposal A6, "Throttling Retry Attempts and Hedged RPCs".
+    """Backoff with jitter, within a retry budget that all calls of a client share. Thread-safe.
 
     Args:
         max_attempts: of one request; 1: no retries.
@@ -46,13 +42,13 @@ class Retries:
             raise ValueError(f"max_attempts: expected at least 1, got {max_attempts}")
         self._max_attempts = max_attempts
         self._uniform = uniform
-        self._tokens = MAX_TOKENS
+        self._budget = RetryBudget()
         self._lock = threading.Lock()
 
     def succeeded(self) -> None:
         """Count an attempt that was answered."""
         with self._lock:
-            self._tokens = min(MAX_TOKENS, self._tokens + TOKEN_RATIO)
+            self._budget.give()
 
     def delay_s(self, failure: Failed, n_failures: int) -> float | None:
         """How long to wait before the next attempt; None: there is none.
@@ -61,14 +57,11 @@ class Retries:
             failure: the latest.
             n_failures: of this request so far.
         """
-        if not failure.can_retry:
+        if not failure.can_retry or n_failures >= self._max_attempts:
             return None
         with self._lock:
-            self._tokens = max(0.0, self._tokens - 1)
-            if self._tokens <= MAX_TOKENS / 2:
+            if not self._budget.take():
                 return None
-        if n_failures >= self._max_attempts:
-            return None
         if failure.retry_after_s is not None:
             return failure.retry_after_s * self._uniform(1, 1.2)
         backoff_s: float = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (n_failures - 1))

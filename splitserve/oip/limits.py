@@ -20,7 +20,7 @@ MAX_NAME_LENGTH = 128
 """Characters of a model's name; longer ones cannot be published."""
 
 
-class Limits(msgspec.Struct, frozen=True):
+class RequestLimits(msgspec.Struct, frozen=True):
     """Of one request. ``max_element_bytes`` bounds an element of a BYTES tensor."""
 
     max_inputs: int = 64

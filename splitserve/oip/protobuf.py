@@ -36,7 +36,19 @@ from splitserve.tensors import Tensor, datatype_of, pack
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 REASON_KEY = "splitserve-not-ready-bin"
-"""Trailing metadata of an answer to ServerReady that says no: why, as UTF-8."""
+"""Trailing metadata of a ServerReady response with ``ready = false``: the reason, as UTF-8."""
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Trailing metadata of an error: a ``google.rpc.Status``. Source: gRPC, "Richer error model"."""
+
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata of an error: when to retry, negative for never. Source: gRPC proposal A6, "Pushback"."""
+
+STREAM_KEY = "splitserve-stream"
+"""Initial metadata of a ModelStreamInfer stream that carries complete errors and many calls at once."""
+
+WORKER_KEY = "splitserve-worker"
+"""Initial metadata of the same stream: which of the processes that share the port answers, e.g. ``0/4``."""
 
 _CONTENTS_FIELDS = {
     "BOOL": "bool_contents",

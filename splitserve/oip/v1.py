@@ -26,7 +26,7 @@ class _Body(msgspec.Struct):
     inputs: dict[str, Any] | list[Any] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Asked(msgspec.Struct, frozen=True):
+class V1Request(msgspec.Struct, frozen=True):
     """A request, and whether it came by column, so that the answer goes that way too."""
 
     request: InferRequest
@@ -37,7 +37,7 @@ _decoder = msgspec.json.Decoder(_Body)
 _encoder = msgspec.json.Encoder()
 
 
-def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> Asked:
+def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> V1Request:
     """The request in a body.
 
     An instance is a record by input name, or, without names, the row of a model's only input or the list of one value for each
@@ -57,10 +57,10 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
     if (given.instances is msgspec.UNSET) == (given.inputs is msgspec.UNSET):
         raise InvalidInput('the request body: expected one of "instances" (by row) and "inputs" (by column)')
     if given.inputs is msgspec.UNSET:
-        return Asked(from_instances(given.instances, metadata, version, deadline=deadline), is_columnar=False)
+        return V1Request(from_instances(given.instances, metadata, version, deadline=deadline), is_columnar=False)
     columns = _columns(given.inputs, metadata.inputs)
     inputs = tuple(_tensor(spec, columns[spec.name]) for spec in metadata.inputs)
-    return Asked(InferRequest(metadata.name, inputs, version=version, deadline=deadline), is_columnar=True)
+    return V1Request(InferRequest(metadata.name, inputs, version=version, deadline=deadline), is_columnar=True)
 
 
 def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:

@@ -26,8 +26,10 @@ from splitserve.errors import (
 )
 from splitserve.oip import protobuf
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
-from splitserve.remote.replicas import Replica, Replicas, channel_options
-from splitserve.remote.stream import Metadata, Route, StreamKeeper
+from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
+from splitserve.remote.replicas import Replica, Replicas
+from splitserve.remote.retry_budget import RetryBudget
+from splitserve.remote.stream import Metadata, StreamKeeper, StreamTarget
 from splitserve.tls import ClientTls, bearer
 from splitserve.watched import Watched
 
@@ -46,8 +48,6 @@ RESERVE_SHARE, MOST_RESERVE_S = 0.05, 0.02
 
 LEAST_TIME_S = 0.001
 """With less no stage can do anything, and the call is refused before it is made."""
-
-_DETAILS_KEY = "grpc-status-details-bin"
 
 WHY_TIMEOUT_S = 0.5
 """How long a replica that takes no calls is asked why."""
@@ -70,11 +70,16 @@ class _Replica(Replica):
     """A replica with its methods, and with a stream to it where it offers one."""
 
     def __init__(
-        self, target: str, channel: grpc.aio.Channel, route: Route, on_change: Callable[[], None], metadata: Metadata
+        self,
+        target: str,
+        channel: grpc.aio.Channel,
+        stream_target: StreamTarget,
+        on_change: Callable[[], None],
+        metadata: Metadata,
     ) -> None:
         super().__init__(target, channel, on_change)
         self.metadata = metadata
-        self.keeper = StreamKeeper(channel, route)
+        self.keeper = StreamKeeper(channel, stream_target)
         self.methods = {
             name: channel.unary_unary(
                 f"/{protobuf.SERVICE}/{name}",
@@ -126,7 +131,7 @@ class RemoteInference:
         self.target = target
         self._stage = stage
         self._max_message_bytes = max_message_bytes
-        self._options = channel_options(max_message_bytes)
+        self._options = channel_options(max_message_bytes, BETWEEN_SERVICES)
         self._poll_timeout_s = poll_timeout_s
         self._tls = tls
         self._files = Watched(tls.files, lambda: (tls.credentials(), tls.ssl_context())) if tls else None
@@ -138,7 +143,7 @@ class RemoteInference:
 
     def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
         channel = self._channel(target, authority, self._options)
-        route = Route(
+        stream_target = StreamTarget(
             target,
             stage=self._stage,
             authority=authority,
@@ -147,7 +152,7 @@ class RemoteInference:
             context=self._files.value[1] if self._files else None,
             server_name=self._tls.server_name if self._tls else "",
         )
-        return _Replica(target, channel, route, on_change, self._metadata)
+        return _Replica(target, channel, stream_target, on_change, self._metadata)
 
     def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
         authority = (self._tls.server_name if self._tls else "") or authority
@@ -342,30 +347,6 @@ async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> Infer
                 return call.result()
 
 
-class RetryBudget:
-    """Bounds retries to a share of the calls that succeed, so that an outage is not made worse by them.
-
-    Source: gRPC proposal A6, "Throttling Retry Attempts".
-    """
-
-    MAX_TOKENS = 100.0
-    PER_SUCCESS = 0.125
-
-    def __init__(self) -> None:
-        self._tokens = self.MAX_TOKENS
-
-    def take(self) -> bool:
-        """Whether one more retry may be made."""
-        if self._tokens <= self.MAX_TOKENS / 2:
-            return False
-        self._tokens -= 1
-        return True
-
-    def give(self) -> None:
-        """A call succeeded."""
-        self._tokens = min(self.MAX_TOKENS, self._tokens + self.PER_SUCCESS)
-
-
 def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
     """The error that the peer raised, or one of our own where it did not get to raise any.
 
@@ -390,7 +371,7 @@ def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
 def _error_info(metadata: Iterable[Any] | None) -> tuple[str, dict[str, str]]:
     """Reason and facts of an answer's ErrorInfo, if it is one of ours."""
     for key, value in metadata or ():
-        if key == _DETAILS_KEY and isinstance(value, bytes):
+        if key == protobuf.DETAILS_KEY and isinstance(value, bytes):
             try:
                 details = status_pb2.Status.FromString(value).details
             except DecodeError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import socket
 import time
@@ -19,7 +18,6 @@ from typing import Any, Generic, TypeVar
 import grpc
 
 from splitserve.errors import Unavailable
-from splitserve.oip import protobuf
 from splitserve.remote.stream import ALONE
 
 RESOLVE_INTERVAL_S = 2.0
@@ -42,33 +40,9 @@ RETIRE_TIMEOUT_S = 60.0
 
 _DNS_TARGET = re.compile(r"(?:dns:///)?(?P<host>[^/\[\]]+|\[[0-9a-fA-F:.]+\]):(?P<port>[0-9]+)")
 
-_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": protobuf.SERVICE}}
-"""A replica that drains or loads is not READY. Source: gRPC, "Health Checking": pick_first does not do it, round_robin does."""
-
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 READY = grpc.ChannelConnectivity.READY
-
-
-def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    """Options of a channel that outlives its server: a dead one is noticed, a new one found soon."""
-    return [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
-        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-        # keepalive_timeout_ms alone does not end a connection that is silent; ping_timeout_ms does.
-        ("grpc.keepalive_time_ms", 2_000),
-        ("grpc.keepalive_timeout_ms", 2_000),
-        ("grpc.http2.ping_timeout_ms", 2_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.use_local_subchannel_pool", 1),
-        # A proxy in the environment is for what leaves the cluster.
-        ("grpc.enable_http_proxy", 0),
-    ]
 
 
 class Replica:

@@ -23,12 +23,6 @@ from splitserve.wire.grpc.client import Address, StreamCall, open_stream
 from splitserve.wire.grpc.messages import CallError
 
 METHOD = f"/{protobuf.SERVICE}/ModelStreamInfer"
-OFFER_KEY = "splitserve-stream"
-"""Initial metadata of a server whose streams carry whole errors and many calls at once; other servers get unary calls."""
-
-WORKER_KEY = "splitserve-worker"
-"""Beside it: which of how many processes that share the port the peer is, e.g. ``0/4``."""
-
 Metadata = Sequence[tuple[str, str]]
 
 ALONE = (0, 1)
@@ -41,7 +35,7 @@ NOT_OFFERED_S = 60.0
 """After how long a server that offered no stream is asked again."""
 
 
-class Route:
+class StreamTarget:
     """The way to one replica, as a stream takes it.
 
     Args:
@@ -183,12 +177,12 @@ class StreamKeeper:
 
     Args:
         channel: to the replica, which tells when it can be called.
-        route: the way to it.
+        target: where to open it.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, route: Route) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: StreamTarget) -> None:
         self._channel = channel
-        self._route = route
+        self._target = target
         self._streams: dict[asyncio.Task[None], InferStream] = {}
         self._stream: InferStream | None = None
         self.worker = ALONE
@@ -208,7 +202,7 @@ class StreamKeeper:
         await asyncio.gather(*self._streams, return_exceptions=True)
 
     async def _keep(self) -> None:
-        while self._route.is_direct:
+        while self._target.is_direct:
             await self._until_ready()
             opened = await self._try_to_open()
             if opened is None:
@@ -232,16 +226,16 @@ class StreamKeeper:
             await self._channel.wait_for_state_change(state)
 
     async def _try_to_open(self) -> tuple[InferStream, StreamCall] | None:
-        stream = InferStream(self._route.stage)
+        stream = InferStream(self._target.stage)
         call: StreamCall | None = None
         delay_s = NOT_OFFERED_S
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                call = await self._route.open(stream.take)
+                call = await self._target.open(stream.take)
                 stream.carry(call)
                 facts = await asyncio.shield(call.answered)
-            if OFFER_KEY.encode() in facts:
-                index, _, count = facts.get(WORKER_KEY.encode(), b"0/1").decode().partition("/")
+            if protobuf.STREAM_KEY.encode() in facts:
+                index, _, count = facts.get(protobuf.WORKER_KEY.encode(), b"0/1").decode().partition("/")
                 self.worker = (int(index), int(count))
                 return stream, call
         except TimeoutError:

@@ -21,7 +21,7 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.catalogue import why_model_not_ready
 from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.oip import protobuf
-from splitserve.oip.limits import Limits, check_model_name
+from splitserve.oip.limits import RequestLimits, check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     NO_DEADLINE,
@@ -43,10 +43,8 @@ from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer, ServerLimits
 from splitserve.wire.listening import listen
 
-DETAILS_KEY = "grpc-status-details-bin"
 """Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
 
-PUSHBACK_KEY = "grpc-retry-pushback-ms"
 """Source: gRPC proposal A6: how long a client waits before its next attempt."""
 
 HEALTH_INTERVAL_S = 0.2
@@ -99,7 +97,7 @@ class GrpcFace:
         allow_control: bool = False,
         statistics: Statistics | None = None,
         tls: ServerTls | None = None,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
         connections: ServerLimits | None = None,
@@ -122,7 +120,7 @@ class GrpcFace:
         self._watching: asyncio.Task[None] | None = None
         self._inference = GrpcInference(
             service,
-            limits=limits or Limits(),
+            limits=limits or RequestLimits(),
             deadline=self._deadline,
             named=self._named,
             authenticator=authenticator,
@@ -231,11 +229,11 @@ class GrpcFace:
         return failure
 
     def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
-        metadata: tuple[tuple[str, str | bytes], ...] = ((DETAILS_KEY, _rich_status(error)),)
+        metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, _rich_status(error)),)
         if error.is_retryable and self._retry_after_s:
-            metadata += ((PUSHBACK_KEY, str(round(self._retry_after_s * 1000))),)
+            metadata += ((protobuf.PUSHBACK_KEY, str(round(self._retry_after_s * 1000))),)
         elif error.is_retryable and error.stage != self._stage:
-            metadata += ((PUSHBACK_KEY, "-1"),)
+            metadata += ((protobuf.PUSHBACK_KEY, "-1"),)
         return metadata
 
     async def _server_live(self, data: bytes, call: Call) -> bytes:

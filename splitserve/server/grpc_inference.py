@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.batching.batcher import Pending, awaited, told
-from splitserve.batching.queue import OnAnswer
+from splitserve.batching.pending import OnAnswer, Pending, awaited, deliver
 from splitserve.errors import SplitserveError
 from splitserve.oip import classification, protobuf
-from splitserve.oip.limits import Limits
+from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import log_request
@@ -42,7 +41,7 @@ class GrpcInference:
         self,
         service: InferenceService,
         *,
-        limits: Limits,
+        limits: RequestLimits,
         deadline: Callable[[float | None], float],
         named: Callable[[Exception], SplitserveError],
         authenticator: Authenticator | None,
@@ -80,7 +79,7 @@ class GrpcInference:
                 one.pending = self.infer_message(one, data, call, one.end)
             else:
                 known = self._infer_for_known(self._authenticator, one, data, call)
-                one.pending = asyncio.get_running_loop().create_task(told(known, one.end))
+                one.pending = asyncio.get_running_loop().create_task(deliver(known, one.end))
         except Exception as error:
             one.end(error)
             return None
@@ -105,7 +104,7 @@ class GrpcInference:
                 one.pending = self._direct(request, one.end)
             else:
                 answer = classification.infer(self._service, request)
-                one.pending = asyncio.get_running_loop().create_task(told(answer, one.end))
+                one.pending = asyncio.get_running_loop().create_task(deliver(answer, one.end))
         except Exception as error:
             one.log(request.version, error)
             raise

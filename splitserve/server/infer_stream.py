@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from splitserve.batching.batcher import Pending
-from splitserve.remote.stream import OFFER_KEY, WORKER_KEY
+from splitserve.batching.pending import Pending
+from splitserve.oip import protobuf
 from splitserve.server.workers import own_place
 from splitserve.wire.grpc.call import Call
 from splitserve.wire.grpc.messages import CallError
@@ -36,7 +36,7 @@ class InferStreams:
     async def serve(self, call: Call) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
         index, count = own_place()
-        call.begin(((OFFER_KEY, "1"), (WORKER_KEY, f"{index}/{count}")))
+        call.begin(((protobuf.STREAM_KEY, "1"), (protobuf.WORKER_KEY, f"{index}/{count}")))
         stream = _Stream(self._begin, call)
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)

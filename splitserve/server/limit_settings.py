@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from splitserve.oip.limits import Limits
+from splitserve.oip.limits import RequestLimits
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.server import ServerLimits
 
@@ -45,9 +45,9 @@ class LimitSettings(BaseSettings):
     """Most connections to a port; more are refused."""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         """Those of a request."""
-        return Limits(self.max_inputs, self.max_outputs, self.max_parameters, self.max_rows, self.max_element_bytes)
+        return RequestLimits(self.max_inputs, self.max_outputs, self.max_parameters, self.max_rows, self.max_element_bytes)
 
     def byte_budget(self) -> ByteBudget:
         """That of a process, to be made once."""

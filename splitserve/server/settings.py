@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from splitserve.batching.queue import Limits
+from splitserve.batching.queue import BatchLimits
 from splitserve.repository import sources
 from splitserve.repository.selection import Selection, parse_models, parse_policies
 from splitserve.repository.signing import Verifier
@@ -113,10 +113,10 @@ class BatchingSettings(ServiceSettings):
     batching: str = ""
     """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
 
-    def batch_limits(self, model: str) -> Limits:
+    def batch_limits(self, model: str) -> BatchLimits:
         """The limits for a model."""
         own = parse_limits(self.batching).get(model, {})
-        return Limits(**{name: own.get(name, getattr(self, name)) for name in Limits.__struct_fields__})
+        return BatchLimits(**{name: own.get(name, getattr(self, name)) for name in BatchLimits.__struct_fields__})
 
     @field_validator("batching")
     @classmethod
@@ -142,8 +142,8 @@ def parse_limits(text: str) -> dict[str, dict[str, float]]:
 
 def _parse_limit(text: str) -> tuple[str, float]:
     name, _, value = (each.strip() for each in text.partition("="))
-    if name not in Limits.__struct_fields__:
-        raise ValueError(f'"{text}" is none of {", ".join(f"{field}=N" for field in Limits.__struct_fields__)}')
+    if name not in BatchLimits.__struct_fields__:
+        raise ValueError(f'"{text}" is none of {", ".join(f"{field}=N" for field in BatchLimits.__struct_fields__)}')
     try:
         number = float(value) if name.endswith("_ms") else int(value)
     except ValueError:

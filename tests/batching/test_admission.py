@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from splitserve.batching.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, LessUrgent
 from splitserve.batching.batcher import Batcher
-from splitserve.batching.queue import Limits
+from splitserve.batching.queue import BatchLimits
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.tensors import Tensor
@@ -45,7 +45,7 @@ class Load:
 
     def __init__(self, stage: Stage, **limits: Any) -> None:
         self._now = asyncio.get_running_loop().time
-        self.batcher = Batcher(stage, Limits(**{"max_queue_wait_ms": 1000 * ALLOWED_S, **limits}), clock=self._now)
+        self.batcher = Batcher(stage, BatchLimits(**{"max_queue_wait_ms": 1000 * ALLOWED_S, **limits}), clock=self._now)
         self.answered: list[tuple[float, float]] = []
         self.refused: list[tuple[float, float]] = []
         self.expired = 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from splitserve.batching.batcher import Batcher
 from splitserve.batching.merging import merge, split
-from splitserve.batching.queue import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, Limits, RowCost
+from splitserve.batching.queue import ADAPTIVE_IN_FLIGHT, OVERDUE_S, SLOW_ROW_S, BatchLimits, RowCost
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMismatch, SplitserveError, Unavailable
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
 from splitserve.oip.statistics import Statistics
@@ -80,7 +80,7 @@ class Backend:
 
 def batcher_on(backend: Callable[[InferRequest], Awaitable[InferResponse]], **limits: Any) -> Batcher:
     n_backends = limits.pop("n_backends", lambda: 1)
-    return Batcher(backend, Limits(**limits), n_backends=n_backends, clock=asyncio.get_running_loop().time)
+    return Batcher(backend, BatchLimits(**limits), n_backends=n_backends, clock=asyncio.get_running_loop().time)
 
 
 async def outcome(answer: Awaitable[InferResponse]) -> Any:
@@ -638,7 +638,7 @@ def test_each_request_is_counted_as_what_it_came_to() -> None:
     async def main() -> None:
         statistics = Statistics()
         loop = asyncio.get_running_loop()
-        batcher = Batcher(Backend(), Limits(), statistics=statistics, clock=loop.time)
+        batcher = Batcher(Backend(), BatchLimits(), statistics=statistics, clock=loop.time)
         pending = [batcher.begin(row_request([n, n]), lambda _: None, began=loop.time() - 0.01) for n in range(3)]
         await asyncio.sleep(CALL_S / 2)
         batcher.begin(row_request([1, POISON]), lambda _: None)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitserve.client.chunks import CHUNK_BYTES, cut, has_rows, join
-from splitserve.client.encoding import Column, to_columns
+from splitserve.client.encoding import InputColumn, to_columns
 from splitserve.errors import PairMismatch
 from splitserve.signature import TensorSpec
 from splitserve.testing import signature
@@ -42,7 +42,7 @@ def test_chunks_are_cut_by_their_bytes(row_floats: int, n_rows: int) -> None:
     """As many rows as a mebibyte holds, at least one."""
     array = np.broadcast_to(np.float32(0), (n_rows, row_floats))
 
-    sizes = [len(chunk) * row_floats * 4 for chunk in cut([Column("x", "FP32", array)], 0)]
+    sizes = [len(chunk) * row_floats * 4 for chunk in cut([InputColumn("x", "FP32", array)], 0)]
 
     assert all(size <= CHUNK_BYTES for size in sizes)
     assert all(size > CHUNK_BYTES - row_floats * 4 for size in sizes[:-1])

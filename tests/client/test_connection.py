@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from splitserve.client import TLS
-from splitserve.client.connection import Connection, connection, request_headers, request_headers_async
+from splitserve.client.connection import ConnectionOptions, connection_options, request_headers, request_headers_async
 from splitserve.errors import Unauthenticated
 
 
-def connect(url: str, tls: TLS | None = None) -> Connection:
-    return connection(url, tls=tls, compression=None, max_message_bytes=1, headers=None)
+def connect(url: str, tls: TLS | None = None) -> ConnectionOptions:
+    return connection_options(url, tls=tls, compression=None, max_message_bytes=1, headers=None)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_certificate_without_its_key_is_refused() -> None:
 def test_an_unknown_compression_is_refused() -> None:
     """The known one is named."""
     with pytest.raises(ValueError, match='expected "gzip"'):
-        connection("host:1", tls=None, compression="zstd", max_message_bytes=1, headers=None)  # type: ignore[arg-type]
+        connection_options("host:1", tls=None, compression="zstd", max_message_bytes=1, headers=None)  # type: ignore[arg-type]
 
 
 async def test_a_token_is_text_or_a_function() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
 from splitserve.oip import protobuf, rest, v1
-from splitserve.oip.limits import Limits
+from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferRequest
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import signature
@@ -17,7 +17,7 @@ MODEL = signature("m", [TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("t", "
 
 
 def _checked(request: InferRequest) -> None:
-    Limits().check(request)
+    RequestLimits().check(request)
     check_inputs(MODEL.inputs, request.inputs, widen=True)
 
 

@@ -18,7 +18,7 @@ import pytest
 from proxy.rest.app import HttpApp
 from proxy.rest.server import HttpFace
 from proxy.service import ProxyService
-from splitserve.oip.limits import Limits
+from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
@@ -109,7 +109,7 @@ async def edge_with(**limits: Any) -> AsyncIterator[Edge]:
         max_body_bytes=BODY_LIMIT,
         default_timeout_s=30,
         allow_control=True,
-        limits=limits.pop("request", Limits()),
+        limits=limits.pop("request", RequestLimits()),
     )
     async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1, limits=HttpLimits(**limits)) as face:
         yield Edge(face, backend)
@@ -429,7 +429,7 @@ async def test_a_body_may_reach_the_limit_and_not_pass_it(edge: Edge) -> None:
 )
 async def test_a_message_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: int) -> None:
     """As far as limits go; whether the model takes it is another question."""
-    async with edge_with(request=Limits(**{limit: 3})) as edge:
+    async with edge_with(request=RequestLimits(**{limit: 3})) as edge:
         path = "/v2/models/texts/infer" if "element" in limit else INFER
         _, _, allowed = await edge.post(json.dumps(message_of(0)).encode(), path)
         status, _, answer = await edge.post(json.dumps(message_of(1)).encode(), path)

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.service import ProxyService
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.batching.queue import Limits
+from splitserve.batching.queue import BatchLimits
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.protobuf import SERVICE
 from splitserve.testing import FakeInference
@@ -40,7 +40,7 @@ class Held(FakeInference):
 async def full() -> AsyncIterator[tuple[Served, Held, list[asyncio.Task[Any]]]]:
     """One request under way, and as many waiting as may; those that wait are of priority 5."""
     backend = Held()
-    limits = Limits(max_queue_size=QUEUE, max_batch_size=1, max_in_flight=1)
+    limits = BatchLimits(max_queue_size=QUEUE, max_batch_size=1, max_in_flight=1)
     async with served(service=ProxyService(backend, limits=limits), backend=backend) as system:
         calls = [asyncio.create_task(over_rest(system))]
         while not backend.requests:  # noqa: ASYNC110

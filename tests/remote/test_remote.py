@@ -16,7 +16,8 @@ from splitserve.arrays import from_array
 from splitserve.errors import TABLE, DeadlineExceeded, Internal, PairMismatch, SplitserveError, Unavailable
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
-from splitserve.remote.inference import MAX_MESSAGE_BYTES, RemoteInference, RetryBudget
+from splitserve.remote.inference import MAX_MESSAGE_BYTES, RemoteInference
+from splitserve.remote.retry_budget import MAX_TOKENS, RetryBudget
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
@@ -385,5 +386,5 @@ def test_retries_are_a_share_of_what_succeeds() -> None:
     for _ in range(24):
         budget.give()
 
-    assert allowed == RetryBudget.MAX_TOKENS / 2
+    assert allowed == MAX_TOKENS / 2
     assert sum(budget.take() for _ in range(1000)) == 3

@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.oip.limits import Limits
+from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import remaining_s
 from splitserve.oip.protobuf import SERVICE
 from splitserve.server.infer_stream import MAX_UNANSWERED
@@ -166,7 +166,7 @@ async def test_a_message_may_reach_the_limit_and_not_pass_it() -> None:
 )  # fmt: skip
 async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: grpc.StatusCode) -> None:
     """As far as limits go; whether the model takes it is another question."""
-    async with face(limits=Limits(**{limit: 3})) as (channel, _):
+    async with face(limits=RequestLimits(**{limit: 3})) as (channel, _):
         _, allowed = await ask(channel, message(**message_of(0)))
         code, details = await ask(channel, message(**message_of(1)))
 

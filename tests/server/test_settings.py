@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
-from splitserve.batching.queue import Limits
+from splitserve.batching.queue import BatchLimits
 from splitserve.server import settings
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
@@ -82,9 +82,9 @@ def test_limits_of_batching_are_the_models_own_where_it_has_some() -> None:
 
     settings = ProxySettings(max_batch_size=64, batching=text)
 
-    assert settings.batch_limits("imagenet") == Limits(max_batch_size=8, max_in_flight=4, max_queue_wait_ms=1000)
-    assert settings.batch_limits("penguins") == Limits(max_batch_size=64, max_queue_delay_ms=2.5, max_queue_wait_ms=1000)
-    assert settings.batch_limits("digits") == Limits(max_batch_size=64, max_queue_wait_ms=1000)
+    assert settings.batch_limits("imagenet") == BatchLimits(max_batch_size=8, max_in_flight=4, max_queue_wait_ms=1000)
+    assert settings.batch_limits("penguins") == BatchLimits(max_batch_size=64, max_queue_delay_ms=2.5, max_queue_wait_ms=1000)
+    assert settings.batch_limits("digits") == BatchLimits(max_batch_size=64, max_queue_wait_ms=1000)
 
 
 @pytest.mark.parametrize(

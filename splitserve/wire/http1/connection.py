@@ -21,7 +21,7 @@ import httptools
 import msgspec
 import structlog
 
-from splitserve.batching.batcher import Pending
+from splitserve.batching.pending import Pending
 from splitserve.wire.byte_budget import Share
 from splitserve.wire.http1.listener import BODY_GRACE_S, LOOK_INTERVAL_S, Listener
 from splitserve.wire.http1.messages import Incoming, Response

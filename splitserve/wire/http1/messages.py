@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from splitserve.batching.batcher import Pending
+from splitserve.batching.pending import Pending
 from splitserve.errors import Overloaded, SplitserveError, TooLarge
 from splitserve.wire.byte_budget import Share
 

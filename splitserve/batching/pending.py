@@ -1,0 +1,61 @@
+"""What a caller holds of a request that is queued or in flight, and the two ways to receive its answer: a callback or ``await``.
+
+Knows no queue: anything that takes a callback and can be cancelled fits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+from splitserve.oip.messages import InferResponse
+
+T = TypeVar("T")
+
+OnAnswer = Callable[[InferResponse | Exception], None]
+"""Called once with the answer to a request, or with the error in its place."""
+
+
+class Pending(Protocol):
+    """A request in progress. An `asyncio.Task` is one."""
+
+    def cancel(self) -> object:
+        """Abandon the request: its callback is not called any more. Does nothing once it has been called."""
+        ...
+
+
+async def awaited(begin: Callable[[Callable[[T | Exception], None]], Pending]) -> T:
+    """Await what ``begin`` starts. Cancelling the awaiting task cancels the request.
+
+    Args:
+        begin: takes the callback; may raise at once.
+
+    Raises:
+        Exception: the one that the callback received.
+    """
+    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    pending = begin(partial(_settle, answer))
+    try:
+        return await answer
+    finally:
+        pending.cancel()
+
+
+def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
+    if answer.done():
+        return
+    if isinstance(outcome, Exception):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)
+
+
+async def deliver(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> None:
+    """Await ``answer`` and call ``on_answer`` with it, or with its exception."""
+    try:
+        outcome: T | Exception = await answer
+    except Exception as error:
+        outcome = error
+    on_answer(outcome)
