@@ -10,22 +10,22 @@ import sys
 
 import uvloop
 
-from splitserve.wire.http1.connection import HttpConnection
-from splitserve.wire.http1.listener import HttpLimits, Listener
-from splitserve.wire.http1.messages import Answer, Incoming, Reply, Response
+from splitserve.wire.http1.connection import Http1Connection
+from splitserve.wire.http1.listener import HttpLimits, HttpListener
+from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
 
 
-def answer(incoming: Incoming, reply: Reply) -> Answer:
-    return Response(200, incoming.whole_body()) if incoming.is_complete else _answer_when_whole(incoming)
+def answer(request: HttpRequest, respond: Respond) -> Handled:
+    return HttpResponse(200, request.body.content()) if request.body.is_complete else _answer_when_complete(request)
 
 
-async def _answer_when_whole(incoming: Incoming) -> Response:
-    return Response(200, await incoming.body())
+async def _answer_when_complete(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(200, await request.body.read())
 
 
 async def serve(port: str) -> None:
-    listener = Listener(answer, HttpLimits(), max_body_bytes=2**26)
-    server = await asyncio.get_running_loop().create_server(lambda: HttpConnection(listener), "127.0.0.1", int(port))
+    listener = HttpListener(answer, HttpLimits(), max_body_bytes=2**26)
+    server = await asyncio.get_running_loop().create_server(lambda: Http1Connection(listener), "127.0.0.1", int(port))
     await server.serve_forever()
 
 

@@ -26,8 +26,10 @@ from splitserve.batching.pending import Pending
 from splitserve.errors import (
     Internal,
     InvalidInput,
+    Overloaded,
     PermissionDenied,
     SplitserveError,
+    TooLarge,
     Unauthenticated,
     Unavailable,
     Unsupported,
@@ -46,7 +48,8 @@ from splitserve.oip.messages import (
 from splitserve.oip.model_config import config_of
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import RequestLine, log_request
-from splitserve.wire.http1.messages import JSON, Answer, Incoming, Reply, Response
+from splitserve.wire.byte_budget import BudgetExceeded
+from splitserve.wire.http1.messages import JSON, BodyTooLarge, Handled, HttpRequest, HttpResponse, Respond
 
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
@@ -67,7 +70,7 @@ class Request(msgspec.Struct):
     """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; ``body`` is not compressed."""
 
     path: dict[str, str]
-    incoming: Incoming
+    incoming: HttpRequest
     body: bytes
     deadline: float
 
@@ -81,7 +84,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+Handler = Callable[[Request], Coroutine[Any, Any, HttpResponse]]
 
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
@@ -157,48 +160,48 @@ class HttpApp:
         self._routes = [(re.compile(pattern), methods) for pattern, methods in routes]
         self._route = lru_cache(N_REMEMBERED_PATHS)(self._find_route)
 
-    def answer(self, incoming: Incoming, reply: Reply) -> Answer:
+    def answer(self, incoming: HttpRequest, respond: Respond) -> Handled:
         """Begin to answer. An inference that has to wait for nothing else takes no task."""
         try:
             handler, path = self._route(incoming.method, incoming.path)
             encoding = _check_form(incoming)
         except Refused as refused:
             return _refusal(refused)
-        if handler is self._direct and incoming.is_complete and not encoding:
-            return self._begin(path, incoming, reply)
+        if handler is self._direct and incoming.body.is_complete and not encoding:
+            return self._begin(path, incoming, respond)
         return self._answer(handler, path, incoming, encoding)
 
-    def _begin(self, path: dict[str, str], incoming: Incoming, reply: Reply) -> Answer:
+    def _begin(self, path: dict[str, str], incoming: HttpRequest, respond: Respond) -> Handled:
         """As `_infer`, without a task."""
         began = time.monotonic()
         model, version = path["model"], path["version"]
         try:
             deadline = began + (self._timeout_s(incoming) if _TIMEOUT in incoming.headers else self._default_timeout_s)
-            body = incoming.whole_body()
-        except SplitserveError as error:
+            body = incoming.body.content()
+        except (SplitserveError, BodyTooLarge, BudgetExceeded) as error:
             return self.failure(error)
         try:
             asked = self._asked(model, version, incoming, body, deadline)
             self._limits.check(asked)
             if classification.is_wanted(asked):
                 return self._answer(self._infer, path, incoming, "")
-            inference = _Inference(self, incoming, asked, began, reply)
+            inference = _Inference(self, incoming, asked, began, respond)
             inference.pending = self._service.begin(asked, inference.end)
             return inference
         except Exception as error:
             log_request("infer", model, version, began, error)
             return self.failure(error)
 
-    async def _answer(self, handler: Handler, path: dict[str, str], incoming: Incoming, encoding: str) -> Response:
+    async def _answer(self, handler: Handler, path: dict[str, str], incoming: HttpRequest, encoding: str) -> HttpResponse:
         try:
             deadline = deadline_after(self._timeout_s(incoming))
             if self._authenticator is not None:
                 given = incoming.header(b"authorization")
                 await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
-            body = await incoming.body()
+            body = await incoming.body.read()
             if encoding and body:
                 body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
-                incoming.share.take(len(body))
+                incoming.body.reserve(len(body))
             response = await handler(Request(path, incoming, body, deadline))
             if _may_be_compressed(response, incoming):
                 response = await _compressed(response, incoming)
@@ -206,10 +209,14 @@ class HttpApp:
         except Exception as error:
             return self.failure(error)
 
-    def failure(self, error: Exception) -> Response:
+    def failure(self, error: Exception) -> HttpResponse:
         """Errors become statuses here and nowhere else."""
         if isinstance(error, Refused):
             return _refusal(error)
+        if isinstance(error, BodyTooLarge):
+            error = TooLarge(str(error))
+        elif isinstance(error, BudgetExceeded):
+            error = Overloaded(str(error))
         named = at_stage(STAGE).named(error)
         if isinstance(named, Internal):  # the caller does not learn what went wrong inside; the log does
             self._log.error("internal error", stage=named.stage, exc_info=named)
@@ -225,7 +232,7 @@ class HttpApp:
                 return handler, {name: value or "" for name, value in match.groupdict().items()}
         raise Refused(404, "Not Found")
 
-    def _timeout_s(self, incoming: Incoming) -> float:
+    def _timeout_s(self, incoming: HttpRequest) -> float:
         value = incoming.header(_TIMEOUT)
         if value is None:
             return self._default_timeout_s
@@ -233,7 +240,7 @@ class HttpApp:
             raise InvalidInput(f"Request-Timeout: expected a number of seconds, more than 0, got {value[:32]!r}")
         return min(float(value), self._max_timeout_s)
 
-    async def _infer(self, request: Request) -> Response:
+    async def _infer(self, request: Request) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("infer", model, version) as line:
             asked = self._asked(model, version, request.incoming, request.body, request.deadline)
@@ -242,14 +249,14 @@ class HttpApp:
             line.version = answer.version
             return _rendered(answer, asked)
 
-    def _asked(self, model: str, version: str, incoming: Incoming, body: bytes, deadline: float) -> InferRequest:
+    def _asked(self, model: str, version: str, incoming: HttpRequest, body: bytes, deadline: float) -> InferRequest:
         header_length = _header_length(incoming) if _HEADER_LENGTH in incoming.headers else None
         if header_length == 0:
             pair, metadata = self._service.choose(model, version)
             return rest.decode_raw_request(body, metadata, str(pair), deadline=deadline)
-        return rest.decode_request(model, version, body, header_length=header_length, deadline=deadline, caller=incoming.caller)
+        return rest.decode_request(model, version, body, header_length=header_length, deadline=deadline, caller=incoming.peer)
 
-    async def _predict(self, request: Request) -> Response:
+    async def _predict(self, request: Request) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         with RequestLine("predict", model, version) as line:
             pair, metadata = self._service.choose(model, version)
@@ -257,29 +264,29 @@ class HttpApp:
             asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
             self._limits.check(asked.request)
             answer = await self._service.infer(asked.request)
-            return Response(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
+            return HttpResponse(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
 
-    async def _explain(self, request: Request) -> Response:
+    async def _explain(self, request: Request) -> HttpResponse:
         raise Unsupported("there is nothing here that explains")
 
-    async def _live(self, request: Request) -> Response:
+    async def _live(self, request: Request) -> HttpResponse:
         return _json(200, {"live": True})
 
-    async def _ready(self, request: Request) -> Response:
+    async def _ready(self, request: Request) -> HttpResponse:
         if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
             raise Unavailable(reason)
         return _json(200, {"ready": True, "live": True})
 
-    async def _server_metadata(self, request: Request) -> Response:
+    async def _server_metadata(self, request: Request) -> HttpResponse:
         return _json(200, self._metadata)
 
-    async def _models(self, request: Request) -> Response:
+    async def _models(self, request: Request) -> HttpResponse:
         return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
 
-    async def _model_metadata(self, request: Request) -> Response:
+    async def _model_metadata(self, request: Request) -> HttpResponse:
         return _json(200, rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"])))
 
-    async def _model_ready(self, request: Request) -> Response:
+    async def _model_ready(self, request: Request) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         self._service.choose(model, version)  # or the error that says why not
         states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
@@ -288,35 +295,35 @@ class HttpApp:
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
         return _json(200, {"name": model, "ready": True})
 
-    async def _model_status(self, request: Request) -> Response:
+    async def _model_status(self, request: Request) -> HttpResponse:
         """As both KServe's and TensorFlow Serving's clients read it."""
         model, version = request.path["model"], request.path["version"]
         ready = await self._model_ready(request)
         states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
-    async def _v1_metadata(self, request: Request) -> Response:
+    async def _v1_metadata(self, request: Request) -> HttpResponse:
         """As TensorFlow Serving's clients read it."""
         pair, metadata = self._service.choose(request.path["model"], request.path["version"])
         return _json(200, v1.metadata_of(metadata, str(pair)))
 
-    async def _model_config(self, request: Request) -> Response:
+    async def _model_config(self, request: Request) -> HttpResponse:
         return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
 
-    async def _model_statistics(self, request: Request) -> Response:
+    async def _model_statistics(self, request: Request) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         return _json(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
 
-    async def _all_statistics(self, request: Request) -> Response:
+    async def _all_statistics(self, request: Request) -> HttpResponse:
         return _json(200, {"model_stats": self._service.statistics.report(await self._service.index())})
 
-    async def _repository_index(self, request: Request) -> Response:
+    async def _repository_index(self, request: Request) -> HttpResponse:
         wish = rest.decode_json(request.body) if request.body else {}
         only_ready = isinstance(wish, dict) and wish.get("ready") is True
         states = [state for state in await self._service.index() if state.state == READY or not only_ready]
         return _json(200, states)
 
-    async def _repository_control(self, request: Request) -> Response:
+    async def _repository_control(self, request: Request) -> HttpResponse:
         if not self._allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
         if b"origin" in request.incoming.headers:
@@ -331,13 +338,13 @@ class HttpApp:
         await act(request.path["model"])
         return _json(200, {})
 
-    async def _openapi_document(self, request: Request) -> Response:
-        return Response(200, self._openapi)
+    async def _openapi_document(self, request: Request) -> HttpResponse:
+        return HttpResponse(200, self._openapi)
 
-    async def _docs_page(self, request: Request) -> Response:
-        return Response(200, self._page, "text/html; charset=utf-8")
+    async def _docs_page(self, request: Request) -> HttpResponse:
+        return HttpResponse(200, self._page, "text/html; charset=utf-8")
 
-    async def _alive(self, request: Request) -> Response:
+    async def _alive(self, request: Request) -> HttpResponse:
         return _json(200, {"status": "alive"})
 
 
@@ -349,19 +356,19 @@ class _Inference:
         incoming: the request.
         asked: what it asks for.
         began: on the monotonic clock.
-        reply: takes the answer.
+        respond: takes the answer.
     """
 
-    __slots__ = ("_app", "_asked", "_began", "_incoming", "_reply", "pending")
+    __slots__ = ("_app", "_asked", "_began", "_incoming", "_respond", "pending")
 
     pending: Pending
 
-    def __init__(self, app: HttpApp, incoming: Incoming, asked: InferRequest, began: float, reply: Reply) -> None:
+    def __init__(self, app: HttpApp, incoming: HttpRequest, asked: InferRequest, began: float, respond: Respond) -> None:
         self._app = app
         self._incoming = incoming
         self._asked = asked
         self._began = began
-        self._reply = reply
+        self._respond = respond
 
     def end(self, outcome: InferResponse | Exception) -> None:
         """It is answered, or failed."""
@@ -372,11 +379,11 @@ class _Inference:
             response = _rendered(outcome, asked)
         except Exception as error:
             log_request("infer", asked.model, asked.version, self._began, error)
-            self._reply(self._app.failure(error))
+            self._respond(self._app.failure(error))
             return
         log_request("infer", asked.model, outcome.version, self._began, None)
         may_be_compressed = _may_be_compressed(response, self._incoming)
-        self._reply(_compressed(response, self._incoming) if may_be_compressed else response)
+        self._respond(_compressed(response, self._incoming) if may_be_compressed else response)
 
     def cancel(self) -> None:
         """The caller left."""
@@ -384,18 +391,18 @@ class _Inference:
         log_request("infer", self._asked.model, self._asked.version, self._began, asyncio.CancelledError())
 
 
-def _rendered(answer: InferResponse, asked: InferRequest) -> Response:
+def _rendered(answer: InferResponse, asked: InferRequest) -> HttpResponse:
     body, header_length = rest.encode_response(answer, asked)
     if header_length is None:
-        return Response(200, body)
-    return Response(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
+        return HttpResponse(200, body)
+    return HttpResponse(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
 
 
-def _may_be_compressed(response: Response, incoming: Incoming) -> bool:
+def _may_be_compressed(response: HttpResponse, incoming: HttpRequest) -> bool:
     return len(response.body) >= compression.MIN_COMPRESSED_BYTES and b"accept-encoding" in incoming.headers
 
 
-async def _compressed(response: Response, incoming: Incoming) -> Response:
+async def _compressed(response: HttpResponse, incoming: HttpRequest) -> HttpResponse:
     """The answer as the client takes it."""
     encoding = compression.choose(incoming.header(b"accept-encoding") or "")
     if not encoding:
@@ -403,10 +410,10 @@ async def _compressed(response: Response, incoming: Incoming) -> Response:
     is_long = len(response.body) > _LONG_BODY_BYTES
     body = await asyncio.to_thread(deflate, response.body, encoding) if is_long else deflate(response.body, encoding)
     extra = (("content-encoding", encoding), ("vary", "accept-encoding"))
-    return Response(response.status, body, response.content_type, (*response.headers, *extra))
+    return HttpResponse(response.status, body, response.content_type, (*response.headers, *extra))
 
 
-def _check_form(incoming: Incoming) -> str:
+def _check_form(incoming: HttpRequest) -> str:
     """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
 
     Raises:
@@ -426,22 +433,22 @@ def _check_form(incoming: Incoming) -> str:
     return encoding
 
 
-def _header_length(incoming: Incoming) -> int:
+def _header_length(incoming: HttpRequest) -> int:
     value = incoming.headers[_HEADER_LENGTH].decode("latin-1")
     if not (value.isascii() and value.isdecimal() and len(value) < 12):
         raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
     return int(value)
 
 
-def _refusal(refused: Refused) -> Response:
+def _refusal(refused: Refused) -> HttpResponse:
     return _json(refused.status, {"error": str(refused)}, refused.headers)
 
 
-def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> Response:
-    return Response(status, msgspec.json.encode(content), JSON, headers)
+def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
+    return HttpResponse(status, msgspec.json.encode(content), JSON, headers)
 
 
-def _error(error: SplitserveError) -> Response:
+def _error(error: SplitserveError) -> HttpResponse:
     headers: tuple[tuple[str, str], ...] = ()
     if error.is_retryable:
         headers = (("retry-after", str(RETRY_AFTER_S)),)

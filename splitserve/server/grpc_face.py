@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.catalogue import why_model_not_ready
-from splitserve.errors import DOMAIN, Internal, InvalidInput, PermissionDenied, SplitserveError, Unsupported, at_stage
+from splitserve.errors import DOMAIN, Internal, InvalidInput, Overloaded, PermissionDenied, SplitserveError, Unsupported, at_stage
 from splitserve.oip import protobuf
 from splitserve.oip.limits import RequestLimits, check_model_name
 from splitserve.oip.messages import (
@@ -37,7 +37,7 @@ from splitserve.server.callers import Authenticator
 from splitserve.server.grpc_inference import GrpcInference, credentials
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.tls import ServerTls, following_ssl_context
-from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.byte_budget import BudgetExceeded, ByteBudget
 from splitserve.wire.grpc.call import Call, Method
 from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer, ServerLimits
@@ -136,7 +136,7 @@ class GrpcFace:
             msgspec.structs.replace(connections or ServerLimits(), max_message_bytes=max_message_bytes),
             context=following_ssl_context(tls, "h2") if tls else None,
             explain=self._explain,
-            new_share=budget.share,
+            new_reservation=budget.reservation,
         )
 
     async def __aenter__(self) -> GrpcFace:
@@ -223,6 +223,8 @@ class GrpcFace:
 
     def _named(self, error: Exception) -> SplitserveError:
         """The caller does not learn what went wrong inside; the log does."""
+        if isinstance(error, BudgetExceeded):
+            error = Overloaded(str(error))
         failure = at_stage(self._stage).named(error)
         if isinstance(failure, Internal):
             self._log.error("internal error", stage=failure.stage, exc_info=failure)

@@ -16,7 +16,7 @@ from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.server.callers import Authenticator
 from splitserve.server.logs import log_request
-from splitserve.wire.byte_budget import ByteBudget, Share
+from splitserve.wire.byte_budget import ByteBudget, Reservation
 from splitserve.wire.grpc.call import Call
 
 
@@ -71,10 +71,10 @@ class GrpcInference:
 
     def begin_on_stream(self, data: bytes, call: Call, answer: Callable[[bytes], None]) -> Pending | None:
         """Answer a message on a stream, where an error is an answer. Raises nothing."""
-        share = self._budget.share()
-        one = _OnStream(self, share, answer)
+        reservation = self._budget.reservation()
+        one = _OnStream(self, reservation, answer)
         try:
-            share.take(len(data))
+            reservation.reserve(len(data))
             if self._authenticator is None:
                 one.pending = self.infer_message(one, data, call, one.end)
             else:
@@ -158,19 +158,19 @@ class _Logged:
 class _OnStream:
     """A message on a stream: its id, what it holds of the budget, and who is told of its answer."""
 
-    __slots__ = ("_answer", "_inference", "_share", "identity", "pending")
+    __slots__ = ("_answer", "_inference", "_reservation", "identity", "pending")
 
     pending: Pending
 
-    def __init__(self, inference: GrpcInference, share: Share, answer: Callable[[bytes], None]) -> None:
+    def __init__(self, inference: GrpcInference, reservation: Reservation, answer: Callable[[bytes], None]) -> None:
         self._inference = inference
-        self._share = share
+        self._reservation = reservation
         self._answer = answer
         self.identity = ""
 
     def end(self, outcome: InferResponse | Exception) -> None:
         """It is answered, or failed."""
-        self._share.give_back()
+        self._reservation.release()
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -181,5 +181,5 @@ class _OnStream:
 
     def cancel(self) -> None:
         """The stream is gone."""
-        self._share.give_back()
+        self._reservation.release()
         self.pending.cancel()

@@ -1,17 +1,19 @@
-"""How many bytes of requests a process holds at a time, whoever sent them: what is beyond is refused, and memory is bounded."""
+"""A process-wide limit on the bytes of requests in flight: what would exceed it is refused, so memory stays bounded."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
-from splitserve.errors import Overloaded
+
+class BudgetExceeded(Exception):
+    """The bytes in flight would exceed the limit."""
 
 
 class ByteBudget:
-    """The bytes that may be held.
+    """The bytes that requests may hold at a time.
 
     Args:
-        max_bytes: in all.
+        max_bytes: over all requests.
     """
 
     __slots__ = ("max_bytes", "used")
@@ -20,37 +22,46 @@ class ByteBudget:
         self.max_bytes = max_bytes
         self.used = 0
 
-    def share(self) -> Share:
-        """Of one request, from its first byte to its answer."""
-        return Share(self)
+    def reserve(self, n_bytes: int) -> None:
+        """Count ``n_bytes`` as in flight until `release`.
+
+        Raises:
+            BudgetExceeded: the limit would be exceeded; nothing is reserved.
+        """
+        if self.used + n_bytes > self.max_bytes:
+            raise BudgetExceeded(f"in-flight bytes {self.used + n_bytes} exceed the limit {self.max_bytes}")
+        self.used += n_bytes
+
+    def release(self, n_bytes: int) -> None:
+        """Return reserved bytes."""
+        self.used -= n_bytes
+
+    def reservation(self) -> Reservation:
+        """An empty reservation for one request."""
+        return Reservation(self)
 
 
-class Share:
-    """What one request holds; a context manager, which gives it back."""
+class Reservation:
+    """The bytes that one request has reserved. A context manager: leaving it releases them."""
 
-    __slots__ = ("_budget", "_held")
+    __slots__ = ("_budget", "_n_bytes")
 
     def __init__(self, budget: ByteBudget) -> None:
         self._budget = budget
-        self._held = 0
+        self._n_bytes = 0
 
-    def take(self, n_bytes: int) -> None:
-        """Raises:
-        Overloaded: so many more cannot be held now.
-        """
-        budget = self._budget
-        if budget.used + n_bytes > budget.max_bytes:
-            raise Overloaded(f"requests of {budget.used} bytes are here already, {budget.max_bytes} may be")
-        budget.used += n_bytes
-        self._held += n_bytes
+    def reserve(self, n_bytes: int) -> None:
+        """Reserve more. Raises `BudgetExceeded` as `ByteBudget.reserve`."""
+        self._budget.reserve(n_bytes)
+        self._n_bytes += n_bytes
 
-    def give_back(self) -> None:
-        """The request is answered."""
-        self._budget.used -= self._held
-        self._held = 0
+    def release(self) -> None:
+        """Release everything reserved so far."""
+        self._budget.release(self._n_bytes)
+        self._n_bytes = 0
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.give_back()
+        self.release()

@@ -1,4 +1,4 @@
-"""What listens on a port, over REST and gRPC alike: the socket, and the connections that are open."""
+"""What every listening port has, REST or gRPC: the socket and the set of open connections."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 BACKLOG = 2048
 
 HANDSHAKE_TIMEOUT_S = 10.0
-"""Within which a connection must have agreed on TLS, and over gRPC have said that it is HTTP/2."""
+"""Time for a new connection to complete the TLS handshake and, over HTTP/2, to send its preface and SETTINGS."""
 
 
 def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
-    """A socket that listens; of all addresses of both families for ``::``.
+    """A listening socket; dual-stack for ``::``.
 
     Args:
         host: an address or a name.
         port: 0 takes a free one.
-        shares_port: with other processes of the service.
+        shares_port: with other processes of the service (SO_REUSEPORT).
 
     Raises:
-        SystemExit: that cannot be, for the reason that it gives.
+        SystemExit: the socket cannot be bound; the message says why.
     """
     is_v6 = ":" in host
     try:
@@ -38,58 +38,69 @@ def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
         raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-class Connection(Protocol):
-    """One that is open."""
+class OpenConnection(Protocol):
+    """A server connection, as its listener sees it."""
 
-    def look(self, now: float) -> None:
-        """Close it if it takes too long with something."""
+    def tick(self, now: float) -> None:
+        """Apply the timeouts. Called at a regular interval with the loop's time."""
 
-    def abandon(self) -> None:
-        """Close it at once."""
+    def drain(self) -> None:
+        """Accept no new requests, and close once those in flight are answered."""
+
+    def close(self) -> None:
+        """Accept nothing more, and close once what was sent so far is written; what is in flight is cancelled."""
+
+    def abort(self) -> None:
+        """Close at once; what was not written is lost."""
 
 
-C = TypeVar("C", bound=Connection)
-
-
-class Connections(Generic[C]):
-    """Those that are open on a port. Each adds itself and leaves."""
+class Connections:
+    """The open connections of a port. Each adds and removes itself."""
 
     def __init__(self) -> None:
-        self._open: set[C] = set()
+        self._open: set[OpenConnection] = set()
         self._is_empty = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self) -> Iterator[C]:
-        """They may leave meanwhile."""
+    def __iter__(self) -> Iterator[OpenConnection]:
+        """A snapshot: connections may close during the iteration."""
         return iter(tuple(self._open))
 
-    def add(self, connection: C) -> None:
-        """It is open."""
+    def add(self, connection: OpenConnection) -> None:
         self._open.add(connection)
 
-    def leave(self, connection: C) -> None:
-        """It is closed."""
+    def remove(self, connection: OpenConnection) -> None:
         self._open.discard(connection)
         if not self._open:
             self._is_empty.set()
 
-    def look(self) -> None:
-        """Close those that take too long."""
+    def tick(self) -> None:
+        """Apply the timeouts of each connection."""
         now = asyncio.get_running_loop().time()
         for connection in self:
-            connection.look(now)
+            connection.tick(now)
 
-    async def until_none(self, timeout_s: float) -> None:
-        """Wait until none is left, but no longer than that."""
+    def drain(self) -> None:
+        """Drain each connection."""
+        for connection in self:
+            connection.drain()
+
+    async def wait_closed(self, timeout_s: float) -> None:
+        """Wait until all are closed, at most ``timeout_s``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 while self._open:
                     self._is_empty.clear()
                     await self._is_empty.wait()
 
-    def abandon(self) -> None:
-        """Close what is left at once."""
+    def close(self) -> None:
+        """Close each connection."""
         for connection in self:
-            connection.abandon()
+            connection.close()
+
+    def abort(self) -> None:
+        """Abort each connection."""
+        for connection in self:
+            connection.abort()

@@ -212,7 +212,7 @@ async def test_draining_waits_for_what_is_under_way(front: Front) -> None:
     """The answer is given, and the connection closed behind it."""
     reader, writer = await front.waiting()
     draining = asyncio.create_task(front.face.drain(delay_s=0))
-    await until(lambda: front.face._listener.is_closing)
+    await until(lambda: front.face._listener.is_draining)
 
     assert not draining.done()
     front.backend.released.set()

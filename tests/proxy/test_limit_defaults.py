@@ -88,7 +88,7 @@ LIMITS: dict[str, tuple[dict[str, Any], Any, str]] = {
         "at most 3 are taken",
     ),
     "name": ({}, lambda n: {"model_name": "m" * (128 + n)}, "more than 128 characters"),
-    "bytes in flight": ({"max_in_flight_bytes": len(message())}, lambda n: {"id": "" if not n else "x"}, "are here already"),
+    "bytes in flight": ({"max_in_flight_bytes": len(message())}, lambda n: {"id": "" if not n else "x"}, "exceed the limit"),
 }  # fmt: skip
 
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.service import ProxyService
-from splitserve.errors import DeadlineExceeded, Overloaded, Unavailable
+from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, deadline_after
 from splitserve.remote.inference import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
-from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.byte_budget import BudgetExceeded, ByteBudget
 
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 1))], version="1.1")
 LOADING = "waiting for the model repository: s3://models cannot be read"
@@ -116,10 +116,10 @@ def test_bytes_are_given_back_whatever_becomes_of_a_request(wishes: list[list[in
 
     for wish in wishes:
         try:
-            with budget.share() as share:
+            with budget.reservation() as reservation:
                 for n_bytes in wish:
-                    share.take(n_bytes)
+                    reservation.reserve(n_bytes)
                     assert budget.used <= 100
-        except Overloaded:
+        except BudgetExceeded:
             assert sum(wish) > 100
         assert budget.used == 0

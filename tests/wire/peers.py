@@ -55,8 +55,8 @@ class FakeServer:
     def __init__(self, limits: ServerLimits | None = None, max_held_bytes: int = 10**9) -> None:
         self.limits = limits or ServerLimits()
         self.budget = ByteBudget(max_held_bytes)
-        self.new_share = self.budget.share
-        self.connections: Connections[ServerConnection] = Connections()
+        self.new_reservation = self.budget.reservation
+        self.connections: Connections = Connections()
         self.calls: list[Call] = []
         self.gate = asyncio.Event()
         self.n_cancelled = 0

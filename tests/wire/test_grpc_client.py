@@ -247,9 +247,9 @@ async def test_a_server_that_is_silent_is_left() -> None:
     async with stream() as (call, server, _):
         server.transport.pause_reading()
         now = asyncio.get_running_loop().time()
-        call.look(now)
+        call.tick(now)
         for later in range(10):
-            call.look(now + later)
+            call.tick(now + later)
 
         assert (await asyncio.wait_for(call.ended, 20)).code == "UNAVAILABLE"
         server.transport.resume_reading()

@@ -245,10 +245,10 @@ async def test_a_call_whose_time_is_over_is_ended() -> None:
     (call,) = client.server.calls
     assert 5 < (call.remaining_s() or 0) <= 10
 
-    client.connection.look(client.connection.now() + 5)
+    client.connection.tick(client.connection.now() + 5)
     await client.pump()
     assert client.status(stream) is None
-    client.connection.look(client.connection.now() + 11)
+    client.connection.tick(client.connection.now() + 11)
     await client.pump()
 
     assert (client.status(stream), client.server.n_cancelled) == ("4", 1)
@@ -553,7 +553,7 @@ async def test_a_deadline_that_passes_while_the_answer_waits_for_room_adds_no_se
     await client.pump()
     stream = client.call(ECHO, framed(bytes(100)), grpc_timeout="1S")
     await client.pump()
-    client.connection.look(client.connection.now() + 2)
+    client.connection.tick(client.connection.now() + 2)
     client.h2.increment_flow_control_window(1_000, stream_id=stream)
     await client.pump()
 
@@ -575,7 +575,7 @@ async def test_noise_between_answers_is_no_fault() -> None:
         for _ in range(connection_module.MAX_NOISE // 2):
             client.h2.ping(bytes(8))
         await client.pump()
-        client.connection.look(client.connection.now())
+        client.connection.tick(client.connection.now())
 
     assert client.goodbyes() == []
 
@@ -602,15 +602,15 @@ async def test_a_silent_client_is_asked_and_left() -> None:
     client = Client(FakeServer(ServerLimits(silent_s=5)))
     await client.pump()
     now = client.connection.now()
-    client.connection.look(now)
-    client.connection.look(now + 6)
+    client.connection.tick(now)
+    client.connection.tick(now + 6)
     await client.pump()  # h2 acknowledges
-    client.connection.look(now + 12)
-    client.connection.look(now + 13)
+    client.connection.tick(now + 12)
+    client.connection.tick(now + 13)
     assert not client.transport.is_closed
 
-    client.connection.look(now + 18)
-    client.connection.look(now + 24)
+    client.connection.tick(now + 18)
+    client.connection.tick(now + 24)
 
     assert client.transport.is_aborted
 
@@ -619,7 +619,7 @@ async def test_a_connection_that_says_nothing_is_left() -> None:
     """Not even that it is HTTP/2."""
     client = Client(FakeServer())
 
-    client.connection.look(client.connection.now() + HANDSHAKE_TIMEOUT_S + 1)
+    client.connection.tick(client.connection.now() + HANDSHAKE_TIMEOUT_S + 1)
 
     assert client.transport.is_aborted
 
@@ -629,7 +629,7 @@ async def test_a_connection_that_retires_serves_what_was_sent_before_it_knew() -
     client = Client(FakeServer())
     before = client.call(HOLD, framed(b"x"))
     await client.pump()
-    client.connection.retire()
+    client.connection.drain()
     on_its_way = frames.frame(frames.HEADERS, 4, before + 2, NO_TABLE + HOLDING)
     client.connection.data_received(on_its_way + frames.frame(frames.DATA, frames.END_STREAM, before + 2, framed(b"y")))
     await until(lambda: len(client.server.calls) == 2, lambda: asyncio.sleep(0))
@@ -660,14 +660,14 @@ async def test_a_connection_retires_at_its_age() -> None:
     await client.pump()
     now = client.connection.now()
 
-    client.connection.look(now + server_module.MAX_AGE_S * 0.8)
+    client.connection.tick(now + server_module.MAX_AGE_S * 0.8)
     await client.pump()
     assert client.goodbyes() == []
-    client.connection.look(now + server_module.MAX_AGE_S * 1.2)
+    client.connection.tick(now + server_module.MAX_AGE_S * 1.2)
     await asyncio.sleep(0)
     assert [kind for kind, *_ in raw_frames(client.transport.take())] == [frames.PING, frames.GOAWAY, frames.PING]
     assert not client.transport.is_closed
-    client.connection.look(now + server_module.MAX_AGE_S * 1.2 + server_module.AGE_GRACE_S)
+    client.connection.tick(now + server_module.MAX_AGE_S * 1.2 + server_module.AGE_GRACE_S)
 
     assert client.transport.is_aborted
 

@@ -25,6 +25,7 @@ from splitserve.wire.grpc.request import Request
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.connection import Stream
 from splitserve.wire.http2.headers import NO_TABLE, encode
+from splitserve.wire.pending import Cancellable
 
 if TYPE_CHECKING:
     from splitserve.wire.grpc.server import ServerConnection
@@ -36,14 +37,7 @@ Unary = Callable[[bytes, "Call"], Awaitable[bytes]]
 """Answers one message with one."""
 
 
-class Pending(Protocol):
-    """What is under way for a call. A task is one."""
-
-    def cancel(self) -> object:
-        """Its caller has left."""
-
-
-Begin = Callable[[bytes, "Call", Callable[[bytes | Exception], None]], Pending]
+Begin = Callable[[bytes, "Call", Callable[[bytes | Exception], None]], Cancellable]
 """The same without a task: what it is given is told of the answer, or of the error, later. May raise at once."""
 
 Streaming = Callable[["Call"], Awaitable[None]]
@@ -58,13 +52,13 @@ class Method(msgspec.Struct, frozen=True):
     streaming: Streaming | None = None
 
 
-class Share(Protocol):
-    """What one call holds of all the bytes that may be held."""
+class Reservation(Protocol):
+    """The bytes that one call has reserved of all that may be in flight."""
 
-    def take(self, n_bytes: int) -> None:
-        """May raise that so many more are too many."""
+    def reserve(self, n_bytes: int) -> None:
+        """Reserve more; raises what `explain` renders if the limit is exceeded."""
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """The call is over."""
 
 
@@ -88,7 +82,7 @@ class Call(Stream):
         "_n_held",
         "_pending",
         "_request",
-        "_share",
+        "_reservation",
         "_waiting",
         "has_ended",
         "trailing",
@@ -105,8 +99,8 @@ class Call(Stream):
         self.has_ended = False
         """Whether the caller has sent all."""
         self._n_held = 0
-        self._share: Share | None = None
-        self._pending: Pending | None = None
+        self._reservation: Reservation | None = None
+        self._pending: Cancellable | None = None
         self._waiting: asyncio.Future[None] | None = None
         self.trailing: Metadata = ()
         """Trailing metadata of an answer that is OK."""
@@ -191,10 +185,10 @@ class Call(Stream):
         self.has_ended = is_end
         if self._method.streaming is None:
             n_bytes = len(content)
-            if self._share is None:
-                self._share = self._connection.new_share()
+            if self._reservation is None:
+                self._reservation = self._connection.new_reservation()
                 n_bytes = max(0, n_bytes - PREFIX.size)
-            self._share.take(n_bytes)
+            self._reservation.reserve(n_bytes)
             if is_end:
                 message = self._messages.take()
                 if message is None or not self._messages.is_empty:
@@ -211,15 +205,15 @@ class Call(Stream):
         else:
             self._n_held += len(content)
 
-    def look(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """End it if its time is over."""
         if self._deadline is not None and now > self._deadline:
             self.fail(CallError("DEADLINE_EXCEEDED", "out of time before the answer came"))
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """It is over."""
-        if self._share is not None:
-            self._share.give_back()
+        if self._reservation is not None:
+            self._reservation.release()
 
     def cancel(self) -> None:
         """Its caller has left."""

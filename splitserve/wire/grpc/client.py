@@ -123,7 +123,7 @@ class StreamCall(Connection):
         """Look after it until it has ended."""
         while not self.ended.done():
             await asyncio.wait([self.ended], timeout=LOOK_INTERVAL_S)
-            self.look(self._loop.time())
+            self.tick(self._loop.time())
 
     # For the connection.
 

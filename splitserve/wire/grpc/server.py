@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from splitserve.wire.grpc.call import END_ALL, Call, Method, Share
+from splitserve.wire.grpc.call import END_ALL, Call, Method, Reservation
 from splitserve.wire.grpc.messages import CallError
 from splitserve.wire.grpc.request import Request, understand
 from splitserve.wire.http2 import frames
@@ -57,7 +57,7 @@ class ServerConnection(Connection):
         self.now: Callable[[], float] = self._loop.time
         self._server = server
         self.limits = server.limits
-        self.new_share = server.new_share
+        self.new_reservation = server.new_reservation
         self.name = f"grpc:{next(_numbers)}"
         self._headers: HeaderDecoder[Request] = HeaderDecoder(understand, server.limits.max_metadata_bytes)
         self._preface = b""
@@ -85,13 +85,13 @@ class ServerConnection(Connection):
         super().connection_made(transport)
         self._server.connections.add(self)
         if len(self._server.connections) > self.limits.max_connections:
-            self.abandon()
+            self.abort()
 
     def data_received(self, data: bytes) -> None:
         if not self._is_greeted:
             self._preface += data
             if not PREFACE.startswith(self._preface[: len(PREFACE)]):
-                self.abandon()
+                self.abort()
                 return
             if len(self._preface) < len(PREFACE):
                 return
@@ -177,14 +177,14 @@ class ServerConnection(Connection):
 
     def _drop(self, stream: Call) -> None:  # type: ignore[override]  # a server's streams are calls
         super()._drop(stream)
-        stream.give_back()
+        stream.release()
 
     def _take_reset(self, stream: Call, code: int) -> None:
         stream.cancel()
         self._close_if_done()
 
     def _take_goodbye(self, last_stream: int) -> None:
-        self.retire()
+        self.drain()
 
     def _sent(self, stream: Call) -> None:
         super()._sent(stream)
@@ -192,7 +192,7 @@ class ServerConnection(Connection):
         self._close_if_done()
 
     def _end(self) -> None:
-        self._server.connections.leave(self)
+        self._server.connections.remove(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         calls = tuple(self._streams.values())
@@ -200,19 +200,19 @@ class ServerConnection(Connection):
         for call in calls:
             call.cancel()
 
-    def look(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """Besides what both ends look at: deadlines, its age, and whether it has said that it is HTTP/2."""
-        super().look(now)
+        super().tick(now)
         if not self._has_settings and now - self._made_at > HANDSHAKE_TIMEOUT_S:
-            self.abandon()
+            self.abort()
         if now > self._retire_at:
-            self.retire()
+            self.drain()
         if now > self._retire_at + AGE_GRACE_S:
-            self.abandon()
+            self.abort()
         for call in tuple(self._streams.values()):
-            call.look(now)
+            call.tick(now)
 
-    def retire(self) -> None:
+    def drain(self) -> None:
         """Take no new calls, and close when those under way are answered.
 
         Calls that were sent before the peer knows of it are still served. Source: RFC 9113, section 6.8.
@@ -221,7 +221,7 @@ class ServerConnection(Connection):
             return
         self._is_retiring = True
         if not self._is_greeted:
-            self.abandon()
+            self.abort()
             return
         self._put(frames.goaway(frames.MAX_STREAM, frames.NO_ERROR))
         self.ask_last_call()
@@ -245,7 +245,7 @@ class GrpcServer:
         socket: that listens.
         limits: of what callers may cost.
         explain: what an exception of a handler is to its caller, unless it is a `CallError`.
-        new_share: what a call takes the bytes of its message from, as they come.
+        new_reservation: what a call takes the bytes of its message from, as they come.
         context: of TLS; None: plain text.
     """
 
@@ -256,14 +256,14 @@ class GrpcServer:
         limits: ServerLimits,
         *,
         explain: Callable[[Exception], CallError],
-        new_share: Callable[[], Share],
+        new_reservation: Callable[[], Reservation],
         context: ssl.SSLContext | None = None,
     ) -> None:
         self.methods = methods
         self.explain = explain
-        self.new_share = new_share
+        self.new_reservation = new_reservation
         self.limits = limits
-        self.connections: Connections[ServerConnection] = Connections()
+        self.connections = Connections()
         self._socket = socket
         self._context = context
         self._server: asyncio.Server | None = None
@@ -286,17 +286,15 @@ class GrpcServer:
             self._socket.close()
             return
         self._server.close()
-        for connection in self.connections:
-            connection.retire()
-        await self.connections.until_none(grace_s)
-        for connection in self.connections:
-            connection.close()
-        await self.connections.until_none(CLOSE_GRACE_S)
-        self.connections.abandon()
+        self.connections.drain()
+        await self.connections.wait_closed(grace_s)
+        self.connections.close()
+        await self.connections.wait_closed(CLOSE_GRACE_S)
+        self.connections.abort()
         self._looking.cancel()
         await asyncio.gather(self._looking, return_exceptions=True)
 
     async def _keep_looking(self) -> None:
         while True:
             await asyncio.sleep(min(LOOK_INTERVAL_S, self.limits.silent_s / 2))
-            self.connections.look()
+            self.connections.tick()

@@ -1,4 +1,4 @@
-"""What the HTTP connections to one port share: what answers their requests, limits, the time, and their end."""
+"""What the HTTP/1.1 connections of one port share: the handler, limits, cached response heads, ticks, draining."""
 
 from __future__ import annotations
 
@@ -7,26 +7,22 @@ import http.client
 import sys
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from splitserve.wire.byte_budget import ByteBudget
-from splitserve.wire.http1.messages import Answer, Incoming, Reply
+from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
 from splitserve.wire.listening import Connections
 
-if TYPE_CHECKING:
-    from splitserve.wire.http1.connection import HttpConnection
-
 BODY_GRACE_S = 5.0
-"""How long a body may take before its rate is looked at."""
+"""A body younger than this may arrive at any rate."""
 
-LOOK_INTERVAL_S = 1.0
-"""How often connections are looked at for what takes too long; more often if a limit is shorter."""
+TICK_INTERVAL_S = 1.0
+"""How often timeouts are checked; more often if one is shorter."""
 
 
 class HttpLimits(msgspec.Struct, frozen=True):
-    """What a connection may cost. Sizes are in bytes."""
+    """Limits on one connection. Sizes are in bytes."""
 
     max_url_bytes: int = 8 * 1024
     max_header_bytes: int = 64 * 1024
@@ -39,40 +35,48 @@ class HttpLimits(msgspec.Struct, frozen=True):
     write_timeout_s: float = 30.0
 
     @property
-    def look_interval_s(self) -> float:
-        """Often enough for the shortest of the limits."""
+    def tick_interval_s(self) -> float:
+        """At most half of the shortest timeout."""
         shortest_s = min(self.header_timeout_s, self.keep_alive_s, self.write_timeout_s, BODY_GRACE_S)
-        return min(LOOK_INTERVAL_S, shortest_s / 2)
+        return min(TICK_INTERVAL_S, shortest_s / 2)
 
 
-class Listener:
+def json_error(status: int, message: str) -> HttpResponse:
+    """A response with the message as ``{"error": "…"}``."""
+    return HttpResponse(status, msgspec.json.encode({"error": message}))
+
+
+class HttpListener:
     """What the connections to one port share.
 
     Args:
-        answer: answers a request, see `Answer`; what it raises is logged, and is a 500.
+        handler: answers a request, see `Handled`; an exception that it raises is logged and becomes a 500.
         limits: of each connection.
         max_body_bytes: of a request.
-        budget: of the bytes of all bodies together; None: each is bounded by itself only.
+        budget: of the bytes of all request bodies together; None: unlimited.
+        error: renders a request that is rejected here, and a 500, from status and message.
     """
 
     def __init__(
         self,
-        answer: Callable[[Incoming, Reply], Answer],
+        handler: Callable[[HttpRequest, Respond], Handled],
         limits: HttpLimits,
         *,
         max_body_bytes: int,
         budget: ByteBudget | None = None,
+        error: Callable[[int, str], HttpResponse] = json_error,
     ) -> None:
-        self.answer = answer
+        self.handler = handler
         self.limits = limits
         self.max_body_bytes = max_body_bytes
         self.budget = budget or ByteBudget(sys.maxsize)
-        self.connections: Connections[HttpConnection] = Connections()
-        self.is_closing = False
+        self.error = error
+        self.connections = Connections()
+        self.is_draining = False
         self._heads: dict[tuple[int, str], bytes] = {}
 
     def head(self, status: int, content_type: str) -> bytes:
-        """The first lines of an answer, up to the length of its body."""
+        """Status line and headers of a response, up to the value of Content-Length."""
         head = self._heads.get((status, content_type))
         if head is None:
             phrase = http.client.responses.get(status, "Client Closed Request")
@@ -80,15 +84,14 @@ class Listener:
             head = self._heads[status, content_type] = "\r\n".join((*lines, "content-length: ")).encode()
         return head
 
-    async def keep_looking(self) -> None:
-        """Close what takes too long, and tell the time, until cancelled."""
+    async def keep_ticking(self) -> None:
+        """Check timeouts and renew the Date header, until cancelled."""
         while True:
-            await asyncio.sleep(self.limits.look_interval_s)
+            await asyncio.sleep(self.limits.tick_interval_s)
             self._heads.clear()
-            self.connections.look()
+            self.connections.tick()
 
-    def close(self) -> None:
-        """Answer what is under way, then close each connection."""
-        self.is_closing = True
-        for connection in self.connections:
-            connection.finish()
+    def drain(self) -> None:
+        """Answer the requests in flight, then close each connection."""
+        self.is_draining = True
+        self.connections.drain()

@@ -1,4 +1,4 @@
-"""An HTTP request as it arrives and the answer to it: what the connection and the REST face say to each other."""
+"""An HTTP/1.1 request, its body as it arrives, and the response: what a connection and its handler exchange."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from typing import Any
 
 import msgspec
 
-from splitserve.batching.pending import Pending
-from splitserve.errors import Overloaded, SplitserveError, TooLarge
-from splitserve.wire.byte_budget import Share
+from splitserve.wire.byte_budget import BudgetExceeded, ByteBudget
+from splitserve.wire.pending import Cancellable
 
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 
 
-class Response(msgspec.Struct):
-    """An HTTP answer."""
+class BodyTooLarge(Exception):
+    """The request body exceeds its size limit."""
+
+
+class HttpResponse(msgspec.Struct):
+    """A whole response."""
 
     status: int
     body: bytes
@@ -24,104 +27,124 @@ class Response(msgspec.Struct):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-Reply = Callable[[Response | Coroutine[Any, Any, Response]], None]
-"""Takes an answer that was pending, or what becomes one in a task."""
+Respond = Callable[[HttpResponse | Coroutine[Any, Any, HttpResponse]], None]
+"""Delivers the response of a request whose handler returned a `Cancellable`; a coroutine is run as a task first."""
+
+Handled = HttpResponse | Cancellable | Coroutine[Any, Any, HttpResponse]
+"""What a handler returns: the response; work in progress, which will call `Respond`; or a coroutine to run as a task."""
 
 
-Answer = Response | Pending | Coroutine[Any, Any, Response]
-"""What there is of an answer when a request is given to whoever answers it: all of it; or the promise to call `Reply` later; or
-what becomes it in a task."""
+class RequestBody(msgspec.Struct, eq=False):
+    """The body of a request, kept as it arrives, within its own limit and the process' `ByteBudget`."""
 
+    max_bytes: int
+    budget: ByteBudget
+    content_length: int = 0
+    """As declared by the client; 0 if it is chunked or absent."""
 
-class Incoming(msgspec.Struct, eq=False):
-    """A request whose head is complete; its body may be on its way still.
+    n_bytes: int = 0
+    """Received so far, kept or not."""
 
-    Names of headers are in lower case, those that come several times are joined. Source: RFC 9110, section 5.3.
-    """
-
-    caller: Hashable
-    max_body_bytes: int
-    share: Share
-    """What it holds of the bytes that all requests may."""
-
-    method: str = ""
-    path: str = ""
-    headers: dict[bytes, bytes] = {}
-    size: int = 0
     is_complete: bool = False
-    keep_alive: bool = False
-    refusal: Response | None = None
-    """Answers it whatever it asks for: it is not HTTP as it should be."""
+    send_continue: Callable[[], None] | None = None
+    """Sends ``100 Continue``; None if the client does not expect it. Source: RFC 9110, section 10.1.1."""
 
-    invite: Callable[[], None] | None = None
-    """Tells a client that waits for that to send its body."""
+    _n_reserved: int = 0
+    _chunks: list[bytes] = []
+    _waiter: asyncio.Future[None] | None = None
+    _error: BodyTooLarge | BudgetExceeded | None = None
+    """Why the body is not kept any more."""
 
-    url: bytes = b""
-    chunks: list[bytes] = []
-    waiter: asyncio.Future[None] | None = None
-    failure: SplitserveError | None = None
-    """Why no more of the body is kept."""
-
-    def header(self, name: bytes) -> str | None:
-        """A header's value as text; None if there is none of that name."""
-        value = self.headers.get(name)
-        return None if value is None else value.decode("latin-1")
-
-    async def body(self) -> bytes:
-        """The whole body, once it is there.
+    async def read(self) -> bytes:
+        """Wait for the whole body.
 
         Raises:
-            TooLarge, Overloaded: as `whole_body`; also as soon as it is known that it will be too large.
+            BodyTooLarge, BudgetExceeded: as `content`; also before the end, as soon as it is known.
         """
-        if not self.is_complete and self.failure is None:
-            if self._declared_size > self.max_body_bytes:
+        if not self.is_complete and self._error is None:
+            if self.content_length > self.max_bytes:
                 raise self._too_large()
-            if self.invite is not None:
-                self.invite()
-            self.waiter = asyncio.get_running_loop().create_future()
-            await self.waiter
-        return self.whole_body()
+            if self.send_continue is not None:
+                self.send_continue()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self.content()
 
-    def whole_body(self) -> bytes:
-        """The body, which is there.
+    def content(self) -> bytes:
+        """The body, if `is_complete`.
 
         Raises:
-            TooLarge: it has more bytes than are taken; what came of them was not kept.
-            Overloaded: the bodies of all requests together had too many.
+            BodyTooLarge: it exceeds its limit; what arrived was discarded.
+            BudgetExceeded: the bodies of all requests together exceed theirs.
         """
-        if self.failure is not None:
-            raise self.failure
-        return self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
+        if self._error is not None:
+            raise self._error
+        return self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
 
-    @property
-    def _declared_size(self) -> int:
-        return int(self.headers.get(b"content-length", b"0"))
+    def reserve(self, n_bytes: int) -> None:
+        """Count more bytes as held by this request, e.g. those of its decompressed body. Raises `BudgetExceeded`."""
+        self.budget.reserve(n_bytes)
+        self._n_reserved += n_bytes
 
-    def _too_large(self) -> TooLarge:
-        size = max(self.size, self._declared_size)
-        return TooLarge(f"the body has {size} bytes or more, at most {self.max_body_bytes} are taken")
+    # For the connection.
 
-    def add(self, chunk: bytes) -> None:
-        """More of the body came."""
-        self.size += len(chunk)
-        if self.failure is not None:
+    def feed(self, chunk: bytes) -> None:
+        """A part of the body arrived."""
+        self.n_bytes += len(chunk)
+        if self._error is not None:
             return
         try:
-            if self.size > self.max_body_bytes:
+            if self.n_bytes > self.max_bytes:
                 raise self._too_large()
-            self.share.take(len(chunk))
-            self.chunks.append(chunk)
-        except (TooLarge, Overloaded) as failure:
-            self.failure = failure
-            self.chunks.clear()
+            self.reserve(len(chunk))
+            self._chunks.append(chunk)
+        except (BodyTooLarge, BudgetExceeded) as error:
+            self._error = error
+            self._chunks.clear()
             self._wake()
 
     def complete(self) -> None:
-        """All of the body came."""
+        """The body has arrived."""
         self.is_complete = True
-        if self.waiter is not None:
+        if self._waiter is not None:
             self._wake()
 
+    def release(self) -> None:
+        """The request is answered, or will not be: release what it has reserved."""
+        if self._n_reserved:
+            self.budget.release(self._n_reserved)
+            self._n_reserved = 0
+
+    def _too_large(self) -> BodyTooLarge:
+        n_bytes = max(self.n_bytes, self.content_length)
+        return BodyTooLarge(f"request body: expected at most {self.max_bytes} bytes, got {n_bytes} or more")
+
     def _wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class HttpRequest(msgspec.Struct, eq=False):
+    """A request whose headers are complete; its body may still be arriving.
+
+    Header names are in lower case; values of repeated headers are joined by a comma. Source: RFC 9110, section 5.3.
+    """
+
+    peer: Hashable
+    """Identifies the connection."""
+
+    body: RequestBody
+    method: str = ""
+    path: str = ""
+    headers: dict[bytes, bytes] = {}
+
+    # For the connection.
+    target: bytes = b""
+    keep_alive: bool = False
+    rejection: HttpResponse | None = None
+    """The response that it gets without being handled."""
+
+    def header(self, name: bytes) -> str | None:
+        """A header's value as text; None if it is absent."""
+        value = self.headers.get(name)
+        return None if value is None else value.decode("latin-1")

@@ -509,7 +509,7 @@ class Connection(asyncio.Protocol):
 
     # Life.
 
-    def look(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """Look whether the peer is still there; to be called every `LOOK_INTERVAL_S`."""
         self._noise = 0
         if self._closing_since:
@@ -537,6 +537,6 @@ class Connection(asyncio.Protocol):
             self._write()
             self._transport.close()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close at once."""
         self._transport.abort()
