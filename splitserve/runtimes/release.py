@@ -1,0 +1,110 @@
+"""The whole of a release in one place: transform, predict, postprocess, without a transport.
+
+Publishing, releasing, the matrix, verification and batch scoring run a pair with it; services run the same three steps with the
+wire in between. It imports neither scikit-learn nor ONNX Runtime: whoever loads the halves has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from splitserve.errors import PairMismatch
+from splitserve.repository import golden as goldens
+from splitserve.repository.golden import Golden, GoldenDifference
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError
+from splitserve.repository.release import ReleaseManifest
+from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.signature import TensorSpec, check_outputs, is_row_wise
+from splitserve.tensors import Tensor
+
+
+class RunsTensors(Protocol):
+    """A loaded predictor."""
+
+    @property
+    def inputs(self) -> Sequence[TensorSpec]: ...
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]: ...
+
+    def infer(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Tensors (n_rows, …) -> outputs (n_rows, …)."""
+        ...
+
+
+class WholeRelease:
+    """A loaded preprocessor with a loaded predictor.
+
+    Args:
+        preprocessor: transforms and postprocesses.
+        predictor: runs the model.
+
+    Raises:
+        BundleError: the halves do not fit.
+    """
+
+    def __init__(self, preprocessor: Preprocessor, predictor: RunsTensors) -> None:
+        if differences := preprocessor.differences(predictor.inputs, predictor.outputs):
+            raise BundleError(f"the halves do not fit: {'; '.join(differences)}")
+        self.preprocessor = preprocessor
+        self.predictor = predictor
+        self.inputs: tuple[TensorSpec, ...] = tuple(preprocessor.inputs)
+        self.outputs: tuple[TensorSpec, ...] = preprocessor.answer_specs(predictor.outputs)
+
+    @property
+    def is_row_wise(self) -> bool:
+        """Whether the signature lets rows be merged and split; what publishing found out is in the release's manifest."""
+        return is_row_wise(self.inputs, self.outputs)
+
+    def features(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Raw rows (n_rows, …) -> the predictor's inputs (n_rows, …), by the predictor's names.
+
+        Raises:
+            InvalidInput: a tensor does not fit the signature, or the transforms refuse a value.
+            PairMismatch: the transforms gave something else than the manifest promises.
+        """
+        return self.preprocessor.sent(self.preprocessor.transform(inputs))
+
+    def infer(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Raw rows (n_rows, …) -> the answer (n_rows, …), as a client of the services gets it.
+
+        Raises:
+            InvalidInput: a tensor does not fit the signature, or a stage refuses a value.
+            PairMismatch: a stage gave something else than its manifest promises.
+        """
+        features = self.features(inputs)
+        if not features:
+            raise PairMismatch("the preprocessor gives no tensor")
+        outputs = tuple(self.predictor.infer(features))
+        check_outputs(self.predictor.outputs, outputs, features[0].n_rows)
+        return self.preprocessor.answer(outputs)
+
+
+def golden_of(manifest: ReleaseManifest, data: bytes) -> Golden:
+    """The golden samples of a release: raw rows and the answers of the whole.
+
+    Args:
+        manifest: of the release.
+        data: the contents of its ``golden.npz``.
+
+    Raises:
+        BundleError: not such a file, or not of the release's signature.
+    """
+    golden = goldens.decode(data, manifest.inputs, manifest.outputs)
+    for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
+        if tensor.datatype != spec.datatype:
+            raise BundleError(f'{GOLDEN_FILE}: "{spec.name}": expected {spec.datatype} as in the manifest, got {tensor.datatype}')
+    if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
+        raise BundleError(f"{GOLDEN_FILE}: expected at least one row, got none")
+    return golden
+
+
+def check_answer(manifest: ReleaseManifest, golden: Golden, answer: Sequence[Tensor]) -> None:
+    """Compare the answer to the golden rows with the recorded one.
+
+    Raises:
+        GoldenDifference: an output is missing, or differs by more than the release's tolerance.
+    """
+    if worst := goldens.worst_difference(golden.outputs, answer, manifest.tolerances):
+        raise GoldenDifference(str(worst))
