@@ -1,4 +1,4 @@
-"""Write the documents that code says best: settings, errors, the manifest's schema, the rules for versions.
+"""Write the documents that the code holds: settings, errors, log events, the manifest's schema, the rules for versions.
 
 ``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 """
@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 from pydantic_core import PydanticUndefined
 
+from docs.log_events import events
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
@@ -68,6 +70,29 @@ def errors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def logs_page() -> str:
+    """docs/logs.md"""
+    lines = [
+        "# Log events",
+        "",
+        "A service writes one line per event to standard output, as JSON unless it is a terminal (`LOG_FORMAT`). `event` is a",
+        "constant term. Every line also has `level`, `timestamp` and `service`, and `worker` if a service has several. Lines of",
+        "libraries have `logger`, the library's name. Lines never contain tensors, bodies, headers or tokens.",
+        "Written from the code by `make docs`.",
+        "",
+        "| event | level | fields | written by | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for name, group in groupby(events(), key=lambda event: event[:3]):
+        found = list(group)
+        event, level, fields = name
+        modules = ", ".join(f"`{module}`" for module in dict.fromkeys(one.module for one in found))
+        meaning = " ".join(dict.fromkeys(one.meaning for one in found if one.meaning))
+        shown = ", ".join(f"`{field}`" for field in fields)
+        lines.append(f"| `{event}` | {level} | {shown} | {modules} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
 def manifest_schema() -> str:
     """docs/manifest.schema.json"""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Manifest)}
@@ -89,6 +114,7 @@ def main() -> None:
     pages = {
         "settings.md": settings_page(),
         "errors.md": errors_page(),
+        "logs.md": logs_page(),
         "manifest.schema.json": manifest_schema(),
         "versions.md": versions_page(),
     }

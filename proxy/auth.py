@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import logging
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -148,7 +147,8 @@ class _Refetched:
             try:
                 keys = _parse_keys(self._url, await asyncio.to_thread(self._fetch))
             except (OSError, ValueError) as error:
-                logging.getLogger(__name__).warning("%s: no new keys for tokens, the old ones stay: %s", self._url, error)
+                # The previous keys stay in use; the next attempt follows within seconds.
+                structlog.get_logger().warning("token keys not fetched", url=self._url, reason=str(error))
                 return False
             self._next_fetch = now + KEYS_INTERVAL_S
             self.value = keys
@@ -182,6 +182,7 @@ class BearerAuthenticator:
         """Look at the file and at the keys, if it is time."""
         if self._policy.has_changed():
             self._take_policy()
+            # The authorization file has changed and is in force.
             structlog.get_logger().info("authorization file read")
         if self._keys_file and self._keys_file.has_changed():
             self._remembered.clear()

@@ -42,7 +42,10 @@ class Watched(Generic[T]):
             self._stamp = stamp
             self.value = self._read()
         except (OSError, ValueError) as error:
-            logging.getLogger(__name__).warning("%s: not taken, what was read before stays: %s", ", ".join(self._paths), error)
+            # What was read before stays in use; the files are read again when they change.
+            logging.getLogger(__name__).warning(
+                "changed files rejected: %(files)s: %(reason)s", {"files": ", ".join(self._paths), "reason": str(error)}
+            )
             return False
         return True
 

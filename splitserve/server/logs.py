@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, ClassVar, Literal
 
@@ -50,10 +51,13 @@ def _to_json(event: dict[str, Any], **_: object) -> str:
 
 
 class _ToStructlog(logging.Handler):
-    """What libraries log, as lines of ours."""
+    """Writes what libraries log. A message with named arguments, ``"event: %(name)s"``, becomes the event and its fields."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        structlog.get_logger().log(record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info or None)
+        fields = record.args if isinstance(record.args, Mapping) else {}
+        event = record.msg.partition(": %(")[0] if fields else record.getMessage()
+        exception = {"exc_info": record.exc_info} if record.exc_info else {}
+        structlog.get_logger().log(record.levelno, event, logger=record.name, **fields, **exception)
 
 
 class RequestLine:
