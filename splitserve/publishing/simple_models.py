@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from splitserve.arrays import Array, objects
-from splitserve.publishing import publish_onnx
+from splitserve.publishing.from_parts import publish_onnx
 from splitserve.repository.folder import Repository
 
 _OPSET, _IR_VERSION = 17, 8

@@ -28,7 +28,8 @@ from splitserve import PublishError, publish, publish_predictor, publish_preproc
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing.agreement import compare
-from splitserve.publishing.halves import LEAST_ATOL, RTOL, preprocessor_half
+from splitserve.publishing.halves import LEAST_ATOL, RTOL
+from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository

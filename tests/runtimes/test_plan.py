@@ -28,7 +28,8 @@ from sklearn.preprocessing import (
 
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
-from splitserve.publishing.halves import PreprocessorHalf, preprocessor_half
+from splitserve.publishing.halves import PreprocessorHalf
+from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.repository.golden import Golden
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.runtimes.rows import to_tensors

@@ -1,0 +1,160 @@
+"""Fitted transforms, or an ONNX model -> one bundle of a model, or both where no transforms are needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from splitserve.arrays import Array
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import write
+from splitserve.publishing.predictor_half import predictor_half
+from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
+from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.folder import Repository
+from splitserve.repository.manifest import BundleError, Postprocess
+from splitserve.runtimes import sklearn_pipeline
+from splitserve.runtimes.meaning import NO_MEANING, meaning_of
+
+
+def publish_preprocessor(
+    transformer: Any,
+    X: Any,
+    *,
+    name: str,
+    repository: str | os.PathLike[str],
+    version: int | None = None,
+    input_name: str = INPUT_NAME,
+    output_name: str = INPUT_NAME,
+    precision: str = "FP32",
+    labels: Sequence[object] = (),
+    postprocess: Postprocess | None = None,
+    trusted_modules: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Bundle:
+    """Publish fitted transforms as a preprocessor.
+
+    Args:
+        transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
+        X: as for `publish`.
+        name: what clients call the model.
+        repository: folder of the model repository.
+        version: the next free number by default.
+        input_name: what clients call the input if ``X`` is an array.
+        output_name: what the predictor calls its input.
+        precision: "FP32" or "FP64", what floating-point results are sent as; other results keep their datatype.
+        labels: class names in the order of the predictor's scores, for the postprocess step.
+        postprocess: how scores become probabilities and a label; without it the predictor's outputs are the answer.
+        trusted_modules: modules of your own transformers; the service must be told to trust them too.
+        allow_pickle: as for `publish`.
+
+    Raises:
+        PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
+    """
+    check_fitted(transformer)
+    half = preprocessor_half(
+        transformer,
+        as_rows(X),
+        name=name,
+        input_name=input_name,
+        output_name=output_name,
+        precision=precision,
+        all_as_floats=False,
+        trusted_modules=trusted_modules,
+        allow_pickle=allow_pickle,
+        labels=tuple(map(str, labels)),
+        postprocess=postprocess,
+    )
+    return write(Repository(repository), half, version=version)[0]
+
+
+def publish_predictor(
+    model: bytes | str | os.PathLike[str] | onnx.ModelProto,
+    sample_inputs: Mapping[str, Array] | Array,
+    *,
+    name: str,
+    repository: str | os.PathLike[str],
+    version: int | None = None,
+    labels: Sequence[object] = (),
+    trained_on: Any = None,
+) -> Bundle:
+    """Publish an ONNX model, made by whatever means, as a predictor.
+
+    Args:
+        model: a path, the file's bytes or the loaded model. Its weights must be inside.
+        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; 64 of them, spread
+            evenly, become the golden samples.
+        name: what clients call the model.
+        repository: folder of the model repository.
+        version: the next free number by default.
+        labels: class names in the order of its scores.
+        trained_on: the fitted transforms whose results it was trained on; then it is paired only with preprocessors whose
+            features mean the same.
+
+    Raises:
+        PublishError: ONNX Runtime cannot run it, the samples do not fit, or the version exists. Nothing has been written then.
+    """
+    meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
+    half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning)
+    return write(Repository(repository), half, version=version)[0]
+
+
+def publish_onnx(
+    model: bytes | str | os.PathLike[str] | onnx.ModelProto,
+    sample_inputs: Mapping[str, Array] | Array,
+    *,
+    name: str,
+    repository: str | os.PathLike[str],
+    version: int | None = None,
+    labels: Sequence[object] = (),
+) -> tuple[Bundle, Bundle]:
+    """Publish an ONNX model that needs no transforms: the predictor, and a preprocessor that passes its inputs on as they are.
+
+    Args:
+        model: as for `publish_predictor`.
+        sample_inputs: as for `publish_predictor`.
+        name: what clients call the model.
+        repository: folder of the model repository.
+        version: of both halves; the next free number of each by default.
+        labels: class names in the order of its scores.
+
+    Raises:
+        PublishError: as for `publish_predictor`. Nothing has been written then.
+    """
+    predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels)
+    first, second = write(Repository(repository), passing_half(predictor, sample_inputs), predictor, version=version)
+    return first, second
+
+
+def refused_types(transformer: Any) -> list[str]:
+    """Types and functions in fitted transforms that a service would not load, by name; it loads those whose modules it trusts.
+
+    Args:
+        transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
+
+    Raises:
+        PublishError: skops, in whose form they are published, cannot hold them at all.
+    """
+    try:
+        return sklearn_pipeline.untrusted_types(sklearn_pipeline.dump(transformer))
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+
+
+def _model_bytes(model: bytes | str | os.PathLike[str] | onnx.ModelProto) -> bytes:
+    if isinstance(model, onnx.ModelProto):
+        data: bytes = model.SerializeToString()
+        return data
+    return model if isinstance(model, bytes) else _read(model)
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise PublishError(f"{os.fspath(path)}: {error.strerror}") from error

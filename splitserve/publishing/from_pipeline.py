@@ -1,0 +1,143 @@
+"""A fitted pipeline -> both bundles of a model, compared with the pipeline before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils import get_tags
+
+from splitserve.arrays import to_array
+from splitserve.publishing import samples
+from splitserve.publishing.agreement import compare, expected_answer, split_answer
+from splitserve.publishing.convert import NotConvertible, to_onnx
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import PreprocessorHalf, write
+from splitserve.publishing.predictor_half import predictor_half
+from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
+from splitserve.repository.folder import Repository
+from splitserve.runtimes.meaning import meaning_of
+
+DEFAULT_TOLERANCE = 1e-4
+"""How far the answers of the split may be from the pipeline's: absolute for probabilities, relative to the largest value for
+predictions.
+
+ONNX models compute in float32 where scikit-learn uses float64: that alone makes a difference of up to about 1e-6.
+"""
+
+
+class Published(msgspec.Struct, frozen=True):
+    """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked."""
+
+    name: str
+    pair: str
+    preprocessor: Path
+    predictor: Path
+    n_checked: int
+    worst_difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.pair}: {self.preprocessor} and {self.predictor}; on {self.n_checked} rows the split differs from "
+            f"the original by at most {self.worst_difference:.1e}"
+        )
+
+
+def publish(
+    pipeline: Pipeline,
+    X: Any,
+    *,
+    name: str,
+    repository: str | os.PathLike[str],
+    version: int | None = None,
+    input_name: str = INPUT_NAME,
+    tolerance: float = DEFAULT_TOLERANCE,
+    trusted_modules: Sequence[str] = (),
+    allow_pickle: bool = False,
+) -> Published:
+    """Split a fitted pipeline before its estimator and publish both halves.
+
+    The estimator is converted to ONNX, at float32 or, if that is not close enough, at float64. Then the two halves, as a service
+    would load them, are compared with the pipeline on ``X``.
+
+    Args:
+        pipeline: fitted; its last step is the estimator, the steps before it are the transforms.
+        X: data of the kind that the pipeline was fitted on, (n_rows, …): a DataFrame or an array. Golden samples are taken from
+            it, so it should show every category and, where clients may send them, missing values.
+        name: what clients call the model.
+        repository: folder of the model repository.
+        version: of both halves; the next free number of each by default.
+        input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
+        tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
+        trusted_modules: modules of your own transformers; the service must be told to trust them too.
+        allow_pickle: write the transforms as a pickle if skops cannot hold them; a service loads one only if it is told to,
+            since that runs any code in it.
+
+    Raises:
+        PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
+            version exists. Nothing has been written then.
+    """
+    if not isinstance(pipeline, Pipeline):
+        raise PublishError(f"expected a scikit-learn Pipeline, got {type(pipeline).__name__}; publish_preprocessor and "
+                           "publish_predictor take the halves")  # fmt: skip
+    check_fitted(pipeline)
+    estimator = pipeline.steps[-1][1]
+    if not hasattr(estimator, "predict"):
+        raise PublishError(f"the last step, {type(estimator).__name__}, has no predict; publish_preprocessor takes transforms")
+    transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
+    rows = as_rows(X)
+    checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
+    expected = expected_answer(pipeline, checked)
+
+    complaints: list[str] = []
+    for precision in ("FP32", "FP64"):
+        preprocessor = preprocessor_half(
+            transformer,
+            rows,
+            name=name,
+            input_name=input_name,
+            output_name=INPUT_NAME,
+            precision=precision,
+            all_as_floats=True,
+            trusted_modules=trusted_modules,
+            allow_pickle=allow_pickle,
+            refuses=_refuses(estimator),
+        )
+        try:
+            model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
+        except NotConvertible as error:
+            complaints.append(str(error))
+            break
+        features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
+        predictor = predictor_half(
+            model.SerializeToString(), features, name=name, labels=_labels(estimator), meaning=meaning_of(transformer)
+        )
+        worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
+        if not complaint:
+            first, second = write(Repository(repository), preprocessor, predictor, version=version)
+            pair = f"{first.key.version}.{second.key.version}"
+            return Published(name, pair, first.folder, second.folder, len(checked), worst)
+        complaints.append(f"at {precision}, {complaint}")
+    raise PublishError("; ".join(complaints))
+
+
+def _n_features(half: PreprocessorHalf) -> int:
+    shape = half.manifest.outputs[0].shape
+    if len(shape) != 2:
+        raise PublishError(f"the transforms give {half.manifest.outputs[0]}; an estimator takes (n_rows, n_features)")
+    return int(shape[1])
+
+
+def _refuses(estimator: Any) -> str:
+    """What scikit-learn would not have let the estimator take. Source: its ``check_array`` and estimator tags."""
+    return "inf" if get_tags(estimator).input_tags.allow_nan else "nan"
+
+
+def _labels(estimator: Any) -> list[str]:
+    return [str(label) for label in getattr(estimator, "classes_", ())]

@@ -1,0 +1,82 @@
+"""An ONNX model -> a predictor's bundle, tried out as a service would load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from splitserve.arrays import Array, from_array
+from splitserve.errors import SplitserveError
+from splitserve.publishing import samples
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import N_FEATURE_NAMES, PredictorHalf, encode_golden, new_manifest, with_tolerances
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
+from splitserve.runtimes.meaning import NO_MEANING, Meaning
+from splitserve.runtimes.predictor import Predictor
+from splitserve.signature import BATCH, check_inputs
+
+_PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
+
+
+def predictor_half(
+    model: bytes,
+    sample_inputs: Mapping[str, Array] | Array,
+    *,
+    name: str,
+    labels: Sequence[object],
+    meaning: Meaning = NO_MEANING,
+) -> PredictorHalf:
+    """An ONNX model as a bundle.
+
+    Args:
+        model: the file's bytes.
+        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; `samples.N_GOLDEN_MAX` of them, spread
+            evenly, become the golden samples.
+        name: of the model.
+        labels: class names in the order of its scores.
+        meaning: of the features that it was trained on.
+
+    Raises:
+        PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
+    """
+    try:
+        runtime = Predictor(model)
+        _check_batched(runtime)
+        by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {runtime.inputs[0].name: sample_inputs}
+        arrays = {key: np.asarray(array) for key, array in by_name.items()}
+        check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
+        kept = samples.spread(len(next(iter(arrays.values()))), samples.N_GOLDEN_MAX)
+        inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
+        golden = Golden(inputs, runtime.infer(inputs))
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+    except SplitserveError as error:
+        raise PublishError(f"the sample inputs do not fit the model: {error.message}") from error
+    if not kept:
+        raise PublishError("the sample inputs have no rows; golden samples are taken from them")
+    parsed = onnx.load_from_string(model)
+    made_with = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in parsed.opset_import}
+    manifest = new_manifest(
+        name,
+        "predict",
+        runtime.inputs,
+        runtime.outputs,
+        _PREDICT_PACKAGES,
+        {"ONNX IR": str(parsed.ir_version), **made_with},
+        labels=tuple(map(str, labels)),
+        fingerprint=meaning.fingerprint,
+        feature_names=meaning.feature_names[:N_FEATURE_NAMES],
+    )
+    manifest = with_tolerances(manifest, golden, runtime.infer)
+    return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: encode_golden(golden)}, runtime)
+
+
+def _check_batched(predictor: Predictor) -> None:
+    for spec in (*predictor.inputs, *predictor.outputs):
+        if not spec.shape or spec.shape[0] != BATCH:
+            raise BundleError(
+                f'{MODEL_FILE}: "{spec.name}" has shape {list(spec.shape)}; the leading dimension must be a free batch'
+            )

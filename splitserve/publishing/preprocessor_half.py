@@ -1,0 +1,187 @@
+"""Fitted transforms -> a preprocessor's bundle, tried out as a service would load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from splitserve.arrays import Array, from_array
+from splitserve.errors import SplitserveError
+from splitserve.publishing import samples
+from splitserve.publishing.compile import compile_transforms
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import (
+    LEAST_ATOL,
+    MARGIN,
+    N_FEATURE_NAMES,
+    RTOL,
+    PredictorHalf,
+    PreprocessorHalf,
+    encode_golden,
+    new_manifest,
+    with_tolerances,
+)
+from splitserve.repository import golden as goldens
+from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import (
+    COMPILED_FILE,
+    GOLDEN_FILE,
+    PIPELINE_FILE,
+    BundleError,
+    Column,
+    Manifest,
+    Rows,
+    Tolerance,
+)
+from splitserve.runtimes import sklearn_pipeline
+from splitserve.runtimes.meaning import meaning_of
+from splitserve.runtimes.preprocessor import Preprocessor, to_dense
+from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
+from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
+from splitserve.signature import BATCH, TensorSpec
+
+_PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "pillow", "skops", "splitserve")
+
+
+def preprocessor_half(
+    transformer: Any,
+    data: Rowset,
+    *,
+    name: str,
+    input_name: str,
+    output_name: str,
+    precision: str,
+    all_as_floats: bool,
+    trusted_modules: Sequence[str],
+    allow_pickle: bool = False,
+    **manifest_fields: Any,
+) -> PreprocessorHalf:
+    """Fitted transforms as a bundle.
+
+    Args:
+        transformer: fitted.
+        data: rows of the kind that it was fitted on.
+        name: of the model.
+        input_name: of the input if the data is one array.
+        output_name: of the result.
+        precision: "FP32" or "FP64", the datatype of results that are floating-point.
+        all_as_floats: of all results.
+        trusted_modules: modules besides the usual ones whose types may be in it.
+        allow_pickle: write a pickle if skops cannot hold the transforms.
+        manifest_fields: fields of the manifest that are passed on as they are.
+
+    Raises:
+        PublishError: the data does not fit, or the transforms do not survive being written, loaded or called over the wire.
+    """
+    meaning = meaning_of(transformer)
+    learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
+    golden_rows = samples.take(data, samples.golden_rows(data, learnt))
+    features = _transform(transformer, golden_rows)
+    try:
+        rows, inputs = observe(data, input_name)
+    except UnsupportedRows as error:
+        raise PublishError(str(error)) from error
+    rows = _settle_missing(rows, transformer, data)
+    output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
+    manifest = new_manifest(name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, **manifest_fields)
+    manifest = msgspec.structs.replace(
+        manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
+    )
+    file_name, file = _written(transformer, allow_pickle)
+    runtime = _load(manifest, file_name, file, trusted_modules)
+    try:
+        golden_inputs = to_tensors(rows, inputs, golden_rows)
+        golden = Golden(golden_inputs, runtime.transform(golden_inputs))
+    except SplitserveError as error:
+        raise PublishError(f"X does not survive the wire: {error.message}") from error
+    direct = from_array(output.name, features, output.datatype)
+    manifest = with_tolerances(manifest, golden, runtime.transform, direct)
+    if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: Tolerance(RTOL, LEAST_ATOL * MARGIN)}):
+        raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
+    model, compiled = compile_transforms(transformer, manifest, golden)
+    manifest = msgspec.structs.replace(manifest, compiled=compiled)
+    files = {file_name: file, GOLDEN_FILE: encode_golden(golden), **({COMPILED_FILE: model} if model else {})}
+    return PreprocessorHalf(manifest, files, golden, rows, runtime)
+
+
+def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
+    """A preprocessor's bundle without transforms: what clients send goes on to the predictor as it is.
+
+    Args:
+        predictor: whose inputs become the model's.
+        sample_inputs: as for `predictor_half`.
+    """
+    specs = predictor.manifest.inputs
+    by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {specs[0].name: sample_inputs}
+    rows = Rows("tensors")
+    fields: dict[str, Any] = {"rows": rows, "labels": predictor.manifest.labels}
+    manifest = new_manifest(predictor.manifest.name, "preprocess", specs, specs, ("numpy", "splitserve"), **fields)
+    runtime = Preprocessor(manifest, None)
+    inputs = tuple(from_array(spec.name, np.asarray(by_name[spec.name]), spec.datatype) for spec in specs)
+    golden = Golden(inputs, runtime.transform(inputs))
+    return PreprocessorHalf(manifest, {GOLDEN_FILE: encode_golden(golden)}, golden, rows, runtime)
+
+
+def _transform(transformer: Any, rows: Rowset) -> Array:
+    try:
+        return to_dense(transformer.transform(rows))
+    except Exception as error:  # a transform raises what it happens to
+        raise PublishError(f"X does not fit the transforms: {error}") from error
+
+
+def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:
+    """Name and contents of the file that holds the transforms."""
+    try:
+        data = sklearn_pipeline.dump(transformer)
+        if allow_pickle:
+            sklearn_pipeline.load(data, sklearn_pipeline.untrusted_modules(data))
+        return PIPELINE_FILE, data
+    except BundleError as error:
+        if not allow_pickle:
+            raise PublishError(f"{error}; allow_pickle=True writes a pickle, which services refuse by default") from error
+    try:
+        return PICKLE_FILE, sklearn_pipeline.dump_pickle(transformer)
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+
+
+def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequence[str]) -> Preprocessor:
+    if file_name == PICKLE_FILE:
+        return Preprocessor(manifest, sklearn_pipeline.load_pickle(file))
+    try:
+        return Preprocessor(manifest, sklearn_pipeline.load(file, trusted_modules))
+    except BundleError as error:
+        modules = sklearn_pipeline.untrusted_modules(file, trusted_modules)
+        way_out = f"trusted_modules={modules}" if modules else "allow_pickle=True, and services that allow it too"
+        raise PublishError(f"{error} (to publish: {way_out})") from error
+
+
+def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:
+    """Let an empty string stand for a missing value in text columns where the data shows none, if the transforms take one."""
+    if rows.form == "array":
+        return rows
+    columns = tuple(
+        msgspec.structs.replace(column, missing="nan") if _takes_missing(column, transformer, data) else column
+        for column in rows.columns
+    )
+    return msgspec.structs.replace(rows, columns=columns)
+
+
+def _takes_missing(column: Column, transformer: Any, data: Rowset) -> bool:
+    is_text = data[column.name].dtype.kind not in "biuf"
+    if not is_text or column.missing or "" in data[column.name].tolist():
+        return False
+    probe = data.iloc[:1].copy()
+    probe[column.name] = probe[column.name].where([False])
+    try:
+        transformer.transform(probe)
+    except Exception:  # whatever it raises, it does not take one
+        return False
+    return True
+
+
+def _feature_spec(name: str, features: Array, datatype: str | None) -> TensorSpec:
+    return TensorSpec(name, datatype or from_array(name, features[:0]).datatype, (BATCH, *features.shape[1:]))
