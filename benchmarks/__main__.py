@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("own", help="our services alone")
     command.set_defaults(run=_own)
-    defaults = own.Wish()
+    defaults = own.OwnOptions()
     command.add_argument("--models", nargs="+", choices=own.MODELS, default=defaults.models)
     command.add_argument("--protocols", nargs="+", choices=own.PROTOCOLS, default=defaults.protocols)
     command.add_argument("--concurrency", nargs="+", type=int, default=defaults.concurrency, help="requests under way")
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("peers", help="our services beside others, and what must hold")
     command.set_defaults(run=_peers)
-    standard = side_by_side.Wish()
+    standard = side_by_side.ComparisonOptions()
     command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
     command.add_argument("--cold-starts", type=int, default=standard.n_cold_starts, help="how often; 0: not at all")
     _add_common(command, seconds=standard.seconds, rounds=standard.rounds)
@@ -70,7 +70,7 @@ def _add_common(command: argparse.ArgumentParser, *, seconds: float, rounds: int
 
 
 def _own(arguments: argparse.Namespace) -> int:
-    wish = own.Wish(
+    options = own.OwnOptions(
         models=tuple(arguments.models),
         protocols=tuple(arguments.protocols),
         concurrency=(1, 16) if arguments.quick else tuple(arguments.concurrency),
@@ -84,13 +84,13 @@ def _own(arguments: argparse.Namespace) -> int:
     )
     machine = this_machine()
     with tempfile.TemporaryDirectory() as scratch:
-        found = own.run(wish, Path(scratch))
-    _write(arguments.name or f"own-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
+        found = own.run(options, Path(scratch))
+    _write(arguments.name or f"own-{machine.commit}", machine, found.sections(), {"settings": options.settings, **found.data()})
     return found.n_failed
 
 
 def _peers(arguments: argparse.Namespace) -> int:
-    wish = side_by_side.Wish(
+    options = side_by_side.ComparisonOptions(
         peers=tuple(arguments.peers),
         seconds=1.0 if arguments.quick else arguments.seconds,
         rounds=1 if arguments.quick else arguments.rounds,
@@ -99,8 +99,8 @@ def _peers(arguments: argparse.Namespace) -> int:
     )
     machine = this_machine()
     with tempfile.TemporaryDirectory() as scratch:
-        found = side_by_side.run(wish, Path(scratch))
-    _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": wish.settings, **found.data()})
+        found = side_by_side.run(options, Path(scratch))
+    _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": options.settings, **found.data()})
     return found.n_failed_of_ours
 
 

@@ -37,7 +37,7 @@ class Figure(msgspec.Struct, frozen=True):
         return None if self.measured is None else _MEETS[self.sense](self.measured, self.bound)
 
 
-class Outcome:
+class Medians:
     """Medians of what was measured, to be asked for by case.
 
     Args:
@@ -77,7 +77,7 @@ class Outcome:
         return None if found is None else found.load.p50_ms
 
 
-def figures(outcome: Outcome) -> list[Figure]:
+def figures(outcome: Medians) -> list[Figure]:
     """All that must hold."""
     rest, p50 = outcome.rate, outcome.p50_alone_ms
     main = outcome.of(SPLIT, "breast-cancer", "REST JSON", 64)
@@ -104,7 +104,7 @@ def figures(outcome: Outcome) -> list[Figure]:
     ]
 
 
-def remarks(outcome: Outcome) -> dict[str, float | None]:
+def remarks(outcome: Medians) -> dict[str, float | None]:
     """Ratios that nothing is required of."""
     return {"REST, breast-cancer, 64 at once: requests/s against PyTriton's": _ratio(outcome.rate(SPLIT), outcome.rate(PYTRITON))}
 

@@ -9,7 +9,7 @@ import msgspec
 from benchmarks.processes import BenchmarkError
 
 
-class Load(msgspec.Struct, frozen=True):
+class LoadResult(msgspec.Struct, frozen=True):
     """What a load generator saw. Latencies are in ms."""
 
     n_requests: int
@@ -31,10 +31,10 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[max(0, min(len(ordered), int(rank)) - 1)]
 
 
-def of_latencies(latencies_ms: Sequence[float], *, seconds: float, n_failed: int = 0) -> Load:
+def of_latencies(latencies_ms: Sequence[float], *, seconds: float, n_failed: int = 0) -> LoadResult:
     """A load from the latencies of its requests."""
     if not latencies_ms:
         raise BenchmarkError("the load generator got no answer at all")
     ordered = sorted(latencies_ms)
     p50, p99, p999 = (percentile(ordered, percent) for percent in (50, 99, 99.9))
-    return Load(len(ordered), seconds, n_failed, p50, p99, p999)
+    return LoadResult(len(ordered), seconds, n_failed, p50, p99, p999)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.latencies import Load, of_latencies
+from benchmarks.latencies import LoadResult, of_latencies
 from benchmarks.processes import BenchmarkError
 from benchmarks.workloads import Body, Workload, grpc_frame
 
@@ -41,7 +41,7 @@ def missing_tools() -> list[str]:
     return [f"{tool} (Debian: apt-get install {package})" for tool, package in TOOLS.items() if not shutil.which(tool)]
 
 
-def rest(address: str, model: str, body: Body, *, concurrency: int, seconds: float) -> Load:
+def rest(address: str, model: str, body: Body, *, concurrency: int, seconds: float) -> LoadResult:
     """Load by wrk, which takes whole seconds only: a connection for each request under way."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(body.content)
@@ -52,15 +52,15 @@ def rest(address: str, model: str, body: Body, *, concurrency: int, seconds: flo
         return parse_wrk(_run(command, seconds))
 
 
-def parse_wrk(output: str) -> Load:
+def parse_wrk(output: str) -> LoadResult:
     """What ``wrk.lua`` has printed."""
     line = next((line for line in output.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
         raise BenchmarkError(f"wrk gave no result:\n{output}")
-    return msgspec.json.decode(line.removeprefix("RESULT "), type=Load)
+    return msgspec.json.decode(line.removeprefix("RESULT "), type=LoadResult)
 
 
-def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: int, seconds: float) -> Load:
+def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: int, seconds: float) -> LoadResult:
     """Load by h2load.
 
     Args:
@@ -83,7 +83,7 @@ def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: 
         return parse_h2load(output, log.read_text(), answer_bytes + 5, concurrency)
 
 
-def parse_h2load(output: str, log: str, frame_bytes: int, concurrency: int) -> Load:
+def parse_h2load(output: str, log: str, frame_bytes: int, concurrency: int) -> LoadResult:
     """What h2load printed, and its log: a line for each request with start, HTTP status and microseconds.
 
     Args:
@@ -108,21 +108,21 @@ def _number(pattern: str, output: str) -> float:
     return float(match[1])
 
 
-def grpc_stream(address: str, workload: Workload, *, concurrency: int, seconds: float) -> Load:
+def grpc_stream(address: str, workload: Workload, *, concurrency: int, seconds: float) -> LoadResult:
     """Load by `benchmarks.stream_client`, a process of its own: one stream with that many messages under way."""
     command = [sys.executable, "-m", "benchmarks.stream_client", address, str(concurrency), f"{seconds:g}"]
     output = _run(command, seconds, pickle.dumps(workload))
-    return msgspec.json.decode(output.splitlines()[-1], type=Load)
+    return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)
 
 
-def open_loop(address: str, model: str, body: Body, *, per_s: float, seconds: float) -> Load:
+def open_loop(address: str, model: str, body: Body, *, per_s: float, seconds: float) -> LoadResult:
     """Load by `benchmarks.open_loop`, a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "body")
         file.write_bytes(body.content)
         arguments = [address, f"/v2/models/{model}/infer", str(file), json.dumps(body.headers), f"{per_s:g}", f"{seconds:g}"]
         output = _run([sys.executable, "-m", "benchmarks.open_loop", *arguments], seconds)
-    return msgspec.json.decode(output.splitlines()[-1], type=Load)
+    return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)
 
 
 def _run(command: Sequence[str], seconds: float, stdin: bytes = b"") -> str:

@@ -10,8 +10,8 @@ from typing import Literal
 import msgspec
 
 from benchmarks import answers, loads
-from benchmarks.latencies import Load
-from benchmarks.processes import BenchmarkError, System
+from benchmarks.latencies import LoadResult
+from benchmarks.processes import BenchmarkError, RunningSystem
 from benchmarks.workloads import Workload
 
 Protocol = Literal["REST JSON", "REST binary", "gRPC unary", "gRPC stream", "REST JSON, open loop"]
@@ -33,7 +33,7 @@ class Measurement(msgspec.Struct, frozen=True):
     """What came out. CPU by stage, in microseconds for each request."""
 
     case: Case
-    load: Load
+    load: LoadResult
     cpu_us: Mapping[str, float]
 
     @property
@@ -41,7 +41,7 @@ class Measurement(msgspec.Struct, frozen=True):
         return sum(self.cpu_us.values())
 
 
-def measure(system: System, case: Case, workload: Workload, *, seconds: float, answer_bytes: int = 0) -> Measurement:
+def measure(system: RunningSystem, case: Case, workload: Workload, *, seconds: float, answer_bytes: int = 0) -> Measurement:
     """Load for so many seconds, after a warm-up if the system has not had such a load yet.
 
     Args:
@@ -66,7 +66,7 @@ def measure(system: System, case: Case, workload: Workload, *, seconds: float, a
     return Measurement(case, load, {stage: (after[stage] - before[stage]) / load.n_requests * 1e6 for stage in after})
 
 
-def _load(system: System, case: Case, workload: Workload, seconds: float, answer_bytes: int) -> Load:
+def _load(system: RunningSystem, case: Case, workload: Workload, seconds: float, answer_bytes: int) -> LoadResult:
     model, concurrency = workload.model, case.concurrency
     match case.protocol:
         case "REST JSON":
@@ -82,7 +82,7 @@ def _load(system: System, case: Case, workload: Workload, seconds: float, answer
             return loads.open_loop(system.http, model, workload.rest_json(0), per_s=case.per_s, seconds=seconds)
 
 
-def check(system: System, workload: Workload, protocols: Sequence[Protocol]) -> int:
+def check(system: RunningSystem, workload: Workload, protocols: Sequence[Protocol]) -> int:
     """That answers are right over each of these; size of a gRPC answer, 0 without gRPC.
 
     Raises:
@@ -100,7 +100,7 @@ def check(system: System, workload: Workload, protocols: Sequence[Protocol]) -> 
 def median(measurements: Sequence[Measurement]) -> Measurement:
     """Of several of one case, value by value."""
     first = measurements[0]
-    load = Load(
+    load = LoadResult(
         n_requests=sum(each.load.n_requests for each in measurements),
         seconds=sum(each.load.n_requests for each in measurements) / statistics.median(each.load.per_s for each in measurements),
         n_failed=sum(each.load.n_failed for each in measurements),

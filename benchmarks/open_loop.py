@@ -21,7 +21,7 @@ from pathlib import Path
 import httptools
 import msgspec
 
-from benchmarks.latencies import Load, of_latencies
+from benchmarks.latencies import LoadResult, of_latencies
 
 N_CONNECTIONS = 128
 SEED = 0
@@ -29,7 +29,7 @@ DRAIN_S = 5.0
 """How long after the last arrival answers are waited for; what is open then has failed."""
 
 
-class Connection:
+class LoadConnection:
     """One connection with at most one request under way; the callbacks are httptools'."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -68,8 +68,8 @@ class OpenLoop:
         self.n_failed = 0
         self._address = (host, port)
         self._request = request
-        self._idle = deque(Connection(host, port) for _ in range(N_CONNECTIONS))
-        self._busy: dict[int, Connection] = {}
+        self._idle = deque(LoadConnection(host, port) for _ in range(N_CONNECTIONS))
+        self._busy: dict[int, LoadConnection] = {}
         self._epoll = select.epoll()
         for connection in self._idle:
             self._epoll.register(connection.socket, select.EPOLLIN)
@@ -124,7 +124,7 @@ class OpenLoop:
         self.n_failed += 1
         self._epoll.unregister(descriptor)
         self._busy.pop(descriptor).socket.close()
-        fresh = Connection(*self._address)
+        fresh = LoadConnection(*self._address)
         self._epoll.register(fresh.socket, select.EPOLLIN)
         self._idle.append(fresh)
 
@@ -155,7 +155,7 @@ def main() -> None:
     loop.run(poisson(float(per_s), float(seconds)))
     loop.close()
     # The time until the last answer: with a server that cannot keep up it is longer than was asked for.
-    load: Load = of_latencies(loop.latencies_ms, seconds=time.perf_counter() - start, n_failed=loop.n_failed)
+    load: LoadResult = of_latencies(loop.latencies_ms, seconds=time.perf_counter() - start, n_failed=loop.n_failed)
     print(msgspec.json.encode(load).decode())
 
 

@@ -11,7 +11,7 @@ import msgspec
 from benchmarks import answers, systems
 from benchmarks.measuring import Case, Measurement, Protocol, check, measure, median
 from benchmarks.models import imagenet, publish_demos, publish_tensors
-from benchmarks.processes import BenchmarkError, Plan, System
+from benchmarks.processes import BenchmarkError, RunningSystem, SystemSpec
 from benchmarks.report import cpu, measurement_table, memory_table, table
 from benchmarks.systems import Settings
 from benchmarks.workloads import Workload
@@ -29,7 +29,7 @@ MOST_AT_ONCE = {"tensor": 64, "tensor-mean": 64, "imagenet": 16}
 """Where more would measure memory, or take longer than the run."""
 
 
-class Wish(msgspec.Struct, frozen=True):
+class OwnOptions(msgspec.Struct, frozen=True):
     """What to run. ``settings`` are the services'."""
 
     models: tuple[str, ...] = MODELS
@@ -44,7 +44,7 @@ class Wish(msgspec.Struct, frozen=True):
     imagenet: Path = Path("models")
 
 
-class Findings:
+class OwnResults:
     """What has come out so far, and what was not measured."""
 
     def __init__(self) -> None:
@@ -86,88 +86,92 @@ class Findings:
         }
 
 
-def run(wish: Wish, scratch: Path) -> Findings:
-    """Everything that is wished for.
+def run(options: OwnOptions, scratch: Path) -> OwnResults:
+    """Run what the options name.
 
     Args:
-        wish: what to run.
+        options: what to run.
         scratch: a folder for repositories and logs.
 
     Raises:
         BenchmarkError: a system does not start, or an answer is wrong.
     """
-    found = Findings()
+    found = OwnResults()
     demos = publish_demos(scratch / "demos")
     tensors = publish_tensors(scratch / "tensors")
-    for which in wish.systems:
-        for plan, workloads in _plans(wish, which, scratch, demos, tensors, found):
-            _measure_system(plan, workloads, wish, scratch, found)
-        if wish.n_cold_starts:
+    for which in options.systems:
+        for plan, workloads in _plans(options, which, scratch, demos, tensors, found):
+            _measure_system(plan, workloads, options, scratch, found)
+        if options.n_cold_starts:
             found.cold_start_s[which] = cold_start_s(
-                plan_of(which, scratch / "demos", wish.settings), scratch, wish.n_cold_starts
+                plan_of(which, scratch / "demos", options.settings), scratch, options.n_cold_starts
             )
     return found
 
 
-def plan_of(which: str, repository: Path, settings: Settings) -> Plan:
+def plan_of(which: str, repository: Path, settings: Settings) -> SystemSpec:
     """``split`` or ``fused``."""
     make = {"split": systems.split, "fused": systems.fused}[which]
     return make(repository, settings, name=which)
 
 
 def _plans(
-    wish: Wish, which: str, scratch: Path, demos: dict[str, Workload], tensors: dict[str, Workload], found: Findings
-) -> Iterable[tuple[Plan, list[Workload]]]:
+    options: OwnOptions, which: str, scratch: Path, demos: dict[str, Workload], tensors: dict[str, Workload], found: OwnResults
+) -> Iterable[tuple[SystemSpec, list[Workload]]]:
     for folder, workloads in (("demos", demos), ("tensors", tensors)):
-        if wanted := [workload for name, workload in workloads.items() if name in wish.models]:
-            yield plan_of(which, scratch / folder, wish.settings), wanted
-    if "imagenet" in wish.models:
-        if (wish.imagenet / "imagenet").is_dir():
-            yield plan_of(which, wish.imagenet, {"MODELS": "imagenet", **wish.settings}), [imagenet()]
+        if wanted := [workload for name, workload in workloads.items() if name in options.models]:
+            yield plan_of(which, scratch / folder, options.settings), wanted
+    if "imagenet" in options.models:
+        if (options.imagenet / "imagenet").is_dir():
+            yield plan_of(which, options.imagenet, {"MODELS": "imagenet", **options.settings}), [imagenet()]
         else:
-            found.skip(f"{which}, imagenet: {wish.imagenet / 'imagenet'} is not there; make imagenet publishes it")
+            found.skip(f"{which}, imagenet: {options.imagenet / 'imagenet'} is not there; make imagenet publishes it")
 
 
-def _measure_system(plan: Plan, workloads: Sequence[Workload], wish: Wish, scratch: Path, found: Findings) -> None:
-    with System(plan, scratch) as system:
+def _measure_system(
+    plan: SystemSpec, workloads: Sequence[Workload], options: OwnOptions, scratch: Path, found: OwnResults
+) -> None:
+    with RunningSystem(plan, scratch) as system:
         systems.wait_until_ready(system, [workload.model for workload in workloads])
         for workload in workloads:
-            measured = _closed_loop(system, workload, wish, found)
+            measured = _closed_loop(system, workload, options, found)
             found.measurements += measured
-            if workload.model in SWEPT and wish.rates:
-                found.swept += _open_loop(system, workload, wish, measured)
+            if workload.model in SWEPT and options.rates:
+                found.swept += _open_loop(system, workload, options, measured)
         key = (
             f"{plan.name}, {workloads[0].model if len(workloads) == 1 else 'and '.join(w.model + ' ' for w in workloads).strip()}"
         )
         found.pss_mb[key], found.peak_mb[key] = system.pss_mb(), system.peak_rss_mb()
 
 
-def _closed_loop(system: System, workload: Workload, wish: Wish, found: Findings) -> list[Measurement]:
-    protocols = [each for each in wish.protocols if each != "REST JSON" or workload.has_json]
+def _closed_loop(system: RunningSystem, workload: Workload, options: OwnOptions, found: OwnResults) -> list[Measurement]:
+    protocols = [each for each in options.protocols if each != "REST JSON" or workload.has_json]
     answer_bytes = check(system, workload, protocols)
     if "gRPC stream" in protocols and not answers.offers_stream(system.grpc, workload):
         found.skip(f"{system.name}, {workload.model}, gRPC stream: the server has none")
         protocols.remove("gRPC stream")
     measured = []
     for protocol in protocols:
-        for concurrency in wish.concurrency:
+        for concurrency in options.concurrency:
             if concurrency > MOST_AT_ONCE.get(workload.model, concurrency):
                 continue
             case = Case(system.name, workload.model, protocol, concurrency)
-            measured.append(_measured(system, case, workload, wish, answer_bytes))
+            measured.append(_measured(system, case, workload, options, answer_bytes))
     return measured
 
 
-def _open_loop(system: System, workload: Workload, wish: Wish, closed: Sequence[Measurement]) -> list[Measurement]:
+def _open_loop(
+    system: RunningSystem, workload: Workload, options: OwnOptions, closed: Sequence[Measurement]
+) -> list[Measurement]:
     highest = max((each.load.per_s for each in closed if each.case.protocol == "REST JSON"), default=0.0)
     if not highest:
         return []
-    cases = [Case(system.name, workload.model, "REST JSON, open loop", 0, per_s=round(highest * rate)) for rate in wish.rates]
-    return [_measured(system, case, workload, wish, 0) for case in cases]
+    cases = [Case(system.name, workload.model, "REST JSON, open loop", 0, per_s=round(highest * rate)) for rate in options.rates]
+    return [_measured(system, case, workload, options, 0) for case in cases]
 
 
-def _measured(system: System, case: Case, workload: Workload, wish: Wish, answer_bytes: int) -> Measurement:
-    rounds = [measure(system, case, workload, seconds=wish.seconds, answer_bytes=answer_bytes) for _ in range(wish.rounds)]
+def _measured(system: RunningSystem, case: Case, workload: Workload, options: OwnOptions, answer_bytes: int) -> Measurement:
+    rounds = [measure(system, case, workload, seconds=options.seconds, answer_bytes=answer_bytes) for _ in range(options.rounds)]
     result = median(rounds)
     say(result)
     return result
@@ -185,13 +189,13 @@ def say(result: Measurement) -> None:
     )
 
 
-def cold_start_s(plan: Plan, scratch: Path, n_starts: int) -> float:
+def cold_start_s(plan: SystemSpec, scratch: Path, n_starts: int) -> float:
     """Median of the seconds from the start of all processes at once until the edge says that the demo models are ready."""
     times = []
     for _ in range(n_starts):
-        with System(plan, scratch) as system:
+        with RunningSystem(plan, scratch) as system:
             times.append(systems.wait_until_ready(system, list(DEMOS)))
     return statistics.median(times)
 
 
-__all__ = ["BenchmarkError", "Findings", "Wish", "cold_start_s", "plan_of", "run", "say"]
+__all__ = ["BenchmarkError", "OwnOptions", "OwnResults", "cold_start_s", "plan_of", "run", "say"]

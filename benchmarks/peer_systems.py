@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.processes import Plan, Stage, free_port
+from benchmarks.processes import StageProcess, SystemSpec, free_port
 from benchmarks.venvs import ROOT, python_of
 
 KSERVE, PYTRITON, PLAIN, SINGLE = "KServe", "PyTriton", "plain split", "single process"
@@ -38,7 +38,7 @@ def _uvicorn(python: str, app: str, port: int, workers: int) -> tuple[str, ...]:
     return (python, "-m", "uvicorn", f"benchmarks.peers.{app}:app", *options)
 
 
-def kserve(repository: Path) -> Plan:
+def kserve(repository: Path) -> SystemSpec:
     python, environment = python_of("kserve"), _peer(repository)
     http, grpc, back_http, back_grpc = (free_port() for _ in range(4))
 
@@ -47,51 +47,51 @@ def kserve(repository: Path) -> Plan:
 
     behind = ("--predictor_host", _local(back_grpc), "--predictor_protocol", "grpc-v2")
     stages = (
-        Stage("predictor", command("kserve_predictor", back_http, back_grpc), environment),
-        Stage("transformer", command("kserve_transformer", http, grpc, *behind), environment),
+        StageProcess("predictor", command("kserve_predictor", back_http, back_grpc), environment),
+        StageProcess("transformer", command("kserve_transformer", http, grpc, *behind), environment),
     )
-    return Plan(KSERVE, stages, _local(http), _local(grpc))
+    return SystemSpec(KSERVE, stages, _local(http), _local(grpc))
 
 
-def pytriton(repository: Path) -> Plan:
+def pytriton(repository: Path) -> SystemSpec:
     python = python_of("pytriton")
     back, front = [free_port() for _ in range(3)], [free_port() for _ in range(3)]
     environment = _peer(repository, BACK=_local(back[1]), PYTRITON_NO_TELEMETRY="1")
     stages = (
-        Stage("predictor", (python, "-m", "benchmarks.peers.pytriton_predictor", *map(str, back)), environment),
-        Stage("transformer", (python, "-m", "benchmarks.peers.pytriton_transformer", *map(str, front)), environment),
+        StageProcess("predictor", (python, "-m", "benchmarks.peers.pytriton_predictor", *map(str, back)), environment),
+        StageProcess("transformer", (python, "-m", "benchmarks.peers.pytriton_transformer", *map(str, front)), environment),
     )
-    return Plan(PYTRITON, stages, _local(front[0]), _local(front[1]))
+    return SystemSpec(PYTRITON, stages, _local(front[0]), _local(front[1]))
 
 
-def plain(repository: Path) -> Plan:
+def plain(repository: Path) -> SystemSpec:
     python, http, back = python_of("plain"), free_port(), free_port()
     environment = _peer(repository, BACK=_local(back))
     stages = (
-        Stage("back", (python, "-m", "benchmarks.peers.plain_back", str(back)), environment),
-        Stage("front", _uvicorn(python, "plain_front", http, 2), environment),
+        StageProcess("back", (python, "-m", "benchmarks.peers.plain_back", str(back)), environment),
+        StageProcess("front", _uvicorn(python, "plain_front", http, 2), environment),
     )
-    return Plan(PLAIN, stages, _local(http), "")
+    return SystemSpec(PLAIN, stages, _local(http), "")
 
 
-def single(repository: Path) -> Plan:
+def single(repository: Path) -> SystemSpec:
     python, http = python_of("plain"), free_port()
-    return Plan(SINGLE, (Stage("single", _uvicorn(python, "single", http, 2), _peer(repository)),), _local(http), "")
+    return SystemSpec(SINGLE, (StageProcess("single", _uvicorn(python, "single", http, 2), _peer(repository)),), _local(http), "")
 
 
-def http_echo(repository: Path) -> Plan:
+def http_echo(repository: Path) -> SystemSpec:
     http = free_port()
     command = (sys.executable, "-m", "benchmarks.peers.echo_http", str(http))
-    return Plan(HTTP_ECHO, (Stage("echo", command, _peer(repository)),), _local(http), "")
+    return SystemSpec(HTTP_ECHO, (StageProcess("echo", command, _peer(repository)),), _local(http), "")
 
 
-def grpc_echo(repository: Path) -> Plan:
+def grpc_echo(repository: Path) -> SystemSpec:
     grpc = free_port()
     command = (sys.executable, "-m", "benchmarks.peers.echo_grpc", str(grpc))
-    return Plan(GRPC_ECHO, (Stage("echo", command, _peer(repository)),), "", _local(grpc))
+    return SystemSpec(GRPC_ECHO, (StageProcess("echo", command, _peer(repository)),), "", _local(grpc))
 
 
-PEERS: dict[str, Callable[[Path], Plan]] = {
+PEERS: dict[str, Callable[[Path], SystemSpec]] = {
     KSERVE: kserve,
     PYTRITON: pytriton,
     PLAIN: plain,

@@ -27,7 +27,7 @@ class BenchmarkError(Exception):
     """A run that cannot go on: something is missing, does not start, or answers wrongly."""
 
 
-class Stage(NamedTuple):
+class StageProcess(NamedTuple):
     """One process to start."""
 
     name: str
@@ -35,11 +35,11 @@ class Stage(NamedTuple):
     environment: Mapping[str, str]
 
 
-class Plan(NamedTuple):
+class SystemSpec(NamedTuple):
     """What is started, and where it then listens: ``host:port``, ``grpc`` empty where there is none."""
 
     name: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageProcess, ...]
     http: str
     grpc: str
 
@@ -52,7 +52,7 @@ def free_port() -> int:
         return port
 
 
-class System:
+class RunningSystem:
     """The processes of a plan, running while entered.
 
     Args:
@@ -60,7 +60,7 @@ class System:
         logs: folder that gets a file for each stage's output.
     """
 
-    def __init__(self, plan: Plan, logs: Path) -> None:
+    def __init__(self, plan: SystemSpec, logs: Path) -> None:
         self.name = plan.name
         self.http = plan.http
         self.grpc = plan.grpc
@@ -72,7 +72,7 @@ class System:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stack = ExitStack()
 
-    def __enter__(self) -> System:
+    def __enter__(self) -> RunningSystem:
         self.started = time.monotonic()
         for stage in self._plan.stages:
             self._start(stage)
@@ -81,7 +81,7 @@ class System:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def _start(self, stage: Stage) -> None:
+    def _start(self, stage: StageProcess) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OWN_PREFIXES)}
         output = self._stack.enter_context(self._log(stage.name).open("wb"))
         # A session of its own, so that its children can be ended with it.

@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 
 from benchmarks import answers, figures, systems
-from benchmarks.figures import COMPILED, FUSED, SKLEARN, SPLIT, Outcome
+from benchmarks.figures import COMPILED, FUSED, SKLEARN, SPLIT, Medians
 from benchmarks.measuring import Case, Measurement, Protocol, check, measure, median
 from benchmarks.models import publish_demos, publish_tensors
 from benchmarks.own import cold_start_s, say
 from benchmarks.peer_systems import DESCRIPTIONS, GRPC_ECHO, HTTP_ECHO, KSERVE, PEERS, PLAIN, PYTRITON, SINGLE
-from benchmarks.processes import BenchmarkError, Plan, System
+from benchmarks.processes import BenchmarkError, RunningSystem, SystemSpec
 from benchmarks.report import measurement_table, memory_table, table
 from benchmarks.systems import Settings
 from benchmarks.workloads import Workload
@@ -60,7 +60,7 @@ CASES: Mapping[str, tuple[tuple[str, Protocol, int], ...]] = {
 """Model, protocol and requests under way, by system."""
 
 
-class Wish(msgspec.Struct, frozen=True):
+class ComparisonOptions(msgspec.Struct, frozen=True):
     """What to run. ``settings`` are those of our services."""
 
     peers: tuple[str, ...] = tuple(PEERS)
@@ -73,7 +73,7 @@ class Wish(msgspec.Struct, frozen=True):
 class Side:
     """One system that takes part: running, checked."""
 
-    def __init__(self, system: System, workloads: Mapping[str, Workload], cases: list[Case], answer_bytes: int) -> None:
+    def __init__(self, system: RunningSystem, workloads: Mapping[str, Workload], cases: list[Case], answer_bytes: int) -> None:
         self.system = system
         self.workloads = workloads
         self.cases = cases
@@ -83,7 +83,7 @@ class Side:
         return measure(self.system, case, self.workloads[case.model], seconds=seconds, answer_bytes=self.answer_bytes)
 
 
-class Findings:
+class ComparisonResults:
     """What has come out so far."""
 
     def __init__(self) -> None:
@@ -113,8 +113,8 @@ class Findings:
         ours = [each for each in self.medians if each.case.system not in PEERS]
         return sum(each.load.n_failed for each in (*ours, *self.open_loop, *self.tensors))
 
-    def outcome(self) -> Outcome:
-        return Outcome(
+    def outcome(self) -> Medians:
+        return Medians(
             self.medians,
             open_loop=median(self.open_loop) if self.open_loop else None,
             tensor_mb_per_s=self.tensor_mb_per_s,
@@ -159,54 +159,59 @@ def _by_work(measurements: Iterable[Measurement]) -> list[Measurement]:
     return sorted(measurements, key=lambda each: (each.case.model, each.case.protocol, each.case.concurrency, -each.load.per_s))
 
 
-def run(wish: Wish, scratch: Path) -> Findings:
-    """Everything that is wished for.
+def run(options: ComparisonOptions, scratch: Path) -> ComparisonResults:
+    """Run what the options name.
 
     Args:
-        wish: what to run.
+        options: what to run.
         scratch: a folder for repositories and logs.
 
     Raises:
         BenchmarkError: one of our systems does not start, or answers wrongly. A peer that does so is left out, and that is said.
     """
-    found = Findings()
+    found = ComparisonResults()
     repository = scratch / "demos"
     demos = publish_demos(repository)
     tensors = publish_tensors(scratch / "tensors")
-    plan = systems.split(repository, wish.settings, SPLIT)
-    if wish.n_cold_starts:
-        found.cold_start_s = cold_start_s(plan, scratch, wish.n_cold_starts)
+    plan = systems.split(repository, options.settings, SPLIT)
+    if options.n_cold_starts:
+        found.cold_start_s = cold_start_s(plan, scratch, options.n_cold_starts)
         print(f"cold start: {found.cold_start_s:.2f} s", flush=True)
-    _measure_memory(plan, demos, wish, scratch, found)
-    _measure_tensors(systems.split(scratch / "tensors", wish.settings, SPLIT), tensors, wish, scratch, found)
+    _measure_memory(plan, demos, options, scratch, found)
+    _measure_tensors(systems.split(scratch / "tensors", options.settings, SPLIT), tensors, options, scratch, found)
     with ExitStack() as stack:
-        sides = _start(wish, repository, demos, scratch, stack, found)
+        sides = _start(options, repository, demos, scratch, stack, found)
         found.idle_cpu = _idle_cpu([side.system for side in sides])
-        _side_by_side(sides, wish, found)
-        _open_loop(next(side for side in sides if side.system.name == SPLIT), wish, found)
+        _side_by_side(sides, options, found)
+        _open_loop(next(side for side in sides if side.system.name == SPLIT), options, found)
     return found
 
 
-def _measure_memory(plan: Plan, demos: Mapping[str, Workload], wish: Wish, scratch: Path, found: Findings) -> None:
+def _measure_memory(
+    plan: SystemSpec, demos: Mapping[str, Workload], options: ComparisonOptions, scratch: Path, found: ComparisonResults
+) -> None:
     """With nothing else running, since pages that are shared with others count less."""
-    with System(plan, scratch) as system:
+    with RunningSystem(plan, scratch) as system:
         systems.wait_until_ready(system, list(demos))
         for workload in demos.values():
             check(system, workload, ["REST JSON"])
-            measure(system, Case(SPLIT, workload.model, "REST JSON", 64), workload, seconds=wish.seconds)
+            measure(system, Case(SPLIT, workload.model, "REST JSON", 64), workload, seconds=options.seconds)
         found.pss_mb[SPLIT], found.peak_mb[SPLIT] = system.pss_mb(), system.peak_rss_mb()
 
 
-def _measure_tensors(plan: Plan, tensors: Mapping[str, Workload], wish: Wish, scratch: Path, found: Findings) -> None:
+def _measure_tensors(
+    plan: SystemSpec, tensors: Mapping[str, Workload], options: ComparisonOptions, scratch: Path, found: ComparisonResults
+) -> None:
     protocols: tuple[Protocol, ...] = ("REST binary", "gRPC unary")
-    with System(plan, scratch) as system:
+    with RunningSystem(plan, scratch) as system:
         systems.wait_until_ready(system, list(tensors))
         for workload in tensors.values():
             answer_bytes = check(system, workload, protocols)
             cases = [Case(SPLIT, workload.model, protocol, TENSOR_AT_ONCE) for protocol in protocols]
             for case in cases:
                 rounds = [
-                    measure(system, case, workload, seconds=wish.seconds, answer_bytes=answer_bytes) for _ in range(wish.rounds)
+                    measure(system, case, workload, seconds=options.seconds, answer_bytes=answer_bytes)
+                    for _ in range(options.rounds)
                 ]
                 middle = median(rounds)
                 say(middle)
@@ -216,18 +221,23 @@ def _measure_tensors(plan: Plan, tensors: Mapping[str, Workload], wish: Wish, sc
 
 
 def _start(
-    wish: Wish, repository: Path, demos: Mapping[str, Workload], scratch: Path, stack: ExitStack, found: Findings
+    options: ComparisonOptions,
+    repository: Path,
+    demos: Mapping[str, Workload],
+    scratch: Path,
+    stack: ExitStack,
+    found: ComparisonResults,
 ) -> list[Side]:
     sides = []
-    for plan in _own_plans(repository, wish.settings, found):
-        system = stack.enter_context(System(plan, scratch))
+    for plan in _own_plans(repository, options.settings, found):
+        system = stack.enter_context(RunningSystem(plan, scratch))
         systems.wait_until_ready(system, list(demos))
         sides.append(_side(system, demos, found))
-    for name in wish.peers:
+    for name in options.peers:
         # Its own stack, so that a peer that fails is stopped at once.
         with ExitStack() as attempt:
             try:
-                system = attempt.enter_context(System(PEERS[name](repository), scratch))
+                system = attempt.enter_context(RunningSystem(PEERS[name](repository), scratch))
                 _wait_until_answering(system, demos)
                 sides.append(_side(system, demos, found))
             except BenchmarkError as error:
@@ -237,7 +247,7 @@ def _start(
     return sides
 
 
-def _own_plans(repository: Path, settings: Settings, found: Findings) -> list[Plan]:
+def _own_plans(repository: Path, settings: Settings, found: ComparisonResults) -> list[SystemSpec]:
     plans = [
         systems.split(repository, settings, SPLIT),
         systems.fused(repository, settings, FUSED),
@@ -250,7 +260,7 @@ def _own_plans(repository: Path, settings: Settings, found: Findings) -> list[Pl
     return plans
 
 
-def _wait_until_answering(system: System, demos: Mapping[str, Workload]) -> None:
+def _wait_until_answering(system: RunningSystem, demos: Mapping[str, Workload]) -> None:
     model, protocol, _ = CASES[system.name][0]
     workload = demos[model]
     if protocol == "gRPC unary":
@@ -260,7 +270,7 @@ def _wait_until_answering(system: System, demos: Mapping[str, Workload]) -> None
         system.wait_until(lambda: answers.is_answering(system.http, model, body), "waiting for an answer")
 
 
-def _side(system: System, demos: Mapping[str, Workload], found: Findings) -> Side:
+def _side(system: RunningSystem, demos: Mapping[str, Workload], found: ComparisonResults) -> Side:
     cases = [Case(system.name, *case) for case in CASES[system.name]]
     if system.name in ECHOES:
         return Side(system, demos, cases, answer_bytes=len(demos["breast-cancer"].grpc(0)))
@@ -275,26 +285,26 @@ def _side(system: System, demos: Mapping[str, Workload], found: Findings) -> Sid
     return Side(system, demos, cases, answer_bytes)
 
 
-def _idle_cpu(running: Sequence[System]) -> dict[str, float]:
+def _idle_cpu(running: Sequence[RunningSystem]) -> dict[str, float]:
     """Cores that each system takes with nothing to do."""
     before = {system.name: sum(system.cpu_s().values()) for system in running}
     time.sleep(SETTLE_S)
     return {system.name: (sum(system.cpu_s().values()) - before[system.name]) / SETTLE_S for system in running}
 
 
-def _side_by_side(sides: Sequence[Side], wish: Wish, found: Findings) -> None:
+def _side_by_side(sides: Sequence[Side], options: ComparisonOptions, found: ComparisonResults) -> None:
     """Case by case over all systems, so that what is compared is measured close together; another system first each round."""
     work = sorted({(case.model, case.protocol, case.concurrency) for side in sides for case in side.cases})
-    for number in range(wish.rounds):
-        first = number * len(sides) // wish.rounds
+    for number in range(options.rounds):
+        first = number * len(sides) // options.rounds
         for which in work:
             for side in [*sides[first:], *sides[:first]]:
                 for case in side.cases:
                     if (case.model, case.protocol, case.concurrency) == which:
-                        _add(side, case, wish.seconds, found)
+                        _add(side, case, options.seconds, found)
 
 
-def _add(side: Side, case: Case, seconds: float, found: Findings) -> None:
+def _add(side: Side, case: Case, seconds: float, found: ComparisonResults) -> None:
     try:
         measurement = side.measure(case, seconds)
     except BenchmarkError as error:
@@ -306,10 +316,10 @@ def _add(side: Side, case: Case, seconds: float, found: Findings) -> None:
     found.add(measurement)
 
 
-def _open_loop(side: Side, wish: Wish, found: Findings) -> None:
+def _open_loop(side: Side, options: ComparisonOptions, found: ComparisonResults) -> None:
     rates = [each.load.per_s for each in found.medians if each.case.system == SPLIT and each.case.protocol == "REST JSON"]
     case = Case(SPLIT, "breast-cancer", "REST JSON, open loop", 0, per_s=round(max(rates) / 2))
-    for _ in range(wish.rounds):
-        measurement = side.measure(case, 2 * wish.seconds)
+    for _ in range(options.rounds):
+        measurement = side.measure(case, 2 * options.seconds)
         say(measurement)
         found.open_loop.append(measurement)

@@ -20,8 +20,8 @@ import msgspec
 
 from benchmarks import report, systems
 from benchmarks.latencies import percentile
-from benchmarks.processes import BenchmarkError, System, tree
-from benchmarks.steady import Outcome, Reference, SteadyLoad
+from benchmarks.processes import BenchmarkError, RunningSystem, tree
+from benchmarks.steady import Reference, RequestOutcome, SteadyLoad
 from splitserve.publishing import publish
 from training.demo import DEMOS
 
@@ -53,7 +53,7 @@ class Sample(msgspec.Struct, frozen=True):
     n_fds: dict[str, int]
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class Growth(msgspec.Struct, frozen=True):
     """A stage's growth from the middle of the second third to that of the last."""
 
     stage: str
@@ -66,13 +66,13 @@ class Verdict(msgspec.Struct, frozen=True):
         return self.growth_mb_per_min <= MOST_GROWTH_MB_PER_MIN and self.n_fds[1] <= self.n_fds[0] + MOST_GROWTH_FDS
 
 
-class Findings(msgspec.Struct, frozen=True):
+class SoakResults(msgspec.Struct, frozen=True):
     """What a soak has shown."""
 
     seconds: float
     per_s: float
     samples: list[Sample]
-    verdicts: list[Verdict]
+    verdicts: list[Growth]
     n_requests: int
     n_wrong: int
     failures: dict[str, int]
@@ -129,7 +129,7 @@ class Findings(msgspec.Struct, frozen=True):
         return {"How": how, "Memory and file descriptors": grown, "Requests": load, "Latency as the client sees it": latencies}
 
 
-def run(seconds: float, per_s: float, settings: Mapping[str, str], scratch: Path) -> Findings:
+def run(seconds: float, per_s: float, settings: Mapping[str, str], scratch: Path) -> SoakResults:
     """Publish, start, load, look, stop.
 
     Raises:
@@ -137,7 +137,7 @@ def run(seconds: float, per_s: float, settings: Mapping[str, str], scratch: Path
     """
     repository = scratch / "models"
     references = _publish(repository)
-    with System(systems.split(repository, settings), scratch) as system:
+    with RunningSystem(systems.split(repository, settings), scratch) as system:
         systems.wait_until_ready(system, list(references))
         bad: Counter[str] = Counter()
         is_over = threading.Event()
@@ -150,7 +150,7 @@ def run(seconds: float, per_s: float, settings: Mapping[str, str], scratch: Path
             finally:
                 is_over.set()
                 nuisance.join()
-    return Findings(
+    return SoakResults(
         seconds=seconds,
         per_s=per_s,
         samples=samples,
@@ -172,7 +172,7 @@ def _publish(repository: Path) -> dict[str, Reference]:
     return references
 
 
-def _watch(system: System, began: float, seconds: float) -> list[Sample]:
+def _watch(system: RunningSystem, began: float, seconds: float) -> list[Sample]:
     samples: list[Sample] = []
     while (at_s := time.monotonic() - began) < seconds:
         samples.append(Sample(at_s, system.pss_mb(), {name: sum(map(_n_fds, tree(pid))) for name, pid in system.pids().items()}))
@@ -184,7 +184,7 @@ def _n_fds(pid: int) -> int:
     return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
-def judge(samples: Sequence[Sample], seconds: float) -> list[Verdict]:
+def judge(samples: Sequence[Sample], seconds: float) -> list[Growth]:
     """The growth of each stage.
 
     Raises:
@@ -199,11 +199,11 @@ def judge(samples: Sequence[Sample], seconds: float) -> list[Verdict]:
         before, after = (statistics.median(sample.pss_mb[stage] for sample in part) for part in (middle, last))
         fds = tuple(min(sample.n_fds[stage] for sample in part) for part in (middle, last))
         minutes = seconds / 3 / 60
-        verdicts.append(Verdict(stage, (before, after), (after - before) / minutes, (fds[0], fds[1])))
+        verdicts.append(Growth(stage, (before, after), (after - before) / minutes, (fds[0], fds[1])))
     return verdicts
 
 
-def _latencies(outcomes: Sequence[Outcome], began: float, seconds: float) -> dict[str, tuple[float, float]]:
+def _latencies(outcomes: Sequence[RequestOutcome], began: float, seconds: float) -> dict[str, tuple[float, float]]:
     found = {}
     for part, start in (("second third", seconds / 3), ("last third", seconds * 2 / 3)):
         times = sorted(outcome.seconds * 1000 for outcome in outcomes if start <= outcome.began - began < start + seconds / 3)

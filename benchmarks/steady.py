@@ -48,7 +48,7 @@ class Reference:
         return "" if worst <= TOLERANCE else f"rows {first}:{end}: a probability is off by {worst}"
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class RequestOutcome(msgspec.Struct, frozen=True):
     """What became of one request. ``began`` is on the monotonic clock; no ``failure`` and no ``difference``: all is well."""
 
     url: str
@@ -89,7 +89,7 @@ class SteadyLoad:
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._changed = threading.Condition()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[RequestOutcome] = []
 
     def __enter__(self) -> SteadyLoad:
         self._thread.start()
@@ -101,12 +101,12 @@ class SteadyLoad:
         self._thread.join()
 
     @property
-    def failures(self) -> list[Outcome]:
+    def failures(self) -> list[RequestOutcome]:
         """Requests that were not answered."""
         return [outcome for outcome in list(self.outcomes) if outcome.failure]
 
     @property
-    def wrong(self) -> list[Outcome]:
+    def wrong(self) -> list[RequestOutcome]:
         """Answers that are not the pipeline's."""
         return [outcome for outcome in list(self.outcomes) if outcome.difference]
 
@@ -162,5 +162,5 @@ class SteadyLoad:
         except Exception as error:  # the client promises its own errors only
             failure = repr(error)
         with self._changed:
-            self.outcomes.append(Outcome(url, model, began, time.monotonic() - began, failure, difference))
+            self.outcomes.append(RequestOutcome(url, model, began, time.monotonic() - began, failure, difference))
             self._changed.notify_all()

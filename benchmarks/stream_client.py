@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from benchmarks.latencies import Load, of_latencies
+from benchmarks.latencies import LoadResult, of_latencies
 from benchmarks.loads import STREAM_PATH
 from benchmarks.workloads import Workload, grpc_frame
 from splitserve.api.inference import inference_pb2 as pb
@@ -194,7 +194,7 @@ class StreamClient(asyncio.Protocol):
             self.done.set_exception(StreamError(why))
 
 
-async def run(address: str, workload: Workload, n_slots: int, seconds: float) -> Load:
+async def run(address: str, workload: Workload, n_slots: int, seconds: float) -> LoadResult:
     host, _, port = address.partition(":")
     loop = asyncio.get_running_loop()
     transport, client = await loop.create_connection(lambda: StreamClient(address, workload, n_slots), host, int(port))

@@ -8,12 +8,12 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.processes import BenchmarkError, Plan, Stage, System, free_port
+from benchmarks.processes import BenchmarkError, RunningSystem, StageProcess, SystemSpec, free_port
 
 Settings = Mapping[str, str]
 
 
-def split(repository: Path, settings: Settings, name: str = "splitserve") -> Plan:
+def split(repository: Path, settings: Settings, name: str = "splitserve") -> SystemSpec:
     """Predict, preprocess and proxy, each a process."""
     http, grpc, preprocess, predict = (free_port() for _ in range(4))
     common = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings}
@@ -35,22 +35,22 @@ def split(repository: Path, settings: Settings, name: str = "splitserve") -> Pla
             },
         ),
     )
-    return Plan(name, stages, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+    return SystemSpec(name, stages, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
 
 
-def fused(repository: Path, settings: Settings, name: str = "splitserve fused") -> Plan:
+def fused(repository: Path, settings: Settings, name: str = "splitserve fused") -> SystemSpec:
     """All in one process."""
     http, grpc = free_port(), free_port()
     ports = {"PROXY_HTTP_PORT": str(http), "PROXY_GRPC_PORT": str(grpc)}
     environment = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings, **ports}
-    return Plan(name, (_stage("fused", "fused_service", environment),), f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+    return SystemSpec(name, (_stage("fused", "fused_service", environment),), f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
 
 
-def _stage(name: str, module: str, environment: Settings) -> Stage:
-    return Stage(name, (sys.executable, "-m", module), environment)
+def _stage(name: str, module: str, environment: Settings) -> StageProcess:
+    return StageProcess(name, (sys.executable, "-m", module), environment)
 
 
-def wait_until_ready(system: System, models: Sequence[str]) -> float:
+def wait_until_ready(system: RunningSystem, models: Sequence[str]) -> float:
     """Seconds from the start of the processes until the edge says that every one of these models is ready."""
     waiting = list(models)
 

@@ -43,7 +43,7 @@ SLOW_N_ROWS = 8
 SYLLABLES = ("ba", "do", "fe", "ki", "lu", "mo")
 
 
-class Case(NamedTuple):
+class TransformCase(NamedTuple):
     """Something to call, with so many rows."""
 
     name: str
@@ -84,9 +84,9 @@ TRANSFORMS: dict[str, Callable[[], tuple[Any, Any]]] = {
 }
 
 
-def cases(repository: Path) -> list[Case]:
+def cases(repository: Path) -> list[TransformCase]:
     """The transforms alone, then the demo models: both halves, as they are loaded from their bundles."""
-    found: list[Case] = []
+    found: list[TransformCase] = []
     for index, (name, make) in enumerate(TRANSFORMS.items()):
         transformer, rows = make()
         bundle = publish_preprocessor(transformer, rows, name=f"case-{index}", repository=repository)
@@ -100,18 +100,26 @@ def cases(repository: Path) -> list[Case]:
         found += _transform_cases(name, first, rows)
         for n_rows in N_ROWS:
             features = first.transform(_sent(first, rows, n_rows))
-            found.append(Case(f"{name}: predictor", n_rows, lambda features=features, second=second: second.infer(features)))  # type: ignore[misc]
+            found.append(
+                TransformCase(f"{name}: predictor", n_rows, lambda features=features, second=second: second.infer(features))
+            )  # type: ignore[misc]
     return found
 
 
-def _transform_cases(name: str, loaded: Any, rows: Any) -> list[Case]:
+def _transform_cases(name: str, loaded: Any, rows: Any) -> list[TransformCase]:
     found = []
     for n_rows in N_ROWS:
         if "pictures" in name and n_rows > SLOW_N_ROWS:
             continue
         inputs = _sent(loaded, rows, n_rows)
-        found.append(Case(f"{name}: preprocessor", n_rows, lambda inputs=inputs: loaded.answer(loaded.transform(inputs))))  # type: ignore[misc]
+        found.append(
+            TransformCase(f"{name}: preprocessor", n_rows, lambda inputs=inputs: loaded.answer(loaded.transform(inputs)))
+        )  # type: ignore[misc]
     return found
+
+
+def _answer(loaded: Any, inputs: tuple[Tensor, ...]) -> Any:
+    return loaded.answer(loaded.transform(inputs))
 
 
 def _sent(loaded: Any, rows: Any, n_rows: int) -> tuple[Tensor, ...]:
@@ -121,7 +129,7 @@ def _sent(loaded: Any, rows: Any, n_rows: int) -> tuple[Tensor, ...]:
     return to_tensors(loaded.manifest.rows, loaded.inputs, chosen)
 
 
-def measure(measured: list[Case]) -> dict[tuple[str, int], float]:
+def measure(measured: list[TransformCase]) -> dict[tuple[str, int], float]:
     """Median µs a call by name and rows."""
     times: dict[tuple[str, int], list[float]] = {(case.name, case.n_rows): [] for case in measured}
     gc.disable()

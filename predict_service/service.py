@@ -17,7 +17,7 @@ from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
 from splitserve.oip.statistics import Statistics, Stopwatch
-from splitserve.runtimes.predictor import Predictor, Stop
+from splitserve.runtimes.predictor import Predictor, RunCanceller
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import choose_outputs
@@ -78,12 +78,14 @@ class PredictService:
 
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._choose(request.model, request.version)
-        watch, stop = Stopwatch(), Stop()
+        watch, canceller = Stopwatch(), RunCanceller()
         wanted = [output.name for output in request.outputs]
         try:
-            outputs = await self._compute.run(predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch, stop)
+            outputs = await self._compute.run(
+                predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch, canceller
+            )
         except asyncio.CancelledError:  # all have left, or their time is over
-            stop.now()
+            canceller.cancel()
             raise
         self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)

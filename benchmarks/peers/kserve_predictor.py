@@ -17,7 +17,7 @@ from benchmarks.peers import halves
 DATATYPES = {"float32": "FP32", "int64": "INT64", "object": "BYTES"}
 
 
-class Predictor(kserve.Model):  # type: ignore[misc]
+class KServePredictor(kserve.Model):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._session = halves.session(os.environ["REPOSITORY"], name)
@@ -35,4 +35,4 @@ class Predictor(kserve.Model):  # type: ignore[misc]
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(parents=[kserve.model_server.parser]).parse_args()
-    kserve.ModelServer(workers=1, access_log_format=None).start([Predictor(model) for model in halves.MODELS])
+    kserve.ModelServer(workers=1, access_log_format=None).start([KServePredictor(model) for model in halves.MODELS])

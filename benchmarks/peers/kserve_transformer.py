@@ -18,7 +18,7 @@ from kserve import InferInput, InferRequest, InferResponse
 from benchmarks.peers import halves
 
 
-class Transformer(kserve.Model):  # type: ignore[misc]
+class KServeTransformer(kserve.Model):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._transformer = halves.transformer(os.environ["REPOSITORY"], name)
@@ -51,4 +51,4 @@ def _column(array: Any) -> Any:
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(parents=[kserve.model_server.parser]).parse_args()
-    kserve.ModelServer(workers=1, access_log_format=None).start([Transformer(model) for model in halves.MODELS])
+    kserve.ModelServer(workers=1, access_log_format=None).start([KServeTransformer(model) for model in halves.MODELS])

@@ -169,7 +169,7 @@ def damage(repository: Path, name: str) -> None:
     (repository / name).write_bytes(data)
 
 
-class System:
+class DemoSystem:
     """``splitserve up`` in the background."""
 
     def __init__(self, http_port: int, grpc_port: int) -> None:
@@ -203,7 +203,7 @@ class System:
 
 
 @contextmanager
-def running(repository: Path) -> Iterator[System]:
+def running(repository: Path) -> Iterator[DemoSystem]:
     """A system that serves the repository and keeps all versions at hand; its log is beside the repository."""
     http_port, grpc_port = free_ports(2)
     options = ["--repository", repository, "--http-port", http_port, "--grpc-port", grpc_port]
@@ -216,7 +216,7 @@ def running(repository: Path) -> Iterator[System]:
             stderr=subprocess.STDOUT,
         )
     try:
-        system = System(http_port, grpc_port)
+        system = DemoSystem(http_port, grpc_port)
         wait_for(system.is_ready, f"the system to come up; {log.name} says more")
         yield system
     finally:
@@ -235,7 +235,7 @@ def free_ports(count: int) -> list[int]:
 class Traffic:
     """Callers that ask again and again, and what came of it."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: DemoSystem) -> None:
         self._system = system
         self._lock = threading.Lock()
         self._rents: dict[str, float] = {}
@@ -267,7 +267,7 @@ class Traffic:
 
 
 @contextmanager
-def traffic(system: System, n_callers: int = 2) -> Iterator[Traffic]:
+def traffic(system: DemoSystem, n_callers: int = 2) -> Iterator[Traffic]:
     calls = Traffic(system)
     callers = [threading.Thread(target=calls.run) for _ in range(n_callers)]
     for caller in callers:

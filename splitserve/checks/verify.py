@@ -24,7 +24,7 @@ from splitserve.tensors import Tensor
 from splitserve.versions import Pair, parse_pair
 
 
-class Server(Protocol):
+class ServerUnderTest(Protocol):
     """What is verified: a client of it, over whatever transport."""
 
     def infer(self, model: str, inputs: Mapping[str, Any], *, version: str = "") -> Mapping[str, Array]:
@@ -124,7 +124,7 @@ def _postprocessed(
     return Promise(rows, outputs, tolerances, is_recorded)
 
 
-def pairs_of(source: BundleSource, server: Server, model: str) -> list[Pair]:
+def pairs_of(source: BundleSource, server: ServerUnderTest, model: str) -> list[Pair]:
     """The pairs of a model to verify: those that the system has ready, and those that the route names, ascending.
 
     Raises:
@@ -138,7 +138,7 @@ def pairs_of(source: BundleSource, server: Server, model: str) -> list[Pair]:
     raise Unavailable(f'model "{model}" has no pair that is ready')
 
 
-def verify(source: BundleSource, server: Server, model: str, pair: Pair) -> Outcome:
+def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair) -> Outcome:
     """Send the golden rows of a pair, as one request, and compare what comes back with its promise."""
     outcome = Outcome(model, str(pair))
     try:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from splitserve.checks.verify import Outcome, Server, pairs_of, verify
+from splitserve.checks.verify import Outcome, ServerUnderTest, pairs_of, verify
 from splitserve.cli.connection import client
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
@@ -37,7 +37,7 @@ def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s:
     return int(any(outcome.problem for outcome in outcomes))
 
 
-def _verify(source: BundleSource, server: Server, model: str, version: str) -> list[Outcome]:
+def _verify(source: BundleSource, server: ServerUnderTest, model: str, version: str) -> list[Outcome]:
     try:
         pair = parse_pair(model, version)
         pairs = [pair] if pair else pairs_of(source, server, model)

@@ -14,7 +14,7 @@ import msgspec
 
 from splitserve.repository.manifest import Kind
 
-Release = tuple[int, ...]
+VersionNumbers = tuple[int, ...]
 
 _NUMBERS = re.compile(r"\d+(\.\d+)*")
 
@@ -27,20 +27,20 @@ class Rule(msgspec.Struct, frozen=True):
     """
 
     package: str
-    fits: Callable[[Release, Release], bool]
+    fits: Callable[[VersionNumbers, VersionNumbers], bool]
     is_required: bool
     meaning: str
 
 
-def _same_major(made: Release, here: Release) -> bool:
+def _same_major(made: VersionNumbers, here: VersionNumbers) -> bool:
     return made[:1] == here[:1]
 
 
-def _same_minor(made: Release, here: Release) -> bool:
+def _same_minor(made: VersionNumbers, here: VersionNumbers) -> bool:
     return made[:2] == here[:2]
 
 
-def _not_older_minor(made: Release, here: Release) -> bool:
+def _not_older_minor(made: VersionNumbers, here: VersionNumbers) -> bool:
     return made[:2] <= here[:2]
 
 
@@ -99,12 +99,12 @@ def mismatches(kind: Kind, made_with: Mapping[str, str], here: Mapping[str, str]
         made, have = made_with.get(rule.package, ""), here.get(rule.package, "")
         if not made and rule.package != "scikit-learn":
             continue
-        if not made or not have or not rule.fits(_release(made), _release(have)):
+        if not made or not have or not rule.fits(_numbers(made), _numbers(have)):
             found.append(Mismatch(rule.package, made or "(unknown)", have, rule.is_required, rule.meaning))
     return found
 
 
-def _release(text: str) -> Release:
+def _numbers(text: str) -> VersionNumbers:
     """The numbers at the beginning of a version: ``"1.9.1rc2"`` -> (1, 9, 1)."""
     match = _NUMBERS.match(text)
     return tuple(int(number) for number in match[0].split(".")) if match else ()

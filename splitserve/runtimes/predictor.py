@@ -52,16 +52,16 @@ Source: onnxruntime_session_options_config_keys.h
 """
 
 
-class Stop:
-    """Ends a run that nobody waits for any more, be it an endless loop: the thread is free again after an operator or two."""
+class RunCanceller:
+    """Cancels a run whose caller is gone, even an endless loop: its thread is free again after an operator or two."""
 
     __slots__ = ("options",)
 
     def __init__(self) -> None:
         self.options = ort.RunOptions()
 
-    def now(self) -> None:
-        """From any thread."""
+    def cancel(self) -> None:
+        """May be called from any thread."""
         self.options.terminate = True
 
 
@@ -106,7 +106,7 @@ class Predictor:
         inputs: Sequence[Tensor],
         wanted: Sequence[str] = (),
         watch: Stopwatch | None = None,
-        stop: Stop | None = None,
+        canceller: RunCanceller | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the model.
 
@@ -114,7 +114,7 @@ class Predictor:
             inputs: as the signature has them, in any order.
             wanted: names of the outputs to compute, in the order to give them; all when empty.
             watch: told when each part is over.
-            stop: ends the run from another thread; what it raises then is for nobody.
+            canceller: ends the run from another thread; the error that the run then raises is to be ignored.
 
         Raises:
             InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
@@ -130,7 +130,7 @@ class Predictor:
             feeds[tensor.name] = _text(tensor) if tensor.datatype == "BYTES" else to_array(tensor)
         watch.end("input")
         try:
-            arrays = self._session.run(names, feeds, stop.options if stop else None)
+            arrays = self._session.run(names, feeds, canceller.options if canceller else None)
         except Exception as error:
             if type(error).__name__ in ("InvalidArgument", "Fail", "RuntimeException"):
                 raise InvalidInput("the model refuses the values of these tensors") from error

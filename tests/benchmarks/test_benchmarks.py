@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from benchmarks import figures, latencies, loads, measuring, open_loop, report, stream_client
-from benchmarks.figures import Outcome
-from benchmarks.latencies import Load
+from benchmarks.figures import Medians
+from benchmarks.latencies import LoadResult
 from benchmarks.measuring import Case, Measurement
 from benchmarks.open_loop import poisson, request_bytes
 from benchmarks.peer_systems import KSERVE
@@ -65,7 +65,7 @@ def test_wrks_result_is_read():
     """The line that wrk.lua prints, whatever wrk prints around it."""
     load = loads.parse_wrk(WRK)
 
-    assert load == Load(n_requests=4000, seconds=2.001, n_failed=3, p50_ms=1.25, p99_ms=4.5, p999_ms=9.0)
+    assert load == LoadResult(n_requests=4000, seconds=2.001, n_failed=3, p50_ms=1.25, p99_ms=4.5, p999_ms=9.0)
     assert load.per_s == pytest.approx(1999.0, abs=0.1)
 
 
@@ -136,7 +136,7 @@ def test_medians_are_of_each_value():
     """A round that was disturbed does not decide; failures of every round count."""
     case = Case("split", "m", "REST JSON", 1)
     rounds = [
-        Measurement(case, Load(n, 1.0, failed, p50, p50, p50), {"proxy": cpu})
+        Measurement(case, LoadResult(n, 1.0, failed, p50, p50, p50), {"proxy": cpu})
         for n, failed, p50, cpu in ((100, 0, 1.0, 50.0), (10, 1, 9.0, 10.0), (90, 0, 2.0, 70.0))
     ]
 
@@ -167,14 +167,16 @@ def test_settings_are_name_and_value():
         parse_settings(["PREPROCESS_RUNTIME"])
 
 
-def outcome(**rates: float) -> Outcome:
+def outcome(**rates: float) -> Medians:
     """An outcome with these requests a second, breast-cancer over REST, 64 at once; names as in `figures` but for spaces."""
     systems = {"split": figures.SPLIT, "kserve": KSERVE}
     medians = [
-        Measurement(Case(systems[name], "breast-cancer", "REST JSON", 64), Load(int(rate), 1.0, 0, 1.0, 2.0, 3.0), {"all": 90.0})
+        Measurement(
+            Case(systems[name], "breast-cancer", "REST JSON", 64), LoadResult(int(rate), 1.0, 0, 1.0, 2.0, 3.0), {"all": 90.0}
+        )
         for name, rate in rates.items()
     ]
-    return Outcome(medians, open_loop=None, tensor_mb_per_s={"tensor": 100.0}, pss_mb=None, cold_start_s=4.0)
+    return Medians(medians, open_loop=None, tensor_mb_per_s={"tensor": 100.0}, pss_mb=None, cold_start_s=4.0)
 
 
 def test_a_figure_is_met_at_its_bound_and_not_beyond():

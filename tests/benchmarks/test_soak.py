@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.processes import BenchmarkError
-from benchmarks.soak import Findings, Sample, judge
+from benchmarks.soak import Sample, SoakResults, judge
 from benchmarks.steady import Reference
 
 SECONDS = 600.0
@@ -59,7 +59,7 @@ def test_one_wrong_answer_fails_a_soak(bad: dict[str, object]) -> None:
         "bad": {"refused with 400": 9, **bad.get("bad", {})},
     }  # type: ignore[dict-item]
 
-    assert Findings(SECONDS, 50, [], [], 100, latencies_ms={}, **found).n_failed == 1  # type: ignore[arg-type]
+    assert SoakResults(SECONDS, 50, [], [], 100, latencies_ms={}, **found).n_failed == 1  # type: ignore[arg-type]
 
 
 class Pipeline:
