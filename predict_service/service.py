@@ -47,7 +47,7 @@ class PredictService:
         self._predictors = predictors
         self._compute = Compute(executor)
         self.statistics = Statistics()
-        self._batcher = Batcher(self._run, limits, statistics=self.statistics, named=_named)
+        self._batcher = Batcher(self._run, limits, statistics=self.statistics, to_caller=_named)
 
     @property
     def is_loaded(self) -> bool:
@@ -71,7 +71,7 @@ class PredictService:
                 if request.outputs:
                     choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
                 request = msgspec.structs.replace(request, version=str(version))
-                return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began=began)
+                return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began_at=began)
             except Exception:
                 self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
                 raise

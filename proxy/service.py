@@ -65,7 +65,7 @@ class ProxyService:
         self._preprocess = preprocess
         self._targets: dict[tuple[str, str], _Target] = {}
         self.statistics = Statistics()
-        self._batcher = Batcher(self._send, limits, n_backends=n_replicas, statistics=self.statistics, named=_named)
+        self._batcher = Batcher(self._send, limits, n_backends=n_replicas, statistics=self.statistics, to_caller=_named)
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._broken_link = STILL_LOADING
@@ -133,7 +133,7 @@ class ProxyService:
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
-            return self._batcher.begin(request, on_answer, is_mergeable=target.is_mergeable, priority=priority, began=began)
+            return self._batcher.begin(request, on_answer, is_mergeable=target.is_mergeable, priority=priority, began_at=began)
         except Exception:
             self.statistics.of(request.model, target.pair).failed(time.monotonic() - began)
             with at_stage(STAGE, model=request.model, pair=target.pair):

@@ -1,1 +1,1 @@
-"""Merges queued requests of one model into calls, and splits the answers."""
+"""Queues requests by model, merges compatible ones into calls, and splits the responses."""

@@ -1,16 +1,17 @@
-"""How many requests may be in a queue and in the calls behind it: as many as are answered without waiting too long.
+"""Admission control: how many requests of one model may be queued and in flight before the next is refused.
 
-The gradient algorithm of Envoy's adaptive concurrency filter and of Netflix' concurrency-limits, on what is measured here: each
-call that ends tells how long the request that had waited longest was in the system, and how many were there when it came.
+The limit adapts so that accepted requests do not wait longer than a setting allows. It is the gradient algorithm of Envoy's
+adaptive concurrency filter and Netflix' concurrency-limits, on two measurements of each completed call: how long its oldest
+request was in the system, and how many requests were there when that one arrived.
 
-    gradient = (time alone + allowed wait) / (wait + call)     between 0.5 and 2
-    limit    = requests found * gradient                       approached by a fifth where that is less
-               requests found * gradient + their root          taken where that is more
+    gradient = (unloaded latency + allowed wait) / (wait + call)     between 0.5 and 2
+    limit    = requests found * gradient                             approached by a fifth, if lower than the limit
+               requests found * gradient + sqrt(requests found)      adopted at once, if higher
 
-The time alone is what a call takes for one request: the least seen, less what other rows in its call cost. The allowed wait is a
-setting, and at least that of a few such calls: waiting for the call under way is how requests are merged. The published forms
-measure the time without load now and then, at a low limit. A limit that is not used is left as it is. Until it has come down,
-what would wait for twice as long as allowed, by the last sample, is refused too.
+The unloaded latency is that of a call for a single request: the least seen, minus the cost of the other rows in that call. The
+allowed wait is a setting, but at least a few such calls: waiting for the call in flight is how requests are merged. The published
+algorithms lower the limit now and then to measure the unloaded latency; this one does not need to. A limit that is not reached
+stays as it is. Until the limit has come down, requests whose estimated wait is more than twice the allowed one are refused too.
 
 Knows no requests and no clock. See docs/decisions/0014-adaptive-admission.md.
 """
@@ -23,33 +24,33 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 FIRST_LIMIT = 256
-"""Requests that may be in the system before anything is known of it."""
+"""The limit before the first measurement."""
 
 LEAST_LIMIT = 16
-"""A stall of a second, when only few are there, says nothing of how many there may be. Where so few really wait too long, what is
-expected of the wait refuses them."""
+"""The limit never falls below this: a stall of one second with few requests says nothing about capacity. Where so few really
+wait too long, the estimated wait refuses them."""
 
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.5, 2.0
 """Source: Envoy, "Adaptive Concurrency"."""
 
 _STEP_DOWN = 0.2
-"""Source: the smoothing of Netflix' Gradient2. One call that was held up by chance costs a tenth of the limit at most."""
+"""Source: the smoothing of Netflix' Gradient2. One call that was delayed by chance costs at most a tenth of the limit."""
 
 _BACK_OFF = 0.9
-"""Source: Netflix' AIMD limit, for calls that were dropped further on."""
+"""Source: Netflix' AIMD limit, for dropped calls."""
 
 CALLS_WORTH_WAITING = 4
-"""Requests may wait as long as so many calls for one of them take, whatever the setting: below, there is little to merge."""
+"""The least allowed wait, in calls for a single request, whatever the setting: below that there is little to merge."""
 
 _FORGET = 1.01
-"""With each sample the least time seen counts for a hundredth more, so that a stage that has become slower is believed."""
+"""Each sample raises the least latency seen by a hundredth, so that a stage that has become slower is recognised."""
 
 
 class AdaptiveLimit:
-    """The limit for one queue.
+    """The limit of one queue.
 
     Args:
-        allowed_wait_s: how long requests may wait for their call; 0: without end, and there is no limit.
+        allowed_wait_s: how long requests may be queued; 0: any time, and there is no limit.
     """
 
     __slots__ = ("_allowed_s", "_allowed_wait_s", "_request_s", "alone_s", "limit")
@@ -59,17 +60,17 @@ class AdaptiveLimit:
         self._allowed_s = math.inf
         self._request_s = 0.0
         self.alone_s = 0.0
-        """What a call for one request takes, as far as is known."""
+        """The unloaded latency: seconds of a call for a single request; 0 before the first measurement."""
         self.limit = float(FIRST_LIMIT) if allowed_wait_s else math.inf
 
     def learn(self, n_found: int, wait_s: float, call_s: float, alone_s: float) -> None:
-        """A request was answered.
+        """Record a completed call, by its oldest request.
 
         Args:
-            n_found: requests in the system when it came, itself included; at least those that its call answered.
-            wait_s: how long it waited for its call.
+            n_found: requests in the system when it arrived, itself included; at least the number of requests in the call.
+            wait_s: how long it was queued.
             call_s: how long the call took.
-            alone_s: how long it would have taken for this request only.
+            alone_s: how long the call would have taken for this request only.
         """
         self.alone_s = min(alone_s, self.alone_s * _FORGET) if self.alone_s else alone_s
         if not self._allowed_wait_s:
@@ -85,47 +86,52 @@ class AdaptiveLimit:
             self.limit = aim
 
     def back_off(self) -> None:
-        """A call was refused further on, or not answered in time."""
+        """Lower the limit: the next stage was overloaded, or did not answer in time."""
         self.limit = max(float(LEAST_LIMIT), self.limit * _BACK_OFF)
 
-    def why_full(self, n_present: int, time_left_s: float) -> str:
-        """Why a request is not taken that finds so many and has so much time; "" if it is."""
+    def refusal_reason(self, n_present: int, time_left_s: float) -> str:
+        """Why a request is refused; "" if it is accepted.
+
+        Args:
+            n_present: requests that are queued and in flight.
+            time_left_s: until its deadline.
+        """
         if n_present >= self.limit:
-            return "more would wait too long"
-        expected_s = n_present * self._request_s  # 0 where they do not queue up
+            return "estimated queue wait exceeds its limit"
+        expected_s = n_present * self._request_s  # 0 unless requests queue up
         if expected_s > 2 * self._allowed_s:
-            return "more would wait too long"
+            return "estimated queue wait exceeds its limit"
         if expected_s > time_left_s:
-            return "its turn would come after its deadline"
+            return "estimated queue wait exceeds the request's deadline"
         return ""
 
 
 HIGHEST_PRIORITY = 1
-"""What requests have that name none, or 0: a caller can only stand back, not push forward."""
+"""The priority of requests that name none, or 0: a caller can lower its priority, not raise it."""
 
 
-class LessUrgent(Generic[T]):
-    """Those that wait and may be sent away for others: by priority, of which 1 is the highest."""
+class Preemptible(Generic[T]):
+    """Queued requests of lower priority, which give way to others when the queue is full. 1 is the highest priority."""
 
     def __init__(self) -> None:
         self._levels: dict[int, dict[T, None]] = {}
 
     def add(self, item: T, priority: int) -> None:
-        """It waits now, behind those of its priority."""
+        """Append it to those of its priority."""
         self._levels.setdefault(priority, {})[item] = None
 
     def remove(self, item: T, priority: int) -> None:
-        """It does not wait any more."""
+        """Remove one that is queued no longer."""
         level = self._levels[priority]
         del level[item]
         if not level:
             del self._levels[priority]
 
-    def least(self, than: int) -> T | None:
-        """The one to send away for a request of priority ``than``: of those with the lowest the one that came last.
+    def lowest(self, *, below: int) -> T | None:
+        """The request to refuse in favour of one of priority ``below``: the newest of the lowest priority.
 
-        None if nobody's priority is lower.
+        None if no queued request has a lower priority than that.
         """
-        if not self._levels or (lowest := max(self._levels)) <= than:
+        if not self._levels or (lowest := max(self._levels)) <= below:
             return None
         return next(reversed(self._levels[lowest]))

@@ -1,19 +1,20 @@
-"""Natural batching: while a call is under way, what arrives meanwhile waits, and goes out as the next call, merged.
+"""Natural batching: while a call is in flight, arriving requests queue, and are sent merged as the next call.
 
-Nobody waits for a timer: a request that finds nothing under way goes out at once. The more arrives, the more is merged, and the
-cost of a call is shared by all in it. Row-major tensors are joined and cut as bytes; there is no numerics here, and no transport.
-Whoever has a request is told of its answer by a callback, or awaits it; a task there is for each call, not for each request.
+No request waits for a timer: one that finds no call in flight is sent at once. The more requests arrive, the more are merged, and
+share the fixed cost of a call. Row-major tensors are joined and split as bytes; there are no numerics here, and no transport.
+A caller receives its answer by a callback, or awaits it; there is an asyncio task for each call, not for each request.
 
-1. A request joins the lane of those that are alike: same model, version, inputs (names, datatypes, inner shapes), wanted outputs
-   and parameters. Lanes of one model and version share what may be under way, in turn.
-2. When less is under way than may be, the lane's callers give one request each, round and round, until the limits of a call are
-   reached: one caller's flood does not keep the others waiting.
-3. A request whose caller has left is gone at once; one whose deadline has passed is dropped here. Neither is sent.
-4. The merged call has the latest deadline of its members; each member still gets its own answer, or `DeadlineExceeded` in time.
-5. If the call fails for its content, each member is tried once more on its own: who sent the bad row fails, the others do not.
-6. As many requests may be here as are answered without waiting too long (`admission`); one more is refused at once, or
-   one of lower priority that waits is, in its place.
-7. If the answer's rows are not the sum of the rows sent, all fail: a caller never sees another's row.
+1. A request joins those that it is compatible with: same model, version, inputs (names, datatypes, inner shapes), requested
+   outputs and parameters. All compatible requests of one model and version share its calls in flight, in turn.
+2. When another call may be sent, callers contribute one request each, round robin, until the limits of a batch are reached: one
+   caller's flood does not delay the others.
+3. A request that its caller cancels leaves the queue at once; one whose deadline has passed fails here. Neither is sent.
+4. A merged call has the latest deadline of its requests; each still gets its own answer, or `DeadlineExceeded` in time.
+5. If a call fails because of its content, each of its requests is sent once more, alone: the caller of the bad row fails, the
+   others do not.
+6. Admission control (`splitserve.batching.admission`) limits what is queued and in flight; one request more is refused at once,
+   or a queued one of lower priority is refused in its place.
+7. If the response does not have as many rows as were sent, all requests fail: a caller never gets another's row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 from splitserve.batching.admission import HIGHEST_PRIORITY
-from splitserve.batching.merging import alike, merge, split
+from splitserve.batching.merging import compatibility_key, merge, split
 from splitserve.batching.pending import OnAnswer, Pending, awaited
 from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
@@ -41,25 +42,40 @@ from splitserve.errors import (
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse
 from splitserve.oip.statistics import Statistics
 
-FOR_ALL = (Cancelled, DeadlineExceeded, NotFound, Overloaded, PermissionDenied, Unauthenticated, Unavailable, Unsupported)
-"""Errors that are no member's doing. Any other one member may have brought upon the others."""
+SHARED_ERRORS = (
+    Cancelled,
+    DeadlineExceeded,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
+"""Errors that no single request of a batch causes. Any other may be one request's, so that each is tried alone."""
 
-_SWEEP_S = 0.005
-"""Deadlines that lie this close together are looked at together."""
+_EXPIRY_INTERVAL_S = 0.005
+"""Deadlines that are no further apart are handled together."""
+
+_MAX_IDLE_QUEUES = 256
+"""Models and versions whose measurements are kept although they have no requests."""
+
+_MAX_ALONE_AT_ONCE = 16
+"""Requests of a failed batch that are tried alone at the same time."""
 
 Send = Callable[[InferRequest], Awaitable[InferResponse]]
 
 
 class Batcher:
-    """Merges requests in front of something that answers them.
+    """Merges requests in front of what answers them.
 
     Args:
         send: answers one request, merged or not.
-        limits: of a model, by its name.
-        n_backends: how many replicas there are to send to.
-        statistics: where requests are counted that end here.
-        named: makes of what `send` raised the error that the caller of a request is told.
-        clock: seconds that never go back, the one that deadlines are on.
+        limits: of all models, or by model name.
+        n_backends: how many replicas ``send`` distributes calls over.
+        statistics: where requests are counted.
+        to_caller: turns what ``send`` raised into the error that the caller of a request gets.
+        clock: monotonic seconds, the same as deadlines are on.
     """
 
     def __init__(
@@ -69,7 +85,7 @@ class Batcher:
         *,
         n_backends: Callable[[], int] = lambda: 1,
         statistics: Statistics | None = None,
-        named: Callable[[InferRequest, Exception], Exception] = lambda _, error: error,
+        to_caller: Callable[[InferRequest, Exception], Exception] = lambda _, error: error,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         fixed = limits if isinstance(limits, BatchLimits) else BatchLimits()
@@ -77,19 +93,20 @@ class Batcher:
         self._limits = limits if callable(limits) else lambda _: fixed
         self._n_backends = n_backends
         self._statistics = statistics or Statistics()
-        self._named = named
+        self._to_caller = to_caller
         self._clock = clock
-        self._groups: dict[tuple[str, str], ModelQueue] = {}
-        self._lanes: dict[Hashable, CompatibleRequests] = {}
-        self._sweep_at = NO_DEADLINE
-        self._sweeping: asyncio.TimerHandle | None = None
+        self._queues: dict[tuple[str, str], ModelQueue] = {}
+        self._compatible: dict[Hashable, CompatibleRequests] = {}
         self._calls: set[BatchCall] = set()
+        self._expiry_at = NO_DEADLINE
+        self._expiry: asyncio.TimerHandle | None = None
+        self._on_cancel = self._cancel  # bound once, not for each request
 
     async def infer(self, request: InferRequest, *, is_mergeable: bool = True, priority: int = HIGHEST_PRIORITY) -> InferResponse:
-        """As `begin`, for whoever awaits the answer.
+        """As `begin`, awaited.
 
         Raises:
-            SplitserveError: what `begin` raises, and what it would tell.
+            SplitserveError: as `begin`, and what its callback would get.
         """
         return await awaited(lambda on_answer: self.begin(request, on_answer, is_mergeable=is_mergeable, priority=priority))
 
@@ -100,255 +117,258 @@ class Batcher:
         *,
         is_mergeable: bool = True,
         priority: int = HIGHEST_PRIORITY,
-        began: float | None = None,
+        began_at: float | None = None,
     ) -> Pending:
-        """Answer a request, merged with others like it if the signature allows that.
+        """Queue a request; it is merged with compatible ones if the signature allows that.
 
         Args:
-            request: checked against the signature, so that what it is merged with does not fail for its form.
-            on_answer: called once, later, with the answer or with an error: `DeadlineExceeded`, or what sending it raised.
-            is_mergeable: whether all inputs and outputs have a leading dimension of rows that are independent of each other.
-            priority: 1 is the highest; where not all can be taken, larger numbers are refused first.
-            began: when work for it began, by the clock here; now if not given.
+            request: already checked against the signature, so that it does not fail others in its batch by its form.
+            on_answer: called once, later, with the response or an error: `DeadlineExceeded`, or what sending raised.
+            is_mergeable: whether all inputs and outputs have a leading dimension of independent rows.
+            priority: 1 is the highest; under overload, larger numbers are refused first.
+            began_at: point on the clock where work for the request began; now by default.
 
         Raises:
-            Overloaded: as many requests as may are here already, or it would not be its turn before its deadline.
-            DeadlineExceeded: its deadline has passed.
+            Overloaded: the queue is full, or the estimated wait exceeds its limit or the request's deadline.
+            DeadlineExceeded: the deadline has passed.
         """
-        lane = self._lane(request, is_mergeable and bool(request.inputs))
-        group = lane.group
+        compatible = self._compatible_with(request, is_mergeable and bool(request.inputs))
+        queue = compatible.queue
         now = self._clock()
         if request.deadline <= now:
-            raise DeadlineExceeded("out of time before the work began")
-        stands_back = None
-        if reason := group.full_reason(request.deadline - now):
-            stands_back = group.less_urgent.least(than=priority)
-            if stands_back is None:
+            raise DeadlineExceeded("deadline exceeded before the work began")
+        preempted = None
+        if reason := queue.refusal_reason(request.deadline - now):
+            preempted = queue.preemptible.lowest(below=priority)
+            if preempted is None:
                 raise Overloaded(reason, model=request.model)
-            self._take_out(stands_back)
-        member = QueuedRequest(request, on_answer, self, lane, now, now if began is None else began, priority)
-        lane.add(member)
-        self._lanes[lane.key] = lane
-        if request.deadline < self._sweep_at:
-            self._sweep_later(request.deadline - now)
-        if not group.is_scheduled:
-            group.is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump, group)
-        if stands_back is not None:
-            self._fail([stands_back], Overloaded("refused for a request of higher priority", model=request.model))
-        return member
+            self._dequeue(preempted)
+        queued = QueuedRequest(
+            request, on_answer, self._on_cancel, compatible, now, now if began_at is None else began_at, priority
+        )
+        compatible.add(queued)
+        self._compatible[compatible.key] = compatible
+        if request.deadline < self._expiry_at:
+            self._schedule_expiry(request.deadline - now)
+        if not queue.is_scheduled:
+            queue.is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._dispatch, queue)
+        if preempted is not None:
+            self._fail([preempted], Overloaded("preempted by a request of higher priority", model=request.model))
+        return queued
 
-    def leave(self, member: QueuedRequest) -> None:
-        """Nobody waits for its answer any more."""
-        if member.on_answer is not None:
-            member.lane.group.counts.failed(self._clock() - member.began)
-            self._end(member)
-            if member.call is not None:
-                member.call.give_up_for_nobody()
+    def _cancel(self, queued: QueuedRequest) -> None:
+        if queued.on_answer is not None:
+            queued.compatible.queue.statistics.failed(self._clock() - queued.began_at)
+            self._finish(queued)
+            if queued.call is not None:
+                queued.call.cancel_if_abandoned()
 
-    def _end(self, member: QueuedRequest) -> OnAnswer | None:
-        """It is here no longer, waiting or under way. Who is to be told, if anyone."""
-        on_answer, member.on_answer = member.on_answer, None
+    def _finish(self, queued: QueuedRequest) -> OnAnswer | None:
+        """Forget a request, queued or in flight. Returns its callback, if that is still to be called."""
+        on_answer, queued.on_answer = queued.on_answer, None
         if on_answer is not None:
-            member.lane.group.members.discard(member)
-            if member.is_waiting:
-                self._take_out(member)
+            queued.compatible.queue.requests.discard(queued)
+            if queued.is_queued:
+                self._dequeue(queued)
         return on_answer
 
-    def _take_out(self, member: QueuedRequest) -> None:
-        member.lane.remove(member)
-        self._drop_if_empty(member.lane)
+    def _dequeue(self, queued: QueuedRequest) -> None:
+        queued.compatible.remove(queued)
+        self._drop_if_empty(queued.compatible)
 
-    def _tell(self, member: QueuedRequest, outcome: InferResponse | Exception) -> None:
-        """Its answer or its error. What goes wrong in telling one keeps none of the others waiting."""
-        on_answer = self._end(member)
+    def _answer(self, queued: QueuedRequest, outcome: InferResponse | Exception) -> None:
+        """Call the callback of a request. An exception in one does not keep the others from their answers."""
+        on_answer = self._finish(queued)
         if on_answer is None:
             return
         try:
             on_answer(outcome)
         except Exception as error:
-            context = {"message": "who was told of an answer failed", "exception": error}
+            context = {"message": "answer callback failed", "exception": error}
             asyncio.get_running_loop().call_exception_handler(context)
 
-    def _fail(self, members: Sequence[QueuedRequest], error: Exception) -> None:
+    def _fail(self, requests: Sequence[QueuedRequest], error: Exception) -> None:
         now = self._clock()
-        for member in members:
-            if member.on_answer is not None:
-                member.lane.group.counts.failed(now - member.began)
-                self._tell(member, self._named(member.request, _copied(error)))
+        for queued in requests:
+            if queued.on_answer is not None:
+                queued.compatible.queue.statistics.failed(now - queued.began_at)
+                self._answer(queued, self._to_caller(queued.request, _copied(error)))
 
-    def load(self, model: str) -> tuple[int, int]:
-        """Requests of a model that wait, and calls for it that are under way."""
-        groups = [group for (name, _), group in self._groups.items() if name == model]
-        return sum(group.n_waiting for group in groups), sum(group.n_in_flight for group in groups)
+    def occupancy(self, model: str) -> tuple[int, int]:
+        """Requests of a model that are queued, and calls for it that are in flight."""
+        queues = [queue for (name, _), queue in self._queues.items() if name == model]
+        return sum(queue.n_queued for queue in queues), sum(queue.n_in_flight for queue in queues)
 
     async def close(self) -> None:
-        """Give up what waits and what is under way."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        while (members := self._members) or self._calls:
-            self._fail(list(members), Unavailable("the service is stopping"))
+        """Fail what is queued and cancel what is in flight. Drain before: callers get `Unavailable`."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+        while (requests := self._requests) or self._calls:
+            self._fail(list(requests), Unavailable("the service is stopping"))
             for call in self._calls:
                 call.task.cancel()
             await asyncio.sleep(0)
 
     @property
-    def _members(self) -> set[QueuedRequest]:
-        return {member for group in self._groups.values() for member in group.members}
+    def _requests(self) -> set[QueuedRequest]:
+        """Those queued and those in flight."""
+        return {queued for queue in self._queues.values() for queued in queue.requests}
 
-    def _lane(self, request: InferRequest, is_mergeable: bool) -> CompatibleRequests:
-        key = alike(request) if is_mergeable else object()
-        lane = self._lanes.get(key)
-        if lane is None:
-            place = (request.model, request.version)
-            group = self._groups.get(place)
-            if group is None:
-                self._forget_idle_groups()
-                group = self._groups[place] = ModelQueue(self._limits(request.model), self._statistics.of(*place))
-            lane = CompatibleRequests(key, group, is_mergeable)
-        return lane
+    def _compatible_with(self, request: InferRequest, is_mergeable: bool) -> CompatibleRequests:
+        key = compatibility_key(request) if is_mergeable else object()
+        compatible = self._compatible.get(key)
+        if compatible is None:
+            name = (request.model, request.version)
+            queue = self._queues.get(name)
+            if queue is None:
+                self._forget_idle_queues()
+                queue = self._queues[name] = ModelQueue(self._limits(request.model), self._statistics.of(*name))
+            compatible = CompatibleRequests(key, queue, is_mergeable)
+        return compatible
 
-    def _forget_idle_groups(self) -> None:
-        if len(self._groups) >= _MAX_GROUPS:
-            self._groups = {place: each for place, each in self._groups.items() if each.lanes or each.n_in_flight}
+    def _forget_idle_queues(self) -> None:
+        if len(self._queues) >= _MAX_IDLE_QUEUES:
+            self._queues = {name: queue for name, queue in self._queues.items() if queue.compatible or queue.n_in_flight}
 
-    def _drop_if_empty(self, lane: CompatibleRequests) -> None:
-        if not lane.n_waiting:
-            lane.group.lanes.pop(lane.key, None)
-            self._lanes.pop(lane.key, None)
+    def _drop_if_empty(self, compatible: CompatibleRequests) -> None:
+        if not compatible.n_queued:
+            compatible.queue.compatible.pop(compatible.key, None)
+            self._compatible.pop(compatible.key, None)
 
-    def _pump(self, group: ModelQueue) -> None:
-        """Send what may be sent now."""
-        group.is_scheduled = False
-        while group.lanes:
+    def _dispatch(self, queue: ModelQueue) -> None:
+        """Send every batch that may be sent now."""
+        queue.is_scheduled = False
+        while queue.compatible:
             now = self._clock()
-            if (free_at := group.free_at(max(1, self._n_backends()), now)) > now:
-                group.wait_until(free_at, now, self._pump)
+            if (free_at := queue.free_at(max(1, self._n_backends()), now)) > now:
+                queue.dispatch_at(free_at, now, self._dispatch)
                 return
-            lane = next((each for each in group.lanes.values() if each.ripe_at() <= now), None)
-            if lane is None:
-                group.wait_until(min(each.ripe_at() for each in group.lanes.values()), now, self._pump)
+            compatible = next((each for each in queue.compatible.values() if each.due_at() <= now), None)
+            if compatible is None:
+                queue.dispatch_at(min(each.due_at() for each in queue.compatible.values()), now, self._dispatch)
                 return
-            load = lane.take(now)
-            group.lanes.move_to_end(lane.key)
-            self._drop_if_empty(lane)
-            self._fail(load.late, DeadlineExceeded("out of time before it was sent"))
-            if load.members:
-                self._start(group, load)
+            batch = compatible.take_batch(now)
+            queue.compatible.move_to_end(compatible.key)
+            self._drop_if_empty(compatible)
+            self._fail(batch.expired, DeadlineExceeded("deadline exceeded before the request was sent"))
+            if batch.requests:
+                self._start_call(queue, batch)
 
-    def _start(self, group: ModelQueue, load: Batch) -> None:
-        patience_s = 0.0 if load.is_full else max(OVERDUE_S, 2 * group.admission.alone_s)
-        call = BatchCall(load.members, overdue_at=self._clock() + patience_s)
-        call.task = asyncio.get_running_loop().create_task(self._call(group, call))
-        call.task.add_done_callback(lambda _: self._ended(group, call))  # also of one that is given up before it began
+    def _start_call(self, queue: ModelQueue, batch: Batch) -> None:
+        blocking_s = 0.0 if batch.is_full else max(OVERDUE_S, 2 * queue.admission.alone_s)
+        call = BatchCall(batch.requests, overdue_at=self._clock() + blocking_s)
+        call.task = asyncio.get_running_loop().create_task(self._run_call(queue, call))
+        call.task.add_done_callback(lambda _: self._call_ended(queue, call))  # runs even if it is cancelled before it began
         self._calls.add(call)
-        group.calls.add(call)
-        for member in load.members:
-            member.call = call
+        queue.calls.add(call)
+        for queued in batch.requests:
+            queued.call = call
 
-    async def _call(self, group: ModelQueue, call: BatchCall) -> None:
+    async def _run_call(self, queue: ModelQueue, call: BatchCall) -> None:
         call.sent_at = self._clock()
-        if not await self._answer(group, call):
+        if not await self._send_call(queue, call):
             return
-        took_s = call.answered_at - call.sent_at  # without the time that it took to tell of it
-        n_rows = sum([member.n_rows for member in call.members])
-        group.cost.learn(n_rows, took_s)
-        first = call.members[0]
-        alone_s = max(took_s - group.cost.row_s * (n_rows - first.n_rows), took_s / len(call.members))
-        group.admission.learn(max(first.n_found, len(call.members)), call.sent_at - first.since, took_s, min(alone_s, took_s))
+        call_s = call.answered_at - call.sent_at  # without the time that the callbacks took
+        n_rows = sum([queued.n_rows for queued in call.requests])
+        queue.cost.learn(n_rows, call_s)
+        first = call.requests[0]
+        alone_s = max(call_s - queue.cost.row_s * (n_rows - first.n_rows), call_s / len(call.requests))
+        queue.admission.learn(
+            max(first.n_found, len(call.requests)), call.sent_at - first.queued_at, call_s, min(alone_s, call_s)
+        )
 
-    def _ended(self, group: ModelQueue, call: BatchCall) -> None:
+    def _call_ended(self, queue: ModelQueue, call: BatchCall) -> None:
         self._calls.discard(call)
-        group.calls.discard(call)
+        queue.calls.discard(call)
         error = None if call.task.cancelled() else call.task.exception()
-        if error is not None:  # a mistake of ours; nobody shall wait for it
-            self._fail(call.members, Internal("internal error"))
-        call.members.clear()  # they know the call: a circle, which only the garbage collector would end
-        self._pump(group)
+        if error is not None:  # a defect of this module; no caller may wait for ever because of it
+            self._fail(call.requests, Internal("internal error"))
+        call.requests.clear()  # breaks a reference cycle, which only the garbage collector would free
+        self._dispatch(queue)
         if error is not None:
             raise error
 
-    async def _answer(self, group: ModelQueue, call: BatchCall) -> bool:
-        """Answer all of its members; whether it took one call that succeeded."""
-        members = call.members
-        if len(members) == 1:
-            return await self._answer_alone(group, call, members[0])
+    async def _send_call(self, queue: ModelQueue, call: BatchCall) -> bool:
+        """Answer all requests of a call. True if one call answered them all."""
+        requests = call.requests
+        if len(requests) == 1:
+            return await self._send_alone(queue, call, requests[0])
         try:
-            response = await self._send(merge([member.request for member in members]))
-            parts = split(response, [member.n_rows for member in members])
-        except FOR_ALL as error:
-            group.note(error)
-            self._fail(members, error)
+            response = await self._send(merge([queued.request for queued in requests]))
+            parts = split(response, [queued.n_rows for queued in requests])
+        except SHARED_ERRORS as error:
+            queue.record_failure(error)
+            self._fail(requests, error)
             return False
         except Exception:
-            for start in range(0, len(members), _N_ALONE_AT_ONCE):
-                together = members[start : start + _N_ALONE_AT_ONCE]
-                await asyncio.gather(*[self._answer_alone(group, call, member) for member in together])
+            for start in range(0, len(requests), _MAX_ALONE_AT_ONCE):
+                some = requests[start : start + _MAX_ALONE_AT_ONCE]
+                await asyncio.gather(*[self._send_alone(queue, call, queued) for queued in some])
             return False
         call.answered_at = self._clock()
-        self._count(group, call, [member for member in members if member.on_answer is not None])
-        for member, outputs in zip(members, parts, strict=True):
-            if member.on_answer is not None:
-                answer = InferResponse(response.model, response.version, outputs, member.request.id, response.parameters)
-                self._tell(member, answer)
+        self._record_success(queue, call, [queued for queued in requests if queued.on_answer is not None])
+        for queued, outputs in zip(requests, parts, strict=True):
+            if queued.on_answer is not None:
+                answer = InferResponse(response.model, response.version, outputs, queued.request.id, response.parameters)
+                self._answer(queued, answer)
         return True
 
-    async def _answer_alone(self, group: ModelQueue, call: BatchCall, member: QueuedRequest) -> bool:
-        if member.on_answer is None:
+    async def _send_alone(self, queue: ModelQueue, call: BatchCall, queued: QueuedRequest) -> bool:
+        if queued.on_answer is None:
             return False
         try:
-            response = await self._send(member.request)
-            if member.lane.is_mergeable:
-                split(response, [member.n_rows])
+            response = await self._send(queued.request)
+            if queued.compatible.is_mergeable:
+                split(response, [queued.n_rows])
         except Exception as error:
-            group.note(error)
-            self._fail([member], error)
+            queue.record_failure(error)
+            self._fail([queued], error)
             return False
         call.answered_at = self._clock()
-        if member.on_answer is not None:
-            self._count(group, call, [member])
-            self._tell(member, response)
+        if queued.on_answer is not None:
+            self._record_success(queue, call, [queued])
+            self._answer(queued, response)
         return True
 
-    def _count(self, group: ModelQueue, call: BatchCall, members: Sequence[QueuedRequest]) -> None:
-        """Those that are answered by it now."""
-        if not members:
+    def _record_success(self, queue: ModelQueue, call: BatchCall, requests: Sequence[QueuedRequest]) -> None:
+        if not requests:
             return
         now = call.answered_at
-        group.counts.succeeded(
-            len(members),
-            n_rows=sum([member.n_rows for member in members]) if len(members) > 1 else members[0].request.n_rows,
-            total_ns=_ns(sum([now - member.began for member in members])),
+        queue.statistics.succeeded(
+            len(requests),
+            n_rows=sum([queued.n_rows for queued in requests]) if len(requests) > 1 else requests[0].request.n_rows,
+            total_ns=_ns(sum([now - queued.began_at for queued in requests])),
             parts={
-                "input": _ns(sum([member.since - member.began for member in members])),
-                "queue": _ns(sum([call.sent_at - member.since for member in members])),
-                "infer": _ns(len(members) * (now - call.sent_at)),
+                "input": _ns(sum([queued.queued_at - queued.began_at for queued in requests])),
+                "queue": _ns(sum([call.sent_at - queued.queued_at for queued in requests])),
+                "infer": _ns(len(requests) * (now - call.sent_at)),
                 "output": 0,
             },
         )
 
-    def _sweep_later(self, delay_s: float) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-        delay_s = max(delay_s, _SWEEP_S)
-        self._sweep_at = self._clock() + delay_s
-        self._sweeping = asyncio.get_running_loop().call_later(delay_s, self._sweep)
+    def _schedule_expiry(self, delay_s: float) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        delay_s = max(delay_s, _EXPIRY_INTERVAL_S)
+        self._expiry_at = self._clock() + delay_s
+        self._expiry = asyncio.get_running_loop().call_later(delay_s, self._expire)
 
-    def _sweep(self) -> None:
-        """Fail everybody whose time is over, waiting or under way; come back for the next."""
-        self._sweep_at, self._sweeping = NO_DEADLINE, None
+    def _expire(self) -> None:
+        """Fail every request whose deadline has passed, queued or in flight, and schedule the next expiry."""
+        self._expiry_at, self._expiry = NO_DEADLINE, None
         now, next_deadline = self._clock(), NO_DEADLINE
-        late = []
-        for member in self._members:
-            if member.request.deadline <= now:
-                late.append(member)
+        expired = []
+        for queued in self._requests:
+            if queued.request.deadline <= now:
+                expired.append(queued)
             else:
-                next_deadline = min(next_deadline, member.request.deadline)
+                next_deadline = min(next_deadline, queued.request.deadline)
         if next_deadline != NO_DEADLINE:
-            self._sweep_later(next_deadline - now)
-        self._fail(late, DeadlineExceeded("out of time before the answer came"))
+            self._schedule_expiry(next_deadline - now)
+        self._fail(expired, DeadlineExceeded("deadline exceeded before the answer arrived"))
         for call in self._calls:
-            call.give_up_for_nobody()
+            call.cancel_if_abandoned()
 
 
 def _ns(seconds: float) -> int:
@@ -356,16 +376,9 @@ def _ns(seconds: float) -> int:
 
 
 def _copied(error: Exception) -> Exception:
-    """Each caller adds to its error where it happened, so each gets one of its own."""
+    """A copy for each caller, which adds to it where the error happened."""
     if not isinstance(error, SplitserveError):
         return error
     copy = type(error)(error.message, **error.metadata)
     copy.__cause__ = error.__cause__ or error
     return copy
-
-
-_MAX_GROUPS = 256
-"""So many models and versions are remembered though nothing is asked of them: how slow their rows are."""
-
-_N_ALONE_AT_ONCE = 16
-"""Members of a call that failed which are tried on their own side by side."""

@@ -1,4 +1,4 @@
-"""Requests that are alike as one, and its answer cut apart again: row-major bytes are joined and cut, without numerics."""
+"""Compatible requests merged into one, and its response split again: row-major bytes are joined and sliced, without numerics."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.tensors import DATATYPES, Tensor, bytes_offsets
 
 
-def alike(request: InferRequest) -> Hashable:
-    """Requests with the same can be merged."""
+def compatibility_key(request: InferRequest) -> Hashable:
+    """Equal for requests that can be merged: same model, version, inputs but for their rows, outputs and parameters."""
     if len(request.inputs) == 1 and not request.outputs and not request.parameters:  # as most are
         tensor = request.inputs[0]
         return request.model, request.version, tensor.name, tensor.datatype, tensor.shape[1:]
@@ -30,7 +30,11 @@ def _items(parameters: Any) -> Hashable:
 
 
 def merge(requests: Sequence[InferRequest]) -> InferRequest:
-    """One request with the rows of all, in order; they are alike."""
+    """One request with the rows of all, in order, and the latest of their deadlines.
+
+    Args:
+        requests: compatible ones, at least one; each input of shape (rows, ...).
+    """
     first = requests[0]
     inputs = []
     for index, like in enumerate(first.inputs):
@@ -48,21 +52,25 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
 
 
 def split(response: InferResponse, n_rows: Sequence[int]) -> list[tuple[Tensor, ...]]:
-    """The outputs cut into parts of so many rows each.
+    """The outputs of each request, in order.
+
+    Args:
+        response: to the merged request; each output of shape (rows, ...).
+        n_rows: the rows of each request.
 
     Raises:
-        PairMismatch: an output's rows are not the sum of these.
+        PairMismatch: an output does not have as many rows as were sent.
     """
     total = sum(n_rows)
     for tensor in response.outputs:
         if not tensor.shape or tensor.shape[0] != total:
-            raise PairMismatch(f'output "{tensor.name}" has shape {list(tensor.shape)} for {total} rows')
+            raise PairMismatch(f'output "{tensor.name}": expected {total} rows, got shape {list(tensor.shape)}')
     if len(n_rows) == 1:
         return [response.outputs]
-    return list(zip(*[_cut(tensor, n_rows) for tensor in response.outputs], strict=True)) or [()] * len(n_rows)
+    return list(zip(*[_split_rows(tensor, n_rows) for tensor in response.outputs], strict=True)) or [()] * len(n_rows)
 
 
-def _cut(tensor: Tensor, n_rows: Sequence[int]) -> list[Tensor]:
+def _split_rows(tensor: Tensor, n_rows: Sequence[int]) -> list[Tensor]:
     inner, raw = tensor.shape[1:], tensor.raw
     row_elements = 1
     for size in inner:
@@ -74,8 +82,8 @@ def _cut(tensor: Tensor, n_rows: Sequence[int]) -> list[Tensor]:
         row_bytes = row_elements * itemsize
         offsets = [end * row_bytes for end in ends]
     else:
-        every = bytes_offsets(tensor)
-        offsets = [every[end * row_elements] for end in ends]
+        element_offsets = bytes_offsets(tensor)
+        offsets = [element_offsets[end * row_elements] for end in ends]
     return [
         Tensor(tensor.name, tensor.datatype, (count, *inner), raw[start:end])
         for count, (start, end) in zip(n_rows, pairwise(offsets), strict=True)

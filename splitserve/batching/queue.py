@@ -1,6 +1,6 @@
-"""What waits and what is under way for a model: lanes of requests that are alike, served caller by caller, and when one may go.
+"""What is queued and in flight for a model: compatible requests together, callers in turn, and when a batch may be sent.
 
-Keeps the order and the counts; what is sent, and who is told of it, is the business of `splitserve.batching.batcher`.
+Keeps order and counts. Sending batches and answering callers is `splitserve.batching.batcher`'s part.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Protocol
 
 import msgspec
 
-from splitserve.batching.admission import HIGHEST_PRIORITY, AdaptiveLimit, LessUrgent
+from splitserve.batching.admission import HIGHEST_PRIORITY, AdaptiveLimit, Preemptible
 from splitserve.batching.pending import OnAnswer
 from splitserve.errors import DeadlineExceeded, Overloaded
 from splitserve.oip.messages import NO_DEADLINE, InferRequest
@@ -21,25 +20,26 @@ from splitserve.oip.statistics import ModelStatistics
 MIB = 1024 * 1024
 
 SLOW_ROW_S = 0.002
-"""From here on rows cost so much that merging them saves little, and calls side by side keep all stages busy."""
+"""From this cost of a row on, merging saves little, and concurrent calls keep all stages busy."""
 
 ADAPTIVE_IN_FLIGHT = 8
-"""Calls under way for each backend where rows are slow: enough to keep a few threads at each stage busy."""
+"""Concurrent calls for each backend where rows are slow: enough to keep a few threads of each stage busy."""
 
 OVERDUE_S = 0.1
-"""A call that takes longer than this, and than two usually do, does not keep others from going out: something in it is slow, or
+"""A call that takes longer than this, and than two calls usually do, no longer blocks the next one: something in it is slow, or
 its backend hangs."""
 
 
 class BatchLimits(msgspec.Struct, frozen=True):
-    """Bounds of the calls for one model.
+    """Limits of the batches of one model.
 
-    ``max_batch_size`` rows and ``max_batch_bytes`` bounds what is merged; a request that is larger by itself goes out alone.
-    ``max_queue_size`` requests may wait. ``max_in_flight`` calls may be under way for each backend; 0 adapts it: one where a call
-    costs more than its rows; up to `ADAPTIVE_IN_FLIGHT` where the rows do, and beside calls that are full or take longer than
-    `OVERDUE_S`.
-    ``max_queue_delay_ms`` above 0 lets a request wait so long for others although nothing is under way. ``max_queue_wait_ms`` is
-    how long requests shall wait for their call: how many are taken adapts to it; 0 takes them while there is room in the queue.
+    ``max_batch_size`` rows and ``max_batch_bytes`` limit what is merged; a request that is larger by itself is sent alone.
+    ``max_queue_size`` limits the queued requests.
+    ``max_in_flight`` limits concurrent calls for each backend; 0 adapts: one where a call costs more than its rows; up to
+    `ADAPTIVE_IN_FLIGHT` where the rows cost more, and beside calls that are full or take longer than `OVERDUE_S`.
+    ``max_queue_delay_ms`` above 0 keeps a request queued for so long, for others to join, although no call is in flight.
+    ``max_queue_wait_ms`` is how long requests shall be queued at most: the number of accepted requests adapts to it; 0 accepts
+    requests up to ``max_queue_size``.
     """
 
     max_batch_size: int = 256
@@ -51,52 +51,61 @@ class BatchLimits(msgspec.Struct, frozen=True):
 
 
 class ModelQueue:
-    """The lanes of one model and version, and what is under way for it."""
+    """The requests of one model and version: queued by compatibility, or in flight.
 
-    def __init__(self, limits: BatchLimits, counts: ModelStatistics) -> None:
+    Args:
+        limits: of its batches.
+        statistics: where its requests are counted.
+    """
+
+    def __init__(self, limits: BatchLimits, statistics: ModelStatistics) -> None:
         self.limits = limits
-        self.counts = counts
-        self.lanes: OrderedDict[Hashable, CompatibleRequests] = OrderedDict()
-        self.n_waiting = 0
-        self.members: set[QueuedRequest] = set()
-        """Those that wait and those under way."""
+        self.statistics = statistics
+        self.compatible: OrderedDict[Hashable, CompatibleRequests] = OrderedDict()
+        """Non-empty, in the order in which they get the next call."""
+        self.n_queued = 0
+        self.requests: set[QueuedRequest] = set()
+        """Those queued and those in flight."""
         self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
-        self.less_urgent: LessUrgent[QueuedRequest] = LessUrgent()
+        self.preemptible: Preemptible[QueuedRequest] = Preemptible()
         self.calls: set[BatchCall] = set()
+        """Those in flight."""
         self.cost = RowCost()
         self.is_scheduled = False
+        """Whether the event loop will dispatch from this queue in its next iteration."""
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def n_in_flight(self) -> int:
+        """Calls in flight."""
         return len(self.calls)
 
     def has_slow_rows(self) -> bool:
-        """Whether the rows are what takes time, rather than the call."""
+        """Whether the rows take most of a call's time, rather than its fixed cost."""
         return self.cost.row_s > max(SLOW_ROW_S, self.admission.alone_s / 4)
 
-    def most_rows(self) -> int:
-        """Rows of a merged call. Slow ones are not heaped up until the call is overdue."""
+    def max_rows(self) -> int:
+        """Rows of the next batch at most: ``max_batch_size``, but not so many slow rows that the call is overdue."""
         if not self.has_slow_rows():
             return self.limits.max_batch_size
         return min(self.limits.max_batch_size, max(1, int(OVERDUE_S / self.cost.row_s)))
 
-    def full_reason(self, time_left_s: float) -> str:
-        """Why a request cannot be taken that has so much time; "" when it can."""
-        if self.n_waiting >= self.limits.max_queue_size:
-            return f"{self.n_waiting} requests wait already, which is the limit"
-        n_present = len(self.members)
-        if reason := self.admission.why_full(n_present, time_left_s):
-            return f"{n_present} requests are here already, and {reason}"
+    def refusal_reason(self, time_left_s: float) -> str:
+        """Why a request with so much time until its deadline is refused; "" if it is accepted."""
+        if self.n_queued >= self.limits.max_queue_size:
+            return f"{self.n_queued} requests are queued, the limit is {self.limits.max_queue_size} (max_queue_size)"
+        n_present = len(self.requests)
+        if reason := self.admission.refusal_reason(n_present, time_left_s):
+            return f"{reason}, {n_present} requests are queued or in flight"
         return ""
 
-    def note(self, error: Exception) -> None:
-        """A call failed: was there too much to do further on?"""
+    def record_failure(self, error: Exception) -> None:
+        """Lower the admission limit if a call failed because the next stage is overloaded."""
         if isinstance(error, Overloaded | DeadlineExceeded):
             self.admission.back_off()
 
     def free_at(self, n_backends: int, now: float) -> float:
-        """When another call may go out: 0 for at once, `NO_DEADLINE` for once one has ended."""
+        """When another call may be sent: 0 for at once, `NO_DEADLINE` for not before one has ended."""
         n_in_flight = len(self.calls)
         if self.limits.max_in_flight:
             return 0.0 if n_in_flight < self.limits.max_in_flight * n_backends else NO_DEADLINE
@@ -108,19 +117,19 @@ class ModelQueue:
             return 0.0
         return sorted([call.overdue_at for call in self.calls])[-n_backends]
 
-    def wait_until(self, when: float, now: float, pump: Callable[[ModelQueue], None]) -> None:
-        """Pump again then, unless something does so before."""
+    def dispatch_at(self, when: float, now: float, dispatch: Callable[[ModelQueue], None]) -> None:
+        """Call ``dispatch`` at ``when``; replaces what was set before. `NO_DEADLINE`: the end of a call will do it."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if when != NO_DEADLINE:
-            self._timer = asyncio.get_running_loop().call_later(when - now, pump, self)
+            self._timer = asyncio.get_running_loop().call_later(when - now, dispatch, self)
 
 
 class RowCost:
-    """What one more row adds to the time of a call: the slope of a line through the calls seen, recent ones weighing more.
+    """The seconds that one more row adds to a call: the slope of a regression line over past calls, recent ones weighted more.
 
-    Calls of one size tell nothing of it, and leave what was known.
+    Calls that all have the same number of rows leave the estimate unchanged.
     """
 
     _MEMORY = 0.9
@@ -130,7 +139,7 @@ class RowCost:
         self._weight = self._rows = self._time = self._rows_rows = self._rows_time = 0.0
 
     def learn(self, n_rows: int, seconds: float) -> None:
-        """A call of so many rows took so long."""
+        """Record a call of ``n_rows`` rows."""
         keep = self._MEMORY
         self._weight = self._weight * keep + 1
         self._rows = self._rows * keep + n_rows
@@ -143,190 +152,201 @@ class RowCost:
 
 
 class CompatibleRequests:
-    """Requests that can be merged with each other, by caller."""
+    """Queued requests that can be merged with each other, by caller.
 
-    def __init__(self, key: Hashable, group: ModelQueue, is_mergeable: bool) -> None:
+    Args:
+        key: equal for compatible requests.
+        queue: the one that they are part of.
+        is_mergeable: whether they have rows; otherwise each is sent alone.
+    """
+
+    def __init__(self, key: Hashable, queue: ModelQueue, is_mergeable: bool) -> None:
         self.key = key
-        self.group = group
+        self.queue = queue
         self.is_mergeable = is_mergeable
-        self.n_waiting = 0
+        self.n_queued = 0
         self._n_rows = self._n_bytes = 0
         self._since = 0.0
         self._callers: OrderedDict[Hashable, dict[QueuedRequest, None]] = OrderedDict()
 
-    def add(self, member: QueuedRequest) -> None:
-        if not self.n_waiting:
-            self._since = member.since
-            self.group.lanes[self.key] = self
-        of_caller = self._callers.get(member.request.caller)
+    def add(self, queued: QueuedRequest) -> None:
+        """Append it to the requests of its caller."""
+        if not self.n_queued:
+            self._since = queued.queued_at
+            self.queue.compatible[self.key] = self
+        of_caller = self._callers.get(queued.request.caller)
         if of_caller is None:
-            of_caller = self._callers[member.request.caller] = {}
-        of_caller[member] = None
-        self.n_waiting += 1
-        group = self.group
-        group.n_waiting += 1
-        group.members.add(member)
-        member.n_found = len(group.members)
-        self._n_rows += member.n_rows
-        self._n_bytes += member.n_bytes
-        if member.priority > HIGHEST_PRIORITY:
-            group.less_urgent.add(member, member.priority)
+            of_caller = self._callers[queued.request.caller] = {}
+        of_caller[queued] = None
+        self.n_queued += 1
+        queue = self.queue
+        queue.n_queued += 1
+        queue.requests.add(queued)
+        queued.n_found = len(queue.requests)
+        self._n_rows += queued.n_rows
+        self._n_bytes += queued.n_bytes
+        if queued.priority > HIGHEST_PRIORITY:
+            queue.preemptible.add(queued, queued.priority)
 
-    def remove(self, member: QueuedRequest) -> None:
-        """It does not wait any more: it was taken, or its caller left."""
-        caller = member.request.caller
+    def remove(self, queued: QueuedRequest) -> None:
+        """Remove one that is sent, or that its caller has cancelled."""
+        caller = queued.request.caller
         of_caller = self._callers[caller]
-        del of_caller[member]
+        del of_caller[queued]
         if of_caller:
             self._callers.move_to_end(caller)
         else:
             del self._callers[caller]
-        self._waits_no_more(member)
-        self.n_waiting -= 1
-        self.group.n_waiting -= 1
-        self._n_rows -= member.n_rows
-        self._n_bytes -= member.n_bytes
+        self._mark_removed(queued)
+        self.n_queued -= 1
+        self.queue.n_queued -= 1
+        self._n_rows -= queued.n_rows
+        self._n_bytes -= queued.n_bytes
 
-    def _waits_no_more(self, member: QueuedRequest) -> None:
-        member.is_waiting = False
-        if member.priority > HIGHEST_PRIORITY:
-            self.group.less_urgent.remove(member, member.priority)
+    def _mark_removed(self, queued: QueuedRequest) -> None:
+        queued.is_queued = False
+        if queued.priority > HIGHEST_PRIORITY:
+            self.queue.preemptible.remove(queued, queued.priority)
 
-    def ripe_at(self) -> float:
-        """When it may be sent though others could still join."""
-        limits = self.group.limits
-        if not limits.max_queue_delay_ms or self.group.n_in_flight or self._n_rows >= limits.max_batch_size:
+    def due_at(self) -> float:
+        """When a batch is sent although more requests could join it; 0 for at once."""
+        limits = self.queue.limits
+        if not limits.max_queue_delay_ms or self.queue.n_in_flight or self._n_rows >= limits.max_batch_size:
             return 0.0
         return self._since + limits.max_queue_delay_ms / 1000
 
-    def take(self, now: float) -> Batch:
-        """What goes out with the next call: a request of each caller in turn."""
-        limits = self.group.limits
-        most_rows = self.group.most_rows()
-        if self._n_rows <= most_rows and self._n_bytes <= limits.max_batch_bytes:
+    def take_batch(self, now: float) -> Batch:
+        """Remove and return what the next call sends: a request of each caller in turn, up to the limits."""
+        limits = self.queue.limits
+        max_rows = self.queue.max_rows()
+        if self._n_rows <= max_rows and self._n_bytes <= limits.max_batch_bytes:
             return self._take_all(now)
-        load = Batch([], [], is_full=False)
+        batch = Batch([], [], is_full=False)
         n_rows = n_bytes = 0
         while self._callers:
-            member = next(iter(next(iter(self._callers.values()))))
-            if member.request.deadline <= now:
-                self.remove(member)
-                load.late.append(member)
+            queued = next(iter(next(iter(self._callers.values()))))
+            if queued.request.deadline <= now:
+                self.remove(queued)
+                batch.expired.append(queued)
                 continue
-            n_rows += member.n_rows
-            n_bytes += member.n_bytes
-            if load.members and (n_rows > most_rows or n_bytes > limits.max_batch_bytes):
-                self._since = member.since
+            n_rows += queued.n_rows
+            n_bytes += queued.n_bytes
+            if batch.requests and (n_rows > max_rows or n_bytes > limits.max_batch_bytes):
+                self._since = queued.queued_at
                 break
-            self.remove(member)
-            load.members.append(member)
-        load.is_full = self._is_full(load.members)
-        return load
+            self.remove(queued)
+            batch.requests.append(queued)
+        batch.is_full = self._is_full(batch.requests)
+        return batch
 
     def _take_all(self, now: float) -> Batch:
-        everybody = [member for of_caller in self._callers.values() for member in of_caller]
+        everything = [queued for of_caller in self._callers.values() for queued in of_caller]
         self._callers.clear()
-        self.group.n_waiting -= self.n_waiting
-        self.n_waiting = self._n_rows = self._n_bytes = 0
-        load = Batch([], [], is_full=False)
-        for member in everybody:
-            self._waits_no_more(member)
-            if member.request.deadline > now:
-                load.members.append(member)
+        self.queue.n_queued -= self.n_queued
+        self.n_queued = self._n_rows = self._n_bytes = 0
+        batch = Batch([], [], is_full=False)
+        for queued in everything:
+            self._mark_removed(queued)
+            if queued.request.deadline > now:
+                batch.requests.append(queued)
             else:
-                load.late.append(member)
-        load.is_full = self._is_full(load.members)
-        return load
+                batch.expired.append(queued)
+        batch.is_full = self._is_full(batch.requests)
+        return batch
 
-    def _is_full(self, members: list[QueuedRequest]) -> bool:
-        """Whether another like the last would be too much."""
-        limits, last = self.group.limits, members[-1:]
-        n_rows = sum([member.n_rows for member in members + last])
-        return n_rows > limits.max_batch_size or sum([member.n_bytes for member in members + last]) > limits.max_batch_bytes
+    def _is_full(self, requests: list[QueuedRequest]) -> bool:
+        """Whether another request like the last one would exceed a limit."""
+        limits, last = self.queue.limits, requests[-1:]
+        n_rows = sum([queued.n_rows for queued in requests + last])
+        return n_rows > limits.max_batch_size or sum([queued.n_bytes for queued in requests + last]) > limits.max_batch_bytes
 
 
 class Batch(msgspec.Struct):
-    """Members of a call; those whose time was over before; whether the call has no room for another like its last."""
+    """Requests that one call sends; those whose deadline has passed before; whether another like the last would not fit."""
 
-    members: list[QueuedRequest]
-    late: list[QueuedRequest]
+    requests: list[QueuedRequest]
+    expired: list[QueuedRequest]
     is_full: bool
 
 
 class BatchCall:
-    """A call under way and its members.
+    """A call in flight.
 
     Args:
-        members: those that it was sent for.
-        overdue_at: when it keeps others from going out no longer.
+        requests: those that it was sent for.
+        overdue_at: from when it no longer blocks the next call.
     """
 
-    __slots__ = ("answered_at", "members", "overdue_at", "sent_at", "task")
+    __slots__ = ("answered_at", "overdue_at", "requests", "sent_at", "task")
 
     task: asyncio.Task[None]
 
-    def __init__(self, members: list[QueuedRequest], overdue_at: float) -> None:
-        self.members = members
+    def __init__(self, requests: list[QueuedRequest], overdue_at: float) -> None:
+        self.requests = requests
         self.overdue_at = overdue_at
         self.sent_at = self.answered_at = 0.0
 
-    def give_up_for_nobody(self) -> None:
-        """Cancel it if none of its members is to be told of an answer any more."""
-        if not any(member.on_answer for member in self.members):
+    def cancel_if_abandoned(self) -> None:
+        """Cancel it if no caller waits for its answer any more."""
+        if not any(queued.on_answer for queued in self.requests):
             self.task.cancel()
 
 
-class Keeper(Protocol):
-    """Where a member is until it is over."""
-
-    def leave(self, member: QueuedRequest) -> None:
-        """Nobody waits for its answer any more."""
-        ...
-
-
 class QueuedRequest:
-    """A request, and who is to be told of its answer."""
+    """A request that is queued or in flight, and the callback for its answer. What `Batcher.begin` returns.
+
+    Args:
+        request: what is sent.
+        on_answer: the callback.
+        on_cancel: called with this object when the caller cancels.
+        compatible: where it is queued.
+        queued_at: point on the batcher's clock.
+        began_at: point on the same clock where work for it began, which may be earlier.
+        priority: 1 is the highest.
+    """
 
     __slots__ = (
-        "_keeper",
-        "began",
+        "_on_cancel",
+        "began_at",
         "call",
-        "is_waiting",
-        "lane",
+        "compatible",
+        "is_queued",
         "n_bytes",
         "n_found",
         "n_rows",
         "on_answer",
         "priority",
+        "queued_at",
         "request",
-        "since",
     )
 
     def __init__(
         self,
         request: InferRequest,
         on_answer: OnAnswer,
-        keeper: Keeper,
-        lane: CompatibleRequests,
-        since: float,
-        began: float,
+        on_cancel: Callable[[QueuedRequest], None],
+        compatible: CompatibleRequests,
+        queued_at: float,
+        began_at: float,
         priority: int,
     ) -> None:
         self.request = request
         self.on_answer: OnAnswer | None = on_answer
-        """None once it is over."""
-        self._keeper = keeper
-        self.lane = lane
-        self.since = since
-        self.began = began
+        """None once it has been called, or the caller has cancelled."""
+        self._on_cancel = on_cancel
+        self.compatible = compatible
+        self.queued_at = queued_at
+        self.began_at = began_at
         self.priority = priority
         self.n_found = 0
-        self.is_waiting = True
+        """Requests queued and in flight when it was queued, itself included."""
+        self.is_queued = True
         self.call: BatchCall | None = None
+        """None while it is queued."""
         inputs = request.inputs
-        self.n_rows = inputs[0].shape[0] if lane.is_mergeable else 1
+        self.n_rows = inputs[0].shape[0] if compatible.is_mergeable else 1
         self.n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
 
     def cancel(self) -> None:
-        """Nobody waits for its answer any more."""
-        self._keeper.leave(self)
+        """Abandon it: the callback is not called any more."""
+        self._on_cancel(self)

@@ -49,7 +49,7 @@ def check_time_left(deadline: float) -> None:
     DeadlineExceeded: ``deadline`` has passed, so work for it would be for nobody.
     """
     if remaining_s(deadline) <= 0:
-        raise DeadlineExceeded("out of time before the work began")
+        raise DeadlineExceeded("deadline exceeded before the work began")
 
 
 CONTROL_PARAMETERS = {"unload_dependents"}

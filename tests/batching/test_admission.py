@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.batching.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, LessUrgent
+from splitserve.batching.admission import FIRST_LIMIT, LEAST_LIMIT, AdaptiveLimit, Preemptible
 from splitserve.batching.batcher import Batcher
 from splitserve.batching.queue import BatchLimits
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError
@@ -183,7 +183,7 @@ def test_who_would_be_too_late_is_refused_at_once() -> None:
         load = Load(Stage(0.1), max_batch_size=1, max_in_flight=1)
         flood = asyncio.ensure_future(load.open(9.9, 60))
         await asyncio.sleep(30)
-        waiting, _ = load.batcher.load("m")
+        waiting, _ = load.batcher.occupancy("m")
         assert waiting > 2
         n_refused = len(load.refused)
 
@@ -207,8 +207,8 @@ def test_refusals_further_on_lower_the_limit() -> None:
         load = Load(stage)
         for _ in range(20):
             await load.infer(0)
-        group = next(iter(load.batcher._groups.values()))
-        return group.admission.limit
+        queue = next(iter(load.batcher._queues.values()))
+        return queue.admission.limit
 
     assert run(main()) == pytest.approx(FIRST_LIMIT * 0.9**20)
 
@@ -249,13 +249,13 @@ def test_nobody_is_refused_while_a_less_urgent_one_waits(arrivals: list[tuple[in
             await asyncio.sleep(at)
             error = await load.infer(0, priority=priority)
             if error and "higher priority" not in error.message:
-                waiting = [member.priority for member in load.batcher._members if member.is_waiting]
+                waiting = [queued.priority for queued in load.batcher._requests if queued.is_queued]
                 assert all(other <= priority for other in waiting)
 
         await asyncio.gather(*(infer(*each) for each in arrivals))
 
         assert len(load.answered) + len(load.refused) == len(arrivals)
-        assert load.batcher.load("m") == (0, 0)
+        assert load.batcher.occupancy("m") == (0, 0)
         assert len(stage.rows) == len(load.answered)
 
     run(main())
@@ -313,11 +313,11 @@ def test_one_call_that_was_held_up_costs_little() -> None:
 
 def test_the_least_urgent_is_found() -> None:
     """The lowest priority, and of those who have it the last."""
-    waiting: LessUrgent[str] = LessUrgent()
+    waiting: Preemptible[str] = Preemptible()
     for name, priority in (("a", 2), ("b", 9), ("c", 9)):
         waiting.add(name, priority)
 
-    assert (waiting.least(than=1), waiting.least(than=9)) == ("c", None)
+    assert (waiting.lowest(below=1), waiting.lowest(below=9)) == ("c", None)
     waiting.remove("c", 9)
     waiting.remove("b", 9)
-    assert (waiting.least(than=1), waiting.least(than=2)) == ("a", None)
+    assert (waiting.lowest(below=1), waiting.lowest(below=2)) == ("a", None)

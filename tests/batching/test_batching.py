@@ -221,7 +221,7 @@ def test_a_full_queue_refuses_at_once() -> None:
         waiting = [asyncio.create_task(outcome(batcher.infer(row_request([n])))) for n in range(2)]
         await asyncio.sleep(0)
 
-        with pytest.raises(Overloaded, match="2 requests wait already"):
+        with pytest.raises(Overloaded, match="2 requests are queued, the limit is 2"):
             await batcher.infer(row_request([9]))
 
         assert asyncio.get_running_loop().time() == 0
@@ -270,7 +270,7 @@ def test_a_call_that_nobody_waits_for_is_given_up() -> None:
     run(main())
 
 
-def test_each_member_is_answered_by_its_own_deadline() -> None:
+def test_each_request_is_answered_by_its_own_deadline() -> None:
     """The merged call has the latest deadline; who has less time is told when that is over, the others get their answer."""
 
     async def main() -> None:
@@ -327,8 +327,8 @@ def test_a_poisoned_row_fails_its_own_caller_alone() -> None:
     run(main())
 
 
-def test_an_unreachable_backend_is_not_asked_for_each_member() -> None:
-    """What is no member's doing fails all of them at once, each with an error of its own."""
+def test_an_unreachable_backend_is_not_called_for_each_request() -> None:
+    """What no single request causes fails all of them at once, each with an error of its own."""
 
     async def main() -> None:
         def gone(_: int, __: InferResponse) -> InferResponse:
@@ -526,7 +526,7 @@ def test_who_has_left_is_not_told() -> None:
         await asyncio.sleep(0.001)
 
         assert (told, backend.rows(), backend.n_at_once) == ([], [(0, 1)], 0)
-        assert batcher.load("m") == (0, 0)
+        assert batcher.occupancy("m") == (0, 0)
 
     run(main())
 
@@ -549,7 +549,7 @@ def test_who_fails_when_told_keeps_nobody_from_being_told() -> None:
 
         assert [values_of(answer.outputs[0]) for answer in told] == [(4,)]
         assert [str(context["exception"]) for context in heard] == ["a bug"]
-        assert batcher.load("m") == (0, 0)
+        assert batcher.occupancy("m") == (0, 0)
 
     run(main())
 
@@ -574,7 +574,7 @@ def test_who_is_told_may_begin_again() -> None:
                 batcher.begin(row_request([left]), again, priority=priority)
             except Overloaded as error:
                 outcomes.append(error)
-            n_waiting.append(batcher.load("m")[0])
+            n_waiting.append(batcher.occupancy("m")[0])
 
         for priority in (3, 2, 2, 1, 1, 1):
             begin(priority)
@@ -582,7 +582,7 @@ def test_who_is_told_may_begin_again() -> None:
 
         assert max(n_waiting) == 2
         assert len(outcomes) == len(n_waiting)
-        assert batcher.load("m") == (0, 0)
+        assert batcher.occupancy("m") == (0, 0)
 
     run(main())
 
@@ -608,7 +608,7 @@ def test_telling_is_no_part_of_a_call() -> None:
             batcher.begin(row_request([1]), take_long)
         await asyncio.sleep(1)
 
-        assert next(iter(batcher._groups.values())).admission.alone_s == 0.125
+        assert next(iter(batcher._queues.values())).admission.alone_s == 0.125
         assert statistics.of("m", "1.1").inference_stats.compute_infer.ns == 4 * 0.125e9
 
     run(main())
@@ -639,7 +639,7 @@ def test_each_request_is_counted_as_what_it_came_to() -> None:
         statistics = Statistics()
         loop = asyncio.get_running_loop()
         batcher = Batcher(Backend(), BatchLimits(), statistics=statistics, clock=loop.time)
-        pending = [batcher.begin(row_request([n, n]), lambda _: None, began=loop.time() - 0.01) for n in range(3)]
+        pending = [batcher.begin(row_request([n, n]), lambda _: None, began_at=loop.time() - 0.01) for n in range(3)]
         await asyncio.sleep(CALL_S / 2)
         batcher.begin(row_request([1, POISON]), lambda _: None)
         batcher.begin(row_request([1], deadline=loop.time() + CALL_S / 4), lambda _: None)
@@ -736,7 +736,7 @@ def test_every_caller_gets_its_own_rows_or_an_error(arriving: list[Arrival], mis
                     assert loop.time() >= deadline
                 return error
             finally:
-                assert batcher.load("m")[0] <= limits["max_queue_size"]
+                assert batcher.occupancy("m")[0] <= limits["max_queue_size"]
                 if deadline != NO_DEADLINE:
                     assert loop.time() <= max(deadline, started) + 0.02
             assert values_of(answer.outputs[0]) == tuple(2 * value for value in values)
@@ -745,7 +745,7 @@ def test_every_caller_gets_its_own_rows_or_an_error(arriving: list[Arrival], mis
         await asyncio.gather(*(call(index, arrival) for index, arrival in enumerate(arriving)))
 
         await asyncio.sleep(0.001)
-        assert batcher.load("m") == (0, 0)
+        assert batcher.occupancy("m") == (0, 0)
         assert backend.n_at_once == 0
         for index, arrival in enumerate(arriving):
             if arrival.n_rows and not arrival.is_poisoned:

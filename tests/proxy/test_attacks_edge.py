@@ -143,9 +143,9 @@ async def test_names_that_are_made_up_are_not_counted(tmp_path: Path) -> None:
         counted = system.service.statistics._models
         batcher = system.service._batcher
         assert {model for model, _ in counted} == {"echo"}
-        assert set(batcher._groups) == {("echo", "2.1")}
-        assert batcher._lanes == {}
-        assert batcher._members == set()
+        assert set(batcher._queues) == {("echo", "2.1")}
+        assert batcher._compatible == {}
+        assert batcher._requests == set()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ async def full() -> AsyncIterator[tuple[Served, Held, list[asyncio.Task[Any]]]]:
             await asyncio.sleep(0.01)
         calls += [asyncio.create_task(over_rest(system, priority=5)) for _ in range(QUEUE)]
         batcher = system.service._batcher
-        while batcher.load("echo") != (QUEUE, 1):  # noqa: ASYNC110
+        while batcher.occupancy("echo") != (QUEUE, 1):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         yield system, backend, calls
         backend.released.set()
@@ -113,7 +113,7 @@ async def test_the_more_urgent_takes_the_place_of_one_that_waits() -> None:
         refused = done.pop().result()
         backend.released.set()
 
-        assert (refused.status_code, json.loads(refused.content)["error"]) == (429, "refused for a request of higher priority")
+        assert (refused.status_code, json.loads(refused.content)["error"]) == (429, "preempted by a request of higher priority")
         assert (await urgent).status_code == 200
 
 
@@ -125,7 +125,7 @@ async def test_priority_goes_no_further_and_hinders_no_merging() -> None:
         while not backend.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         calls += [asyncio.create_task(over_rest(system, priority=n)) for n in range(4)]
-        while system.service._batcher.load("echo") != (4, 1):  # noqa: ASYNC110
+        while system.service._batcher.occupancy("echo") != (4, 1):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         backend.released.set()
 
