@@ -5,6 +5,7 @@ Its JSON schema is docs/manifest.schema.json, written from these classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -42,6 +43,13 @@ class Tolerance(msgspec.Struct, frozen=True):
 
     rtol: float = 0.0
     atol: float = 0.0
+
+
+BOUNDS: Mapping[str, float] = {"FP64": 1e-12, "FP32": 1e-5, "FP16": 1e-2, "BF16": 1e-2}
+"""Largest tolerance by datatype, relative to the output's scale. Loaders refuse larger ones."""
+
+QUANTISED_BOUND = 1e-2
+"""The bound of a model that computes with quantised (8 bit) integers, whatever the datatype of its outputs."""
 
 
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -1,0 +1,251 @@
+"""Proof that something answers the same for a row whatever else is in the call, and which golden rows hold on other machines.
+
+Works on loaded things through one function, ``run``: tensors (n_rows, …) in, tensors (n_rows, …) out. The bounds are fixed: they
+are never learnt from a difference that was seen, since a difference that is a fault would then excuse itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from splitserve.arrays import Array, from_array, to_array
+from splitserve.publishing.errors import PublishError
+from splitserve.repository.manifest import BOUNDS, Tolerance
+from splitserve.tensors import Tensor
+
+Run = Callable[[tuple[Tensor, ...]], Sequence[Tensor]]
+
+BATCH_SIZES = (1, 2, 7, 64)
+"""Sizes of the calls whose answers are compared."""
+
+N_ULP = 4
+"""A golden row is kept if its answer stays within its tolerance when each number moves by so many units in the last place."""
+
+_N_ALONE = 32
+_MAX_MOVED_ELEMENTS = 20_000_000
+_N_PATTERNS = 8
+
+
+def tolerances_of(outputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> dict[str, Tolerance]:
+    """The tolerance of each floating-point output: its datatype's bound, relative to the output's scale.
+
+    Args:
+        outputs: (n_rows, …) as they came out; the scale is the largest finite magnitude among them.
+        bounds: by datatype.
+    """
+    return {
+        tensor.name: Tolerance(rtol=0.0, atol=bounds[tensor.datatype] * scale_of(to_array(tensor)))
+        for tensor in outputs
+        if tensor.datatype in bounds
+    }
+
+
+def scale_of(array: Array) -> float:
+    """The largest finite magnitude; 1 where there is none, or all are 0."""
+    magnitudes = np.abs(array[np.isfinite(array)].astype(np.float64))
+    return float(magnitudes.max(initial=0.0)) or 1.0
+
+
+def row_wise_complaint(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
+    """Where an answer depends on the other rows of its call, or on chance; "" if it never does.
+
+    Runs the rows all together twice, permuted, repeated, and in calls of `BATCH_SIZES`.
+
+    Args:
+        run: what is examined.
+        inputs: rows (n_rows, …) of each input.
+        bounds: of differences by datatype, relative to the output's scale.
+
+    Raises:
+        SplitserveError: as ``run`` raises it.
+    """
+    arrays = [to_array(tensor) for tensor in inputs]
+    n_rows = len(arrays[0])
+    answer = run(tuple(inputs))
+    names, datatypes, together = zip(*[(tensor.name, tensor.datatype, to_array(tensor)) for tensor in answer], strict=True)
+    for what, rows in _arrangements(n_rows):
+        found = [to_array(tensor) for tensor in run(_taken(inputs, arrays, rows))]
+        for name, datatype, want, have in zip(names, datatypes, together, found, strict=True):
+            if have.shape != (len(rows), *want.shape[1:]):
+                return f'output "{name}" has shape {list(have.shape)} for {len(rows)} rows {what}'
+            row, difference = _worst_row(want[rows], have, scale_of(want) if want.dtype.kind == "f" else 1.0)
+            is_beyond = difference > bounds.get(datatype, 0.0)
+            if is_beyond and not _is_tie(int(rows[row]), datatypes, together, datatype, bounds):
+                return (
+                    f'output "{name}" of row {int(rows[row])} {what} differs by {difference:.2g} of its scale from the '
+                    f"same row in a call of {n_rows}"
+                )
+    return ""
+
+
+def _arrangements(n_rows: int) -> Iterator[tuple[str, Array]]:
+    """What is tried: a description, and which rows in which order."""
+    yield "in the same call, sent again", np.arange(n_rows)
+    yield "in another order", np.random.default_rng(0).permutation(n_rows)
+    yield "repeated", np.repeat(np.arange(min(n_rows, _N_ALONE)), 3)
+    for size in BATCH_SIZES:
+        if size == 1:
+            for row in range(min(n_rows, _N_ALONE)):
+                yield "alone", np.array([row])
+        elif size < n_rows:
+            yield f"in a call of {size}", np.arange(size)
+            yield f"in a call of {size}", np.arange(n_rows - size, n_rows)
+
+
+def _taken(inputs: Sequence[Tensor], arrays: Sequence[Array], rows: Array) -> tuple[Tensor, ...]:
+    return tuple(from_array(tensor.name, array[rows], tensor.datatype) for tensor, array in zip(inputs, arrays, strict=True))
+
+
+def _worst_row(want: Array, have: Array, scale: float) -> tuple[int, float]:
+    """The row that differs most, and by how much, relative to the scale; infinite where values cannot be subtracted."""
+    if want.dtype.kind == "f":
+        wide_want, wide_have = want.astype(np.float64), have.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(wide_want - wide_have) / scale
+        same = (wide_want == wide_have) | (np.isnan(wide_want) & np.isnan(wide_have))
+        difference = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference))
+    else:
+        difference = np.where(want == have, 0.0, np.inf)
+    by_row = difference.reshape(len(difference), -1).max(axis=1, initial=0.0)
+    row = int(np.argmax(by_row))
+    return row, float(by_row[row])
+
+
+def _is_tie(row: int, datatypes: Sequence[str], together: Sequence[Array], datatype: str, bounds: Mapping[str, float]) -> bool:
+    """Whether what differs is a label whose two best scores are closer than rounding can tell apart."""
+    if datatype in bounds:
+        return False
+    for score_type, scores in zip(datatypes, together, strict=True):
+        if score_type in bounds and scores.ndim == 2 and scores.shape[1] > 1:
+            best = np.sort(scores[row].astype(np.float64))[-2:]
+            return bool(best[1] - best[0] <= 2 * bounds[score_type] * scale_of(scores))
+    return False
+
+
+def stable_rows(run: Run, inputs: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> list[int]:
+    """Row numbers whose answer stays within its tolerance when each number of the row moves by `N_ULP` units in the last place.
+
+    exp, log and matrix products differ in the last places between processors; rows at a tie or beside a threshold would refuse a
+    good version on another machine, so they prove equality where it is published and are not kept as golden rows.
+
+    Args:
+        run: what is examined.
+        inputs: rows (n_rows, …).
+        tolerances: of its outputs.
+    """
+    arrays = [to_array(tensor) for tensor in inputs]
+    n_rows = len(arrays[0])
+    want = {tensor.name: to_array(tensor) for tensor in run(tuple(inputs))}
+    is_stable = np.ones(n_rows, dtype=bool)
+    for moved in _moved(inputs, arrays):
+        try:
+            found = run(moved)
+        except Exception:  # a value at the end of its range: try the rows one by one
+            found = _one_by_one(run, moved, n_rows)
+        for tensor in found:
+            is_stable &= _within(want[tensor.name], to_array(tensor), tolerances.get(tensor.name, Tolerance()))
+    return [int(row) for row in np.flatnonzero(is_stable)]
+
+
+def _moved(inputs: Sequence[Tensor], arrays: Sequence[Array]) -> Iterator[tuple[Tensor, ...]]:
+    """The rows with their numbers moved: all at once, then each feature alone or, where that is too much, in patterns."""
+    is_float = [array.dtype.kind == "f" for array in arrays]
+    n_features = sum(int(np.prod(array.shape[1:])) for array, moves in zip(arrays, is_float, strict=True) if moves)
+    if not n_features:
+        return
+    for up in (True, False):
+        yield _apply(inputs, arrays, [np.full(array.shape[1:], 1 if up else -1) for array in arrays], is_float)
+    n_elements = sum(array.size for array in arrays)
+    if n_features * n_elements * 2 <= _MAX_MOVED_ELEMENTS:
+        for number, moves in enumerate(is_float):
+            for place in np.ndindex(arrays[number].shape[1:]) if moves else ():
+                for sign in (1, -1):
+                    signs = [np.zeros(array.shape[1:], dtype=int) for array in arrays]
+                    signs[number][place] = sign
+                    yield _apply(inputs, arrays, signs, is_float)
+    else:
+        random = np.random.default_rng(0)
+        for _ in range(_N_PATTERNS):
+            yield _apply(inputs, arrays, [random.choice([-1, 1], size=array.shape[1:]) for array in arrays], is_float)
+
+
+def _apply(
+    inputs: Sequence[Tensor], arrays: Sequence[Array], signs: Sequence[Any], is_float: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    moved = []
+    for tensor, array, sign, moves in zip(inputs, arrays, signs, is_float, strict=True):
+        if not moves:
+            moved.append(tensor)
+            continue
+        with np.errstate(over="ignore"):
+            changed = array
+            for _ in range(N_ULP):
+                changed = np.where(
+                    sign > 0, np.nextafter(changed, np.inf), np.where(sign < 0, np.nextafter(changed, -np.inf), changed)
+                )
+        moved.append(from_array(tensor.name, np.where(np.isfinite(array), changed, array).astype(array.dtype), tensor.datatype))
+    return tuple(moved)
+
+
+def _one_by_one(run: Run, inputs: Sequence[Tensor], n_rows: int) -> list[Tensor]:
+    """The answers row by row; a row that is refused gets NaN, zero or nothing, so it is not stable."""
+    arrays = [to_array(tensor) for tensor in inputs]
+    parts: list[Sequence[Tensor] | None] = []
+    for row in range(n_rows):
+        try:
+            parts.append(run(_taken(inputs, arrays, np.array([row]))))
+        except Exception:  # this row is refused when it is moved
+            parts.append(None)
+    like = next((part for part in parts if part is not None), None)
+    if like is None:
+        raise PublishError("no golden row can be run with its numbers moved by a few units in the last place")
+    joined = []
+    for number, tensor in enumerate(like):
+        rows = [to_array(part[number]) if part is not None else _impossible(to_array(tensor)) for part in parts]
+        joined.append(from_array(tensor.name, np.concatenate(rows), tensor.datatype))
+    return joined
+
+
+def _impossible(array: Array) -> Array:
+    """An answer that differs from every real one."""
+    if array.dtype.kind == "f":
+        return np.full_like(array, np.inf)
+    return np.full_like(array, b"\0refused\0" if array.dtype.kind == "O" else np.array(-1).astype(array.dtype))
+
+
+def _within(want: Array, have: Array, tolerance: Tolerance) -> Any:
+    """By row, whether all elements are within the tolerance."""
+    if want.dtype.kind == "f":
+        wide_want, wide_have = want.astype(np.float64), have.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(wide_want - wide_have) <= tolerance.atol + tolerance.rtol * np.abs(wide_want)
+        same = near | (wide_want == wide_have) | (np.isnan(wide_want) & np.isnan(wide_have))
+    else:
+        same = want == have
+    return same.reshape(len(same), -1).all(axis=1)
+
+
+def not_finite_complaint(outputs: Sequence[Tensor], expected: Mapping[str, Array]) -> str:
+    """Where an answer is not finite though the pipeline's is, or nothing of it is finite; "" if nowhere.
+
+    Args:
+        outputs: (n_rows, …) as they came out.
+        expected: what the pipeline answers, by output; empty where there is no pipeline to ask.
+    """
+    for tensor in outputs:
+        array = to_array(tensor)
+        if array.dtype.kind != "f" or not array.size:
+            continue
+        is_finite = np.isfinite(array)
+        want = expected.get(tensor.name)
+        if want is not None and (want_array := np.asarray(want)).dtype.kind in "fiub":
+            bad = np.isfinite(want_array.reshape(array.shape)) & ~is_finite
+            if bad.any():
+                row = int(np.argwhere(bad)[0][0])
+                return f'output "{tensor.name}" of row {row} is {array[row]} where the pipeline gives {want_array[row]}'
+        elif not is_finite.any():
+            return f'output "{tensor.name}" is not finite for any row'
+    return ""
