@@ -2,16 +2,16 @@
 #
 #   docker build --target proxy|preprocess|predict .
 #
-# Each holds the packages of its own lock and its own code, and nothing of the other services.
-# More packages, such as those for models in a bucket (docs/loading.md), are named by their locks:
+# Each contains the packages of its own lock and its own code, and nothing of the other services.
+# Further packages, such as those for models in a bucket (docs/loading.md), are added by the name of their lock:
 #
 #   docker build --target predict --build-arg EXTRAS=s3 .
 #
-# Packages come from PyPI. Where another index is wanted, hand in a pip.conf; it stays out of the images:
+# Packages come from PyPI. For another index pass a pip.conf as a secret; it is not part of the images:
 #
 #   docker build --target predict --secret id=pip_conf,src=$HOME/.config/pip/pip.conf .
 #
-# A service gets its models by a mount, or has them inside; then hand in a model repository, and which models of it (all):
+# Models are mounted, or built in from a model repository (all of its models, or those named):
 #
 #   docker build --target predict --build-context models=./models --build-arg MODELS="penguins digits" .
 
@@ -19,26 +19,26 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 ARG EXTRAS=
 
 FROM ${PYTHON_IMAGE} AS build
-# Exactly what the lock says, and wheels only: there is no compiler here.
+# Exactly the locked packages, as wheels: there is no compiler here.
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_DEPS=1 \
     PIP_ONLY_BINARY=:all: \
     PIP_PYTHON=/venv/bin/python \
     PIP_REQUIRE_HASHES=1
-# The final images have the same Python at the same path, so the link to it that this makes holds there.
+# The final images have the same Python at the same path, so the venv's link to it is valid there.
 RUN python -m venv --without-pip /venv
 WORKDIR /app
 
-# Bytecode is made here, by compileall and by pip, since nothing can write it later.
+# Bytecode is compiled here, by compileall and pip: the containers' file systems are read-only.
 FROM build AS code
 COPY splitserve splitserve
 COPY proxy proxy
 COPY preprocess_service preprocess_service
 COPY predict_service predict_service
-# A checkout may be its owner's alone to read; the services run as somebody else.
+# A checkout may be readable by its owner only; the services run as another user.
 RUN chmod -R a+rX . && python -m compileall -q .
 
-# The libraries' own tests would be a fifth of their size.
+# The libraries' own tests are a fifth of their size.
 FROM build AS proxy-venv
 ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
@@ -62,10 +62,10 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,t
     for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
     find /venv -type d -name tests -prune -exec rm -r {} +
 
-# No models, unless a folder is handed in under this name.
+# No models, unless a build context of this name is given.
 FROM scratch AS models
 
-# Each half by itself: an image holds the bundles that its service loads, and the routes. A name that is not there ends the build.
+# Each half separately: an image contains the bundles that its service loads, and the routes. An unknown name fails the build.
 FROM build AS bundles
 ARG MODELS=""
 RUN --mount=from=models,target=/models \
@@ -74,7 +74,7 @@ RUN --mount=from=models,target=/models \
         mkdir "/halves/$half/$model" && \
         { [ ! -d "$model/$half" ] || cp -r "$model/$half" "/halves/$half/$model/"; } && \
         { [ ! -f "$model/route.json" ] || cp "$model/route.json" "/halves/$half/$model/"; } && \
-        [ -d "$model" ] || { echo "there is no model $model in the folder of models" >&2; exit 1; }; \
+        [ -d "$model" ] || { echo "no model $model in the models folder" >&2; exit 1; }; \
     done; done && \
     chmod -R a+rX /halves
 
@@ -82,13 +82,13 @@ FROM ${PYTHON_IMAGE} AS service
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     MODEL_CACHE=/var/cache/splitserve
-# What a volume for fetched models is laid over, and takes its owner from.
+# A volume for fetched models is mounted here and inherits this owner.
 RUN install --directory --owner=10001 --group=10001 --mode=700 /var/cache/splitserve
 WORKDIR /app
 USER 10001:10001
 
-# Health means "takes calls", which is this container's own doing; see splitserve/server/probe.py. Entrypoints are lists, so that
-# python is process 1 and gets SIGTERM.
+# Healthy means "takes calls", which does not depend on other containers; see splitserve/server/probe.py. Entrypoints are lists, so
+# that python receives SIGTERM.
 
 FROM service AS proxy
 COPY --from=proxy-venv /venv /venv

@@ -1,4 +1,4 @@
-# The verbs of this repository. Needs make and CPython 3.11 or newer; brings the rest into .venv.
+# The commands of this repository. Needs make and CPython 3.11 or newer; installs the rest into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,19 +9,20 @@ PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
-	@echo "make test          everything that a contributor must pass, but the container tests"
+	@echo "make demo          publish the demo models into ./models if it is empty or missing"
+	@echo "make test          everything that a change must pass, except the container tests"
 	@echo "make test-compose  the container tests; needs docker"
-	@echo "make test-kserve   our client beside KServe's in one process; fetches kserve once"
-	@echo "make test-imagenet tests of the picture model; fetches torch once"
+	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
+	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make fuzz          atheris on the decoders, SECONDS=60 each"
-	@echo "make test-clients  tests with clients of other makers; fetches each into an environment of its own"
-	@echo "make fix           mend what a tool can mend"
-	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to see that it works"
-	@echo "make bench-peers   measure them beside others, in environments made for those; BENCH=... as above"
+	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
+	@echo "make fix           apply the formatter and the linter's fixes"
+	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to check that it runs"
+	@echo "make bench-peers   compare them with other systems, each in its own environment; BENCH=... as above"
 	@echo "make soak          ten minutes of mixed load: memory, file descriptors, answers; SOAK=\"--seconds 60\""
-	@echo "make imagenet      publish the picture model (fetches torch once)"
-	@echo "make lock          renew the locks in requirements/"
-	@echo "make stubs docs    renew what is generated"
+	@echo "make imagenet      publish the picture model (downloads torch once)"
+	@echo "make lock          update the locks in requirements/"
+	@echo "make stubs docs    regenerate stubs and documents"
 
 $(BIN)/.installed: requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "splitserve needs Python 3.11 or newer, this is " + sys.version.split()[0])'
@@ -37,7 +38,7 @@ up: $(BIN)/.installed demo
 demo: $(BIN)/.installed
 	@if [ -z "$$(ls -A $(MODELS) 2>/dev/null)" ]; then $(BIN)/python -m training.demo --repository $(MODELS); fi
 
-# The exporter needs PyTorch, which nothing else does: it gets an environment of its own, made by pip.
+# Only the exporter needs PyTorch: it has its own environment.
 .venv-imagenet/.installed:
 	$(PYTHON) -m venv .venv-imagenet
 	.venv-imagenet/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 onnxscript==0.7.2 \
@@ -66,7 +67,7 @@ test: $(BIN)/.installed
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/pytest
 
-# Bytes from a stranger into each decoder, for so many seconds each. What is found is kept in tests/fuzz/corpus.
+# Fuzzes each decoder for SECONDS. Findings are kept in tests/fuzz/corpus.
 SECONDS ?= 60
 .venv-fuzz/.installed:
 	$(PYTHON) -m venv .venv-fuzz
