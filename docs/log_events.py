@@ -19,7 +19,7 @@ LOGGERS = ("log", "_log")
 FACTORIES = ("get_logger", "getLogger")
 
 REQUEST_LOG = "splitserve/server/logs.py"
-REQUEST_LINES = ("log_request", "RequestLine")
+REQUEST_LINES = ("log_request",)
 """What writes the line for a request; its first argument is the event."""
 REQUEST_FIELDS = ("model", "version", "status", "duration_ms")
 REQUEST_MEANING = "A request was answered or failed (`LOG_REQUESTS` chooses which are logged)."

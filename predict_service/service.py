@@ -11,11 +11,11 @@ from functools import partial
 import msgspec
 
 from splitserve.batching.batcher import Batcher
-from splitserve.batching.pending import OnAnswer, Pending, awaited
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, check_time_left
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, check_time_left
+from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.runtimes.predictor import Predictor, RunCanceller
 from splitserve.server.compute import Compute
@@ -57,11 +57,6 @@ class PredictService:
         return await awaited(partial(self.begin, request))
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        """As `infer`, without a task for each request: ``on_answer`` is told of the answer, or of the error, later.
-
-        Raises:
-            SplitserveError: the request is refused at once, and ``on_answer`` is not told.
-        """
         began = time.monotonic()
         with at_stage(STAGE, model=request.model):
             check_time_left(request.deadline)

@@ -21,14 +21,16 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    OnAnswer,
 )
+from splitserve.oip.pending import Pending
 from splitserve.versions import UNNAMED, is_number
 
 _STATES = (READY, LOADING, UNAVAILABLE)
 
 
-class Server(InferenceService, Protocol):
-    """What is behind."""
+class OipServer(InferenceService, Protocol):
+    """A server of the protocol, behind a channel."""
 
     async def is_ready(self, model: str, version: str = "") -> bool: ...
 
@@ -41,7 +43,7 @@ class AnyServer:
         models: names of the models to ask for where there is no index.
     """
 
-    def __init__(self, server: Server, *, models: Callable[[], Iterable[str]]) -> None:
+    def __init__(self, server: OipServer, *, models: Callable[[], Iterable[str]]) -> None:
         self._server = server
         self._models = models
 
@@ -49,10 +51,11 @@ class AnyServer:
     def is_loaded(self) -> bool:
         return self._server.is_loaded
 
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        return self._server.begin(_as_sent(request), on_answer)
+
     async def infer(self, request: InferRequest) -> InferResponse:
-        if request.version == str(UNNAMED):
-            request = msgspec.structs.replace(request, version="")
-        return await self._server.infer(request)
+        return await self._server.infer(_as_sent(request))
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         return await self._server.metadata(model, "" if version == str(UNNAMED) else version)
@@ -91,6 +94,10 @@ class AnyServer:
 
     async def unload(self, model: str) -> None:
         await self._server.unload(model)
+
+
+def _as_sent(request: InferRequest) -> InferRequest:
+    return msgspec.structs.replace(request, version="") if request.version == str(UNNAMED) else request
 
 
 def _plain(state: ModelState) -> ModelState:

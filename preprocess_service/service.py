@@ -20,8 +20,10 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    OnAnswer,
     check_time_left,
 )
+from splitserve.oip.pending import Pending, begin_task
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.repository import pairing
 from splitserve.runtimes.preprocessor import Preprocessor
@@ -175,6 +177,9 @@ class PreprocessService:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
             warnings += (f"{other}, allowed by a setting",)
         return Entry(READY, value=AdmittedPair(mine.value, signature, warnings))
+
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        return begin_task(self.infer(request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         with at_stage(STAGE, model=request.model):

@@ -20,9 +20,9 @@ import jwt
 import msgspec
 import structlog
 
-from proxy import guard
-from proxy.guard import NO_CREDENTIALS, NOBODY, Caller
-from splitserve.errors import SplitserveError, Unauthenticated, Unavailable
+from proxy.guard import NO_CREDENTIALS
+from splitserve.errors import Unauthenticated, Unavailable
+from splitserve.server.callers import Caller
 from splitserve.watched import Watched
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
@@ -161,7 +161,7 @@ class _Refetched:
 
 
 class BearerAuthenticator:
-    """Learns who calls from a bearer token, and tells `proxy.guard`. Kept up to date by `refresh`.
+    """An `Authenticator` by bearer tokens. Kept up to date by `refresh`.
 
     Args:
         path: of the authorization file.
@@ -199,26 +199,9 @@ class BearerAuthenticator:
                 path = _beside(self._path, issuer.jwks)
                 self._keys_file = Watched([path], lambda: read_keys(path))
 
-    async def authenticate(self, credentials: Sequence[str], *, is_open: bool) -> None:
-        """See `splitserve.server.callers`."""
-        guard.current.set(NOBODY)
-        try:
-            caller = await self._caller(credentials)
-        except SplitserveError:
-            if not is_open:
-                raise
-            return
-        guard.current.set(caller)
-        structlog.contextvars.bind_contextvars(caller=caller.name)
-
-    async def _caller(self, credentials: Sequence[str]) -> Caller:
-        if not credentials:
-            raise Unauthenticated(NO_CREDENTIALS)
-        scheme, _, token = credentials[0].partition(" ")
-        token = token.strip()
-        if len(credentials) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_LENGTH:
-            raise Unauthenticated(WRONG_CREDENTIALS)
-        digest = hashlib.sha256(token.encode()).digest()
+    def recognise(self, credentials: Sequence[str]) -> Caller | None:
+        """A listed token, or a JWT that was verified within `REMEMBERED_S`. See `splitserve.server.callers`."""
+        digest = _digest(_token(credentials))
         remembered = self._remembered.get(digest)
         if remembered and time.monotonic() < remembered[1]:
             return remembered[0]
@@ -226,7 +209,15 @@ class BearerAuthenticator:
             return listed
         if self._policy.value.jwt is None:
             raise Unauthenticated(WRONG_CREDENTIALS)
-        return await self._signed(self._policy.value.jwt, token, digest)
+        return None
+
+    async def identify(self, credentials: Sequence[str]) -> Caller:
+        """Verify a JWT, for which its issuer's keys may have to be fetched."""
+        token = _token(credentials)
+        issuer = self._policy.value.jwt
+        if issuer is None:
+            raise Unauthenticated(WRONG_CREDENTIALS)
+        return await self._signed(issuer, token, _digest(token))
 
     def _listed(self, digest: bytes) -> Caller | None:
         """All are compared, each in constant time: how long it takes tells nothing of those that are listed."""
@@ -273,6 +264,20 @@ class BearerAuthenticator:
     def _keys(self) -> Keys | None:
         source = self._keys_file or self._keys_url
         return source.value if source else None
+
+
+def _token(credentials: Sequence[str]) -> str:
+    if not credentials:
+        raise Unauthenticated(NO_CREDENTIALS)
+    scheme, _, token = credentials[0].partition(" ")
+    token = token.strip()
+    if len(credentials) > 1 or scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_LENGTH:
+        raise Unauthenticated(WRONG_CREDENTIALS)
+    return token
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _granted(grants: Sequence[Grant], claims: Mapping[str, Any]) -> Caller:

@@ -5,39 +5,18 @@ A verb that is not named here is for operators only.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from splitserve.errors import PermissionDenied, Unauthenticated
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer
+from splitserve.oip.pending import Pending
+from splitserve.server.callers import NOBODY, Caller, current
 from splitserve.versions import Pair
 
 if TYPE_CHECKING:
     from proxy.service import ProxyService
 
 NO_CREDENTIALS = "credentials are needed: Authorization: Bearer TOKEN"
-
-
-class Caller(msgspec.Struct, frozen=True):
-    """Who calls: ``models`` are patterns as of a shell (``penguins-*``); operators load, unload, and see every model."""
-
-    name: str
-    models: tuple[str, ...] = ()
-    is_operator: bool = False
-
-    def may_call(self, model: str) -> bool:
-        """Whether one of the patterns is the model's."""
-        return any(fnmatchcase(model, pattern) for pattern in self.models)
-
-
-NOBODY = Caller("")
-"""A caller without credentials, or with wrong ones."""
-
-current: ContextVar[Caller | None] = ContextVar("caller", default=None)
-"""Who makes the call that this task serves; None outside of calls."""
 
 
 def _known() -> Caller:
@@ -66,6 +45,10 @@ class Guard:
     @property
     def is_loaded(self) -> bool:
         return self._service.is_loaded
+
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        _check_model(request.model)
+        return self._service.begin(request, on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         _check_model(request.model)

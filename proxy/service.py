@@ -11,7 +11,6 @@ import structlog
 
 from splitserve.batching.admission import HIGHEST_PRIORITY
 from splitserve.batching.batcher import Batcher
-from splitserve.batching.pending import OnAnswer, Pending, awaited
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
@@ -24,7 +23,9 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    OnAnswer,
 )
+from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.signature import InputCheck, choose_outputs, is_row_wise
 from splitserve.versions import UNNAMED, Pair, parse_pair
@@ -117,11 +118,6 @@ class ProxyService:
         return await awaited(partial(self.begin, request))
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        """As `infer`, without a task for each request: ``on_answer`` is told of the answer, or of the error, later.
-
-        Raises:
-            SplitserveError: the request is refused at once, and ``on_answer`` is not told.
-        """
         began = time.monotonic()
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
         try:

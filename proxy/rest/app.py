@@ -5,51 +5,49 @@ Knows HTTP; bodies are the business of `splitserve.oip.rest` and `splitserve.oip
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
-import time
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 import msgspec
-import structlog
 
 from proxy.guard import Guard
 from proxy.rest import compression
-from proxy.rest.compression import deflate
+from proxy.rest.inference import (
+    PathParts,
+    RestInference,
+    RestRules,
+    V1Inference,
+    compressed,
+    credentials,
+    may_be_compressed,
+    receive,
+)
 from proxy.rest.openapi import document
 from proxy.service import STAGE, ProxyService
-from splitserve.batching.pending import Pending
 from splitserve.errors import (
-    Internal,
     InvalidInput,
-    Overloaded,
     PermissionDenied,
     SplitserveError,
-    TooLarge,
     Unauthenticated,
     Unavailable,
     Unsupported,
-    at_stage,
 )
-from splitserve.oip import classification, rest, v1
+from splitserve.oip import rest, v1
 from splitserve.oip.limits import RequestLimits, check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     READY,
-    InferRequest,
-    InferResponse,
     ServerMetadata,
     deadline_after,
 )
 from splitserve.oip.model_config import config_of
+from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
-from splitserve.server.logs import RequestLine, log_request
-from splitserve.wire.byte_budget import BudgetExceeded
-from splitserve.wire.http1.messages import JSON, BodyTooLarge, Handled, HttpRequest, HttpResponse, Respond
+from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
 
 RETRY_AFTER_S = 1
 """What clients are told to wait before they retry, over REST and gRPC alike."""
@@ -59,11 +57,6 @@ N_REMEMBERED_PATHS = 512
 
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
-
-_HEADER_LENGTH = b"inference-header-content-length"
-_TIMEOUT = b"request-timeout"
-_LONG_BODY_BYTES = 64 * 1024
-"""Longer answers are compressed beside the event loop."""
 
 
 class Request(msgspec.Struct):
@@ -86,7 +79,6 @@ class Refused(Exception):
 
 Handler = Callable[[Request], Coroutine[Any, Any, HttpResponse]]
 
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
 
@@ -119,22 +111,23 @@ class HttpApp:
         self._service = service
         self._metadata = metadata
         self.max_body_bytes = max_body_bytes
-        self._default_timeout_s = default_timeout_s
-        self._max_timeout_s = max_timeout_s
         self._allow_control = allow_control
-        self._limits = limits or RequestLimits()
-        self._authenticator = authenticator
-        self._log = structlog.get_logger()
+        self._rules = RestRules(
+            service=service,
+            limits=limits or RequestLimits(),
+            authenticator=authenticator,
+            max_body_bytes=max_body_bytes,
+            default_timeout_s=default_timeout_s,
+            max_timeout_s=max_timeout_s,
+            failure=self.failure,
+        )
         self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
-        infer = self._infer
-        self._direct = infer if authenticator is None and isinstance(service, ProxyService) else None
-        """The handler in whose place `_begin` is called where it can be."""
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
-        routes: tuple[tuple[str, dict[str, Handler]], ...] = (
-            (rf"/v2{_MODEL}/infer", {"POST": infer}),
-            (rf"/v1{_MODEL}:predict", {"POST": self._predict}),
+        routes: tuple[tuple[str, dict[str, Handler | type[RestInference]]], ...] = (
+            (rf"/v2{_MODEL}/infer", {"POST": RestInference}),
+            (rf"/v1{_MODEL}:predict", {"POST": V1Inference}),
             (rf"/v1{_MODEL}:explain", {"POST": self._explain}),
             (r"/v2/health/live", {"GET": self._live}),
             (r"/v2/health/ready", {"GET": self._ready}),
@@ -161,50 +154,34 @@ class HttpApp:
         self._route = lru_cache(N_REMEMBERED_PATHS)(self._find_route)
 
     def answer(self, incoming: HttpRequest, respond: Respond) -> Handled:
-        """Begin to answer. An inference that has to wait for nothing else takes no task."""
+        """Begin to answer."""
         try:
             handler, path = self._route(incoming.method, incoming.path)
             encoding = _check_form(incoming)
         except Refused as refused:
             return _refusal(refused)
-        if handler is self._direct and incoming.body.is_complete and not encoding:
-            return self._begin(path, incoming, respond)
+        if isinstance(handler, type):
+            return self._infer(handler, path, incoming, encoding, respond)
         return self._answer(handler, path, incoming, encoding)
 
-    def _begin(self, path: dict[str, str], incoming: HttpRequest, respond: Respond) -> Handled:
-        """As `_infer`, without a task."""
-        began = time.monotonic()
-        model, version = path["model"], path["version"]
+    def _infer(
+        self, kind: type[RestInference], path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond
+    ) -> Handled:
         try:
-            deadline = began + (self._timeout_s(incoming) if _TIMEOUT in incoming.headers else self._default_timeout_s)
-            body = incoming.body.content()
-        except (SplitserveError, BodyTooLarge, BudgetExceeded) as error:
-            return self.failure(error)
-        try:
-            asked = self._asked(model, version, incoming, body, deadline)
-            self._limits.check(asked)
-            if classification.is_wanted(asked):
-                return self._answer(self._infer, path, incoming, "")
-            inference = _Inference(self, incoming, asked, began, respond)
-            inference.pending = self._service.begin(asked, inference.end)
-            return inference
+            inference = kind(self._rules, path, incoming, encoding, respond)
+            inference.begin()
         except Exception as error:
-            log_request("infer", model, version, began, error)
             return self.failure(error)
+        return inference
 
-    async def _answer(self, handler: Handler, path: dict[str, str], incoming: HttpRequest, encoding: str) -> HttpResponse:
+    async def _answer(self, handler: Handler, path: PathParts, incoming: HttpRequest, encoding: str) -> HttpResponse:
         try:
-            deadline = deadline_after(self._timeout_s(incoming))
-            if self._authenticator is not None:
-                given = incoming.header(b"authorization")
-                await self._authenticator.authenticate([given] if given else [], is_open=handler in self._open)
-            body = await incoming.body.read()
-            if encoding and body:
-                body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=self.max_body_bytes)
-                incoming.body.reserve(len(body))
+            deadline = deadline_after(self._rules.timeout_s(incoming))
+            await callers.identify(self._rules.authenticator, credentials(incoming), is_open=handler in self._open)
+            body = await receive(incoming, encoding, self.max_body_bytes)
             response = await handler(Request(path, incoming, body, deadline))
-            if _may_be_compressed(response, incoming):
-                response = await _compressed(response, incoming)
+            if may_be_compressed(response, incoming):
+                response = await compressed(response, incoming)
             return response
         except Exception as error:
             return self.failure(error)
@@ -213,16 +190,9 @@ class HttpApp:
         """Errors become statuses here and nowhere else."""
         if isinstance(error, Refused):
             return _refusal(error)
-        if isinstance(error, BodyTooLarge):
-            error = TooLarge(str(error))
-        elif isinstance(error, BudgetExceeded):
-            error = Overloaded(str(error))
-        named = at_stage(STAGE).named(error)
-        if isinstance(named, Internal):  # the caller does not learn what went wrong inside; the log does
-            self._log.error("internal error", stage=named.stage, exc_info=named)
-        return _error(named)
+        return _error(failures.named(error, STAGE))
 
-    def _find_route(self, method: str, path: str) -> tuple[Handler, dict[str, str]]:
+    def _find_route(self, method: str, path: str) -> tuple[Handler | type[RestInference], dict[str, str]]:
         for pattern, methods in self._routes:
             if match := pattern.fullmatch(path):
                 handler = methods.get("GET" if method == "HEAD" else method)
@@ -232,42 +202,8 @@ class HttpApp:
                 return handler, {name: value or "" for name, value in match.groupdict().items()}
         raise Refused(404, "Not Found")
 
-    def _timeout_s(self, incoming: HttpRequest) -> float:
-        value = incoming.header(_TIMEOUT)
-        if value is None:
-            return self._default_timeout_s
-        if not _SECONDS.fullmatch(value) or not float(value) > 0:
-            raise InvalidInput(f"Request-Timeout: expected a number of seconds, more than 0, got {value[:32]!r}")
-        return min(float(value), self._max_timeout_s)
-
-    async def _infer(self, request: Request) -> HttpResponse:
-        model, version = request.path["model"], request.path["version"]
-        with RequestLine("infer", model, version) as line:
-            asked = self._asked(model, version, request.incoming, request.body, request.deadline)
-            self._limits.check(asked)
-            answer = await classification.infer(self._service, asked)
-            line.version = answer.version
-            return _rendered(answer, asked)
-
-    def _asked(self, model: str, version: str, incoming: HttpRequest, body: bytes, deadline: float) -> InferRequest:
-        header_length = _header_length(incoming) if _HEADER_LENGTH in incoming.headers else None
-        if header_length == 0:
-            pair, metadata = self._service.choose(model, version)
-            return rest.decode_raw_request(body, metadata, str(pair), deadline=deadline)
-        return rest.decode_request(model, version, body, header_length=header_length, deadline=deadline, caller=incoming.peer)
-
-    async def _predict(self, request: Request) -> HttpResponse:
-        model, version = request.path["model"], request.path["version"]
-        with RequestLine("predict", model, version) as line:
-            pair, metadata = self._service.choose(model, version)
-            line.version = str(pair)
-            asked = v1.decode_request(request.body, metadata, str(pair), deadline=request.deadline)
-            self._limits.check(asked.request)
-            answer = await self._service.infer(asked.request)
-            return HttpResponse(200, v1.encode_response(answer, is_columnar=asked.is_columnar))
-
     async def _explain(self, request: Request) -> HttpResponse:
-        raise Unsupported("there is nothing here that explains")
+        raise Unsupported("explanations are not supported")
 
     async def _live(self, request: Request) -> HttpResponse:
         return _json(200, {"live": True})
@@ -348,71 +284,6 @@ class HttpApp:
         return _json(200, {"status": "alive"})
 
 
-class _Inference:
-    """One that no task waits for.
-
-    Args:
-        app: that it is answered for.
-        incoming: the request.
-        asked: what it asks for.
-        began: on the monotonic clock.
-        respond: takes the answer.
-    """
-
-    __slots__ = ("_app", "_asked", "_began", "_incoming", "_respond", "pending")
-
-    pending: Pending
-
-    def __init__(self, app: HttpApp, incoming: HttpRequest, asked: InferRequest, began: float, respond: Respond) -> None:
-        self._app = app
-        self._incoming = incoming
-        self._asked = asked
-        self._began = began
-        self._respond = respond
-
-    def end(self, outcome: InferResponse | Exception) -> None:
-        """It is answered, or failed."""
-        asked = self._asked
-        try:
-            if isinstance(outcome, Exception):
-                raise outcome
-            response = _rendered(outcome, asked)
-        except Exception as error:
-            log_request("infer", asked.model, asked.version, self._began, error)
-            self._respond(self._app.failure(error))
-            return
-        log_request("infer", asked.model, outcome.version, self._began, None)
-        may_be_compressed = _may_be_compressed(response, self._incoming)
-        self._respond(_compressed(response, self._incoming) if may_be_compressed else response)
-
-    def cancel(self) -> None:
-        """The caller left."""
-        self.pending.cancel()
-        log_request("infer", self._asked.model, self._asked.version, self._began, asyncio.CancelledError())
-
-
-def _rendered(answer: InferResponse, asked: InferRequest) -> HttpResponse:
-    body, header_length = rest.encode_response(answer, asked)
-    if header_length is None:
-        return HttpResponse(200, body)
-    return HttpResponse(200, body, "application/octet-stream", ((_HEADER_LENGTH.decode(), str(header_length)),))
-
-
-def _may_be_compressed(response: HttpResponse, incoming: HttpRequest) -> bool:
-    return len(response.body) >= compression.MIN_COMPRESSED_BYTES and b"accept-encoding" in incoming.headers
-
-
-async def _compressed(response: HttpResponse, incoming: HttpRequest) -> HttpResponse:
-    """The answer as the client takes it."""
-    encoding = compression.choose(incoming.header(b"accept-encoding") or "")
-    if not encoding:
-        return response
-    is_long = len(response.body) > _LONG_BODY_BYTES
-    body = await asyncio.to_thread(deflate, response.body, encoding) if is_long else deflate(response.body, encoding)
-    extra = (("content-encoding", encoding), ("vary", "accept-encoding"))
-    return HttpResponse(response.status, body, response.content_type, (*response.headers, *extra))
-
-
 def _check_form(incoming: HttpRequest) -> str:
     """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
 
@@ -431,13 +302,6 @@ def _check_form(incoming: HttpRequest) -> str:
         taken = ", ".join(compression.ENCODINGS)
         raise Refused(415, f"content-encoding {encoding[:32]} is not taken, {taken} are", (("accept-encoding", taken),))
     return encoding
-
-
-def _header_length(incoming: HttpRequest) -> int:
-    value = incoming.headers[_HEADER_LENGTH].decode("latin-1")
-    if not (value.isascii() and value.isdecimal() and len(value) < 12):
-        raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
-    return int(value)
 
 
 def _refusal(refused: Refused) -> HttpResponse:

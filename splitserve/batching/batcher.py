@@ -25,7 +25,6 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 from splitserve.batching.admission import HIGHEST_PRIORITY
 from splitserve.batching.merging import compatibility_key, merge, split
-from splitserve.batching.pending import OnAnswer, Pending, awaited
 from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
     Cancelled,
@@ -39,7 +38,8 @@ from splitserve.errors import (
     Unavailable,
     Unsupported,
 )
-from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, OnAnswer
+from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics
 
 SHARED_ERRORS = (

@@ -12,9 +12,8 @@ from collections.abc import Callable, Hashable
 import msgspec
 
 from splitserve.batching.admission import HIGHEST_PRIORITY, AdaptiveLimit, Preemptible
-from splitserve.batching.pending import OnAnswer
 from splitserve.errors import DeadlineExceeded, Overloaded
-from splitserve.oip.messages import NO_DEADLINE, InferRequest
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, OnAnswer
 from splitserve.oip.statistics import ModelStatistics
 
 MIB = 1024 * 1024

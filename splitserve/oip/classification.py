@@ -12,7 +12,16 @@ from collections.abc import Sequence
 import msgspec
 
 from splitserve.errors import InvalidInput
-from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.oip.messages import (
+    InferenceService,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    OnAnswer,
+    Parameter,
+    RequestedOutput,
+)
+from splitserve.oip.pending import Pending, begin_task
 from splitserve.tensors import DATATYPES, Tensor, encode_bytes, unpack
 
 PARAMETER = "classification"
@@ -25,15 +34,22 @@ def is_wanted(request: InferRequest) -> bool:
     return bool(request.outputs) and any(PARAMETER in output.parameters for output in request.outputs)
 
 
-async def infer(service: InferenceService, request: InferRequest) -> InferResponse:
-    """Infer, and give those outputs as classes that the request wants so. The service sees nothing of it.
+def begin(service: InferenceService, request: InferRequest, on_answer: OnAnswer) -> Pending:
+    """As the service's `begin`, with the outputs as classes that the request wants so. The service sees nothing of it.
+
+    Requests with such outputs take a task, since their labels may have to be asked for.
 
     Raises:
-        InvalidInput: the parameter is no positive number, or the output is not of numbers.
+        SplitserveError: as `InferenceService.begin`. ``on_answer`` receives InvalidInput where the parameter is not a positive
+            integer, or the output is not numeric.
     """
+    if not is_wanted(request):
+        return service.begin(request, on_answer)
+    return begin_task(_infer(service, request), on_answer)
+
+
+async def _infer(service: InferenceService, request: InferRequest) -> InferResponse:
     wanted = {output.name: output.parameters[PARAMETER] for output in request.outputs if PARAMETER in output.parameters}
-    if not wanted:
-        return await service.infer(request)
     response = await service.infer(_without_parameter(request))
     labels = labels_of(await service.metadata(response.model, response.version))
     outputs = tuple(

@@ -1,20 +1,21 @@
 """The Open Inference Protocol as Python objects: its messages and its verbs, free of any transport.
 
 Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
-front of that, or a stub for one of them at the peer of a channel. The faces (gRPC, REST) serve any of them, so a system is
-split or fused by what is put behind what.
+front of that, or a stub for one of them behind a channel. The endpoints (gRPC, REST) serve any of them, so a system is split or
+fused by composition.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Protocol
 
 import msgspec
 
 from splitserve.errors import DeadlineExceeded, InvalidInput
+from splitserve.oip.pending import Pending
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
@@ -26,7 +27,7 @@ _EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_
 
 
 def extensions(*, allow_control: bool) -> tuple[str, ...]:
-    """The extensions of the protocol that every face offers, by the names that clients know.
+    """The extensions of the protocol that every endpoint offers, by the names that clients know.
 
     Args:
         allow_control: models can be loaded and unloaded.
@@ -152,6 +153,10 @@ class ServerMetadata(msgspec.Struct, frozen=True):
     extensions: tuple[str, ...] = ()
 
 
+OnAnswer = Callable[[InferResponse | Exception], None]
+"""Called once with the answer to a request, or with the error in its place."""
+
+
 class InferenceService(Protocol):
     """The verbs of the protocol. Every method may raise a `splitserve.errors.SplitserveError`."""
 
@@ -160,12 +165,26 @@ class InferenceService(Protocol):
         """Whether the first loading is over, whatever came of it: from then on calls are better sent here than held back."""
         ...
 
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        """Begin an inference. The endpoints call this, so that a request that waits needs no task of its own.
+
+        Args:
+            request: its inputs are checked against the signature here.
+            on_answer: called once, after this has returned and unless the request was cancelled.
+
+        Raises:
+            SplitserveError: as `infer`, where the request is refused at once; ``on_answer`` is not called.
+        """
+        ...
+
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Raises:
-        NotFound: no such model or version.
-        Unavailable: it is known, and not ready.
-        InvalidInput: the request does not fit the signature.
-        DeadlineExceeded: the request's deadline passed.
+        """As `begin`, for callers that await the answer.
+
+        Raises:
+            NotFound: no such model or version.
+            Unavailable: it is known, and not ready.
+            InvalidInput: the request does not fit the signature.
+            DeadlineExceeded: the request's deadline passed.
         """
         ...
 

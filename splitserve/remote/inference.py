@@ -25,7 +25,8 @@ from splitserve.errors import (
     from_wire,
 )
 from splitserve.oip import protobuf
-from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, remaining_s
+from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, remaining_s
+from splitserve.oip.pending import Pending, begin_task
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
 from splitserve.remote.replicas import Replica, Replicas
 from splitserve.remote.retry_budget import RetryBudget
@@ -181,6 +182,10 @@ class RemoteInference:
     def n_streams(self) -> int:
         """How many of these have a stream open; the others get unary calls."""
         return sum(replica.keeper.stream is not None for replica in self._replicas.usable())
+
+    def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
+        """As `infer`, in a task."""
+        return begin_task(self.infer(request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Infer with what remains of the request's deadline, less a reserve."""

@@ -1,22 +1,89 @@
-"""What a face asks before it answers: who calls. Faces show credentials here and know nothing of what becomes of them."""
+"""Who calls: what endpoints ask an authenticator, and where the services behind them find the answer."""
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Sequence
+from contextvars import Context, ContextVar
+from fnmatch import fnmatchcase
 from typing import Protocol
+
+import msgspec
+import structlog
+
+from splitserve.errors import SplitserveError
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who calls: ``models`` are shell patterns (``penguins-*``); operators load, unload, and see every model."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    is_operator: bool = False
+
+    def may_call(self, model: str) -> bool:
+        """Whether one of the patterns matches the model's name."""
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
+
+NOBODY = Caller("")
+"""A caller without credentials, or with wrong ones."""
+
+current: ContextVar[Caller | None] = ContextVar("caller", default=None)
+"""Who makes the call that this context serves; None outside of calls and where nobody is asked."""
 
 
 class Authenticator(Protocol):
-    """Learns who calls, for what is behind the face; see `proxy.guard`."""
+    """Tells who calls from the values of a call's ``authorization`` headers."""
 
-    async def authenticate(self, credentials: Sequence[str], *, is_open: bool) -> None:
-        """Called in the task that serves the call, before anything of it is decoded.
-
-        Args:
-            credentials: the values of the call's ``authorization`` headers.
-            is_open: whether anyone may make this call, so that wrong credentials do no harm.
+    def recognise(self, credentials: Sequence[str]) -> Caller | None:
+        """The caller, if that can be said at once; None if it takes `identify`.
 
         Raises:
-            Unauthenticated: there are none that hold, and ``is_open`` is false.
+            Unauthenticated: these credentials cannot be valid.
         """
         ...
+
+    async def identify(self, credentials: Sequence[str]) -> Caller:
+        """The caller where `recognise` returned None, after whatever checks that takes.
+
+        Raises:
+            Unauthenticated: the credentials are not valid.
+            Unavailable: they cannot be checked now.
+        """
+        ...
+
+
+async def identify(authenticator: Authenticator | None, credentials: Sequence[str], *, is_open: bool) -> None:
+    """Make the caller that of the running task, before anything of its call is decoded.
+
+    Args:
+        authenticator: None: nobody is asked.
+        credentials: the values of the call's ``authorization`` headers.
+        is_open: anyone may make this call, so wrong credentials do no harm.
+
+    Raises:
+        Unauthenticated, Unavailable: as `Authenticator.identify`, unless ``is_open``.
+    """
+    if authenticator is None:
+        return
+    current.set(NOBODY)
+    try:
+        caller = authenticator.recognise(credentials) or await authenticator.identify(credentials)
+    except SplitserveError:
+        if not is_open:
+            raise
+        return
+    _enter(caller)
+
+
+def context_of(caller: Caller) -> Context:
+    """A context in which ``caller`` is the `current` one, for what runs in no task of its own."""
+    context = contextvars.copy_context()
+    context.run(_enter, caller)
+    return context
+
+
+def _enter(caller: Caller) -> None:
+    current.set(caller)
+    structlog.contextvars.bind_contextvars(caller=caller.name)

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.catalogue import why_model_not_ready
-from splitserve.errors import DOMAIN, Internal, InvalidInput, Overloaded, PermissionDenied, SplitserveError, Unsupported, at_stage
+from splitserve.errors import DOMAIN, InvalidInput, PermissionDenied, SplitserveError, Unsupported
 from splitserve.oip import protobuf
 from splitserve.oip.limits import RequestLimits, check_model_name
 from splitserve.oip.messages import (
@@ -32,20 +32,17 @@ from splitserve.oip.messages import (
 )
 from splitserve.oip.model_config import config_of
 from splitserve.oip.statistics import Statistics
-from splitserve.server import health, reflection
+from splitserve.server import callers, failures, health, reflection
 from splitserve.server.callers import Authenticator
-from splitserve.server.grpc_inference import GrpcInference, credentials
+from splitserve.server.grpc_inference import GrpcInferences, credentials
 from splitserve.server.infer_stream import InferStreams
+from splitserve.server.inference import InferenceRules
 from splitserve.server.tls import ServerTls, following_ssl_context
-from splitserve.wire.byte_budget import BudgetExceeded, ByteBudget
+from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import Call, Method
 from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer, ServerLimits
 from splitserve.wire.listening import listen
-
-"""Source: gRPC, "Richer error model": a ``google.rpc.Status`` in the trailing metadata."""
-
-"""Source: gRPC proposal A6: how long a client waits before its next attempt."""
 
 HEALTH_INTERVAL_S = 0.2
 
@@ -118,15 +115,9 @@ class GrpcFace:
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._inference = GrpcInference(
-            service,
-            limits=limits or RequestLimits(),
-            deadline=self._deadline,
-            named=self._named,
-            authenticator=authenticator,
-            budget=budget,
-        )
-        self._streams = InferStreams(self._inference.begin_on_stream)
+        rules = InferenceRules(service, limits or RequestLimits(), authenticator)
+        self._inferences = GrpcInferences(rules, deadline=self._deadline, named=self._named, budget=budget)
+        self._streams = InferStreams(self._inferences.begin_on_stream)
         host, _, port = address.rpartition(":")
         socket = listen(host.strip("[]"), int(port), shares_port=shares_port)
         self.port: int = socket.getsockname()[1]
@@ -192,9 +183,8 @@ class GrpcFace:
             "RepositoryModelLoad": self._repository_model_load,
             "RepositoryModelUnload": self._repository_model_unload,
         }
-        infer = self._inference.begin if self._authenticator is None else None
         return {
-            f"/{protobuf.SERVICE}/ModelInfer": Method(begin=infer, unary=self._answering(self._inference.infer, is_open=False)),
+            f"/{protobuf.SERVICE}/ModelInfer": Method(begin=self._inferences.begin),
             f"/{protobuf.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
             **{
                 f"/{protobuf.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
@@ -205,13 +195,13 @@ class GrpcFace:
         }
 
     def _answering(self, answer: Answer, is_open: bool) -> Answer:
-        """The same for callers who have shown who they are, where that is asked for."""
+        """The same after the caller has been identified, where that is asked for."""
         authenticator = self._authenticator
         if authenticator is None:
             return answer
 
         async def serve(data: bytes, call: Call) -> bytes:
-            await authenticator.authenticate(credentials(call), is_open=is_open)
+            await callers.identify(authenticator, credentials(call), is_open=is_open)
             return await answer(data, call)
 
         return serve
@@ -222,13 +212,7 @@ class GrpcFace:
         return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
     def _named(self, error: Exception) -> SplitserveError:
-        """The caller does not learn what went wrong inside; the log does."""
-        if isinstance(error, BudgetExceeded):
-            error = Overloaded(str(error))
-        failure = at_stage(self._stage).named(error)
-        if isinstance(failure, Internal):
-            self._log.error("internal error", stage=failure.stage, exc_info=failure)
-        return failure
+        return failures.named(error, self._stage)
 
     def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
         metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, _rich_status(error)),)

@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from splitserve.batching.pending import Pending
 from splitserve.oip import protobuf
+from splitserve.oip.pending import Pending
 from splitserve.server.workers import own_place
 from splitserve.wire.grpc.call import Call
 from splitserve.wire.grpc.messages import CallError

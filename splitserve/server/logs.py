@@ -1,4 +1,4 @@
-"""Logs: one line an event on standard output, a constant event name and facts as keys; JSON unless a person reads along."""
+"""Logs: one line per event on standard output, a constant event name and facts as keys; JSON unless on a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, ClassVar, Literal
 
 import msgspec
 import structlog
 
 from splitserve.errors import SplitserveError
+from splitserve.server.failures import in_table
 from splitserve.server.workers import own_place
 
 Format = Literal["auto", "json", "text"]
@@ -23,7 +23,7 @@ Requests = Literal["all", "failed"]
 
 def configure(*, level: Level, format: Format, service: str, requests: Requests = "all") -> None:
     """Set up logging for this process. Call it once, first."""
-    RequestLine.logs_all = requests == "all"
+    RequestLog.is_complete = requests == "all"
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
@@ -60,42 +60,24 @@ class _ToStructlog(logging.Handler):
         structlog.get_logger().log(record.levelno, event, logger=record.name, **fields, **exception)
 
 
-class RequestLine:
-    """Writes a line for the request that is handled inside the ``with``, see `log_request`.
+class RequestLog:
+    """Set by `configure`. ``is_complete``: requests that succeed are logged too."""
 
-    Args:
-        event: what was asked for.
-        model: as the caller named it.
-        version: likewise; set ``version`` to the one that was used.
-    """
-
-    logs_all: ClassVar[bool] = True
-
-    def __init__(self, event: str, model: str, version: str) -> None:
-        self._event = event
-        self._model = model
-        self.version = version
-        self._began = time.monotonic()
-
-    def __enter__(self) -> RequestLine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        log_request(self._event, self._model, self.version, self._began, error)
+    is_complete: ClassVar[bool] = True
 
 
 def log_request(event: str, model: str, version: str, began: float, error: BaseException | None) -> None:
-    """One line for a request: model, version, status, time. Never payloads. Of those that succeed only if all are wanted.
+    """Log one line for a request: model, version, status, duration; never payloads. Requests that succeed only if all are wanted.
 
     Args:
-        event: what was asked for.
+        event: the verb, e.g. ``"infer"``.
         model: as the caller named it.
         version: that was used, or as the caller named it.
         began: on the monotonic clock.
-        error: that it failed with, if it did.
+        error: why it failed, if it did; CancelledError: the caller left.
     """
-    is_nothing_wrong = error is None or isinstance(error, asyncio.CancelledError)  # the caller left
-    if is_nothing_wrong and not RequestLine.logs_all:
+    has_failed = not (error is None or isinstance(error, asyncio.CancelledError))
+    if not has_failed and not RequestLog.is_complete:
         return
     structlog.get_logger().info(
         event,
@@ -109,6 +91,7 @@ def log_request(event: str, model: str, version: str, began: float, error: BaseE
 def _status(error: BaseException | None) -> str:
     if error is None:
         return "OK"
-    if isinstance(error, SplitserveError):
-        return error.grpc_code
-    return "CANCELLED" if isinstance(error, asyncio.CancelledError) else "INTERNAL"
+    if not isinstance(error, Exception):
+        return "CANCELLED"
+    known = in_table(error)
+    return known.grpc_code if isinstance(known, SplitserveError) else "INTERNAL"

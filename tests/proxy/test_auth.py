@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import http.server
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -27,7 +28,8 @@ from proxy.settings import ProxySettings
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import Unauthenticated
 from splitserve.oip.protobuf import SERVICE
-from splitserve.server import settings
+from splitserve.server import logs, settings
+from splitserve.server.callers import Caller
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
 
@@ -91,11 +93,18 @@ def rewrite(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+async def caller_of(authenticator: BearerAuthenticator, credentials: str) -> Caller:
+    """Who shows this, however long it takes to say."""
+    return authenticator.recognise([credentials]) or await authenticator.identify([credentials])
+
+
 class Doors:
     """Both faces of a proxy over two models, "open-1" and "secret", and a way to ask the same at either."""
 
-    def __init__(self, faces: Faces, backend: FakeInference, client: httpx.AsyncClient, channel: grpc.aio.Channel) -> None:
-        self.faces, self.backend, self._client, self._channel = faces, backend, client, channel
+    def __init__(
+        self, faces: Faces, service: ProxyService, backend: FakeInference, client: httpx.AsyncClient, channel: grpc.aio.Channel
+    ) -> None:
+        self.faces, self.service, self.backend, self._client, self._channel = faces, service, backend, client, channel
 
     async def rest(self, method: str, path: str, token: str | None = None, **options: Any) -> httpx.Response:
         headers = {**options.pop("headers", {}), **({"authorization": f"Bearer {token}"} if token is not None else {})}
@@ -123,7 +132,7 @@ async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[Doors]:
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False) as client,
         grpc.aio.insecure_channel(f"127.0.0.1:{faces.grpc.port}") as channel,
     ):
-        yield Doors(faces, backend, client, channel)
+        yield Doors(faces, service, backend, client, channel)
 
 
 @pytest.fixture
@@ -310,7 +319,7 @@ async def test_operators_act_through_clients_and_not_through_web_pages(doors: Do
 )
 async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_call: set[str], is_operator: bool) -> None:
     """Every grant whose claims match adds to what the bearer may do."""
-    caller = await BearerAuthenticator(str(auth_file))._caller([f"Bearer {signed(**claims)}"])
+    caller = await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {signed(**claims)}")
 
     assert {model for model in ("open-1", "secret") if caller.may_call(model)} == may_call
     assert caller.is_operator is is_operator
@@ -340,7 +349,7 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
 async def test_a_jwt_that_does_not_hold_is_refused(auth_file: Path, token: str) -> None:
     """Expired, for others, by others, with another algorithm, unsigned, or no JWT."""
     with pytest.raises(Unauthenticated):
-        await BearerAuthenticator(str(auth_file))._caller([f"Bearer {token}"])
+        await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {token}")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +359,7 @@ async def test_other_kinds_of_keys_are_taken(auth_file: Path, key: Any, algorith
     """Elliptic curves and Edwards curves, besides RSA."""
     (auth_file.parent / "keys.json").write_text(key_set(k=key))
 
-    caller = await BearerAuthenticator(str(auth_file))._caller([f"Bearer {signed(key, 'k', algorithm)}"])
+    caller = await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {signed(key, 'k', algorithm)}")
 
     assert caller.name == "team-a"
 
@@ -370,15 +379,15 @@ async def test_a_jwt_is_checked_once_in_a_while(monkeypatch: pytest.MonkeyPatch,
     lasting, expired = f"Bearer {signed()}", f"Bearer {signed(exp=time.time() - 10)}"  # within the leeway, for a moment
 
     for _ in range(3):
-        await authenticator._caller([lasting])
+        await caller_of(authenticator, lasting)
     assert checks == 1
     remembered = next(iter(authenticator._remembered.values()))[1] - time.monotonic()
     assert 0 < remembered <= auth.REMEMBERED_S
     with pytest.raises(Unauthenticated):
-        await authenticator._caller([expired])
+        await caller_of(authenticator, expired)
     rewrite(auth_file, {"jwt": JWT})
     await authenticator.refresh()
-    await authenticator._caller([lasting])
+    await caller_of(authenticator, lasting)
     assert checks == 3
 
 
@@ -440,19 +449,19 @@ def with_url(auth_file: Path, url: str) -> BearerAuthenticator:
 async def test_keys_come_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: Path, key_server: KeyServer) -> None:
     """A key that is not known is looked for there, but not with every token that names one."""
     authenticator = with_url(auth_file, key_server.url)
-    await authenticator._caller([f"Bearer {signed()}"])
+    await caller_of(authenticator, f"Bearer {signed()}")
     for _ in range(5):
         with pytest.raises(Unauthenticated):
-            await authenticator._caller([f"Bearer {signed(OTHER_KEY, '2')}"])
+            await caller_of(authenticator, f"Bearer {signed(OTHER_KEY, '2')}")
     assert key_server.n_asked == 1
 
     key_server.keys = key_set(**{"2": OTHER_KEY})
     later = time.monotonic() + auth.KEYS_RETRY_S + 1
     monkeypatch.setattr(auth.time, "monotonic", lambda: later)
 
-    assert (await authenticator._caller([f"Bearer {signed(OTHER_KEY, '2')}"])).name == "team-a"
+    assert (await caller_of(authenticator, f"Bearer {signed(OTHER_KEY, '2')}")).name == "team-a"
     with pytest.raises(Unauthenticated):  # remembered no longer: its key is gone
-        await authenticator._caller([f"Bearer {signed()}"])
+        await caller_of(authenticator, f"Bearer {signed()}")
     assert key_server.n_asked == 2
 
 
@@ -513,3 +522,52 @@ async def test_neither_tokens_nor_payloads_are_logged(doors: Doors, capsys: pyte
     assert "team" in written
     for private in (USER, secret, "wrong-one", "31337", secret.rpartition(".")[2], hashlib.sha256(USER.encode()).hexdigest()):
         assert private not in written
+
+
+async def test_a_caller_that_is_known_is_served_without_a_task(doors: Doors) -> None:
+    """A listed token, and a JWT that was verified, take the path of requests that nobody is asked for: no task waits for one."""
+    released = asyncio.Event()
+    answer = doors.backend.infer
+
+    async def held(request: Any) -> Any:
+        response = await answer(request)
+        await released.wait()
+        return response
+
+    doors.backend.infer = held  # type: ignore[method-assign]
+    token = signed()
+    url, headers = doors.faces.http.port, [f"Authorization: Bearer {each}" for each in (USER, token)]
+    assert (await doors.rest("GET", "/v2/models", token)).status_code == 200  # verified now
+    body = json.dumps(ROW).encode()
+    before = set(asyncio.all_tasks())
+    connections = []
+    for header in headers * 3:
+        reader, writer = await asyncio.open_connection("127.0.0.1", url)
+        head = f"POST /v2/models/open-1/infer HTTP/1.1\r\nHost: x\r\n{header}\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        connections.append((reader, writer))
+    async with asyncio.timeout(10):
+        while sum(doors.service._batcher.occupancy("open-1")) < len(connections) or not doors.backend.requests:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    n_tasks, (_, n_calls) = len(set(asyncio.all_tasks()) - before), doors.service._batcher.occupancy("open-1")
+    released.set()
+
+    assert n_tasks == n_calls
+    for reader, writer in connections:
+        assert (await reader.readline()).split()[1] == b"200"
+        writer.close()
+
+
+async def test_every_line_of_an_inference_names_its_caller(
+    auth_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of several callers that are merged into one call are each logged with their own, not with who came first."""
+    monkeypatch.setattr(logs.RequestLog, "is_complete", True)
+    async with opened(auth_file) as doors:
+        calls = [doors.grpc("ModelInfer", infer_message("open-1"), token) for token in (USER, BOTH, signed(), USER, BOTH)]
+        answers = await asyncio.gather(*calls)
+
+    assert not [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " infer " in line]
+    assert sorted(re.findall(r"caller=(\S+)", "\n".join(lines))) == ["both", "both", "team", "team", "team-a"]

@@ -1,6 +1,6 @@
-"""What a caller holds of a request that is queued or in flight, and the two ways to receive its answer: a callback or ``await``.
+"""A request in progress, and the two ways to receive its answer: a callback or ``await``.
 
-Knows no queue: anything that takes a callback and can be cancelled fits.
+Knows no queue and no transport: anything that takes a callback and can be cancelled fits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
-from splitserve.oip.messages import InferResponse
-
 T = TypeVar("T")
-
-OnAnswer = Callable[[InferResponse | Exception], None]
-"""Called once with the answer to a request, or with the error in its place."""
 
 
 class Pending(Protocol):
@@ -52,8 +47,12 @@ def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
         answer.set_result(outcome)
 
 
-async def deliver(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> None:
-    """Await ``answer`` and call ``on_answer`` with it, or with its exception."""
+def begin_task(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> Pending:
+    """Await ``answer`` in a task of its own and call ``on_answer`` with it, or with its exception."""
+    return asyncio.get_running_loop().create_task(_deliver(answer, on_answer))
+
+
+async def _deliver(answer: Awaitable[T], on_answer: Callable[[T | Exception], None]) -> None:
     try:
         outcome: T | Exception = await answer
     except Exception as error:

@@ -1,0 +1,187 @@
+"""Inferences over REST, V2 and V1: their bodies, headers and compression on the one path of `splitserve.server.inference`."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from proxy.rest import compression
+from splitserve.errors import InvalidInput
+from splitserve.oip import rest, v1
+from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata, deadline_after
+from splitserve.server.inference import Inference, InferenceRules
+from splitserve.server.logs import log_request
+from splitserve.versions import Pair
+from splitserve.wire.http1.messages import HttpRequest, HttpResponse, Respond
+
+HEADER_LENGTH = b"inference-header-content-length"
+TIMEOUT = b"request-timeout"
+LONG_BODY_BYTES = 64 * 1024
+"""Longer answers are compressed in a thread."""
+
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
+
+
+PathParts = dict[str, str]
+"""The named parts of a request's path."""
+
+
+class PairService(InferenceService, Protocol):
+    """A service that says which pair a request gets."""
+
+    def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
+        """See `proxy.service.ProxyService.choose`."""
+        ...
+
+
+class RestRules(InferenceRules, frozen=True, kw_only=True):
+    """What is the same for every request: ``failure`` renders an error."""
+
+    service: PairService
+    max_body_bytes: int
+    default_timeout_s: float
+    max_timeout_s: float
+    failure: Callable[[Exception], HttpResponse]
+
+    def timeout_s(self, incoming: HttpRequest) -> float:
+        """The seconds that a request may take.
+
+        Raises:
+            InvalidInput: its header is not a positive number.
+        """
+        if TIMEOUT not in incoming.headers:
+            return self.default_timeout_s
+        value = incoming.headers[TIMEOUT].decode("latin-1")
+        if not _SECONDS.fullmatch(value) or not float(value) > 0:
+            raise InvalidInput(f"Request-Timeout: expected a number of seconds, more than 0, got {value[:32]!r}")
+        return min(float(value), self.max_timeout_s)
+
+
+def credentials(incoming: HttpRequest) -> Sequence[str]:
+    """The value of the request's ``Authorization`` header, if it has one."""
+    value = incoming.header(b"authorization")
+    return [value] if value else []
+
+
+async def receive(incoming: HttpRequest, encoding: str, max_bytes: int) -> bytes:
+    """The whole body, decompressed.
+
+    Args:
+        incoming: the request.
+        encoding: of its body; "" for none.
+        max_bytes: of the body, compressed or not.
+
+    Raises:
+        InvalidInput: the body is not of that encoding.
+        TooLarge, Overloaded: it has more bytes than are taken, or than may be held now.
+    """
+    body = await incoming.body.read()
+    if encoding and body:
+        body = await asyncio.to_thread(compression.inflate, body, encoding, max_bytes=max_bytes)
+        incoming.body.reserve(len(body))
+    return body
+
+
+class RestInference(Inference[HttpResponse]):
+    """``POST /v2/models/MODEL[/versions/VERSION]/infer``.
+
+    Args:
+        rules: what is the same for every request.
+        path: has ``model`` and ``version``.
+        incoming: the request, whose body may not be complete yet.
+        encoding: of the body; "" for none.
+        respond: takes the answer.
+    """
+
+    __slots__ = ("_body", "_encoding", "_incoming", "_respond", "_rest", "deadline", "request")
+
+    request: InferRequest
+
+    def __init__(self, rules: RestRules, path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond) -> None:
+        super().__init__(rules, path["model"], path["version"])
+        self._rest = rules
+        self._incoming = incoming
+        self._encoding = encoding
+        self._respond = respond
+        self._body: bytes | None = None
+        self.deadline = deadline_after(rules.timeout_s(incoming))
+
+    def _credentials(self) -> Sequence[str]:
+        return credentials(self._incoming)
+
+    def _is_received(self) -> bool:
+        return self._incoming.body.is_complete and not self._encoding
+
+    async def _receive(self) -> None:
+        self._body = await receive(self._incoming, self._encoding, self._rest.max_body_bytes)
+
+    def _decode(self) -> InferRequest:
+        body, self._body = self._body, None
+        self.request = self._decode_body(self._incoming.body.content() if body is None else body)
+        return self.request
+
+    def _decode_body(self, body: bytes) -> InferRequest:
+        model, version, incoming = self.model, self.version, self._incoming
+        header_length = _header_length(incoming) if HEADER_LENGTH in incoming.headers else None
+        if header_length == 0:
+            pair, metadata = self._rest.service.choose(model, version)
+            return rest.decode_raw_request(body, metadata, str(pair), deadline=self.deadline)
+        return rest.decode_request(
+            model, version, body, header_length=header_length, deadline=self.deadline, caller=incoming.peer
+        )
+
+    def _encode(self, response: InferResponse) -> HttpResponse:
+        body, header_length = rest.encode_response(response, self.request)
+        if header_length is None:
+            return HttpResponse(200, body)
+        return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))
+
+    def _deliver(self, answer: HttpResponse) -> None:
+        self._respond(compressed(answer, self._incoming) if may_be_compressed(answer, self._incoming) else answer)
+
+    def _fail(self, error: Exception) -> None:
+        self._respond(self._rest.failure(error))
+
+
+class V1Inference(RestInference):
+    """``POST /v1/models/MODEL[/versions/VERSION]:predict``."""
+
+    __slots__ = ("is_columnar",)
+
+    def _decode_body(self, body: bytes) -> InferRequest:
+        pair, metadata = self._rest.service.choose(self.model, self.version)
+        asked = v1.decode_request(body, metadata, str(pair), deadline=self.deadline)
+        self.is_columnar = asked.is_columnar
+        return asked.request
+
+    def _encode(self, response: InferResponse) -> HttpResponse:
+        return HttpResponse(200, v1.encode_response(response, is_columnar=self.is_columnar))
+
+    def _log(self, error: BaseException | None) -> None:
+        log_request("predict", self.model, self.version, self._began, error)
+
+
+def may_be_compressed(response: HttpResponse, incoming: HttpRequest) -> bool:
+    """Whether it is worth asking `compressed`."""
+    return len(response.body) >= compression.MIN_COMPRESSED_BYTES and b"accept-encoding" in incoming.headers
+
+
+async def compressed(response: HttpResponse, incoming: HttpRequest) -> HttpResponse:
+    """The response in an encoding that the client accepts, if there is one."""
+    encoding = compression.choose(incoming.header(b"accept-encoding") or "")
+    if not encoding:
+        return response
+    is_long = len(response.body) > LONG_BODY_BYTES
+    deflate: Any = compression.deflate
+    body = await asyncio.to_thread(deflate, response.body, encoding) if is_long else deflate(response.body, encoding)
+    extra = (("content-encoding", encoding), ("vary", "accept-encoding"))
+    return HttpResponse(response.status, body, response.content_type, (*response.headers, *extra))
+
+
+def _header_length(incoming: HttpRequest) -> int:
+    value = incoming.headers[HEADER_LENGTH].decode("latin-1")
+    if not (value.isascii() and value.isdecimal() and len(value) < 12):
+        raise InvalidInput(f"Inference-Header-Content-Length: expected a number of bytes, got {value[:32]!r}")
+    return int(value)

@@ -1,0 +1,170 @@
+"""The one path that an inference takes through an endpoint, whatever the protocol.
+
+1. Credentials are checked: at once where they are known, otherwise in a task.
+2. The request is received: gRPC messages and most HTTP bodies are there already; for the others the same task waits.
+3. It is decoded, checked against the limits of requests, and begun at the service (`InferenceService.begin`); outputs that are
+   wanted as classes become those (`oip.classification`).
+4. The service calls back with the answer or the error: it is encoded, logged in one line, and sent.
+
+A protocol is a subclass with its own ``_decode``, ``_encode``, ``_deliver`` and ``_fail``. There is one object for each request,
+and a task only where something has to be waited for before the service is asked: see docs/decisions/0016.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from typing import Generic, TypeVar, TypeVarTuple
+
+import msgspec
+
+from splitserve.oip import classification
+from splitserve.oip.limits import RequestLimits
+from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
+from splitserve.oip.pending import Pending
+from splitserve.server.callers import Authenticator, Caller, context_of
+from splitserve.server.logs import log_request
+
+A = TypeVar("A")
+Arguments = TypeVarTuple("Arguments")
+
+
+class InferenceRules(msgspec.Struct, frozen=True):
+    """What is the same for every inference of an endpoint. ``authenticator`` None: nobody is asked who calls."""
+
+    service: InferenceService
+    limits: RequestLimits
+    authenticator: Authenticator | None = None
+
+
+class Inference(ABC, Generic[A]):
+    """One inference, from `begin` until it is answered, failed or cancelled. ``A`` is what the protocol sends as an answer.
+
+    Args:
+        rules: of the endpoint.
+        model: for the log, as far as it is known before the request is decoded.
+        version: likewise.
+    """
+
+    __slots__ = ("_began", "_context", "_is_over", "_pending", "_rules", "model", "version")
+
+    def __init__(self, rules: InferenceRules, model: str = "", version: str = "") -> None:
+        self._rules = rules
+        self.model = model
+        self.version = version
+        self._began = time.monotonic()
+        self._context: Context | None = None
+        self._pending: Pending | None = None
+        self._is_over = False
+
+    def begin(self) -> None:
+        """Begin; the answer or the error is delivered later.
+
+        Raises:
+            Exception: the request is refused at once, and nothing is delivered.
+        """
+        try:
+            authenticator = self._rules.authenticator
+            caller = None if authenticator is None else authenticator.recognise(self._credentials())
+            if self._is_received() and (caller is not None or authenticator is None):
+                self._start(caller)
+            else:
+                self._pending = asyncio.get_running_loop().create_task(self._start_later(caller))
+        except Exception as error:
+            self._is_over = True
+            self._in_context(self._log, error)
+            raise
+
+    async def _start_later(self, caller: Caller | None) -> None:
+        """Start after what has to be waited for."""
+        try:
+            authenticator = self._rules.authenticator
+            if caller is None and authenticator is not None:
+                caller = await authenticator.identify(self._credentials())
+            await self._receive()
+            self._start(caller)
+        except Exception as error:
+            self._in_context(self._finish, error)
+
+    def _start(self, caller: Caller | None) -> None:
+        """Decode the request, and have the service begin it."""
+        if caller is not None:
+            self._context = context_of(caller)
+        self._in_context(self._ask)
+
+    def _ask(self) -> None:
+        rules = self._rules
+        request = self._decode()
+        self.model, self.version = request.model, request.version
+        rules.limits.check(request)
+        self._pending = classification.begin(rules.service, request, self._end)
+
+    def _in_context(self, act: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
+        """Act for the caller, if it is known."""
+        if self._context is None:
+            act(*arguments)
+        else:
+            self._context.run(act, *arguments)
+
+    def _end(self, outcome: InferResponse | Exception) -> None:
+        """The service has answered, or failed."""
+        self._in_context(self._finish, outcome)
+
+    def _finish(self, outcome: InferResponse | Exception) -> None:
+        self._is_over = True
+        self._pending = None  # the two know each other: a cycle, which only the garbage collector would free
+        if isinstance(outcome, Exception):
+            self._log(outcome)
+            self._fail(outcome)
+            return
+        try:
+            answer = self._encode(outcome)
+        except Exception as error:
+            self._log(error)
+            self._fail(error)
+            return
+        self.version = outcome.version
+        self._log(None)
+        self._deliver(answer)
+
+    def cancel(self) -> None:
+        """The caller has left: nothing is delivered any more. Does nothing once something was."""
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._pending is not None:
+            self._pending.cancel()
+        self._in_context(self._log, asyncio.CancelledError())
+
+    def _log(self, error: BaseException | None) -> None:
+        log_request("infer", self.model, self.version, self._began, error)
+
+    @abstractmethod
+    def _credentials(self) -> Sequence[str]:
+        """The values of the request's ``authorization`` headers."""
+
+    def _is_received(self) -> bool:
+        """Whether there is nothing that `_receive` would wait for."""
+        return True
+
+    async def _receive(self) -> None:
+        """Wait until `_decode` can be called."""
+
+    @abstractmethod
+    def _decode(self) -> InferRequest:
+        """The request, from the protocol's bytes. May raise."""
+
+    @abstractmethod
+    def _encode(self, response: InferResponse) -> A:
+        """The answer as the protocol has it. May raise."""
+
+    @abstractmethod
+    def _deliver(self, answer: A) -> None:
+        """Send the answer."""
+
+    @abstractmethod
+    def _fail(self, error: Exception) -> None:
+        """Send the error."""
