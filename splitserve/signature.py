@@ -1,4 +1,8 @@
-"""Signatures: what a version takes and gives. Checks a request against one, and two halves of a pair against each other."""
+"""Signatures: names, datatypes and shapes of a bundle's inputs and outputs.
+
+Checks requests and responses against a signature, and the two halves of a pair against each other; predicts the size of outputs.
+Knows tensors as bytes, no numerics.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
 from splitserve.tensors import DATATYPES, Tensor, validate
 
 Dimension = int | str
-"""A fixed size, or the name of one that varies, e.g. ``"batch"``."""
+"""A fixed size, or the name of a variable one, e.g. ``"batch"``. In a signature equal names are equal sizes; -1 is any size."""
 
 BATCH = "batch"
-"""The name of the leading dimension: rows, which are independent of each other."""
+"""The name of the leading dimension: independent rows."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True):
-    """Name, datatype and shape of one tensor of a signature. ``optional`` inputs may be left out of a request."""
+    """One input or output of a signature. All inputs are required."""
 
     name: str
     datatype: str
@@ -26,12 +30,12 @@ class TensorSpec(msgspec.Struct, frozen=True):
 
     @property
     def wire_shape(self) -> tuple[int, ...]:
-        """The shape as the protocol writes it: -1 where the size varies."""
+        """The shape as the protocol writes it: -1 for a variable size."""
         return tuple(size if isinstance(size, int) else -1 for size in self.shape)
 
     @property
     def is_column(self) -> bool:
-        """One value a row: declared (batch, 1), and accepted as (batch,) too."""
+        """Whether it has one value per row: declared as (batch, 1), accepted as (batch,) too."""
         return len(self.shape) == 2 and self.shape[1] == 1 and not isinstance(self.shape[0], int)
 
     def __str__(self) -> str:
@@ -49,24 +53,24 @@ _WIDER: dict[str, tuple[str, ...]] = {
     "UINT32": ("UINT16", "UINT8"),
     "UINT16": ("UINT8",),
 }
-"""Datatypes that a preprocessor takes in place of the declared one: those that numpy casts to it under the rule "safe"."""
+"""Datatypes that a preprocessor accepts in place of the declared one: those that numpy casts to it under the rule "safe"."""
 
 
 def accepts(declared: str, sent: str) -> bool:
-    """Whether a tensor of datatype ``sent`` may stand where ``declared`` is expected, to be widened without loss."""
+    """Whether a tensor of datatype ``sent`` is accepted where ``declared`` is expected: it is equal, or can be widened."""
     return declared == sent or sent in _WIDER.get(declared, ())
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Iterable[Tensor], *, widen: bool) -> None:
-    """Check a request's tensors, their bytes included, against a signature's inputs.
+    """Check a request's tensors, including their bytes, against a signature's inputs.
 
     Args:
         specs: the inputs of the signature.
         inputs: the tensors of the request, in any order.
-        widen: take narrower numbers where they convert without loss, and (batch,) where (batch, 1) is declared.
+        widen: accept datatypes that can be widened to the declared one, and (batch,) where (batch, 1) is declared.
 
     Raises:
-        InvalidInput: names the input, what was expected and what came.
+        InvalidInput: names the input, what was expected and what was sent.
     """
     by_name = {spec.name: spec for spec in specs}
     seen: dict[str, Tensor] = {}
@@ -84,19 +88,19 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Iterable[Tensor], *, widen
 
 
 class InputCheck:
-    """`check_inputs` for one signature, prepared: what is plainly right passes at once, all else is left to it.
+    """`check_inputs` for one signature, with a fast path for tensors that are obviously valid.
 
     Args:
         specs: the inputs of the signature.
         widen: as for `check_inputs`.
-        with_contents: look into BYTES tensors too; whoever decodes them anyway finds what is wrong with them.
+        with_contents: check the elements of BYTES tensors too; not needed where they are decoded afterwards.
     """
 
     def __init__(self, specs: Sequence[TensorSpec], *, widen: bool, with_contents: bool = True) -> None:
         self._specs = specs
         self._widen = widen
         self._with_contents = with_contents
-        self._plain = [self._plain_form(spec) for spec in specs]
+        self._row_forms = [self._row_form(spec) for spec in specs]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors in the signature's order.
@@ -104,19 +108,19 @@ class InputCheck:
         Raises:
             InvalidInput: as `check_inputs`.
         """
-        return inputs if self._is_plain(inputs) else self.fully(inputs)
+        return inputs if self._is_obviously_valid(inputs) else self.fully(inputs)
 
     def fully(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The same by `check_inputs`, contents included."""
+        """The same without the fast path, including the elements of BYTES tensors."""
         check_inputs(self._specs, inputs, widen=self._widen)
         by_name = {tensor.name: tensor for tensor in inputs}
         return [by_name[spec.name] for spec in self._specs]
 
-    def _is_plain(self, inputs: Sequence[Tensor]) -> bool:
-        if len(inputs) != len(self._plain) or not inputs or not inputs[0].shape:
+    def _is_obviously_valid(self, inputs: Sequence[Tensor]) -> bool:
+        if len(inputs) != len(self._row_forms) or not inputs or not inputs[0].shape:
             return False
         n_rows = inputs[0].shape[0]
-        for (name, inner, row_sizes), tensor in zip(self._plain, inputs):  # noqa: B905, strict=True costs as much as the rest
+        for (name, inner, row_sizes), tensor in zip(self._row_forms, inputs):  # noqa: B905, strict=True costs as much as the rest
             shape = tensor.shape
             if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
                 return False
@@ -125,8 +129,8 @@ class InputCheck:
                 return False
         return n_rows > 0
 
-    def _plain_form(self, spec: TensorSpec) -> tuple[str, tuple[Dimension, ...], dict[str, int]]:
-        """Name, shape of a row, and the bytes of a row by the datatypes in which it is plainly right; 0: any number of bytes."""
+    def _row_form(self, spec: TensorSpec) -> tuple[str, tuple[Dimension, ...], dict[str, int]]:
+        """Name, shape of a row, and the bytes of a row by accepted datatype; 0: any number of bytes. {}: no fast path."""
         inner = spec.shape[1:]
         sizes = [size for size in inner if isinstance(size, int) and size > 0]
         if not spec.shape or isinstance(spec.shape[0], int) or len(sizes) != len(inner) or spec.datatype == "BOOL":
@@ -152,7 +156,9 @@ def _shape_fits(expected: Sequence[Dimension], shape: Sequence[int]) -> bool:
 
 
 def _check_batch(tensors: Sequence[Tensor]) -> None:
-    """All inputs with a free leading dimension have the same number of rows."""
+    """Raises:
+    InvalidInput: inputs with a variable leading dimension have different numbers of rows.
+    """
     for tensor in tensors[1:]:
         if tensor.shape[0] != tensors[0].shape[0]:
             raise InvalidInput(
@@ -165,79 +171,148 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 
-def empty(spec: TensorSpec) -> Tensor:
-    """A tensor of no rows."""
-    return Tensor(spec.name, spec.datatype, tuple(max(size, 0) for size in spec.wire_shape), b"")
+def bound_sizes(specs: Sequence[TensorSpec], tensors: Iterable[Tensor]) -> dict[str, int]:
+    """The sizes that tensors give to the variable dimensions of their specs, by name.
+
+    Args:
+        specs: of a signature's inputs.
+        tensors: valid for them, in any order.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return {
+        name: size
+        for spec in specs
+        for name, size in zip(spec.shape, shapes.get(spec.name, ()))  # noqa: B905 - (batch,) stands for (batch, 1)
+        if isinstance(name, str)
+    }
+
+
+def empty(spec: TensorSpec, sizes: Mapping[str, int] | None = None) -> Tensor:
+    """A tensor of shape (0, ...): no rows.
+
+    Args:
+        spec: with a variable leading dimension.
+        sizes: of the other variable dimensions, by name; 0 where it is not known.
+    """
+    sizes = sizes or {}
+    inner = (size if isinstance(size, int) else sizes.get(size, 0) for size in spec.shape[1:])
+    return Tensor(spec.name, spec.datatype, (0, *(max(size, 0) for size in inner)), b"")
+
+
+class OutputBytes:
+    """How many bytes a signature's outputs have, known from the inputs before anything is computed.
+
+    A lower bound: sizes that only the computation knows count as 0, an element of BYTES as the four bytes of its length.
+
+    Args:
+        inputs: of the signature.
+        outputs: of the same.
+    """
+
+    def __init__(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        self._inputs = inputs
+        self._outputs = outputs
+        has_fixed_rows = all(
+            spec.shape and spec.shape[0] == BATCH and all(isinstance(size, int) for size in spec.shape[1:]) for spec in outputs
+        )
+        self._row_bytes = sum(_least_bytes(spec, {BATCH: 1}) for spec in outputs) if has_fixed_rows else None
+
+    def at_least(self, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> int:
+        """Bytes of the outputs together.
+
+        Args:
+            tensors: valid inputs, in any order.
+            names: of the outputs that are computed; all by default.
+        """
+        n_rows = tensors[0].n_rows if tensors else 1
+        if self._row_bytes is not None and not names:
+            return n_rows * self._row_bytes
+        sizes = bound_sizes(self._inputs, tensors) | {BATCH: n_rows}
+        return sum(_least_bytes(spec, sizes) for spec in self._outputs if not names or spec.name in names)
+
+
+def _least_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int:
+    shape = [size if isinstance(size, int) else sizes.get(size, 0) for size in spec.shape]
+    return math.prod(max(size, 0) for size in shape) * (DATATYPES[spec.datatype].itemsize or 4)
 
 
 def is_row_wise(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether every tensor of a signature has a leading dimension that varies: rows, which can be merged and cut apart."""
+    """Whether every tensor of a signature has a variable leading dimension: rows, which can be merged and split."""
     return all(spec.shape and not isinstance(spec.shape[0], int) for spec in (*inputs, *outputs))
 
 
 def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[str]:
-    """Names of the outputs to answer with, in the order asked for; all when none is asked for.
+    """Names of the outputs to answer with, in the order requested; all if none is requested.
 
     Raises:
-        InvalidInput: one is not an output, or is asked for twice.
+        InvalidInput: one is not an output, or is requested twice.
     """
     names = [spec.name for spec in specs]
     for index, name in enumerate(wanted):
         if name not in names:
             raise InvalidInput(f'unknown output "{name[:64]}", expected one of {_names(names)}')
         if name in wanted[:index]:
-            raise InvalidInput(f'output "{name}" is asked for twice')
+            raise InvalidInput(f'output "{name}" is requested twice')
     return list(wanted) or names
 
 
 def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
-    """What keeps one stage's outputs from being the next stage's inputs; empty when they fit.
+    """Why one stage's outputs cannot be the next stage's inputs; empty if they can.
 
-    Order never matters. A varying size fits only where the taker's may vary too, and where the taker has one name in several
-    places, what is given there must be of one size.
+    The order of tensors does not matter. A variable size fits only where the predictor's is variable too; where the predictor has
+    one name in several places, the preprocessor must produce one size in all of them.
 
     Args:
         outputs: of the preprocessor.
         inputs: of the predictor.
     """
-    given = {spec.name: spec for spec in outputs}
-    wanted = {spec.name: spec for spec in inputs}
-    differences = [f'"{name}" is wanted but not given' for name in wanted if name not in given]
-    differences += [f'"{name}" is given but not wanted' for name in given if name not in wanted]
-    for name, want in wanted.items():
-        if name in given:
-            differences += _differences(given[name], want)
-    return differences or _unequal_sizes(given, inputs)
+    produced = {spec.name: spec for spec in outputs}
+    expected = {spec.name: spec for spec in inputs}
+    differences = [
+        f'"{name}" is an input of the predictor but no output of the preprocessor' for name in expected if name not in produced
+    ]
+    differences += [
+        f'"{name}" is an output of the preprocessor but no input of the predictor' for name in produced if name not in expected
+    ]
+    for name, spec in expected.items():
+        if name in produced:
+            differences += _differences(produced[name], spec)
+    return differences or _unequal_sizes(produced, inputs)
 
 
-def _differences(give: TensorSpec, want: TensorSpec) -> list[str]:
-    if give.datatype != want.datatype:
-        return [f'"{give.name}": datatype {give.datatype} is given, {want.datatype} is wanted']
-    if len(give.shape) != len(want.shape):
-        return [f'"{give.name}": shape {list(give.shape)} is given, {list(want.shape)} is wanted']
+def _differences(produced: TensorSpec, expected: TensorSpec) -> list[str]:
+    if produced.datatype != expected.datatype:
+        return [f'"{produced.name}": expected datatype {expected.datatype}, the preprocessor produces {produced.datatype}']
+    if len(produced.shape) != len(expected.shape):
+        return [f'"{produced.name}": expected shape {list(expected.shape)}, the preprocessor produces {list(produced.shape)}']
     return [
-        f'"{give.name}": dimension {axis} is {have} where {need} is wanted'
-        for axis, (have, need) in enumerate(zip(give.shape, want.shape, strict=True))
-        if isinstance(need, int) and need != -1 and have != need
+        f'"{produced.name}": expected {want} in dimension {axis}, the preprocessor produces {have}'
+        for axis, (have, want) in enumerate(zip(produced.shape, expected.shape, strict=True))
+        if isinstance(want, int) and want != -1 and have != want
     ]
 
 
-def _unequal_sizes(given: Mapping[str, TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
-    """Where the taker's dimensions of one name are given what need not be equal."""
+def _unequal_sizes(produced: Mapping[str, TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:
+    """Where the predictor expects equal sizes that the preprocessor may produce unequal."""
     first: dict[str, Dimension] = {}
     return [
-        f'"{want.name}": dimension {axis} is {have} where "{need}" is wanted, which is {first[need]} elsewhere'
-        for want in inputs
-        for axis, (have, need) in enumerate(zip(given[want.name].shape, want.shape, strict=True))
-        if isinstance(need, str) and first.setdefault(need, have) != have
+        f'"{spec.name}": expected "{want}" ({first[want]} elsewhere) in dimension {axis}, the preprocessor produces {have}'
+        for spec in inputs
+        for axis, (have, want) in enumerate(zip(produced[spec.name].shape, spec.shape, strict=True))
+        if isinstance(want, str) and first.setdefault(want, have) != have
     ]
 
 
 def check_outputs(specs: Sequence[TensorSpec], outputs: Sequence[Tensor], n_rows: int) -> None:
-    """Check what a stage answered against its signature.
+    """Check a stage's response against its signature.
+
+    Args:
+        specs: the outputs of the signature.
+        outputs: of the response, in any order.
+        n_rows: rows that were sent.
 
     Raises:
-        PairMismatch: a tensor is missing, or its datatype, shape, number of rows or bytes are not the promised ones.
+        PairMismatch: a tensor is missing, or has another datatype, shape, number of rows or bytes.
     """
     by_name = {tensor.name: tensor for tensor in outputs}
     for spec in specs:
@@ -251,5 +326,5 @@ def check_outputs(specs: Sequence[TensorSpec], outputs: Sequence[Tensor], n_rows
             )
         try:
             validate(f'output "{spec.name}"', tensor)
-        except SplitserveError as error:  # the caller did not make these bytes
+        except SplitserveError as error:  # not the caller's fault
             raise PairMismatch(error.message) from None

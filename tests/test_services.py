@@ -178,7 +178,7 @@ async def test_a_pair_that_does_not_fit_is_refused_and_says_why(repository: Repo
     predict = fake_predict("1", features=TensorSpec("features", "FP32", ("batch", 4)))
     service = await preprocess_service(repository, predict, executor)
 
-    with pytest.raises(Unavailable, match='"features": dimension 1 is 3 where 4 is wanted'):
+    with pytest.raises(Unavailable, match='"features": expected 4 in dimension 1, the preprocessor produces 3'):
         await service.infer(request(version="1.1"))
 
     assert {state.state for state in await service.index()} == {UNAVAILABLE}

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES
 from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
-from splitserve.signature import TensorSpec, accepts, check_inputs, check_outputs, choose_outputs, empty, fits
+from splitserve.signature import (
+    OutputBytes,
+    TensorSpec,
+    accepts,
+    bound_sizes,
+    check_inputs,
+    check_outputs,
+    choose_outputs,
+    empty,
+    fits,
+)
 from splitserve.tensors import DATATYPES, Tensor, encode_bytes
 from tests.strategies import ALL, FLOATS, INTEGERS
 
@@ -195,6 +205,33 @@ def test_an_empty_tensor_has_no_rows(shape):
     check_inputs([spec], [tensor], widen=False)
 
 
+def test_an_empty_tensor_has_the_sizes_that_the_request_gives():
+    """A name that inputs and outputs share stands for one size; what no input gives is 0."""
+    sizes = bound_sizes([TensorSpec("x", "FP32", ("batch", "width"))], [zeros("x", "FP32", (0, 16))])
+
+    assert empty(TensorSpec("y", "FP32", ("batch", 2, "width", "other")), sizes).shape == (0, 2, 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "datatype", "n_bytes"),
+    [
+        (("batch", 200_000), "FP32", 3 * 200_000 * 4),
+        (("batch",), "BYTES", 3 * 4),
+        (("batch", "width"), "INT64", 3 * 5 * 8),
+        (("batch", "unknown"), "INT64", 0),
+        ((2, 7), "INT8", 14),
+        ((), "FP64", 8),
+    ],
+)
+def test_the_size_of_outputs_is_known_from_the_inputs(shape, datatype, n_bytes):
+    """At least so many bytes, before anything is computed."""
+    inputs = [TensorSpec("x", "FP32", ("batch", "width"))]
+    size = OutputBytes(inputs, [TensorSpec("y", datatype, shape), TensorSpec("z", "INT8", ("batch",))])
+
+    assert size.at_least([zeros("x", "FP32", (3, 5))]) == n_bytes + 3
+    assert size.at_least([zeros("x", "FP32", (3, 5))], ["y"]) == n_bytes
+
+
 def test_all_outputs_are_the_answer_when_none_is_asked_for():
     """In the signature's order."""
     assert choose_outputs(SPECS, []) == ["age", "image"]
@@ -209,12 +246,12 @@ def test_outputs_come_in_the_order_asked_for():
     ("wanted", "message"),
     [
         (["age", "size"], 'unknown output "size", expected one of "age", "image"'),
-        (["age", "image", "age"], 'output "age" is asked for twice'),
+        (["age", "image", "age"], 'output "age" is requested twice'),
         (["n" * 1000], f'unknown output "{"n" * 64}", expected one of "age", "image"'),
     ],
 )
 def test_an_output_that_can_not_be_given_is_refused(wanted, message):
-    """Unknown (I-20), or asked for twice (I-21)."""
+    """Unknown (I-20), or requested twice (I-21)."""
     with pytest.raises(InvalidInput) as caught:
         choose_outputs(SPECS, wanted)
 
@@ -244,39 +281,53 @@ def test_halves_that_fit_differ_in_nothing(outputs, inputs):
 @pytest.mark.parametrize(
     ("outputs", "inputs", "differences"),
     [
-        ([], [FEATURES], ['"features" is wanted but not given']),
-        ([FEATURES], [], ['"features" is given but not wanted']),
+        ([], [FEATURES], ['"features" is an input of the predictor but no output of the preprocessor']),
+        ([FEATURES], [], ['"features" is an output of the preprocessor but no input of the predictor']),
         (
             [FEATURES],
             [TensorSpec("input", "FP32", ("batch", 4))],
-            ['"input" is wanted but not given', '"features" is given but not wanted'],
+            [
+                '"input" is an input of the predictor but no output of the preprocessor',
+                '"features" is an output of the preprocessor but no input of the predictor',
+            ],
         ),
         (
             [FEATURES],
             [TensorSpec("features", "FP64", ("batch", 4))],
-            ['"features": datatype FP32 is given, FP64 is wanted'],
+            ['"features": expected datatype FP64, the preprocessor produces FP32'],
         ),
         (
             [FEATURES],
             [TensorSpec("features", "FP32", ("batch", 4, 1))],
-            ["\"features\": shape ['batch', 4] is given, ['batch', 4, 1] is wanted"],
+            ["\"features\": expected shape ['batch', 4, 1], the preprocessor produces ['batch', 4]"],
         ),
-        ([FEATURES], [TensorSpec("features", "FP32", ("batch", 5))], ['"features": dimension 1 is 4 where 5 is wanted']),
+        (
+            [FEATURES],
+            [TensorSpec("features", "FP32", ("batch", 5))],
+            ['"features": expected 5 in dimension 1, the preprocessor produces 4'],
+        ),
         (
             [TensorSpec("features", "FP32", ("batch", "n"))],
             [FEATURES],
-            ['"features": dimension 1 is n where 4 is wanted'],
+            ['"features": expected 4 in dimension 1, the preprocessor produces n'],
         ),
-        ([FEATURES], [TensorSpec("features", "FP32", (1, 4))], ['"features": dimension 0 is batch where 1 is wanted']),
+        (
+            [FEATURES],
+            [TensorSpec("features", "FP32", (1, 4))],
+            ['"features": expected 1 in dimension 0, the preprocessor produces batch'],
+        ),
         (
             [TensorSpec("features", "FP32", ("batch", 3, 8))],
             [TensorSpec("features", "FP32", ("batch", 8, 3))],
-            ['"features": dimension 1 is 3 where 8 is wanted', '"features": dimension 2 is 8 where 3 is wanted'],
+            [
+                '"features": expected 8 in dimension 1, the preprocessor produces 3',
+                '"features": expected 3 in dimension 2, the preprocessor produces 8',
+            ],
         ),
     ],
 )
 def test_every_difference_between_halves_is_named(outputs, inputs, differences):
-    """Tensor, what is given and what is wanted; a datatype is never widened between halves."""
+    """Tensor, what is expected and what is produced; a datatype is never widened between halves."""
     assert fits(outputs, inputs) == differences
 
 
@@ -325,7 +376,7 @@ def test_one_name_in_two_places_is_one_size():
     outputs = [TensorSpec("a", "FP32", ("batch", 3)), TensorSpec("b", "FP32", ("batch", "n"))]
     inputs = [TensorSpec("a", "FP32", ("batch", "k")), TensorSpec("b", "FP32", ("batch", "k"))]
 
-    assert fits(outputs, inputs) == ['"b": dimension 1 is n where "k" is wanted, which is 3 elsewhere']
+    assert fits(outputs, inputs) == ['"b": expected "k" (3 elsewhere) in dimension 1, the preprocessor produces n']
 
 
 def test_an_answer_that_keeps_the_promise_passes():

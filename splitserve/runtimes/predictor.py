@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,18 @@ from splitserve.repository.bundle import Bundle
 from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, Manifest
 from splitserve.runtimes import onnx_support
 from splitserve.runtimes.external_data import refuse_external_data
-from splitserve.signature import BATCH, Dimension, InputCheck, TensorSpec, choose_outputs, empty, is_row_wise
-from splitserve.tensors import Tensor, decode_bytes
+from splitserve.signature import (
+    BATCH,
+    Dimension,
+    InputCheck,
+    OutputBytes,
+    TensorSpec,
+    bound_sizes,
+    choose_outputs,
+    empty,
+    is_row_wise,
+)
+from splitserve.tensors import DATATYPES, Tensor, decode_bytes
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -41,6 +52,9 @@ _DATATYPES = {
 """Source: ONNX Runtime Python API, ``NodeArg.type``."""
 
 _N_DIGITS_MAX = 10
+
+_MAX_PROBE_ELEMENTS = 1024 * 1024
+"""Of a row that is made up to learn the shape of the outputs. A request without rows may claim any width at no cost."""
 
 _ONLY_WHAT_WAS_CHECKED = {
     "session.load_model_format": "ONNX",  # not its own format, which nothing here can look into
@@ -98,6 +112,9 @@ class Predictor:
         self.check = InputCheck(self.inputs, widen=False)
         """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
         self.is_row_wise = is_row_wise(self.inputs, self.outputs)
+        self.output_bytes = OutputBytes(self.inputs, self.outputs)
+        """How large an answer will be."""
+        self._has_rows = all(spec.shape and not isinstance(spec.shape[0], int) for spec in self.outputs)
         self._specs = {spec.name: spec for spec in self.outputs}
         self._names = list(self._specs)
 
@@ -125,8 +142,8 @@ class Predictor:
         names, specs = choose_outputs(self.outputs, wanted) if wanted else self._names, self._specs
         feeds = {}
         for tensor in inputs:
-            if not tensor.n_rows:  # which some operators cannot do
-                return tuple(empty(specs[name]) for name in names)
+            if not tensor.n_rows and self._has_rows:  # some operators fail without rows
+                return self._no_rows(inputs, [specs[name] for name in names])
             feeds[tensor.name] = _text(tensor) if tensor.datatype == "BYTES" else to_array(tensor)
         watch.end("input")
         try:
@@ -139,6 +156,28 @@ class Predictor:
         outputs = tuple([from_array(name, array, specs[name].datatype) for name, array in zip(names, arrays, strict=True)])
         watch.end("output")
         return outputs
+
+    def _no_rows(self, inputs: Sequence[Tensor], specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+        """Outputs of shape (0, ...). Sizes that the inputs do not give are those that the model gives a row of zeros."""
+        sizes = bound_sizes(self.inputs, inputs)
+        if {size for spec in specs for size in spec.shape if isinstance(size, str)} <= sizes.keys():
+            return tuple(empty(spec, sizes) for spec in specs)
+        unknown = tuple(empty(spec, sizes) for spec in specs)
+        if sum(math.prod(tensor.shape[1:]) for tensor in inputs) > _MAX_PROBE_ELEMENTS:
+            return unknown
+        try:
+            outputs = self.infer([_row_of_zeros(tensor) for tensor in inputs], [spec.name for spec in specs])
+        except InvalidInput:  # zeros are not valid for every model
+            return unknown
+        return tuple(Tensor(output.name, output.datatype, (0, *output.shape[1:]), b"") for output in outputs)
+
+
+def _row_of_zeros(tensor: Tensor) -> Tensor:
+    """One row like those of a tensor without rows: zeros, or empty texts. A tensor that has rows is kept."""
+    if tensor.n_rows:
+        return tensor
+    shape = (1, *tensor.shape[1:])
+    return Tensor(tensor.name, tensor.datatype, shape, bytes(math.prod(shape) * (DATATYPES[tensor.datatype].itemsize or 4)))
 
 
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:

@@ -20,7 +20,7 @@ from splitserve.runtimes import postprocess, sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.plan import OriginalDecides, Plan, plan_of
 from splitserve.runtimes.rows import Rowset, to_rows
-from splitserve.signature import InputCheck, TensorSpec, check_outputs, empty
+from splitserve.signature import InputCheck, OutputBytes, TensorSpec, bound_sizes, check_outputs, empty
 from splitserve.tensors import Tensor
 
 RuntimeChoice = Literal["auto", "sklearn", "onnx"]
@@ -52,6 +52,8 @@ class Preprocessor:
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
         self._check = InputCheck(self.inputs, widen=True, with_contents=False)
+        self.output_bytes = OutputBytes(self.inputs, self.outputs)
+        """How large the features will be."""
         self._plan: Plan | None = None
         self._compiled = compiled
 
@@ -68,7 +70,8 @@ class Preprocessor:
             return _passed_on(self.outputs, inputs)
         n_rows = tensors[0].n_rows
         if n_rows == 0:
-            return tuple(empty(spec) for spec in self.outputs)
+            sizes = bound_sizes(self.inputs, inputs)
+            return tuple(empty(spec, sizes) for spec in self.outputs)
         try:
             features = self._features(tensors)
         except InvalidInput:

@@ -100,7 +100,7 @@ def test_features_that_do_not_fit_in_shape_are_refused(models: Path) -> None:
 
     found = reasons(matrix_of(models))
 
-    assert found["1.2"] == 'the halves do not fit: "features": dimension 1 is 4 where 9 is wanted'
+    assert found["1.2"] == 'the halves do not fit: "features": expected 9 in dimension 1, the preprocessor produces 4'
     assert found["1.1"] == ""
 
 

@@ -136,7 +136,7 @@ def test_halves_that_do_not_fit_promise_nothing(repository: Repository, tmp_path
     publish_preprocessor(StandardScaler().fit(IRIS), IRIS, name="m", repository=tmp_path)
     publish_predictor(softmax_model(9), np.zeros((3, 9), np.float32), name="m", repository=tmp_path)
 
-    with pytest.raises(BundleError, match="the halves do not fit: .* dimension 1 is 4 where 9 is wanted"):
+    with pytest.raises(BundleError, match="the halves do not fit: .* expected 9 in dimension 1, the preprocessor produces 4"):
         promise(Repository(tmp_path), "m", Pair(1, 1))
 
 

@@ -233,7 +233,9 @@ async def test_any_server_of_the_protocol_can_stand_in_for_predict(tmp_path: Pat
 async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, executor: Executor) -> None:
     """Before anybody's request is answered wrongly."""
     async with bare_server(raw, n_features=4) as target, preprocess(target, tmp_path, executor) as service:
-        with pytest.raises(Unavailable, match='the halves do not fit: "features": dimension 1 is 3 where 4 is wanted'):
+        with pytest.raises(
+            Unavailable, match='the halves do not fit: "features": expected 4 in dimension 1, the preprocessor produces 3'
+        ):
             await service.infer(request())
 
 

@@ -182,7 +182,10 @@ def test_a_manifest_may_map_names() -> None:
     """Names count unless the preprocessor says what the predictor calls them."""
     wanted = [TensorSpec("input_1", "FP32", ("batch", 2))]
 
-    assert misfits(manifest(), wanted, []) == ['"input_1" is wanted but not given', '"features" is given but not wanted']
+    assert misfits(manifest(), wanted, []) == [
+        '"input_1" is an input of the predictor but no output of the preprocessor',
+        '"features" is an output of the preprocessor but no input of the predictor',
+    ]
     assert misfits(manifest(names={"features": "input_1"}), wanted, []) == []
     assert sent_specs(manifest(names={"features": "input_1"}))[0].name == "input_1"
 

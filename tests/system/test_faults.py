@@ -64,7 +64,7 @@ def rows_of(n_features: int) -> dict[str, Any]:
         ("damaged", "damaged/predict/1: model.onnx: expected sha256"),
         ("halved", "it has a preprocessor but no predictor"),
         ("headless", "it has a predictor but no preprocessor"),
-        ("misfit", '"features": dimension 1 is 30 where 29 is wanted'),
+        ("misfit", '"features": expected 29 in dimension 1, the preprocessor produces 30'),
         ("unlabelled", '"nothing" is wanted by the postprocess step but not given'),
     ],
 )
