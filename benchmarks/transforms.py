@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,9 +101,7 @@ def cases(repository: Path) -> list[TransformCase]:
         found += _transform_cases(name, first, rows)
         for n_rows in N_ROWS:
             features = first.transform(_sent(first, rows, n_rows))
-            found.append(
-                TransformCase(f"{name}: predictor", n_rows, lambda features=features, second=second: second.infer(features))
-            )  # type: ignore[misc]
+            found.append(TransformCase(f"{name}: predictor", n_rows, partial(second.infer, features)))
     return found
 
 
@@ -112,9 +111,7 @@ def _transform_cases(name: str, loaded: Any, rows: Any) -> list[TransformCase]:
         if "pictures" in name and n_rows > SLOW_N_ROWS:
             continue
         inputs = _sent(loaded, rows, n_rows)
-        found.append(
-            TransformCase(f"{name}: preprocessor", n_rows, lambda inputs=inputs: loaded.answer(loaded.transform(inputs)))
-        )  # type: ignore[misc]
+        found.append(TransformCase(f"{name}: preprocessor", n_rows, partial(_answer, loaded, inputs)))
     return found
 
 
