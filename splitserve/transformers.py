@@ -67,7 +67,7 @@ class DecodeImage(_Stateless):
         opened = [_open(file, index) for index, file in enumerate(np.asarray(X, dtype=np.object_).ravel())]
         n_pixels = sum(image.width * image.height for image in opened)
         if n_pixels > MAX_PIXELS_TOGETHER:
-            raise ValueError(f"the images have {n_pixels} pixels together, at most {MAX_PIXELS_TOGETHER} are taken at once")
+            raise ValueError(f"the images have {n_pixels} pixels in total; the limit is {MAX_PIXELS_TOGETHER}")
         images = np.empty(len(opened), dtype=np.object_)
         for index, image in enumerate(opened):
             images[index] = _decode(image, index)
@@ -126,7 +126,7 @@ def _open(file: object, index: int) -> ImageFile:
     except Exception as error:  # Pillow raises what its parsers happen to
         raise _damaged(index) from error
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"image {index} has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are taken")
+        raise ValueError(f"image {index} has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
     return image
 
 

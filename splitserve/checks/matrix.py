@@ -284,19 +284,19 @@ def _problems(models: Sequence[str], pairs: Sequence[JudgedPair], reports: Mappi
     kinds = {kind for report in reports.values() for kind in report.kinds}
     for kind, name in (("preprocess", "preprocessors"), ("predict", "predictors")):
         if kind not in kinds:
-            yield f"{', '.join(reports)}: no pair can be tried, nothing runs {name}"
+            yield f"{', '.join(reports)}: no pair can be checked, no environment runs {name}"
     for pair in pairs:
         if pair.route:
             for name, verdict in pair.verdicts.items():
                 if not verdict.is_admitted:
-                    yield f"{name}: {pair.model} {pair.pair}, which its route names, is refused: {'; '.join(verdict.reasons)}"
+                    yield f"{name}: {pair.model} {pair.pair}, named by its route, is refused: {'; '.join(verdict.reasons)}"
     for model in models:
         verdicts = [pair.verdicts for pair in pairs if pair.model == model]
         if not verdicts:
             yield f"{model} has no pair: only one of its halves is published"
         for name in verdicts[0] if verdicts else ():
             if not any(each[name].is_admitted for each in verdicts):
-                yield f"{name}: {model} has no pair that is admitted"
+                yield f"{name}: {model} has no admitted pair"
 
 
 def main(folder: str, allowed: str = "{}") -> int:

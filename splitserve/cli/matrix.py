@@ -44,14 +44,14 @@ def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, sign
         print(error, file=sys.stderr)
         return 1
     if not matrix.pairs and not matrix.problems:
-        print(f"{where} holds no models", file=sys.stderr)
+        print(f"no models found in {where}", file=sys.stderr)
         return 1
     if form == "json":
         print(msgspec.json.format(msgspec.json.encode(matrix), indent=2).decode())
     else:
         _print(matrix, form)
         for problem in matrix.problems:
-            print(f"not fit to be deployed: {problem}", file=sys.stderr)
+            print(f"not deployable: {problem}", file=sys.stderr)
     return int(bool(matrix.problems))
 
 
@@ -64,7 +64,7 @@ def _reports(source: BundleSource, images: Sequence[str], allowed: Allowed, sign
     if not images:
         return {HERE: examine(signed, allowed)}
     if not isinstance(source, LocalFolder):
-        raise NoRepository("--image needs the repository in a folder, which it mounts: copy it to one, and name that")
+        raise NoRepository("--image mounts the repository: expected a folder, got a URL; copy the repository to a folder")
     unsigned = _refused(signed) if signature_key else {}
     return {image: refuse(_examine_in(image, source.root, allowed, docker), unsigned) for image in images}
 
@@ -99,7 +99,7 @@ def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report
     try:
         return msgspec.json.decode(_last_line(answer.stdout), type=Report)
     except msgspec.DecodeError as error:
-        raise ImageError(f"{image}: its splitserve gave no report that this one reads: {error}") from error
+        raise ImageError(f"{image}: the report of its splitserve cannot be decoded: {error}") from error
 
 
 def _complaint(text: str) -> str:

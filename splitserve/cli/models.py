@@ -21,7 +21,7 @@ def run(where: str) -> int:
         print(error, file=sys.stderr)
         return 1
     if not rows:
-        print(f"{where} holds no models")
+        print(f"no models found in {where}")
         return 0
     print_table(("model", "half", "version", "inputs", "outputs", "made with"), [cells for cells, _ in rows])
     return int(any(is_broken for _, is_broken in rows))

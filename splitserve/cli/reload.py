@@ -18,9 +18,9 @@ def run(models: Sequence[str], url: str) -> int:
         print(f"{url}: {error.message}", file=sys.stderr)
         return 1
     if not asked:
-        print(f"{url} knows of no model yet: name the one that is new", file=sys.stderr)
+        print(f"{url}: no models yet; name the new model", file=sys.stderr)
         return 1
-    print(f"looked at the repository for {', '.join(asked)}")
+    print(f"reloaded {', '.join(asked)}")
     return 0
 
 

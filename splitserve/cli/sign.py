@@ -32,9 +32,9 @@ def _bundles(repository: Repository, models: Sequence[str]) -> list[BundleKey]:
     """
     found = [key for key in repository.bundles() if not models or key.model in models]
     if missing := sorted(set(models) - {key.model for key in found}):
-        raise BundleError(f"{repository.root} holds no model {', '.join(missing)}")
+        raise BundleError(f"requested models not in repository {repository.root}: {', '.join(missing)}")
     if not found:
-        raise BundleError(f"{repository.root} holds no models")
+        raise BundleError(f"no models found in {repository.root}")
     return found
 
 

@@ -94,7 +94,7 @@ async def _run(repository: str, host: str, ports: Ports, is_fused: bool) -> int:
         welcome.cancel()
         await asyncio.gather(welcome, return_exceptions=True)
         if failing.done():
-            print(f"{failing.result()} ended by itself, the lines above say why", file=sys.stderr)
+            print(f"{failing.result()} exited unexpectedly; its log above says why", file=sys.stderr)
             return 1
         print("\nstopping", flush=True)
         return 0

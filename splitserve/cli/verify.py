@@ -22,7 +22,7 @@ def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s:
         source = repository_at(where)
         names = list(models) or sorted({key.model for key in source.bundles()})
         if not names:
-            print(f"{where} holds no models", file=sys.stderr)
+            print(f"no models found in {where}", file=sys.stderr)
             return 1
         with closing(client(url, timeout_s=timeout_s)) as server:
             outcomes = [outcome for model in names for outcome in _verify(source, server, model, version)]
@@ -49,5 +49,5 @@ def _verify(source: BundleSource, server: ServerUnderTest, model: str, version: 
 def _row(outcome: Outcome) -> tuple[str, ...]:
     promise = outcome.promise
     known = ("-", "-") if promise is None else (str(promise.n_samples), "recorded" if promise.is_recorded else "computed here")
-    result = "as promised" if not outcome.problem else "differs" if outcome.worst else "failed"
+    result = "agrees" if not outcome.problem else "differs" if outcome.worst else "failed"
     return outcome.model, outcome.pair, *known, result

@@ -35,7 +35,7 @@ def check_npz(data: bytes, what: str) -> None:
         check_unpacked(sum(member.file_size for member in members), what)
         for member in members:
             if _beginning(archive, member) != _NPY:  # numpy would read all of it at once, whatever the directory says
-                raise BundleError(f"{what}: {member.filename[:64]!r} is no array")
+                raise BundleError(f"{what}: {member.filename[:64]!r} is not an array")
 
 
 def check_unpacked(n_bytes: int, what: str) -> None:
@@ -63,7 +63,7 @@ def check_skops(data: bytes, what: str) -> None:
         sizes = {member.filename: member.file_size for member in members}
         n_read = sum(sizes[name] for name in _references(json.loads(archive.read(_SCHEMA))))
         if max(n_read, sum(member.file_size for member in members)) > len(data):
-            raise BundleError(f"{what}: unpacks to more bytes than it has")
+            raise BundleError(f"{what}: its members unpack to more bytes than the file has")
         for member in members:
             if _beginning(archive, member).startswith(_ZIP):
                 check_npz(archive.read(member), f"{what}: {member.filename[:64]}")

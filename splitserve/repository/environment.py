@@ -70,7 +70,9 @@ class Mismatch(msgspec.Struct, frozen=True):
     meaning: str
 
     def __str__(self) -> str:
-        return f"published with {self.package} {self.made_with}, this service runs {self.here or 'none'} (wanted: {self.meaning})"
+        need = "required" if self.is_required else "expected"
+        here = self.here or "none"
+        return f"published with {self.package} {self.made_with}, this service runs {here} ({need}: {self.meaning})"
 
 
 def observe(packages: Sequence[str]) -> dict[str, str]:

@@ -110,7 +110,9 @@ def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], 
     golden = decode(data, manifest.inputs, manifest.outputs)
     for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
         if tensor.datatype != spec.datatype:
-            raise BundleError(f'{GOLDEN_FILE}: "{spec.name}" is {tensor.datatype}, manifest.json says {spec.datatype}')
+            raise BundleError(
+                f'{GOLDEN_FILE}: "{spec.name}": expected {spec.datatype} as in manifest.json, got {tensor.datatype}'
+            )
     check(golden, manifest, run)
 
 
@@ -121,7 +123,7 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
         BundleError: they cannot be run, or come out otherwise.
     """
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
-        raise BundleError(f"{GOLDEN_FILE}: holds no sample, so nothing shows that this answers as where it was made")
+        raise BundleError(f"{GOLDEN_FILE}: expected at least one sample, got none; publish the bundle again")
     try:
         found = run(golden.inputs)
     except SplitserveError as error:

@@ -156,7 +156,7 @@ def decode(data: bytes) -> Manifest:
     try:
         found = _version_decoder.decode(data).schema_version
         if found != SCHEMA_VERSION:
-            raise BundleError(f"{MANIFEST_FILE}: schema version {found}, this splitserve reads version {SCHEMA_VERSION}")
+            raise BundleError(f"{MANIFEST_FILE}: expected schema version {SCHEMA_VERSION}, got {found}")
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{MANIFEST_FILE}: {error}") from None

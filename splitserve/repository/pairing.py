@@ -55,13 +55,13 @@ def postprocess_misfits(step: Postprocess, labels: Sequence[str], outputs: Seque
     """What keeps the postprocess step from being applied to a predictor's outputs; empty when nothing does."""
     scores = next((spec for spec in outputs if spec.name == step.scores), None)
     if scores is None:
-        return [f'"{step.scores}" is wanted by the postprocess step but not given']
+        return [f'the postprocess step: expected a predictor output "{step.scores}", got none']
     if scores.datatype not in ("FP32", "FP64") or len(scores.shape) != 2:
-        return [f'"{step.scores}": {scores} is given, the postprocess step wants FP32 or FP64 (batch, n_labels)']
+        return [f'the postprocess step: expected "{step.scores}" as FP32 or FP64 (batch, n_labels), got {scores}']
     if scores.shape[1] != len(labels):
-        return [f'"{step.scores}": {scores.shape[1]} scores a row are given for {len(labels)} labels']
+        return [f"the postprocess step: expected {len(labels)} scores a row, one for each label, got {scores.shape[1]}"]
     return [
-        f'"{spec.name}" is given and made by the postprocess step too'
+        f'the postprocess step: makes "{spec.name}", which is an output of the predictor too'
         for spec in outputs
         if spec.name in (PROBABILITIES, LABEL) and spec is not scores
     ]
@@ -80,10 +80,10 @@ def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Seque
     mine = preprocessor.feature_names
     for index, (have, want) in enumerate(zip(mine, feature_names, strict=False)):
         if have != want:
-            return f'feature {index} is "{have}" where the predictor was trained on "{want}"'
+            return f'feature {index}: expected "{want}", which the predictor was trained on, got "{have}"'
     return (
-        f"the features mean something else than those that the predictor was trained on (fingerprint "
-        f"{_short(preprocessor.fingerprint)}, trained on {_short(fingerprint)})"
+        f"fingerprint of the features: expected {_short(fingerprint)}, which the predictor was trained on, "
+        f"got {_short(preprocessor.fingerprint)}"
     )
 
 

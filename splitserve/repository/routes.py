@@ -48,5 +48,5 @@ def decode(data: bytes) -> Route:
         raise BundleError(f"{ROUTE_FILE}: {error}") from None
     for name in (*(entry.pair for entry in route.pairs), *([route.shadow] if route.shadow else [])):
         if not _PAIR.fullmatch(name):
-            raise BundleError(f'{ROUTE_FILE}: "{name[:32]}" is not a pair, which is written "K.M"')
+            raise BundleError(f'{ROUTE_FILE}: expected a pair as "K.M", got "{name[:32]}"')
     return route

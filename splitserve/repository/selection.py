@@ -79,7 +79,7 @@ def _parse_policy(value: str) -> VersionPolicy:
     except NotFound:
         pairs = ()
     if not pairs:
-        raise ValueError(f'"{value}" is none of all, latest:N and pairs like 1.1,2.1')
+        raise ValueError(f'expected all, latest:N or pairs like 1.1,2.1; got "{value}"')
     return VersionPolicy(n_latest=0, specific=pairs)
 
 

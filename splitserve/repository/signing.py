@@ -109,7 +109,7 @@ class Verifier:
         """
         signature = bundle.signature()
         if signature is None:
-            raise NotSigned(f'it is not signed; "splitserve sign" adds a {SIGNATURE_FILE}')
+            raise NotSigned(f'not signed; "splitserve sign" adds {SIGNATURE_FILE}')
         contents = _Contents(bundle)
         config = copy.copy(self._config).set_hashing_config(contents)
         try:
@@ -216,12 +216,12 @@ def _verdict(error: Exception, files: Iterable[str]) -> str:
     text = str(error)
     if text.startswith("Signature mismatch"):
         differing = [name for name in files if name in text]
-        return f"was made for other contents, what differs is {', '.join(differing) or 'that files are missing'}"
+        return f"the signed contents differ in {', '.join(differing) or 'that files are missing'}"
     if type(error) is ValueError:
         return _reason(error)
     if type(error).__name__ == "InvalidSignature":
-        return "was changed after it was made"
-    return f"not a signature by a key ({type(error).__name__})"
+        return "invalid signature"
+    return f"not a signature made with a key ({type(error).__name__})"
 
 
 def _reason(error: Exception) -> str:

@@ -52,8 +52,8 @@ def refuse_external_data(model: bytes) -> None:
     for tensor in _tensors(message):
         if getattr(tensor, f"f{_ENTRIES}") or any(getattr(tensor, f"f{_LOCATION}")):
             raise BundleError(
-                f"{MODEL_FILE}: keeps weights in another file, {_place(tensor)}, and only what is inside is served; put them "
-                'inside: onnx.save(onnx.load("model.onnx"), "whole.onnx")'
+                f"{MODEL_FILE}: expected all weights in this file, got external data in {_place(tensor)}; put them into it: "
+                'onnx.save(onnx.load("model.onnx"), "whole.onnx")'
             )
 
 

@@ -222,19 +222,17 @@ def _is_number(text: str) -> bool:
 
 def _check_signature(side: str, promised: Sequence[TensorSpec], found: Sequence[TensorSpec]) -> None:
     if {spec.name: spec for spec in promised} != {spec.name: spec for spec in found}:
-        raise BundleError(
-            f"{MODEL_FILE}: its {side}s are {_listed(found)}, manifest.json says {_listed(promised)}",
-        )
+        raise BundleError(f"{MODEL_FILE}: expected {side}s {_listed(promised)} as in manifest.json, got {_listed(found)}")
 
 
 def _listed(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(f'"{spec.name}" {spec}' for spec in specs)
+    return ", ".join(f'"{spec.name}" {spec}' for spec in specs) or "none"
 
 
 def _spec(node: Any) -> TensorSpec:
     datatype = _DATATYPES.get(node.type)
     if datatype is None:
-        raise BundleError(f'{MODEL_FILE}: "{node.name}" is a {node.type}; expected a tensor of one of the protocol\'s datatypes')
+        raise BundleError(f'{MODEL_FILE}: "{node.name}": expected a tensor of one of the protocol\'s datatypes, got {node.type}')
     return TensorSpec(node.name, datatype, tuple(_dimension(node.name, *each) for each in enumerate(node.shape)))
 
 

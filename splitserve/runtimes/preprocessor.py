@@ -135,7 +135,7 @@ class Preprocessor:
             if bad.any():
                 row = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
                 what = "an infinite value" if self._refuses == "inf" else "a missing or infinite value"
-                raise InvalidInput(f"row {row}: the transforms leave {what}, which the model does not take")
+                raise InvalidInput(f"row {row}: the features contain {what}, which the model does not accept")
 
     def differences(self, predictor_inputs: Sequence[TensorSpec], predictor_outputs: Sequence[TensorSpec]) -> list[str]:
         """What keeps this from being paired with a predictor of that signature; empty when they fit."""
@@ -254,7 +254,7 @@ def _check_meaning(manifest: Manifest, transformer: Any) -> None:
     """
     found = meaning_of(transformer).fingerprint
     if manifest.fingerprint and found != manifest.fingerprint:
-        raise BundleError(f"the features have the fingerprint {found}, manifest.json says {manifest.fingerprint}")
+        raise BundleError(f"fingerprint of the features: expected {manifest.fingerprint} as in manifest.json, got {found}")
 
 
 def _passed_on(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

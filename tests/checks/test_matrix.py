@@ -86,8 +86,8 @@ def test_a_pair_is_admitted_if_both_halves_load_and_mean_the_same(published: Pat
 
     assert reasons(matrix) == {
         "1.1": "",
-        "2.1": 'the halves do not fit: feature 0 is "onehotencoder__colour_green" where the predictor was trained on '
-        '"onehotencoder__colour_red"',
+        "2.1": 'the halves do not fit: feature 0: expected "onehotencoder__colour_red", which the predictor was trained on, '
+        'got "onehotencoder__colour_green"',
     }
     assert [trial.golden for trial in matrix.environments[HERE].trials] == ["agree"] * 3
     assert matrix.made_with["paint/predict/1"].startswith("ONNX IR ")
@@ -119,7 +119,7 @@ def test_a_damaged_bundle_is_refused_with_its_pairs_and_no_others(models: Path) 
 
     matrix = matrix_of(models)
 
-    assert reasons(matrix)["2.1"].startswith("paint/preprocess/2: pipeline.skops has sha256")
+    assert reasons(matrix)["2.1"].startswith("paint/preprocess/2: pipeline.skops: expected sha256")
     assert reasons(matrix)["1.1"] == ""
 
 
@@ -166,7 +166,7 @@ def test_a_refused_pair_is_a_problem_only_if_a_route_names_it(models: Path) -> N
     assert [pair.route for pair in fine.pairs] == ["100 %", ""]
     assert [pair.route for pair in bad.pairs] == ["100 %", "shadow"]
     (problem,) = bad.problems
-    assert problem.startswith("here: paint 2.1, which its route names, is refused: the halves do not fit: feature 0")
+    assert problem.startswith("here: paint 2.1, named by its route, is refused: the halves do not fit: feature 0")
 
 
 def test_a_pair_that_a_route_names_and_nobody_published_is_a_problem(models: Path) -> None:
@@ -177,7 +177,7 @@ def test_a_pair_that_a_route_names_and_nobody_published_is_a_problem(models: Pat
 
     assert reasons(matrix)["1.7"] == "paint/predict/7: not published"
     assert [pair.route for pair in matrix.pairs if pair.route] == ["50 %", "50 %"]
-    assert matrix.problems == ("here: paint 1.7, which its route names, is refused: paint/predict/7: not published",)
+    assert matrix.problems == ("here: paint 1.7, named by its route, is refused: paint/predict/7: not published",)
 
 
 def test_a_model_that_no_pair_serves_is_a_problem(models: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_model_that_no_pair_serves_is_a_problem(models: Path) -> None:
 
     assert matrix.problems == (
         "half has no pair: only one of its halves is published",
-        "here: paint has no pair that is admitted",
+        "here: paint has no admitted pair",
     )
 
 
@@ -212,7 +212,7 @@ def test_environments_that_run_one_half_each_are_combined(published: Path) -> No
 
     assert reasons(matrix, "old + predict")["1.1"] == "no"
     assert reasons(matrix, "new + predict")["1.1"] == ""
-    assert matrix.problems == ("old + predict: paint has no pair that is admitted",)
+    assert matrix.problems == ("old + predict: paint has no admitted pair",)
 
 
 def test_environments_that_run_both_halves_stand_for_themselves(published: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:
     matrix = judge(Repository(published), {"image": report("preprocess")})
 
     assert matrix.pairs[0].verdicts == {}
-    assert matrix.problems == ("image: no pair can be tried, nothing runs predictors",)
+    assert matrix.problems == ("image: no pair can be checked, no environment runs predictors",)
 
 
 def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) -> None:
@@ -271,8 +271,8 @@ def test_the_command_prints_tables_and_each_reason_once(models: Path) -> None:
     assert result.exit_code == 1
     assert ["paint", "1.1", "refused", "(1)"] in lines
     assert ["paint", "2.1", "refused", "(1)"] in lines
-    assert result.stdout.count("model.onnx has 0 bytes") == 1
-    assert result.stderr == "not fit to be deployed: here: paint has no pair that is admitted\n"
+    assert result.stdout.count("bytes as in manifest.json, got 0") == 1
+    assert result.stderr == "not deployable: here: paint has no admitted pair\n"
 
 
 def test_the_command_exits_0_where_only_pairs_without_a_route_are_refused(published: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_command_gives_json_and_markdown(published: Path) -> None:
     assert "| paint | 1.1 |  | admitted |" in as_markdown.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "holds no models")])
+@pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "no models found in")])
 def test_the_command_has_nothing_to_say_of_no_repository(tmp_path: Path, folder: str, message: str) -> None:
     """A gate that looks at nothing must not pass."""
     result = run("--repository", tmp_path / folder)
@@ -308,7 +308,7 @@ def test_a_broken_route_is_told_in_a_line(models: Path) -> None:
     result = run("--repository", models)
 
     assert result.exit_code == 1
-    assert result.stderr.startswith("not fit to be deployed: paint: route.json: ")
+    assert result.stderr.startswith("not deployable: paint: route.json: ")
     assert "admitted" in result.stdout
 
 
@@ -334,7 +334,7 @@ def test_images_need_a_folder(docker: Path) -> None:
     result = run("--repository", "http://127.0.0.1:1/models", "--image", "first", "--docker", docker)
 
     assert result.exit_code == 1
-    assert result.stderr == "--image needs the repository in a folder, which it mounts: copy it to one, and name that\n"
+    assert result.stderr == "--image mounts the repository: expected a folder, got a URL; copy the repository to a folder\n"
 
 
 @pytest.mark.parametrize("where", ["here", "images"])
@@ -356,7 +356,7 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
 
     assert (without_key.exit_code, half_signed.exit_code, signed.exit_code, no_key.exit_code) == (0, 1, 0, 1)
     (verdict,) = msgspec.json.decode(half_signed.stdout, type=Matrix).pairs[0].verdicts.values()
-    assert verdict.reasons == ('paint/predict/1: it is not signed; "splitserve sign" adds a model.sig',)
+    assert verdict.reasons == ('paint/predict/1: not signed; "splitserve sign" adds model.sig',)
     assert no_key.stderr.endswith("nowhere: No such file or directory\n")
 
 

@@ -71,8 +71,8 @@ def test_sign_puts_a_signature_beside_every_bundle(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--key", "none.pem"], "none.pem: No such file or directory"),
-        (["--key", "key.pem", "nope", "m"], "models holds no model nope"),
-        (["--key", "key.pem", "--repository", "empty"], "empty holds no models"),
+        (["--key", "key.pem", "nope", "m"], "requested models not in repository models: nope"),
+        (["--key", "key.pem", "--repository", "empty"], "no models found in empty"),
     ],
 )
 def test_sign_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
@@ -421,8 +421,8 @@ async def test_reload_needs_a_name_where_no_model_is_known() -> None:
         nameless = await asyncio.to_thread(run, "reload", "--url", address)
         named = await asyncio.to_thread(run, "reload", "m", "--url", address)
 
-    assert (nameless.exit_code, nameless.stderr) == (1, f"{address} knows of no model yet: name the one that is new\n")
-    assert (named.exit_code, named.stdout) == (0, "looked at the repository for m\n")
+    assert (nameless.exit_code, nameless.stderr) == (1, f"{address}: no models yet; name the new model\n")
+    assert (named.exit_code, named.stdout) == (0, "reloaded m\n")
     assert service.controlled == [("load", "m")]
 
 

@@ -105,7 +105,7 @@ def test_every_message_of_the_guide_is_what_users_see(told: str) -> None:
     section = GUIDE.read_text().partition("## What you may read, and what to do")[2]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     quoted = [line for language, block in blocks if not language for line in block.splitlines()]
-    seen = {plain(re.sub(r"^(\(\d+\)|not fit to be deployed:) ", "", line)) for line in told.splitlines()}
+    seen = {plain(re.sub(r"^(\(\d+\)|not deployable:) ", "", line)) for line in told.splitlines()}
 
     assert len(quoted) >= 7
     assert [line for line in quoted if plain(line) not in seen] == [], told

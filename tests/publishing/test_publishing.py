@@ -357,7 +357,7 @@ def test_what_the_estimator_would_not_take_is_refused_by_the_preprocessor(tmp_pa
     rows = IRIS[:3].copy()
     rows[2, 1] = np.nan
 
-    with pytest.raises(InvalidInput, match="row 2: the transforms leave a missing or infinite value"):
+    with pytest.raises(InvalidInput, match="row 2: the features contain a missing or infinite value"):
         answer(tmp_path, "strict", rows)
     found = answer(tmp_path, "lenient", rows)
 

@@ -243,7 +243,7 @@ def test_without_room_nothing_is_begun(cache: Cache) -> None:
     with pytest.raises(NotFetched) as caught:
         small.fetch(NAME, DIGEST, source)
 
-    assert str(caught.value) == f"model.onnx needs 1024 bytes more, the cache {cache.folder} has 1000 free"
+    assert str(caught.value) == f"model.onnx needs 1024 more bytes, the cache {cache.folder} has 1000 free"
     assert source.offsets == []
 
 
@@ -260,7 +260,7 @@ def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, write: 
     """Here a file is where the folder should be."""
     (tmp_path / "cache").write_bytes(b"")
 
-    with pytest.raises(NotFetched, match=r"cannot be written: .*; MODEL_CACHE names another folder"):
+    with pytest.raises(NotFetched, match=r"cannot be written: .*; set MODEL_CACHE to a writable folder"):
         WRITES[write](Cache(tmp_path / "cache"))
 
 
@@ -271,7 +271,7 @@ def test_a_disk_that_is_full_says_so(cache: Cache) -> None:
         yield CONTENT[:10]
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(NotFetched, match=r"^no room left in the cache .*: No space left on device$"):
+    with pytest.raises(NotFetched, match=r"^no space left in the cache .*: No space left on device$"):
         cache.fetch(NAME, DIGEST, download)
 
 
@@ -335,5 +335,5 @@ def test_the_cache_is_the_users_own_unless_one_is_named(tmp_path: Path, monkeypa
 
     assert own == tmp_path / "caches" / "splitserve"
     assert temporary == tmp_path / f"splitserve-{os.geteuid()}"
-    with pytest.raises(NotFetched, match="MODEL_CACHE has to name one"):
+    with pytest.raises(NotFetched, match="set MODEL_CACHE to a writable folder"):
         default_folder()

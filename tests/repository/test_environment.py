@@ -58,7 +58,7 @@ def test_a_mismatch_names_both_versions_and_the_rule() -> None:
     """So that the way out is plain."""
     (found,) = mismatches("preprocess", {**HERE, "scikit-learn": "1.8.0"}, HERE)
 
-    assert str(found) == "published with scikit-learn 1.8.0, this service runs 1.9.1 (wanted: the same minor version)"
+    assert str(found) == "published with scikit-learn 1.8.0, this service runs 1.9.1 (required: the same minor version)"
 
 
 def test_a_predictor_needs_no_library_but_what_its_model_says() -> None:

@@ -110,7 +110,7 @@ def test_no_samples_show_nothing():
     spec = TensorSpec("x", "FP64", ("batch",))
     empty = from_array("x", np.empty((0,)))
 
-    with pytest.raises(BundleError, match=r"^golden\.npz: holds no sample"):
+    with pytest.raises(BundleError, match=r"^golden\.npz: expected at least one sample, got none"):
         replay(encode(Golden((empty,), ())), manifest_with((spec,)), lambda inputs: ())
 
 

@@ -99,7 +99,7 @@ def test_a_manifest_is_for_people_too():
 @pytest.mark.parametrize("found", [0, 2, 99])
 def test_another_schema_version_is_refused_by_its_number(found):
     """Even if nothing else in it is understood."""
-    with pytest.raises(BundleError, match=rf"^manifest\.json: schema version {found}, this splitserve reads version 1$"):
+    with pytest.raises(BundleError, match=rf"^manifest\.json: expected schema version 1, got {found}$"):
         manifest.decode(json.dumps({"schema_version": found, "hello": "world"}).encode())
 
 

@@ -139,12 +139,17 @@ def manifest(**fields: Any) -> Manifest:
         ({"fingerprint": "sha256:a"}, "sha256:a", (), ""),
         ({"fingerprint": "sha256:a"}, "", (), ""),
         ({}, "sha256:a", (), ""),
-        ({"fingerprint": "sha256:a"}, "sha256:b", (), "the features mean something else .* \\(fingerprint a, trained on b\\)"),
+        (
+            {"fingerprint": "sha256:a"},
+            "sha256:b",
+            (),
+            "fingerprint of the features: expected b, which the predictor was trained on, got a",
+        ),
         (
             {"fingerprint": "sha256:a", "feature_names": ("x", "y")},
             "sha256:b",
             ("x", "z"),
-            'feature 1 is "y" where the predictor was trained on "z"',
+            'feature 1: expected "z", which the predictor was trained on, got "y"',
         ),
     ],
 )
@@ -213,5 +218,5 @@ def test_transforms_that_are_not_the_manifests_are_refused(tmp_path: Path) -> No
     path = bundle.folder / "manifest.json"
     path.write_text(path.read_text().replace(bundle.manifest.fingerprint, "sha256:" + "0" * 64))
 
-    with pytest.raises(BundleError, match="the features have the fingerprint sha256:.*, manifest.json says sha256:000"):
+    with pytest.raises(BundleError, match="fingerprint of the features: expected sha256:000.* as in manifest.json, got sha256:"):
         load_bundle(Repository(tmp_path), bundle.key, preprocessor.load)

@@ -421,8 +421,8 @@ def test_what_is_too_large_for_a_manifest_is_refused(bucket: str, open_source: C
     ("where", "message"),
     [
         ("ftp://host/models", r"^expected a folder or a URL with s3://, gs://, az://, http://, https://; got ftp://$"),
-        ("s3://", r"^s3:// names no bucket$"),
-        ("https:///", r"^https:/// names no host$"),
+        ("s3://", r"^s3://: expected a bucket after s3://, got none$"),
+        ("https:///", r"^https:///: expected a host after https://, got none$"),
     ],
 )
 def test_a_url_that_can_not_be_read_is_refused_at_once(where: str, message: str) -> None:

@@ -257,7 +257,7 @@ def test_another_bundles_manifest_is_refused(repository, there):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, r"manifest\.json: schema version 2, this splitserve reads version 1"),
+        ({"schema_version": 2}, r"manifest\.json: expected schema version 1, got 2"),
         ({"surprise": True}, r"manifest\.json: .*`surprise`.*"),
     ],
 )

@@ -79,9 +79,9 @@ def test_a_route_pins_its_pairs_halves() -> None:
     [
         (b"{", "route.json: "),
         (b"{}", "missing required field `pairs`"),
-        (b'{"pairs": [{"pair": "1"}]}', '"1" is not a pair'),
+        (b'{"pairs": [{"pair": "1"}]}', 'expected a pair as "K.M", got "1"'),
         (b'{"pairs": [{"pair": "1.1", "weight": -1}]}', "weight"),
-        (b'{"pairs": [], "shadow": "x"}', '"x" is not a pair'),
+        (b'{"pairs": [], "shadow": "x"}', 'expected a pair as "K.M", got "x"'),
         (b"\xff", "route.json: "),
     ],
 )

@@ -72,7 +72,7 @@ def test_without_a_key_signatures_do_not_matter(repository: Repository, signed: 
 
 def test_what_is_not_signed_may_be_later(repository: Repository, keys: Keys) -> None:
     """It is refused for now, with the command that helps, and read once it is signed."""
-    with pytest.raises(NotSigned, match=r'^it is not signed; "splitserve sign" adds a model\.sig$') as raised:
+    with pytest.raises(NotSigned, match=r'^not signed; "splitserve sign" adds model\.sig$') as raised:
         check(repository, keys)
     assert isinstance(raised.value, NotFetched)
 
@@ -99,7 +99,7 @@ def test_a_forged_hint_does_not_make_it_our_key(repository: Repository, signed: 
     content["verificationMaterial"]["publicKey"]["hint"] = hint
     (signed.folder / SIGNATURE_FILE).write_text(json.dumps(content))
 
-    with pytest.raises(BundleError, match=r"^model\.sig: was changed after it was made$"):
+    with pytest.raises(BundleError, match=r"^model\.sig: invalid signature$"):
         check(repository, ours)
 
 
@@ -113,7 +113,7 @@ def test_a_changed_manifest_is_refused_before_anything_else_is_read(repository: 
     manifest.write_text(manifest.read_text() + "\n")
     (signed.folder / "pipeline.skops").unlink()
 
-    with pytest.raises(BundleError, match=r"^model\.sig: was made for other contents, what differs is manifest\.json$"):
+    with pytest.raises(BundleError, match=r"^model\.sig: the signed contents differ in manifest\.json$"):
         check(repository, keys)
 
 
@@ -133,7 +133,7 @@ def test_a_signature_is_of_one_version(repository: Repository, signed: Bundle, k
     third = BundleKey("penguins", "preprocess", 3)
     shutil.copytree(signed.folder, repository.folder(third))
 
-    with pytest.raises(BundleError, match=r"was made for other contents, what differs is manifest\.json$"):
+    with pytest.raises(BundleError, match=r"the signed contents differ in manifest\.json$"):
         check(repository, keys, second.key)
     with pytest.raises(BundleError, match=r"manifest\.json: expected that of .*, got that of penguins/preprocess/1"):
         check(repository, keys, third)
@@ -229,7 +229,7 @@ def test_a_signature_that_leaves_a_file_out_is_refused(repository: Repository, k
     made = model_signing("sign", "key", *options, "--ignore-paths", folder / "pipeline.skops", folder)
 
     assert made.returncode == 0, made.stderr
-    with pytest.raises(BundleError, match=r"was made for other contents, what differs is pipeline\.skops$"):
+    with pytest.raises(BundleError, match=r"the signed contents differ in pipeline\.skops$"):
         check(repository, keys)
 
 
@@ -241,7 +241,7 @@ def test_a_signature_of_more_files_than_there_are_is_refused(repository: Reposit
     (folder / "more.txt").unlink()
 
     assert made.returncode == 0, made.stderr
-    with pytest.raises(BundleError, match=r"was made for other contents, what differs is that files are missing$"):
+    with pytest.raises(BundleError, match=r"the signed contents differ in that files are missing$"):
         check(repository, keys)
 
 

@@ -103,11 +103,11 @@ def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema version 2, this splitserve reads 1"),
+        ({"schema_version": 2}, "expected schema version 1, got 2"),
         ({"bundles": 1}, "Expected `object`"),
-        ({"bundles": {"../x/predict/1": DIGEST}}, "'../x/predict/1' is no bundle"),
-        ({"bundles": {"m/predict/0": DIGEST}}, "'m/predict/0' is no bundle"),
-        ({"signatures": {"m": DIGEST}}, "'m' is no bundle"),
+        ({"bundles": {"../x/predict/1": DIGEST}}, "MODEL/preprocess/1, got '../x/predict/1'"),
+        ({"bundles": {"m/predict/0": DIGEST}}, "MODEL/preprocess/1, got 'm/predict/0'"),
+        ({"signatures": {"m": DIGEST}}, "MODEL/preprocess/1, got 'm'"),
         ({"routes": {"..": DIGEST}}, "'..' cannot be the name of a model"),
         ({"routes": {"m": {"sha256": "../../x", "size": 2}}}, "m: expected a sha256 of 64 hex digits and a size"),
         ({"bundles": {"m/predict/1": {"sha256": "0" * 64, "size": -1}}}, "m/predict/1: expected a sha256"),

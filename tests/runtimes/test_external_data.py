@@ -68,15 +68,17 @@ def in_a_sparse_initializer() -> onnx.ModelProto:
 )
 def test_weights_in_another_file_are_refused(make: Callable[[], onnx.ModelProto]) -> None:
     """With the file, and the way to put them inside."""
-    with pytest.raises(BundleError, match=r"^model\.onnx: keeps weights in another file, 'weights\.bin', .*onnx\.save") as raised:
+    with pytest.raises(
+        BundleError, match=r"^model\.onnx: expected all weights in this file, got external data in 'weights\.bin'; .*onnx\.save"
+    ) as raised:
         refuse_external_data(make().SerializeToString())
-    assert "only what is inside is served" in str(raised.value)
+    assert "; put them into it: " in str(raised.value)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_it_does_not_matter_which_file(place: str) -> None:
     """Nothing is looked up, so nothing can lead out of the bundle's folder."""
-    with pytest.raises(BundleError, match="keeps weights in another file"):
+    with pytest.raises(BundleError, match="expected all weights in this file"):
         Predictor(with_initializer(outside(place)).SerializeToString())
 
 
@@ -85,7 +87,7 @@ def test_a_location_that_is_said_twice_is_refused() -> None:
     tensor = outside("../one.bin")
     tensor.external_data.add(key="location", value="two.bin")
 
-    with pytest.raises(BundleError, match=r"keeps weights in another file"):
+    with pytest.raises(BundleError, match=r"expected all weights in this file"):
         refuse_external_data(with_initializer(tensor).SerializeToString())
 
 

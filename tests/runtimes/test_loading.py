@@ -53,11 +53,20 @@ def put(side: str, field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("inputs", "name", "other"), 'its inputs are "features" FP32 [\'batch\', 3], manifest.json says "other" FP32'),
-        (put("inputs", "datatype", "FP64"), 'its inputs are "features" FP32 [\'batch\', 3], manifest.json says "features" FP64'),
-        (put("inputs", "shape", ["batch", 4]), "manifest.json says \"features\" FP32 ['batch', 4]"),
-        (put("outputs", "shape", ["batch", "n"]), "its outputs are \"scores\" FP32 ['batch', 2], manifest.json says"),
-        (lambda manifest: manifest.update(outputs=[]), "its outputs are \"scores\" FP32 ['batch', 2], manifest.json says"),
+        (
+            put("inputs", "name", "other"),
+            "expected inputs \"other\" FP32 ['batch', 3] as in manifest.json, got \"features\" FP32 ['batch', 3]",
+        ),
+        (
+            put("inputs", "datatype", "FP64"),
+            "expected inputs \"features\" FP64 ['batch', 3] as in manifest.json, got \"features\" FP32 ['batch', 3]",
+        ),
+        (put("inputs", "shape", ["batch", 4]), "expected inputs \"features\" FP32 ['batch', 4] as in manifest.json"),
+        (put("outputs", "shape", ["batch", "n"]), " as in manifest.json, got \"scores\" FP32 ['batch', 2]"),
+        (
+            lambda manifest: manifest.update(outputs=[]),
+            "expected outputs none as in manifest.json, got \"scores\" FP32 ['batch', 2]",
+        ),
     ],
 )
 def test_a_predictors_signature_is_that_of_its_graph(model: Bundle, change: Any, message: str) -> None:
@@ -72,9 +81,9 @@ def test_a_predictors_signature_is_that_of_its_graph(model: Bundle, change: Any,
     ("change", "message"),
     [
         (put("outputs", "shape", ["batch", 4]), 'golden samples: output "features": expected FP32 [6, 4], got FP32 [6, 3]'),
-        (put("outputs", "datatype", "FP64"), 'golden.npz: "features" is FP32, manifest.json says FP64'),
+        (put("outputs", "datatype", "FP64"), 'golden.npz: "features": expected FP64 as in manifest.json, got FP32'),
         (put("outputs", "name", "other"), "golden.npz: outputs/other is not a file in the archive"),
-        (put("inputs", "datatype", "FP32"), 'golden.npz: "features" is FP64, manifest.json says FP32'),
+        (put("inputs", "datatype", "FP32"), 'golden.npz: "features": expected FP32 as in manifest.json, got FP64'),
         (put("inputs", "shape", ["batch", 4]), 'golden samples: input "features": expected shape [-1, 4], got [6, 3]'),
     ],
 )

@@ -110,23 +110,32 @@ def test_the_signature_replaces_the_scores():
 @pytest.mark.parametrize(
     ("outputs", "difference"),
     [
-        ([], '"scores" is wanted by the postprocess step but not given'),
-        ([MORE], '"scores" is wanted by the postprocess step but not given'),
+        ([], 'the postprocess step: expected a predictor output "scores", got none'),
+        ([MORE], 'the postprocess step: expected a predictor output "scores", got none'),
         (
             [TensorSpec("scores", "INT64", ("batch", 3))],
-            "\"scores\": INT64 ['batch', 3] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+            "the postprocess step: expected \"scores\" as FP32 or FP64 (batch, n_labels), got INT64 ['batch', 3]",
         ),
         (
             [TensorSpec("scores", "FP16", ("batch", 3))],
-            "\"scores\": FP16 ['batch', 3] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+            "the postprocess step: expected \"scores\" as FP32 or FP64 (batch, n_labels), got FP16 ['batch', 3]",
         ),
         (
             [TensorSpec("scores", "FP32", ("batch",))],
-            "\"scores\": FP32 ['batch'] is given, the postprocess step wants FP32 or FP64 (batch, n_labels)",
+            "the postprocess step: expected \"scores\" as FP32 or FP64 (batch, n_labels), got FP32 ['batch']",
         ),
-        ([TensorSpec("scores", "FP32", ("batch", 4))], '"scores": 4 scores a row are given for 3 labels'),
-        ([TensorSpec("scores", "FP32", ("batch", 2))], '"scores": 2 scores a row are given for 3 labels'),
-        ([TensorSpec("scores", "FP32", ("batch", "n"))], '"scores": n scores a row are given for 3 labels'),
+        (
+            [TensorSpec("scores", "FP32", ("batch", 4))],
+            "the postprocess step: expected 3 scores a row, one for each label, got 4",
+        ),
+        (
+            [TensorSpec("scores", "FP32", ("batch", 2))],
+            "the postprocess step: expected 3 scores a row, one for each label, got 2",
+        ),
+        (
+            [TensorSpec("scores", "FP32", ("batch", "n"))],
+            "the postprocess step: expected 3 scores a row, one for each label, got n",
+        ),
     ],
 )
 def test_a_predictor_that_the_step_does_not_fit_is_told(outputs, difference):

@@ -65,7 +65,7 @@ def rows_of(n_features: int) -> dict[str, Any]:
         ("halved", "it has a preprocessor but no predictor"),
         ("headless", "it has a predictor but no preprocessor"),
         ("misfit", '"features": expected 29 in dimension 1, the preprocessor produces 30'),
-        ("unlabelled", '"nothing" is wanted by the postprocess step but not given'),
+        ("unlabelled", 'the postprocess step: expected a predictor output "nothing", got none'),
     ],
 )
 def test_a_model_that_can_not_be_served_says_why(system: System, model: str, reason: str) -> None:
@@ -126,7 +126,7 @@ BAD_REQUESTS = {
         PREDICT.format("breast-cancer"),
         {"instances": [[0.5] * 30, [None] * 30]},
         400,
-        "row 1: the transforms leave a missing or infinite value",
+        "row 1: the features contain a missing or infinite value",
         "preprocess",
     ),
 }

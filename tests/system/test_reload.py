@@ -231,7 +231,7 @@ def test_reload_and_the_protocols_calls_act_at_once(tmp_path: Path) -> None:
         call(system, "RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name="m"))
         states_loaded = {state.version: state.state for state in index_over_grpc(system)}
 
-        assert reloaded.stdout == "looked at the repository for m\n"
+        assert reloaded.stdout == "reloaded m\n"
         assert "2.2" in after_reload
         assert (unloaded, status, loaded) == (200, 503, 200)
         assert "it was unloaded" in answer["error"] or "no preprocessor" in answer["error"]

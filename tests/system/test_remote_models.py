@@ -180,7 +180,7 @@ def test_a_cache_that_can_not_be_written_is_said_and_waited_for(tmp_path: Path, 
     cache = tmp_path / "cache"
     cache.write_bytes(b"a file where the folder should be")
     with serving("s3://models/prod", cache, is_fused=True, **store.environment) as system:
-        wait_until(lambda: "MODEL_CACHE names another folder" in str(system.rest("/v2/health/ready")), "the reason")
+        wait_until(lambda: "set MODEL_CACHE to a writable folder" in str(system.rest("/v2/health/ready")), "the reason")
         cache.unlink()
         wait_until(lambda: is_ready(system, "1.1"), "ready")
 

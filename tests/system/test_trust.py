@@ -85,7 +85,7 @@ def test_a_service_with_a_key_loads_what_was_signed_and_nothing_else(tmp_path: P
         wait_until(lambda: system.rest("/v2/models/unsigned/ready")[0] == 200, "ready once it is signed")
 
     assert signed == ""
-    assert 'it is not signed; "splitserve sign" adds a model.sig' in unsigned
+    assert 'not signed; "splitserve sign" adds model.sig' in unsigned
     assert "foreign/preprocess/1: model.sig: Key mismatch" in foreign
 
 
@@ -153,7 +153,9 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
         _, unsuspicious = system.rest("/v2/models/m/versions/1.1")
 
     assert before == admitted == known == ""
-    assert reason.endswith('the halves do not fit: feature 0 is "colour_blue" where the predictor was trained on "colour_red"')
+    assert reason.endswith(
+        'the halves do not fit: feature 0: expected "colour_red", which the predictor was trained on, got "colour_blue"'
+    )
     assert answer["predictions"] == still["predictions"]
     assert metadata["versions"] == ["1.1"]
     assert "trained on" in allowed["properties"]["warnings"]

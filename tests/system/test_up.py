@@ -89,7 +89,7 @@ def test_up_ends_when_a_service_ends_by_itself(demos: Demos, tmp_path: Path) -> 
     subprocess.run(["kill", "-9", str(pid)], check=True)
 
     assert up.process.wait(60) == 1
-    assert "preprocess ended by itself" in up.text
+    assert "preprocess exited unexpectedly" in up.text
     assert not any(up.is_listening())
 
 

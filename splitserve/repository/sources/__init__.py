@@ -43,7 +43,7 @@ def check(where: str) -> None:
     if scheme not in _NEEDS:
         raise ValueError(f"expected a folder or a URL with {', '.join(f'{name}://' for name in _NEEDS)}; got {scheme}://")
     if not rest.strip("/"):
-        raise ValueError(f"{where} names no {'host' if scheme.startswith('http') else 'bucket'}")
+        raise ValueError(f"{where}: expected a {'host' if scheme.startswith('http') else 'bucket'} after {scheme}://, got none")
     package, extra = _NEEDS[scheme]
     if importlib.util.find_spec(package) is None:
         raise ValueError(

@@ -206,7 +206,7 @@ class Cache:
         """Fill a locked partial file, check it, and put it in its place."""
         partial = _Partial(file, digest.size)
         if (free := self._free_bytes(self.folder)) < partial.n_missing:
-            raise NotFetched(f"{name} needs {partial.n_missing} bytes more, the cache {self.folder} has {free} free")
+            raise NotFetched(f"{name} needs {partial.n_missing} more bytes, the cache {self.folder} has {free} free")
         partial.fill(name, download)
         if (found := partial.describe()) != f"{digest.size} bytes, sha256 {digest.sha256}":
             partial.clear()
@@ -260,9 +260,9 @@ class Cache:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise NotFetched(f"no room left in the cache {self.folder}: {error.strerror}") from error
+                raise NotFetched(f"no space left in the cache {self.folder}: {error.strerror}") from error
             raise NotFetched(
-                f"the cache {self.folder} cannot be written: {error.strerror}; MODEL_CACHE names another folder"
+                f"the cache {self.folder} cannot be written: {error.strerror}; set MODEL_CACHE to a writable folder"
             ) from error
 
 
@@ -357,4 +357,4 @@ def default_folder() -> Path:
         facts = folder.lstat()
         if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022:
             return folder
-    raise NotFetched("there is no folder to keep fetched files in; MODEL_CACHE has to name one that can be written")
+    raise NotFetched("no writable cache folder found; set MODEL_CACHE to a writable folder")

@@ -51,10 +51,10 @@ def decode(data: bytes) -> Index:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{INDEX_FILE}: {error}") from None
     if index.schema_version != SCHEMA_VERSION:
-        raise BundleError(f"{INDEX_FILE}: schema version {index.schema_version}, this splitserve reads {SCHEMA_VERSION}")
+        raise BundleError(f"{INDEX_FILE}: expected schema version {SCHEMA_VERSION}, got {index.schema_version}")
     for path in (*index.bundles, *index.signatures):
         if parse_key(path) is None:
-            raise BundleError(f"{INDEX_FILE}: {path[:128]!r} is no bundle, written MODEL/predict/1 or MODEL/preprocess/1")
+            raise BundleError(f"{INDEX_FILE}: expected a bundle as MODEL/predict/1 or MODEL/preprocess/1, got {path[:128]!r}")
     for model in index.routes:
         if not MODEL_NAME.fullmatch(model):
             raise BundleError(f"{INDEX_FILE}: {model[:128]!r} cannot be the name of a model")
