@@ -2,15 +2,19 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiled modules are kept: tests start hundreds of processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers soak fuzz test test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
 	@echo "make demo          publish the demo models into ./models if it is empty or missing"
-	@echo "make test          everything that a change must pass, except the container tests"
+	@echo "make check         format, lint, types, import rules, generated files, unit tests"
+	@echo "make test          make check, and the tests that start processes or train models"
+	@echo "make test-long     soaks and long repetitions"
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
@@ -28,7 +32,7 @@ $(BIN)/.installed: requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "splitserve needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
@@ -57,15 +61,39 @@ bench-peers: $(BIN)/.installed
 soak: $(BIN)/.installed
 	$(BIN)/python -m benchmarks soak $(SOAK)
 
-test: $(BIN)/.installed
+# What `check` runs side by side; the output of each is printed when it ends.
+CHECKS := unit types lint imports generated
+.PHONY: $(CHECKS) heavy
+
+check: $(BIN)/.installed
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync $(CHECKS)
+
+unit:
+	$(BIN)/pytest -m unit
+
+types:
+	$(BIN)/mypy
+
+lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+
+imports:
 	$(BIN)/lint-imports
+
+generated:
 	$(BIN)/buf lint
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/pytest
+
+heavy: $(BIN)/.installed
+	$(BIN)/pytest -m heavy
+
+test: check
+	@$(MAKE) --no-print-directory heavy
+
+test-long: $(BIN)/.installed
+	$(BIN)/pytest -m long
 
 # Fuzzes each decoder for SECONDS. Findings are kept in tests/fuzz/corpus.
 SECONDS ?= 60

@@ -1,22 +1,53 @@
-"""What tests share."""
+"""What tests share, and which of them run where.
+
+Every test gets one of two marks here: ``heavy`` if it starts processes or trains models, ``unit`` otherwise; one that a target of
+its own runs (see "run by" in pyproject.toml) gets neither. ``make check`` runs ``unit``, ``make test`` and ``pytest`` alone both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: each of two workers would take all cores for BLAS
+    os.environ.setdefault(_name, "1")
 
 import pytest
 from hypothesis import settings
 
-from tests.demo_models import Demos, publish_demos
+from tests.budgets import IS_CI
+from tests.demo_models import Demos, publish_demos_once
 
-settings.register_profile("splitserve", deadline=None)  # a busy machine is no bug
-settings.load_profile("splitserve")
+# A busy machine is no bug, so there is no deadline.
+settings.register_profile("full", deadline=None, max_examples=100)
+settings.register_profile("quick", deadline=None, max_examples=20)
+settings.load_profile("full" if IS_CI else "quick")
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by mark, and before xdist reads their groups
+def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.Function]) -> None:
+    apart = {line.partition(":")[0] for line in config.getini("markers") if "run by `make" in line}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        is_heavy = item.path.parent.name == "system" or "heavy" in marks or "demos" in item.fixturenames
+        if marks.isdisjoint(apart):
+            item.add_marker("heavy" if is_heavy else "unit")
+        if is_heavy and "system" in item.fixturenames and "xdist_group" not in marks:
+            item.add_marker(pytest.mark.xdist_group(system_of(item)))
+
+
+def system_of(item: pytest.Function) -> str:
+    """The running system that a test shares with others: one worker gets them all, so that it is started once."""
+    owner = item.path.stem if hasattr(item.module, "system") else item.path.parent.name
+    variant = item.callspec.params.get("system", "") if hasattr(item, "callspec") else ""
+    return f"{owner}-{variant}"
 
 
 @pytest.fixture(scope="session")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Demos:
-    """The demo models, trained and published once in each process that runs tests."""
-    return publish_demos(tmp_path_factory.mktemp("models"))
+    """The demo models, trained and published once a run. All workers share them: a test that publishes takes a copy."""
+    folder = tmp_path_factory.getbasetemp()
+    return publish_demos_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demos")
 
 
 @pytest.fixture(autouse=True)

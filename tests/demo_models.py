@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,17 @@ class Demos(NamedTuple):
 
     repository: Path
     models: dict[str, Demo]
+
+
+def publish_demos_once(folder: Path) -> Demos:
+    """Train and publish the demo models into ``folder``, unless another process of this run has done it."""
+    folder.mkdir(exist_ok=True)
+    kept = folder / "pipelines.pickle"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(publish_demos(folder / "models").models))
+    return Demos(folder / "models", pickle.loads(kept.read_bytes()))
 
 
 def publish_demos(repository: Path) -> Demos:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sklearn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
@@ -277,7 +277,6 @@ def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPa
         decode(encode(noise()))
 
 
-@settings(deadline=None)
 @given(
     form=st.sampled_from(["JPEG", "PNG"]),
     changes=st.lists(st.tuples(st.integers(3, 400), st.binary(min_size=1, max_size=4)), max_size=4),

@@ -20,6 +20,7 @@ from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, PairMi
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, RequestedOutput
 from splitserve.oip.statistics import Statistics
 from splitserve.tensors import Tensor, encode_bytes
+from tests.budgets import examples
 from tests.virtual_time import run
 
 POISON = -1
@@ -696,7 +697,7 @@ arrivals = st.lists(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     arrivals,
     st.lists(st.sampled_from(MISBEHAVIOURS), max_size=8),

@@ -241,6 +241,7 @@ def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) ->
 
 
 @pytest.mark.parametrize(("missing", "kinds"), [("onnxruntime", ["preprocess"]), ("sklearn", ["predict"]), ("numpy", [])])
+@pytest.mark.heavy
 def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, missing: str, kinds: list[str]) -> None:
     """As a program of its own, which needs neither the commands' packages nor the other half's."""
     block = f"import sys; sys.modules.update(dict.fromkeys([{missing!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
@@ -337,7 +338,7 @@ def test_images_need_a_folder(docker: Path) -> None:
     assert result.stderr == "--image mounts the repository: expected a folder, got a URL; copy the repository to a folder\n"
 
 
-@pytest.mark.parametrize("where", ["here", "images"])
+@pytest.mark.parametrize("where", ["here", pytest.param("images", marks=pytest.mark.heavy)])
 def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     models: Path, docker: Path, tmp_path: Path, where: str
 ) -> None:
@@ -398,6 +399,7 @@ def docker(tmp_path: Path) -> Path:
     return program
 
 
+@pytest.mark.heavy
 def test_the_command_joins_what_images_say(published: Path, docker: Path) -> None:
     """A column for each image's bundles, one for both together of the pairs."""
     result = run("--repository", published, "--image", "first", "--image", "second", "--docker", docker, "--markdown")

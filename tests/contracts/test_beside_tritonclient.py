@@ -22,6 +22,7 @@ assert mine.SerializeToString() == other.SerializeToString()
 
 
 @pytest.mark.parametrize("imports", [(OURS, GRPC, HTTP), (HTTP, GRPC, OURS)], ids=["ours-first", "ours-last"])
+@pytest.mark.heavy
 def test_both_clients_live_in_one_process(imports):
     """A user who has tritonclient can try us beside it, whichever is imported first."""
     program = "\n".join((*imports, MAKE_ONE_OF_EACH))

@@ -14,8 +14,6 @@ from tests.system.processes import Process
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")
 
-pytestmark = pytest.mark.xdist_group("environments")
-
 SERVICES = {
     "proxy": ("proxy", {"numpy", "sklearn", "skops", "pandas", "onnxruntime", "onnx"}),
     "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "httptools"}),

@@ -61,6 +61,7 @@ assert not any(name.startswith("splitserve.server") for name in sys.modules)
         ("publish", "", "'grpc', 'httpx'"),
     ],
 )
+@pytest.mark.heavy
 def test_a_name_imports_only_what_it_needs(name: str, use: str, heavy: str) -> None:
     """The client no publishing and no server, and of the transports only the one that the URL names."""
     program = LIGHT.format(name=name, use=use, heavy=heavy)

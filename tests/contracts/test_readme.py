@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,14 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
-pytestmark = pytest.mark.xdist_group("system")
+pytestmark = pytest.mark.xdist_group("readme")
 
 
 @pytest.fixture(scope="module")
 def folder(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a user would stand: a clone with its ``.venv`` and ``./models``."""
     clone = tmp_path_factory.mktemp("clone")
-    (clone / "models").symlink_to(demos.repository)
+    shutil.copytree(demos.repository, clone / "models")
     (clone / ".venv").symlink_to(Path(sys.executable).parents[1])
     return clone
 

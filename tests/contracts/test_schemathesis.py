@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.budgets import seconds
 from tests.contracts.faces import Served, served
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.line("6.4"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.line("6.4"), pytest.mark.timeout(300), pytest.mark.heavy]
 
-MAX_TIME_S = 25
+MAX_TIME_S = seconds(25)
 
 CHECKS = (
     "status_code_conformance",
@@ -42,7 +43,7 @@ async def test_the_document_is_exact_where_callers_must_show_tokens(tmp_path: Pa
     async with served(auth_file=str(tmp_path / "auth.json")) as system:
         file = await document_of(system, tmp_path)
 
-        code, output = await schemathesis(system, file, "--header", f"Authorization: Bearer {token}", max_time_s=10)
+        code, output = await schemathesis(system, file, "--header", f"Authorization: Bearer {token}", max_time_s=seconds(10))
 
     assert code == 0, output
 

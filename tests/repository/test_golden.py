@@ -18,6 +18,7 @@ from splitserve.repository.golden import Difference, Golden, decode, encode, rep
 from splitserve.repository.manifest import BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
+from tests.budgets import examples
 from tests.strategies import tensors
 
 EXACT: dict[str, Tolerance] = {}
@@ -35,7 +36,7 @@ def unique_tensors() -> st.SearchStrategy[list[Tensor]]:
     return st.lists(tensors(), max_size=3, unique_by=lambda tensor: tensor.name)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(unique_tensors(), unique_tensors())
 def test_samples_are_the_same_after_the_file(inputs, outputs):
     """Every datatype bit for bit; an input and an output may have the same name."""

@@ -203,6 +203,7 @@ for thread in threads:
 """
 
 
+@pytest.mark.heavy
 def test_the_first_manifests_may_be_read_side_by_side():
     """Models load in threads. One run in three crashed while the first decoder was made by whoever came first."""
     codes = [

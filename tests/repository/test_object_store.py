@@ -17,6 +17,8 @@ from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, Gateway, cut, flip, stall, status
 from tests.object_store import ObjectStore, object_store
 
+pytestmark = pytest.mark.heavy
+
 KEY = BundleKey("m", "predict", 1)
 CONTENT = b"graph" * 1000
 URL = "s3://models/prod"

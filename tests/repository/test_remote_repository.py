@@ -448,6 +448,7 @@ def test_a_folder_is_a_folder(tmp_path: Path) -> None:
         assert source.root == tmp_path
 
 
+@pytest.mark.heavy
 def test_a_folder_needs_nothing_of_what_a_url_needs() -> None:
     """A service with a folder starts as fast as before."""
     check = (

@@ -201,6 +201,7 @@ def model_signing(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([MODEL_SIGNING, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.heavy
 def test_model_signings_own_command_takes_our_signatures(signed: Bundle, keys: Keys) -> None:
     """Nobody needs splitserve to check one."""
     command = ("verify", "key", "--signature", signed.folder / SIGNATURE_FILE, "--public_key", keys.public, signed.folder)
@@ -213,6 +214,7 @@ def test_model_signings_own_command_takes_our_signatures(signed: Bundle, keys: K
     assert "golden.npz" in bad.stderr
 
 
+@pytest.mark.heavy
 def test_we_take_the_signatures_of_model_signings_own_command(repository: Repository, keys: Keys) -> None:
     """Nor to make one."""
     folder = repository.folder(KEY)

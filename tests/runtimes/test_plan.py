@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor
 from splitserve.transformers import Flatten
+from tests.budgets import examples
 
 FRAME = pd.DataFrame(
     {
@@ -159,7 +161,10 @@ def planned(half: PreprocessorHalf) -> Preprocessor:
     return found
 
 
-HALVES = {name: published(*case) for name, case in PLANNED.items()}
+@cache
+def half_of(name: str) -> PreprocessorHalf:
+    """Of one of `PLANNED`, published once."""
+    return published(*PLANNED[name])
 
 
 def outcome(call: Callable[[], tuple[Tensor, ...]]) -> Any:
@@ -210,15 +215,15 @@ def arrays(draw: st.DrawFn, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("name", PLANNED)
 def test_known_transforms_have_a_plan(name):
     """It agrees with them on the golden samples."""
-    assert planned(HALVES[name]).runtime == "plan"
+    assert planned(half_of(name)).runtime == "plan"
 
 
 @pytest.mark.parametrize("name", PLANNED)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_plan_gives_the_same_bits_and_refuses_the_same(name, data):
     """Whatever comes: NaN, infinities, extremes, unseen categories, empty text, missing values."""
-    half, like = HALVES[name], PLANNED[name][1]
+    half, like = half_of(name), PLANNED[name][1]
     rows = data.draw(frames(like) if isinstance(like, pd.DataFrame) else arrays(like))
     inputs = to_tensors(half.rows, half.manifest.inputs, rows)
 
@@ -249,7 +254,7 @@ def test_a_plan_that_differs_is_dropped():
 
 def test_inputs_may_come_in_any_order_and_narrower():
     """A plan takes what the signature takes."""
-    half = HALVES["the demo's columns"]
+    half = half_of("the demo's columns")
     inputs = {tensor.name: tensor for tensor in half.golden.inputs}
     year = inputs["year"]
     inputs["year"] = Tensor("year", "INT16", year.shape[:1], to_array(year).astype("<i2").tobytes())
@@ -262,7 +267,7 @@ def test_inputs_may_come_in_any_order_and_narrower():
 @pytest.mark.parametrize("raw", [b"\x04\x00\x00\x00aut", b"\x04\x00\x00", b"", b"\x02\x00\x00\x00\xff\xfe"])
 def test_bytes_that_are_no_text_are_refused_by_name(raw):
     """They are decoded only once, and refused with the input's name."""
-    half = HALVES["the demo's columns"]
+    half = half_of("the demo's columns")
     one = Golden(to_tensors(half.rows, half.manifest.inputs, FRAME[:1]), ())
     inputs = [Tensor("sex", "BYTES", (1, 1), raw) if tensor.name == "sex" else tensor for tensor in one.inputs]
 

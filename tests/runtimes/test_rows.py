@@ -16,6 +16,7 @@ from splitserve.repository.manifest import Column, Rows
 from splitserve.runtimes.rows import UnsupportedRows, is_missing, observe, to_rows, to_tensors
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.tensors import Tensor, decode_bytes, encode_bytes
+from tests.budgets import examples
 from tests.strategies import names
 
 NAN = float("nan")
@@ -70,7 +71,7 @@ COLUMNS: dict[str, st.SearchStrategy[pd.Series]] = {
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_a_column_is_the_same_after_the_wire(kind, data):
     """Its values, its dtype and what stands for a missing value: transforms look at all three."""
@@ -79,7 +80,7 @@ def test_a_column_is_the_same_after_the_wire(kind, data):
     assert_same(over_the_wire(frame), frame)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.data())
 def test_a_frame_is_the_same_after_the_wire(data):
     """Its columns in their order, each with its own dtype."""

@@ -16,8 +16,6 @@ from tests.system.processes import System
 N_ROWS = 40
 TOLERANCE = 1e-4
 
-pytestmark = pytest.mark.xdist_group("system")
-
 
 def inputs_of(rows: Any, input_name: str) -> dict[str, np.ndarray]:
     """What a client sends for these rows: a column each, or one array."""

@@ -10,8 +10,6 @@ import pytest
 
 from tests.system.processes import System
 
-pytestmark = pytest.mark.xdist_group("system")
-
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("beside.py")
 

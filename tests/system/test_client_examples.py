@@ -15,8 +15,6 @@ from splitserve import Client
 from tests.demo_models import Demos
 from tests.system.processes import System
 
-pytestmark = pytest.mark.xdist_group("system")
-
 EXAMPLES = Path(__file__).parents[2] / "examples" / "client"
 GUIDE = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.system.processes import System, wait_until
 
-pytestmark = pytest.mark.xdist_group("environments")
+pytestmark = pytest.mark.xdist_group("guard")
 
 ROOT = Path(__file__).parents[2]
 UV = Path(sys.executable).with_name("uv")

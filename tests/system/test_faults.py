@@ -20,8 +20,6 @@ from tests.demo_models import Demos
 from tests.system.models import softmax_model
 from tests.system.processes import System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 PREDICT = "/v1/models/{}:predict"
 
 

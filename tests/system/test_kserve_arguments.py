@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from splitserve import Client
 from tests.demo_models import Demos
 from tests.system.processes import Process, wait_until
-
-pytestmark = pytest.mark.xdist_group("system")
 
 MODEL = "breast-cancer"
 

@@ -17,8 +17,6 @@ from tests.system.models import affine_model
 from tests.system.processes import System
 from tests.system.sleeping import Sleeping
 
-pytestmark = pytest.mark.xdist_group("system")
-
 SLEEP_S = 0.05
 ALLOWED_WAIT_S = 0.5
 SECONDS = 6.0

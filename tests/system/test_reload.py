@@ -23,8 +23,6 @@ from splitserve.oip.protobuf import SERVICE
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 N_FEATURES = 3
 N_SWAPS = 20
 N_BALLAST = 1_000_000

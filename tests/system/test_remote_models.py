@@ -21,8 +21,6 @@ from tests.object_store import ObjectStore, object_store
 from tests.system.models import affine_model
 from tests.system.processes import Process, System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 COMMAND = Path(sys.executable).with_name("splitserve")
 N_FEATURES = 3
 QUICK = {

@@ -24,8 +24,6 @@ from tests.certificates import Files, replace, write
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 COMMAND = Path(sys.executable).with_name("splitserve")
 TOKEN = "a-token-of-no-use-elsewhere"
 ROWS = np.full((1, 3), 31337.0, np.float32)

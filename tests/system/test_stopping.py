@@ -18,8 +18,6 @@ from tests.system.gated import HELD, Gate
 from tests.system.models import slow_model, softmax_model
 from tests.system.processes import Process, System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 N_FEATURES = 3
 HELD_ROW = [HELD] * N_FEATURES
 GATED = "tests.system.gated"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.xdist_group("system"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.xdist_group("tour"), pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 TOUR = ROOT / "examples" / "versions" / "tour.py"

@@ -26,8 +26,6 @@ from tests.signing_keys import make_keys
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 COMMAND = Path(sys.executable).with_name("splitserve")
 ROWS = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 

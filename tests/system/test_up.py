@@ -16,8 +16,6 @@ import pytest
 from tests.demo_models import Demos
 from tests.system.processes import free_ports, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 COMMAND = Path(sys.executable).with_name("splitserve")
 PORT_OPTIONS = ("--http-port", "--grpc-port", "--preprocess-port", "--predict-port")
 

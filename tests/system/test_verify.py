@@ -16,8 +16,6 @@ from splitserve import publish
 from tests.demo_models import Demos
 from tests.system.processes import System
 
-pytestmark = pytest.mark.xdist_group("system")
-
 COMMAND = Path(sys.executable).with_name("splitserve")
 MODELS = ("breast-cancer", "digits", "penguins")
 WAYS = {

@@ -16,8 +16,6 @@ from splitserve import Client
 from tests.demo_models import Demos
 from tests.system.processes import Process, wait_until
 
-pytestmark = pytest.mark.xdist_group("system")
-
 N_WORKERS = {"predict": 2, "preprocess": 3, "proxy": 1}
 """One proxy: it has to look for every worker of preprocess by itself."""
 

@@ -1,0 +1,17 @@
+"""How much tests that look for counterexamples may spend: in CI all that they are given, elsewhere a fifth of it."""
+
+from __future__ import annotations
+
+import os
+
+IS_CI = bool(os.environ.get("CI"))
+
+
+def examples(n: int) -> int:
+    """Examples of a property, ``n`` in CI."""
+    return n if IS_CI else max(n // 5, 5)
+
+
+def seconds(n: int) -> int:
+    """Time for a search that ends by the clock, ``n`` s in CI."""
+    return n if IS_CI else max(n // 5, 2)
