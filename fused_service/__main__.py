@@ -1,14 +1,11 @@
 """``python -m fused_service``: the proxy's faces over preprocess and predict in one process.
 
-Each part reads the settings that it reads when it runs alone; those that concern the wire between them have no effect.
+Each stage reads the settings that it reads as a service; those of the connections between them have no effect.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
-
-import structlog
 
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
@@ -19,43 +16,34 @@ from preprocess_service.settings import PreprocessSettings
 from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve.server import lifecycle, logs, settings
+from splitserve.server import lifecycle, settings
 from splitserve.server.lifecycle import keep_refreshing
 
 
 async def serve(config: ProxySettings) -> None:
     preprocess_config = settings.read(PreprocessSettings)
     predict_config = settings.read(PredictSettings)
-    logs.configure(level=config.log_level, format=config.log_format, service="fused", requests=config.log_requests)
-    log = structlog.get_logger()
-    stop = lifecycle.StopSignal()
-    predictors = predictor_store(predict_config)
-    preprocessors = preprocessor_store(preprocess_config)
-    async with AsyncExitStack() as stack:
+    async with lifecycle.ServiceProcess(config, "fused") as process:
+        predictors = predictor_store(predict_config)
+        preprocessors = preprocessor_store(preprocess_config)
         n_threads = preprocess_config.n_threads + predict_config.n_threads
-        executor = stack.enter_context(ThreadPoolExecutor(n_threads, thread_name_prefix="compute"))
+        executor = process.enter_context(ThreadPoolExecutor(n_threads, thread_name_prefix="compute"))
         predict = PredictService(predictors, executor, limits=predict_config.batch_limits)
         preprocess = PreprocessService(
             preprocessors, predict, executor, allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch
         )
         service = ProxyService(preprocess, limits=config.batch_limits)
-        faces = await stack.enter_async_context(Faces(service, config))
+        faces = await process.enter_async_context(Faces(service, config))
         for store in (predictors, preprocessors):
-            stack.callback(store.close)
-        log.info("listening", http_port=faces.http.port, grpc_port=faces.grpc.port)
-        await stack.enter_async_context(
-            lifecycle.background(
-                *(keep_refreshing(part, interval_s=config.refresh_interval_s) for part in (predictors, preprocessors)),
-                *(
-                    keep_refreshing(part, interval_s=config.refresh_interval_s, why_waiting=part.not_ready_reason)
-                    for part in (preprocess, service)
-                ),
-            )
+            process.callback(store.close)
+        await process.serve(
+            faces,
+            *(keep_refreshing(part, interval_s=config.refresh_interval_s) for part in (predictors, preprocessors)),
+            *(
+                keep_refreshing(part, interval_s=config.refresh_interval_s, why_waiting=part.not_ready_reason)
+                for part in (preprocess, service)
+            ),
         )
-        await stop.wait()
-        log.info("draining")
-        await faces.drain()
-    log.info("stopped")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""What the predict service can be told, by environment variables that begin with ``PREDICT_``."""
+"""Settings of the predict service: environment variables that begin with ``PREDICT_``."""
 
 from __future__ import annotations
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from splitserve.server.limit_settings import LimitSettings
+from splitserve.server.face_settings import FaceSettings
 from splitserve.server.settings import BatchingSettings, ComputeSettings, RepositorySettings
-from splitserve.server.tls_settings import ListenerTlsSettings
 
 
-class PredictSettings(ListenerTlsSettings, LimitSettings, ComputeSettings, RepositorySettings, BatchingSettings):
+class PredictSettings(FaceSettings, ComputeSettings, RepositorySettings, BatchingSettings):
     """Settings of the predict service."""
 
     model_config = SettingsConfigDict(env_prefix="PREDICT_")
+    stage = "predict"
 
     grpc_port: int = Field(8021, ge=0, le=65535)
     """Port of the gRPC face."""

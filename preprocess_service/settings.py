@@ -1,4 +1,4 @@
-"""What the preprocess service can be told, by environment variables that begin with ``PREPROCESS_``."""
+"""Settings of the preprocess service: environment variables that begin with ``PREPROCESS_``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from splitserve.server import kserve, settings
-from splitserve.server.limit_settings import LimitSettings
+from splitserve.server.face_settings import FaceSettings
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import ComputeSettings, RepositorySettings
-from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
+from splitserve.server.tls_settings import NextStageTlsSettings
 
 
-class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, ComputeSettings, RepositorySettings):
+class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, RepositorySettings):
     """Settings of the preprocess service."""
 
     model_config = SettingsConfigDict(env_prefix="PREPROCESS_")
+    stage = "preprocess"
 
     grpc_port: int = Field(8011, ge=0, le=65535)
     """Port of the gRPC face."""
@@ -44,6 +47,11 @@ class PreprocessSettings(NextStageTlsSettings, ListenerTlsSettings, LimitSetting
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
     """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
     Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
+
+    @property
+    def grpc_config(self) -> GrpcConfig:
+        """That of the gRPC face."""
+        return msgspec.structs.replace(super().grpc_config, default_timeout_s=self.default_timeout_s)
 
 
 def read(arguments: Sequence[str]) -> PreprocessSettings:

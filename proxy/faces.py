@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING
 import structlog
 
 from proxy.guard import Guard
-from proxy.rest.app import RETRY_AFTER_S, HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve import __version__
-from splitserve.oip import messages
-from splitserve.oip.messages import ServerMetadata
 from splitserve.server import lifecycle
 from splitserve.server.grpc_face import GrpcFace
 
@@ -28,51 +25,21 @@ class Faces:
     """Listens on both ports while entered."""
 
     def __init__(self, service: ProxyService, config: ProxySettings) -> None:
-        extensions = ("binary_tensor_data", *messages.extensions(allow_control=config.allow_repository_control))
-        metadata = ServerMetadata("splitserve", __version__, extensions)
         self._config = config
         self._stack = AsyncExitStack()
         self.authenticator = _authenticator(config)
         served = Guard(service) if self.authenticator else service
-        app = HttpApp(
-            served,
-            metadata=metadata,
-            max_body_bytes=config.max_message_bytes,
-            default_timeout_s=config.default_timeout_s,
-            max_timeout_s=config.max_timeout_s,
-            allow_control=config.allow_repository_control,
-            limits=config.limits,
-            authenticator=self.authenticator,
-        )
         budget = config.byte_budget()
-        self.http = HttpFace(
-            app,
-            host=config.host,
-            port=config.http_port,
-            grace_s=config.grace_s,
-            limits=config.http_limits,
-            tls=config.tls,
-            shares_port=config.shares_ports,
-            budget=budget,
-        )
+        app = RestApp(served, config.rest_config, authenticator=self.authenticator)
+        self.http = RestFace(app, budget=budget)
         self.grpc = GrpcFace(
-            served,
-            stage="proxy",
-            address=f"{config.host}:{config.grpc_port}",
-            metadata=metadata,
-            max_message_bytes=config.max_message_bytes,
-            default_timeout_s=config.default_timeout_s,
-            max_timeout_s=config.max_timeout_s,
-            retry_after_s=RETRY_AFTER_S,
-            allow_control=config.allow_repository_control,
-            statistics=service.statistics,
-            tls=config.tls,
-            limits=config.limits,
-            authenticator=self.authenticator,
-            budget=budget,
-            connections=config.grpc_limits,
-            shares_port=config.shares_ports,
+            served, config.grpc_config, statistics=service.statistics, authenticator=self.authenticator, budget=budget
         )
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Where they listen, by name."""
+        return {"http_port": self.http.port, **self.grpc.ports}
 
     async def __aenter__(self) -> Faces:
         await self._stack.enter_async_context(self.http)
@@ -93,8 +60,7 @@ class Faces:
 
     async def drain(self) -> None:
         """Say "not ready", refuse new calls after the delay, let those in flight finish."""
-        delay_s = self._config.drain_delay_s
-        await asyncio.gather(self.http.drain(delay_s=delay_s), self.grpc.drain(delay_s=delay_s, grace_s=self._config.grace_s))
+        await asyncio.gather(self.http.drain(), self.grpc.drain())
 
 
 def _authenticator(config: ProxySettings) -> BearerAuthenticator | None:

@@ -1,20 +1,28 @@
-"""What the proxy can be told, by environment variables that begin with ``PROXY_``."""
+"""Settings of the proxy: environment variables that begin with ``PROXY_``."""
 
 from __future__ import annotations
 
+import msgspec
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
-from splitserve.server.limit_settings import LimitSettings
+from proxy.rest.config import RestConfig
+from splitserve.oip.messages import ServerMetadata
+from splitserve.server.face_settings import FaceSettings
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import BatchingSettings
-from splitserve.server.tls_settings import ListenerTlsSettings, NextStageTlsSettings
+from splitserve.server.tls_settings import NextStageTlsSettings
 from splitserve.wire.http1.listener import HttpLimits
 
+RETRY_AFTER_S = 1
+"""How long clients are told to wait before they retry, over REST and gRPC."""
 
-class ProxySettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, BatchingSettings):
+
+class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     """Settings of the proxy."""
 
     model_config = SettingsConfigDict(env_prefix="PROXY_")
+    stage = "proxy"
 
     http_port: int = Field(8000, ge=0, le=65535)
     """Port of the REST face."""
@@ -58,6 +66,42 @@ class ProxySettings(NextStageTlsSettings, ListenerTlsSettings, LimitSettings, Ba
 
     write_timeout_s: float = Field(30.0, gt=0)
     """Seconds after which a REST connection is closed whose reader takes nothing of the answer."""
+
+    @property
+    def server_metadata(self) -> ServerMetadata:
+        """The answer to ServerMetadata and to ``GET /v2``."""
+        own = super().server_metadata
+        return ServerMetadata("splitserve", own.version, ("binary_tensor_data", *own.extensions))
+
+    @property
+    def grpc_config(self) -> GrpcConfig:
+        """That of the gRPC face: the edge bounds deadlines, and says when to retry."""
+        return msgspec.structs.replace(
+            super().grpc_config,
+            default_timeout_s=self.default_timeout_s,
+            max_timeout_s=self.max_timeout_s,
+            retry_after_s=RETRY_AFTER_S,
+        )
+
+    @property
+    def rest_config(self) -> RestConfig:
+        """That of the REST face."""
+        return RestConfig(
+            metadata=self.server_metadata,
+            host=self.host,
+            port=self.http_port,
+            shares_port=self.shares_ports,
+            tls=self.tls,
+            max_body_bytes=self.max_message_bytes,
+            default_timeout_s=self.default_timeout_s,
+            max_timeout_s=self.max_timeout_s,
+            retry_after_s=RETRY_AFTER_S,
+            allow_control=self.allow_repository_control,
+            request_limits=self.limits,
+            connection_limits=self.http_limits,
+            drain_delay_s=self.drain_delay_s,
+            grace_s=self.grace_s,
+        )
 
     @property
     def http_limits(self) -> HttpLimits:

@@ -10,7 +10,7 @@ from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, ServerMetadata
 from splitserve.oip.pending import Pending, begin_task
-from splitserve.remote.inference import MAX_MESSAGE_BYTES
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.versions import unknown_model
@@ -83,15 +83,13 @@ def signature(
 async def serving(service: FakeInference, *, stage: str = "predict", **options: Any) -> AsyncIterator[str]:
     """Serve over gRPC on a free port of loopback.
 
+    Args:
+        service: what is served.
+        stage: the name that errors carry.
+        options: fields of `GrpcConfig`.
+
     Yields:
         The address, ``127.0.0.1:port``.
     """
-    face = GrpcFace(
-        service,
-        stage=stage,
-        address="127.0.0.1:0",
-        metadata=ServerMetadata("test", "0"),
-        **{"max_message_bytes": MAX_MESSAGE_BYTES, **options},
-    )
-    async with face:
+    async with GrpcFace(service, GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **options)) as face:
         yield f"127.0.0.1:{face.port}"

@@ -14,8 +14,9 @@ import httpx
 import pytest
 import trustme
 
-from proxy.rest.app import HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.cli.connection import client as command_client
@@ -25,6 +26,7 @@ from splitserve.errors import Unavailable
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import probe, settings
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.tls import ServerTls
 from splitserve.signature import TensorSpec
@@ -61,8 +63,11 @@ def foreign(tmp_path: Path, stranger: trustme.CA) -> Files:
 async def rest(server: ServerTls) -> AsyncIterator[str]:
     service = ProxyService(FakeInference(ECHO))
     await service.refresh()
-    app = HttpApp(service, metadata=ServerMetadata("test", "0"), max_body_bytes=1000, default_timeout_s=10)
-    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1, tls=server) as face:
+    app = RestApp(
+        service,
+        RestConfig(metadata=ServerMetadata("test", "0"), max_body_bytes=1000, default_timeout_s=10, grace_s=1, tls=server),
+    )
+    async with RestFace(app) as face:
         yield f"https://127.0.0.1:{face.port}"
 
 
@@ -224,9 +229,8 @@ async def test_a_channel_shows_its_new_certificate(tmp_path: Path, files: Files,
 async def test_a_stream_is_opened_again_while_the_files_can_not_be_used(files: Files) -> None:
     """What they said before holds until they say something new, for a stream as for a channel."""
     metadata = ServerMetadata("test", "0")
-    face = GrpcFace(
-        FakeInference(ECHO), stage="predict", address="127.0.0.1:0", metadata=metadata, max_message_bytes=10_000, tls=files.mutual
-    )
+    config = GrpcConfig(stage="predict", metadata=metadata, max_message_bytes=10_000, tls=files.mutual)
+    face = GrpcFace(FakeInference(ECHO), config)
     async with face, RemoteInference(f"127.0.0.1:{face.port}", stage="predict", tls=files.client) as remote, asyncio.timeout(30):
         while remote.n_streams != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -234,7 +238,7 @@ async def test_a_stream_is_opened_again_while_the_files_can_not_be_used(files: F
         replace(files.client.ca_file, b"no certificate")
 
         for connection in before:
-            connection.retire()
+            connection.drain()
         while before & set(face._server.connections) or remote.n_streams != 1:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

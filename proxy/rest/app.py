@@ -5,7 +5,6 @@ Knows HTTP; bodies are the business of `splitserve.oip.rest` and `splitserve.oip
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Coroutine
 from functools import lru_cache
@@ -16,6 +15,7 @@ import msgspec
 
 from proxy.guard import Guard
 from proxy.rest import compression
+from proxy.rest.config import RestConfig
 from proxy.rest.inference import (
     PathParts,
     RestInference,
@@ -37,20 +37,16 @@ from splitserve.errors import (
     Unsupported,
 )
 from splitserve.oip import rest, v1
-from splitserve.oip.limits import RequestLimits, check_model_name
+from splitserve.oip.limits import check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     READY,
-    ServerMetadata,
     deadline_after,
 )
 from splitserve.oip.model_config import config_of
 from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
 from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
-
-RETRY_AFTER_S = 1
-"""What clients are told to wait before they retry, over REST and gRPC alike."""
 
 N_REMEMBERED_PATHS = 512
 """For so many paths it is known what serves them."""
@@ -82,46 +78,28 @@ Handler = Callable[[Request], Coroutine[Any, Any, HttpResponse]]
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
 
-class HttpApp:
+class RestApp:
     """Serves a `ProxyService` over HTTP.
 
     Args:
         service: what is served.
-        metadata: what ``GET /v2`` answers.
-        max_body_bytes: larger bodies are refused.
-        default_timeout_s: the deadline of a request that sets none.
-        max_timeout_s: the longest that a request may ask for.
-        allow_control: take requests to load and unload models.
-        limits: of requests.
-        authenticator: learns who calls; None: nobody is asked.
+        config: how.
+        authenticator: tells who calls; None: nobody is asked.
     """
 
-    def __init__(
-        self,
-        service: ProxyService | Guard,
-        *,
-        metadata: ServerMetadata,
-        max_body_bytes: int,
-        default_timeout_s: float,
-        max_timeout_s: float = math.inf,
-        allow_control: bool = False,
-        limits: RequestLimits | None = None,
-        authenticator: Authenticator | None = None,
-    ) -> None:
+    def __init__(self, service: ProxyService | Guard, config: RestConfig, *, authenticator: Authenticator | None = None) -> None:
         self._service = service
-        self._metadata = metadata
-        self.max_body_bytes = max_body_bytes
-        self._allow_control = allow_control
+        self.config = config
         self._rules = RestRules(
             service=service,
-            limits=limits or RequestLimits(),
+            limits=config.request_limits,
             authenticator=authenticator,
-            max_body_bytes=max_body_bytes,
-            default_timeout_s=default_timeout_s,
-            max_timeout_s=max_timeout_s,
+            max_body_bytes=config.max_body_bytes,
+            default_timeout_s=config.default_timeout_s,
+            max_timeout_s=config.max_timeout_s,
             failure=self.failure,
         )
-        self._openapi = msgspec.json.encode(document(metadata.version, asks_for_tokens=authenticator is not None))
+        self._openapi = msgspec.json.encode(document(config.metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """Set to say "not ready" while calls are still answered."""
@@ -178,7 +156,7 @@ class HttpApp:
         try:
             deadline = deadline_after(self._rules.timeout_s(incoming))
             await callers.identify(self._rules.authenticator, credentials(incoming), is_open=handler in self._open)
-            body = await receive(incoming, encoding, self.max_body_bytes)
+            body = await receive(incoming, encoding, self.config.max_body_bytes)
             response = await handler(Request(path, incoming, body, deadline))
             if may_be_compressed(response, incoming):
                 response = await compressed(response, incoming)
@@ -190,7 +168,7 @@ class HttpApp:
         """Errors become statuses here and nowhere else."""
         if isinstance(error, Refused):
             return _refusal(error)
-        return _error(failures.named(error, STAGE))
+        return _error(failures.named(error, STAGE), self.config.retry_after_s)
 
     def _find_route(self, method: str, path: str) -> tuple[Handler | type[RestInference], dict[str, str]]:
         for pattern, methods in self._routes:
@@ -214,7 +192,7 @@ class HttpApp:
         return _json(200, {"ready": True, "live": True})
 
     async def _server_metadata(self, request: Request) -> HttpResponse:
-        return _json(200, self._metadata)
+        return _json(200, self.config.metadata)
 
     async def _models(self, request: Request) -> HttpResponse:
         return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
@@ -260,7 +238,7 @@ class HttpApp:
         return _json(200, states)
 
     async def _repository_control(self, request: Request) -> HttpResponse:
-        if not self._allow_control:
+        if not self.config.allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
         if b"origin" in request.incoming.headers:
             # A page in somebody's browser, which may stand where we cannot be reached from.
@@ -312,10 +290,10 @@ def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) 
     return HttpResponse(status, msgspec.json.encode(content), JSON, headers)
 
 
-def _error(error: SplitserveError) -> HttpResponse:
+def _error(error: SplitserveError, retry_after_s: int) -> HttpResponse:
     headers: tuple[tuple[str, str], ...] = ()
     if error.is_retryable:
-        headers = (("retry-after", str(RETRY_AFTER_S)),)
+        headers = (("retry-after", str(retry_after_s)),)
     elif isinstance(error, Unauthenticated):
         headers = (("www-authenticate", _CHALLENGE),)
     elif isinstance(error, PermissionDenied):

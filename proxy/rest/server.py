@@ -8,51 +8,34 @@ from types import TracebackType
 
 import msgspec
 
-from proxy.rest.app import HttpApp
+from proxy.rest.app import RestApp
 from splitserve.errors import Internal
 from splitserve.server.lifecycle import background
-from splitserve.server.tls import ServerTls, following_ssl_context
+from splitserve.server.tls import following_ssl_context
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.connection import Http1Connection
-from splitserve.wire.http1.listener import HttpLimits, HttpListener
+from splitserve.wire.http1.listener import HttpListener
 from splitserve.wire.http1.messages import HttpResponse
 from splitserve.wire.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, listen
 
 
-class HttpFace:
+class RestFace:
     """Listens while entered.
 
     Args:
-        app: the REST face.
-        host: address to listen on.
-        port: 0 takes a free one, see `port`.
-        grace_s: how long calls in flight get once `drain` refuses new ones.
-        limits: of connections.
-        tls: files of the listener; None: plain text.
-        shares_port: with other processes of the service.
-        budget: of the bytes that requests hold; None: each is bounded by itself only.
+        app: handles requests, and has the configuration.
+        budget: of the bytes that requests hold; None: unlimited.
     """
 
-    def __init__(
-        self,
-        app: HttpApp,
-        *,
-        host: str,
-        port: int,
-        grace_s: float,
-        limits: HttpLimits | None = None,
-        tls: ServerTls | None = None,
-        shares_port: bool = False,
-        budget: ByteBudget | None = None,
-    ) -> None:
+    def __init__(self, app: RestApp, *, budget: ByteBudget | None = None) -> None:
         self._app = app
-        self._grace_s = grace_s
-        self._context = following_ssl_context(tls, "http/1.1") if tls else None
+        config = self._config = app.config
+        self._context = following_ssl_context(config.tls, "http/1.1") if config.tls else None
         self._listener = HttpListener(
-            app.answer, limits or HttpLimits(), max_body_bytes=app.max_body_bytes, budget=budget, error=_error
+            app.answer, config.connection_limits, max_body_bytes=config.max_body_bytes, budget=budget, error=_error
         )
         self._stack = AsyncExitStack()
-        self._socket = listen(host, port, shares_port=shares_port)
+        self._socket = listen(config.host, config.port, shares_port=config.shares_port)
         self.port: int = self._socket.getsockname()[1]
 
     @property
@@ -60,7 +43,7 @@ class HttpFace:
         """Those that are open."""
         return len(self._listener.connections)
 
-    async def __aenter__(self) -> HttpFace:
+    async def __aenter__(self) -> RestFace:
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Http1Connection(self._listener),
             sock=self._socket,
@@ -74,16 +57,16 @@ class HttpFace:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._stop()
 
-    async def drain(self, *, delay_s: float) -> None:
-        """Say "not ready", serve on for ``delay_s``, then refuse new calls and let those in flight finish."""
+    async def drain(self) -> None:
+        """Say "not ready", serve on for the delay, then refuse new calls and let those in flight finish."""
         self._app.is_draining = True
-        await asyncio.sleep(delay_s)
+        await asyncio.sleep(self._config.drain_delay_s)
         await self._stop()
 
     async def _stop(self) -> None:
         self._server.close()
         self._listener.drain()
-        await self._listener.connections.wait_closed(self._grace_s)
+        await self._listener.connections.wait_closed(self._config.grace_s)
         self._listener.connections.abort()
         await self._stack.aclose()
 

@@ -1,7 +1,7 @@
 """The Open Inference Protocol as Python objects: its messages and its verbs, free of any transport.
 
 Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
-front of that, or a stub for one of them behind a channel. The endpoints (gRPC, REST) serve any of them, so a system is split or
+front of that, or a stub for one of them behind a channel. The faces (gRPC, REST) serve any of them, so a system is split or
 fused by composition.
 """
 
@@ -27,7 +27,7 @@ _EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_
 
 
 def extensions(*, allow_control: bool) -> tuple[str, ...]:
-    """The extensions of the protocol that every endpoint offers, by the names that clients know.
+    """The extensions of the protocol that every face offers, by the names that clients know.
 
     Args:
         allow_control: models can be loaded and unloaded.
@@ -166,7 +166,7 @@ class InferenceService(Protocol):
         ...
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        """Begin an inference. The endpoints call this, so that a request that waits needs no task of its own.
+        """Begin an inference. The faces call this, so that a request that waits needs no task of its own.
 
         Args:
             request: its inputs are checked against the signature here.

@@ -1,4 +1,4 @@
-"""Who calls: what endpoints ask an authenticator, and where the services behind them find the answer."""
+"""Who calls: what faces ask an authenticator, and where the services behind them find the answer."""
 
 from __future__ import annotations
 

@@ -21,27 +21,27 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.catalogue import why_model_not_ready
 from splitserve.errors import DOMAIN, InvalidInput, PermissionDenied, SplitserveError, Unsupported
 from splitserve.oip import protobuf
-from splitserve.oip.limits import RequestLimits, check_model_name
+from splitserve.oip.limits import check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     NO_DEADLINE,
     READY,
     InferenceService,
-    ServerMetadata,
     deadline_after,
 )
 from splitserve.oip.model_config import config_of
 from splitserve.oip.statistics import Statistics
 from splitserve.server import callers, failures, health, reflection
 from splitserve.server.callers import Authenticator
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_inference import GrpcInferences, credentials
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.inference import InferenceRules
-from splitserve.server.tls import ServerTls, following_ssl_context
+from splitserve.server.tls import following_ssl_context
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import Call, Method
 from splitserve.wire.grpc.messages import CallError, status_code
-from splitserve.wire.grpc.server import GrpcServer, ServerLimits
+from splitserve.wire.grpc.server import GrpcServer
 from splitserve.wire.listening import listen
 
 HEALTH_INTERVAL_S = 0.2
@@ -62,52 +62,24 @@ class GrpcFace:
 
     Args:
         service: what is served.
-        stage: the name that errors carry, e.g. ``"predict"``.
-        address: ``host:port``; port 0 takes a free one, see `port`.
-        metadata: what ServerMetadata answers.
-        max_message_bytes: the largest message taken or given.
-        default_timeout_s: the deadline of callers that set none; 0: none.
-        retry_after_s: at the edge, how long clients are told to wait before they retry. 0 between stages: there a caller may try
-            another replica at once, but not for what went wrong further on, which has been retried there.
-        max_timeout_s: the longest that callers may ask for.
-        allow_control: take requests to load and unload models.
+        config: how.
         statistics: what the service counts, if it does.
-        tls: files of the listener; None: plain text.
-        limits: of requests.
-        authenticator: learns who calls; None: nobody is asked.
-        budget: of the bytes that requests hold; None: each is bounded by itself only.
-        connections: what callers' connections may cost; its limit of messages gives way to ``max_message_bytes``.
-        shares_port: with other processes of the service.
+        authenticator: tells who calls; None: nobody is asked.
+        budget: of the bytes that requests hold; None: unlimited.
     """
 
     def __init__(
         self,
         service: InferenceService,
+        config: GrpcConfig,
         *,
-        stage: str,
-        address: str,
-        metadata: ServerMetadata,
-        max_message_bytes: int,
-        default_timeout_s: float = 0.0,
-        retry_after_s: float = 0.0,
-        max_timeout_s: float = NO_DEADLINE,
-        allow_control: bool = False,
         statistics: Statistics | None = None,
-        tls: ServerTls | None = None,
-        limits: RequestLimits | None = None,
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
-        connections: ServerLimits | None = None,
-        shares_port: bool = False,
     ) -> None:
         self._service = service
-        self._stage = stage
-        self._metadata = metadata
-        self._default_timeout_s = default_timeout_s
-        self._max_timeout_s = max_timeout_s
+        self._config = config
         self._statistics = statistics
-        self._retry_after_s = retry_after_s
-        self._allow_control = allow_control
         self._authenticator = authenticator
         budget = budget or ByteBudget(sys.maxsize)
         self._log = structlog.get_logger()
@@ -115,20 +87,24 @@ class GrpcFace:
         self._is_draining = False
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
-        rules = InferenceRules(service, limits or RequestLimits(), authenticator)
+        rules = InferenceRules(service, config.request_limits, authenticator)
         self._inferences = GrpcInferences(rules, deadline=self._deadline, named=self._named, budget=budget)
         self._streams = InferStreams(self._inferences.begin_on_stream)
-        host, _, port = address.rpartition(":")
-        socket = listen(host.strip("[]"), int(port), shares_port=shares_port)
+        socket = listen(config.host, config.port, shares_port=config.shares_port)
         self.port: int = socket.getsockname()[1]
         self._server = GrpcServer(
             self._methods(),
             socket,
-            msgspec.structs.replace(connections or ServerLimits(), max_message_bytes=max_message_bytes),
-            context=following_ssl_context(tls, "h2") if tls else None,
+            msgspec.structs.replace(config.connection_limits, max_message_bytes=config.max_message_bytes),
+            context=following_ssl_context(config.tls, "h2") if config.tls else None,
             explain=self._explain,
             new_reservation=budget.reservation,
         )
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Where it listens, by name."""
+        return {"grpc_port": self.port}
 
     async def __aenter__(self) -> GrpcFace:
         await self._server.start()
@@ -140,14 +116,14 @@ class GrpcFace:
             self._watching.cancel()
         await self._server.stop()
 
-    async def drain(self, *, delay_s: float, grace_s: float) -> None:
-        """Say "not ready", serve on for ``delay_s``, then refuse new calls and give those in flight ``grace_s`` to finish."""
+    async def drain(self) -> None:
+        """Say "not ready", serve on for the delay, then refuse new calls and let those in flight finish."""
         self._is_draining = True
         await self._set_health()
-        await asyncio.sleep(delay_s)
+        await asyncio.sleep(self._config.drain_delay_s)
         self._streams.stop()
         self._health.end()
-        await self._server.stop(grace_s)
+        await self._server.stop(self._config.grace_s)
 
     async def _watch_health(self) -> None:
         while True:
@@ -212,13 +188,13 @@ class GrpcFace:
         return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
     def _named(self, error: Exception) -> SplitserveError:
-        return failures.named(error, self._stage)
+        return failures.named(error, self._config.stage)
 
     def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
         metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, _rich_status(error)),)
-        if error.is_retryable and self._retry_after_s:
-            metadata += ((protobuf.PUSHBACK_KEY, str(round(self._retry_after_s * 1000))),)
-        elif error.is_retryable and error.stage != self._stage:
+        if error.is_retryable and self._config.retry_after_s:
+            metadata += ((protobuf.PUSHBACK_KEY, str(round(self._config.retry_after_s * 1000))),)
+        elif error.is_retryable and error.stage != self._config.stage:
             metadata += ((protobuf.PUSHBACK_KEY, "-1"),)
         return metadata
 
@@ -238,7 +214,7 @@ class GrpcFace:
         return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 
     async def _server_metadata(self, data: bytes, call: Call) -> bytes:
-        return protobuf.encode_server_metadata(self._metadata).SerializeToString()
+        return protobuf.encode_server_metadata(self._config.metadata).SerializeToString()
 
     async def _model_metadata(self, data: bytes, call: Call) -> bytes:
         request = protobuf.parse(pb.ModelMetadataRequest, data)
@@ -279,7 +255,7 @@ class GrpcFace:
             NotFound: no model can have this name.
             InvalidInput: it brings parameters: what is loaded is decided by the repository, not by callers.
         """
-        if not self._allow_control:
+        if not self._config.allow_control:
             raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
         if set(request.parameters) - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not taken: the model repository says what is loaded")
@@ -289,8 +265,9 @@ class GrpcFace:
 
     def _deadline(self, remaining_s: float | None) -> float:
         if remaining_s is not None:
-            return deadline_after(min(remaining_s, self._max_timeout_s))
-        return deadline_after(self._default_timeout_s) if self._default_timeout_s else NO_DEADLINE
+            return deadline_after(min(remaining_s, self._config.max_timeout_s))
+        default_s = self._config.default_timeout_s
+        return deadline_after(default_s) if default_s else NO_DEADLINE
 
 
 def _tell(call: Call, reason: str) -> None:

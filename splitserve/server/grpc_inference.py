@@ -21,7 +21,7 @@ def credentials(call: Call) -> list[str]:
 
 
 class GrpcInferences:
-    """Begins the inferences of a gRPC endpoint.
+    """Begins the inferences of a gRPC face.
 
     Args:
         rules: what is the same for all.
@@ -66,11 +66,11 @@ class GrpcInferences:
 
 
 class _GrpcInference(Inference[bytes]):
-    __slots__ = ("_call", "_data", "_endpoint")
+    __slots__ = ("_call", "_data", "_face")
 
-    def __init__(self, endpoint: GrpcInferences, data: bytes, call: Call) -> None:
-        super().__init__(endpoint.rules)
-        self._endpoint = endpoint
+    def __init__(self, face: GrpcInferences, data: bytes, call: Call) -> None:
+        super().__init__(face.rules)
+        self._face = face
         self._data = data
         self._call = call
 
@@ -87,13 +87,13 @@ class _GrpcInference(Inference[bytes]):
 class _UnaryInference(_GrpcInference):
     __slots__ = ("_on_end",)
 
-    def __init__(self, endpoint: GrpcInferences, data: bytes, call: Call, on_end: Callable[[bytes | Exception], None]) -> None:
-        super().__init__(endpoint, data, call)
+    def __init__(self, face: GrpcInferences, data: bytes, call: Call, on_end: Callable[[bytes | Exception], None]) -> None:
+        super().__init__(face, data, call)
         self._on_end = on_end
 
     def _decode(self) -> InferRequest:
         message = self._parse()
-        return protobuf.decode_request(message, self._endpoint.deadline(self._call.remaining_s()), self._call.peer)
+        return protobuf.decode_request(message, self._face.deadline(self._call.remaining_s()), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
         data: bytes = protobuf.encode_response(response).SerializeToString()
@@ -111,16 +111,16 @@ class _StreamInference(_GrpcInference):
 
     __slots__ = ("_answer", "identity", "reservation")
 
-    def __init__(self, endpoint: GrpcInferences, data: bytes, call: Call, answer: Callable[[bytes], None]) -> None:
-        super().__init__(endpoint, data, call)
+    def __init__(self, face: GrpcInferences, data: bytes, call: Call, answer: Callable[[bytes], None]) -> None:
+        super().__init__(face, data, call)
         self._answer = answer
-        self.reservation = endpoint.budget.reservation()
+        self.reservation = face.budget.reservation()
         self.identity = ""
 
     def _decode(self) -> InferRequest:
         message = self._parse()
         self.identity = message.id
-        return protobuf.decode_request(message, self._endpoint.deadline(None), self._call.peer)
+        return protobuf.decode_request(message, self._face.deadline(None), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
         return protobuf.encode_stream_response(response, self.identity)
@@ -130,7 +130,7 @@ class _StreamInference(_GrpcInference):
         self._answer(answer)
 
     def _fail(self, error: Exception) -> None:
-        self._deliver(protobuf.encode_stream_error(self.identity, self._endpoint.named(error)))
+        self._deliver(protobuf.encode_stream_error(self.identity, self._face.named(error)))
 
     def refuse(self, error: Exception) -> None:
         """Answer with the error that `begin` raised."""

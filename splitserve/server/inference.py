@@ -1,4 +1,4 @@
-"""The one path that an inference takes through an endpoint, whatever the protocol.
+"""The one path that an inference takes through a face, whatever the protocol.
 
 1. Credentials are checked: at once where they are known, otherwise in a task.
 2. The request is received: gRPC messages and most HTTP bodies are there already; for the others the same task waits.
@@ -33,7 +33,7 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class InferenceRules(msgspec.Struct, frozen=True):
-    """What is the same for every inference of an endpoint. ``authenticator`` None: nobody is asked who calls."""
+    """What is the same for every inference of a face. ``authenticator`` None: nobody is asked who calls."""
 
     service: InferenceService
     limits: RequestLimits
@@ -44,7 +44,7 @@ class Inference(ABC, Generic[A]):
     """One inference, from `begin` until it is answered, failed or cancelled. ``A`` is what the protocol sends as an answer.
 
     Args:
-        rules: of the endpoint.
+        rules: of the face.
         model: for the log, as far as it is known before the request is decoded.
         version: likewise.
     """
@@ -67,9 +67,12 @@ class Inference(ABC, Generic[A]):
             Exception: the request is refused at once, and nothing is delivered.
         """
         try:
-            authenticator = self._rules.authenticator
+            authenticator, is_received = self._rules.authenticator, self._is_received()
+            if authenticator is None and is_received:
+                self._ask()
+                return
             caller = None if authenticator is None else authenticator.recognise(self._credentials())
-            if self._is_received() and (caller is not None or authenticator is None):
+            if caller is not None and is_received:
                 self._start(caller)
             else:
                 self._pending = asyncio.get_running_loop().create_task(self._start_later(caller))
@@ -90,12 +93,14 @@ class Inference(ABC, Generic[A]):
             self._in_context(self._finish, error)
 
     def _start(self, caller: Caller | None) -> None:
-        """Decode the request, and have the service begin it."""
-        if caller is not None:
+        if caller is None:
+            self._ask()
+        else:
             self._context = context_of(caller)
-        self._in_context(self._ask)
+            self._context.run(self._ask)
 
     def _ask(self) -> None:
+        """Decode the request, and have the service begin it."""
         rules = self._rules
         request = self._decode()
         self.model, self.version = request.model, request.version
@@ -111,7 +116,10 @@ class Inference(ABC, Generic[A]):
 
     def _end(self, outcome: InferResponse | Exception) -> None:
         """The service has answered, or failed."""
-        self._in_context(self._finish, outcome)
+        if self._context is None:
+            self._finish(outcome)
+        else:
+            self._context.run(self._finish, outcome)
 
     def _finish(self, outcome: InferResponse | Exception) -> None:
         self._is_over = True

@@ -9,7 +9,8 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import structlog
@@ -58,6 +59,52 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Face(Protocol):
+    """What a process listens with."""
+
+    @property
+    def ports(self) -> Mapping[str, int]:
+        """Where it listens, by name."""
+        ...
+
+    async def drain(self) -> None:
+        """Refuse new calls, let those in flight finish."""
+        ...
+
+
+class ServiceProcess(contextlib.AsyncExitStack):
+    """The life of a service process, between its first log line and its last: what is entered is left in reverse order.
+
+    Args:
+        config: its settings.
+        name: of the service, in its logs.
+    """
+
+    def __init__(self, config: ServiceSettings, name: str) -> None:
+        super().__init__()
+        logs.configure(level=config.log_level, format=config.log_format, service=name, requests=config.log_requests)
+        self._log = structlog.get_logger()
+        self._stop = StopSignal()
+
+    async def serve(self, face: Face, *work: Coroutine[Any, Any, None]) -> None:
+        """Do the background work until the process is told to stop, then drain the face, which is listening."""
+        # Requests are taken at these ports: `http_port` of the proxy, `grpc_port` of every service.
+        self._log.info("listening", **face.ports)
+        await self.enter_async_context(background(*work))
+        await self._stop.wait()
+        # SIGTERM or SIGINT: requests in flight are still answered.
+        self._log.info("draining")
+        await face.drain()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> bool | None:
+        is_handled = await super().__aexit__(kind, error, trace)
+        if error is None:
+            self._log.info("stopped")
+        return is_handled
 
 
 class Refreshing(Protocol):

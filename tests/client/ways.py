@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from proxy.rest.app import HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
+from proxy.rest.server import RestFace
 from splitserve import AsyncClient, Client
 from splitserve.errors import NotFound
 from splitserve.oip.messages import ModelMetadata, ServerMetadata
@@ -40,8 +41,11 @@ async def serving_rest(service: FakeInference) -> AsyncIterator[str]:
     Yields:
         The URL.
     """
-    app = HttpApp(_Edge(service), metadata=ServerMetadata("test", "0", EXTENSIONS), max_body_bytes=2**26, default_timeout_s=30)
-    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1) as face:
+    app = RestApp(
+        _Edge(service),
+        RestConfig(metadata=ServerMetadata("test", "0", EXTENSIONS), max_body_bytes=2**26, default_timeout_s=30, grace_s=1),
+    )
+    async with RestFace(app) as face:
         yield f"http://127.0.0.1:{face.port}"
 
 

@@ -23,6 +23,7 @@ from splitserve.publishing.simple_models import publish_all
 from splitserve.remote.inference import RemoteInference
 from splitserve.repository.folder import Repository
 from splitserve.runtimes import predictor, preprocessor
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.store import VersionStore
 from splitserve.tensors import DATATYPES, encode_bytes
@@ -57,8 +58,8 @@ class Stage(NamedTuple):
 async def faced(name: str, service: InferenceService, statistics: Statistics) -> AsyncIterator[str]:
     """The service on a free port; gives its address."""
     metadata = ServerMetadata(f"splitserve-{name}", "0", ("statistics",))
-    face = GrpcFace(service, stage=name, address="127.0.0.1:0", metadata=metadata, max_message_bytes=LIMIT, statistics=statistics)
-    async with face:
+    config = GrpcConfig(stage=name, metadata=metadata, max_message_bytes=LIMIT)
+    async with GrpcFace(service, config, statistics=statistics) as face:
         yield f"127.0.0.1:{face.port}"
 
 

@@ -7,7 +7,8 @@ import re
 import pytest
 from openapi_spec_validator import validate
 
-from proxy.rest.app import HttpApp
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
 from proxy.rest.openapi import document
 from proxy.service import ProxyService
 from splitserve.errors import TABLE
@@ -26,7 +27,9 @@ def test_the_document_is_valid(asks_for_tokens: bool) -> None:
 
 def test_every_documented_path_is_served_and_every_served_one_documented() -> None:
     """With the same methods."""
-    app = HttpApp(ProxyService(FakeInference()), metadata=ServerMetadata("s", "0"), max_body_bytes=1, default_timeout_s=1)
+    app = RestApp(
+        ProxyService(FakeInference()), RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=1, default_timeout_s=1)
+    )
     documented = {
         (re.sub(r"\{version\}", "1.1", re.sub(r"\{model\}", "m", path)), method.upper())
         for path, item in document("0")["paths"].items()

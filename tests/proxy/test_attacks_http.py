@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from proxy.rest.app import HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferResponse, ServerMetadata
@@ -41,7 +42,7 @@ INSIDE = re.compile(rb"Traceback|\.py|/work|/tmp|/usr|/home|msgspec|uvicorn|http
 class Edge:
     """A REST face on a socket, with limits that a test can reach."""
 
-    def __init__(self, face: HttpFace, backend: FakeInference) -> None:
+    def __init__(self, face: RestFace, backend: FakeInference) -> None:
         self.face, self.backend = face, backend
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -103,15 +104,16 @@ async def edge_with(**limits: Any) -> AsyncIterator[Edge]:
     backend = FakeInference(*MODELS)
     service = ProxyService(backend)
     await service.refresh()
-    app = HttpApp(
-        service,
+    config = RestConfig(
         metadata=ServerMetadata("test", "0"),
         max_body_bytes=BODY_LIMIT,
         default_timeout_s=30,
         allow_control=True,
-        limits=limits.pop("request", RequestLimits()),
+        request_limits=limits.pop("request", RequestLimits()),
+        connection_limits=HttpLimits(**limits),
+        grace_s=1,
     )
-    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1, limits=HttpLimits(**limits)) as face:
+    async with RestFace(RestApp(service, config)) as face:
         yield Edge(face, backend)
 
 

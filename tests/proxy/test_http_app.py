@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from proxy.rest.app import HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from splitserve.errors import Overloaded, PairMismatch
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
@@ -31,24 +32,24 @@ def backend() -> FakeInference:
 
 
 @pytest.fixture
-async def app(backend: FakeInference) -> HttpApp:
+async def app(backend: FakeInference) -> RestApp:
     service = ProxyService(backend)
     await service.refresh()
     metadata = ServerMetadata("splitserve", "0", ("binary_tensor_data",))
-    return HttpApp(service, metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30)
+    return RestApp(service, RestConfig(metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30, grace_s=1))
 
 
 @pytest.fixture
-async def client(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
+async def client(app: RestApp) -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(app) as client:
         yield client
 
 
 @asynccontextmanager
-async def client_of(app: HttpApp) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(app: RestApp) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the face, over a socket."""
     async with (
-        HttpFace(app, host="127.0.0.1", port=0, grace_s=1) as face,
+        RestFace(app) as face,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False) as client,
     ):
         yield client
@@ -190,7 +191,9 @@ async def test_models_are_controlled_only_where_it_is_allowed(client: httpx.Asyn
     service = ProxyService(backend)
     await service.refresh()
     metadata = ServerMetadata("s", "0")
-    app = HttpApp(service, metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30, allow_control=True)
+    app = RestApp(
+        service, RestConfig(metadata=metadata, max_body_bytes=LIMIT, default_timeout_s=30, allow_control=True, grace_s=1)
+    )
 
     refused = await client.post("/v2/repository/models/echo/unload")
     async with client_of(app) as operator:
@@ -220,10 +223,10 @@ async def test_head_is_get_without_a_body(client: httpx.AsyncClient) -> None:
     assert int(answer.headers["content-length"]) > 0
 
 
-async def test_a_body_without_a_length_is_cut_off_at_the_limit(app: HttpApp) -> None:
+async def test_a_body_without_a_length_is_cut_off_at_the_limit(app: RestApp) -> None:
     """Nothing is gathered beyond the limit, however much is sent; what is on its way is taken for a while after the answer."""
     chunk = b"3e8\r\n" + b" " * 1000 + b"\r\n"
-    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=1) as face, asyncio.timeout(20):
+    async with RestFace(app) as face, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", face.port)
         writer.write(b"POST /v2/models/echo/infer HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
         writer.write(chunk * (LIMIT // 1000 + 1))
@@ -237,7 +240,7 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(app: HttpApp) -> 
     assert json.loads(rest)["reason"] == "TOO_LARGE"
 
 
-async def test_not_ready_is_503_with_the_reason(client: httpx.AsyncClient, app: HttpApp) -> None:
+async def test_not_ready_is_503_with_the_reason(client: httpx.AsyncClient, app: RestApp) -> None:
     """A probe sees the status, a person the reason; live stays true."""
     app.is_draining = True
 
@@ -260,7 +263,7 @@ async def answer_to(error: Exception) -> httpx.Response:
     backend = FakeInference(signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1"), answer=failing(error))
     service = ProxyService(backend)
     await service.refresh()
-    app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
+    app = RestApp(service, RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30, grace_s=1))
     async with client_of(app) as client:
         return await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
 
@@ -300,7 +303,7 @@ async def test_an_output_without_a_json_form_is_refused_with_the_way_out() -> No
     backend = FakeInference(signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1"), answer=answer)
     service = ProxyService(backend)
     await service.refresh()
-    app = HttpApp(service, metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30)
+    app = RestApp(service, RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, default_timeout_s=30, grace_s=1))
     async with client_of(app) as client:
         refused = await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
 

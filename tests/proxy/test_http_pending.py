@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from proxy.rest.app import HttpApp
-from proxy.rest.server import HttpFace
+from proxy.rest.app import RestApp
+from proxy.rest.config import RestConfig
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
@@ -40,7 +41,7 @@ class Held(FakeInference):
 class Front:
     """The REST face on a socket, and what is behind it."""
 
-    def __init__(self, face: HttpFace, backend: Held, service: ProxyService) -> None:
+    def __init__(self, face: RestFace, backend: Held, service: ProxyService) -> None:
         self.face, self.backend, self.service = face, backend, service
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -65,8 +66,10 @@ async def serving_held() -> AsyncIterator[Front]:
     backend = Held()
     service = ProxyService(backend)
     await service.refresh()
-    app = HttpApp(service, metadata=ServerMetadata("test", "0"), max_body_bytes=1_000_000, default_timeout_s=30)
-    async with HttpFace(app, host="127.0.0.1", port=0, grace_s=20) as face, asyncio.timeout(30):
+    app = RestApp(
+        service, RestConfig(metadata=ServerMetadata("test", "0"), max_body_bytes=1_000_000, default_timeout_s=30, grace_s=20)
+    )
+    async with RestFace(app) as face, asyncio.timeout(30):
         yield Front(face, backend, service)
 
 
@@ -211,7 +214,7 @@ async def test_a_deadline_that_passes_is_told(front: Front) -> None:
 async def test_draining_waits_for_what_is_under_way(front: Front) -> None:
     """The answer is given, and the connection closed behind it."""
     reader, writer = await front.waiting()
-    draining = asyncio.create_task(front.face.drain(delay_s=0))
+    draining = asyncio.create_task(front.face.drain())
     await until(lambda: front.face._listener.is_draining)
 
     assert not draining.done()

@@ -16,8 +16,9 @@ from splitserve.arrays import from_array
 from splitserve.errors import TABLE, DeadlineExceeded, Internal, PairMismatch, SplitserveError, Unavailable
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
-from splitserve.remote.inference import MAX_MESSAGE_BYTES, RemoteInference
+from splitserve.remote.inference import RemoteInference
 from splitserve.remote.retry_budget import MAX_TOKENS, RetryBudget
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
@@ -52,14 +53,7 @@ class Gated(FakeInference):
 
 
 def face(service: FakeInference, **options: Any) -> GrpcFace:
-    return GrpcFace(
-        service,
-        stage="predict",
-        address="127.0.0.1:0",
-        metadata=ServerMetadata("test", "0"),
-        max_message_bytes=MAX_MESSAGE_BYTES,
-        **options,
-    )
+    return GrpcFace(service, GrpcConfig(stage="predict", metadata=ServerMetadata("test", "0"), **options))
 
 
 class Name:
@@ -243,11 +237,12 @@ async def test_what_is_in_flight_when_a_replica_dies_is_tried_on_another(over: s
 async def test_a_replica_that_drains_answers_what_it_has_and_gets_no_more(over: str) -> None:
     """In its grace the calls in flight end; the stream ends with them and does not hold the stop up."""
     services = [Gated(), FakeInference(ECHO)]
-    async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
+    draining_one = face(services[0], drain_delay_s=0.3, grace_s=PATIENCE_S)
+    async with draining_one as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
         held = [asyncio.create_task(remote.infer(request())) for _ in range(2)]
         await until(lambda: services[0].requests and services[1].requests)
 
-        draining = asyncio.create_task(one.drain(delay_s=0.3, grace_s=PATIENCE_S))
+        draining = asyncio.create_task(one.drain())
         await until(lambda: remote.n_replicas == 1)
         others = await asyncio.gather(*(remote.infer(request()) for _ in range(10)))
         services[0].gate.set()
@@ -302,14 +297,7 @@ async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
         async with connected(name) as remote:
             await first._server.stop()
             await until(lambda: remote.n_streams == 0)
-            second = GrpcFace(
-                FakeInference(ECHO),
-                stage="predict",
-                address=f"127.0.0.1:{port}",
-                metadata=ServerMetadata("test", "0"),
-                max_message_bytes=MAX_MESSAGE_BYTES,
-            )
-            async with second:
+            async with face(FakeInference(ECHO), port=port):
                 await until(lambda: remote.n_streams == 1)
 
                 assert (await remote.infer(request())).outputs == (X,)
@@ -325,7 +313,7 @@ async def test_connections_that_retire_fail_nobody(over: str) -> None:
         await until(lambda: len(service.requests) == 3)
 
         for connection in before:
-            connection.retire()
+            connection.drain()
         later = [asyncio.create_task(remote.infer(request())) for _ in range(3)]
         await until(lambda: len(service.requests) == 6)
         service.gate.set()

@@ -166,7 +166,7 @@ async def test_a_message_may_reach_the_limit_and_not_pass_it() -> None:
 )  # fmt: skip
 async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: grpc.StatusCode) -> None:
     """As far as limits go; whether the model takes it is another question."""
-    async with face(limits=RequestLimits(**{limit: 3})) as (channel, _):
+    async with face(request_limits=RequestLimits(**{limit: 3})) as (channel, _):
         _, allowed = await ask(channel, message(**message_of(0)))
         code, details = await ask(channel, message(**message_of(1)))
 
@@ -196,7 +196,7 @@ async def test_metadata_is_bounded() -> None:
 
 async def test_connections_are_counted() -> None:
     """G02: one past the limit is closed, those before are served on."""
-    async with serving(FakeInference(ECHO), connections=ServerLimits(max_connections=2)) as address:
+    async with serving(FakeInference(ECHO), connection_limits=ServerLimits(max_connections=2)) as address:
         own = [("grpc.use_local_subchannel_pool", 1)]
         channels = [grpc.aio.insecure_channel(address, own) for _ in range(3)]
         codes = [(await ask(channel, message()))[0] for channel in channels]

@@ -1,0 +1,49 @@
+"""Settings of a service's gRPC face, which every service has, and the configuration built from them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from splitserve import __version__
+from splitserve.oip import messages
+from splitserve.oip.messages import ServerMetadata
+from splitserve.server.grpc_config import GrpcConfig
+from splitserve.server.limit_settings import LimitSettings
+from splitserve.server.settings import ServiceSettings
+from splitserve.server.tls_settings import ListenerTlsSettings
+
+
+class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
+    """What every service that listens for gRPC can be told."""
+
+    stage: ClassVar[str]
+    """The service's name, in errors and in its metadata."""
+
+    grpc_port: int = Field(ge=0, le=65535)
+    """Port of the gRPC face."""
+
+    @property
+    def server_metadata(self) -> ServerMetadata:
+        """The answer to ServerMetadata."""
+        extensions = messages.extensions(allow_control=self.allow_repository_control)
+        return ServerMetadata(f"splitserve-{self.stage}", __version__, extensions)
+
+    @property
+    def grpc_config(self) -> GrpcConfig:
+        """That of the gRPC face."""
+        return GrpcConfig(
+            stage=self.stage,
+            metadata=self.server_metadata,
+            host=self.host,
+            port=self.grpc_port,
+            shares_port=self.shares_ports,
+            tls=self.tls,
+            max_message_bytes=self.max_message_bytes,
+            allow_control=self.allow_repository_control,
+            request_limits=self.limits,
+            connection_limits=self.grpc_limits,
+            drain_delay_s=self.drain_delay_s,
+            grace_s=self.grace_s,
+        )

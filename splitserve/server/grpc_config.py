@@ -1,0 +1,63 @@
+"""What a gRPC face is configured with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from splitserve.oip.limits import RequestLimits
+from splitserve.oip.messages import NO_DEADLINE, ServerMetadata
+from splitserve.server.tls import ServerTls
+from splitserve.wire.grpc.server import ServerLimits
+
+Engine = Literal["own", "grpcio"]
+
+
+class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Configuration of a gRPC face. Settings classes build it; the defaults are those of tests."""
+
+    stage: str
+    """The name that errors carry, e.g. ``"predict"``."""
+
+    metadata: ServerMetadata
+    """The answer to ServerMetadata."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free one, see `GrpcFace.port`."""
+
+    shares_port: bool = False
+    """With other processes of the service."""
+
+    tls: ServerTls | None = None
+    """None: plain text."""
+
+    engine: Engine = "own"
+    """What speaks gRPC: our own connections, or grpcio."""
+
+    max_message_bytes: int = 64 * 1024 * 1024
+    """Largest message taken or given."""
+
+    default_timeout_s: float = 0.0
+    """Deadline of calls that have none; 0: none."""
+
+    max_timeout_s: float = NO_DEADLINE
+    """Longest deadline that a call may have."""
+
+    retry_after_s: float = 0.0
+    """At the edge: how long clients are told to wait before they retry. 0 between services: a caller may try another replica
+    at once, but not for what failed further on, which was retried there."""
+
+    allow_control: bool = False
+    """Take requests to load and unload models."""
+
+    request_limits: RequestLimits = RequestLimits()
+    connection_limits: ServerLimits = ServerLimits()
+    """``max_message_bytes`` above replaces its own."""
+
+    drain_delay_s: float = 0.0
+    """How long to serve on while saying "not ready", once `GrpcFace.drain` is called."""
+
+    grace_s: float = 30.0
+    """How long calls in flight get to finish after that."""
