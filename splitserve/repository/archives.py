@@ -1,7 +1,7 @@
-"""Zip archives in bundles: what they unpack to is told from their directories, before anything of it is unpacked.
+"""Zip archives in bundles: their unpacked size is checked from the central directory before anything is unpacked.
 
-A small file can unpack to many gigabytes. Nothing here trusts that a directory is right: who reads a member as an array, piece
-by piece, gets at most what the directory says, and members that are stored as they are unpack to no more than the file has.
+A small file can unpack to many gigabytes. The directory need not be true: a member that is read as an array, block by block,
+yields at most the size in the directory, and uncompressed members unpack to no more bytes than the file has.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ MAX_UNPACKED_BYTES = 1024**3
 """Largest sum of the arrays in an npz file: 64 golden samples may have 16 MiB each."""
 
 _NPY, _ZIP = b"\x93NUMPY", b"PK"
-"""What numpy goes by when it decides how to read a file. Source: ``numpy.load``."""
+"""The first bytes by which numpy decides how to read a file. Source: ``numpy.load``."""
 
 _SCHEMA = "schema.json"
 
 
 def check_npz(data: bytes, what: str) -> None:
-    """Check that an npz file can be read without filling the memory.
+    """Check that an npz file can be read without exhausting memory.
 
     Raises:
-        BundleError: its arrays are larger than `MAX_UNPACKED_BYTES`, or something in it is no array.
-        Exception: no zip archive; zipfile, zlib and struct each raise their own.
+        BundleError: its arrays are larger than `MAX_UNPACKED_BYTES`, or a member is not an array.
+        Exception: not a zip archive; zipfile, zlib and struct each raise their own.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         check_unpacked(sum(member.file_size for member in members), what)
         for member in members:
-            if _beginning(archive, member) != _NPY:  # numpy would read all of it at once, whatever the directory says
+            if _beginning(archive, member) != _NPY:  # numpy would read it at once, whatever its size
                 raise BundleError(f"{what}: {member.filename[:64]!r} is not an array")
 
 
@@ -47,19 +47,21 @@ def check_unpacked(n_bytes: int, what: str) -> None:
 
 
 def check_skops(data: bytes, what: str) -> None:
-    """Check that a skops file can be read without filling the memory.
+    """Check that a skops file can be read without exhausting memory.
 
-    Its members are stored as they are, each is read once, and sparse matrices, which are npz files, are checked as such.
+    Its members must be uncompressed and each read once; sparse matrices, which are npz files, are checked as such.
 
     Raises:
-        BundleError: a member is compressed, they have more bytes than the file, or a sparse matrix is too large.
-        Exception: no such file; zipfile and json each raise their own.
+        BundleError: a member is compressed, the members have more bytes than the file, or a sparse matrix is too large.
+        Exception: not a skops file; zipfile and json each raise their own.
     """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED:
-                raise BundleError(f"{what}: {member.filename[:64]!r} is compressed; write it with skops.io.dumps as it is")
+                raise BundleError(
+                    f"{what}: {member.filename[:64]!r} is compressed; write the file with skops.io.dumps without compression"
+                )
         sizes = {member.filename: member.file_size for member in members}
         n_read = sum(sizes[name] for name in _references(json.loads(archive.read(_SCHEMA))))
         if max(n_read, sum(member.file_size for member in members)) > len(data):
@@ -70,7 +72,7 @@ def check_skops(data: bytes, what: str) -> None:
 
 
 def _references(schema: Any) -> Iterator[str]:
-    """Names of the members that are read, once for each object that is made of one. Nothing here recurses."""
+    """Names of the members that skops reads, once for each object built from one. Iterative, so that depth does not matter."""
     seen, rest = set(), [schema]
     while rest:
         node = rest.pop()

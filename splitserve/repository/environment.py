@@ -1,4 +1,4 @@
-"""Library versions: those a bundle was made with, those here, and whether the one can be served with the other.
+"""Library versions: those that a bundle was published with, those of this process, and whether they are compatible.
 
 The rules are in `RULES`, and as a table in docs/versions.md.
 """
@@ -20,10 +20,10 @@ _NUMBERS = re.compile(r"\d+(\.\d+)*")
 
 
 class Rule(msgspec.Struct, frozen=True):
-    """How close the version here must be to the one that a bundle was made with.
+    """How close the version here must be to the one that a bundle was published with.
 
-    ``fits`` compares (made with, here) as release numbers; ``is_required``: the bundle is refused if they do not fit, otherwise
-    a warning says so.
+    ``fits`` compares (published with, here) as version numbers. If it does not fit, the bundle is refused (``is_required``) or
+    loaded with a warning.
     """
 
     package: str
@@ -56,12 +56,12 @@ RULES: dict[Kind, tuple[Rule, ...]] = {
     ),
     "predict": (),
 }
-"""Fitted scikit-learn objects are bound to the minor version that made them (scikit-learn, "Model persistence"). What a
-predictor needs is in its model file: the ONNX versions, which the runtime here is asked about."""
+"""Fitted scikit-learn objects are bound to the minor version that made them (scikit-learn, "Model persistence"). A predictor
+needs the ONNX versions in its model file, which `runtimes.onnx_support` checks."""
 
 
 class Mismatch(msgspec.Struct, frozen=True):
-    """A package whose version here does not fit."""
+    """A package whose version here breaks a rule."""
 
     package: str
     made_with: str
@@ -76,7 +76,7 @@ class Mismatch(msgspec.Struct, frozen=True):
 
 
 def observe(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python and of the packages that are installed, by name."""
+    """Versions of Python and of those of the packages that are installed, by name."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -87,11 +87,11 @@ def observe(packages: Sequence[str]) -> dict[str, str]:
 
 
 def mismatches(kind: Kind, made_with: Mapping[str, str], here: Mapping[str, str] | None = None) -> list[Mismatch]:
-    """Where this environment is not what a bundle needs.
+    """The rules that this environment breaks for a bundle.
 
     Args:
-        kind: which half.
-        made_with: the manifest's environment. A package that it does not name is not compared, but scikit-learn must be named.
+        kind: of the bundle.
+        made_with: the manifest's environment. Packages that it does not name are not compared, but scikit-learn must be named.
         here: versions by package; those of this process by default.
     """
     rules = RULES[kind]

@@ -1,4 +1,4 @@
-"""Golden samples: inputs that a bundle was tried with where it was made, and the outputs that they gave there."""
+"""Golden samples: inputs that a bundle was run on when it was published, with the outputs that it gave."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
 _RAW_DATATYPES = ("BYTES", "BF16")
-"""Datatypes that numpy has no dtype for: kept as wire bytes, with the shape beside them."""
+"""Datatypes without a numpy dtype: stored as wire bytes, with the shape in an array of its own."""
 
 
 class Golden(msgspec.Struct, frozen=True):
@@ -27,7 +27,7 @@ class Golden(msgspec.Struct, frozen=True):
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Where an output is farthest from the golden one."""
+    """The element of an output that differs most from the golden one."""
 
     tensor: str
     sample: int
@@ -43,14 +43,14 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class GoldenDifference(BundleError):
-    """A bundle runs here, and its golden samples come out otherwise than where it was made."""
+    """A bundle runs, but its outputs differ from its golden samples."""
 
 
 def encode(golden: Golden) -> bytes:
     """The contents of ``golden.npz``.
 
     Raises:
-        BundleError: it would be too large to be read again.
+        BundleError: larger than `archives.MAX_UNPACKED_BYTES`.
     """
     check_unpacked(sum(len(tensor.raw) for tensor in (*golden.inputs, *golden.outputs)), GOLDEN_FILE)
     arrays: dict[str, Array] = {}
@@ -70,7 +70,7 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
     """The samples in ``golden.npz``.
 
     Raises:
-        BundleError: not such a file, one that is too large unpacked, or a tensor of the signature is not in it.
+        BundleError: not an npz file, too large unpacked, or a tensor of the signature is missing.
     """
     try:
         check_npz(data, GOLDEN_FILE)
@@ -83,7 +83,7 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
         raise
     except KeyError as error:
         raise BundleError(f"{GOLDEN_FILE}: {error.args[0]}") from None
-    except Exception as error:  # numpy, zipfile and zlib each raise their own for a file that is damaged or another one
+    except Exception as error:  # numpy, zipfile and zlib each raise their own for a damaged file
         raise BundleError(f"{GOLDEN_FILE}: not an npz file of plain arrays: {error}") from None
 
 
@@ -96,16 +96,16 @@ def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
 
 
 def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
-    """Run the samples of a bundle and compare.
+    """Run a bundle's golden samples and compare the outputs.
 
     Args:
         data: the contents of ``golden.npz``.
         manifest: of the bundle: signature and tolerances.
-        run: what was loaded of the bundle.
+        run: the loaded bundle.
 
     Raises:
-        GoldenDifference: they come out otherwise; the message shows the worst difference.
-        BundleError: the samples are damaged or not of the signature, or cannot be run.
+        GoldenDifference: an output differs beyond its tolerance; the message shows the worst difference.
+        BundleError: the samples are damaged, do not have the signature, or cannot be run.
     """
     golden = decode(data, manifest.inputs, manifest.outputs)
     for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
@@ -117,10 +117,11 @@ def replay(data: bytes, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], 
 
 
 def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]], Sequence[Tensor]]) -> None:
-    """The same with samples that were read.
+    """As `replay`, for decoded samples.
 
     Raises:
-        BundleError: they cannot be run, or come out otherwise.
+        GoldenDifference: an output differs beyond its tolerance.
+        BundleError: the samples cannot be run.
     """
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
         raise BundleError(f"{GOLDEN_FILE}: expected at least one sample, got none; publish the bundle again")
@@ -133,9 +134,9 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
 
 
 def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:
-    """Where an answer is farthest beyond its tolerance from the golden one; None when it is nowhere beyond it.
+    """The element that exceeds its tolerance most; None if all are within tolerance.
 
-    A NaN agrees with a NaN.
+    NaN equals NaN. An output that is missing, or has another datatype or shape, is a difference.
     """
     by_name = {tensor.name: tensor for tensor in got}
     worst, excess = None, 0.0
@@ -152,7 +153,7 @@ def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], toleranc
 
 
 def _excess(want: Array, have: Array, tolerance: Tolerance) -> tuple[float, tuple[int, ...]]:
-    """How far beyond the tolerance the worst element is, and where; infinite where values cannot be subtracted."""
+    """By how much the worst element exceeds the tolerance, and its index; infinite where values cannot be subtracted."""
     if want.size == 0:
         return 0.0, ()
     if want.dtype.kind == "f":

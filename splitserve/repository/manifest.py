@@ -1,6 +1,6 @@
-"""The manifest of a bundle: everything that is known of an artefact without loading it.
+"""The manifest of a bundle: everything that is known about an artefact without loading it.
 
-Its JSON schema is docs/manifest.schema.json, written from these classes.
+Its JSON schema is docs/manifest.schema.json, generated from these classes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class BundleError(Exception):
 
 
 class NotFetched(BundleError):
-    """A bundle cannot be had at the moment; another try may help."""
+    """A bundle cannot be fetched now; a retry may help."""
 
 
 class FileDigest(msgspec.Struct, frozen=True):
-    """What a file of the bundle must be."""
+    """Digest and size, in bytes, of a file in a bundle."""
 
     sha256: str
     size: int
@@ -55,8 +55,8 @@ QUANTISED_BOUND = 1e-2
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):
     """One column of the training DataFrame.
 
-    ``dtype`` is pandas' name for it. ``missing`` says what stood for a missing value in training, ``""`` when the column
-    takes none: an empty string on the wire becomes that. ``categories`` are those of a categorical column.
+    ``dtype`` is pandas' name for it. ``missing`` is the missing value in training, ``""`` if the column accepts none: an empty
+    string on the wire becomes that value. ``categories`` are those of a categorical column.
     """
 
     name: str
@@ -67,11 +67,11 @@ class Column(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Rows(msgspec.Struct, frozen=True):
-    """What the transforms were fitted on, so that a request's tensors can be made into the same.
+    """The kind of data that the transforms were fitted on, from which a request's rows are rebuilt.
 
-    ``form`` "frame": a DataFrame with these columns, each an input of the signature. ``form`` "array": one array of ``n_dims``
-    dimensions, the only input; ``element`` is a numpy dtype, "str" or "bytes". "tensors": there are no transforms, the inputs go
-    on to the predictor as they came, and the outputs of the signature are its inputs.
+    ``form`` "frame": a DataFrame with these columns, each an input of the signature. "array": one array of ``n_dims``
+    dimensions, the only input; ``element`` is a numpy dtype, "str" or "bytes". "tensors": there are no transforms, the inputs
+    are passed to the predictor unchanged, and the outputs of the signature are its inputs.
     """
 
     form: Literal["frame", "array", "tensors"]
@@ -83,7 +83,7 @@ class Rows(msgspec.Struct, frozen=True):
 class Postprocess(msgspec.Struct, frozen=True):
     """Turns a predictor's scores (batch, n_labels) into ``probabilities`` and the best ``label``.
 
-    ``scores`` names the predictor's output, ``activation`` what makes probabilities of it.
+    ``scores`` names the predictor's output, ``activation`` the function from scores to probabilities.
     """
 
     scores: str
@@ -91,11 +91,11 @@ class Postprocess(msgspec.Struct, frozen=True):
 
 
 class Compiled(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What became of compiling a preprocessor's transforms to ONNX.
+    """The result of compiling a preprocessor's transforms to ONNX.
 
-    ``is_equal``: ``pipeline.onnx`` is in the bundle and gave the same as the transforms, within the tolerances and refusals
-    included, on ``n_checked`` golden and generated rows; ``worst_difference`` is the largest one between finite numbers.
-    Otherwise ``reason`` says why there is none.
+    ``is_equal``: ``pipeline.onnx`` is in the bundle and agreed with the transforms, within the tolerances and including rejected
+    rows, on ``n_checked`` golden and generated rows; ``worst_difference`` is the largest one between finite numbers. Otherwise
+    ``reason`` says why there is no compiled form.
     """
 
     is_equal: bool = False
@@ -107,14 +107,14 @@ class Compiled(msgspec.Struct, frozen=True, omit_defaults=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """``manifest.json`` of a bundle.
 
-    ``files`` lists every other file but ``model.sig``. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what
-    clients send and what the predictor gets. ``labels`` name the classes in the order of the scores. The rest belongs to a
-    preprocessor only: ``rows``, ``postprocess``, ``compiled``; ``names``, the predictor's name for an output where it has
-    another; and ``refuses``: what must not be among its results because the estimator that the predictor was made of would not
-    have taken it, "inf" infinities, "nan" these and NaN.
+    ``files`` lists every other file except ``model.sig``. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what
+    clients send and what the predictor receives. ``labels`` name the classes in the order of the scores. The rest is for
+    preprocessors only: ``rows``, ``postprocess``, ``compiled``; ``names`` maps an output to the predictor's input where the names
+    differ; ``refuses`` is what the features must not contain because the estimator behind the predictor would have rejected it:
+    "inf" infinities, "nan" infinities and NaN.
 
-    ``fingerprint`` and ``feature_names`` say what the features mean (`splitserve.runtimes.meaning`): those that a preprocessor
-    makes, those that a predictor was trained on. Empty where nobody can tell.
+    ``fingerprint`` and ``feature_names`` describe the meaning of the features (`splitserve.runtimes.meaning`): those that a
+    preprocessor makes, those that a predictor was trained on. Empty if unknown.
     """
 
     schema_version: int
@@ -141,14 +141,14 @@ class _Versioned(msgspec.Struct):
     schema_version: int
 
 
-# Made here, not as they are used: msgspec learns a type's fields as the first decoder for it is made, models load side by side,
-# and two threads that are the first to ask crash the process.
+# Created at import: msgspec inspects a type when its first decoder is created, models load in parallel, and two threads that
+# create the first decoder at the same time crash the process.
 _version_decoder = msgspec.json.Decoder(_Versioned)
 _decoder = msgspec.json.Decoder(Manifest)
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest in a file's bytes.
+    """Decode a manifest.
 
     Raises:
         BundleError: not JSON, of another schema version, or a field is missing, unknown or of the wrong type.
@@ -163,5 +163,5 @@ def decode(data: bytes) -> Manifest:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The file's bytes, indented for people."""
+    """The file's bytes, indented for readers."""
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2)

@@ -1,4 +1,4 @@
-"""Whether a preprocessor and a predictor make a pair: what the one puts out is what the other takes in, and means the same."""
+"""Whether a preprocessor and a predictor make a pair: signatures fit, and the features mean what the predictor was trained on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from splitserve.signature import TensorSpec, fits
 from splitserve.tensors import Tensor
 
 FINGERPRINT = "fingerprint"
-"""The property of a predictor's metadata that says what it was trained on."""
+"""The property of a predictor's metadata with the fingerprint of the features that it was trained on."""
 
 FEATURE_NAMES = "feature_names"
-"""The property that names the columns that it was trained on, as a JSON list, where there are no more than `MAX_NAMES`."""
+"""The property with the names of these features as a JSON list, if there are at most `MAX_NAMES`."""
 
 MAX_NAMES = 1000
 
@@ -23,12 +23,12 @@ PROBABILITIES, LABEL = "probabilities", "label"
 
 
 def misfits(preprocessor: Manifest, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
-    """What keeps a preprocessor from being paired with a predictor of this signature; empty when they fit.
+    """Why a preprocessor cannot be paired with a predictor of this signature; empty if it can.
 
     Args:
         preprocessor: its manifest.
         inputs: the predictor's.
-        outputs: the predictor's; the postprocess step, if there is one, must be able to take them.
+        outputs: the predictor's; the postprocess step, if there is one, must accept them.
     """
     found = fits(sent_specs(preprocessor), inputs)
     if preprocessor.postprocess is not None:
@@ -37,14 +37,14 @@ def misfits(preprocessor: Manifest, inputs: Sequence[TensorSpec], outputs: Seque
 
 
 def sent_specs(preprocessor: Manifest) -> tuple[TensorSpec, ...]:
-    """The preprocessor's outputs under the names that the predictor has for them."""
+    """The preprocessor's output specs under the predictor's input names."""
     return tuple(
         TensorSpec(preprocessor.names.get(spec.name, spec.name), spec.datatype, spec.shape) for spec in preprocessor.outputs
     )
 
 
 def sent(preprocessor: Manifest, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What the preprocessor put out, under the names that the predictor has for it."""
+    """The preprocessor's output tensors under the predictor's input names."""
     names = preprocessor.names
     if not names:
         return tuple(outputs)
@@ -52,7 +52,7 @@ def sent(preprocessor: Manifest, outputs: Sequence[Tensor]) -> tuple[Tensor, ...
 
 
 def postprocess_misfits(step: Postprocess, labels: Sequence[str], outputs: Sequence[TensorSpec]) -> list[str]:
-    """What keeps the postprocess step from being applied to a predictor's outputs; empty when nothing does."""
+    """Why the postprocess step cannot be applied to a predictor's outputs; empty if it can."""
     scores = next((spec for spec in outputs if spec.name == step.scores), None)
     if scores is None:
         return [f'the postprocess step: expected a predictor output "{step.scores}", got none']
@@ -68,12 +68,12 @@ def postprocess_misfits(step: Postprocess, labels: Sequence[str], outputs: Seque
 
 
 def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Sequence[str] = ()) -> str:
-    """Why the preprocessor's results do not mean what a predictor was trained on; "" when they do, or nobody can tell.
+    """How the preprocessor's features differ in meaning from those that a predictor was trained on; "" if equal or unknown.
 
     Args:
         preprocessor: its manifest.
-        fingerprint: what the predictor was trained on; "" if it does not say.
-        feature_names: the columns that it was trained on, if known: then the first that differs is named.
+        fingerprint: of the features that the predictor was trained on; "" if unknown.
+        feature_names: their names, if known; then the first that differs is named.
     """
     if not fingerprint or not preprocessor.fingerprint or fingerprint == preprocessor.fingerprint:
         return ""
@@ -88,7 +88,7 @@ def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Seque
 
 
 def told_meaning(predictor: Manifest) -> dict[str, str]:
-    """What a predictor's metadata tells of the features that it was trained on."""
+    """The properties of a predictor's metadata about the features that it was trained on."""
     facts = {}
     if predictor.fingerprint:
         facts[FINGERPRINT] = predictor.fingerprint
@@ -98,7 +98,7 @@ def told_meaning(predictor: Manifest) -> dict[str, str]:
 
 
 def heard_meaning(properties: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """The fingerprint and the names of the features in a predictor's metadata, whoever's it is; both empty if it has none."""
+    """Fingerprint and feature names from a predictor's metadata, also another maker's; both empty if it has none."""
     try:
         names = msgspec.json.decode(properties.get(FEATURE_NAMES, "[]"), type=tuple[str, ...])
     except msgspec.DecodeError:

@@ -1,4 +1,4 @@
-"""The route of a model, ``route.json``: which pairs serve it, and with what share of the requests."""
+"""The route of a model, ``route.json``: which pairs serve it, each with its share of the requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RoutedPair(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """``route.json``. ``shadow`` names a pair that gets a copy of the requests and whose answers nobody sees."""
+    """``route.json``. ``shadow`` names a pair that receives a copy of the requests; its answers are discarded."""
 
     pairs: tuple[RoutedPair, ...]
     shadow: str = ""

@@ -1,4 +1,4 @@
-"""Which versions of which models a service holds: what the settings ask for, and what routes name."""
+"""Which versions of which models a service holds, from its settings and from routes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _LATEST = re.compile(r"latest:([1-9][0-9]{0,8})")
 
 
 class VersionPolicy(msgspec.Struct, frozen=True):
-    """``n_latest`` newest versions that load, all if it is None, and those of the ``specific`` pairs."""
+    """The ``n_latest`` newest versions that load (all if None), and the versions in the ``specific`` pairs."""
 
     n_latest: int | None = None
     specific: tuple[Pair, ...] = ()
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """What the settings ask for.
+    """Models and versions from the settings.
 
-    ``models``: those to serve, all when empty. ``policies`` by model; the one for ``""`` is for all others.
+    ``models``: names to serve, all if empty. ``policies``: by model; the one for ``""`` applies to all others.
     """
 
     models: frozenset[str] = frozenset()
     policies: Mapping[str, VersionPolicy] = {}
 
     def serves(self, model: str) -> bool:
-        """Whether the model is one of those to serve."""
+        """Whether the model is selected."""
         return not self.models or model in self.models
 
     def policy(self, model: str) -> VersionPolicy:
@@ -57,7 +57,7 @@ def parse_policies(text: str) -> dict[str, VersionPolicy]:
     """Policies by model from e.g. ``latest:2; penguins=all; digits=1.1,2.1``.
 
     Raises:
-        ValueError: names the part that is not understood.
+        ValueError: names the part that is invalid.
     """
     policies = {"": VersionPolicy()}
     for part in filter(None, (part.strip() for part in text.split(";"))):
@@ -84,7 +84,7 @@ def _parse_policy(value: str) -> VersionPolicy:
 
 
 def pinned(kind: Kind, policy: VersionPolicy, route: Route | None) -> set[int]:
-    """Versions of one half that are held whatever else there is: those of specific pairs and of the route."""
+    """Versions of one half that are always held: those in specific pairs and in the route."""
     pairs = [*policy.specific, *(route.named() if route else ())]
     return {pair.preprocessor if kind == "preprocess" else pair.predictor for pair in pairs} - {UNNAMED}
 
@@ -93,10 +93,10 @@ def wanted(published: Collection[int], refused: Collection[int], pins: Collectio
     """Versions to hold now.
 
     Args:
-        published: all that there are.
-        refused: those that were tried and cannot be served; they take no other version's place.
-        pins: those to hold in any case.
-        n_latest: how many of the newest others; all if None.
+        published: all versions in the repository.
+        refused: versions that failed to load; they do not count towards ``n_latest``.
+        pins: versions to hold in any case.
+        n_latest: how many of the newest other versions; all if None.
     """
     newest = sorted(set(published) - set(refused), reverse=True)
     return {version for version in published if version in pins} | set(newest if n_latest is None else newest[:n_latest])

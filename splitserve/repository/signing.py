@@ -1,10 +1,10 @@
-"""Signatures of bundles: made with a private key, checked with the public one, by the OpenSSF's model-signing. No network.
+"""Signatures of bundles: made with a private key, verified with the public one, by the OpenSSF's model-signing. No network.
 
-A bundle's signature is ``model.sig`` in its folder, in the form that model-signing has for a folder: the digests of all other
-files, the manifest among them. It can be added to a published bundle, since it changes nothing of it, and be replaced.
-model-signing's own command makes and checks the same signatures.
+A bundle's signature is ``model.sig`` in its folder, in model-signing's format for folders: the digests of all other files,
+including the manifest. It can be added to a published bundle, which it does not change, and be replaced. model-signing's own
+command makes and verifies the same signatures.
 
-model-signing brings many packages and takes a second to import: it is imported by those who sign or have signatures checked.
+model-signing depends on many packages and takes a second to import, so it is imported only to sign or to verify.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _CURVES = "P-256, P-384 or P-521"
 
 
 class KeyProblem(ValueError):
-    """A key cannot be used, or nothing is installed that could use it; the message says why."""
+    """A key cannot be used, or model-signing is not installed; the message says why."""
 
 
 class NotSigned(NotFetched):
-    """A bundle has no signature; it may get one."""
+    """A bundle has no signature (yet)."""
 
 
 class Signer:
@@ -41,7 +41,7 @@ class Signer:
         private_key: a file in PEM form with a key on the curve P-256, P-384 or P-521, not encrypted.
 
     Raises:
-        KeyProblem: there is no such key, or model-signing is not installed.
+        KeyProblem: the file is not such a key, or model-signing is not installed.
     """
 
     def __init__(self, private_key: Path) -> None:
@@ -53,13 +53,13 @@ class Signer:
             self._config = signing.Config().use_elliptic_key_signer(private_key=private_key)
 
     def sign(self, bundle: Bundle) -> Path:
-        """Check a bundle's files against its manifest and put a signature beside them; one that is there is replaced.
+        """Check a bundle's files against its manifest and write a signature next to them, replacing an existing one.
 
         Returns:
-            The signature's file.
+            The path of the signature.
 
         Raises:
-            BundleError: a file is not what the manifest says, or the signature cannot be written.
+            BundleError: a file differs from the manifest, or the signature cannot be written.
         """
         for name in bundle.manifest.files:
             bundle.read(name)
@@ -80,13 +80,13 @@ class Signer:
 
 
 class Verifier:
-    """Checks that bundles were signed with the counterpart of a key.
+    """Verifies that bundles were signed with the private key that belongs to a public key.
 
     Args:
         public_key: a file in PEM form with a key on the curve P-256, P-384 or P-521.
 
     Raises:
-        KeyProblem: there is no such key, or model-signing is not installed.
+        KeyProblem: the file is not such a key, or model-signing is not installed.
     """
 
     def __init__(self, public_key: Path) -> None:
@@ -98,14 +98,14 @@ class Verifier:
             self._config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
 
     def check(self, bundle: Bundle) -> None:
-        """Check a bundle's signature.
+        """Verify a bundle's signature.
 
-        What was signed is compared with the manifest that was read, and with the digests in it, which every file is checked
-        against as it is read: so nothing is read that was not signed.
+        The signed contents are compared with the manifest that was read and with the digests in it. Each file is checked against
+        its digest when it is read, so nothing unsigned is used.
 
         Raises:
-            NotSigned: it has none.
-            BundleError: it was signed with another key, or is not what was signed.
+            NotSigned: it has no signature.
+            BundleError: it was signed with another key, or differs from what was signed.
         """
         signature = bundle.signature()
         if signature is None:
@@ -115,16 +115,16 @@ class Verifier:
         try:
             with _file_of(signature) as path:
                 config.verify(bundle.folder, path)
-        except Exception as error:  # what a forged file makes model-signing raise is not foreseeable
+        except Exception as error:  # a forged file can make model-signing raise anything
             raise BundleError(f"{SIGNATURE_FILE}: {_verdict(error, contents.digests)}") from error
 
 
 class SignedBundles:
-    """A `BundleSource` that gives out the bundles of another one, if they are signed.
+    """A `BundleSource` that opens only the signed bundles of another one.
 
     Args:
         source: where the bundles are.
-        verifier: knows the key.
+        verifier: for the operator's public key.
     """
 
     def __init__(self, source: BundleSource, verifier: Verifier) -> None:
@@ -138,7 +138,7 @@ class SignedBundles:
         return self._source.route(model)
 
     def open(self, key: BundleKey) -> Bundle:
-        """As the source; nothing but the manifest has been looked at when the signature is checked."""
+        """As the source, then verify the signature; at that point only the manifest has been read."""
         bundle = self._source.open(key)
         self._verifier.check(bundle)
         return bundle
@@ -151,7 +151,7 @@ class SignedBundles:
 
 
 def signed_by(public_key: str, source: BundleSource) -> BundleSource:
-    """The source as it is, or only what of it is signed if a key's file is named.
+    """The source itself, or, if a key file is given, only its signed bundles.
 
     Raises:
         KeyProblem: the key cannot be used.
@@ -160,15 +160,15 @@ def signed_by(public_key: str, source: BundleSource) -> BundleSource:
 
 
 class _Contents:
-    """Stands in for a ``model_signing.hashing.Config``: tells what is in a bundle from its manifest instead of the folder.
+    """Replaces ``model_signing.hashing.Config``: takes the digests from a bundle's manifest instead of reading the folder.
 
-    So each file is read once, and what is read is what was checked.
+    So each file is read once, and the bytes that are used are the bytes that were checked.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         listed = {name: file.sha256 for name, file in bundle.manifest.files.items()}
         self.digests = {**listed, MANIFEST_FILE: bundle.manifest_sha256}
-        """Hex digests by the name of the file."""
+        """Hex digests by file name."""
 
     def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
         """A ``model_signing.manifest.Manifest``."""
@@ -183,12 +183,12 @@ class _Contents:
         return signed.Manifest(Path(model_path).name, items, signed.SerializationType.from_args(form))
 
     def add_ignored_paths(self, *, model_path: Any, paths: Iterable[Any]) -> None:
-        """Nothing is ignored, whatever the signature asks for."""
+        """Ignore nothing, whatever the signature requests."""
 
 
 @contextmanager
 def _file_of(data: bytes) -> Iterator[str]:
-    """A path that has these bytes, in memory where the system can: a service may have nothing to write to."""
+    """A path to these bytes, in memory where the system supports it: a service may have a read-only file system."""
     if hasattr(os, "memfd_create"):
         with os.fdopen(os.memfd_create(SIGNATURE_FILE), "wb") as file:
             file.write(data)
@@ -203,7 +203,7 @@ def _file_of(data: bytes) -> Iterator[str]:
 
 @contextmanager
 def _problems_of(key: Path) -> Iterator[None]:
-    """What cryptography raises, which depends on its backend, as `KeyProblem`."""
+    """Turn cryptography's exceptions, which depend on its backend, into `KeyProblem`."""
     try:
         yield
     except AttributeError as error:  # a key of another kind has no curve

@@ -1,6 +1,6 @@
-"""Where services get bundles from: a folder, or a URL with a cache in front.
+"""Sources of bundles: a folder, or a URL behind a cache.
 
-What a URL needs is imported when one is used: a service with a folder starts without it.
+The packages for URLs are imported only when a URL is used, so that a service with a folder starts without them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _NEEDS = {
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
 }
-"""By scheme: the package that has to be there, and the extra that brings it."""
+"""By scheme: the package that it needs, and the extra of splitserve that installs it."""
 
 
 def is_url(where: str) -> bool:
-    """Whether a model repository is far away; otherwise it is a folder."""
+    """Whether a model repository is a URL; otherwise it is a folder."""
     return "://" in where and not where.startswith("file://")
 
 
 def check(where: str) -> None:
-    """See that a model repository is one that this installation can read. Nothing is looked at yet.
+    """Check that this installation can read a model repository, without connecting to it.
 
     Raises:
-        ValueError: the scheme is not known, or the packages for it are missing.
+        ValueError: the scheme is unknown, or its packages are not installed.
     """
     if not is_url(where):
         return
@@ -59,13 +59,13 @@ def source_of(
     timeout_s: float = FETCH_TIMEOUT_S,
     selection: Selection | None = None,
 ) -> BundleSource:
-    """What reads a model repository. It connects to nothing before it is asked for something.
+    """The source for a model repository. It connects when it is first used.
 
     Args:
         where: a folder (`LocalFolder`) or a URL.
-        cache: folder that fetched files are kept in; the user's cache folder when empty.
-        timeout_s: how long a step of a fetch may take: a listing, a piece of a file.
-        selection: which models are of interest; a URL shows no others.
+        cache: folder for fetched files; the user's cache folder if empty.
+        timeout_s: of each step of a fetch: a listing, or one range of a file.
+        selection: models to list; a URL lists no others.
 
     Raises:
         ValueError: as `check`.

@@ -1,12 +1,12 @@
-"""The cache of a remote model repository: files by their digest, so that each is fetched once and a restart fetches nothing.
+"""The cache of a remote model repository: files by digest, so that each is fetched once and a restart fetches nothing.
 
-<cache>/sha256/ab/<digest>      whole files, put there by a rename once they were found to be right
-<cache>/partial/<digest>        a download under way, or what a process that died has left of one: the next one goes on with it
-<cache>/seen/<digest of path>   which digest a manifest or route had when it was last fetched
-<cache>/bundles/…               the manifests of bundles that were opened, and their signatures
+<cache>/sha256/ab/<digest>      complete files, renamed into place after their digest was checked
+<cache>/partial/<digest>        a download in progress, or one that a dead process left: the next download resumes it
+<cache>/seen/<digest of path>   the validator (ETag) and digest of a manifest or route when it was last fetched
+<cache>/bundles/…               the manifests and signatures of bundles that were opened
 
-Any number of processes may share a cache. Who downloads a file holds a lock on the partial one, which ends with the process.
-The cache only grows; what is in it may be deleted at any time. POSIX only.
+Any number of processes may share a cache. A download holds a lock on its partial file, which ends with the process. The cache
+only grows; its contents may be deleted at any time. POSIX only.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from splitserve.repository.files import read_checked, read_small
 from splitserve.repository.manifest import BundleError, FileDigest, NotFetched
 
 Download = Callable[[int], Iterable[bytes]]
-"""A file's bytes from an offset on. Raises `NotFetched` when they cannot be had, also in the middle."""
+"""A file's bytes from an offset on. Raises `NotFetched` when they cannot be fetched, also after some were."""
 
 MAX_RESUMES = 4
-"""How often a download that breaks off goes on at once, as long as each try brings something."""
+"""How often an interrupted download is resumed at once, as long as each attempt makes progress."""
 
 LEFTOVER_S = 24 * 3600.0
-"""After how long what a dead process has left is removed, if nobody has gone on with it."""
+"""Age after which a dead process's partial download is removed, if it was not resumed."""
 
 _POLL_S = 0.1
 _BLOCK_BYTES = 1024**2
 
 
 class WrongContent(BundleError):
-    """What was fetched is not what it should be."""
+    """A fetched file does not have the expected digest."""
 
 
 class _Seen(msgspec.Struct):
-    """What was last fetched from a path: where it says it is from, its validator, its digest."""
+    """What was last fetched from a path: the path, its validator, its digest."""
 
     path: str
     validator: str
@@ -57,16 +57,16 @@ class _Seen(msgspec.Struct):
 
 
 _seen_decoder = msgspec.json.Decoder(_Seen)
-"""Made once: `splitserve.repository.manifest` says why."""
+"""Created at import for the reason in `splitserve.repository.manifest`."""
 
 
 class Cache:
     """Files by digest, in a folder that need not exist yet.
 
     Args:
-        folder: where; nobody else may be able to write to it. `default_folder` if None.
-        patience_s: how long to wait for another process that is fetching the same file and makes no progress.
-        free_bytes: how much room is left in a folder.
+        folder: must not be writable by other users. `default_folder` if None.
+        patience_s: how long to wait for another process that is fetching the same file without progress.
+        free_bytes: free space of a folder's file system.
     """
 
     def __init__(
@@ -83,65 +83,65 @@ class Cache:
 
     @cached_property
     def folder(self) -> Path:
-        """Where it is.
+        """The cache's folder.
 
         Raises:
-            NotFetched: none was named, and no folder can be written.
+            NotFetched: none was given, and no default folder can be written.
         """
         return self._given_folder or default_folder()
 
     def close(self) -> None:
-        """Wait for no other process any more."""
+        """Stop waiting for other processes."""
         self._closed.set()
 
     def holds(self, digest: FileDigest) -> bool:
-        """Whether a file of the right name and size is there. `read` finds out whether its content is right."""
+        """Whether the cache has a file of this digest's name and size. `read` checks its content."""
         with contextlib.suppress(OSError):
             facts = self._blob(digest).lstat()
             return stat.S_ISREG(facts.st_mode) and facts.st_size == digest.size
         return False
 
     def read(self, name: str, digest: FileDigest) -> bytes:
-        """A file's bytes, checked as they are read.
+        """A file's bytes, checked.
 
         Args:
-            name: what it is called in messages.
-            digest: which file.
+            name: for error messages.
+            digest: of the file.
 
         Raises:
-            BundleError: it is not there, or damaged.
+            BundleError: missing or damaged.
         """
         return read_checked(self._blob(digest), name, digest)
 
     def discard(self, digest: FileDigest) -> None:
-        """Remove a file that is damaged."""
+        """Remove a damaged file."""
         with self._writing():
             self._blob(digest).unlink(missing_ok=True)
 
     def fetch(self, name: str, digest: FileDigest, download: Download) -> None:
-        """See that a file is there: go on with what there is of it, check, rename into place.
+        """Fetch a file unless the cache has it: resume a partial download, check it, rename it into place.
 
         Args:
-            name: what it is called in messages.
-            digest: what it must be; no more than its size is written.
-            download: where it comes from.
+            name: for error messages.
+            digest: the expected one; no more than its size is written.
+            download: gives the bytes.
 
         Raises:
-            NotFetched: it could not be had, or there is no room for it. What came so far is kept.
-            WrongContent: what came is something else. It is thrown away.
+            NotFetched: the download failed, or there is no space left. The bytes so far are kept.
+            WrongContent: the digest differs. The bytes are discarded.
         """
         with self._writing():
             while not self.holds(digest):
                 with self._lock(name, digest) as file:
                     if file is None:
                         continue
-                    if self.holds(digest):  # somebody finished it between the look and the lock
+                    if self.holds(digest):  # another process completed it before this one got the lock
                         (self._partials / digest.sha256).unlink()
                     else:
                         self._complete(name, digest, file, download)
 
     def add(self, data: bytes) -> FileDigest:
-        """Put a small file there.
+        """Add a small file.
 
         Raises:
             NotFetched: it cannot be written.
@@ -151,7 +151,7 @@ class Cache:
         return digest
 
     def remember(self, path: str, validator: str, digest: FileDigest) -> None:
-        """Note what came from a path that had this validator.
+        """Record the digest of what was fetched from a path with this validator.
 
         Raises:
             NotFetched: it cannot be written.
@@ -159,7 +159,7 @@ class Cache:
         self._write_whole(self._note(path), msgspec.json.encode(_Seen(path, validator, digest)))
 
     def recall(self, path: str, validator: str) -> FileDigest | None:
-        """What came from a path, if it still has this validator; None if that is not known."""
+        """The digest recorded for a path with this validator; None if unknown."""
         try:
             seen = _seen_decoder.decode(read_small(self._note(path)))
         except (BundleError, msgspec.DecodeError):
@@ -167,7 +167,7 @@ class Cache:
         return seen.digest if (seen.path, seen.validator) == (path, validator) else None
 
     def place(self, path: str, data: bytes | None) -> Path:
-        """See that a small file is below ``bundles`` and holds this; that it is not there if this is None.
+        """Write a small file below ``bundles`` unless it is up to date; remove it if ``data`` is None.
 
         Raises:
             NotFetched: it cannot be written.
@@ -185,7 +185,7 @@ class Cache:
         return place
 
     def sweep(self) -> None:
-        """Remove what dead processes have left and nobody has gone on with for `LEFTOVER_S`."""
+        """Remove partial downloads of dead processes that are older than `LEFTOVER_S`."""
         with contextlib.suppress(OSError):
             for path in self._partials.iterdir():
                 with contextlib.suppress(OSError), path.open("rb") as file:
@@ -203,7 +203,7 @@ class Cache:
         return self.folder / "seen" / hashlib.sha256(path.encode()).hexdigest()
 
     def _complete(self, name: str, digest: FileDigest, file: BinaryIO, download: Download) -> None:
-        """Fill a locked partial file, check it, and put it in its place."""
+        """Complete a locked partial file, check it, and rename it into place."""
         partial = _Partial(file, digest.size)
         if (free := self._free_bytes(self.folder)) < partial.n_missing:
             raise NotFetched(f"{name} needs {partial.n_missing} more bytes, the cache {self.folder} has {free} free")
@@ -216,17 +216,17 @@ class Cache:
 
     @contextlib.contextmanager
     def _lock(self, name: str, digest: FileDigest) -> Iterator[BinaryIO | None]:
-        """The partial file, locked; None if it was renamed or removed meanwhile, so one has to look again.
+        """The partial file, locked; None if it was renamed or removed meanwhile, then try again.
 
         Raises:
-            NotFetched: another process has held it for long without making progress.
+            NotFetched: another process holds the lock and makes no progress.
         """
         self._partials.mkdir(parents=True, exist_ok=True)
         path = self._partials / digest.sha256
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         with os.fdopen(number, "r+b", buffering=0) as file:
             self._wait_for_lock(name, file)
-            # Whoever had the lock before may have moved the file: what is open here would be the finished one.
+            # The previous holder may have renamed the file: then the open file is the complete one.
             yield file if _is_at(path, file) else None
 
     def _wait_for_lock(self, name: str, file: BinaryIO) -> None:
@@ -255,7 +255,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Problems of the disk as `NotFetched`: somebody may make room or mend permissions."""
+        """Turn disk errors into `NotFetched`: an operator may free space or correct permissions."""
         try:
             yield
         except OSError as error:
@@ -267,7 +267,7 @@ class Cache:
 
 
 class _Partial:
-    """A locked file that is being filled up to its size."""
+    """A locked partial file and the digest of its bytes so far."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
@@ -284,7 +284,7 @@ class _Partial:
         return self._size - self._n_bytes
 
     def fill(self, name: str, download: Download) -> None:
-        """Until it has its size, or the source says that there is no more."""
+        """Append until the file has its size or the source has no more bytes."""
         problem: NotFetched | None = None
         for _ in range(MAX_RESUMES + 1):
             before, problem = self._n_bytes, None
@@ -310,18 +310,18 @@ class _Partial:
         self._n_bytes += len(block)
 
     def describe(self) -> str:
-        """What it is so far."""
+        """Size and digest so far."""
         return f"{self._n_bytes} bytes, sha256 {self._hash.hexdigest()}"
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Discard all bytes."""
         self._file.truncate(0)
         self._file.seek(0)
         self._hash, self._n_bytes = hashlib.sha256(), 0
 
 
 def _is_locked(file: BinaryIO) -> bool:
-    """Whether this process could lock an open file, now and until it is closed."""
+    """Lock an open file without waiting, until it is closed; False if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -330,7 +330,7 @@ def _is_locked(file: BinaryIO) -> bool:
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:
-    """Whether an open file is the one that has this path."""
+    """Whether a path still refers to an open file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -338,12 +338,12 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def default_folder() -> Path:
-    """Where the cache is unless one is named: below the user's cache folder, or the folder for temporary files.
+    """The default: below the user's cache folder, else below the folder for temporary files.
 
-    The latter belongs to everybody, so what is below it must be this user's own.
+    The latter is shared, so the folder below it must belong to this user and be writable by no other.
 
     Raises:
-        NotFetched: there is none that could be written.
+        NotFetched: neither can be written.
     """
     with contextlib.suppress(OSError, RuntimeError):
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

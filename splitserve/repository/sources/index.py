@@ -1,6 +1,6 @@
-"""``index.json`` at the root of a model repository: what a listing would say, for servers that cannot list.
+"""``index.json`` at the root of a model repository: its listing, for web servers, which cannot list.
 
-It holds the digest of every manifest and route, so what is fetched is checked from the index down.
+It has the digest of every manifest, route and signature, so every fetched file is checked against a digest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ INDEX_FILE = "index.json"
 
 
 class Index(msgspec.Struct, frozen=True):
-    """``index.json``: the manifest of each bundle by the bundle's path, the route of each model that has one by its name, and the
-    signature of each bundle that has one by the bundle's path.
-    """
+    """``index.json``: digests of manifests and signatures by the bundle's path, and of routes by the model's name."""
 
     schema_version: int
     bundles: dict[str, FileDigest]
@@ -41,10 +39,10 @@ _decoder = msgspec.json.Decoder(Index)
 
 
 def decode(data: bytes) -> Index:
-    """The index in a file's bytes.
+    """Decode an index.
 
     Raises:
-        BundleError: not JSON, of another schema version, or something in it is not what it should be.
+        BundleError: not JSON, of another schema version, or an entry is invalid.
     """
     try:
         index = _decoder.decode(data)
@@ -66,10 +64,10 @@ def decode(data: bytes) -> Index:
 
 
 def build(repository: Repository) -> tuple[Index, list[str]]:
-    """The index of a repository, and what is wrong with the bundles and routes that were left out of it.
+    """The index of a repository, and the problems of the bundles and routes that are omitted from it.
 
     Raises:
-        BundleError: the repository cannot be looked at.
+        BundleError: the repository cannot be listed.
     """
     bundles, routes, signatures, problems = {}, {}, {}, []
     for key in repository.bundles():
@@ -91,7 +89,7 @@ def build(repository: Repository) -> tuple[Index, list[str]]:
 
 
 def write(root: Path, index: Index) -> Path:
-    """Put it at the root, in one step.
+    """Write the index at the root, atomically.
 
     Raises:
         OSError: it cannot be written.

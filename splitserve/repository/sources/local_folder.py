@@ -16,14 +16,14 @@ from splitserve.repository.routes import ROUTE_FILE, Route
 
 
 class LocalFolder:
-    """A `BundleSource`. What the folder is, is looked at anew with each look at the bundles: storage may be filled late."""
+    """A `BundleSource`. The layout of the folder is detected at every poll: storage may be filled after the start."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._seen: Repository | None = None
 
     def bundles(self) -> Iterator[BundleKey]:
-        """All bundles, by model, kind and version."""
+        """All bundles, ordered by model, kind and version."""
         self._seen = self._repository()
         return self._seen.bundles()
 
@@ -40,7 +40,7 @@ class LocalFolder:
         return (self._seen or self._repository()).stamp(key)
 
     def close(self) -> None:
-        """Nothing is ever under way."""
+        """Nothing is fetched from a folder."""
 
     def _repository(self) -> Repository:
         if (self.root / MANIFEST_FILE).exists():
@@ -50,7 +50,7 @@ class LocalFolder:
 
 
 class _SingleBundle(Repository):
-    """The root is a bundle. It has the name and the version that its manifest says."""
+    """The root is a bundle; its manifest has the model's name and the version."""
 
     def bundles(self) -> Iterator[BundleKey]:
         manifest = _read(self.root / MANIFEST_FILE)
@@ -64,7 +64,7 @@ class _SingleBundle(Repository):
 
 
 class _ModelFolder(Repository):
-    """The root is the folder of one model, called what its manifests say, whatever the folder is called."""
+    """The root is the folder of one model; its manifests have the model's name, the folder may have another."""
 
     def __init__(self, root: Path, model: str) -> None:
         super().__init__(root)
@@ -85,10 +85,10 @@ class _ModelFolder(Repository):
 
 
 def _name_in(files: Sequence[Path]) -> str:
-    """What the first of these manifests that can be read says that the model is called.
+    """The model's name in the first of these manifests that is valid.
 
     Raises:
-        BundleError: none can be read.
+        BundleError: none is valid.
     """
     for path in files[:-1]:
         with contextlib.suppress(BundleError):

@@ -1,8 +1,8 @@
-"""The files below a URL, through fsspec: listed, and read in pieces, each within a time.
+"""The files below a URL, through fsspec: listed, and read by byte ranges, each with a timeout.
 
-fsspec has one interface for all kinds of storage, and the package behind each knows its credentials. Every piece is a request
-of its own for a range of bytes, so that a download can go on where it broke off, and pieces of one file come side by side.
-Whatever goes wrong is a `NotFetched`, with a reason for people.
+fsspec has one interface for all kinds of storage; the package behind each finds its credentials. Every piece is a range request
+of its own, so that a download can be resumed and the pieces of a file are fetched in parallel. Every failure is a `NotFetched`
+with a readable reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.sources.cache import Download
 
 PIECE_BYTES = 4 * 1024**2
-"""What one request asks for. A link that brings this much within the timeout is fast enough."""
+"""Bytes in one range request. A link must transfer this much within the timeout."""
 
 MAX_REQUESTS = 8
 """Requests to one repository at a time."""
@@ -28,14 +28,14 @@ MAX_REQUESTS = 8
 _PIECES_AHEAD = 4
 
 _VALIDATORS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created")
-"""What the packages call the fact that changes with a file's content, most reliable first."""
+"""Keys under which fsspec's packages report what changes with a file's content, most reliable first."""
 
 Connect = Callable[[str], tuple[Any, str]]
 """A filesystem of fsspec, and the path of a URL in it."""
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """As the environment says; its own instance, which remembers no listings."""
+    """Connect with the environment's credentials; an instance of its own, without a listings cache."""
     import fsspec.core
 
     found: tuple[Any, str] = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
@@ -43,20 +43,20 @@ def connect(url: str) -> tuple[Any, str]:
 
 
 class RemoteFolder:
-    """What is below a URL.
+    """The files below a URL.
 
     Args:
-        url: with a scheme that fsspec knows.
-        timeout_s: how long a listing or a piece may take.
-        piece_bytes: size of a piece.
-        connect: makes the filesystem, at the first use.
+        url: with a scheme that fsspec supports.
+        timeout_s: of a listing, and of a range request.
+        piece_bytes: of a range request.
+        connect: creates the filesystem at the first use.
     """
 
     def __init__(self, url: str, *, timeout_s: float = 60.0, piece_bytes: int = PIECE_BYTES, connect: Connect = connect) -> None:
         parts = urlsplit(url)
         self.can_list = parts.scheme not in ("http", "https")
         self.url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
-        """Without the user and password that the one to connect with may have."""
+        """Without user and password."""
         self._secret_url = url
         self._timeout_s = timeout_s
         self._piece_bytes = piece_bytes
@@ -71,13 +71,13 @@ class RemoteFolder:
         return self.url
 
     def list(self) -> dict[str, str]:
-        """All files, at any depth: by path, a text that changes with the content, or "".
+        """All files at any depth: path -> a validator that changes with the content, or "".
 
         Raises:
-            NotFetched: there is no such bucket, or it cannot be listed. A folder that is not there is empty.
+            NotFetched: the bucket does not exist or cannot be listed. A missing folder is empty.
         """
         found = self._call(self.url, "find", "", detail=True)
-        if not found and self.url.startswith("az://"):  # it says so of a container that is not there, too
+        if not found and self.url.startswith("az://"):  # a missing container is reported as empty, too
             self._call(self.url, "ls", None)
         root = self._connection()[1].rstrip("/")
         return {path[len(root) :].lstrip("/"): _validator(info) for path, info in found.items()}
@@ -86,7 +86,7 @@ class RemoteFolder:
         """All of a manifest, a route or an index.
 
         Raises:
-            NotFetched: it cannot be had.
+            NotFetched: it cannot be fetched.
             BundleError: it is too large.
         """
         data = self._piece(path, 0, MAX_SMALL_FILE_BYTES + 1)
@@ -95,20 +95,20 @@ class RemoteFolder:
         return data
 
     def download(self, path: str, size: int) -> Download:
-        """A file that should have this size. What comes may be shorter or longer."""
+        """A file of this expected size; the actual size may differ."""
         return lambda offset: self._pieces(path, size, offset)
 
     def close(self) -> None:
-        """End what is under way, and begin nothing any more."""
+        """Cancel requests in progress and refuse new ones."""
         self._is_closed = True
         for future in list(self._under_way):
             future.cancel()
 
     def _pieces(self, path: str, size: int, offset: int) -> Iterator[bytes]:
-        """A file's bytes from an offset on, in order, some pieces being fetched ahead."""
+        """A file's bytes from an offset on, in order; `_PIECES_AHEAD` pieces are prefetched."""
         end = min(offset + self._piece_bytes, size)
         first = self._piece(path, offset, end)
-        if len(first) > end - offset:  # the server knows no ranges: this is the whole file
+        if len(first) > end - offset:  # the server ignores ranges: this is the whole file
             yield first[offset:]
             return
         yield first
@@ -147,10 +147,10 @@ class RemoteFolder:
             return self._connected
 
     def _call(self, what: str, method: str, path: str | None, **arguments: Any) -> Any:
-        """Call the filesystem, which runs on a loop of its own, for a path below the URL; for the bucket itself if it is None.
+        """Call a method of the filesystem, which runs on its own loop, for a path below the URL, or for the bucket if None.
 
         Raises:
-            NotFetched: names ``what``.
+            NotFetched: the message starts with ``what``.
         """
         with self._turns:
             try:
@@ -177,7 +177,7 @@ class RemoteFolder:
             self._under_way.discard(future)
 
     def _reason(self, error: Exception) -> str:
-        """What went wrong, in a line."""
+        """The reason in one line."""
         if isinstance(error, CancelledError):
             return "the service is stopping"
         if isinstance(error, TimeoutError):
@@ -195,7 +195,7 @@ class RemoteFolder:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error, where the text does not say more: aiohttp's, or behind s3fs' plain OSError botocore's."""
+    """The HTTP status behind an error: aiohttp's, or botocore's behind a plain OSError of s3fs; else None."""
     if type(error) is OSError:
         answer = getattr(error.__cause__, "response", None) or {}
         found: int | None = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -209,6 +209,6 @@ def _validator(info: dict[str, Any]) -> str:
 
 
 def _is_beyond_the_end(error: BaseException | None) -> bool:
-    """Whether this is HTTP's 416, the answer to a range that begins after the last byte."""
+    """Whether this is HTTP's 416 (Range Not Satisfiable): the range begins after the last byte."""
     status = next((getattr(error, name) for name in ("status", "status_code", "code") if hasattr(error, name)), None)
     return status == 416 or "InvalidRange" in repr(getattr(error, "__cause__", None))

@@ -1,7 +1,7 @@
 """A model repository below a URL: a `BundleSource` whose files go through a cache.
 
-Buckets are listed. A server that cannot be listed has an ``index.json``. Manifests and routes are fetched when the listing
-says that they changed, a bundle's other files when somebody wants the bundle.
+Buckets are listed; a web server, which cannot list, has an ``index.json``. Manifests and routes are fetched when the listing
+shows that they changed, a bundle's other files when the bundle is fetched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILES_AT_A_TIME = 4
 
 
 class _Small(msgspec.Struct, frozen=True):
-    """A manifest, a route or a signature as it was listed: with its digest if an index says it, otherwise with a validator."""
+    """A manifest, a route or a signature in a listing: with its digest from an index, or with a validator from a bucket."""
 
     path: str
     validator: str = ""
@@ -35,7 +35,7 @@ class _Small(msgspec.Struct, frozen=True):
 
 
 class _Listing(msgspec.Struct, frozen=True):
-    """What there is. ``stamps`` has what is known of each bundle's files."""
+    """One poll's result. ``stamps`` has the validators or digests of each bundle's files."""
 
     manifests: dict[BundleKey, _Small]
     routes: dict[str, _Small]
@@ -44,12 +44,12 @@ class _Listing(msgspec.Struct, frozen=True):
 
 
 class RemoteRepository:
-    """A model repository that is far away.
+    """A model repository below a URL.
 
     Args:
-        folder: where it is.
-        cache: where its files are kept.
-        serves: which models are of interest; the others are passed over.
+        folder: the files below the URL.
+        cache: for fetched files.
+        serves: whether a model is selected; others are ignored.
     """
 
     def __init__(self, folder: RemoteFolder, cache: Cache, *, serves: Callable[[str], bool]) -> None:
@@ -59,15 +59,15 @@ class RemoteRepository:
         self._listing: _Listing | None = None
 
     def bundles(self) -> Iterable[BundleKey]:
-        """All that are published now, by model, kind and version."""
+        """Poll: all that are published now, ordered by model, kind and version."""
         if self._listing is None:
             self._cache.sweep()
         self._listing = self._list() if self._folder.can_list else self._read_index()
         return sorted(self._listing.manifests)
 
     def route(self, model: str) -> Route | None:
-        """The route of a model, if it has one, as of the last look at the bundles."""
-        listed = self._look().routes.get(model)
+        """The route of a model, if it has one, as of the last poll."""
+        listed = self._polled().routes.get(model)
         try:
             return None if listed is None else routes.decode(self._read_small(ROUTE_FILE, listed))
         except BundleError as error:
@@ -75,7 +75,7 @@ class RemoteRepository:
 
     def open(self, key: BundleKey) -> Bundle:
         """A bundle, its manifest read. `Bundle.fetch` gets its files."""
-        listing = self._look()
+        listing = self._polled()
         if key not in listing.manifests:
             raise NotFetched(f"{self._folder} does not list it")
         data = self._read_small(MANIFEST_FILE, listing.manifests[key])
@@ -87,22 +87,22 @@ class RemoteRepository:
         return _RemoteBundle(key, place, manifest, hashlib.sha256(data).hexdigest(), self._fetch, self._read)
 
     def stamp(self, key: BundleKey) -> str:
-        """What the last look says of its files: a bucket knows when each has changed, an index only of manifest and signature."""
-        return "\n".join(sorted(self._look().stamps.get(key, ())))
+        """Validators of its files as of the last poll; with an index, digests of manifest and signature only."""
+        return "\n".join(sorted(self._polled().stamps.get(key, ())))
 
     def close(self) -> None:
-        """End what is being fetched."""
+        """Cancel fetches in progress."""
         self._folder.close()
         self._cache.close()
 
-    def _look(self) -> _Listing:
+    def _polled(self) -> _Listing:
         if self._listing is None:
             self.bundles()
         assert self._listing is not None, "bundles() sets it"
         return self._listing
 
     def _list(self) -> _Listing:
-        """What a bucket's listing says."""
+        """The listing of a bucket."""
         listing = _Listing({}, {}, {}, {})
         for path, validator in self._folder.list().items():
             parent, _, name = path.rpartition("/")
@@ -120,7 +120,7 @@ class RemoteRepository:
         return listing
 
     def _read_index(self) -> _Listing:
-        """What the index says."""
+        """The listing of an index."""
         where = f"{self._folder}/{INDEX_FILE}"
         try:
             found = index.decode(self._folder.read(INDEX_FILE))
@@ -149,7 +149,7 @@ class RemoteRepository:
         )
 
     def _read_small(self, name: str, small: _Small) -> bytes:
-        """A file's bytes: those that are in the cache if it has not changed since."""
+        """A small file's bytes; from the cache if its validator or digest is unchanged."""
         if small.digest is not None:
             return self._read(name, small.path, small.digest)
         where = f"{self._folder}/{small.path}"
@@ -163,7 +163,7 @@ class RemoteRepository:
         return data
 
     def _read(self, name: str, path: str, digest: FileDigest) -> bytes:
-        """A file's bytes out of the cache. One that is damaged there is fetched again."""
+        """A file's bytes from the cache, fetched again if the cached file is damaged."""
         self._fetch(name, path, digest)
         try:
             return self._cache.read(name, digest)
@@ -173,7 +173,7 @@ class RemoteRepository:
         return self._cache.read(name, digest)
 
     def _fetch(self, name: str, path: str, digest: FileDigest) -> None:
-        """See that a file is in the cache. One that comes wrong is fetched once more."""
+        """Fetch a file into the cache; once more if its digest differs."""
         download = self._folder.download(path, digest.size)
         try:
             self._cache.fetch(name, digest, download)
@@ -185,10 +185,7 @@ class RemoteRepository:
 
 
 class _RemoteBundle(Bundle):
-    """A bundle whose files are in the cache once they were fetched.
-
-    Its folder holds the manifest, and the signature if there is one.
-    """
+    """A bundle whose files are in the cache after `fetch`. Its folder has only the manifest and the signature, if any."""
 
     def __init__(
         self,
