@@ -152,7 +152,7 @@ class InferStream:
     async def live(self) -> None:
         """Until it has ended; what is not answered by then is lost."""
         try:
-            await self._call.live()
+            await self._call.keep_ticking()
         finally:
             self.is_open = False
             for answer in self._pending.values():
@@ -162,7 +162,7 @@ class InferStream:
     def finish(self) -> None:
         """Send nothing more; what is under way is still answered."""
         self.is_open = False
-        self._call.finish()
+        self._call.half_close()
 
     def cancel(self) -> None:
         self.is_open = False
@@ -214,7 +214,7 @@ class StreamKeeper:
             living.add_done_callback(self._streams.pop)
             if before is not None and before.is_open:
                 before.finish()
-            leaving = asyncio.create_task(call.is_asked_to_leave.wait())
+            leaving = asyncio.create_task(call.goaway.wait())
             try:
                 await asyncio.wait([living, leaving], return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -233,7 +233,7 @@ class StreamKeeper:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 call = await self._target.open(stream.take)
                 stream.carry(call)
-                facts = await asyncio.shield(call.answered)
+                facts = await asyncio.shield(call.initial_metadata)
             if protobuf.STREAM_KEY.encode() in facts:
                 index, _, count = facts.get(protobuf.WORKER_KEY.encode(), b"0/1").decode().partition("/")
                 self.worker = (int(index), int(count))

@@ -39,7 +39,7 @@ from splitserve.server.infer_stream import InferStreams
 from splitserve.server.inference import InferenceRules
 from splitserve.server.tls import following_ssl_context
 from splitserve.wire.byte_budget import ByteBudget
-from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer
 from splitserve.wire.listening import listen
@@ -51,7 +51,7 @@ _MAX_REASON_LENGTH = 1000
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """What anyone may ask; grpc.health.v1 and reflection are open too."""
 
-Answer = Callable[[bytes, Call], Awaitable[bytes]]
+Answer = Callable[[bytes, ServerCall], Awaitable[bytes]]
 
 
 class GrpcFace:
@@ -97,7 +97,7 @@ class GrpcFace:
             socket,
             msgspec.structs.replace(config.connection_limits, max_message_bytes=config.max_message_bytes),
             context=following_ssl_context(config.tls, "h2") if config.tls else None,
-            explain=self._explain,
+            status_of=self._status_of,
             new_reservation=budget.reservation,
         )
 
@@ -146,7 +146,7 @@ class GrpcFace:
             else:
                 self._log.info("ready")
 
-    def _methods(self) -> dict[str, Method]:
+    def _methods(self) -> dict[str, MethodHandler]:
         answers: dict[str, Answer] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -160,10 +160,10 @@ class GrpcFace:
             "RepositoryModelUnload": self._repository_model_unload,
         }
         return {
-            f"/{protobuf.SERVICE}/ModelInfer": Method(begin=self._inferences.begin),
-            f"/{protobuf.SERVICE}/ModelStreamInfer": Method(streaming=self._streams.serve),
+            f"/{protobuf.SERVICE}/ModelInfer": MethodHandler(begin=self._inferences.begin),
+            f"/{protobuf.SERVICE}/ModelStreamInfer": MethodHandler(streaming=self._streams.serve),
             **{
-                f"/{protobuf.SERVICE}/{name}": Method(unary=self._answering(answer, name in _OPEN))
+                f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=self._answering(answer, name in _OPEN))
                 for name, answer in answers.items()
             },
             **self._health.methods,
@@ -176,13 +176,13 @@ class GrpcFace:
         if authenticator is None:
             return answer
 
-        async def serve(data: bytes, call: Call) -> bytes:
+        async def serve(data: bytes, call: ServerCall) -> bytes:
             await callers.identify(authenticator, credentials(call), is_open=is_open)
             return await answer(data, call)
 
         return serve
 
-    def _explain(self, error: Exception) -> CallError:
+    def _status_of(self, error: Exception) -> CallError:
         """Errors become statuses here and nowhere else."""
         failure = self._named(error)
         return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
@@ -198,51 +198,51 @@ class GrpcFace:
             metadata += ((protobuf.PUSHBACK_KEY, "-1"),)
         return metadata
 
-    async def _server_live(self, data: bytes, call: Call) -> bytes:
+    async def _server_live(self, data: bytes, call: ServerCall) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
-    async def _server_ready(self, data: bytes, call: Call) -> bytes:
+    async def _server_ready(self, data: bytes, call: ServerCall) -> bytes:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
         _tell(call, reason)
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
-    async def _model_ready(self, data: bytes, call: Call) -> bytes:
+    async def _model_ready(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelReadyRequest, data)
         states = await self._service.index()
         reason = "draining" if self._is_draining else why_model_not_ready(states, request.name, request.version)
         _tell(call, reason)
         return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 
-    async def _server_metadata(self, data: bytes, call: Call) -> bytes:
+    async def _server_metadata(self, data: bytes, call: ServerCall) -> bytes:
         return protobuf.encode_server_metadata(self._config.metadata).SerializeToString()
 
-    async def _model_metadata(self, data: bytes, call: Call) -> bytes:
+    async def _model_metadata(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelMetadataRequest, data)
         metadata = await self._service.metadata(request.name, request.version)
         return protobuf.encode_metadata(metadata).SerializeToString()
 
-    async def _model_config(self, data: bytes, call: Call) -> bytes:
+    async def _model_config(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelConfigRequest, data)
         return protobuf.encode_config(config_of(await self._service.metadata(request.name, request.version))).SerializeToString()
 
-    async def _model_statistics(self, data: bytes, call: Call) -> bytes:
+    async def _model_statistics(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelStatisticsRequest, data)
         if self._statistics is None:
             raise Unsupported("nothing is counted here")
         entries = self._statistics.report(await self._service.index(), request.name, request.version)
         return protobuf.encode_statistics(entries).SerializeToString()
 
-    async def _repository_index(self, data: bytes, call: Call) -> bytes:
+    async def _repository_index(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.RepositoryIndexRequest, data)
         states = await self._service.index()
         return protobuf.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
 
-    async def _repository_model_load(self, data: bytes, call: Call) -> bytes:
+    async def _repository_model_load(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.RepositoryModelLoadRequest, data)
         await self._service.load(self._controlled(request))
         return pb.RepositoryModelLoadResponse().SerializeToString()
 
-    async def _repository_model_unload(self, data: bytes, call: Call) -> bytes:
+    async def _repository_model_unload(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.RepositoryModelUnloadRequest, data)
         await self._service.unload(self._controlled(request))
         return pb.RepositoryModelUnloadResponse().SerializeToString()
@@ -270,10 +270,10 @@ class GrpcFace:
         return deadline_after(default_s) if default_s else NO_DEADLINE
 
 
-def _tell(call: Call, reason: str) -> None:
+def _tell(call: ServerCall, reason: str) -> None:
     """Why the answer is "not ready", if it is: the protocol's message has no room for it."""
     if reason:
-        call.trailing = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
+        call.trailing_metadata = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
 
 
 def _rich_status(error: SplitserveError) -> bytes:

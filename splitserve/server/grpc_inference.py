@@ -12,10 +12,10 @@ from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.inference import Inference, InferenceRules
 from splitserve.wire.byte_budget import ByteBudget
-from splitserve.wire.grpc.call import Call
+from splitserve.wire.grpc.call import ServerCall
 
 
-def credentials(call: Call) -> list[str]:
+def credentials(call: ServerCall) -> list[str]:
     """The values of the call's ``authorization`` metadata."""
     return [value for key, value in call.metadata if key == "authorization"]
 
@@ -43,7 +43,7 @@ class GrpcInferences:
         self.named = named
         self.budget = budget
 
-    def begin(self, data: bytes, call: Call, on_end: Callable[[bytes | Exception], None]) -> Pending:
+    def begin(self, data: bytes, call: ServerCall, on_end: Callable[[bytes | Exception], None]) -> Pending:
         """Begin a ModelInfer.
 
         Raises:
@@ -53,7 +53,7 @@ class GrpcInferences:
         inference.begin()
         return inference
 
-    def begin_on_stream(self, data: bytes, call: Call, answer: Callable[[bytes], None]) -> Pending | None:
+    def begin_on_stream(self, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> Pending | None:
         """Begin the inference of a message on a stream, where an error is an answer too. Raises nothing."""
         inference = _StreamInference(self, data, call, answer)
         try:
@@ -68,7 +68,7 @@ class GrpcInferences:
 class _GrpcInference(Inference[bytes]):
     __slots__ = ("_call", "_data", "_face")
 
-    def __init__(self, face: GrpcInferences, data: bytes, call: Call) -> None:
+    def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall) -> None:
         super().__init__(face.rules)
         self._face = face
         self._data = data
@@ -87,13 +87,13 @@ class _GrpcInference(Inference[bytes]):
 class _UnaryInference(_GrpcInference):
     __slots__ = ("_on_end",)
 
-    def __init__(self, face: GrpcInferences, data: bytes, call: Call, on_end: Callable[[bytes | Exception], None]) -> None:
+    def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall, on_end: Callable[[bytes | Exception], None]) -> None:
         super().__init__(face, data, call)
         self._on_end = on_end
 
     def _decode(self) -> InferRequest:
         message = self._parse()
-        return protobuf.decode_request(message, self._face.deadline(self._call.remaining_s()), self._call.peer)
+        return protobuf.decode_request(message, self._face.deadline(self._call.time_remaining()), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
         data: bytes = protobuf.encode_response(response).SerializeToString()
@@ -111,7 +111,7 @@ class _StreamInference(_GrpcInference):
 
     __slots__ = ("_answer", "identity", "reservation")
 
-    def __init__(self, face: GrpcInferences, data: bytes, call: Call, answer: Callable[[bytes], None]) -> None:
+    def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> None:
         super().__init__(face, data, call)
         self._answer = answer
         self.reservation = face.budget.reservation()

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
-from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -27,11 +27,11 @@ class Health:
         self._is_over = False
 
     @property
-    def methods(self) -> Mapping[str, Method]:
+    def methods(self) -> Mapping[str, MethodHandler]:
         """Those of the protocol, by their paths."""
         return {
-            f"/{SERVICE}/Check": Method(unary=self._check),
-            f"/{SERVICE}/Watch": Method(streaming=self._watch),
+            f"/{SERVICE}/Check": MethodHandler(unary=self._check),
+            f"/{SERVICE}/Watch": MethodHandler(streaming=self._watch),
         }
 
     def set(self, service: str, is_serving: bool) -> None:
@@ -49,14 +49,14 @@ class Health:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _check(self, data: bytes, call: Call) -> bytes:
+    async def _check(self, data: bytes, call: ServerCall) -> bytes:
         service = _asked_for(data)
         if service not in self._is_serving:
             raise CallError("NOT_FOUND", f'there is no service "{service[:64]}"')
         answer: bytes = self._answer(service).SerializeToString()
         return answer
 
-    async def _watch(self, call: Call) -> None:
+    async def _watch(self, call: ServerCall) -> None:
         service = _asked_for(await call.read() or b"")
         told: bytes | None = None
         while True:

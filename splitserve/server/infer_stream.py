@@ -12,13 +12,13 @@ from functools import partial
 from splitserve.oip import protobuf
 from splitserve.oip.pending import Pending
 from splitserve.server.workers import own_place
-from splitserve.wire.grpc.call import Call
+from splitserve.wire.grpc.call import ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 MAX_UNANSWERED = 256
 """Calls under way on one stream; with more, nothing is read from it until some are answered."""
 
-Begin = Callable[[bytes, Call, Callable[[bytes], None]], Pending | None]
+Begin = Callable[[bytes, ServerCall, Callable[[bytes], None]], Pending | None]
 """A message's bytes, the stream that brought it, and who is told of the answer's bytes, at once or later. Raises nothing."""
 
 
@@ -33,10 +33,10 @@ class InferStreams:
         self._begin = begin
         self._readers: set[asyncio.Task[None]] = set()
 
-    async def serve(self, call: Call) -> None:
+    async def serve(self, call: ServerCall) -> None:
         """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
         index, count = own_place()
-        call.begin(((protobuf.STREAM_KEY, "1"), (protobuf.WORKER_KEY, f"{index}/{count}")))
+        call.send_initial_metadata(((protobuf.STREAM_KEY, "1"), (protobuf.WORKER_KEY, f"{index}/{count}")))
         stream = _Stream(self._begin, call)
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)
@@ -59,7 +59,7 @@ class InferStreams:
 
 
 class _Stream:
-    def __init__(self, begin: Begin, call: Call) -> None:
+    def __init__(self, begin: Begin, call: ServerCall) -> None:
         self._begin = begin
         self._call = call
         self._n_read = 0
@@ -68,7 +68,7 @@ class _Stream:
 
     async def read(self) -> None:
         while True:
-            while len(self._unanswered) >= MAX_UNANSWERED or self._call.backlog:
+            while len(self._unanswered) >= MAX_UNANSWERED or self._call.send_queue:
                 await self._until_fewer()
             data = await self._call.read()
             if data is None:
@@ -82,8 +82,8 @@ class _Stream:
 
     async def _until_fewer(self) -> None:
         """Until something is answered, or what is answered is on its way."""
-        if self._call.backlog:
-            await self._call.drained()
+        if self._call.send_queue:
+            await self._call.drain()
         else:
             self._changed.clear()
             await self._changed.wait()
@@ -92,12 +92,12 @@ class _Stream:
         del self._unanswered[number]
         self._changed.set()
         try:
-            self._call.post(answer)
+            self._call.write_nowait(answer)
         except CallError as error:  # it is too large; that it is cannot be told otherwise
             self._call.fail(error)
 
     async def finish(self) -> None:
-        while self._unanswered or self._call.backlog:
+        while self._unanswered or self._call.send_queue:
             await self._until_fewer()
 
     def cancel(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -44,6 +46,24 @@ class LimitSettings(BaseSettings):
     max_connections: int = Field(2_000, gt=0)
     """Most connections to a port; more are refused."""
 
+    grpc_keepalive_time_s: float = Field(7200.0, gt=0)
+    """A gRPC client that has been silent for so many seconds is sent a keepalive PING. Less than the idle timeout of a load
+    balancer or firewall keeps idle connections open through it."""
+
+    grpc_keepalive_timeout_s: float = Field(20.0, gt=0)
+    """Seconds that a gRPC client has to answer that PING; then its connection is closed and its calls are cancelled."""
+
+    grpc_max_connection_age_s: float = Field(0.0, ge=0)
+    """Seconds after which a gRPC connection is drained, give or take a tenth, so that its client connects anew and a layer 4 load
+    balancer can spread it over new replicas. 0: never."""
+
+    grpc_max_connection_age_grace_s: float = Field(0.0, ge=0)
+    """Seconds that calls and streams get to finish once their connection has reached its age; then they end as UNAVAILABLE. 0: as
+    long as they want."""
+
+    grpc_max_connection_idle_s: float = Field(0.0, ge=0)
+    """Seconds without a call after which a gRPC connection is drained. 0: never."""
+
     @property
     def limits(self) -> RequestLimits:
         """Those of a request."""
@@ -57,5 +77,12 @@ class LimitSettings(BaseSettings):
     def grpc_limits(self) -> ServerLimits:
         """Those of gRPC connections."""
         return ServerLimits(
-            max_metadata_bytes=self.max_metadata_bytes, max_streams=self.max_streams, max_connections=self.max_connections
+            max_metadata_bytes=self.max_metadata_bytes,
+            max_streams=self.max_streams,
+            max_connections=self.max_connections,
+            keepalive_time_s=self.grpc_keepalive_time_s,
+            keepalive_timeout_s=self.grpc_keepalive_timeout_s,
+            max_connection_age_s=self.grpc_max_connection_age_s or math.inf,
+            max_connection_age_grace_s=self.grpc_max_connection_age_grace_s or math.inf,
+            max_connection_idle_s=self.grpc_max_connection_idle_s or math.inf,
         )

@@ -9,14 +9,14 @@ from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 NAMES = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
 """The service's name, and the newer one that it has with the same messages. Source: grpc/reflection/v1/reflection.proto"""
 
 
-def methods(services: Sequence[str], files: Sequence[Any]) -> Mapping[str, Method]:
+def methods(services: Sequence[str], files: Sequence[Any]) -> Mapping[str, MethodHandler]:
     """What tells of these services, by its paths.
 
     Args:
@@ -31,14 +31,14 @@ def methods(services: Sequence[str], files: Sequence[Any]) -> Mapping[str, Metho
         pool.Add(copy)
     servicer = reflection.aio.ReflectionServicer((*services, *NAMES[:1]), pool)
 
-    async def serve(call: Call) -> None:
+    async def serve(call: ServerCall) -> None:
         async for answer in servicer.ServerReflectionInfo(_requests(call), None):
             await call.write(answer.SerializeToString())
 
-    return {f"/{name}/ServerReflectionInfo": Method(streaming=serve) for name in NAMES}
+    return {f"/{name}/ServerReflectionInfo": MethodHandler(streaming=serve) for name in NAMES}
 
 
-async def _requests(call: Call) -> AsyncIterator[Any]:
+async def _requests(call: ServerCall) -> AsyncIterator[Any]:
     while (data := await call.read()) is not None:
         try:
             yield reflection_pb2.ServerReflectionRequest.FromString(data)

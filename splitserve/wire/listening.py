@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 BACKLOG = 2048
 
@@ -47,31 +47,31 @@ class OpenConnection(Protocol):
     def drain(self) -> None:
         """Accept no new requests, and close once those in flight are answered."""
 
-    def close(self) -> None:
-        """Accept nothing more, and close once what was sent so far is written; what is in flight is cancelled."""
-
     def abort(self) -> None:
         """Close at once; what was not written is lost."""
 
 
-class Connections:
+C = TypeVar("C", bound=OpenConnection)
+
+
+class Connections(Generic[C]):
     """The open connections of a port. Each adds and removes itself."""
 
     def __init__(self) -> None:
-        self._open: set[OpenConnection] = set()
+        self._open: set[C] = set()
         self._is_empty = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def __iter__(self) -> Iterator[OpenConnection]:
+    def __iter__(self) -> Iterator[C]:
         """A snapshot: connections may close during the iteration."""
         return iter(tuple(self._open))
 
-    def add(self, connection: OpenConnection) -> None:
+    def add(self, connection: C) -> None:
         self._open.add(connection)
 
-    def remove(self, connection: OpenConnection) -> None:
+    def remove(self, connection: C) -> None:
         self._open.discard(connection)
         if not self._open:
             self._is_empty.set()
@@ -94,11 +94,6 @@ class Connections:
                 while self._open:
                     self._is_empty.clear()
                     await self._is_empty.wait()
-
-    def close(self) -> None:
-        """Close each connection."""
-        for connection in self:
-            connection.close()
 
     def abort(self) -> None:
         """Abort each connection."""

@@ -365,7 +365,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 
 async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference) -> None:
     """Its machine may be gone: the connection is closed, so that it cannot hold up a drain."""
-    async with serving(service, connection_limits=ServerLimits(silent_s=0.2)) as address:
+    async with serving(service, connection_limits=ServerLimits(keepalive_time_s=0.2, keepalive_timeout_s=0.2)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
         writer.write(HTTP2_HELLO)
 

@@ -10,15 +10,20 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import hpack
 
 from splitserve.wire.byte_budget import ByteBudget
-from splitserve.wire.grpc.call import Call, Method
+from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import PREFIX, CallError
-from splitserve.wire.grpc.server import ServerConnection, ServerLimits
+from splitserve.wire.grpc.server import GrpcServerConnection, ServerLimits
 from splitserve.wire.http2 import frames
 from splitserve.wire.listening import Connections
 
 ECHO, STREAM, HOLD, FAIL = "/test.Test/Echo", "/test.Test/Stream", "/test.Test/Hold", "/test.Test/Fail"
+
+
+Frame = tuple[int, int, int, bytes]
+"""Type, flags, stream and payload."""
 
 
 class FakeTransport:
@@ -57,24 +62,24 @@ class FakeServer:
         self.budget = ByteBudget(max_held_bytes)
         self.new_reservation = self.budget.reservation
         self.connections: Connections = Connections()
-        self.calls: list[Call] = []
+        self.calls: list[ServerCall] = []
         self.gate = asyncio.Event()
         self.n_cancelled = 0
-        self.methods = {
-            ECHO: Method(unary=self._echo),
-            HOLD: Method(unary=self._hold),
-            FAIL: Method(unary=self._fail),
-            STREAM: Method(streaming=self._stream),
+        self.handlers = {
+            ECHO: MethodHandler(unary=self._echo),
+            HOLD: MethodHandler(unary=self._hold),
+            FAIL: MethodHandler(unary=self._fail),
+            STREAM: MethodHandler(streaming=self._stream),
         }
 
-    def explain(self, error: Exception) -> CallError:
+    def status_of(self, error: Exception) -> CallError:
         return CallError("INTERNAL", str(error), (("x-bin", b"\x00\xff"),))
 
-    async def _echo(self, data: bytes, call: Call) -> bytes:
+    async def _echo(self, data: bytes, call: ServerCall) -> bytes:
         self.calls.append(call)
         return data
 
-    async def _hold(self, data: bytes, call: Call) -> bytes:
+    async def _hold(self, data: bytes, call: ServerCall) -> bytes:
         self.calls.append(call)
         try:
             await self.gate.wait()
@@ -83,13 +88,13 @@ class FakeServer:
             raise
         return data
 
-    async def _fail(self, data: bytes, call: Call) -> bytes:
+    async def _fail(self, data: bytes, call: ServerCall) -> bytes:
         raise ValueError("50 % of nothing, naïvely")
 
-    async def _stream(self, call: Call) -> None:
+    async def _stream(self, call: ServerCall) -> None:
         """Echo each message, once the gate is open."""
         self.calls.append(call)
-        call.begin((("greeting", "hello"),))
+        call.send_initial_metadata((("greeting", "hello"),))
         try:
             while (data := await call.read()) is not None:
                 await self.gate.wait()
@@ -100,12 +105,12 @@ class FakeServer:
 
 
 class Client:
-    """h2 as a client of one `ServerConnection`."""
+    """h2 as a client of one `GrpcServerConnection`."""
 
     def __init__(self, server: FakeServer, *, strict: bool = True, window: int | None = None) -> None:
         self.server = server
         self.transport = FakeTransport()
-        self.connection = ServerConnection(server)  # type: ignore[arg-type]
+        self.connection = GrpcServerConnection(server)  # type: ignore[arg-type]
         self.connection.connection_made(self.transport)
         config = h2.config.H2Configuration(
             client_side=True, header_encoding="utf-8", validate_outbound_headers=strict, normalize_outbound_headers=strict
@@ -179,13 +184,56 @@ class Client:
         """Streams that were reset, and the codes."""
         return {each.stream_id: int(each.error_code) for each in self.events if isinstance(each, h2.events.StreamReset)}
 
-    def goodbyes(self) -> list[tuple[int, int]]:
+    def goaways(self) -> list[tuple[int, int]]:
         """Of each GOAWAY the code and the last stream."""
         return [
             (int(each.error_code), each.last_stream_id)
             for each in self.events
             if isinstance(each, h2.events.ConnectionTerminated)
         ]
+
+
+class RawClient:
+    """Frames, as a test writes them, to one `GrpcServerConnection`, and the frames that it sends."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self.server = server
+        self.transport = FakeTransport()
+        self.connection = GrpcServerConnection(server)  # type: ignore[arg-type]
+        self.connection.connection_made(self.transport)
+        self.received: list[Frame] = []
+
+    async def send(self, *data: bytes) -> list[Frame]:
+        """What the connection answers to these bytes, PINGs acknowledged."""
+        for each in data:
+            self.connection.data_received(each)
+        before = len(self.received)
+        for _ in range(10):
+            await asyncio.sleep(0)
+            for each in raw_frames(self.transport.take()):
+                self.received.append(each)
+                if each[0] == frames.PING and not each[1] & frames.ACK and not self.transport.is_closed:
+                    self.connection.data_received(frames.frame(frames.PING, frames.ACK, 0, each[3]))
+        return self.received[before:]
+
+    async def tick(self, seconds: float) -> list[Frame]:
+        """What it does by itself at a time from now."""
+        self.connection.tick(self.connection.now() + seconds)
+        return await self.send()
+
+
+def trailers_of(received: list[Frame], stream: int) -> dict[bytes, bytes]:
+    """All headers and trailers on a stream. Our server's blocks need no table."""
+    found: dict[bytes, bytes] = {}
+    for kind, _, number, payload in received:
+        if kind == frames.HEADERS and number == stream:
+            found.update((bytes(name), bytes(value)) for name, value in hpack.Decoder().decode(payload, raw=True))
+    return found
+
+
+def goaways(received: list[Frame]) -> list[tuple[int, int]]:
+    """Last stream and code of each GOAWAY."""
+    return [frames.GOAWAY_FIELDS.unpack_from(payload) for kind, _, _, payload in received if kind == frames.GOAWAY]
 
 
 def request_headers(path: str, **headers: str) -> list[tuple[str, str]]:
@@ -213,12 +261,12 @@ async def until(claim: Callable[[], bool], step: Callable[[], Awaitable[None]]) 
     raise AssertionError("it does not come to hold")
 
 
-def raw_frames(data: bytes) -> list[tuple[int, int, int, bytes]]:
+def raw_frames(data: bytes) -> list[Frame]:
     """Kind, flags, stream and content of each frame."""
     found = []
     while data:
-        high, low, kind, flags, stream = frames.HEAD.unpack_from(data)
+        high, low, kind, flags, stream = frames.FRAME_HEADER.unpack_from(data)
         length = high << 8 | low
-        found.append((kind, flags, stream, data[frames.HEAD_SIZE : frames.HEAD_SIZE + length]))
-        data = data[frames.HEAD_SIZE + length :]
+        found.append((kind, flags, stream, data[frames.FRAME_HEADER_SIZE : frames.FRAME_HEADER_SIZE + length]))
+        data = data[frames.FRAME_HEADER_SIZE + length :]
     return found

@@ -96,7 +96,7 @@ async def test_messages_go_both_ways() -> None:
         for byte in framed(b"one") + framed(b"") + framed(b"three"):
             server.h2.send_data(1, bytes([byte]))
         server.flush()
-        assert (await call.answered)[b"greeting"] == b"hello"
+        assert (await call.initial_metadata)[b"greeting"] == b"hello"
 
         call.write(b"four")
         call.write(b"five")
@@ -137,7 +137,7 @@ async def test_a_long_answer_is_given_room() -> None:
         await until(lambda: messages)
 
         assert messages == [message]
-        assert not call.ended.done()
+        assert not call.status.done()
 
 
 def refuse(server: H2Server) -> None:
@@ -184,8 +184,8 @@ def send_too_much(server: H2Server) -> None:
         (answer_as_a_web_server, "UNAVAILABLE", "HTTP status 503"),
         (end_without_a_status, "INTERNAL", "the stream ended without a status"),
         (reset, "UNAVAILABLE", "the stream was reset with code 7"),
-        (leave, "UNAVAILABLE", "the server takes no calls"),
-        (hang_up, "UNAVAILABLE", "the connection is gone"),
+        (leave, "UNAVAILABLE", "the server accepts no calls"),
+        (hang_up, "UNAVAILABLE", "connection lost"),
         (send_too_much, "RESOURCE_EXHAUSTED", "Received message larger than max (2000 vs. 1000)"),
     ],
 )
@@ -195,7 +195,7 @@ async def test_a_stream_ends_for_a_reason(act: Callable[[H2Server], None], code:
         act(server)
         if not server.transport.is_closing():
             server.flush()
-        ended = await asyncio.wait_for(call.ended, 20)
+        ended = await asyncio.wait_for(call.status, 20)
 
         assert (ended.code, ended.message) == (code, words)
         with pytest.raises(CallError):
@@ -218,18 +218,18 @@ async def test_a_server_that_retires_is_left_in_peace() -> None:
     async with stream() as (call, server, messages):
         server.h2.send_headers(1, OPENED)
         server.flush()
-        await call.answered
+        await call.initial_metadata
         server.transport.write(b"\0\0\x08\x07\0\0\0\0\0\x7f\xff\xff\xff\0\0\0\0")  # GOAWAY, as gRPC servers send it first
-        await asyncio.wait_for(call.is_asked_to_leave.wait(), 20)
+        await asyncio.wait_for(call.goaway.wait(), 20)
 
         call.write(b"last")
-        call.finish()
+        call.half_close()
         await until(lambda: server.of(h2.events.StreamEnded))
         server.h2.send_data(1, framed(b"answer"))
         server.h2.send_headers(1, [("grpc-status", "0")], end_stream=True)
         server.flush()
 
-        assert (await asyncio.wait_for(call.ended, 20)).code == "OK"
+        assert (await asyncio.wait_for(call.status, 20)).code == "OK"
         assert (server.body, messages) == (framed(b"last"), [b"answer"])
 
 
@@ -239,7 +239,7 @@ async def test_who_cancels_says_so() -> None:
         call.cancel()
 
         await until(lambda: server.of(h2.events.StreamReset))
-        assert (await call.ended).code == "CANCELLED"
+        assert (await call.status).code == "CANCELLED"
 
 
 async def test_a_server_that_is_silent_is_left() -> None:
@@ -251,7 +251,7 @@ async def test_a_server_that_is_silent_is_left() -> None:
         for later in range(10):
             call.tick(now + later)
 
-        assert (await asyncio.wait_for(call.ended, 20)).code == "UNAVAILABLE"
+        assert (await asyncio.wait_for(call.status, 20)).code == "UNAVAILABLE"
         server.transport.resume_reading()
 
 

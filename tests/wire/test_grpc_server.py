@@ -12,15 +12,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.wire.grpc import server as server_module
-from splitserve.wire.grpc.call import Method
-from splitserve.wire.grpc.messages import decode_text
-from splitserve.wire.grpc.server import ServerLimits
+from splitserve.wire.grpc.call import MethodHandler
+from splitserve.wire.grpc.messages import percent_decode
+from splitserve.wire.grpc.server import DRAIN_PING_TIMEOUT_S, ServerLimits
 from splitserve.wire.http2 import connection as connection_module
 from splitserve.wire.http2 import frames
-from splitserve.wire.http2.headers import NO_TABLE
+from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, encode
 from splitserve.wire.listening import HANDSHAKE_TIMEOUT_S
-from tests.wire.peers import ECHO, FAIL, HOLD, STREAM, Client, FakeServer, framed, raw_frames, request_headers, until
+from tests.wire.peers import (
+    ECHO,
+    FAIL,
+    HOLD,
+    STREAM,
+    Client,
+    FakeServer,
+    RawClient,
+    framed,
+    goaways,
+    raw_frames,
+    request_headers,
+    trailers_of,
+    until,
+)
 
 
 async def test_a_call_is_answered() -> None:
@@ -113,12 +126,11 @@ async def test_an_error_is_a_status_with_its_words_and_metadata() -> None:
     await client.pump()
 
     headers = client.headers(stream)
-    assert (headers["grpc-status"], decode_text(headers["grpc-message"].encode())) == ("13", "50 % of nothing, naïvely")
+    assert (headers["grpc-status"], percent_decode(headers["grpc-message"].encode())) == ("13", "50 % of nothing, naïvely")
     assert base64.b64decode(headers["x-bin"] + "==") == b"\x00\xff"
 
 
 MALFORMED: dict[str, list[tuple[str, str]]] = {
-    "another method": [(":method", "GET"), *request_headers(ECHO)[1:]],
     "no method": request_headers(ECHO)[1:],
     "no scheme": [each for each in request_headers(ECHO) if each[0] != ":scheme"],
     "no path": [each for each in request_headers(ECHO) if each[0] != ":path"],
@@ -186,14 +198,48 @@ async def test_what_can_not_be_served_has_a_status_of_its_own(name: str) -> None
     assert client.messages(good) == [bytes(1_000)]
 
 
-async def test_what_is_no_grpc_is_told_by_http() -> None:
-    """Source: gRPC, doc/PROTOCOL-HTTP2.md: 415 for another content type."""
+NOT_GRPC = {
+    "JSON": ([*request_headers(ECHO)[:-1], ("content-type", "application/json")], "415"),
+    "no content type": (request_headers(ECHO)[:-1], "415"),
+    "gRPC-Web": ([*request_headers(ECHO)[:-1], ("content-type", "application/grpc-web")], "415"),
+    "gRPC-Web with a codec": ([*request_headers(ECHO)[:-1], ("content-type", "application/grpc-web+proto")], "415"),
+    "another subtype": ([*request_headers(ECHO)[:-1], ("content-type", "application/grpcfoo")], "415"),
+    "GET": ([(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")], "405"),
+    "HEAD": ([(":method", "HEAD"), (":scheme", "http"), (":path", "/"), (":authority", "x")], "405"),
+    "OPTIONS": ([(":method", "OPTIONS"), (":scheme", "http"), (":path", "*"), (":authority", "x")], "405"),
+    "CONNECT": ([(":method", "CONNECT"), (":authority", "x:1")], "405"),
+    "GET of a method": ([(":method", "GET"), *request_headers(ECHO)[1:]], "405"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_GRPC)
+async def test_http_that_is_not_grpc_gets_an_http_status(name: str) -> None:
+    """415 for another content type, 405 for another method, as balancers' health checks send it.
+
+    Source: gRPC, doc/PROTOCOL-HTTP2.md, Responses.
+    """
+    headers, http_status = NOT_GRPC[name]
     client = Client(FakeServer(), strict=False)
     stream = client.h2.get_next_available_stream_id()
-    client.h2.send_headers(stream, [*request_headers(ECHO)[:-1], ("content-type", "application/json")], end_stream=True)
+    client.h2.send_headers(stream, headers, end_stream=True)
     await client.pump()
 
-    assert client.headers(stream)[":status"] == "415"
+    assert client.headers(stream)[":status"] == http_status
+    assert client.headers(stream)["grpc-status"] == {"415": "3", "405": "12"}[http_status]
+    assert client.resets() == {}
+    assert client.server.calls == []
+
+
+@pytest.mark.parametrize("content_type", ["application/grpc", "application/grpc+proto", "application/grpc;charset=utf-8"])
+async def test_content_types_of_grpc(content_type: str) -> None:
+    """With or without a codec or parameters."""
+    client = Client(FakeServer())
+    stream = client.h2.get_next_available_stream_id()
+    client.h2.send_headers(stream, [*request_headers(ECHO)[:-1], ("content-type", content_type)])
+    client.h2.send_data(stream, framed(b"x"), end_stream=True)
+    await client.pump()
+
+    assert client.messages(stream) == [b"x"]
 
 
 @pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
@@ -215,7 +261,7 @@ async def test_an_answer_that_is_too_large_is_an_error() -> None:
     async def large(data: bytes, call: object) -> bytes:
         return bytes(11)
 
-    client.server.methods[ECHO] = Method(unary=large)
+    client.server.handlers[ECHO] = MethodHandler(unary=large)
     stream = client.call(ECHO, framed(b"x"))
     await client.pump()
 
@@ -243,7 +289,7 @@ async def test_a_call_whose_time_is_over_is_ended() -> None:
     stream = client.call(HOLD, framed(b"x"), grpc_timeout="10S")
     await client.pump()
     (call,) = client.server.calls
-    assert 5 < (call.remaining_s() or 0) <= 10
+    assert 5 < (call.time_remaining() or 0) <= 10
 
     client.connection.tick(client.connection.now() + 5)
     await client.pump()
@@ -386,7 +432,7 @@ async def test_a_writer_waits_for_its_reader() -> None:
     await client.pump()
     assert len(client.body(stream)) == 100
     (call,) = client.server.calls
-    assert len(call.backlog) == 1
+    assert len(call.send_queue) == 1
 
     while client.status(stream) is None:
         client.h2.increment_flow_control_window(50, stream_id=stream)
@@ -442,8 +488,18 @@ BLOCK = b"\x83\x86\x41\x01x\x04\x01/"
 """POST, http, :authority x, :path /"""
 
 OPEN = frames.frame(frames.HEADERS, frames.END_HEADERS, 1, BLOCK + b"\x40\x0ccontent-type\x10application/grpc")
-HOLDING = OPEN[frames.HEAD_SIZE :].replace(b"\x04\x01/", b"\x04\x0f" + HOLD.encode())
-NOISE = connection_module.MAX_NOISE + 10
+
+
+def call_frames(stream: int, path: str, message: bytes | None = b"x") -> bytes:
+    """A whole request."""
+    block = encode([(name.encode(), value.encode()) for name, value in request_headers(path)])
+    return frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block) + frames.frame(
+        frames.DATA, frames.END_STREAM, stream, framed(message or b"")
+    )
+
+
+HOLDING = OPEN[frames.FRAME_HEADER_SIZE :].replace(b"\x04\x01/", b"\x04\x0f" + HOLD.encode())
+NOISE = connection_module.MAX_CONTROL_FRAMES + 10
 
 FAULTS: dict[str, tuple[bytes, int]] = {
     "no SETTINGS first": (frames.PREFACE + frames.frame(frames.PING, 0, 0, bytes(8)), frames.PROTOCOL_ERROR),
@@ -479,14 +535,14 @@ FAULTS: dict[str, tuple[bytes, int]] = {
         frames.ENHANCE_YOUR_CALM,
     ),
     "continuations of much": (
-        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1, bytes(30_000)) * 3,
+        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1, bytes(30_000)) * 9,
         frames.ENHANCE_YOUR_CALM,
     ),
     "padding beyond headers": (START + frames.frame(frames.HEADERS, 4 | 8, 1, b"\xff" + BLOCK), frames.PROTOCOL_ERROR),
     "padding beyond content": (START + OPEN + frames.frame(frames.DATA, 8, 1, b"\xff"), frames.PROTOCOL_ERROR),
     "headers with padding and nothing": (START + frames.frame(frames.HEADERS, 4 | 8, 1), frames.FRAME_SIZE_ERROR),
     "a push": (START + frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(4)), frames.PROTOCOL_ERROR),
-    "SETTINGS of a stream": (START + frames.frame(frames.SETTINGS, 0, 1), frames.FRAME_SIZE_ERROR),
+    "SETTINGS of a stream": (START + frames.frame(frames.SETTINGS, 0, 1), frames.PROTOCOL_ERROR),
     "half a setting": (START + frames.frame(frames.SETTINGS, 0, 0, bytes(5)), frames.FRAME_SIZE_ERROR),
     "an acknowledgement with settings": (START + frames.frame(frames.SETTINGS, 1, 0, bytes(6)), frames.FRAME_SIZE_ERROR),
     "a window beyond its range": (START + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), frames.FLOW_CONTROL_ERROR),
@@ -495,14 +551,14 @@ FAULTS: dict[str, tuple[bytes, int]] = {
     "a PING of another size": (START + frames.frame(frames.PING, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
     "a GOAWAY of another size": (START + frames.frame(frames.GOAWAY, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
     "a reset of another size": (START + OPEN + frames.frame(frames.RST_STREAM, 0, 1, bytes(3)), frames.FRAME_SIZE_ERROR),
-    "a reset of a stream that is not open": (START + frames.reset(1, 8), frames.PROTOCOL_ERROR),
+    "a reset of a stream that is not open": (START + frames.rst_stream(1, 8), frames.PROTOCOL_ERROR),
     "room of another size": (START + frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(3)), frames.FRAME_SIZE_ERROR),
     "no room": (START + frames.window_update(0, 0), frames.PROTOCOL_ERROR),
     "room for a stream that is not open": (START + frames.window_update(1, 1), frames.PROTOCOL_ERROR),
     "too much room": (START + frames.window_update(0, 2**31 - 1), frames.FLOW_CONTROL_ERROR),
-    "a large frame that must be whole": (START + frames.head(100_000, frames.HEADERS, 4, 1), frames.FRAME_SIZE_ERROR),
+    "a large frame that must be whole": (START + frames.frame_header(300_000, frames.HEADERS, 4, 1), frames.ENHANCE_YOUR_CALM),
     "a frame larger than ours": (
-        START + frames.head(connection_module.FRAME_SIZE + 1, frames.DATA, 0, 1),
+        START + frames.frame_header(connection_module.FRAME_SIZE + 1, frames.DATA, 0, 1),
         frames.FRAME_SIZE_ERROR,
     ),
     "pings": (START + frames.frame(frames.PING, 0, 0, bytes(8)) * NOISE, frames.ENHANCE_YOUR_CALM),
@@ -522,14 +578,14 @@ async def test_a_fault_ends_the_connection_with_its_code(name: str) -> None:
     client.connection.data_received(data)
     await asyncio.sleep(0)
 
-    goodbye = [content for kind, _, _, content in raw_frames(client.transport.take()) if kind == frames.GOAWAY]
-    assert [int.from_bytes(content[4:8], "big") for content in goodbye] == [code]
+    goaway = [content for kind, _, _, content in raw_frames(client.transport.take()) if kind == frames.GOAWAY]
+    assert [int.from_bytes(content[4:8], "big") for content in goaway] == [code]
     assert client.transport.is_closed
 
 
 MORE = {
     "content": frames.frame(frames.DATA, frames.END_STREAM, 1, framed(b"again")),
-    "trailers": frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, NO_TABLE),
+    "trailers": frames.frame(frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, 1, TABLE_SIZE_ZERO),
 }
 
 
@@ -565,19 +621,19 @@ async def test_noise_between_answers_is_no_fault() -> None:
     """Pings and room that come with calls, or over time, are what clients do."""
     client = Client(FakeServer())
     for _ in range(5):
-        for _ in range(connection_module.MAX_NOISE // 2):
+        for _ in range(connection_module.MAX_CONTROL_FRAMES // 2):
             client.h2.ping(bytes(8))
         await client.pump()
         stream = client.call(ECHO, framed(b"x"))
         await client.pump()
         assert client.status(stream) == "0"
     for _ in range(5):
-        for _ in range(connection_module.MAX_NOISE // 2):
+        for _ in range(connection_module.MAX_CONTROL_FRAMES // 2):
             client.h2.ping(bytes(8))
         await client.pump()
         client.connection.tick(client.connection.now())
 
-    assert client.goodbyes() == []
+    assert client.goaways() == []
 
 
 async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
@@ -587,7 +643,9 @@ async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
     n_sent = 0
     while not client.transport.is_closed:
         number = 2 * n_sent + 1
-        client.connection.data_received(frames.frame(frames.HEADERS, 4, number, HOLDING) + frames.reset(number, frames.CANCEL))
+        client.connection.data_received(
+            frames.frame(frames.HEADERS, 4, number, HOLDING) + frames.rst_stream(number, frames.CANCEL)
+        )
         n_sent += 1
 
     assert n_sent <= NOISE
@@ -599,7 +657,7 @@ async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
 
 async def test_a_silent_client_is_asked_and_left() -> None:
     """A sign of life in time keeps the connection."""
-    client = Client(FakeServer(ServerLimits(silent_s=5)))
+    client = Client(FakeServer(ServerLimits(keepalive_time_s=5, keepalive_timeout_s=5)))
     await client.pump()
     now = client.connection.now()
     client.connection.tick(now)
@@ -625,12 +683,12 @@ async def test_a_connection_that_says_nothing_is_left() -> None:
 
 
 async def test_a_connection_that_retires_serves_what_was_sent_before_it_knew() -> None:
-    """Two goodbyes: the first names no last call, the second does once the client has heard the first."""
+    """Two goaways: the first names no last call, the second does once the client has heard the first."""
     client = Client(FakeServer())
     before = client.call(HOLD, framed(b"x"))
     await client.pump()
     client.connection.drain()
-    on_its_way = frames.frame(frames.HEADERS, 4, before + 2, NO_TABLE + HOLDING)
+    on_its_way = frames.frame(frames.HEADERS, 4, before + 2, TABLE_SIZE_ZERO + HOLDING)
     client.connection.data_received(on_its_way + frames.frame(frames.DATA, frames.END_STREAM, before + 2, framed(b"y")))
     await until(lambda: len(client.server.calls) == 2, lambda: asyncio.sleep(0))
     written = raw_frames(client.transport.take())
@@ -653,23 +711,88 @@ async def test_a_connection_that_retires_serves_what_was_sent_before_it_knew() -
     ]
 
 
-async def test_a_connection_retires_at_its_age() -> None:
-    """Else its client never learns of new replicas. Calls that do not end are left after a while."""
+async def test_connections_live_as_long_as_their_clients_want() -> None:
+    """By default no age, no idle time and no silence of less than two hours ends a connection or a stream on it."""
     client = Client(FakeServer())
-    client.call(HOLD, framed(b"x"))
+    stream = client.call(STREAM, None, is_end=False)
     await client.pump()
     now = client.connection.now()
 
-    client.connection.tick(now + server_module.MAX_AGE_S * 0.8)
-    await client.pump()
-    assert client.goodbyes() == []
-    client.connection.tick(now + server_module.MAX_AGE_S * 1.2)
-    await asyncio.sleep(0)
-    assert [kind for kind, *_ in raw_frames(client.transport.take())] == [frames.PING, frames.GOAWAY, frames.PING]
-    assert not client.transport.is_closed
-    client.connection.tick(now + server_module.MAX_AGE_S * 1.2 + server_module.AGE_GRACE_S)
+    for hour in range(1, 200):
+        client.connection.tick(now + 3600 * hour)
+        await client.pump()  # h2 acknowledges PING
 
-    assert client.transport.is_aborted
+    client.server.gate.set()
+    client.h2.send_data(stream, framed(b"x"), end_stream=True)
+    await client.pump()
+    assert (client.messages(stream), client.status(stream), client.goaways()) == ([b"x"], "0", [])
+
+
+async def test_a_connection_drains_at_its_maximum_age() -> None:
+    """Its client is to connect anew; calls in flight go on as long as they want."""
+    client = RawClient(FakeServer(ServerLimits(max_connection_age_s=60)))
+    await client.send(START, call_frames(1, HOLD))
+
+    assert await client.tick(60 * 0.8) == []
+    drained = await client.tick(60 * 1.2)
+    assert goaways(drained) == [(frames.MAX_STREAM_ID, frames.NO_ERROR), (1, frames.NO_ERROR)]
+    assert await client.tick(7_000) == []
+    assert not client.transport.is_closed
+    client.server.gate.set()
+    ended = await client.send()
+
+    assert trailers_of(ended, 1)[b"grpc-status"] == b"0"
+    assert client.transport.is_closed
+
+
+async def test_calls_that_outlive_the_grace_of_an_age_get_a_status() -> None:
+    """UNAVAILABLE, which clients retry, then GOAWAY; not a connection that breaks."""
+    client = RawClient(FakeServer(ServerLimits(max_connection_age_s=60, max_connection_age_grace_s=30)))
+    await client.send(START, call_frames(1, HOLD), call_frames(3, STREAM))
+
+    await client.tick(70)
+    ended = await client.tick(100)
+
+    assert [trailers_of(ended, stream)[b"grpc-status"] for stream in (1, 3)] == [b"14", b"14"]
+    assert b"connection age" in trailers_of(ended, 3)[b"grpc-message"]
+    assert goaways(ended) == [(3, frames.NO_ERROR)]
+    assert ended[-1][0] == frames.GOAWAY
+    assert (client.transport.is_closed, client.transport.is_aborted) == (True, False)
+    assert client.server.n_cancelled == 2
+
+
+async def test_a_client_that_is_gone_does_not_delay_draining() -> None:
+    """Its connection is closed once its calls have ended, although it acknowledges nothing."""
+    client = Client(FakeServer())
+    client.connection.data_received(START)
+    await asyncio.sleep(0)
+    client.connection.drain()
+    now = client.connection.now()
+
+    client.connection.tick(now + DRAIN_PING_TIMEOUT_S - 1)
+    assert not client.transport.is_closed
+    client.connection.tick(now + DRAIN_PING_TIMEOUT_S + 1)
+
+    assert client.transport.is_closed
+
+
+async def test_an_idle_connection_drains() -> None:
+    """If that is configured: without a call for so long, not merely without bytes."""
+    client = RawClient(FakeServer(ServerLimits(max_connection_idle_s=300)))
+    await client.send(START, call_frames(1, HOLD))
+    for later in range(0, 3000, 100):
+        assert goaways(await client.tick(later)) == []
+    client.server.gate.set()
+    await client.send()
+
+    told = []
+    for later in range(3000, 3500, 100):
+        if not client.transport.is_closed:
+            await client.send(frames.frame(frames.PING, 0, 0, bytes(8)))
+            told += await client.tick(later)
+
+    assert goaways(told)[-1] == (1, frames.NO_ERROR)
+    assert client.transport.is_closed
 
 
 @given(st.binary(max_size=300), st.booleans())

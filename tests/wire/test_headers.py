@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.wire.grpc.messages import decode_text, encode_metadata, encode_text, timeout_s
+from splitserve.wire.grpc.messages import encode_metadata, percent_decode, percent_encode, timeout_s
 from splitserve.wire.http2.headers import (
-    MAX_REMEMBERED,
-    NO_TABLE,
-    ConnectionFault,
+    MAX_CACHED,
+    TABLE_SIZE_ZERO,
     HeaderDecoder,
+    HeaderListTooLarge,
     Headers,
-    TooManyHeaders,
+    Http2ConnectionError,
     encode,
 )
 
@@ -29,7 +29,7 @@ def decoder(max_bytes: int = 100_000) -> HeaderDecoder[Headers]:
 @given(headers)
 def test_our_blocks_are_read_by_others(sent: Headers) -> None:
     """Literals, and no table."""
-    assert [tuple(each) for each in hpack.Decoder(10**6).decode(NO_TABLE + encode(sent), raw=True)] == sent
+    assert [tuple(each) for each in hpack.Decoder(10**6).decode(TABLE_SIZE_ZERO + encode(sent), raw=True)] == sent
 
 
 @given(st.lists(headers, max_size=6), st.booleans(), st.integers(0, 6))
@@ -38,7 +38,7 @@ def test_blocks_of_others_are_read(blocks: list[Headers], huffman: bool, n_befor
     theirs, ours = hpack.Encoder(), decoder()
     for index, sent in enumerate([*blocks, *blocks]):
         if index == n_before:
-            ours.forbid_table()
+            ours.disable_dynamic_table()
             theirs.header_table_size = 0
 
         assert ours.decode(theirs.encode(sent, huffman=huffman)) == sent
@@ -48,7 +48,7 @@ def test_who_never_used_the_table_need_not_say_so() -> None:
     """Strictly, a table that is forbidden has to be given up in so many bytes."""
     ours = decoder()
     assert ours.decode(encode([(b"a", b"b")])) == [(b"a", b"b")]
-    ours.forbid_table()
+    ours.disable_dynamic_table()
 
     assert ours.decode(encode([(b"a", b"c")])) == [(b"a", b"c")]
 
@@ -57,9 +57,9 @@ def test_who_used_the_table_has_to_give_it_up() -> None:
     """Else what it means cannot be known."""
     ours, theirs = decoder(), hpack.Encoder()
     ours.decode(theirs.encode([(b"a", b"b")]))
-    ours.forbid_table()
+    ours.disable_dynamic_table()
 
-    with pytest.raises(ConnectionFault):
+    with pytest.raises(Http2ConnectionError):
         ours.decode(theirs.encode([(b"a", b"b")]))
 
 
@@ -68,13 +68,13 @@ def test_headers_are_bounded(is_stateless: bool) -> None:
     """32 bytes count for each field beside its own. What is refused is refused again, and others are not."""
     ours = decoder(1_000)
     if is_stateless:
-        ours.forbid_table()
+        ours.disable_dynamic_table()
     assert ours.decode(encode([(b"a", bytes(967))]))
 
     for _ in range(2):
-        with pytest.raises(TooManyHeaders):
+        with pytest.raises(HeaderListTooLarge):
             ours.decode(encode([(b"a", bytes(968))]))
-        with pytest.raises(TooManyHeaders):
+        with pytest.raises(HeaderListTooLarge):
             ours.decode(encode([(b"a", b"b")] * 30))
 
     assert ours.decode(encode([(b"a", b"b")]))
@@ -83,16 +83,16 @@ def test_headers_are_bounded(is_stateless: bool) -> None:
 def test_what_is_remembered_is_bounded() -> None:
     """Clients whose headers are new each time do not fill the memory."""
     ours = decoder()
-    ours.forbid_table()
+    ours.disable_dynamic_table()
 
-    for number in range(3 * MAX_REMEMBERED):
+    for number in range(3 * MAX_CACHED):
         assert ours.decode(encode([(b"n", str(number).encode())])) == [(b"n", str(number).encode())]
 
     ours.decode(encode([(b"n", bytes(10_000))]))
 
     assert max(map(len, [*ours._blocks, *ours._fields])) < 1_000
-    assert len(ours._blocks) <= MAX_REMEMBERED
-    assert len(ours._fields) <= MAX_REMEMBERED
+    assert len(ours._blocks) <= MAX_CACHED
+    assert len(ours._fields) <= MAX_CACHED
 
 
 @given(st.binary(max_size=40), st.booleans())
@@ -100,10 +100,10 @@ def test_any_bytes_are_headers_or_a_fault(data: bytes, is_stateless: bool) -> No
     """And nothing else."""
     ours = decoder()
     if is_stateless:
-        ours.forbid_table()
+        ours.disable_dynamic_table()
     try:
         found = ours.decode(data)
-    except ConnectionFault:
+    except Http2ConnectionError:
         return
     assert isinstance(found, list)
 
@@ -111,10 +111,10 @@ def test_any_bytes_are_headers_or_a_fault(data: bytes, is_stateless: bool) -> No
 @given(st.text())
 def test_words_of_a_status_come_home(text: str) -> None:
     """Percent-encoded, so that a header can carry them."""
-    encoded = encode_text(text.encode(errors="replace").decode())
+    encoded = percent_encode(text.encode(errors="replace").decode())
 
     assert all(0x20 <= byte < 0x7F for byte in encoded)
-    assert decode_text(encoded) == text.encode(errors="replace").decode()
+    assert percent_decode(encoded) == text.encode(errors="replace").decode()
 
 
 def test_bytes_in_metadata_are_base_64() -> None:

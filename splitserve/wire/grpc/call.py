@@ -1,247 +1,266 @@
-"""One call at a server: the messages that come, the answer that goes, and what serves it."""
+"""One call at a server: the messages received, the response, and the handler in between."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
 from splitserve.wire.grpc.messages import (
-    ACCEPTED,
+    ACCEPT_ENCODING,
     CONTENT_TYPE,
     PREFIX,
     CallError,
     MessageReader,
     Metadata,
     encode_metadata,
-    encode_text,
-    prefix_of,
+    message_prefix,
+    percent_encode,
     status_code,
 )
-from splitserve.wire.grpc.request import Request
+from splitserve.wire.grpc.request import RequestHeaders
 from splitserve.wire.http2 import frames
-from splitserve.wire.http2.connection import Stream
-from splitserve.wire.http2.headers import NO_TABLE, encode
+from splitserve.wire.http2.connection import Http2Connection, Http2Stream
+from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, encode
 from splitserve.wire.pending import Cancellable
 
-if TYPE_CHECKING:
-    from splitserve.wire.grpc.server import ServerConnection
-
 MAX_STATUS_BYTES = 8 * 1024
-"""Of what tells of an error. Without its details, which come last, it is still told."""
+"""Limit on the trailers of an error. Its details, which come last, are left out if they exceed it."""
 
-Unary = Callable[[bytes, "Call"], Awaitable[bytes]]
+UnaryHandler = Callable[[bytes, "ServerCall"], Awaitable[bytes]]
 """Answers one message with one."""
 
+CallbackHandler = Callable[[bytes, "ServerCall", Callable[[bytes | Exception], None]], Cancellable]
+"""The same without a task: calls back with the response or the error, later. May raise at once instead."""
 
-Begin = Callable[[bytes, "Call", Callable[[bytes | Exception], None]], Cancellable]
-"""The same without a task: what it is given is told of the answer, or of the error, later. May raise at once."""
-
-Streaming = Callable[["Call"], Awaitable[None]]
-"""Reads messages from the call and writes others to it; the call ends as it returns."""
-
-
-class Method(msgspec.Struct, frozen=True):
-    """What serves a method: one of the three; of the first two ``begin``, if there is one."""
-
-    unary: Unary | None = None
-    begin: Begin | None = None
-    streaming: Streaming | None = None
+StreamHandler = Callable[["ServerCall"], Awaitable[None]]
+"""Reads messages from the call and writes others to it; the call ends when it returns."""
 
 
-class Reservation(Protocol):
-    """The bytes that one call has reserved of all that may be in flight."""
+class MethodHandler(msgspec.Struct, frozen=True):
+    """What serves a method: one of the three; ``begin``, if there is one, is preferred to ``unary``."""
+
+    unary: UnaryHandler | None = None
+    begin: CallbackHandler | None = None
+    streaming: StreamHandler | None = None
+
+
+class CallReservation(Protocol):
+    """The bytes that a call has reserved of all that may be in flight."""
 
     def reserve(self, n_bytes: int) -> None:
-        """Reserve more; raises what `explain` renders if the limit is exceeded."""
+        """Reserve more. An exception is the call's error."""
 
     def release(self) -> None:
         """The call is over."""
 
 
-_BEGIN = NO_TABLE + b"\x88" + encode([(b"content-type", CONTENT_TYPE), (b"grpc-accept-encoding", ACCEPTED)])
-"""Of every answer; its second byte is ``:status 200``. Source: RFC 7541, appendix A."""
+class CallConnection(Http2Connection):
+    """What a call needs of its connection, besides HTTP/2."""
 
-_OK = encode([(b"grpc-status", b"0")])
+    peer: str
+    """Identifies the connection."""
 
-END_ALL = frames.END_HEADERS | frames.END_STREAM
+    max_message_bytes: int
+    new_reservation: Callable[[], CallReservation]
+
+    def status_of(self, error: Exception) -> CallError:
+        """The status that an exception of a handler ends its call with."""
+        raise NotImplementedError
 
 
-class Call(Stream):
+_HEADERS = TABLE_SIZE_ZERO + b"\x88" + encode([(b"content-type", CONTENT_TYPE), (b"grpc-accept-encoding", ACCEPT_ENCODING)])
+"""Of every response; the second byte is ``:status 200``. Source: RFC 7541, appendix A."""
+
+_NOT_GRPC_HEADERS = {
+    status: TABLE_SIZE_ZERO + encode([(b":status", str(status).encode()), *more, (b"content-type", CONTENT_TYPE)])
+    for status, more in {405: [(b"allow", b"POST")], 415: []}.items()
+}
+_OK_TRAILERS = encode([(b"grpc-status", b"0")])
+_END = frames.END_HEADERS | frames.END_STREAM
+
+
+class ServerCall(Http2Stream):
     """One call, as its handler sees it."""
 
     __slots__ = (
         "_connection",
         "_deadline",
-        "_is_answered",
+        "_handler",
+        "_has_sent_headers",
         "_messages",
-        "_method",
-        "_n_held",
+        "_n_unread",
         "_pending",
+        "_read_waiter",
         "_request",
         "_reservation",
-        "_waiting",
-        "has_ended",
-        "trailing",
+        "trailing_metadata",
     )
 
-    def __init__(self, connection: ServerConnection, number: int, window: int, request: Request, method: Method) -> None:
-        super().__init__(number, window)
+    def __init__(
+        self, connection: CallConnection, stream_id: int, send_window: int, request: RequestHeaders, handler: MethodHandler
+    ) -> None:
+        super().__init__(stream_id, send_window)
+        self.body_left = request.content_length
         self._connection = connection
         self._request = request
-        self._method = method
+        self._handler = handler
         self._deadline = None if request.timeout_s is None else connection.now() + request.timeout_s
-        self._messages = MessageReader(connection.limits.max_message_bytes, request.encoding)
-        self._is_answered = False
-        self.has_ended = False
-        """Whether the caller has sent all."""
-        self._n_held = 0
-        self._reservation: Reservation | None = None
+        self._messages = MessageReader(connection.max_message_bytes, request.encoding)
+        self._has_sent_headers = False
+        self._n_unread = 0
+        """Bytes received on a stream while its handler was not reading."""
+        self._reservation: CallReservation | None = None
         self._pending: Cancellable | None = None
-        self._waiting: asyncio.Future[None] | None = None
-        self.trailing: Metadata = ()
-        """Trailing metadata of an answer that is OK."""
+        """The handler at work."""
+        self._read_waiter: asyncio.Future[None] | None = None
+        self.trailing_metadata: Metadata = ()
+        """Sent with the status OK."""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What the caller sent along, names in lower case."""
+        """The client's, names in lower case."""
         return self._request.metadata
 
     @property
     def peer(self) -> str:
-        """A name for the connection that the call came on."""
-        return self._connection.name
+        """Identifies the connection."""
+        return self._connection.peer
 
-    def remaining_s(self) -> float | None:
-        """Seconds until its deadline; None if it has none."""
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None if there is none."""
         return None if self._deadline is None else self._deadline - self._connection.now()
 
     # For handlers of streams.
 
     async def read(self) -> bytes | None:
-        """The next message; None when the caller has sent all.
+        """The next message; None once the client has half-closed.
 
         Raises:
-            CallError: what comes is no message that may be.
+            CallError: what arrived is not a valid message.
         """
         while True:
             message = self._messages.take()
             if message is not None:
                 return message
-            if self.has_ended:
+            if self.remote_closed:
                 if not self._messages.is_empty:
-                    raise CallError("INTERNAL", "the stream ends in the middle of a message")
+                    raise CallError("INTERNAL", "the stream ends within a message")
                 return None
-            self._connection.give_room(self, self._n_held)
-            self._n_held = 0
-            self._waiting = self._connection.new_future()
+            self._connection.acknowledge(self, self._n_unread)
+            self._n_unread = 0
+            self._read_waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiting
+                await self._read_waiter
             finally:
-                self._waiting = None
+                self._read_waiter = None
 
-    def begin(self, metadata: Metadata = ()) -> None:
-        """Send initial metadata now, rather than with the first message."""
-        if not self._is_answered and self._connection.has(self):
-            self._is_answered = True
-            block = _BEGIN + encode(encode_metadata(metadata))
-            self._connection.write(frames.frame(frames.HEADERS, frames.END_HEADERS, self.number, block))
+    def send_initial_metadata(self, metadata: Metadata = ()) -> None:
+        """Send the response headers now rather than with the first message."""
+        if not self._has_sent_headers and self._connection.is_open(self):
+            self._has_sent_headers = True
+            block = _HEADERS + encode(encode_metadata(metadata))
+            self._connection.write_frames(frames.frame(frames.HEADERS, frames.END_HEADERS, self.stream_id, block))
 
     async def write(self, message: bytes) -> None:
-        """Send a message; returns when it is on its way, or the caller has left. Raises as `post`."""
-        self.post(message)
-        if self.backlog:
-            await self.drained()
+        """Send a message; returns when the send queue is empty or the client has left. Raises as `write_nowait`."""
+        self.write_nowait(message)
+        if self.send_queue:
+            await self.drain()
 
-    async def drained(self) -> None:
-        """Wait until what was posted is on its way, or the caller has left."""
-        await self._connection.drained(self)
+    async def drain(self) -> None:
+        """Wait until the send queue is empty, or the client has left."""
+        await self._connection.drain_stream(self)
 
-    def post(self, message: bytes) -> None:
-        """Send a message; where there is no room for it, it is in `backlog` until there is.
+    def write_nowait(self, message: bytes) -> None:
+        """Send a message, or queue what the client's flow-control windows do not allow yet (`send_queue`).
 
         Raises:
-            CallError: it is larger than it may be.
+            CallError: it exceeds the limit of messages.
         """
-        prefix = prefix_of(message, self._connection.limits.max_message_bytes)
-        if not self._is_answered:
-            self.begin()
-        if self._connection.has(self):
+        prefix = message_prefix(message, self._connection.max_message_bytes)
+        if not self._has_sent_headers:
+            self.send_initial_metadata()
+        if self._connection.is_open(self):
             self._connection.send(self, b"", prefix, message)
 
     # For the connection.
 
     def start(self) -> None:
-        """Its headers have come."""
-        if self._method.streaming is not None:
-            self._pending = self._connection.new_task(self._stream(self._method.streaming))
+        """The headers have arrived."""
+        if self._handler.streaming is not None:
+            self._pending = asyncio.get_running_loop().create_task(self._run_stream(self._handler.streaming))
 
-    def receive(self, content: bytes, is_end: bool) -> None:
-        """Content has come, the last with ``is_end``."""
-        self._messages.feed(content)
-        self.has_ended = is_end
-        if self._method.streaming is None:
-            n_bytes = len(content)
+    def receive(self, data: bytes, end_stream: bool) -> None:
+        """DATA has arrived. Raises as the handler, or `CallReservation.reserve`."""
+        self._messages.feed(data)
+        if self._handler.streaming is None:
+            n_bytes = len(data)
             if self._reservation is None:
                 self._reservation = self._connection.new_reservation()
                 n_bytes = max(0, n_bytes - PREFIX.size)
             self._reservation.reserve(n_bytes)
-            if is_end:
+            if end_stream:
                 message = self._messages.take()
                 if message is None or not self._messages.is_empty:
                     raise CallError("UNIMPLEMENTED", "expected one message")
                 self._serve(message)
             else:
                 self._messages.check_size()
-                self._connection.give_room(self, len(content))
-        elif self._waiting is not None:
-            if not is_end:
-                self._connection.give_room(self, len(content))
-            if not self._waiting.done():
-                self._waiting.set_result(None)
+                self._connection.acknowledge(self, len(data))
+        elif self._read_waiter is not None:
+            if not end_stream:
+                self._connection.acknowledge(self, len(data))
+            if not self._read_waiter.done():
+                self._read_waiter.set_result(None)
         else:
-            self._n_held += len(content)
+            self._n_unread += len(data)
 
     def tick(self, now: float) -> None:
-        """End it if its time is over."""
+        """End the call if its deadline has passed."""
         if self._deadline is not None and now > self._deadline:
-            self.fail(CallError("DEADLINE_EXCEEDED", "out of time before the answer came"))
+            self.fail(CallError("DEADLINE_EXCEEDED", "deadline exceeded before the response"))
 
     def release(self) -> None:
-        """It is over."""
+        """The call is over."""
         if self._reservation is not None:
             self._reservation.release()
 
     def cancel(self) -> None:
-        """Its caller has left."""
+        """The client has left."""
         if self._pending is not None:
             self._pending.cancel()
 
     def fail(self, error: CallError) -> None:
-        """End it with this status, whatever its handler is at."""
+        """Cancel the handler, and end the call with this status."""
         self.cancel()
-        if not self._connection.has(self):
+        if not self._connection.is_open(self):
             return
-        trailers = _trailers(error.code, error.message, error.trailing)
-        if not self._is_answered:
-            trailers = _BEGIN + trailers
-        self._finish(frames.frame(frames.HEADERS, END_ALL, self.number, trailers))
+        trailers = _error_trailers(error.code, error.message, error.trailing)
+        if not self._has_sent_headers:
+            trailers = _HEADERS + trailers
+        self._finish(trailers)
+
+    def reject(self, http_status: int, error: CallError) -> None:
+        """End a request that is not gRPC with an HTTP status. Source: gRPC, doc/PROTOCOL-HTTP2.md, Responses."""
+        self._finish(_NOT_GRPC_HEADERS[http_status] + _error_trailers(error.code, error.message, ()))
 
     def _finish(self, trailers: bytes) -> None:
-        if not self.has_ended:  # what is still on its way is of no use
-            trailers += frames.reset(self.number, frames.NO_ERROR)
-        self._connection.send_frames(self, trailers)
+        final_frames = frames.frame(frames.HEADERS, _END, self.stream_id, trailers)
+        if not self.remote_closed:  # what is still arriving is not needed. Source: RFC 9113, section 8.1
+            final_frames += frames.rst_stream(self.stream_id, frames.NO_ERROR)
+        self._connection.end_stream(self, final_frames)
 
     def _serve(self, message: bytes) -> None:
-        if self._method.begin is not None:
-            self._pending = self._method.begin(message, self, self._end)
-        elif self._method.unary is not None:
-            self._pending = self._connection.new_task(self._answer(self._method.unary, message))
+        if self._handler.begin is not None:
+            self._pending = self._handler.begin(message, self, self._end)
+        elif self._handler.unary is not None:
+            self._pending = asyncio.get_running_loop().create_task(self._run_unary(self._handler.unary, message))
 
-    async def _answer(self, handler: Unary, message: bytes) -> None:
+    async def _run_unary(self, handler: UnaryHandler, message: bytes) -> None:
         try:
             outcome: bytes | Exception = await handler(message, self)
         except Exception as error:
@@ -249,33 +268,36 @@ class Call(Stream):
         self._end(outcome)
 
     def _end(self, outcome: bytes | Exception) -> None:
-        """It is answered, or failed."""
+        """The handler's response, or its error."""
         self._pending = None
         if isinstance(outcome, Exception):
-            self.fail(self._connection.explain(outcome))
+            self.fail(self._connection.status_of(outcome))
             return
         try:
-            prefix = prefix_of(outcome, self._connection.limits.max_message_bytes)
+            prefix = message_prefix(outcome, self._connection.max_message_bytes)
         except CallError as error:
             self.fail(error)
             return
-        if not self._connection.has(self):
+        if not self._connection.is_open(self):
             return
-        self._is_answered = True
-        before = frames.frame(frames.HEADERS, frames.END_HEADERS, self.number, _BEGIN)
-        trailers = _OK if not self.trailing else _OK + encode(encode_metadata(self.trailing))
-        self._connection.send(self, before, prefix, outcome, frames.frame(frames.HEADERS, END_ALL, self.number, trailers))
+        self._has_sent_headers = True
+        headers = frames.frame(frames.HEADERS, frames.END_HEADERS, self.stream_id, _HEADERS)
+        trailers = _OK_TRAILERS
+        if self.trailing_metadata:
+            trailers += encode(encode_metadata(self.trailing_metadata))
+        final_frames = frames.frame(frames.HEADERS, _END, self.stream_id, trailers)
+        self._connection.send(self, headers, prefix, outcome, final_frames)
 
-    async def _stream(self, handler: Streaming) -> None:
+    async def _run_stream(self, handler: StreamHandler) -> None:
         try:
             await handler(self)
         except Exception as error:
             self._pending = None
-            self.fail(self._connection.explain(error))
+            self.fail(self._connection.status_of(error))
         else:
-            self.begin()
-            if self._connection.has(self):
-                self._finish(frames.frame(frames.HEADERS, END_ALL, self.number, _OK + encode(encode_metadata(self.trailing))))
+            self.send_initial_metadata()
+            if self._connection.is_open(self):
+                self._finish(_OK_TRAILERS + encode(encode_metadata(self.trailing_metadata)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -283,7 +305,7 @@ def _status(code: str) -> bytes:
     return str(status_code(code)).encode()
 
 
-def _trailers(code: str, message: str, trailing: Metadata) -> bytes:
-    told = [(b"grpc-status", _status(code)), (b"grpc-message", encode_text(message)[: MAX_STATUS_BYTES // 2])]
-    whole = encode([*told, *encode_metadata(trailing)])
-    return whole if len(whole) <= MAX_STATUS_BYTES else encode(told)
+def _error_trailers(code: str, message: str, trailing: Metadata) -> bytes:
+    status = [(b"grpc-status", _status(code)), (b"grpc-message", percent_encode(message)[: MAX_STATUS_BYTES // 2])]
+    trailers = encode([*status, *encode_metadata(trailing)])
+    return trailers if len(trailers) <= MAX_STATUS_BYTES else encode(status)

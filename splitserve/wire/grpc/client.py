@@ -1,6 +1,6 @@
-"""The client's end of one long-lived stream: a connection of its own, with one call on it.
+"""A client for one long-lived stream: a connection with one call on it.
 
-Calls that come and go are `grpc.aio`'s business; this is for what carries every request between two services.
+Other calls go through `grpc.aio`; this is for the stream that carries all requests between two services.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from collections.abc import Callable
 from typing import Any
 
 from splitserve.wire.grpc.messages import (
-    ACCEPTED,
+    ACCEPT_ENCODING,
     CONTENT_TYPE,
     CallError,
     MessageReader,
     Metadata,
-    decode_text,
     encode_metadata,
-    prefix_of,
-    status_name,
+    message_prefix,
 )
+from splitserve.wire.grpc.response import ResponseHeaders, parse_response_headers
 from splitserve.wire.http2 import frames
-from splitserve.wire.http2.connection import LOOK_INTERVAL_S, Connection, Stream
+from splitserve.wire.http2.connection import TICK_INTERVAL_S, Http2Connection, Http2Stream
+from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import PREFACE
-from splitserve.wire.http2.headers import NO_TABLE, HeaderDecoder, Headers, TooManyHeaders, encode
+from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, HeaderDecoder, HeaderListTooLarge, encode
 
-SILENT_S = 2.0
-"""A server that has been silent for so long is asked for a sign of life."""
+KEEPALIVE_TIME_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
+"""Between our own services a peer that is gone is noticed within seconds, so that its calls are retried elsewhere in time."""
 
 MAX_METADATA_BYTES = 16 * 1024
 
-_NUMBER = 1
+_STREAM_ID = 1
 _ADDRESS = re.compile(r"ipv[46]:(?P<host>\[[0-9a-fA-F:.]+\]|[0-9.]+):(?P<port>[0-9]+)|unix:(?://)?(?P<path>.+)")
 
 
 class Address:
-    """Where a gRPC name leads, if it is that of one address.
+    """The address in a gRPC target that names a single one.
 
     Args:
         target: ``ipv4:…``, ``ipv6:[…]:…`` or ``unix:…``.
 
     Raises:
-        ValueError: it is another one.
+        ValueError: it names none, or several (``dns:``, ``xds:`` …).
     """
 
     def __init__(self, target: str) -> None:
@@ -55,33 +55,35 @@ class Address:
         self.port = int(match["port"] or 0)
 
 
-class StreamCall(Connection):
+class StreamCall(Http2Connection):
     """One call to a method that streams both ways, from `open_stream` until it ends.
 
     Args:
-        on_message: gets each message that comes.
-        max_message_bytes: the largest that is sent or taken.
+        on_message: called with each message received.
+        max_message_bytes: limit of messages, sent and received.
     """
 
+    _MAX_ENABLE_PUSH = 0
+
     def __init__(self, on_message: Callable[[bytes], None], max_message_bytes: int) -> None:
-        super().__init__(silent_s=SILENT_S)
+        super().__init__(keepalive_time_s=KEEPALIVE_TIME_S, keepalive_timeout_s=KEEPALIVE_TIMEOUT_S)
         self._on_message = on_message
         self._max_message_bytes = max_message_bytes
-        self._headers: HeaderDecoder[dict[bytes, bytes]] = HeaderDecoder(_by_name, MAX_METADATA_BYTES)
+        self._headers: HeaderDecoder[ResponseHeaders] = HeaderDecoder(parse_response_headers, MAX_METADATA_BYTES)
         self._messages = MessageReader(max_message_bytes)
-        self._stream = Stream(_NUMBER, frames.DEFAULT_WINDOW)
-        self.answered: asyncio.Future[dict[bytes, bytes]] = self._loop.create_future()
-        """The server's initial metadata."""
-        self.ended: asyncio.Future[CallError] = self._loop.create_future()
-        """How the call ended; an OK is an error with that code."""
-        self.is_asked_to_leave = asyncio.Event()
-        """The server takes no more calls on this connection; what is under way is answered."""
+        self._stream = Http2Stream(_STREAM_ID, frames.DEFAULT_WINDOW)
+        self.initial_metadata: asyncio.Future[dict[bytes, bytes]] = self._loop.create_future()
+        """The server's response headers; the status as an exception if the call ends without them."""
+        self.status: asyncio.Future[CallError] = self._loop.create_future()
+        """How the call ended; OK is an error with that code."""
+        self.goaway = asyncio.Event()
+        """Set when the server accepts no more calls on this connection. The call in flight goes on."""
 
     def start(self, method: str, authority: str, scheme: str, metadata: Metadata) -> None:
         """Open the stream."""
-        self._greet(PREFACE, {frames.ENABLE_PUSH: 0})
-        self._streams[_NUMBER] = self._stream
-        block = NO_TABLE + encode(
+        self._send_preface(PREFACE, {frames.ENABLE_PUSH: 0})
+        self._streams[_STREAM_ID] = self._stream
+        block = TABLE_SIZE_ZERO + encode(
             [
                 (b":method", b"POST"),
                 (b":scheme", scheme.encode()),
@@ -89,106 +91,107 @@ class StreamCall(Connection):
                 (b":authority", authority.encode()),
                 (b"te", b"trailers"),
                 (b"content-type", CONTENT_TYPE),
-                (b"grpc-accept-encoding", ACCEPTED),
+                (b"grpc-accept-encoding", ACCEPT_ENCODING),
                 *encode_metadata(metadata),
             ]
         )
-        self._put(frames.frame(frames.HEADERS, frames.END_HEADERS, _NUMBER, block))
+        self._write_soon(frames.frame(frames.HEADERS, frames.END_HEADERS, _STREAM_ID, block))
 
     def write(self, message: bytes) -> None:
         """Send a message.
 
         Raises:
-            CallError: it is larger than it may be, or the call is over.
+            CallError: it exceeds the limit of messages, or the call has ended.
         """
-        prefix = prefix_of(message, self._max_message_bytes)
-        if self.ended.done():
-            raise CallError("UNAVAILABLE", "the call is over")
+        prefix = message_prefix(message, self._max_message_bytes)
+        if self.status.done():
+            raise CallError("UNAVAILABLE", "the call has ended")
         self.send(self._stream, b"", prefix, message)
 
-    def finish(self) -> None:
-        """Send nothing more; what is under way is still answered."""
-        if not self.ended.done():
-            self._stream.tail = frames.frame(frames.DATA, frames.END_STREAM, _NUMBER)
-            if not self._stream.backlog:
-                self._put(self._stream.tail)
+    def half_close(self) -> None:
+        """Send nothing more. What is in flight is still answered."""
+        if not self.status.done():
+            self.end_stream(self._stream, frames.frame(frames.DATA, frames.END_STREAM, _STREAM_ID))
 
     def cancel(self) -> None:
-        """End it at once."""
-        if not self.ended.done():
-            self.reset(self._stream, frames.CANCEL)
+        """End the call at once."""
+        if not self.status.done():
+            self.reset_stream(self._stream, frames.CANCEL)
             self._finish(CallError("CANCELLED", "the call was cancelled"))
 
-    async def live(self) -> None:
-        """Look after it until it has ended."""
-        while not self.ended.done():
-            await asyncio.wait([self.ended], timeout=LOOK_INTERVAL_S)
-            self.tick(self._loop.time())
+    async def keep_ticking(self) -> None:
+        """Apply keepalive until the call has ended."""
+        while not self.status.done():
+            await asyncio.wait([self.status], timeout=TICK_INTERVAL_S)
+            self.tick(self.now())
 
     # For the connection.
 
-    def _finish(self, error: CallError) -> None:
-        if not self.ended.done():
-            self.ended.set_result(error)
-            if not self.answered.done():
-                self.answered.set_exception(error)
-                self.answered.exception()  # whoever waited for it has been told
+    def _finish(self, status: CallError) -> None:
+        if not self.status.done():
+            self.status.set_result(status)
+            if not self.initial_metadata.done():
+                self.initial_metadata.set_exception(status)
+                self.initial_metadata.exception()  # retrieved: nobody may be waiting for it
             self.close()
 
-    def _sent(self, stream: Any) -> None:
-        """All is sent; the peer's part is still to come."""
+    def _end_sent(self, stream: Any) -> None:
+        """The server's side of the stream is still open."""
 
-    def _is_past(self, stream: int) -> bool:
-        return stream == _NUMBER
+    def _is_idle(self, stream_id: int) -> bool:
+        return stream_id != _STREAM_ID
 
-    def _settings_agreed(self) -> None:
-        self._headers.forbid_table()
+    def _settings_acknowledged(self) -> None:
+        self._headers.disable_dynamic_table()
 
-    def _take_block(self, stream: int, block: bytes, is_end: bool) -> None:
+    def _headers_received(self, stream_id: int, block: bytes, end_stream: bool) -> None:
+        if stream_id != _STREAM_ID:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "HEADERS on a stream that was not opened")
         try:
             headers = self._headers.decode(block)
-        except TooManyHeaders:
-            headers = {}
-            is_end = True
-        if is_end:
-            self._finish(_status(headers))
-        elif not self.answered.done():
-            self.answered.set_result(headers)
+        except HeaderListTooLarge:
+            self._finish(CallError("RESOURCE_EXHAUSTED", f"response metadata exceeds {MAX_METADATA_BYTES} bytes"))
+            return
+        has_headers = self.initial_metadata.done()
+        if headers.is_malformed or has_headers == bool(headers.http_status) or (has_headers and not end_stream):
+            self._stream_error(stream_id, frames.PROTOCOL_ERROR, "malformed response headers")
+        elif end_stream:
+            self._finish(headers.status())
+        elif headers.is_informational:
+            pass
+        elif headers.http_status != b"200":
+            self._finish(headers.status())
+        else:
+            self._stream.body_left = headers.content_length
+            self.initial_metadata.set_result(headers.fields)
 
-    def _take_content(self, stream: Stream, content: bytes, is_end: bool) -> None:
-        self._messages.feed(content)
-        self._noise = 0
+    def _data_received(self, stream: Http2Stream, data: bytes, end_stream: bool) -> None:
+        if not self.initial_metadata.done():
+            self._stream_error(stream.stream_id, frames.PROTOCOL_ERROR, "DATA before the response headers")
+            return
+        self._messages.feed(data)
+        self._count_progress()
         try:
             while (message := self._messages.take()) is not None:
                 self._on_message(message)
         except CallError as error:
             self._finish(error)
             return
-        if is_end:
+        if end_stream:
             self._finish(CallError("INTERNAL", "the stream ended without a status"))
         else:
-            self.give_room(stream, len(content))
+            self.acknowledge(stream, len(data))
 
-    def _take_reset(self, stream: Any, code: int) -> None:
-        self._finish(CallError("UNAVAILABLE", f"the stream was reset with code {code}"))
+    def _stream_aborted(self, stream: Any, code: int, message: str) -> None:
+        self._finish(CallError("UNAVAILABLE", message))
 
-    def _take_goodbye(self, last_stream: int) -> None:
-        self.is_asked_to_leave.set()
-        if last_stream < _NUMBER:
-            self._finish(CallError("UNAVAILABLE", "the server takes no calls"))
+    def _goaway_received(self, last_stream_id: int) -> None:
+        self.goaway.set()
+        if last_stream_id < _STREAM_ID:
+            self._finish(CallError("UNAVAILABLE", "the server accepts no calls"))
 
-    def _end(self) -> None:
-        self._finish(CallError("UNAVAILABLE", "the connection is gone"))
-
-
-def _by_name(headers: Headers) -> dict[bytes, bytes]:
-    return dict(headers)
-
-
-def _status(headers: dict[bytes, bytes]) -> CallError:
-    if b"grpc-status" not in headers:
-        return CallError("UNAVAILABLE", f"HTTP status {headers.get(b':status', b'?').decode(errors='replace')[:8]}")
-    return CallError(status_name(headers[b"grpc-status"]), decode_text(headers.get(b"grpc-message", b"")))
+    def _connection_lost(self) -> None:
+        self._finish(CallError("UNAVAILABLE", "connection lost"))
 
 
 async def open_stream(
@@ -202,20 +205,20 @@ async def open_stream(
     context: ssl.SSLContext | None = None,
     server_name: str = "",
 ) -> StreamCall:
-    """Connect, and begin a call.
+    """Connect, and open a call.
 
     Args:
         address: of the server.
-        method: its path.
-        on_message: gets each message.
-        authority: the name that the server is called by.
-        max_message_bytes: the largest that is sent or taken.
-        metadata: sent as the call begins.
+        method: the path of the method.
+        on_message: called with each message received.
+        authority: the value of ``:authority``.
+        max_message_bytes: limit of messages, sent and received.
+        metadata: sent with the request headers.
         context: of TLS; None: plain text.
-        server_name: that the certificate must have.
+        server_name: that the certificate must carry.
 
     Raises:
-        OSError: it cannot be reached, or not be trusted.
+        OSError: the server cannot be reached, or its certificate is not trusted.
     """
     loop = asyncio.get_running_loop()
     name = server_name or None if context else None

@@ -1,4 +1,4 @@
-"""Messages in the bytes of a stream, metadata, statuses and timeouts: what gRPC puts into HTTP/2.
+"""Length-prefixed messages, metadata, statuses and timeouts: what gRPC puts into HTTP/2.
 
 Source: gRPC, doc/PROTOCOL-HTTP2.md and doc/statuscodes.md.
 """
@@ -14,12 +14,12 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from google.rpc import code_pb2
 
 PREFIX = Struct(">BI")
-"""Of a message: whether it is compressed, and its length."""
+"""In front of a message: the compressed flag, and its length."""
 
 ENCODINGS = {b"gzip": 31, b"deflate": 15}
-"""Window bits of zlib for what a message may be compressed with."""
+"""Supported message encodings, and their window bits for zlib."""
 
-ACCEPTED = b"identity,deflate,gzip"
+ACCEPT_ENCODING = b"identity,deflate,gzip"
 
 CONTENT_TYPE = b"application/grpc"
 
@@ -31,7 +31,7 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class CallError(Exception):
-    """A call that ends with a status other than OK: its code's name, words, and trailing metadata."""
+    """A status other than OK: the name of its code, its message, and trailing metadata."""
 
     def __init__(self, code: str, message: str, trailing: Metadata = ()) -> None:
         super().__init__(message)
@@ -41,43 +41,43 @@ class CallError(Exception):
 
 
 class MessageReader:
-    """Takes messages out of the pieces that they come in.
+    """Reassembles messages from DATA payload.
 
     Args:
         max_bytes: of a message, decompressed or not.
-        encoding: what compressed messages are compressed with; b"" for none.
+        encoding: of messages with the compressed flag; b"": they are not allowed.
     """
 
-    __slots__ = ("_at", "_data", "_encoding", "_is_compressed", "_late", "_length", "_max_bytes", "_n_bytes")
+    __slots__ = ("_at", "_data", "_encoding", "_is_compressed", "_length", "_max_bytes", "_n_bytes", "_rest")
 
     def __init__(self, max_bytes: int, encoding: bytes = b"") -> None:
         self._max_bytes = max_bytes
         self._encoding = encoding
         self._data = b""
         self._at = 0
-        self._late: list[bytes] = []
+        self._rest: list[bytes] = []
         self._n_bytes = 0
         self._length = -1
         self._is_compressed = False
 
     @property
     def is_empty(self) -> bool:
-        """Whether no part of another message is here."""
+        """Whether no part of a message is buffered."""
         return not self._n_bytes and self._length < 0
 
     def feed(self, data: bytes) -> None:
-        """Add a piece."""
+        """Add payload."""
         self._n_bytes += len(data)
         if self._at == len(self._data):
             self._data, self._at = data, 0
         else:
-            self._late.append(data)
+            self._rest.append(data)
 
     def take(self) -> bytes | None:
-        """The next message; None as long as it is not whole.
+        """The next message; None if it is not complete.
 
         Raises:
-            CallError: it is larger than it may be, or compressed as it may not be.
+            CallError: it exceeds its limit, or its compression is invalid.
         """
         self.check_size()
         size = self._length
@@ -90,7 +90,7 @@ class MessageReader:
         return self._decompressed(message) if self._is_compressed else message
 
     def check_size(self) -> None:
-        """Read the length of the next message, if it is here. Raises as `take`."""
+        """Check the length of the next message, if that has arrived. Raises as `take`."""
         if self._length >= 0 or self._n_bytes < PREFIX.size:
             return
         self._gather(PREFIX.size)
@@ -99,41 +99,41 @@ class MessageReader:
         if length > self._max_bytes:
             raise too_large("Received", length, self._max_bytes)
         if flag > 1 or (flag and not self._encoding):
-            raise CallError("INTERNAL", "the message is compressed, and grpc-encoding does not say how")
+            raise CallError("INTERNAL", "compressed message without a grpc-encoding")
         self._length, self._is_compressed = length, bool(flag)
 
     def _gather(self, size: int) -> None:
-        """Have so many bytes in one piece."""
+        """Make the next ``size`` bytes contiguous."""
         if len(self._data) - self._at < size:
-            self._data = b"".join((memoryview(self._data)[self._at :], *self._late))
+            self._data = b"".join((memoryview(self._data)[self._at :], *self._rest))
             self._at = 0
-            self._late.clear()
+            self._rest.clear()
 
     def _skip(self, size: int) -> None:
         self._at += size
         self._n_bytes -= size
         if self._at == len(self._data):
-            self._data, self._at = self._late.pop(0) if len(self._late) == 1 else b"".join(self._late), 0
-            self._late.clear()
+            self._data, self._at = self._rest.pop(0) if len(self._rest) == 1 else b"".join(self._rest), 0
+            self._rest.clear()
 
     def _decompressed(self, data: bytes) -> bytes:
         decompressor = zlib.decompressobj(ENCODINGS[self._encoding])
         try:
             message = decompressor.decompress(data, self._max_bytes + 1)
         except zlib.error:
-            raise CallError("INTERNAL", f"the message is not {self._encoding.decode()}") from None
+            raise CallError("INTERNAL", f"message is not valid {self._encoding.decode()}") from None
         if len(message) > self._max_bytes:
             raise too_large("Decompressed", len(message), self._max_bytes)
         if not decompressor.eof:
-            raise CallError("INTERNAL", f"the message is not {self._encoding.decode()}")
+            raise CallError("INTERNAL", f"message is not valid {self._encoding.decode()}")
         return message
 
 
-def prefix_of(message: bytes, max_bytes: int) -> bytes:
-    """What stands before a message in a stream.
+def message_prefix(message: bytes, max_bytes: int) -> bytes:
+    """The length prefix of a message.
 
     Raises:
-        CallError: it is larger than it may be.
+        CallError: the message exceeds ``max_bytes``.
     """
     size = len(message)
     if size > max_bytes:
@@ -142,7 +142,7 @@ def prefix_of(message: bytes, max_bytes: int) -> bytes:
 
 
 def too_large(what: str, size: int, max_bytes: int) -> CallError:
-    """The error of a message that is, in the words that gRPC has for it."""
+    """The status of a message that exceeds its limit, in the words of grpc-core."""
     return CallError("RESOURCE_EXHAUSTED", f"{what} message larger than max ({size} vs. {max_bytes})")
 
 
@@ -150,7 +150,7 @@ def timeout_s(text: bytes) -> float:
     """The seconds in a ``grpc-timeout`` header.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is malformed.
     """
     digits, unit = text[:-1], text[-1:]
     if unit not in _UNITS_S or not digits.isdigit() or len(digits) > _MAX_DIGITS:
@@ -159,13 +159,13 @@ def timeout_s(text: bytes) -> float:
 
 
 def status_code(name: str) -> int:
-    """The number of a code."""
+    """The number of a status code."""
     number: int = code_pb2.Code.Value(name)
     return number
 
 
 def status_name(number: bytes) -> str:
-    """The name of a code; UNKNOWN for what is none."""
+    """The name of a status code; UNKNOWN for an unknown number."""
     try:
         name: str = code_pb2.Code.Name(int(number))
     except ValueError:
@@ -173,13 +173,13 @@ def status_name(number: bytes) -> str:
     return name
 
 
-def encode_text(text: str) -> bytes:
-    """A status' words, as a header has them."""
+def percent_encode(text: str) -> bytes:
+    """A status message as a header value."""
     return quote_from_bytes(text.encode(), safe=_PLAIN).encode()
 
 
-def decode_text(value: bytes) -> str:
-    """The words in a header."""
+def percent_decode(value: bytes) -> str:
+    """The status message in a header value."""
     return unquote_to_bytes(value).decode(errors="replace")
 
 

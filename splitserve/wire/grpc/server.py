@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import socket
 import ssl
@@ -15,183 +16,200 @@ from typing import Any
 
 import msgspec
 
-from splitserve.wire.grpc.call import END_ALL, Call, Method, Reservation
+from splitserve.wire.grpc.call import CallConnection, CallReservation, MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError
-from splitserve.wire.grpc.request import Request, understand
+from splitserve.wire.grpc.request import RequestHeaders, parse_request_headers
 from splitserve.wire.http2 import frames
-from splitserve.wire.http2.connection import LOOK_INTERVAL_S, Connection
+from splitserve.wire.http2.connection import TICK_INTERVAL_S
+from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import PREFACE
-from splitserve.wire.http2.headers import NO_TABLE, ConnectionFault, HeaderDecoder, TooManyHeaders, encode
+from splitserve.wire.http2.headers import HeaderDecoder, HeaderListTooLarge
 from splitserve.wire.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, Connections
 
-MAX_AGE_S, AGE_GRACE_S = 60.0, 120.0
-"""A client that keeps its connections never learns of new replicas: each is ended at about this age, calls on it first."""
-
 AGE_JITTER = 0.1
+"""Connections that were opened together reach their maximum age at different times. Source: gRPC proposal A9."""
 
 CLOSE_GRACE_S = 0.5
-"""How long clients get to take the last bytes when the server stops."""
+"""How long clients get to read the last bytes when the server stops."""
+
+DRAIN_PING_TIMEOUT_S = 5.0
+"""A client that does not acknowledge the PING behind the first GOAWAY for so long may be gone: it does not delay draining."""
+
+_MAX_SKIPPED_IDS = 100
+"""Ranges of stream ids that a client skipped and that are remembered, to tell them from closed ones."""
 
 
 class ServerLimits(msgspec.Struct, frozen=True):
-    """What callers may cost. Sizes are in bytes."""
+    """Limits on clients. Sizes are in bytes; ages, keepalive and idle time mean what they mean in grpc-core."""
 
     max_message_bytes: int = 64 * 1024 * 1024
     max_metadata_bytes: int = 16 * 1024
     max_streams: int = 1024
     max_connections: int = 2_000
-    silent_s: float = 5.0
+    keepalive_time_s: float = 7200.0
+    keepalive_timeout_s: float = 20.0
+    max_connection_age_s: float = math.inf
+    max_connection_age_grace_s: float = math.inf
+    max_connection_idle_s: float = math.inf
+
+    @property
+    def tick_interval_s(self) -> float:
+        """At most half of the shortest timeout."""
+        shortest_s = min(self.keepalive_time_s, self.keepalive_timeout_s, self.max_connection_age_s, self.max_connection_idle_s)
+        return min(TICK_INTERVAL_S, shortest_s / 2)
 
 
-_NO_GRPC = NO_TABLE + encode([(b":status", b"415")])
-_numbers = itertools.count()
+_connection_ids = itertools.count()
+_NO_METHOD = MethodHandler()
 
 
-class ServerConnection(Connection):
+class GrpcServerConnection(CallConnection):
     """One client's connection."""
 
     def __init__(self, server: GrpcServer) -> None:
-        super().__init__(silent_s=server.limits.silent_s)
-        self.new_future: Callable[[], asyncio.Future[None]] = self._loop.create_future
-        self.new_task: Callable[[Any], asyncio.Task[None]] = self._loop.create_task
-        self.now: Callable[[], float] = self._loop.time
+        limits = server.limits
+        super().__init__(keepalive_time_s=limits.keepalive_time_s, keepalive_timeout_s=limits.keepalive_timeout_s)
         self._server = server
-        self.limits = server.limits
+        self._limits = limits
+        self.max_message_bytes = limits.max_message_bytes
         self.new_reservation = server.new_reservation
-        self.name = f"grpc:{next(_numbers)}"
-        self._headers: HeaderDecoder[Request] = HeaderDecoder(understand, server.limits.max_metadata_bytes)
-        self._preface = b""
-        self._is_greeted = False
-        self._last = 0
-        self._last_taken = frames.MAX_STREAM
-        self._made_at = self.now()
-        self._retire_at = self._made_at + MAX_AGE_S * random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)  # noqa: S311
-        self._is_retiring = False
+        self.peer = f"grpc:{next(_connection_ids)}"
+        self._headers: HeaderDecoder[RequestHeaders] = HeaderDecoder(parse_request_headers, limits.max_metadata_bytes)
+        self._preface: bytes | None = b""
+        """What has arrived of the client's preface; None: all of it."""
+        self._skipped_ids: list[range] = []
+        """Stream ids that the client did not use, and cannot use any more."""
+        self._max_accepted_id = frames.MAX_STREAM_ID
+        """Streams above it are ignored; lowered by the final GOAWAY."""
+        self._opened_at = self.now()
+        jitter = random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)  # noqa: S311
+        self._drain_at = self._opened_at + limits.max_connection_age_s * jitter
+        self._is_draining = False
+        self._draining_since = 0.0
+        self._idle_since = self._opened_at
+        self._id_at_tick = 0
+        """The last stream id at the last tick."""
 
-    def explain(self, error: Exception) -> CallError:
-        """The status that an error of a handler ends its call with."""
-        return error if isinstance(error, CallError) else self._server.explain(error)
-
-    def has(self, call: Call) -> bool:
-        """Whether the call is still open."""
-        return self._streams.get(call.number) is call
-
-    def write(self, data: bytes) -> None:
-        """Send frames that need no room."""
-        if not self._closing_since:
-            self._put(data)
+    def status_of(self, error: Exception) -> CallError:
+        return error if isinstance(error, CallError) else self._server.status_of(error)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._server.connections.add(self)
-        if len(self._server.connections) > self.limits.max_connections:
+        if len(self._server.connections) > self._limits.max_connections:
             self.abort()
+            return
+        settings = {
+            frames.MAX_CONCURRENT_STREAMS: self._limits.max_streams,
+            frames.MAX_HEADER_LIST_SIZE: self._limits.max_metadata_bytes,
+        }
+        self._send_preface(b"", settings)
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_greeted:
+        if self._preface is not None:
             self._preface += data
             if not PREFACE.startswith(self._preface[: len(PREFACE)]):
-                self.abort()
+                self.close(frames.PROTOCOL_ERROR, "expected the HTTP/2 connection preface")
                 return
             if len(self._preface) < len(PREFACE):
                 return
-            self._is_greeted = True
-            self._greet(
-                b"",
-                {
-                    frames.MAX_CONCURRENT_STREAMS: self.limits.max_streams,
-                    frames.MAX_HEADER_LIST_SIZE: self.limits.max_metadata_bytes,
-                },
-            )
-            data = self._preface[len(PREFACE) :]
+            data, self._preface = self._preface[len(PREFACE) :], None
         super().data_received(data)
 
-    def _settings_agreed(self) -> None:
-        self._headers.forbid_table()
+    def _settings_acknowledged(self) -> None:
+        self._headers.disable_dynamic_table()
 
-    def _is_past(self, stream: int) -> bool:
-        return stream <= self._last
+    def _is_idle(self, stream_id: int) -> bool:
+        return not stream_id & 1 or stream_id > self._last_stream_id
 
-    def _take_block(self, stream: int, block: bytes, is_end: bool) -> None:
-        request: Request | None
+    def _headers_received(self, stream_id: int, block: bytes, end_stream: bool) -> None:
+        request: RequestHeaders | None
         try:
             request = self._headers.decode(block)
-        except TooManyHeaders:
+        except HeaderListTooLarge:
             request = None
-        call = self._streams.get(stream)
+        call = self._streams.get(stream_id)
         if call is not None:
-            self._take_trailers(call, is_end)
-            return
-        if not stream & 1 or stream <= self._last:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "a stream with a number that is none for a new one")
-        if stream > self._last_taken:
-            return  # the peer was told that it is not looked at
-        self._last = stream
-        if len(self._streams) >= self.limits.max_streams:
-            self._refuse(stream, frames.REFUSED_STREAM)
-        elif request is not None and request.is_malformed:
-            self._refuse(stream, frames.PROTOCOL_ERROR)
+            self._trailers_received(call, request, end_stream)
+        elif not stream_id & 1:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "HEADERS on a stream id of the server's")
+        elif stream_id <= self._last_stream_id:
+            if any(stream_id in skipped for skipped in self._skipped_ids):
+                raise Http2ConnectionError(frames.PROTOCOL_ERROR, "stream id lower than an earlier one")
+            self._frame_on_closed_stream(stream_id)
         else:
-            self._open(stream, request, is_end)
+            self._open_stream(stream_id, request, end_stream)
 
-    def _refuse(self, stream: int, code: int) -> None:
-        self._make_noise()
-        self._put(frames.reset(stream, code))
+    def _open_stream(self, stream_id: int, request: RequestHeaders | None, end_stream: bool) -> None:
+        if stream_id > self._last_stream_id + 2:
+            self._skipped_ids = [*self._skipped_ids[-_MAX_SKIPPED_IDS:], range(self._last_stream_id + 1, stream_id)]
+        if stream_id > self._max_accepted_id:  # the client has been told that it is not processed. Source: RFC 9113, section 6.8
+            self._last_stream_id = stream_id
+            self._remember_reset(stream_id, by_us=True)
+            return
+        self._last_stream_id = stream_id
+        if len(self._streams) >= self._limits.max_streams:
+            self._stream_error(stream_id, frames.REFUSED_STREAM, "")
+        elif request is not None and (request.is_malformed or (end_stream and request.content_length > 0)):
+            self._stream_error(stream_id, frames.PROTOCOL_ERROR, "")
+        else:
+            self._begin_call(stream_id, request, end_stream)
 
-    def _open(self, stream: int, request: Request | None, is_end: bool) -> None:
+    def _begin_call(self, stream_id: int, request: RequestHeaders | None, end_stream: bool) -> None:
         if request is None:
-            error = CallError("RESOURCE_EXHAUSTED", f"the metadata is larger than {self.limits.max_metadata_bytes} bytes")
-            request = Request("", None, b"", (), error)
-        method = self._server.methods.get(request.path)
-        call = Call(self, stream, self._stream_send_window, request, method or Method())
-        self._streams[stream] = call
-        if not request.is_grpc:
-            self.send_frames(call, frames.frame(frames.HEADERS, END_ALL, stream, _NO_GRPC))
-        elif request.refusal is not None:
-            call.fail(request.refusal)
-        elif method is None:
-            call.fail(CallError("UNIMPLEMENTED", "there is no such method here"))
+            rejection = CallError("RESOURCE_EXHAUSTED", f"metadata exceeds {self._limits.max_metadata_bytes} bytes")
+            request = RequestHeaders("", None, b"", (), rejection)
+        handler = self._server.handlers.get(request.path)
+        call = ServerCall(self, stream_id, self._initial_send_window, request, handler or _NO_METHOD)
+        call.remote_closed = end_stream
+        self._streams[stream_id] = call
+        if request.rejection is not None:
+            if request.http_status == 200:
+                call.fail(request.rejection)
+            else:
+                call.reject(request.http_status, request.rejection)
+        elif handler is None:
+            call.fail(CallError("UNIMPLEMENTED", "unknown method"))
         elif request.timeout_s == 0:
-            call.fail(CallError("DEADLINE_EXCEEDED", "out of time before the work began"))
+            call.fail(CallError("DEADLINE_EXCEEDED", "deadline exceeded before the call began"))
         else:
             call.start()
-            if is_end:
-                self._take_content(call, b"", True)
+            if end_stream:
+                self._data_received(call, b"", True)
 
-    def _take_trailers(self, call: Call, is_end: bool) -> None:
-        if not is_end:
-            call.cancel()
-            self.reset(call, frames.PROTOCOL_ERROR)
+    def _trailers_received(self, call: ServerCall, trailers: RequestHeaders | None, end_stream: bool) -> None:
+        """A second header block. Source: RFC 9113, sections 5.1 and 8.1."""
+        if call.remote_closed:
+            self._stream_error(call.stream_id, frames.STREAM_CLOSED, "HEADERS after END_STREAM")
+        elif not end_stream or (trailers is not None and not trailers.is_trailers) or call.body_left > 0:
+            self._stream_error(call.stream_id, frames.PROTOCOL_ERROR, "malformed trailers")
         else:
-            self._take_content(call, b"", True)
+            call.remote_closed = True
+            self._data_received(call, b"", True)
 
-    def _take_content(self, stream: Call, content: bytes, is_end: bool) -> None:
-        if stream.has_ended:
-            stream.cancel()
-            self.reset(stream, frames.STREAM_CLOSED)
-            return
+    def _data_received(self, stream: ServerCall, data: bytes, end_stream: bool) -> None:
         try:
-            stream.receive(content, is_end)
+            stream.receive(data, end_stream)
         except Exception as error:
-            stream.fail(self.explain(error))
+            stream.fail(self.status_of(error))
 
-    def _drop(self, stream: Call) -> None:  # type: ignore[override]  # a server's streams are calls
-        super()._drop(stream)
+    def _remove_stream(self, stream: ServerCall) -> None:  # type: ignore[override]  # a server's streams are calls
+        super()._remove_stream(stream)
         stream.release()
 
-    def _take_reset(self, stream: Call, code: int) -> None:
+    def _stream_aborted(self, stream: ServerCall, code: int, message: str) -> None:
         stream.cancel()
-        self._close_if_done()
+        self._close_if_drained()
 
-    def _take_goodbye(self, last_stream: int) -> None:
+    def _goaway_received(self, last_stream_id: int) -> None:
         self.drain()
 
-    def _sent(self, stream: Call) -> None:
-        super()._sent(stream)
-        self._noise = 0
-        self._close_if_done()
+    def _end_sent(self, stream: ServerCall) -> None:
+        super()._end_sent(stream)
+        self._count_progress()
+        self._close_if_drained()
 
-    def _end(self) -> None:
+    def _connection_lost(self) -> None:
         self._server.connections.remove(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -201,100 +219,115 @@ class ServerConnection(Connection):
             call.cancel()
 
     def tick(self, now: float) -> None:
-        """Besides what both ends look at: deadlines, its age, and whether it has said that it is HTTP/2."""
+        """Apply handshake timeout, age, idle time and the deadlines of calls besides."""
         super().tick(now)
-        if not self._has_settings and now - self._made_at > HANDSHAKE_TIMEOUT_S:
-            self.abort()
-        if now > self._retire_at:
-            self.drain()
-        if now > self._retire_at + AGE_GRACE_S:
+        if self._closing_since:
+            return
+        if not self._has_settings and now - self._opened_at > HANDSHAKE_TIMEOUT_S:
             self.abort()
         for call in tuple(self._streams.values()):
             call.tick(now)
+        if self._streams or self._last_stream_id != self._id_at_tick:
+            self._id_at_tick, self._idle_since = self._last_stream_id, now
+        is_ping_pending = self._is_draining and self._max_accepted_id == frames.MAX_STREAM_ID
+        if is_ping_pending and now - self._draining_since > DRAIN_PING_TIMEOUT_S:
+            self._drain_ping_acknowledged()
+        if now > self._drain_at or now - self._idle_since > self._limits.max_connection_idle_s:
+            self.drain()
+        if now > self._drain_at + self._limits.max_connection_age_grace_s:
+            self.end("connection age exceeds its limit and its grace")
 
     def drain(self) -> None:
-        """Take no new calls, and close when those under way are answered.
+        """Accept no new calls, and close when those in flight are answered.
 
-        Calls that were sent before the peer knows of it are still served. Source: RFC 9113, section 6.8.
+        Calls that were sent before the client knows are still served: the first GOAWAY names no last stream, the second does once
+        the client has acknowledged the first. Source: RFC 9113, section 6.8.
         """
-        if self._is_retiring or self._closing_since:
+        if self._is_draining or self._closing_since:
             return
-        self._is_retiring = True
-        if not self._is_greeted:
-            self.abort()
+        self._is_draining, self._draining_since = True, self.now()
+        if not self._has_settings:
+            self.close()
             return
-        self._put(frames.goaway(frames.MAX_STREAM, frames.NO_ERROR))
-        self.ask_last_call()
+        self._write_soon(frames.goaway(frames.MAX_STREAM_ID, frames.NO_ERROR))
+        self._send_drain_ping()
 
-    def _last_call_heard(self) -> None:
-        if self._is_retiring:
-            self._last_taken = self._last
-            self._put(frames.goaway(self._last, frames.NO_ERROR))
-            self._close_if_done()
+    def _drain_ping_acknowledged(self) -> None:
+        if self._is_draining:
+            self._max_accepted_id = self._last_stream_id
+            self._write_soon(frames.goaway(self._last_stream_id, frames.NO_ERROR))
+            self._close_if_drained()
 
-    def _close_if_done(self) -> None:
-        if self._last_taken != frames.MAX_STREAM and not self._streams:
-            self.close(last_stream=self._last)
+    def _close_if_drained(self) -> None:
+        if self._max_accepted_id != frames.MAX_STREAM_ID and not self._streams and not self._closing_since:
+            self.close()
+
+    def end(self, reason: str) -> None:
+        """End the calls in flight as UNAVAILABLE, then close."""
+        for call in tuple(self._streams.values()):
+            call.fail(CallError("UNAVAILABLE", reason))
+        self.close()
 
 
 class GrpcServer:
     """Listens from `start` to `stop`.
 
     Args:
-        methods: by their paths, ``/package.Service/Method``.
+        handlers: by path, ``/package.Service/Method``.
         socket: that listens.
-        limits: of what callers may cost.
-        explain: what an exception of a handler is to its caller, unless it is a `CallError`.
-        new_reservation: what a call takes the bytes of its message from, as they come.
+        limits: on clients.
+        status_of: the status for an exception of a handler that is not a `CallError`.
+        new_reservation: what a call reserves the bytes of its message from, as they arrive.
         context: of TLS; None: plain text.
     """
 
     def __init__(
         self,
-        methods: Mapping[str, Method],
+        handlers: Mapping[str, MethodHandler],
         socket: socket.socket,
         limits: ServerLimits,
         *,
-        explain: Callable[[Exception], CallError],
-        new_reservation: Callable[[], Reservation],
+        status_of: Callable[[Exception], CallError],
+        new_reservation: Callable[[], CallReservation],
         context: ssl.SSLContext | None = None,
     ) -> None:
-        self.methods = methods
-        self.explain = explain
+        self.handlers = handlers
+        self.status_of = status_of
         self.new_reservation = new_reservation
         self.limits = limits
-        self.connections = Connections()
+        self.connections: Connections[GrpcServerConnection] = Connections()
         self._socket = socket
         self._context = context
         self._server: asyncio.Server | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Take connections."""
+        """Accept connections."""
         self._server = await asyncio.get_running_loop().create_server(
-            lambda: ServerConnection(self),
+            lambda: GrpcServerConnection(self),
             sock=self._socket,
             ssl=self._context,
             ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._context else None,
             backlog=BACKLOG,
         )
-        self._looking = asyncio.create_task(self._keep_looking())
+        self._ticking = asyncio.create_task(self._keep_ticking())
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Take no new calls, and give those under way so long to finish."""
-        if self._server is None or self._looking is None:
+        """Accept no new calls, and give those in flight ``grace_s`` to finish; what is left ends as UNAVAILABLE."""
+        if self._server is None or self._ticking is None:
             self._socket.close()
             return
         self._server.close()
         self.connections.drain()
         await self.connections.wait_closed(grace_s)
-        self.connections.close()
+        for connection in self.connections:
+            connection.end("server is shutting down")
         await self.connections.wait_closed(CLOSE_GRACE_S)
         self.connections.abort()
-        self._looking.cancel()
-        await asyncio.gather(self._looking, return_exceptions=True)
+        self._ticking.cancel()
+        await asyncio.gather(self._ticking, return_exceptions=True)
 
-    async def _keep_looking(self) -> None:
+    async def _keep_ticking(self) -> None:
         while True:
-            await asyncio.sleep(min(LOOK_INTERVAL_S, self.limits.silent_s / 2))
+            await asyncio.sleep(self.limits.tick_interval_s)
             self.connections.tick()

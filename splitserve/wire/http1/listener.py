@@ -12,7 +12,7 @@ import msgspec
 
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
-from splitserve.wire.listening import Connections
+from splitserve.wire.listening import Connections, OpenConnection
 
 BODY_GRACE_S = 5.0
 """A body younger than this may arrive at any rate."""
@@ -71,7 +71,7 @@ class HttpListener:
         self.max_body_bytes = max_body_bytes
         self.budget = budget or ByteBudget(sys.maxsize)
         self.error = error
-        self.connections = Connections()
+        self.connections: Connections[OpenConnection] = Connections()
         self.is_draining = False
         self._heads: dict[tuple[int, str], bytes] = {}
 

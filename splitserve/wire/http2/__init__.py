@@ -1,4 +1,4 @@
-"""HTTP/2 as gRPC needs it, on an asyncio transport: frames, flow control, limits. HPACK is the library hpack's.
+"""HTTP/2 without push, on an asyncio transport: frames, streams, flow control, limits. HPACK is the library hpack's.
 
-Nothing here knows gRPC or inference. Both ends are `connection.Connection`; what a stream means is its subclasses' business.
+Knows neither gRPC nor inference. Client and server connections are subclasses of `connection.Http2Connection`.
 """

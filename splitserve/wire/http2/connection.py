@@ -1,151 +1,233 @@
-"""One end of an HTTP/2 connection: frames in and out, flow control both ways, signs of life, limits on what the peer may cost.
+"""One endpoint of an HTTP/2 connection: frames in and out, flow control both ways, keepalive, limits on what the peer may cost.
 
-Reading and writing are plain calls in the event loop: what a piece of bytes means is done before the next one is looked at. A
-message goes out as one write if the peer has room for it, else piece by piece as it makes room.
+Everything is a plain call in the event loop: what was received is handled before the next bytes are looked at. A message goes out
+as one write if the peer's windows allow it, else frame by frame as the peer sends WINDOW_UPDATE.
 
-Source: RFC 9113; the section that a limit stands for is named with it.
+Source: RFC 9113. tests/wire/test_rfc9113.py has its rules, one by one; docs/wire.md says which are deliberately not kept.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from splitserve.wire.http2 import frames
-from splitserve.wire.http2.frames import HEAD, HEAD_SIZE
-from splitserve.wire.http2.headers import ConnectionFault
+from splitserve.wire.http2.errors import Http2ConnectionError
+from splitserve.wire.http2.frames import FRAME_HEADER, FRAME_HEADER_SIZE
 
 STREAM_WINDOW = 4 * 1024 * 1024
-"""Bytes that a stream may bring before they are taken."""
+"""Our receive window for a stream: bytes that it may bring before they are consumed."""
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
-"""The same for all streams of a connection together. It is given back as bytes arrive: no stream keeps another one waiting."""
+"""Our receive window for all streams together. It is returned as bytes arrive, so that no stream can block another."""
 
 FRAME_SIZE = 1024 * 1024
-"""The largest frame that is taken. Contents are handed on as they come, whole or not."""
+"""The largest frame that we accept and send. DATA is handed on as it arrives, complete or not."""
 
-MAX_BLOCK_BYTES = 64 * 1024
-"""Of a block of headers as it comes, and of any other frame that has to be whole to be understood."""
+MAX_HEADER_BLOCK_BYTES = 256 * 1024
+"""Larger header blocks end the connection. Blocks up to this size are decoded, whatever becomes of their stream, to keep the
+compression state. Source: section 10.5.1."""
 
 MAX_CONTINUATIONS = 64
+"""Frames of a header block."""
 
-MAX_NOISE = 4_000
-"""Frames that bring a call no further which may come between two looks: pings, settings, resets, empty ones.
-Source: RFC 9113, section 10.5; CVE-2019-9512 to 9518, CVE-2023-44487."""
+MAX_CONTROL_FRAMES = 4_000
+"""Frames between two ticks that make no request progress: PING, SETTINGS, PRIORITY, RST_STREAM, unknown and empty frames, and
+WINDOW_UPDATE beyond `BYTES_PER_WINDOW_UPDATE`. Source: section 10.5; CVE-2019-9511 to 9518."""
 
-LOOK_INTERVAL_S = 1.0
-"""How often a connection is to be looked at."""
+BYTES_PER_WINDOW_UPDATE = 1024
+"""A WINDOW_UPDATE for every so many bytes that we sent lately is legitimate, on whichever stream. Peers send one or two for each
+DATA frame of 16 KiB."""
+
+MAX_ABORTED_STREAMS = 2_000
+"""Streams between two ticks that the peer opens and resets, or makes us reset, beyond those that are answered.
+Source: CVE-2023-44487 ("rapid reset"), CVE-2025-8671 ("made you reset")."""
+
+MAX_REMEMBERED_RESETS = 1_000
+"""Streams that ended by RST_STREAM and are remembered, to tell what may still arrive on them."""
+
+TINY_DATA_BYTES = 256
+"""DATA on a closed stream that is smaller counts as a control frame; larger DATA is limited by flow control."""
+
+TICK_INTERVAL_S = 1.0
+"""How often `tick` is to be called."""
 
 CLOSE_TIMEOUT_S = 5.0
-"""How long the peer may take to take what was written before the connection was closed."""
+"""How long the peer may take to read what was written before the connection was closed."""
 
-_LONG_BYTES = 64 * 1024
-"""What is longer is not copied to stand behind its head."""
+_LARGE_BYTES = 64 * 1024
+"""Larger payloads are written without being copied behind their frame header."""
 
-_KEEPALIVE, _LAST_CALL = b"alive?\0\0", b"lastcall"
+_KEEPALIVE_PING, _DRAIN_PING = b"alive?\0\0", b"drained\0"
 
 
-class Stream:
-    """One stream: how much may still be sent and received on it, and what waits to be sent."""
+class Http2Stream:
+    """One stream: its flow-control windows, and what is queued to be sent on it."""
 
-    __slots__ = ("backlog", "number", "room", "send_window", "sending", "tail", "unreturned")
+    __slots__ = (
+        "body_left",
+        "final_frames",
+        "recv_window",
+        "remote_closed",
+        "send_queue",
+        "send_waiter",
+        "send_window",
+        "stream_id",
+        "unreturned",
+    )
 
-    def __init__(self, number: int, send_window: int) -> None:
-        self.number = number
+    def __init__(self, stream_id: int, send_window: int) -> None:
+        self.stream_id = stream_id
         self.send_window = send_window
-        self.room = STREAM_WINDOW
+        self.recv_window = STREAM_WINDOW
         self.unreturned = 0
-        self.backlog: deque[memoryview] = deque()
-        self.tail = b""
-        self.sending: asyncio.Future[None] | None = None
+        """Consumed bytes that no WINDOW_UPDATE has returned yet."""
+        self.remote_closed = False
+        """Whether the peer has sent END_STREAM."""
+        self.body_left = -1
+        """Bytes that Content-Length says are still to come; -1: it says nothing."""
+        self.send_queue: deque[memoryview] = deque()
+        """DATA payload that waits for the peer's windows."""
+        self.final_frames = b""
+        """Frames behind the queue, the last of which has END_STREAM."""
+        self.send_waiter: asyncio.Future[None] | None = None
+        """Resolved when the queue is sent, or the stream is gone."""
 
 
-class Connection(asyncio.Protocol):
-    """What both ends share. A subclass says what headers, contents and the end of a stream mean.
+class Http2Connection(asyncio.Protocol):
+    """What client and server have in common. A subclass gives headers, data and the end of a stream their meaning.
 
     Args:
-        silent_s: a peer that has been silent for so long is asked for a sign of life, and left if none comes in as long again.
+        keepalive_time_s: a PING is sent to a peer that has been silent for so long.
+        keepalive_timeout_s: the connection is aborted if nothing is received for so long after that PING.
     """
 
     _transport: Any  # asyncio's or uvloop's, plain or TLS
 
-    def __init__(self, *, silent_s: float) -> None:
+    def __init__(self, *, keepalive_time_s: float = math.inf, keepalive_timeout_s: float = 20.0) -> None:
         self._loop = asyncio.get_running_loop()
-        self._silent_s = silent_s
+        self.now: Callable[[], float] = self._loop.time
+        self._keepalive_time_s = keepalive_time_s
+        self._keepalive_timeout_s = keepalive_timeout_s
+
+        # Streams.
         self._streams: dict[int, Any] = {}
-        self._rest = b""
-        self._content_left = self._padding_left = self._content_stream = 0
-        self._content_ends = False
+        """Those that can send or be sent something, by id."""
+        self._last_stream_id = 0
+        """The highest id of a stream that the peer has opened and we have processed; told by GOAWAY."""
+        self._resets: dict[int, bool] = {}
+        """Streams that ended by RST_STREAM lately, the oldest first; whether we sent it."""
+        self._last_forgotten_reset = 0
+        """The highest id that was removed from `_resets` because it was full."""
+
+        # Receiving: what a read left over, and where in a frame or header block it ended.
+        self._unparsed = b""
+        """The beginning of a frame that is not complete."""
+        self._data_left = 0
+        """Payload of the current DATA frame that is still to arrive."""
+        self._discard_left = 0
+        """Bytes to discard behind it: padding, DATA of closed streams, unknown frames."""
+        self._data_stream_id = 0
+        self._data_ends_stream = False
         self._block: list[bytes] = []
-        self._block_stream = 0
-        self._block_ends = False
-        self._room: int = CONNECTION_WINDOW
-        self._unreturned = 0
-        self._send_window: int = frames.DEFAULT_WINDOW
-        self._stream_send_window: int = frames.DEFAULT_WINDOW
-        self._max_frame: int = frames.DEFAULT_FRAME_SIZE
-        self._blocked: dict[Stream, None] = {}
-        self._unwritten: list[bytes | memoryview] = []
-        self._is_gone = False
-        self._is_write_paused = False
-        self._noise = 0
-        self._was_heard = False
-        self._heard_at = self._loop.time()
-        self._asked_at = 0.0
-        self._closing_since = 0.0
+        """Fragments of the header block that is arriving."""
+        self._block_size = 0
+        self._block_stream_id = 0
+        """The stream of that block; 0: none is arriving. Nothing but CONTINUATION may come then. Source: section 6.10."""
+        self._block_ends_stream = False
         self._has_settings = False
+        """Whether the peer's SETTINGS have arrived, which must be its first frame."""
+        self._recv_window: int = CONNECTION_WINDOW
+        self._unreturned = 0
+        """Received bytes that no WINDOW_UPDATE for the connection has returned yet."""
 
-    # What a subclass does.
+        # Sending.
+        self._send_window: int = frames.DEFAULT_WINDOW
+        """What the peer's connection window allows."""
+        self._send_window_granted: int = frames.DEFAULT_WINDOW
+        """All that it ever allowed; less `_send_window` it is what was sent."""
+        self._initial_send_window: int = frames.DEFAULT_WINDOW
+        """Of a new stream: the peer's SETTINGS_INITIAL_WINDOW_SIZE."""
+        self._max_send_frame: int = frames.DEFAULT_FRAME_SIZE
+        self._blocked: dict[Http2Stream, None] = {}
+        """Streams with a send queue, in the order in which they get their turn."""
+        self._unwritten: list[bytes | memoryview] = []
+        """Frames of this iteration of the event loop, written together at its end."""
+        self._is_write_paused = False
+        """Whether the transport's buffer is full."""
 
-    def _take_block(self, stream: int, block: bytes, is_end: bool) -> None:
-        """Headers have come."""
+        # Limits.
+        self._control_frames = 0
+        """Since the last tick, or the last progress of a request; see `MAX_CONTROL_FRAMES`."""
+        self._aborted_streams = 0
+        """Since the last tick; see `MAX_ABORTED_STREAMS`."""
+        self._window_updates = 0
+        """Since the last tick."""
+        self._sent_at_ticks = (0, 0)
+        """Bytes sent until the last tick but one, and until the last."""
+
+        # Keepalive and closing.
+        self._was_heard = False
+        """Whether anything was received since the last tick."""
+        self._heard_at = self.now()
+        self._pinged_at = 0.0
+        """When the keepalive PING that is not answered was sent; 0: none."""
+        self._closing_since = 0.0
+        """When `close` was called; 0: it was not. Nothing that arrives afterwards is looked at."""
+        self._is_lost = False
+
+    # What a subclass implements.
+
+    def _headers_received(self, stream_id: int, block: bytes, end_stream: bool) -> None:
+        """A whole header block. To be decoded in any case, since the compression state depends on it."""
         raise NotImplementedError
 
-    def _take_content(self, stream: Any, content: bytes, is_end: bool) -> None:
-        """Content has come for a stream that is known."""
+    def _data_received(self, stream: Any, data: bytes, end_stream: bool) -> None:
+        """Payload of DATA on an open stream, in pieces as they arrive."""
         raise NotImplementedError
 
-    def _take_reset(self, stream: Any, code: int) -> None:
-        """The peer has ended a stream."""
+    def _stream_aborted(self, stream: Any, code: int, message: str) -> None:
+        """A stream was reset, by the peer or for an error of the peer, and is gone."""
         raise NotImplementedError
 
-    def _is_past(self, stream: int) -> bool:
-        """Whether a stream that is not known was known before."""
+    def _is_idle(self, stream_id: int) -> bool:
+        """Whether neither side has opened the stream yet. Source: section 5.1."""
         raise NotImplementedError
 
-    def _take_goodbye(self, last_stream: int) -> None:
-        """The peer takes no streams after this one."""
+    def _goaway_received(self, last_stream_id: int) -> None:
+        """The peer will not process streams with a higher id."""
 
-    def _end(self) -> None:
-        """The connection is gone."""
+    def _connection_lost(self) -> None:
+        """The transport is closed."""
 
-    def _settings_agreed(self) -> None:
-        """The peer has acknowledged our settings."""
+    def _settings_acknowledged(self) -> None:
+        """The peer applies our settings from here on."""
 
-    def _last_call_heard(self) -> None:
-        """The peer has got what was sent before `ask_last_call`."""
+    def _drain_ping_acknowledged(self) -> None:
+        """The peer has received what was sent before `_send_drain_ping`."""
 
-    # What the transport calls.
+    # Called by the transport.
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._is_gone = True
-        self._closing_since = self._closing_since or self._loop.time()
+        self._is_lost = True
+        self._closing_since = self._closing_since or self.now()
         for stream in tuple(self._streams.values()):
-            self._sent(stream)
+            self._remove_stream(stream)
         self._blocked.clear()
-        self._end()
+        self._connection_lost()
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
 
     def resume_writing(self) -> None:
         self._is_write_paused = False
-        self._flush()
+        self._send_queued()
 
     def data_received(self, data: bytes) -> None:
         if self._closing_since:
@@ -153,305 +235,453 @@ class Connection(asyncio.Protocol):
         self._was_heard = True
         try:
             self._read(data)
-        except ConnectionFault as fault:
-            self.close(fault.code, fault.reason)
+        except Http2ConnectionError as error:
+            self.close(error.code, error.message)
 
-    # Reading.
+    # Receiving.
 
     def _read(self, data: bytes) -> None:
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
+        if self._unparsed:
+            data = self._unparsed + data
+            self._unparsed = b""
         at, end = 0, len(data)
         while not self._closing_since:
-            if self._content_left or self._padding_left:
+            if self._data_left or self._discard_left:
                 if at == end:
                     return
-                at = self._read_content(data, at, end)
+                at = self._read_payload(data, at, end)
                 continue
-            if end - at < HEAD_SIZE:
+            if end - at < FRAME_HEADER_SIZE:
                 break
-            high, low, kind, flags, number = HEAD.unpack_from(data, at)
+            high, low, frame_type, flags, stream_id = FRAME_HEADER.unpack_from(data, at)
             length = high << 8 | low
-            if kind == frames.DATA:
-                if flags & frames.PADDED and end - at == HEAD_SIZE:
-                    break
-                padding = data[at + HEAD_SIZE] if flags & frames.PADDED else -1
-                at += HEAD_SIZE + (padding >= 0)
-                self._begin_content(number, length, padding, bool(flags & frames.END_STREAM))
+            stream_id &= frames.MAX_STREAM_ID
+            if length > FRAME_SIZE:
+                raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, f"frame exceeds {FRAME_SIZE} bytes")
+            if frame_type == frames.DATA:
+                padding = -1
+                if flags & frames.PADDED and length:
+                    if end - at == FRAME_HEADER_SIZE:
+                        break
+                    padding = data[at + FRAME_HEADER_SIZE]
+                at += FRAME_HEADER_SIZE + (padding >= 0)
+                self._begin_data(flags, stream_id, length, padding)
                 continue
-            if length > MAX_BLOCK_BYTES:
-                raise ConnectionFault(frames.FRAME_SIZE_ERROR, "the frame is too large")
-            if end - at - HEAD_SIZE < length:
+            self._check_order(frame_type, flags, stream_id)
+            handler = self._HANDLERS.get(frame_type)
+            if handler is None:  # an extension. Source: sections 4.1 and 5.5
+                self._count_control_frame()
+                at += FRAME_HEADER_SIZE
+                self._discard_left = length
+                continue
+            if length > MAX_HEADER_BLOCK_BYTES:
+                raise Http2ConnectionError(frames.ENHANCE_YOUR_CALM, f"frame payload exceeds {MAX_HEADER_BLOCK_BYTES} bytes")
+            if end - at - FRAME_HEADER_SIZE < length:
                 break
-            at += HEAD_SIZE + length
-            self._take_frame(kind, flags, number, data[at - length : at])
-        self._rest = data[at:]
+            at += FRAME_HEADER_SIZE + length
+            handler(self, flags, stream_id, data[at - length : at])
+        self._unparsed = data[at:]
 
-    def _begin_content(self, number: int, length: int, padding: int, is_end: bool) -> None:
-        if not number or self._block_stream:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "a DATA frame where none may be")
-        if length > FRAME_SIZE:
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "the frame is too large")
-        self._room -= length
-        if self._room < 0:
-            raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "more was sent than there is room for")
+    def _check_order(self, frame_type: int, flags: int, stream_id: int) -> None:
+        """Nothing may come before SETTINGS, nor within a header block. Source: sections 3.4 and 6.10."""
+        if self._block_stream_id and (frame_type != frames.CONTINUATION or stream_id != self._block_stream_id):
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "expected CONTINUATION of the header block")
+        if not self._has_settings and (frame_type != frames.SETTINGS or flags & frames.ACK):
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "expected SETTINGS as the first frame")
+
+    def _begin_data(self, flags: int, stream_id: int, length: int, padding: int) -> None:
+        """A DATA frame begins; ``padding`` is -1 without the flag PADDED. Source: section 6.1."""
+        if self._block_stream_id or not self._has_settings:
+            self._check_order(frames.DATA, flags, stream_id)
+        end_stream = bool(flags & frames.END_STREAM)
+        size = length - (1 + padding if padding >= 0 else 0)
+        if not stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "DATA on stream 0")
+        if size < 0 or (padding < 0 and flags & frames.PADDED):
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "padding exceeds the frame")
+        self._recv_window -= length
+        if self._recv_window < 0:
+            raise Http2ConnectionError(frames.FLOW_CONTROL_ERROR, "flow-control window exceeded")
         self._unreturned += length
         if self._unreturned > CONNECTION_WINDOW // 2:
-            self._put(frames.window_update(0, self._unreturned))
-            self._room += self._unreturned
+            self._write_soon(frames.window_update(0, self._unreturned))
+            self._recv_window += self._unreturned
             self._unreturned = 0
-        size = length - (1 + padding if padding >= 0 else 0)
-        if size < 0:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "more padding than frame")
-        if not size or number not in self._streams:
-            self._make_noise()
-        stream = self._streams.get(number)
+        stream = self._streams.get(stream_id)
+        self._discard_left = max(padding, 0)
         if stream is None:
-            if not self._is_past(number):
-                raise ConnectionFault(frames.PROTOCOL_ERROR, "content of a stream that nobody has opened")
-        else:
-            stream.room -= length
-            if stream.room < 0:
-                raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "more was sent on a stream than there is room for")
-            if length != size:
-                self.give_room(stream, length - size)
-        self._content_left, self._padding_left = size, max(padding, 0)
-        self._content_stream, self._content_ends = number, is_end
-        if not size and is_end and stream is not None:
-            self._take_content(stream, b"", True)
+            if self._is_idle(stream_id):
+                raise Http2ConnectionError(frames.PROTOCOL_ERROR, "DATA on an idle stream")
+            if size < TINY_DATA_BYTES:
+                self._count_control_frame()
+            self._discard_left += size
+            self._frame_on_closed_stream(stream_id)
+            return
+        error = self._account_data(stream, length, size, end_stream)
+        if error is not None:
+            self._discard_left += size
+            self._stream_error(stream_id, *error)
+            return
+        self._data_left, self._data_stream_id, self._data_ends_stream = size, stream_id, end_stream
+        if not size:
+            self._count_control_frame()
+            if end_stream:
+                stream.remote_closed = True
+                self._data_received(stream, b"", True)
 
-    def _read_content(self, data: bytes, at: int, end: int) -> int:
-        """Hand on what there is of a DATA frame, and say where what follows begins."""
-        if self._content_left:
-            stop = min(end, at + self._content_left)
-            self._content_left -= stop - at
-            stream = self._streams.get(self._content_stream)
+    def _account_data(self, stream: Http2Stream, length: int, size: int, end_stream: bool) -> tuple[int, str] | None:
+        """Take a frame off the stream's window; gives the stream error if it may not come."""
+        if stream.remote_closed:
+            return frames.STREAM_CLOSED, "DATA after END_STREAM"
+        stream.recv_window -= length
+        if stream.recv_window < 0:
+            return frames.FLOW_CONTROL_ERROR, "flow-control window exceeded"
+        if stream.body_left >= 0:
+            stream.body_left -= size
+            if stream.body_left < 0 or (end_stream and stream.body_left):
+                return frames.PROTOCOL_ERROR, "DATA does not match content-length"
+        if length != size:
+            self.acknowledge(stream, length - size)
+        return None
+
+    def _read_payload(self, data: bytes, at: int, end: int) -> int:
+        """Hand on what has arrived of a DATA frame, or discard; gives the position behind it."""
+        if self._data_left:
+            stop = min(end, at + self._data_left)
+            self._data_left -= stop - at
+            stream = self._streams.get(self._data_stream_id)
             if stream is not None:
-                self._take_content(stream, data[at:stop], self._content_ends and not self._content_left)
+                end_stream = self._data_ends_stream and not self._data_left
+                if end_stream:
+                    stream.remote_closed = True
+                self._data_received(stream, data[at:stop], end_stream)
             return stop
-        stop = min(end, at + self._padding_left)
-        self._padding_left -= stop - at
+        stop = min(end, at + self._discard_left)
+        self._discard_left -= stop - at
         return stop
 
-    def _take_frame(self, kind: int, flags: int, number: int, content: bytes) -> None:
-        if self._block_stream and (kind != frames.CONTINUATION or number != self._block_stream):
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "a frame between those of a block of headers")
-        if not self._has_settings and (kind != frames.SETTINGS or flags & frames.ACK):
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "the first frame must be SETTINGS")
-        take = self._TAKE.get(kind)
-        if take is None:  # an extension, or PRIORITY
-            self._make_noise()
-        else:
-            take(self, flags, number, content)
-
-    def _make_noise(self) -> None:
-        self._noise += 1
-        if self._noise > MAX_NOISE:
-            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "too many frames that bring no call further")
-
-    def _take_headers(self, flags: int, number: int, content: bytes) -> None:
-        if not number:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "headers of no stream")
-        start, end = 0, len(content)
+    def _handle_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if not stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "HEADERS on stream 0")
+        start, end = 0, len(payload)
         if flags & frames.PADDED:
-            if not content:
-                raise ConnectionFault(frames.FRAME_SIZE_ERROR, "no room for padding")
-            start, end = 1, end - content[0]
+            if not payload:
+                raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "HEADERS without the announced pad length")
+            start, end = 1, end - payload[0]
         if flags & frames.HAS_PRIORITY:
             start += 5
+        if start > len(payload):
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "HEADERS without the announced priority")
         if start > end:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "more padding than frame")
-        self._block_stream, self._block_ends = number, bool(flags & frames.END_STREAM)
-        self._extend_block(flags, content[start:end])
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "padding exceeds the frame")
+        self._block_stream_id, self._block_ends_stream = stream_id, bool(flags & frames.END_STREAM)
+        self._extend_block(flags, payload[start:end])
 
-    def _take_continuation(self, flags: int, number: int, content: bytes) -> None:
-        if not self._block_stream:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "a continuation of nothing")
-        self._extend_block(flags, content)
+    def _handle_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if not self._block_stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+        self._extend_block(flags, payload)
 
-    def _extend_block(self, flags: int, content: bytes) -> None:
-        self._block.append(content)
-        if len(self._block) > MAX_CONTINUATIONS or sum(map(len, self._block)) > MAX_BLOCK_BYTES:
-            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "the headers are too large")
+    def _extend_block(self, flags: int, fragment: bytes) -> None:
+        self._block.append(fragment)
+        self._block_size += len(fragment)
+        if len(self._block) > MAX_CONTINUATIONS or self._block_size > MAX_HEADER_BLOCK_BYTES:
+            raise Http2ConnectionError(frames.ENHANCE_YOUR_CALM, f"header block exceeds {MAX_HEADER_BLOCK_BYTES} bytes")
         if flags & frames.END_HEADERS:
-            block, number = b"".join(self._block), self._block_stream
-            self._block, self._block_stream = [], 0
-            self._take_block(number, block, self._block_ends)
+            block, stream_id = b"".join(self._block), self._block_stream_id
+            self._block, self._block_size, self._block_stream_id = [], 0, 0
+            self._headers_received(stream_id, block, self._block_ends_stream)
 
-    def _take_rst_stream(self, flags: int, number: int, content: bytes) -> None:
-        if len(content) != frames.NUMBER.size:
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "RST_STREAM has 4 bytes")
-        self._make_noise()
-        stream = self._streams.get(number)
+    def _handle_priority(self, flags: int, stream_id: int, payload: bytes) -> None:
+        """Deprecated, and ignored. Source: section 5.3.2."""
+        if not stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        self._count_control_frame()
+        if len(payload) != 5:
+            if self._is_idle(stream_id):
+                raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "PRIORITY: expected 5 bytes")
+            self._stream_error(stream_id, frames.FRAME_SIZE_ERROR, "PRIORITY: expected 5 bytes")
+
+    def _handle_rst_stream(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if len(payload) != frames.UINT32.size:
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "RST_STREAM: expected 4 bytes")
+        if not stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "RST_STREAM on stream 0")
+        stream = self._streams.get(stream_id)
+        self._count_control_frame()
         if stream is not None:
-            self._drop(stream)
-            self._take_reset(stream, frames.NUMBER.unpack(content)[0])
-        elif not self._is_past(number):
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "the end of a stream that nobody has opened")
+            self._count_aborted_stream()
+            self._remove_stream(stream)
+            self._remember_reset(stream_id, by_us=False)
+            code = frames.UINT32.unpack(payload)[0]
+            self._stream_aborted(stream, code, f"the stream was reset with code {code}")
+        elif self._is_idle(stream_id):
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "RST_STREAM on an idle stream")
 
-    def _take_settings(self, flags: int, number: int, content: bytes) -> None:
-        self._make_noise()
-        if number or len(content) % frames.SETTING.size or (flags & frames.ACK and content):
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "SETTINGS are not as they should be")
+    def _handle_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "SETTINGS on a stream")
+        if len(payload) % frames.SETTING.size or (flags & frames.ACK and payload):
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "malformed SETTINGS")
+        self._count_control_frame(1 + (len(payload) + len(self._streams)) // 64)  # what it costs grows with both
         if flags & frames.ACK:
-            self._settings_agreed()
+            self._settings_acknowledged()
             return
         self._has_settings = True
-        for name, value in frames.SETTING.iter_unpack(content):
-            if name == frames.INITIAL_WINDOW_SIZE:
-                self._set_stream_window(value)
-            elif name == frames.MAX_FRAME_SIZE:
-                if not frames.DEFAULT_FRAME_SIZE <= value < 2**24:
-                    raise ConnectionFault(frames.PROTOCOL_ERROR, "MAX_FRAME_SIZE is out of its range")
-                self._max_frame = min(value, FRAME_SIZE)
-        self._put(frames.frame(frames.SETTINGS, frames.ACK, 0))
+        for setting, value in frames.SETTING.iter_unpack(payload):
+            self._apply_setting(setting, value)
+        self._write_soon(frames.frame(frames.SETTINGS, frames.ACK, 0))
 
-    def _set_stream_window(self, value: int) -> None:
+    def _apply_setting(self, setting: int, value: int) -> None:
+        """Apply a setting of the peer; unknown ones are ignored. Source: section 6.5.2."""
+        if setting == frames.INITIAL_WINDOW_SIZE:
+            self._set_initial_send_window(value)
+        elif setting == frames.MAX_FRAME_SIZE:
+            if not frames.DEFAULT_FRAME_SIZE <= value <= frames.MAX_FRAME_SIZE_LIMIT:
+                raise Http2ConnectionError(frames.PROTOCOL_ERROR, "SETTINGS_MAX_FRAME_SIZE out of range")
+            self._max_send_frame = min(value, FRAME_SIZE)
+        elif setting == frames.ENABLE_PUSH and value > self._MAX_ENABLE_PUSH:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "SETTINGS_ENABLE_PUSH out of range")
+
+    _MAX_ENABLE_PUSH: ClassVar[int] = 1
+    """A client may send 0 or 1, a server 0."""
+
+    def _set_initial_send_window(self, value: int) -> None:
+        """Source: section 6.9.2: the windows of open streams change by the difference, and may become negative."""
         if value > frames.MAX_WINDOW:
-            raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE is out of its range")
-        change, self._stream_send_window = value - self._stream_send_window, value
+            raise Http2ConnectionError(frames.FLOW_CONTROL_ERROR, "SETTINGS_INITIAL_WINDOW_SIZE out of range")
+        change, self._initial_send_window = value - self._initial_send_window, value
         for stream in self._streams.values():
             stream.send_window += change
             if stream.send_window > frames.MAX_WINDOW:
-                raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "a window is out of its range")
-        self._flush()
+                raise Http2ConnectionError(frames.FLOW_CONTROL_ERROR, "flow-control window overflows")
+        self._send_queued()
 
-    def _take_push_promise(self, flags: int, number: int, content: bytes) -> None:
-        raise ConnectionFault(frames.PROTOCOL_ERROR, "nothing may be pushed")
+    def _handle_push_promise(self, flags: int, stream_id: int, payload: bytes) -> None:
+        raise Http2ConnectionError(frames.PROTOCOL_ERROR, "PUSH_PROMISE: push is disabled")
 
-    def _take_ping(self, flags: int, number: int, content: bytes) -> None:
-        if number or len(content) != len(_KEEPALIVE):
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "PING has 8 bytes")
-        self._make_noise()
+    def _handle_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "PING on a stream")
+        if len(payload) != len(_KEEPALIVE_PING):
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "PING: expected 8 bytes")
+        self._count_control_frame()
         if not flags & frames.ACK:
-            self._put(frames.frame(frames.PING, frames.ACK, 0, content))
-        elif content == _LAST_CALL:
-            self._last_call_heard()
+            self._write_soon(frames.frame(frames.PING, frames.ACK, 0, payload))
+        elif payload == _DRAIN_PING:
+            self._drain_ping_acknowledged()
 
-    def _take_goaway(self, flags: int, number: int, content: bytes) -> None:
-        if number or len(content) < frames.GOODBYE.size:
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "GOAWAY is not as it should be")
-        self._make_noise()
-        self._take_goodbye(frames.GOODBYE.unpack_from(content)[0])
+    def _handle_goaway(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "GOAWAY on a stream")
+        if len(payload) < frames.GOAWAY_FIELDS.size:
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "GOAWAY: expected at least 8 bytes")
+        self._count_control_frame()
+        self._goaway_received(frames.GOAWAY_FIELDS.unpack_from(payload)[0] & frames.MAX_STREAM_ID)
 
-    def _take_window_update(self, flags: int, number: int, content: bytes) -> None:
-        if len(content) != frames.NUMBER.size:
-            raise ConnectionFault(frames.FRAME_SIZE_ERROR, "WINDOW_UPDATE has 4 bytes")
-        self._make_noise()
-        size = frames.NUMBER.unpack(content)[0]
-        if not size:
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing")
-        if not number:
-            self._send_window += size
-            if self._send_window > frames.MAX_WINDOW:
-                raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "the window of the connection is out of its range")
-            self._flush()
+    def _handle_window_update(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if len(payload) != frames.UINT32.size:
+            raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "WINDOW_UPDATE: expected 4 bytes")
+        increment = frames.UINT32.unpack(payload)[0] & frames.MAX_WINDOW
+        self._window_updates += 1
+        if self._window_updates * BYTES_PER_WINDOW_UPDATE > self._n_sent - self._sent_at_ticks[0]:
+            self._count_control_frame()
+        if not stream_id:
+            self._widen_connection(increment)
             return
-        stream = self._streams.get(number)
-        if stream is not None:
-            stream.send_window += size
-            if stream.send_window > frames.MAX_WINDOW:
-                raise ConnectionFault(frames.FLOW_CONTROL_ERROR, "the window of a stream is out of its range")
-            if stream in self._blocked:
-                self._flush()
-        elif not self._is_past(number):
-            raise ConnectionFault(frames.PROTOCOL_ERROR, "room for a stream that nobody has opened")
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if self._is_idle(stream_id):
+                raise Http2ConnectionError(frames.PROTOCOL_ERROR, "WINDOW_UPDATE on an idle stream")
+            return
+        stream.send_window += increment
+        if not increment:
+            self._stream_error(stream_id, frames.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
+        elif stream.send_window > frames.MAX_WINDOW:
+            self._stream_error(stream_id, frames.FLOW_CONTROL_ERROR, "flow-control window overflows")
+        else:
+            while stream in self._blocked and min(stream.send_window, self._send_window) > 0 and not self._is_write_paused:
+                self._send_queued_frame(stream)
 
-    _TAKE: ClassVar[dict[int, Callable[[Any, int, int, bytes], None]]] = {
-        frames.HEADERS: _take_headers,
-        frames.RST_STREAM: _take_rst_stream,
-        frames.SETTINGS: _take_settings,
-        frames.PUSH_PROMISE: _take_push_promise,
-        frames.PING: _take_ping,
-        frames.GOAWAY: _take_goaway,
-        frames.WINDOW_UPDATE: _take_window_update,
-        frames.CONTINUATION: _take_continuation,
+    def _widen_connection(self, increment: int) -> None:
+        if not increment:
+            raise Http2ConnectionError(frames.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
+        was_exhausted = self._send_window <= 0
+        self._send_window += increment
+        self._send_window_granted += increment
+        if self._send_window > frames.MAX_WINDOW:
+            raise Http2ConnectionError(frames.FLOW_CONTROL_ERROR, "flow-control window overflows")
+        if was_exhausted:  # else the blocked streams wait for something else
+            self._send_queued()
+
+    _HANDLERS: ClassVar[dict[int, Callable[[Any, int, int, bytes], None]]] = {
+        frames.HEADERS: _handle_headers,
+        frames.PRIORITY: _handle_priority,
+        frames.RST_STREAM: _handle_rst_stream,
+        frames.SETTINGS: _handle_settings,
+        frames.PUSH_PROMISE: _handle_push_promise,
+        frames.PING: _handle_ping,
+        frames.GOAWAY: _handle_goaway,
+        frames.WINDOW_UPDATE: _handle_window_update,
+        frames.CONTINUATION: _handle_continuation,
     }
 
-    # Writing.
+    # Stream states, and limits.
 
-    def _put(self, *pieces: bytes | memoryview) -> None:
-        """Have these written once all that is ready now has been dealt with: answers that are ready together are one write."""
+    def is_open(self, stream: Http2Stream) -> bool:
+        """Whether something can still be sent on the stream."""
+        return self._streams.get(stream.stream_id) is stream
+
+    def reset_stream(self, stream: Http2Stream, code: int) -> None:
+        """End a stream by RST_STREAM."""
+        self._remove_stream(stream)
+        self._remember_reset(stream.stream_id, by_us=True)
+        self._write_soon(frames.rst_stream(stream.stream_id, code))
+
+    def _stream_error(self, stream_id: int, code: int, message: str) -> None:
+        """The peer broke a rule in a way that ends one stream. Source: section 5.4.2."""
+        self._count_aborted_stream()
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self._remove_stream(stream)
+        self._remember_reset(stream_id, by_us=True)
+        self._write_soon(frames.rst_stream(stream_id, code))
+        if stream is not None:
+            self._stream_aborted(stream, code, message)
+
+    def _frame_on_closed_stream(self, stream_id: int) -> None:
+        """HEADERS or DATA on a stream that is closed. Source: section 5.1, "closed"."""
+        by_us = self._resets.get(stream_id)
+        if by_us is False:
+            self._stream_error(stream_id, frames.STREAM_CLOSED, "")
+        elif by_us is None and stream_id > self._last_forgotten_reset:
+            raise Http2ConnectionError(frames.STREAM_CLOSED, "frame on a closed stream")
+        # else the peer had not received our RST_STREAM when it sent this, and it is ignored
+
+    def _remember_reset(self, stream_id: int, *, by_us: bool) -> None:
+        self._resets[stream_id] = by_us
+        if len(self._resets) > MAX_REMEMBERED_RESETS:
+            oldest = next(iter(self._resets))
+            del self._resets[oldest]
+            self._last_forgotten_reset = max(self._last_forgotten_reset, oldest)
+
+    def _remove_stream(self, stream: Http2Stream) -> None:
+        self._streams.pop(stream.stream_id, None)
+        self._blocked.pop(stream, None)
+        stream.send_queue.clear()
+        if stream.send_waiter is not None:
+            stream.send_waiter.set_result(None)
+            stream.send_waiter = None
+
+    def _count_control_frame(self, cost: int = 1) -> None:
+        self._control_frames += cost
+        if self._control_frames > MAX_CONTROL_FRAMES:
+            raise Http2ConnectionError(frames.ENHANCE_YOUR_CALM, "too many control frames")
+
+    def _count_aborted_stream(self) -> None:
+        self._aborted_streams += 1
+        if self._aborted_streams > MAX_ABORTED_STREAMS:
+            raise Http2ConnectionError(frames.ENHANCE_YOUR_CALM, "too many streams reset")
+
+    def _count_progress(self) -> None:
+        """A request was answered, or a message received."""
+        self._control_frames = 0
+        if self._aborted_streams:
+            self._aborted_streams -= 1
+
+    @property
+    def _n_sent(self) -> int:
+        """Bytes of DATA sent."""
+        return self._send_window_granted - self._send_window
+
+    # Sending.
+
+    def _write_soon(self, *pieces: bytes | memoryview) -> None:
+        """Write at the end of this iteration of the event loop: responses that become ready together are one write."""
         if not self._unwritten:
             self._loop.call_soon(self._write)
         self._unwritten += pieces
 
     def _write(self) -> None:
         pieces, self._unwritten = self._unwritten, []
-        if not pieces or self._is_gone:
+        if not pieces or self._is_lost:
             return
         if len(pieces) == 1:
             self._transport.write(pieces[0])
-        elif sum(map(len, pieces)) > _LONG_BYTES:
+        elif sum(map(len, pieces)) > _LARGE_BYTES:
             self._transport.writelines(pieces)
         else:
             self._transport.write(b"".join(pieces))
 
-    def _greet(self, before: bytes, values: dict[int, int]) -> None:
-        """Send what a connection begins with."""
-        ours = {
+    def _send_preface(self, preface: bytes, settings: dict[int, int]) -> None:
+        """Send the connection preface. Source: section 3.4."""
+        values = {
             frames.HEADER_TABLE_SIZE: 0,
             frames.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
             frames.MAX_FRAME_SIZE: FRAME_SIZE,
-            **values,
+            **settings,
         }
-        more = frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
-        self._put(before + frames.settings(ours) + more)
+        window = frames.window_update(0, CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
+        self._write_soon(preface + frames.settings(values) + window)
 
-    def send(self, stream: Stream, before: bytes, prefix: bytes, content: bytes, tail: bytes = b"") -> None:
-        """Send content on a stream, as far as the peer has room for it now, and the rest as it makes room.
+    def write_frames(self, data: bytes) -> None:
+        """Send frames that are not flow-controlled, ahead of the send queues."""
+        if not self._closing_since:
+            self._write_soon(data)
+
+    def send(self, stream: Http2Stream, headers: bytes, prefix: bytes, message: bytes, final_frames: bytes = b"") -> None:
+        """Send DATA as far as the peer's windows allow, and queue the rest.
 
         Args:
             stream: that is open.
-            before: frames to go ahead of it, which need no room.
-            prefix: the first bytes of the content, not empty.
-            content: the others, which are not copied if they are many.
-            tail: frames to go after it, the last of which ends the stream at this end.
+            headers: frames ahead of it, not flow-controlled.
+            prefix: the first bytes of the payload, not empty.
+            message: the rest of the payload; not copied if it is large.
+            final_frames: frames behind it, the last with END_STREAM.
         """
-        size = len(prefix) + len(content)
+        size = len(prefix) + len(message)
         window = stream.send_window
         if (
             size <= window
             and size <= self._send_window
-            and size <= self._max_frame
+            and size <= self._max_send_frame
             and not (self._blocked or self._is_write_paused)
         ):
             stream.send_window = window - size
             self._send_window -= size
-            head = frames.head(size, frames.DATA, 0, stream.number)
-            if size > _LONG_BYTES:
-                self._put(before + head + prefix, content, tail)
+            header = frames.frame_header(size, frames.DATA, 0, stream.stream_id)
+            if size > _LARGE_BYTES:
+                self._write_soon(headers + header + prefix, message, final_frames)
             else:
-                self._put(b"%b%b%b%b%b" % (before, head, prefix, content, tail))
-            if tail:
-                self._sent(stream)
+                self._write_soon(b"%b%b%b%b%b" % (headers, header, prefix, message, final_frames))
+            if final_frames:
+                self._end_sent(stream)
             return
-        if before:
-            self._put(before)
-        pieces = (prefix, content) if len(content) > _LONG_BYTES else (prefix + content,)
-        stream.backlog.extend(map(memoryview, pieces))
-        stream.tail = tail
+        if headers:
+            self._write_soon(headers)
+        pieces = (prefix, message) if len(message) > _LARGE_BYTES else (prefix + message,)
+        stream.send_queue.extend(map(memoryview, pieces))
+        stream.final_frames = final_frames
         self._blocked[stream] = None
-        self._flush()
+        self._send_queued()
 
-    def send_frames(self, stream: Stream, frames_of_it: bytes) -> None:
-        """Send what needs no room and ends the stream at this end, after what waits."""
-        if stream.backlog:
-            stream.tail = frames_of_it
+    def end_stream(self, stream: Http2Stream, final_frames: bytes) -> None:
+        """Send frames that are not flow-controlled, the last with END_STREAM, behind the send queue."""
+        if stream.send_queue:
+            stream.final_frames = final_frames
         else:
-            self._put(frames_of_it)
-            self._sent(stream)
+            self._write_soon(final_frames)
+            self._end_sent(stream)
 
-    async def drained(self, stream: Stream) -> None:
-        """Wait until all that was sent on a stream is on its way, or the stream is gone."""
-        if stream.backlog:
-            if stream.sending is None:
-                stream.sending = self._loop.create_future()
-            await asyncio.shield(stream.sending)
+    async def drain_stream(self, stream: Http2Stream) -> None:
+        """Wait until the send queue is sent, or the stream is gone."""
+        if stream.send_queue:
+            if stream.send_waiter is None:
+                stream.send_waiter = self._loop.create_future()
+            await asyncio.shield(stream.send_waiter)
 
-    def _flush(self) -> None:
-        """Send what waits, a frame of each stream in turn, as far as there is room."""
+    def _send_queued(self) -> None:
+        """Send from the queues, a frame of each stream in turn, as far as the windows allow."""
         while self._blocked and self._send_window > 0 and not self._is_write_paused:
             ready = [stream for stream in self._blocked if stream.send_window > 0]
             if not ready:
@@ -459,81 +689,72 @@ class Connection(asyncio.Protocol):
             for stream in ready:
                 if self._send_window <= 0 or self._is_write_paused:
                     return
-                self._send_piece(stream)
+                self._send_queued_frame(stream)
 
-    def _send_piece(self, stream: Stream) -> None:
-        content = stream.backlog[0]
-        size = min(len(content), self._max_frame, stream.send_window, self._send_window)
+    def _send_queued_frame(self, stream: Http2Stream) -> None:
+        payload = stream.send_queue[0]
+        size = min(len(payload), self._max_send_frame, stream.send_window, self._send_window)
         stream.send_window -= size
         self._send_window -= size
-        self._put(frames.head(size, frames.DATA, 0, stream.number), content[:size])
-        if size < len(content):
-            stream.backlog[0] = content[size:]
+        self._write_soon(frames.frame_header(size, frames.DATA, 0, stream.stream_id), payload[:size])
+        if size < len(payload):
+            stream.send_queue[0] = payload[size:]
             return
-        stream.backlog.popleft()
-        if stream.backlog:
+        stream.send_queue.popleft()
+        if stream.send_queue:
             return
         del self._blocked[stream]
-        if stream.tail:
-            self._put(stream.tail)
-            self._sent(stream)
-        elif stream.sending is not None:
-            stream.sending.set_result(None)
-            stream.sending = None
+        if stream.final_frames:
+            self._write_soon(stream.final_frames)
+            self._end_sent(stream)
+        elif stream.send_waiter is not None:
+            stream.send_waiter.set_result(None)
+            stream.send_waiter = None
 
-    def _sent(self, stream: Any) -> None:
-        """Nothing more goes out on this stream."""
-        self._drop(stream)
+    def _end_sent(self, stream: Any) -> None:
+        """END_STREAM was sent. A server's stream is done then; if the peer's side is open, RST_STREAM was sent with it."""
+        if not stream.remote_closed:
+            self._remember_reset(stream.stream_id, by_us=True)
+        self._remove_stream(stream)
 
-    def _drop(self, stream: Stream) -> None:
-        """It is known no longer."""
-        self._streams.pop(stream.number, None)
-        self._blocked.pop(stream, None)
-        stream.backlog.clear()
-        if stream.sending is not None:
-            stream.sending.set_result(None)
-            stream.sending = None
-
-    def reset(self, stream: Stream, code: int) -> None:
-        """End a stream at once."""
-        self._drop(stream)
-        self._put(frames.reset(stream.number, code))
-
-    def give_room(self, stream: Stream, size: int) -> None:
-        """So many bytes of a stream were taken: as many more may come."""
-        stream.unreturned += size
+    def acknowledge(self, stream: Http2Stream, n_bytes: int) -> None:
+        """Return consumed bytes to the stream's receive window."""
+        stream.unreturned += n_bytes
         if stream.unreturned > STREAM_WINDOW // 2 and not self._closing_since:
-            self._put(frames.window_update(stream.number, stream.unreturned))
-            stream.room += stream.unreturned
+            self._write_soon(frames.window_update(stream.stream_id, stream.unreturned))
+            stream.recv_window += stream.unreturned
             stream.unreturned = 0
 
-    # Life.
+    # Keepalive and closing.
 
     def tick(self, now: float) -> None:
-        """Look whether the peer is still there; to be called every `LOOK_INTERVAL_S`."""
-        self._noise = 0
+        """Apply keepalive and timeouts, and begin a new interval for the limits. To be called every `TICK_INTERVAL_S`."""
+        if not self._is_write_paused:  # else our replies pile up
+            self._control_frames = 0
+        self._aborted_streams = self._window_updates = 0
+        self._sent_at_ticks = (self._sent_at_ticks[1], self._n_sent)
         if self._closing_since:
             if now - self._closing_since > CLOSE_TIMEOUT_S:
                 self._transport.abort()
             return
         if self._was_heard:
-            self._was_heard, self._heard_at, self._asked_at = False, now, 0.0
-        elif self._asked_at:
-            if now - self._asked_at >= self._silent_s:
+            self._was_heard, self._heard_at, self._pinged_at = False, now, 0.0
+        elif self._pinged_at:
+            if now - self._pinged_at >= self._keepalive_timeout_s:
                 self._transport.abort()
-        elif now - self._heard_at >= self._silent_s:
-            self._asked_at = now
-            self._put(frames.frame(frames.PING, 0, 0, _KEEPALIVE))
+        elif now - self._heard_at >= self._keepalive_time_s:
+            self._pinged_at = now
+            self._write_soon(frames.frame(frames.PING, 0, 0, _KEEPALIVE_PING))
 
-    def ask_last_call(self) -> None:
-        """Have `_last_call_heard` called once the peer has got what was sent so far."""
-        self._put(frames.frame(frames.PING, 0, 0, _LAST_CALL))
+    def _send_drain_ping(self) -> None:
+        """Have `_drain_ping_acknowledged` called once the peer has received what was sent so far."""
+        self._write_soon(frames.frame(frames.PING, 0, 0, _DRAIN_PING))
 
-    def close(self, code: int = frames.NO_ERROR, reason: str = "", last_stream: int = 0) -> None:
-        """Say goodbye and close, once what was written is taken."""
+    def close(self, code: int = frames.NO_ERROR, message: str = "") -> None:
+        """Send GOAWAY, and close once what was sent is written."""
         if not self._closing_since:
-            self._closing_since = self._loop.time()
-            self._put(frames.goaway(last_stream, code, reason))
+            self._closing_since = self.now()
+            self._write_soon(frames.goaway(self._last_stream_id, code, message))
             self._write()
             self._transport.close()
 

@@ -1,4 +1,4 @@
-"""Frames as bytes. Source: RFC 9113, sections 4, 6 and 7."""
+"""HTTP/2 frames as bytes. Source: RFC 9113, sections 4, 6 and 7."""
 
 from __future__ import annotations
 
@@ -6,39 +6,45 @@ from struct import Struct
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
+# Frame types.
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 
+# Flags.
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
 PADDED = 0x8
 HAS_PRIORITY = 0x20
 
+# Settings.
 HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = range(1, 7)
 
+# Error codes.
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED, FRAME_SIZE_ERROR = range(7)
 REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM = range(7, 12)
 
 DEFAULT_WINDOW = 65_535
 DEFAULT_FRAME_SIZE = 16_384
-MAX_WINDOW = MAX_STREAM = 2**31 - 1
+MAX_FRAME_SIZE_LIMIT = 2**24 - 1
+MAX_WINDOW = MAX_STREAM_ID = 2**31 - 1
+"""Also the mask that clears the reserved bit of stream ids and window increments. Source: sections 4.1 and 6.9."""
 
-HEAD = Struct(">HBBBI")
-"""Of a frame: its length in two parts, kind, flags, stream."""
+FRAME_HEADER = Struct(">HBBBI")
+"""Length in two parts, type, flags, reserved bit and stream id."""
 
-HEAD_SIZE = HEAD.size
+FRAME_HEADER_SIZE = FRAME_HEADER.size
 SETTING = Struct(">HI")
-NUMBER = Struct(">I")
-GOODBYE = Struct(">II")
+UINT32 = Struct(">I")
+GOAWAY_FIELDS = Struct(">II")
 
 
-def head(length: int, kind: int, flags: int, stream: int) -> bytes:
-    """What stands before the content of a frame."""
-    return HEAD.pack(length >> 8, length & 0xFF, kind, flags, stream)
+def frame_header(length: int, frame_type: int, flags: int, stream_id: int) -> bytes:
+    """The nine bytes in front of a frame's payload."""
+    return FRAME_HEADER.pack(length >> 8, length & 0xFF, frame_type, flags, stream_id)
 
 
-def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
+def frame(frame_type: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
     """A whole frame."""
-    return head(len(content), kind, flags, stream) + content
+    return frame_header(len(payload), frame_type, flags, stream_id) + payload
 
 
 def settings(values: dict[int, int]) -> bytes:
@@ -46,16 +52,16 @@ def settings(values: dict[int, int]) -> bytes:
     return frame(SETTINGS, 0, 0, b"".join(SETTING.pack(*item) for item in values.items()))
 
 
-def window_update(stream: int, size: int) -> bytes:
-    """Lets the peer send so many bytes more; on the whole connection for stream 0."""
-    return frame(WINDOW_UPDATE, 0, stream, NUMBER.pack(size))
+def window_update(stream_id: int, increment: int) -> bytes:
+    """A WINDOW_UPDATE frame; stream 0 is the connection."""
+    return frame(WINDOW_UPDATE, 0, stream_id, UINT32.pack(increment))
 
 
-def reset(stream: int, code: int) -> bytes:
-    """Ends a stream at once."""
-    return frame(RST_STREAM, 0, stream, NUMBER.pack(code))
+def rst_stream(stream_id: int, code: int) -> bytes:
+    """A RST_STREAM frame."""
+    return frame(RST_STREAM, 0, stream_id, UINT32.pack(code))
 
 
-def goaway(last_stream: int, code: int, reason: str = "") -> bytes:
-    """Says that no stream after ``last_stream`` is looked at."""
-    return frame(GOAWAY, 0, 0, GOODBYE.pack(last_stream, code) + reason.encode())
+def goaway(last_stream_id: int, code: int, debug_data: str = "") -> bytes:
+    """A GOAWAY frame."""
+    return frame(GOAWAY, 0, 0, GOAWAY_FIELDS.pack(last_stream_id, code) + debug_data.encode())

@@ -1,7 +1,8 @@
-"""Header blocks: HPACK by the library hpack, and a memory of what was seen.
+"""Header blocks: HPACK by the library hpack, and caches of blocks and fields.
 
-The peer is told to keep no table of headers (SETTINGS_HEADER_TABLE_SIZE 0). Then equal bytes mean equal headers: a block that
-was seen before costs one look-up, a new one its fields that are new. A client's blocks differ in the deadline at most.
+We announce SETTINGS_HEADER_TABLE_SIZE = 0. Once the peer has acknowledged that, there is no dynamic table, so equal bytes mean
+equal headers: a block that was seen before costs one dictionary look-up, a new one the decoding of its new fields. Blocks of one
+client differ in the timeout at most.
 
 Source: RFC 7541.
 """
@@ -13,114 +14,120 @@ from typing import Any, Generic, TypeVar
 
 import hpack
 
+from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import COMPRESSION_ERROR
 
 T = TypeVar("T")
 
 Headers = list[tuple[bytes, bytes]]
 
-MAX_REMEMBERED, MAX_REMEMBERED_BYTES = 64, 512
-"""Blocks, and fields, that a connection remembers, if they are not longer; when there are more it begins anew."""
+MAX_CACHED, MAX_CACHED_BYTES = 64, 512
+"""Entries of each cache, which is cleared when it is full, and the size of the longest entry."""
+
+MAX_DECODED_BYTES = 256 * 1024
+"""Limit on a decoded header list while the dynamic table is in use, when every block has to be decoded to its end to keep the
+table in step."""
 
 FIELD_OVERHEAD_BYTES = 32
 """Counted for each field beside its name and value. Source: RFC 9113, section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE."""
 
 
-class ConnectionFault(Exception):
-    """What the peer did that ends the connection: an error code of HTTP/2, and words for it."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-
-
-class TooManyHeaders(Exception):
-    """A block has more bytes than are taken. The connection is not harmed."""
+class HeaderListTooLarge(Exception):
+    """A header list exceeds its limit. The connection can go on."""
 
 
 class HeaderDecoder(Generic[T]):
-    """The header blocks of one connection.
+    """Decodes the header blocks of one connection.
 
     Args:
-        understand: what becomes of a block's headers; given again for the same bytes, so it must not be changed.
-        max_bytes: of the headers of a block.
+        parse: interprets a header list. Its result is cached, so it must not be modified.
+        max_bytes: of a header list, as SETTINGS_MAX_HEADER_LIST_SIZE counts it.
     """
 
-    def __init__(self, understand: Callable[[Headers], T], max_bytes: int) -> None:
-        self._understand = understand
+    def __init__(self, parse: Callable[[Headers], T], max_bytes: int) -> None:
+        self._parse = parse
         self._max_bytes = max_bytes
-        self._decoder = hpack.Decoder(max_header_list_size=4 * max_bytes)
+        self._decoder = hpack.Decoder(max_header_list_size=max(MAX_DECODED_BYTES, 4 * max_bytes))
         self._is_stateless = False
+        """Whether the dynamic table is and stays empty."""
         self._blocks: dict[bytes, T] = {}
         self._fields: dict[bytes, tuple[bytes, bytes]] = {}
 
-    def forbid_table(self) -> None:
-        """The peer has acknowledged that it may keep no table.
+    def disable_dynamic_table(self) -> None:
+        """The peer has acknowledged SETTINGS_HEADER_TABLE_SIZE = 0: evict the dynamic table.
 
-        It has to say so at the head of its next block. One that has put nothing into its table may leave that out: some that
-        never use theirs do.
+        The peer's next block should begin with a size update to 0. Some peers omit it and never refer to the table (nginx, which
+        inserts fields but looks none up; clients that do not insert), so it is not required: a reference to a missing entry is
+        an error anyway. grpc-core does the same.
         """
         self._decoder.max_allowed_table_size = 0
-        if not self._decoder.header_table.dynamic_entries:
-            self._decoder.header_table_size = 0
-            self._is_stateless = True
+        self._decoder.header_table_size = 0
+        self._is_stateless = True
 
     def decode(self, block: bytes) -> T:
-        """What the headers in a block mean.
+        """Decode and parse a header block.
 
         Raises:
-            TooManyHeaders: there are more bytes than are taken.
-            ConnectionFault: it is no header block, and what follows cannot be understood either.
+            HeaderListTooLarge: the header list exceeds the limit. It was decoded as far as the dynamic table requires.
+            Http2ConnectionError: the block is malformed; the state of compression is lost.
         """
         known = self._blocks.get(block)
         if known is not None:
             return known
         try:
-            headers = list(self._known_fields(block)) if self._is_stateless else self._decoded(block)
-        except hpack.OversizedHeaderListError:
-            if self._is_stateless:
-                raise TooManyHeaders from None
-            raise ConnectionFault(COMPRESSION_ERROR, "the headers are too large") from None
+            headers = self._decode_stateless(block) if self._is_stateless else self._decode_stateful(block)
         except (hpack.HPACKError, IndexError):
-            raise ConnectionFault(COMPRESSION_ERROR, "the headers cannot be read") from None
-        if sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in headers) > self._max_bytes:
-            raise TooManyHeaders
-        meaning = self._understand(headers)
+            raise Http2ConnectionError(COMPRESSION_ERROR, "malformed header block") from None
+        parsed = self._parse(headers)
         if self._is_stateless:
-            _remember(self._blocks, block, meaning)
-        return meaning
+            _cache(self._blocks, block, parsed)
+        return parsed
 
-    def _decoded(self, data: bytes) -> Headers:
-        headers: Iterable[tuple[bytes, bytes]] = self._decoder.decode(data, raw=True)
+    def _decode_stateful(self, block: bytes) -> Headers:
+        headers = self._decode_fields(block)
         self._is_stateless = self._decoder.header_table_size == 0
+        n_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in headers)
+        if n_bytes > self._max_bytes:
+            raise HeaderListTooLarge
+        return headers
+
+    def _decode_stateless(self, block: bytes) -> Headers:
+        headers: Headers = []
+        n_bytes = 0
+        for start, end in _field_bounds(block):
+            encoded = block[start:end]
+            field = self._fields.get(encoded)
+            if field is None:
+                decoded = self._decode_fields(encoded)
+                if not decoded:  # a table size update
+                    if headers:
+                        raise hpack.HPACKDecodingError("table size update after a field")
+                    continue
+                field = decoded[0]
+                _cache(self._fields, encoded, field)
+            n_bytes += len(field[0]) + len(field[1]) + FIELD_OVERHEAD_BYTES
+            if n_bytes > self._max_bytes:
+                raise HeaderListTooLarge
+            headers.append(field)
+        return headers
+
+    def _decode_fields(self, block: bytes) -> Headers:
+        headers: Iterable[tuple[bytes, bytes]] = self._decoder.decode(block, raw=True)
         return [(bytes(name), bytes(value)) for name, value in headers]
 
-    def _known_fields(self, block: bytes) -> Iterator[tuple[bytes, bytes]]:
-        for start, end in _bounds(block):
-            field = block[start:end]
-            known = self._fields.get(field)
-            if known is None:
-                found = self._decoded(field)
-                if not found:  # says again that there is no table
-                    continue
-                known = found[0]
-                _remember(self._fields, field, known)
-            yield known
+
+def _cache(cache: dict[bytes, Any], key: bytes, value: Any) -> None:
+    if len(key) <= MAX_CACHED_BYTES:
+        if len(cache) >= MAX_CACHED:
+            cache.clear()
+        cache[key] = value
 
 
-def _remember(memory: dict[bytes, Any], data: bytes, meaning: Any) -> None:
-    if len(data) <= MAX_REMEMBERED_BYTES:
-        if len(memory) >= MAX_REMEMBERED:
-            memory.clear()
-        memory[data] = meaning
-
-
-def _bounds(block: bytes) -> Iterator[tuple[int, int]]:
-    """Where each field of a block begins and ends.
+def _field_bounds(block: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of each field representation in a block.
 
     Raises:
-        IndexError: one goes beyond the block.
+        IndexError: the last one is truncated.
     """
     at, end = 0, len(block)
     while at < end:
@@ -140,7 +147,7 @@ def _bounds(block: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
-    """Where the integer at ``at`` ends, and its value. Source: RFC 7541, section 5.1."""
+    """Position behind the integer at ``at``, and its value. Source: RFC 7541, section 5.1."""
     value = block[at] & mask
     at += 1
     if value < mask:
@@ -157,13 +164,13 @@ def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
             raise IndexError
 
 
-NO_TABLE = b"\x20"
-"""Stands at the head of the first block that we send: we keep no table either, whatever the peer would allow.
+TABLE_SIZE_ZERO = b"\x20"
+"""Dynamic table size update to 0, at the head of our first block: we use no dynamic table either, whatever the peer allows.
 Source: RFC 7541, section 6.3."""
 
 
 def encode(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A block of literals, which no table is needed for and none is changed by.
+    """A header block of literals without indexing, which neither needs nor changes a dynamic table.
 
     Args:
         headers: names in lower case, and values.
@@ -172,7 +179,7 @@ def encode(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _length(text: bytes) -> bytes:
-    """The length of a literal as it is. Source: RFC 7541, sections 5.1 and 5.2."""
+    """The length prefix of a string literal without Huffman coding. Source: RFC 7541, sections 5.1 and 5.2."""
     rest = len(text) - 0x7F
     if rest < 0:
         return bytes([len(text)])
