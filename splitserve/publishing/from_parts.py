@@ -14,10 +14,13 @@ from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import write
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
+from splitserve.publishing.proof import BATCH_SIZES
+from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
-from splitserve.repository.bundle import Bundle
+from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Postprocess
+from splitserve.repository.release import Compared
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 
@@ -36,6 +39,7 @@ def publish_preprocessor(
     postprocess: Postprocess | None = None,
     trusted_modules: Sequence[str] = (),
     allow_pickle: bool = False,
+    row_wise: bool = True,
 ) -> Bundle:
     """Publish fitted transforms as a preprocessor.
 
@@ -52,6 +56,7 @@ def publish_preprocessor(
         postprocess: how scores become probabilities and a label; without it the predictor's outputs are the answer.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
         allow_pickle: as for `publish`.
+        row_wise: as for `publish`.
 
     Raises:
         PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
@@ -69,6 +74,7 @@ def publish_preprocessor(
         allow_pickle=allow_pickle,
         labels=tuple(map(str, labels)),
         postprocess=postprocess,
+        is_row_wise=row_wise,
     )
     return write(Repository(repository), half, version=version)[0]
 
@@ -82,6 +88,7 @@ def publish_predictor(
     version: int | None = None,
     labels: Sequence[object] = (),
     trained_on: Any = None,
+    row_wise: bool = True,
 ) -> Bundle:
     """Publish an ONNX model, made by whatever means, as a predictor.
 
@@ -95,12 +102,13 @@ def publish_predictor(
         labels: class names in the order of its scores.
         trained_on: the fitted transforms whose results it was trained on; then it is paired only with preprocessors whose
             features mean the same.
+        row_wise: as for `publish`.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, the samples do not fit, or the version exists. Nothing has been written then.
     """
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
-    half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning)
+    half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning, is_row_wise=row_wise)
     return write(Repository(repository), half, version=version)[0]
 
 
@@ -112,8 +120,9 @@ def publish_onnx(
     repository: str | os.PathLike[str],
     version: int | None = None,
     labels: Sequence[object] = (),
+    row_wise: bool = True,
 ) -> tuple[Bundle, Bundle]:
-    """Publish an ONNX model that needs no transforms: the predictor, and a preprocessor that passes its inputs on as they are.
+    """Publish an ONNX model that needs no transforms, and release it: a preprocessor passes the inputs on as they are.
 
     Args:
         model: as for `publish_predictor`.
@@ -122,13 +131,18 @@ def publish_onnx(
         repository: folder of the model repository.
         version: of both halves; the next free number of each by default.
         labels: class names in the order of its scores.
+        row_wise: as for `publish`.
 
     Raises:
         PublishError: as for `publish_predictor`. Nothing has been written then.
     """
-    predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels)
-    first, second = write(Repository(repository), passing_half(predictor, sample_inputs), predictor, version=version)
-    return first, second
+    predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
+    preprocessor = passing_half(predictor, sample_inputs)
+    written = Repository(repository)
+    compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
+    pair = write_released(written, preprocessor, predictor, version=version, proven="halves", compared=compared).pair
+    first = written.open(BundleKey(name, "preprocess", pair.preprocessor))
+    return first, written.open(BundleKey(name, "predict", pair.predictor))
 
 
 def refused_types(transformer: Any) -> list[str]:

@@ -12,17 +12,21 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 
-from splitserve.arrays import to_array
+from splitserve.arrays import Array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import PreprocessorHalf, write
+from splitserve.publishing.halves import N_PROBED, PreprocessorHalf
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.proof import BATCH_SIZES
+from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
 from splitserve.repository.folder import Repository
+from splitserve.repository.release import Compared
 from splitserve.runtimes.meaning import meaning_of
+from splitserve.runtimes.rows import Rowset, to_tensors
 
 DEFAULT_TOLERANCE = 1e-4
 """How far the answers of the split may be from the pipeline's: absolute for probabilities, relative to the largest value for
@@ -33,7 +37,9 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 
 class Published(msgspec.Struct, frozen=True):
-    """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked."""
+    """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
+    ``sequence`` is the number of the release.
+    """
 
     name: str
     pair: str
@@ -41,11 +47,12 @@ class Published(msgspec.Struct, frozen=True):
     predictor: Path
     n_checked: int
     worst_difference: float
+    sequence: int
 
     def __str__(self) -> str:
         return (
-            f"{self.name} {self.pair}: {self.preprocessor} and {self.predictor}; on {self.n_checked} rows the split differs from "
-            f"the original by at most {self.worst_difference:.1e}"
+            f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}; on {self.n_checked} "
+            f"rows the split differs from the original by at most {self.worst_difference:.1e}"
         )
 
 
@@ -60,11 +67,12 @@ def publish(
     tolerance: float = DEFAULT_TOLERANCE,
     trusted_modules: Sequence[str] = (),
     allow_pickle: bool = False,
+    row_wise: bool = True,
 ) -> Published:
-    """Split a fitted pipeline before its estimator and publish both halves.
+    """Split a fitted pipeline before its estimator, publish both halves, and release the pair.
 
     The estimator is converted to ONNX, at float32 or, if that is not close enough, at float64. Then the two halves, as a service
-    would load them, are compared with the pipeline on ``X``.
+    would load them, are compared with the pipeline on ``X``. The release is written last: from then on the pair serves.
 
     Args:
         pipeline: fitted; its last step is the estimator, the steps before it are the transforms.
@@ -78,6 +86,8 @@ def publish(
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
         allow_pickle: write the transforms as a pickle if skops cannot hold them; a service loads one only if it is told to,
             since that runs any code in it.
+        row_wise: prove that the answer for a row does not depend on the other rows of its call. False: it may, and services never
+            merge its requests with those of others.
 
     Raises:
         PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
@@ -108,6 +118,7 @@ def publish(
             trusted_modules=trusted_modules,
             allow_pickle=allow_pickle,
             refuses=_refuses(estimator),
+            is_row_wise=row_wise,
         )
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
@@ -116,15 +127,41 @@ def publish(
             break
         features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
         predictor = predictor_half(
-            model.SerializeToString(), features, name=name, labels=_labels(estimator), meaning=meaning_of(transformer)
+            model.SerializeToString(),
+            features,
+            name=name,
+            labels=_labels(estimator),
+            meaning=meaning_of(transformer),
+            rows=preprocessor.golden.inputs,
+            is_row_wise=row_wise,
+            probed=_features(preprocessor, checked),
         )
         worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
         if not complaint:
-            first, second = write(Repository(repository), preprocessor, predictor, version=version)
-            pair = f"{first.key.version}.{second.key.version}"
-            return Published(name, pair, first.folder, second.folder, len(checked), worst)
+            compared = Compared(len(checked), batch_sizes=BATCH_SIZES)
+            release = write_released(
+                Repository(repository), preprocessor, predictor, version=version, proven="pipeline", compared=compared
+            )
+            root = Path(repository) / name
+            pair = release.pair
+            return Published(
+                name,
+                str(pair),
+                root / "preprocess" / str(pair.preprocessor),
+                root / "predict" / str(pair.predictor),
+                len(checked),
+                worst,
+                release.sequence,
+            )
         complaints.append(f"at {precision}, {complaint}")
     raise PublishError("; ".join(complaints))
+
+
+def _features(half: PreprocessorHalf, rows: Rowset) -> dict[str, Array]:
+    """What the preprocessor makes of some of the rows, by name."""
+    probed = samples.take(rows, samples.spread(len(rows), N_PROBED))
+    outputs = half.runtime.transform(to_tensors(half.rows, half.manifest.inputs, probed))
+    return {tensor.name: to_array(tensor) for tensor in outputs}
 
 
 def _n_features(half: PreprocessorHalf) -> int:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from splitserve.arrays import Array, from_array, to_array
+from splitserve.arrays import from_array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
+from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
 from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import SCHEMA_VERSION, BundleError, Kind, Manifest, Rows, Tolerance
+from splitserve.repository.manifest import BOUNDS, SCHEMA_VERSION, BundleError, Kind, Manifest, Rows, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.versions import MODEL_NAME
 
-RTOL = 1e-4
-MARGIN = 10
-LEAST_ATOL = 1e-6
-"""The tolerance of a floating-point output: ``RTOL``, and ``MARGIN`` times the largest difference measured at publication
-between rows computed one by one and together, and between what was computed and what crossed the wire; at least ``LEAST_ATOL``.
-"""
+N_PROBED = 128
+"""At most so many rows are run alone, together, permuted and repeated to prove that each answer depends on its own row alone."""
+
+MAX_GOLDEN_BYTES = 8 * 1024 * 1024
+"""Largest ``golden.npz`` before compression: fewer rows are kept where they are large."""
 
 N_FEATURE_NAMES = 10_000
 
@@ -43,11 +42,12 @@ class PreprocessorHalf(msgspec.Struct, frozen=True):
 
 
 class PredictorHalf(msgspec.Struct, frozen=True):
-    """A predictor's bundle: what its manifest will say, its files, and it loaded."""
+    """A predictor's bundle: what its manifest will say, its files, it loaded, and its golden samples."""
 
     manifest: Manifest
     files: dict[str, bytes]
     runtime: Any
+    golden: Golden
 
 
 def new_manifest(
@@ -82,33 +82,37 @@ def encode_golden(golden: Golden) -> bytes:
         raise PublishError(f"the golden samples are too large: {error}") from error
 
 
-def with_tolerances(manifest: Manifest, golden: Golden, run: Callable[[Any], Sequence[Tensor]], *others: Tensor) -> Manifest:
-    """The manifest with the tolerances of its floating-point outputs."""
-    alone = [output for sample in _single_samples(golden) for output in run(sample)]
-    tolerances = {}
-    for output in golden.outputs:
-        array = to_array(output)
-        if array.dtype.kind == "f":
-            rows = [to_array(tensor) for tensor in alone if tensor.name == output.name]
-            together = [np.concatenate(rows), *(to_array(other) for other in others if other.name == output.name)]
-            seen = max(_largest_difference(array[: len(other)], other) for other in together)
-            tolerances[output.name] = Tolerance(RTOL, max(MARGIN * seen, LEAST_ATOL))
-    return msgspec.structs.replace(manifest, tolerances=tolerances)
+def check_row_wise(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> None:
+    """Prove that each answer depends on its own row alone.
+
+    Raises:
+        PublishError: it does not; the message shows a row and the way out.
+    """
+    if complaint := row_wise_complaint(run, first_rows(inputs, N_PROBED), bounds):
+        raise PublishError(
+            f"an answer depends on the other rows of its call, or on chance: {complaint}. Correct the model, or publish it with "
+            "row_wise=False: then its requests are never merged with those of others"
+        )
 
 
-def _single_samples(golden: Golden) -> list[tuple[Tensor, ...]]:
-    """The first golden samples, each as a request of its own."""
-    arrays = [(tensor, to_array(tensor)) for tensor in golden.inputs]
-    n_rows = min(golden.inputs[0].n_rows, samples.N_GOLDEN)
-    return [
-        tuple(from_array(tensor.name, array[row : row + 1], tensor.datatype) for tensor, array in arrays) for row in range(n_rows)
-    ]
+def kept_rows(run: Run, golden: Golden, tolerances: Mapping[str, Tolerance]) -> Golden:
+    """The golden samples that hold on other machines, no more than fit into `MAX_GOLDEN_BYTES`; all if none holds."""
+    n_bytes = sum(len(tensor.raw) for tensor in (*golden.rows, *golden.inputs, *golden.outputs))
+    n_rows = golden.inputs[0].n_rows
+    rows = stable_rows(run, golden.inputs, tolerances) or list(range(n_rows))
+    fitting = max(1, MAX_GOLDEN_BYTES * n_rows // max(n_bytes, 1))
+    rows = [rows[index] for index in samples.spread(len(rows), min(fitting, len(rows)))]
+    return Golden(*(take_rows(side, rows) for side in (golden.inputs, golden.outputs, golden.rows)))
 
 
-def _largest_difference(one: Array, other: Array) -> float:
-    with np.errstate(invalid="ignore"):
-        differences = np.abs(one.astype(np.float64) - other.astype(np.float64))
-    return float(np.nan_to_num(differences, nan=0.0, posinf=0.0).max(initial=0.0))
+def take_rows(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """These rows of each tensor (n_rows, …)."""
+    return tuple(from_array(tensor.name, to_array(tensor)[list(rows)], tensor.datatype) for tensor in tensors)
+
+
+def first_rows(tensors: Sequence[Tensor], n_rows: int) -> tuple[Tensor, ...]:
+    """At most so many rows, spread evenly."""
+    return take_rows(tensors, samples.spread(tensors[0].n_rows, n_rows))
 
 
 def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, version: int | None) -> list[Bundle]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 import onnx
 
@@ -11,12 +12,23 @@ from splitserve.arrays import Array, from_array
 from splitserve.errors import SplitserveError
 from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import N_FEATURE_NAMES, PredictorHalf, encode_golden, new_manifest, with_tolerances
+from splitserve.publishing.halves import (
+    N_FEATURE_NAMES,
+    PredictorHalf,
+    check_row_wise,
+    encode_golden,
+    kept_rows,
+    new_manifest,
+    take_rows,
+)
+from splitserve.publishing.proof import tolerances_of
+from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
 from splitserve.runtimes.meaning import NO_MEANING, Meaning
 from splitserve.runtimes.predictor import Predictor
-from splitserve.signature import BATCH, check_inputs
+from splitserve.signature import BATCH, TensorSpec, check_inputs
+from splitserve.tensors import Tensor
 
 _PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
 
@@ -28,6 +40,9 @@ def predictor_half(
     name: str,
     labels: Sequence[object],
     meaning: Meaning = NO_MEANING,
+    rows: Sequence[Tensor] = (),
+    is_row_wise: bool = True,
+    probed: Mapping[str, Array] | None = None,
 ) -> PredictorHalf:
     """An ONNX model as a bundle.
 
@@ -38,6 +53,9 @@ def predictor_half(
         name: of the model.
         labels: class names in the order of its scores.
         meaning: of the features that it was trained on.
+        rows: raw rows (n_samples, …) that ``sample_inputs`` were made from, if known.
+        is_row_wise: prove that each answer depends on its own row alone; False: it need not, and requests are never merged.
+        probed: arrays to prove that on, by input name; ``sample_inputs`` by default.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
@@ -50,7 +68,7 @@ def predictor_half(
         check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
         kept = samples.spread(len(next(iter(arrays.values()))), samples.N_GOLDEN_MAX)
         inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
-        golden = Golden(inputs, runtime.infer(inputs))
+        golden = Golden(inputs, runtime.infer(inputs), take_rows(rows, kept) if rows else ())
     except BundleError as error:
         raise PublishError(str(error)) from error
     except SplitserveError as error:
@@ -58,6 +76,7 @@ def predictor_half(
     if not kept:
         raise PublishError("the sample inputs have no rows; golden samples are taken from them")
     parsed = onnx.load_from_string(model)
+    is_quantised = _is_quantised(parsed)
     made_with = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in parsed.opset_import}
     manifest = new_manifest(
         name,
@@ -69,9 +88,25 @@ def predictor_half(
         labels=tuple(map(str, labels)),
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
+        is_row_wise=is_row_wise,
+        is_quantised=is_quantised,
+        trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )
-    manifest = with_tolerances(manifest, golden, runtime.infer)
-    return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: encode_golden(golden)}, runtime)
+    bounds = goldens.bounds_of(manifest)
+    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(golden.outputs, bounds))
+    if is_row_wise:
+        more = tuple(from_array(key, np.asarray(array)) for key, array in (probed if probed is not None else arrays).items())
+        check_row_wise(runtime.infer, more, bounds)
+    golden = kept_rows(runtime.infer, golden, manifest.tolerances)
+    return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: encode_golden(golden)}, runtime, golden)
+
+
+def _is_quantised(model: onnx.ModelProto) -> bool:
+    """Whether it computes with 8 bit integers. Source: ONNX operators, QLinear…, …Integer, Quantize…, Dequantize…."""
+    return any(
+        node.op_type.startswith(("QLinear", "Quantize", "Dequantize", "DynamicQuantize")) or node.op_type.endswith("Integer")
+        for node in model.graph.node
+    )
 
 
 def _check_batched(predictor: Predictor) -> None:

@@ -14,16 +14,16 @@ from splitserve.publishing import samples
 from splitserve.publishing.compile import compile_transforms
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import (
-    LEAST_ATOL,
-    MARGIN,
     N_FEATURE_NAMES,
-    RTOL,
+    N_PROBED,
     PredictorHalf,
     PreprocessorHalf,
+    check_row_wise,
     encode_golden,
+    kept_rows,
     new_manifest,
-    with_tolerances,
 )
+from splitserve.publishing.proof import tolerances_of
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import (
@@ -34,7 +34,6 @@ from splitserve.repository.manifest import (
     Column,
     Manifest,
     Rows,
-    Tolerance,
 )
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import meaning_of
@@ -98,9 +97,13 @@ def preprocessor_half(
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
     direct = from_array(output.name, features, output.datatype)
-    manifest = with_tolerances(manifest, golden, runtime.transform, direct)
-    if worst := goldens.worst_difference((direct,), golden.outputs, {output.name: Tolerance(RTOL, LEAST_ATOL * MARGIN)}):
+    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(golden.outputs))
+    if worst := goldens.worst_difference((direct,), golden.outputs, manifest.tolerances):
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
+    if manifest.is_row_wise:
+        probed = samples.take(data, samples.spread(len(data), N_PROBED))
+        check_row_wise(runtime.transform, to_tensors(rows, inputs, probed))
+    golden = kept_rows(runtime.transform, golden, manifest.tolerances)
     model, compiled = compile_transforms(transformer, manifest, golden)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(golden), **({COMPILED_FILE: model} if model else {})}
@@ -117,7 +120,12 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
     specs = predictor.manifest.inputs
     by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {specs[0].name: sample_inputs}
     rows = Rows("tensors")
-    fields: dict[str, Any] = {"rows": rows, "labels": predictor.manifest.labels}
+    fields: dict[str, Any] = {
+        "rows": rows,
+        "labels": predictor.manifest.labels,
+        "is_row_wise": predictor.manifest.is_row_wise,
+        "tolerances": {},
+    }
     manifest = new_manifest(predictor.manifest.name, "preprocess", specs, specs, ("numpy", "splitserve"), **fields)
     runtime = Preprocessor(manifest, None)
     inputs = tuple(from_array(spec.name, np.asarray(by_name[spec.name]), spec.datatype) for spec in specs)

@@ -13,6 +13,7 @@ import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.publishing.errors import PublishError
+from splitserve.repository.golden import scale_of
 from splitserve.repository.manifest import BOUNDS, Tolerance
 from splitserve.tensors import Tensor
 
@@ -41,12 +42,6 @@ def tolerances_of(outputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUND
         for tensor in outputs
         if tensor.datatype in bounds
     }
-
-
-def scale_of(array: Array) -> float:
-    """The largest finite magnitude; 1 where there is none, or all are 0."""
-    magnitudes = np.abs(array[np.isfinite(array)].astype(np.float64))
-    return float(magnitudes.max(initial=0.0)) or 1.0
 
 
 def row_wise_complaint(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
@@ -152,32 +147,39 @@ def stable_rows(run: Run, inputs: Sequence[Tensor], tolerances: Mapping[str, Tol
 
 def _moved(inputs: Sequence[Tensor], arrays: Sequence[Array]) -> Iterator[tuple[Tensor, ...]]:
     """The rows with their numbers moved: all at once, then each feature alone or, where that is too much, in patterns."""
-    is_float = [array.dtype.kind == "f" for array in arrays]
-    n_features = sum(int(np.prod(array.shape[1:])) for array, moves in zip(arrays, is_float, strict=True) if moves)
+    movable = [_is_measured(array) for array in arrays]
+    n_features = sum(int(where.sum()) for where in movable)
     if not n_features:
         return
-    for up in (True, False):
-        yield _apply(inputs, arrays, [np.full(array.shape[1:], 1 if up else -1) for array in arrays], is_float)
-    n_elements = sum(array.size for array in arrays)
-    if n_features * n_elements * 2 <= _MAX_MOVED_ELEMENTS:
-        for number, moves in enumerate(is_float):
-            for place in np.ndindex(arrays[number].shape[1:]) if moves else ():
+    for sign in (1, -1):
+        yield _apply(inputs, arrays, [sign * where for where in movable])
+    if n_features * sum(array.size for array in arrays) * 2 <= _MAX_MOVED_ELEMENTS:
+        for number, where in enumerate(movable):
+            for place in map(tuple, np.argwhere(where)):
                 for sign in (1, -1):
                     signs = [np.zeros(array.shape[1:], dtype=int) for array in arrays]
                     signs[number][place] = sign
-                    yield _apply(inputs, arrays, signs, is_float)
+                    yield _apply(inputs, arrays, signs)
     else:
         random = np.random.default_rng(0)
         for _ in range(_N_PATTERNS):
-            yield _apply(inputs, arrays, [random.choice([-1, 1], size=array.shape[1:]) for array in arrays], is_float)
+            yield _apply(inputs, arrays, [random.choice([-1, 1], size=where.shape) * where for where in movable])
 
 
-def _apply(
-    inputs: Sequence[Tensor], arrays: Sequence[Array], signs: Sequence[Any], is_float: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def _is_measured(array: Array) -> Array:
+    """By feature, whether it is a measured number; whole numbers are codes or counts, which every machine computes exactly."""
+    if array.dtype.kind != "f":
+        return np.zeros(array.shape[1:], dtype=int)
+    with np.errstate(invalid="ignore"):
+        is_whole = (array == np.round(array)) | ~np.isfinite(array)
+    measured: Array = (~is_whole.all(axis=0)).astype(int)
+    return measured
+
+
+def _apply(inputs: Sequence[Tensor], arrays: Sequence[Array], signs: Sequence[Any]) -> tuple[Tensor, ...]:
     moved = []
-    for tensor, array, sign, moves in zip(inputs, arrays, signs, is_float, strict=True):
-        if not moves:
+    for tensor, array, sign in zip(inputs, arrays, signs, strict=True):
+        if not np.any(sign):
             moved.append(tensor)
             continue
         with np.errstate(over="ignore"):
@@ -226,26 +228,3 @@ def _within(want: Array, have: Array, tolerance: Tolerance) -> Any:
     else:
         same = want == have
     return same.reshape(len(same), -1).all(axis=1)
-
-
-def not_finite_complaint(outputs: Sequence[Tensor], expected: Mapping[str, Array]) -> str:
-    """Where an answer is not finite though the pipeline's is, or nothing of it is finite; "" if nowhere.
-
-    Args:
-        outputs: (n_rows, …) as they came out.
-        expected: what the pipeline answers, by output; empty where there is no pipeline to ask.
-    """
-    for tensor in outputs:
-        array = to_array(tensor)
-        if array.dtype.kind != "f" or not array.size:
-            continue
-        is_finite = np.isfinite(array)
-        want = expected.get(tensor.name)
-        if want is not None and (want_array := np.asarray(want)).dtype.kind in "fiub":
-            bad = np.isfinite(want_array.reshape(array.shape)) & ~is_finite
-            if bad.any():
-                row = int(np.argwhere(bad)[0][0])
-                return f'output "{tensor.name}" of row {row} is {array[row]} where the pipeline gives {want_array[row]}'
-        elif not is_finite.any():
-            return f'output "{tensor.name}" is not finite for any row'
-    return ""

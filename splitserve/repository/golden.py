@@ -11,7 +11,7 @@ import numpy as np
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.repository.archives import check_npz, check_unpacked
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
+from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
@@ -19,11 +19,16 @@ _RAW_DATATYPES = ("BYTES", "BF16")
 """Datatypes without a numpy dtype: stored as wire bytes, with the shape in an array of its own."""
 
 
+_ROUNDING = 1 + 1e-6
+"""The scale is computed again where a bundle is loaded, from numbers that were written as they are."""
+
+
 class Golden(msgspec.Struct, frozen=True):
-    """The tensors of all samples, one sample a row."""
+    """The tensors of all samples, one sample a row. ``rows``: the raw rows that a predictor's inputs were made from, if known."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...] = ()
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -52,9 +57,9 @@ def encode(golden: Golden) -> bytes:
     Raises:
         BundleError: larger than `archives.MAX_UNPACKED_BYTES`.
     """
-    check_unpacked(sum(len(tensor.raw) for tensor in (*golden.inputs, *golden.outputs)), GOLDEN_FILE)
+    check_unpacked(sum(len(tensor.raw) for tensor in (*golden.inputs, *golden.outputs, *golden.rows)), GOLDEN_FILE)
     arrays: dict[str, Array] = {}
-    for side, tensors in (("inputs", golden.inputs), ("outputs", golden.outputs)):
+    for side, tensors in (("inputs", golden.inputs), ("outputs", golden.outputs), ("rows", golden.rows)):
         for tensor in tensors:
             if tensor.datatype in _RAW_DATATYPES:
                 arrays[f"{side}/{tensor.name}"] = np.frombuffer(tensor.raw, dtype=np.uint8)
@@ -66,7 +71,7 @@ def encode(golden: Golden) -> bytes:
     return buffer.getvalue()
 
 
-def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Golden:
+def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], rows: Sequence[TensorSpec] = ()) -> Golden:
     """The samples in ``golden.npz``.
 
     Raises:
@@ -78,6 +83,7 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
             return Golden(
                 inputs=tuple(_tensor(arrays, "inputs", spec) for spec in inputs),
                 outputs=tuple(_tensor(arrays, "outputs", spec) for spec in outputs),
+                rows=tuple(_tensor(arrays, "rows", spec) for spec in rows),
             )
     except BundleError:
         raise
@@ -123,14 +129,65 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
         GoldenDifference: an output differs beyond its tolerance.
         BundleError: the samples cannot be run.
     """
+    refuse_large_tolerances(golden.outputs, manifest.tolerances, bounds_of(manifest))
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
         raise BundleError(f"{GOLDEN_FILE}: expected at least one sample, got none; publish the bundle again")
+    if complaint := not_finite_complaint(golden.outputs):
+        raise BundleError(f"{GOLDEN_FILE}: {complaint}; publish the bundle again")
     try:
         found = run(golden.inputs)
     except SplitserveError as error:
         raise BundleError(f"golden samples: {error.message}") from error
     if worst := worst_difference(golden.outputs, found, manifest.tolerances):
         raise GoldenDifference(str(worst))
+
+
+def refuse_large_tolerances(
+    outputs: Sequence[Tensor], tolerances: Mapping[str, Tolerance], bounds: Mapping[str, float] = BOUNDS
+) -> None:
+    """Tolerances are fixed bounds of the datatype, relative to the output's scale. Larger ones would hide a difference.
+
+    Args:
+        outputs: the golden ones.
+        tolerances: of the manifest.
+        bounds: by datatype.
+
+    Raises:
+        BundleError: one is larger than its bound.
+    """
+    for tensor in outputs:
+        tolerance = tolerances.get(tensor.name)
+        if tolerance is None:
+            continue
+        bound = bounds.get(tensor.datatype, 0.0)
+        relative = tolerance.rtol + tolerance.atol / scale_of(to_array(tensor))
+        if not 0 <= relative <= bound * _ROUNDING:
+            raise BundleError(
+                f'the tolerance of output "{tensor.name}" is {relative:.2g} of its scale, more than {bound:.0e}, '
+                f"the limit for {tensor.datatype}; publish it again"
+            )
+
+
+def not_finite_complaint(outputs: Sequence[Tensor]) -> str:
+    """Which output has no finite number in any row; "" if none."""
+    for tensor in outputs:
+        array = to_array(tensor)
+        if array.dtype.kind == "f" and array.size and not np.isfinite(array).any():
+            return f'output "{tensor.name}" is not finite in any row'
+    return ""
+
+
+def scale_of(array: Array) -> float:
+    """The largest finite magnitude; 1 where there is none, or all are 0."""
+    if array.dtype.kind not in "fiu":
+        return 1.0
+    magnitudes = np.abs(array[np.isfinite(array)].astype(np.float64))
+    return float(magnitudes.max(initial=0.0)) or 1.0
+
+
+def bounds_of(manifest: Manifest) -> Mapping[str, float]:
+    """The bounds of a bundle's tolerances, by datatype."""
+    return dict.fromkeys(BOUNDS, QUANTISED_BOUND) if manifest.is_quantised else BOUNDS
 
 
 def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> Difference | None:

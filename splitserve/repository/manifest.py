@@ -113,6 +113,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     differ; ``refuses`` is what the features must not contain because the estimator behind the predictor would have rejected it:
     "inf" infinities, "nan" infinities and NaN.
 
+    ``is_row_wise``: the result for a row does not depend on the other rows of the call. ``is_quantised``: the model computes with
+    8 bit integers, so `QUANTISED_BOUND` bounds its tolerances. ``trained_on`` is the signature of the raw rows that the golden
+    samples of a predictor were made from; empty if unknown.
+
     ``fingerprint`` and ``feature_names`` describe the meaning of the features (`splitserve.runtimes.meaning`): those that a
     preprocessor makes, those that a predictor was trained on. Empty if unknown.
     """
@@ -135,6 +139,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fingerprint: str = ""
     feature_names: tuple[str, ...] = ()
     compiled: Compiled | None = None
+    is_row_wise: bool = True
+    is_quantised: bool = False
+    trained_on: tuple[TensorSpec, ...] = ()
 
 
 class _Versioned(msgspec.Struct):

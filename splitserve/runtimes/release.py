@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from splitserve.errors import PairMismatch
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden, GoldenDifference
 from splitserve.repository.manifest import GOLDEN_FILE, BundleError
 from splitserve.repository.release import ReleaseManifest
 from splitserve.runtimes.preprocessor import Preprocessor
-from splitserve.signature import TensorSpec, check_outputs, is_row_wise
+from splitserve.signature import TensorSpec, check_outputs
+from splitserve.signature import is_row_wise as has_rows
 from splitserve.tensors import Tensor
 
 
@@ -39,23 +39,24 @@ class WholeRelease:
     Args:
         preprocessor: transforms and postprocesses.
         predictor: runs the model.
+        is_row_wise: what both manifests say: an answer depends on its own row alone.
+        is_quantised: the model computes with 8 bit integers.
 
     Raises:
         BundleError: the halves do not fit.
     """
 
-    def __init__(self, preprocessor: Preprocessor, predictor: RunsTensors) -> None:
+    def __init__(
+        self, preprocessor: Preprocessor, predictor: RunsTensors, *, is_row_wise: bool = True, is_quantised: bool = False
+    ) -> None:
         if differences := preprocessor.differences(predictor.inputs, predictor.outputs):
             raise BundleError(f"the halves do not fit: {'; '.join(differences)}")
         self.preprocessor = preprocessor
         self.predictor = predictor
         self.inputs: tuple[TensorSpec, ...] = tuple(preprocessor.inputs)
         self.outputs: tuple[TensorSpec, ...] = preprocessor.answer_specs(predictor.outputs)
-
-    @property
-    def is_row_wise(self) -> bool:
-        """Whether the signature lets rows be merged and split; what publishing found out is in the release's manifest."""
-        return is_row_wise(self.inputs, self.outputs)
+        self.is_row_wise = is_row_wise and has_rows(self.inputs, self.outputs)
+        self.is_quantised = is_quantised
 
     def features(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Raw rows (n_rows, …) -> the predictor's inputs (n_rows, …), by the predictor's names.
@@ -73,9 +74,15 @@ class WholeRelease:
             InvalidInput: a tensor does not fit the signature, or a stage refuses a value.
             PairMismatch: a stage gave something else than its manifest promises.
         """
-        features = self.features(inputs)
-        if not features:
-            raise PairMismatch("the preprocessor gives no tensor")
+        return self.answer(self.features(inputs))
+
+    def answer(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The predictor's inputs (n_rows, …) -> the answer (n_rows, …).
+
+        Raises:
+            InvalidInput: the predictor refuses a value.
+            PairMismatch: the predictor gave something else than its signature promises.
+        """
         outputs = tuple(self.predictor.infer(features))
         check_outputs(self.predictor.outputs, outputs, features[0].n_rows)
         return self.preprocessor.answer(outputs)

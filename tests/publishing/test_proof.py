@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from splitserve.arrays import from_array, to_array
-from splitserve.publishing.proof import not_finite_complaint, row_wise_complaint, scale_of, stable_rows, tolerances_of
+from splitserve.publishing.proof import row_wise_complaint, stable_rows, tolerances_of
+from splitserve.repository.golden import scale_of
 from splitserve.repository.manifest import Tolerance
 
 ROWS = (from_array("x", np.random.default_rng(1).normal(size=(100, 3)).astype(np.float32)),)
@@ -154,15 +155,3 @@ def test_a_row_that_is_refused_when_it_is_moved_is_no_golden_row():
     x = np.array([[0.5], [1.0]], dtype=np.float32)
 
     assert stable_rows(runs(strict), (from_array("x", x),), {"y": Tolerance(0.0, 1e-5)}) == [0]
-
-
-def test_an_answer_that_is_not_finite_where_the_pipelines_is_is_found():
-    outputs = [from_array("y", np.array([1.0, np.nan]))]
-
-    assert "row 1 is nan where the pipeline gives 2.0" in not_finite_complaint(outputs, {"y": np.array([1.0, 2.0])})
-    assert not_finite_complaint(outputs, {"y": np.array([1.0, np.nan])}) == ""
-    assert not_finite_complaint(outputs, {}) == ""
-
-
-def test_an_answer_of_nothing_but_nan_is_found():
-    assert "not finite for any row" in not_finite_complaint([from_array("y", np.full(3, np.nan))], {})

@@ -1,0 +1,196 @@
+"""A pair of bundles -> a release: the record that the two were proven as a whole, which is what makes them serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from splitserve.errors import SplitserveError
+from splitserve.publishing.errors import PublishError
+from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, encode_golden, kept_rows, take_rows, write
+from splitserve.publishing.proof import stable_rows, tolerances_of
+from splitserve.repository import release_log
+from splitserve.repository.bundle import Bundle
+from splitserve.repository.folder import Repository
+from splitserve.repository.golden import Golden, not_finite_complaint
+from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, Manifest
+from splitserve.repository.release import SCHEMA_VERSION, Compared, GoldenRows, Proof, Release, ReleaseManifest
+from splitserve.runtimes.release import WholeRelease
+from splitserve.tensors import Tensor
+
+
+def proven_golden(whole: WholeRelease, rows: Sequence[Tensor]) -> Golden:
+    """The golden samples of a release: raw rows with the answers of the whole, those that hold on other machines.
+
+    Args:
+        whole: both halves, loaded as services load them.
+        rows: raw rows (n_rows, …) by the inputs of the signature.
+
+    Raises:
+        PublishError: a row cannot be answered, or no answer is finite.
+    """
+    try:
+        answers = whole.infer(rows)
+        if complaint := not_finite_complaint(answers):
+            raise PublishError(f"the whole cannot be proven: {complaint}")
+        golden = Golden(tuple(rows), answers)
+        tolerances = tolerances_of(answers, bounds_of_pair(whole))
+        features = whole.features(rows)
+    except SplitserveError as error:
+        raise PublishError(f"the halves cannot answer a golden row: {error.message}") from error
+    if stable := stable_rows(whole.answer, features, tolerances):
+        golden = Golden(*(take_rows(side, stable) for side in (golden.inputs, golden.outputs)))
+    return kept_rows(whole.infer, golden, tolerances)
+
+
+def bounds_of_pair(whole: WholeRelease) -> Mapping[str, float]:
+    """The bounds of the tolerances of an answer, by datatype."""
+    return dict.fromkeys(BOUNDS, QUANTISED_BOUND) if whole.is_quantised else BOUNDS
+
+
+def record(
+    repository: Repository,
+    whole: WholeRelease,
+    preprocessor: Bundle,
+    predictor: Bundle,
+    golden: Golden,
+    *,
+    proven: Proof,
+    compared: Compared,
+    golden_rows: GoldenRows = "rows",
+    accepted: Sequence[str] = (),
+) -> Release:
+    """Append the release of a pair to a model's releases: from then on it serves.
+
+    Args:
+        repository: where both bundles are.
+        whole: both halves, loaded.
+        preprocessor: its bundle as it is in the repository.
+        predictor: its bundle as it is in the repository.
+        golden: as `proven_golden` gives it.
+        proven: how the pair was proven.
+        compared: what was compared.
+        golden_rows: where the golden rows come from.
+        accepted: what the operator accepted explicitly.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+    files = {GOLDEN_FILE: encode_golden(golden)}
+    first, second = preprocessor.manifest, predictor.manifest
+
+    def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
+        manifest = ReleaseManifest(
+            schema_version=SCHEMA_VERSION,
+            model=preprocessor.key.model,
+            sequence=sequence,
+            pair=f"{preprocessor.key.version}.{predictor.key.version}",
+            created=now(),
+            preprocessor=preprocessor.manifest_sha256,
+            predictor=predictor.manifest_sha256,
+            proven=proven,
+            compared=compared,
+            inputs=whole.inputs,
+            outputs=whole.outputs,
+            tolerances=tolerances_of(golden.outputs, bounds_of_pair(whole)),
+            labels=labels_of(first, second),
+            is_row_wise=whole.is_row_wise,
+            golden=golden_rows,
+            accepted=tuple(accepted),
+            files=release_log.digests(files),
+        )
+        return manifest, files
+
+    return release_log.append(repository.root, preprocessor.key.model, make)
+
+
+def write_released(
+    repository: Repository,
+    preprocessor: PreprocessorHalf,
+    predictor: PredictorHalf,
+    *,
+    version: int | None,
+    proven: Proof,
+    compared: Compared,
+    golden_rows: GoldenRows = "rows",
+) -> Release:
+    """Write both bundles, then the release that makes the pair serve. Killed at any point, nothing serves in part.
+
+    Args:
+        repository: where to.
+        preprocessor: the one half.
+        predictor: the other.
+        version: of both; the next free number of each by default.
+        proven: how the pair was proven.
+        compared: what was compared.
+        golden_rows: where the golden rows come from.
+
+    Raises:
+        PublishError: the halves do not fit, a version exists, or the repository cannot be written.
+    """
+    manifests = (preprocessor.manifest, predictor.manifest)
+    try:
+        whole = WholeRelease(
+            preprocessor.runtime,
+            predictor.runtime,
+            is_row_wise=all(manifest.is_row_wise for manifest in manifests),
+            is_quantised=predictor.manifest.is_quantised,
+        )
+        labels_of(*manifests)
+        golden = proven_golden(whole, preprocessor.golden.inputs)
+        with release_log.publishing(repository.root, preprocessor.manifest.name):
+            first, second = write(repository, preprocessor, predictor, version=version)
+            try:
+                return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=golden_rows)
+            except BundleError:
+                for bundle in (first, second):
+                    repository.remove(bundle.key)
+                raise
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+
+
+def labels_of(preprocessor: Manifest, predictor: Manifest) -> tuple[str, ...]:
+    """The classes that an answer names, in the order of its scores.
+
+    Raises:
+        BundleError: the halves name different ones, or name them in another order.
+    """
+    if preprocessor.labels and predictor.labels and preprocessor.labels != predictor.labels:
+        raise BundleError(
+            f"the halves do not fit: the preprocessor has the labels {_listed(preprocessor.labels)}, the predictor "
+            f"{_listed(predictor.labels)}; publish both from the same training"
+        )
+    return preprocessor.labels or predictor.labels
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = ", ".join(labels[:10])
+    return f"{shown} and {len(labels) - 10} more" if len(labels) > 10 else shown
+
+
+def now() -> str:
+    """The time of a record, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def withdraw(repository: Repository, release: Release) -> Release:
+    """Append a record that takes a release back.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+
+    def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
+        key = release.key
+        manifest = ReleaseManifest(
+            schema_version=SCHEMA_VERSION,
+            model=key.model,
+            sequence=sequence,
+            pair=str(key.pair),
+            created=now(),
+            withdraws=release.sequence,
+        )
+        return manifest, {}
+
+    return release_log.append(repository.root, release.key.model, make)
