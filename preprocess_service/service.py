@@ -105,11 +105,13 @@ class PreprocessService:
             await self._fetch_signatures(predictors)
         except SplitserveError as error:
             if not self._broken_link:
-                self._log.warning("predict lost", reason=error.message)
+                # Calls for known pairs are still attempted.
+                self._log.warning("predict unreachable", reason=error.message)
             self._broken_link = error.message
         else:
             if self._broken_link:
-                self._log.info("predict reached")
+                # Predict has answered with its index of models.
+                self._log.info("predict reachable")
             self._broken_link = ""
             before, self._pairs = self._pairs, self._match(predictors)
             self._report_changes(before)
@@ -133,8 +135,10 @@ class PreprocessService:
                 if entry.state != (was.state if was else "") and entry.state == READY:
                     properties = entry.value.properties if entry.value else {}
                     facts = {key: properties[key] for key in ("preprocess_runtime", "warnings") if key in properties}
+                    # The pair can serve. Further fields: `preprocess_runtime`, and `warnings` if there are any.
                     self._log.info("pair admitted", model=model, pair=str(pair), **facts)
                 elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
+                    # The halves do not fit, or one of them is not loaded.
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
     async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:

@@ -88,12 +88,14 @@ class ProxyService:
             pairs = await self._catalogue(states)
         except SplitserveError as error:
             if not self._broken_link:
-                self._log.warning("preprocess lost", reason=error.message)
+                # Calls for known pairs are still attempted.
+                self._log.warning("preprocess unreachable", reason=error.message)
             self._broken_link = error.message
             self._targets = {}
             return
         if self._broken_link and not reason:
-            self._log.info("preprocess reached", models=pairs.models())
+            # Preprocess has answered with its index of models.
+            self._log.info("preprocess reachable", models=pairs.models())
         self._broken_link = reason
         self._pairs = pairs
         self._targets = {}

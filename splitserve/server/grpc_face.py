@@ -144,8 +144,10 @@ class GrpcFace:
         if reason != self._reported_reason:
             self._reported_reason = reason
             if reason:
+                # Why the service cannot infer now; logged when the reason changes.
                 self._log.info("not ready", reason=reason)
             else:
+                # At least one model can be inferred.
                 self._log.info("ready")
 
     def _methods(self) -> dict[str, MethodHandler]:
