@@ -65,15 +65,16 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,t
 # No models, unless a build context of this name is given.
 FROM scratch AS models
 
-# Each half separately: an image contains the bundles that its service loads, and the routes. An unknown name fails the build.
+# Each half separately: an image contains the bundles that its service loads, the releases and the routes. An unknown name fails the build.
 FROM build AS bundles
 ARG MODELS=""
 RUN --mount=from=models,target=/models \
     mkdir -p /halves/preprocess /halves/predict && \
     cd /models && for model in ${MODELS:-$(ls)}; do for half in preprocess predict; do \
         mkdir "/halves/$half/$model" && \
-        { [ ! -d "$model/$half" ] || cp -r "$model/$half" "/halves/$half/$model/"; } && \
-        { [ ! -f "$model/route.json" ] || cp "$model/route.json" "/halves/$half/$model/"; } && \
+        for part in "$half" releases route.json route.sig; do \
+            { [ ! -e "$model/$part" ] || cp -r "$model/$part" "/halves/$half/$model/"; } || exit 1; \
+        done && \
         [ -d "$model" ] || { echo "no model $model in the models folder" >&2; exit 1; }; \
     done; done && \
     chmod -R a+rX /halves

@@ -13,6 +13,9 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
+MAX_VERSION = 999_999_999
+"""The largest version number, in folders, keys, requests, settings, routes and releases alike."""
+
 UNNAMED = 0
 """The predictor of a pair where another maker's server does not number its versions: whichever it takes by itself."""
 

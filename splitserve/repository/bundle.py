@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import msgspec
 
 from splitserve.repository import manifest as manifests
-from splitserve.repository.files import check_digest, read_checked, read_small
-from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest
+from splitserve.repository.files import check_digest
+from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, Kind, Manifest
+from splitserve.repository.manifest_folder import ManifestFolder, RemoteFiles
 from splitserve.versions import MODEL_NAME
 
 KINDS: tuple[Kind, ...] = ("preprocess", "predict")
@@ -39,7 +39,7 @@ def parse_key(text: str) -> BundleKey | None:
     return match and BundleKey(match[1], "preprocess" if match[2] == "preprocess" else "predict", int(match[3]))
 
 
-class Bundle:
+class Bundle(ManifestFolder):
     """A bundle whose manifest has been read; each other file is checked against it when it is read.
 
     Args:
@@ -47,47 +47,15 @@ class Bundle:
         folder: where its files are.
         manifest: as decoded.
         manifest_sha256: of the bytes that the manifest was decoded from.
+        remote: its files, where the folder does not have them.
     """
 
-    def __init__(self, key: BundleKey, folder: Path, manifest: Manifest, manifest_sha256: str) -> None:
+    def __init__(
+        self, key: BundleKey, folder: Path, manifest: Manifest, manifest_sha256: str, remote: RemoteFiles | None = None
+    ) -> None:
+        super().__init__(folder, manifest.files, manifest_sha256, remote)
         self.key = key
-        self.folder = folder
         self.manifest = manifest
-        self.manifest_sha256 = manifest_sha256
-
-    def fetch(self) -> None:
-        """Make all files local, so that reading needs no network. Nothing to do for a folder.
-
-        Raises:
-            BundleError: a file cannot be fetched, or is not what the manifest says.
-        """
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a file, checked.
-
-        Raises:
-            BundleError: the manifest does not list it, it is missing, or its size or digest is not the manifest's.
-        """
-        return read_checked(self.folder / name, name, self.expected(name))
-
-    def expected(self, name: str) -> FileDigest:
-        """Size and digest of a file in the manifest.
-
-        Raises:
-            BundleError: the manifest does not list it.
-        """
-        if name not in self.manifest.files:
-            raise BundleError(f"{MANIFEST_FILE} lists no {name}")
-        return self.manifest.files[name]
-
-    def signature(self) -> bytes | None:
-        """The bytes of its signature, unverified; None if it has none.
-
-        Raises:
-            BundleError: it cannot be read, is not a regular file, or is too large.
-        """
-        path = self.folder / SIGNATURE_FILE
-        return read_small(path) if os.path.lexists(path) else None
 
 
 def decode_manifest(data: bytes, key: BundleKey) -> Manifest:

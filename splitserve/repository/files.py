@@ -1,7 +1,8 @@
 """Reading the files of a repository that may hold anything: only regular files, within size limits, checked as they are read.
 
-Folders may be symbolic links, as in mounted volumes. A file is opened once, without following a link; its type, its size and its
-digest are those of the bytes that are returned.
+Folders may be symbolic links, as in mounted volumes. A file is opened once, without following a link, except for the one that
+Kubernetes makes of each file at the top of a volume (``FILE -> ..data/FILE``); its type, its size and its digest are those of the
+bytes that are returned.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 """No link is followed, and opening a pipe does not wait for its writer."""
+
+_KUBERNETES_DATA = "..data"
+"""Where a mounted volume's files are: a link to a folder that is replaced as a whole. Source: Kubernetes, ``AtomicWriter``."""
 
 _FILE_TYPES = {
     stat.S_IFDIR: "a folder",
@@ -110,4 +114,10 @@ def _read(path: Path, name: str, check_size: Callable[[int], None]) -> bytes:
 
 
 def _open_without_following(path: str, _: int) -> int:
-    return os.open(path, _OPEN_FLAGS)
+    try:
+        return os.open(path, _OPEN_FLAGS)
+    except OSError as error:
+        link = Path(path)
+        if error.errno == errno.ELOOP and link.readlink() == Path(_KUBERNETES_DATA, link.name):
+            return os.open(link.parent / _KUBERNETES_DATA / link.name, _OPEN_FLAGS)
+        raise

@@ -16,12 +16,15 @@ from pathlib import Path
 import msgspec
 
 from splitserve.repository import manifest as manifests
-from splitserve.repository import routes
+from splitserve.repository import release_log, routes
 from splitserve.repository.bundle import KINDS, Bundle, BundleKey, decode_manifest
 from splitserve.repository.files import read_small, subfolders
-from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest, Kind, Manifest
-from splitserve.repository.routes import ROUTE_FILE, Route
-from splitserve.versions import MODEL_NAME
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, Kind, Manifest
+from splitserve.repository.manifest_folder import check_unlisted
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.releases import ReleaseFolder, decode_release
+from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
+from splitserve.versions import MAX_VERSION, MODEL_NAME, is_number
 
 
 class Repository:
@@ -47,7 +50,7 @@ class Repository:
     def versions(self, model: str, kind: Kind) -> list[int]:
         """Version numbers of one half of a model, ascending."""
         names = (folder.name for folder in subfolders(self.root / model / kind))
-        return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and not name.startswith("0"))
+        return sorted(int(name) for name in names if is_number(name))
 
     def open(self, key: BundleKey) -> Bundle:
         """A bundle with its manifest read.
@@ -59,13 +62,29 @@ class Repository:
         folder = self.folder(key)
         data = read_small(folder / MANIFEST_FILE)
         manifest = decode_manifest(data, key)
-        try:
-            present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE, SIGNATURE_FILE}
-        except OSError as error:
-            raise BundleError(f"the folder cannot be read: {error.strerror}") from None
-        if unlisted := sorted(present - manifest.files.keys()):
-            raise BundleError(f"{MANIFEST_FILE} does not list {', '.join(unlisted)}")
+        check_unlisted(folder, manifest.files)
         return Bundle(key, folder, manifest, hashlib.sha256(data).hexdigest())
+
+    def releases(self, model: str) -> list[ReleaseKey]:
+        """Keys of a model's records, by sequence.
+
+        Raises:
+            BundleError: they cannot be listed.
+        """
+        return release_log.listing(self.root, model)
+
+    def open_release(self, key: ReleaseKey) -> ReleaseFolder:
+        """A record with its manifest read.
+
+        Raises:
+            NotFetched: it has no manifest (yet).
+            BundleError: its manifest is invalid or another record's, or it has files that the manifest does not list.
+        """
+        folder = self.folder(key)
+        data = read_small(folder / MANIFEST_FILE)
+        manifest = decode_release(data, key)
+        check_unlisted(folder, manifest.files)
+        return ReleaseFolder(key, folder, manifest, hashlib.sha256(data).hexdigest())
 
     def route(self, model: str) -> Route | None:
         """The route of a model, if it has one.
@@ -73,18 +92,31 @@ class Repository:
         Raises:
             BundleError: it is invalid; the message names the model.
         """
+        return routes.decode_for(model, self.read_route(model))
+
+    def read_route(self, model: str) -> StoredRoute | None:
+        """The route of a model as it is stored, if it has one.
+
+        Raises:
+            BundleError: it cannot be read; the message names the model.
+        """
         file = self.route_file(model)
+        signature = file.with_name(ROUTE_SIGNATURE_FILE)
         try:
-            return routes.decode(read_small(file)) if file.exists() else None
-        except (OSError, BundleError) as error:
-            raise BundleError(f"{model}: {error}") from error
+            if not file.exists():
+                return None
+            return StoredRoute(read_small(file), read_small(signature) if signature.exists() else None)
+        except OSError as error:
+            raise BundleError(f"{model}: {ROUTE_FILE} cannot be read: {error.strerror}") from error
+        except BundleError as error:
+            raise type(error)(f"{model}: {error}") from error
 
     def route_file(self, model: str) -> Path:
         """The path of a model's route, whether or not it exists."""
         return self.root / model / ROUTE_FILE
 
-    def stamp(self, key: BundleKey) -> str:
-        """Inodes, sizes and modification times of the files in a bundle's folder."""
+    def stamp(self, key: BundleKey | ReleaseKey, /) -> str:
+        """Inodes, sizes and modification times of the files in the folder of a bundle or release."""
         found = []
         with contextlib.suppress(OSError), os.scandir(self.folder(key)) as entries:
             for entry in entries:
@@ -95,13 +127,19 @@ class Repository:
     def close(self) -> None:
         """Nothing is fetched from a folder."""
 
-    def folder(self, key: BundleKey) -> Path:
-        """The path of a bundle, whether or not it exists."""
-        return self.root / key.model / key.kind / str(key.version)
+    def folder(self, key: BundleKey | ReleaseKey) -> Path:
+        """The path of a bundle or release, whether or not it exists."""
+        return self.root / str(key)
 
     def next_version(self, model: str, kind: Kind) -> int:
-        """The number after the highest one published."""
-        return max(self.versions(model, kind), default=0) + 1
+        """The number after the highest one published.
+
+        Raises:
+            BundleError: there is none: versions end at `MAX_VERSION`.
+        """
+        number = max(self.versions(model, kind), default=0) + 1
+        check_version(number)
+        return number
 
     def write(self, manifest: Manifest, files: Mapping[str, bytes]) -> Bundle:
         """Publish a bundle: under a temporary name, then renamed, so that a reader never sees a part of one.
@@ -111,8 +149,9 @@ class Repository:
             files: contents by name.
 
         Raises:
-            BundleError: the version exists, or the repository cannot be written.
+            BundleError: the version exists or is no version number, or the repository cannot be written.
         """
+        check_version(manifest.version)
         key = BundleKey(manifest.name, manifest.kind, manifest.version)
         digests = {name: FileDigest(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
         manifest = msgspec.structs.replace(manifest, files=digests)
@@ -137,3 +176,11 @@ class Repository:
     def remove(self, key: BundleKey) -> None:
         """Undo `write`. Only for a bundle that has not been served."""
         shutil.rmtree(self.folder(key), ignore_errors=True)
+
+
+def check_version(number: int) -> None:
+    """Raises:
+    BundleError: it cannot be the number of a version.
+    """
+    if not 1 <= number <= MAX_VERSION:
+        raise BundleError(f"version {number}: expected a number from 1 to {MAX_VERSION}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import IO
 
 import msgspec
 import numpy as np
@@ -18,6 +20,9 @@ from splitserve.tensors import Tensor
 _RAW_DATATYPES = ("BYTES", "BF16")
 """Datatypes without a numpy dtype: stored as wire bytes, with the shape in an array of its own."""
 
+
+MAX_ROWS = 10_000
+"""Most golden samples that are read. A file of 350 kB can hold six million equal rows, each of which would be transformed."""
 
 _ROUNDING = 1 + 1e-6
 """The scale is computed again where a bundle is loaded, from numbers that were written as they are."""
@@ -75,10 +80,11 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
     """The samples in ``golden.npz``.
 
     Raises:
-        BundleError: not an npz file, too large unpacked, or a tensor of the signature is missing.
+        BundleError: not an npz file, too large unpacked, more rows than `MAX_ROWS`, or a tensor of the signature is missing.
     """
     try:
         check_npz(data, GOLDEN_FILE)
+        _check_n_rows(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return Golden(
                 inputs=tuple(_tensor(arrays, "inputs", spec) for spec in inputs),
@@ -93,10 +99,37 @@ def decode(data: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSp
         raise BundleError(f"{GOLDEN_FILE}: not an npz file of plain arrays: {error}") from None
 
 
+def _check_n_rows(data: bytes) -> None:
+    """Read the arrays' headers, before any array is made.
+
+    Raises:
+        BundleError: an array has more rows than `MAX_ROWS`.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            side, _, name = member.filename.removesuffix(".npy").partition("/")
+            with archive.open(member) as file:
+                shape = _shape(file)
+            if side.endswith("_shapes") or f"{side}_shapes/{name}.npy" in archive.NameToInfo:
+                continue  # wire bytes of a tensor: its rows are checked when it is made
+            if shape and shape[0] > MAX_ROWS:
+                raise BundleError(f'{GOLDEN_FILE}: "{name[:64]}": expected at most {MAX_ROWS} rows, got {shape[0]}')
+
+
+def _shape(file: IO[bytes]) -> tuple[int, ...]:
+    """Of the array in a npy file. Source: numpy.lib.format."""
+    major, _ = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape: tuple[int, ...] = read(file)[0]
+    return shape
+
+
 def _tensor(arrays: Mapping[str, Array], side: str, spec: TensorSpec) -> Tensor:
     array = arrays[f"{side}/{spec.name}"]
     if spec.datatype in _RAW_DATATYPES:
         shape = tuple(int(size) for size in arrays[f"{side}_shapes/{spec.name}"])
+        if shape and shape[0] > MAX_ROWS:
+            raise BundleError(f'{GOLDEN_FILE}: "{spec.name}": expected at most {MAX_ROWS} rows, got {shape[0]}')
         return Tensor(spec.name, spec.datatype, shape, array.tobytes())
     return from_array(spec.name, array)
 

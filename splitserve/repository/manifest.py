@@ -31,6 +31,10 @@ class NotFetched(BundleError):
     """A bundle cannot be fetched now; a retry may help."""
 
 
+class NotSigned(NotFetched):
+    """A bundle, a release or a route has no signature; it may get one."""
+
+
 class FileDigest(msgspec.Struct, frozen=True):
     """Digest and size, in bytes, of a file in a bundle."""
 

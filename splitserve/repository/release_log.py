@@ -40,8 +40,17 @@ def listing(root: Path, model: str) -> list[ReleaseKey]:
     Raises:
         BundleError: the folder cannot be read.
     """
+    return records_in(root / model / RELEASES_FOLDER, model)
+
+
+def records_in(folder: Path, model: str) -> list[ReleaseKey]:
+    """Keys of the records of a model in a folder, by sequence; none if it does not exist.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
     try:
-        with os.scandir(root / model / RELEASES_FOLDER) as entries:
+        with os.scandir(folder) as entries:
             keys = [key for entry in entries if (key := parse_folder_name(model, entry.name)) and entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []

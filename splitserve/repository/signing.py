@@ -1,8 +1,9 @@
 """Signatures of bundles: made with a private key, verified with the public one, by the OpenSSF's model-signing. No network.
 
-A bundle's signature is ``model.sig`` in its folder, in model-signing's format for folders: the digests of all other files,
-including the manifest. It can be added to a published bundle, which it does not change, and be replaced. model-signing's own
-command makes and verifies the same signatures.
+The signature of a bundle or release is ``model.sig`` in its folder, in the form that model-signing has for a folder: the digests
+of all other files, the manifest among them. It can be added to what is published, since it changes nothing of it, and be
+replaced. model-signing's own command makes and checks the same signatures. A route's is ``route.sig`` beside it: it signs the
+path ``MODEL/route.json``, so that it is not good for another model.
 
 model-signing depends on many packages and takes a second to import, so it is imported only to sign or to verify.
 """
@@ -10,6 +11,7 @@ model-signing depends on many packages and takes a second to import, so it is im
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,9 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from splitserve.repository import routes
 from splitserve.repository.bundle import Bundle, BundleKey
-from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, NotFetched
-from splitserve.repository.routes import Route
+from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, NotSigned
+from splitserve.repository.manifest_folder import ManifestFolder
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.release_log import SCRATCH_PREFIX
+from splitserve.repository.releases import ReleaseFolder
+from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
 from splitserve.repository.source import BundleSource
 
 _INSTALL = 'signatures need more packages ({missing}): pip install "splitserve[signing]"'
@@ -30,12 +37,8 @@ class KeyProblem(ValueError):
     """A key cannot be used, or model-signing is not installed; the message says why."""
 
 
-class NotSigned(NotFetched):
-    """A bundle has no signature (yet)."""
-
-
 class Signer:
-    """Signs bundles.
+    """Signs bundles, releases and routes.
 
     Args:
         private_key: a file in PEM form with a key on the curve P-256, P-384 or P-521, not encrypted.
@@ -52,8 +55,8 @@ class Signer:
         with _problems_of(private_key):
             self._config = signing.Config().use_elliptic_key_signer(private_key=private_key)
 
-    def sign(self, bundle: Bundle) -> Path:
-        """Check a bundle's files against its manifest and write a signature next to them, replacing an existing one.
+    def sign(self, bundle: ManifestFolder) -> Path:
+        """Check files of a bundle or release against its manifest and put a signature beside them; one that exists is replaced.
 
         Returns:
             The path of the signature.
@@ -61,26 +64,44 @@ class Signer:
         Raises:
             BundleError: a file differs from the manifest, or the signature cannot be written.
         """
-        for name in bundle.manifest.files:
+        for name in bundle.listed:
             bundle.read(name)
-        config = copy.copy(self._config).set_hashing_config(_Contents(bundle))
-        target = bundle.folder / SIGNATURE_FILE
+        return self._sign(bundle.folder, _Contents.of(bundle), bundle.folder / SIGNATURE_FILE, bundle.folder.parent)
+
+    def sign_route(self, model: str, file: Path, data: bytes) -> Path:
+        """Put a signature beside a model's route; one that exists is replaced.
+
+        Args:
+            model: whose route.
+            file: where it is.
+            data: its bytes.
+
+        Returns:
+            The signature's file.
+
+        Raises:
+            BundleError: the signature cannot be written.
+        """
+        return self._sign(file.parent, _Contents.of_route(model, data), file.with_name(ROUTE_SIGNATURE_FILE), file.parent)
+
+    def _sign(self, folder: Path, contents: _Contents, target: Path, scratch_folder: Path) -> Path:
+        config = copy.copy(self._config).set_hashing_config(contents)
         try:
-            handle, scratch = tempfile.mkstemp(prefix=f".{bundle.key.version}-", dir=bundle.folder.parent)
+            handle, scratch = tempfile.mkstemp(prefix=f"{SCRATCH_PREFIX}{folder.name}-", dir=scratch_folder)
             os.close(handle)
             try:
-                config.sign(bundle.folder, scratch)
+                config.sign(folder, scratch)
                 Path(scratch).chmod(0o644)
                 Path(scratch).replace(target)
             finally:
                 Path(scratch).unlink(missing_ok=True)
         except OSError as error:
-            raise BundleError(f"{SIGNATURE_FILE} cannot be written: {error.strerror}") from error
+            raise BundleError(f"{target.name} cannot be written: {error.strerror}") from error
         return target
 
 
 class Verifier:
-    """Verifies that bundles were signed with the private key that belongs to a public key.
+    """Checks that bundles, releases and routes were signed with the counterpart of a key.
 
     Args:
         public_key: a file in PEM form with a key on the curve P-256, P-384 or P-521.
@@ -97,8 +118,8 @@ class Verifier:
         with _problems_of(public_key):
             self._config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
 
-    def check(self, bundle: Bundle) -> None:
-        """Verify a bundle's signature.
+    def check(self, bundle: ManifestFolder) -> None:
+        """Check the signature of a bundle or release.
 
         The signed contents are compared with the manifest that was read and with the digests in it. Each file is checked against
         its digest when it is read, so nothing unsigned is used.
@@ -107,24 +128,34 @@ class Verifier:
             NotSigned: it has no signature.
             BundleError: it was signed with another key, or differs from what was signed.
         """
-        signature = bundle.signature()
+        self._check(bundle.folder, _Contents.of(bundle), bundle.signature(), SIGNATURE_FILE)
+
+    def check_route(self, model: str, stored: StoredRoute) -> None:
+        """Check the signature of a model's route.
+
+        Raises:
+            NotSigned: it has none.
+            BundleError: it was signed with another key, or is not what was signed.
+        """
+        self._check(Path(model), _Contents.of_route(model, stored.data), stored.signature, ROUTE_SIGNATURE_FILE)
+
+    def _check(self, folder: Path, contents: _Contents, signature: bytes | None, name: str) -> None:
         if signature is None:
-            raise NotSigned(f'not signed; "splitserve sign" adds {SIGNATURE_FILE}')
-        contents = _Contents(bundle)
+            raise NotSigned(f'not signed; "splitserve sign" adds {name}')
         config = copy.copy(self._config).set_hashing_config(contents)
         try:
             with _file_of(signature) as path:
-                config.verify(bundle.folder, path)
-        except Exception as error:  # a forged file can make model-signing raise anything
-            raise BundleError(f"{SIGNATURE_FILE}: {_verdict(error, contents.digests)}") from error
+                config.verify(folder, path)
+        except Exception as error:  # what a forged file makes model-signing raise is not foreseeable
+            raise BundleError(f"{name}: {_verdict(error, contents.digests)}") from error
 
 
 class SignedBundles:
-    """A `BundleSource` that opens only the signed bundles of another one.
+    """A `BundleSource` that gives out the bundles, releases and routes of another one, if they are signed.
 
     Args:
-        source: where the bundles are.
-        verifier: for the operator's public key.
+        source: where they are.
+        verifier: knows the key.
     """
 
     def __init__(self, source: BundleSource, verifier: Verifier) -> None:
@@ -135,7 +166,26 @@ class SignedBundles:
         return self._source.bundles()
 
     def route(self, model: str) -> Route | None:
-        return self._source.route(model)
+        return routes.decode_for(model, self.read_route(model))
+
+    def read_route(self, model: str) -> StoredRoute | None:
+        """As the source; its signature is checked before anything is made of it."""
+        stored = self._source.read_route(model)
+        try:
+            if stored is not None:
+                self._verifier.check_route(model, stored)
+        except BundleError as error:
+            raise type(error)(f"{model}: {ROUTE_FILE}: {error}") from error
+        return stored
+
+    def releases(self, model: str) -> list[ReleaseKey]:
+        return self._source.releases(model)
+
+    def open_release(self, key: ReleaseKey) -> ReleaseFolder:
+        """As the source; nothing but the manifest has been read when the signature is checked."""
+        record = self._source.open_release(key)
+        self._verifier.check(record)
+        return record
 
     def open(self, key: BundleKey) -> Bundle:
         """As the source, then verify the signature; at that point only the manifest has been read."""
@@ -143,7 +193,7 @@ class SignedBundles:
         self._verifier.check(bundle)
         return bundle
 
-    def stamp(self, key: BundleKey) -> str:
+    def stamp(self, key: BundleKey | ReleaseKey, /) -> str:
         return self._source.stamp(key)
 
     def close(self) -> None:
@@ -160,15 +210,25 @@ def signed_by(public_key: str, source: BundleSource) -> BundleSource:
 
 
 class _Contents:
-    """Replaces ``model_signing.hashing.Config``: takes the digests from a bundle's manifest instead of reading the folder.
+    """Stands in for a ``model_signing.hashing.Config``: tells what is in a folder from its manifest instead of the folder.
 
     So each file is read once, and the bytes that are used are the bytes that were checked.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        listed = {name: file.sha256 for name, file in bundle.manifest.files.items()}
-        self.digests = {**listed, MANIFEST_FILE: bundle.manifest_sha256}
-        """Hex digests by file name."""
+    def __init__(self, digests: dict[str, str]) -> None:
+        self.digests = digests
+        """Hex digests by the name of the file."""
+
+    @classmethod
+    def of(cls, folder: ManifestFolder) -> _Contents:
+        """Of a bundle or release."""
+        listed = {name: file.sha256 for name, file in folder.listed.items()}
+        return cls({**listed, MANIFEST_FILE: folder.manifest_sha256})
+
+    @classmethod
+    def of_route(cls, model: str, data: bytes) -> _Contents:
+        """Of a route: its path names the model."""
+        return cls({f"{model}/{ROUTE_FILE}": hashlib.sha256(data).hexdigest()})
 
     def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
         """A ``model_signing.manifest.Manifest``."""

@@ -8,12 +8,14 @@ from typing import Protocol, TypeVar
 
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import BundleError
-from splitserve.repository.routes import Route
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.releases import ReleaseSource
+from splitserve.repository.routes import Route, StoredRoute
 
 T = TypeVar("T")
 
 
-class BundleSource(Protocol):
+class BundleSource(ReleaseSource, Protocol):
     """A model repository that is read: a folder (`Repository`, `LocalFolder`), or a URL with a cache (`RemoteRepository`)."""
 
     def bundles(self) -> Iterable[BundleKey]:
@@ -29,7 +31,15 @@ class BundleSource(Protocol):
 
         Raises:
             NotFetched: it cannot be read now; a retry may help.
-            BundleError: it is invalid. The message names the model.
+            BundleError: it is invalid, or cannot be followed. The message names the model.
+        """
+        ...
+
+    def read_route(self, model: str) -> StoredRoute | None:
+        """The route of a model as it is stored, if it has one.
+
+        Raises:
+            NotFetched: it cannot be read now; a retry may help. The message names the model.
         """
         ...
 
@@ -42,8 +52,10 @@ class BundleSource(Protocol):
         """
         ...
 
-    def stamp(self, key: BundleKey) -> str:
-        """A text that changes when the bundle's files change, as far as that shows without reading them; "" if unknown.
+    def stamp(self, key: BundleKey | ReleaseKey, /) -> str:
+        """A text that changes when the files of a bundle or release change, as far as that shows without reading them.
+
+        "" if unknown, and with "manifest.json" in it if there is one.
 
         As of the last call of `bundles`, and cheap after it.
         """

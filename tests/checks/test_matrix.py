@@ -75,9 +75,8 @@ def reasons(matrix: Matrix, column: str = HERE) -> dict[str, str]:
     return {pair.pair: "; ".join(pair.verdicts[column].reasons) for pair in matrix.pairs}
 
 
-def write_route(models: Path, *pairs: str, shadow: str = "") -> None:
-    route = {"pairs": [{"pair": pair, "weight": 1} for pair in pairs], "shadow": shadow}
-    (models / "paint" / "route.json").write_text(json.dumps(route))
+def write_route(models: Path, pair: str) -> None:
+    (models / "paint" / "route.json").write_text(json.dumps({"pairs": [{"pair": pair}]}))
 
 
 def test_a_pair_is_admitted_if_both_halves_load_and_mean_the_same(published: Path) -> None:
@@ -155,28 +154,28 @@ def test_golden_samples_that_differ_are_told_apart_from_other_refusals(models: P
 
 
 def test_a_refused_pair_is_a_problem_only_if_a_route_names_it(models: Path) -> None:
-    """Whatever its weight, as a shadow too."""
+    """What is admitted may be beside it: the route decides."""
     write_route(models, "1.1")
     fine = matrix_of(models)
-    write_route(models, "1.1", shadow="2.1")
+    write_route(models, "2.1")
 
     bad = matrix_of(models)
 
     assert fine.problems == ()
     assert [pair.route for pair in fine.pairs] == ["100 %", ""]
-    assert [pair.route for pair in bad.pairs] == ["100 %", "shadow"]
+    assert [pair.route for pair in bad.pairs] == ["", "100 %"]
     (problem,) = bad.problems
     assert problem.startswith("here: paint 2.1, named by its route, is refused: the halves do not fit: feature 0")
 
 
 def test_a_pair_that_a_route_names_and_nobody_published_is_a_problem(models: Path) -> None:
     """It is in the table, and its missing half is named."""
-    write_route(models, "1.1", "1.7")
+    write_route(models, "1.7")
 
     matrix = matrix_of(models)
 
     assert reasons(matrix)["1.7"] == "paint/predict/7: not published"
-    assert [pair.route for pair in matrix.pairs if pair.route] == ["50 %", "50 %"]
+    assert [pair.route for pair in matrix.pairs if pair.route] == ["100 %"]
     assert matrix.problems == ("here: paint 1.7, named by its route, is refused: paint/predict/7: not published",)
 
 

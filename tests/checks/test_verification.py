@@ -196,9 +196,9 @@ def test_what_is_ready_and_what_is_routed_is_verified(repository: Repository, tm
     folder = tmp_path / "models"
     (folder / "iris").mkdir(parents=True)
     (folder / "iris" / "preprocess").symlink_to(repository.root / "iris" / "preprocess")
-    (folder / "iris" / "route.json").write_text('{"pairs": [{"pair": "2.1"}], "shadow": "1.1"}')
+    (folder / "iris" / "route.json").write_text('{"pairs": [{"pair": "2.1"}]}')
 
     assert pairs_of(repository, FakeServer({}, ("1.1",)), "iris") == [Pair(1, 1)]
-    assert pairs_of(Repository(folder), FakeServer({}, ("3.1",)), "iris") == [Pair(1, 1), Pair(2, 1), Pair(3, 1)]
+    assert pairs_of(Repository(folder), FakeServer({}, ("3.1",)), "iris") == [Pair(2, 1), Pair(3, 1)]
     with pytest.raises(Unavailable, match='model "iris" has no pair that is ready'):
         pairs_of(repository, FakeServer({}), "iris")

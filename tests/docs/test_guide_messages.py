@@ -86,7 +86,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
     ordinal = make_pipeline(OrdinalEncoder(categories=[["red", "green", "blue"]]), LogisticRegression()).fit(COLOURS, WORDS)
     publish(ordinal, COLOURS, name="rents", repository=folder)
     publish_preprocessor(OrdinalEncoder().fit(COLOURS), COLOURS, name="rents", repository=folder)
-    (folder / "rents" / "route.json").write_text('{"pairs": [{"pair": "1.1"}, {"pair": "3.1"}]}')
+    (folder / "rents" / "route.json").write_text('{"pairs": [{"pair": "3.1"}]}')
     publish_predictor(softmax_model(4), ROWS.astype(np.float32), name="route", repository=folder)
     (folder / "route" / "route.json").write_text('{"pairs": [')
     return CliRunner().invoke(app, ["matrix", "--repository", str(folder)]).output
@@ -102,7 +102,7 @@ def plain(line: str) -> str:
 
 def test_every_message_of_the_guide_is_what_users_see(told: str) -> None:
     """The tour's are in blocks of text, and tests/system/test_tour.py sees to them."""
-    section = GUIDE.read_text().partition("## Messages")[2]
+    section = GUIDE.read_text().partition("## What you may read, and what to do")[2]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     quoted = [line for language, block in blocks if not language for line in block.splitlines()]
     seen = {plain(re.sub(r"^(\(\d+\)|not deployable:) ", "", line)) for line in told.splitlines()}

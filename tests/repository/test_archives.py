@@ -20,6 +20,7 @@ from splitserve.repository.golden import Golden, decode, encode
 from splitserve.repository.manifest import BundleError
 from splitserve.runtimes.sklearn_pipeline import dump, load
 from splitserve.signature import TensorSpec
+from splitserve.tensors import Tensor
 
 LIMIT = 4 * 1024**2
 NUMBERS = np.array([[1.0, 2.0], [3.0, 4.0]])
@@ -155,3 +156,21 @@ def test_a_schema_of_any_depth_is_looked_through() -> None:
         deep = [deep]
 
     check_skops(a_zip(("schema.json", json.dumps(deep).encode()), ("a.npy", b"x")), "pipeline.skops")
+
+
+def test_golden_samples_of_millions_of_rows_are_not_read() -> None:
+    """Equal rows compress to almost nothing, and each would be transformed and predicted: the header says how many there are."""
+    golden = Golden((from_array("x", np.zeros((6_000_000, 1), np.int8)),), ())
+    data = encode(golden)
+    assert len(data) < 350_000
+
+    with pytest.raises(BundleError, match=r'^golden\.npz: "x": expected at most 10000 rows, got 6000000$'):
+        decode(data, [TensorSpec("x", "INT8", ("batch", 1))], [])
+
+
+def test_golden_samples_of_text_have_the_same_limit() -> None:
+    """Text is stored as wire bytes, with its shape beside it."""
+    words = Tensor("x", "BYTES", (20_000, 0), b"")
+
+    with pytest.raises(BundleError, match=r'^golden\.npz: "x": expected at most 10000 rows, got 20000$'):
+        decode(encode(Golden((words,), ())), [TensorSpec("x", "BYTES", ("batch", 0))], [])

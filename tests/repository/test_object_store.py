@@ -11,11 +11,13 @@ import pytest
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import source_of
 from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, Gateway, cut, flip, stall, status
 from tests.object_store import ObjectStore, object_store
+from tests.repository.test_release_sources import GOLDEN, record
 
 pytestmark = pytest.mark.heavy
 
@@ -107,6 +109,31 @@ def test_a_bucket_is_a_model_repository(filled: ObjectStore, open_source: Callab
     assert len(filled.requests) == 1
     assert routed(source) == ["1.1"]
     assert fetch_bundle(source, KEY).read("model.onnx") == CONTENT
+
+
+def test_releases_are_read_from_a_bucket_and_fetched_once(
+    store: ObjectStore, repository: Repository, open_source: Callable[..., RemoteRepository]
+) -> None:
+    """The listing has them in order; records never change, so that a restart fetches none."""
+    record(repository.root)
+    record(repository.root, "1.2")
+    store.client.create_bucket(Bucket="models")
+    store.upload(repository.root, "models", "prod/")
+    first = open_source()
+    first.bundles()
+    history = ReleaseReader(first).history("m")
+    opened = first.open_release(first.releases("m")[1])
+    opened.fetch()
+    store.requests.clear()
+
+    again = open_source()
+    again.bundles()
+    reader = ReleaseReader(again)
+
+    assert [str(release.key) for release in history.records] == ["m/releases/0001-1.1", "m/releases/0002-1.2"]
+    assert opened.read("golden.npz") == GOLDEN
+    assert reader.history("m").current() == history.current()
+    assert store.fetched() == []
 
 
 def test_a_restart_fetches_nothing(filled: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:

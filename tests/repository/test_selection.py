@@ -65,12 +65,12 @@ def test_refused_versions_take_no_ones_place(
 
 
 def test_a_route_pins_its_pairs_halves() -> None:
-    """Each half its own number; the shadow's too."""
-    route = decode(b'{"pairs": [{"pair": "1.2", "weight": 90}, {"pair": "3.2", "weight": 10}], "shadow": "4.5"}')
+    """Each half its own number."""
+    route = decode(b'{"pairs": [{"pair": "1.2", "weight": 90}]}')
 
-    assert route == Route((RoutedPair("1.2", 90), RoutedPair("3.2", 10)), "4.5")
-    assert pinned("preprocess", VersionPolicy(), route) == {1, 3, 4}
-    assert pinned("predict", VersionPolicy(0, (Pair(9, 8),)), route) == {2, 5, 8}
+    assert route == Route((RoutedPair("1.2", 90),))
+    assert pinned("preprocess", VersionPolicy(), route) == {1}
+    assert pinned("predict", VersionPolicy(0, (Pair(9, 8),)), route) == {2, 8}
     assert pinned("predict", VersionPolicy(), None) == set()
 
 
@@ -80,7 +80,14 @@ def test_a_route_pins_its_pairs_halves() -> None:
         (b"{", "route.json: "),
         (b"{}", "missing required field `pairs`"),
         (b'{"pairs": [{"pair": "1"}]}', 'expected a pair as "K.M", got "1"'),
-        (b'{"pairs": [{"pair": "1.1", "weight": -1}]}', "weight"),
+        (b'{"pairs": [{"pair": "1.1", "weight": -1}]}', "weight of 1.1: expected more than 0 and at most 1000000, got -1"),
+        (b'{"pairs": [{"pair": "1.1", "weight": 0}]}', "weight of 1.1: expected more than 0"),
+        (b'{"pairs": [{"pair": "1.1", "weight": 1e308}]}', "weight of 1.1: expected more than 0"),
+        (b'{"pairs": [{"pair": "1.1", "weigth": 2}]}', "unknown field `weigth`"),
+        (b'{"pairs": [{"pair": "1.1"}], "shadw": "2.1"}', "unknown field `shadw`"),
+        (b'{"pairs": [{"pair": "1.1"}], "shadow": "2.1"}', "shadow 2.1: shadow traffic is not supported yet"),
+        (b'{"pairs": [{"pair": "1.1"}, {"pair": "2.1"}]}', "expected exactly one pair, got 2"),
+        (b'{"pairs": []}', "expected exactly one pair, got 0"),
         (b'{"pairs": [], "shadow": "x"}', 'expected a pair as "K.M", got "x"'),
         (b"\xff", "route.json: "),
     ],

@@ -103,11 +103,15 @@ def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "expected schema version 1, got 2"),
+        ({"schema_version": 1}, "expected schema version 2, got 1"),
         ({"bundles": 1}, "Expected `object`"),
-        ({"bundles": {"../x/predict/1": DIGEST}}, "MODEL/preprocess/1, got '../x/predict/1'"),
-        ({"bundles": {"m/predict/0": DIGEST}}, "MODEL/preprocess/1, got 'm/predict/0'"),
-        ({"signatures": {"m": DIGEST}}, "MODEL/preprocess/1, got 'm'"),
+        (
+            {"bundles": {"../x/predict/1": DIGEST}},
+            "expected a bundle as MODEL/predict/1 or MODEL/preprocess/1, got '../x/predict/1'",
+        ),
+        ({"bundles": {"m/predict/0": DIGEST}}, "got 'm/predict/0'"),
+        ({"releases": {"m/releases/1-1.1": DIGEST}}, "expected a release as MODEL/releases/0001-1.1, got 'm/releases/1-1.1'"),
+        ({"signatures": {"m": DIGEST}}, "a signature of 'm', which is not in it"),
         ({"routes": {"..": DIGEST}}, "'..' cannot be the name of a model"),
         ({"routes": {"m": {"sha256": "../../x", "size": 2}}}, "m: expected a sha256 of 64 hex digits and a size"),
         ({"bundles": {"m/predict/1": {"sha256": "0" * 64, "size": -1}}}, "m/predict/1: expected a sha256"),
@@ -116,7 +120,7 @@ def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository)
 )
 def test_an_index_that_can_not_be_relied_on_is_refused(change: dict[str, Any], message: str) -> None:
     """What is in it becomes paths and sizes."""
-    data = msgspec.json.encode({"schema_version": 1, "bundles": {"m/predict/1": DIGEST}, **change})
+    data = msgspec.json.encode({"schema_version": 2, "bundles": {"m/predict/1": DIGEST}, **change})
 
     with pytest.raises(BundleError) as caught:
         index.decode(data)

@@ -1,6 +1,7 @@
 """``index.json`` at the root of a model repository: its listing, for web servers, which cannot list.
 
-It has the digest of every manifest, route and signature, so every fetched file is checked against a digest.
+It holds the digest of every manifest, of bundles and releases, and of every route, so what is fetched is checked from the index
+down.
 """
 
 from __future__ import annotations
@@ -8,31 +9,44 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
+from splitserve.repository import release, routes
 from splitserve.repository.bundle import BundleKey, decode_manifest, parse_key
 from splitserve.repository.files import MAX_SMALL_FILE_BYTES, check_digest, read_small
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.releases import decode_release
 from splitserve.versions import MODEL_NAME
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INDEX_FILE = "index.json"
 
 
 class Index(msgspec.Struct, frozen=True):
-    """``index.json``: digests of manifests and signatures by the bundle's path, and of routes by the model's name."""
+    """``index.json``: the manifest of each bundle and release by its path, the route of each model that has one by its name, and
+    the signature of each bundle, release and route that has one: by the path, or by the model's name.
+    """
 
     schema_version: int
     bundles: dict[str, FileDigest]
+    releases: dict[str, FileDigest] = {}
     routes: dict[str, FileDigest] = {}
     signatures: dict[str, FileDigest] = {}
 
     def keys(self) -> dict[BundleKey, FileDigest]:
         """The bundles, by key."""
         return {key: digest for path, digest in self.bundles.items() if (key := parse_key(path))}
+
+    def release_keys(self) -> dict[ReleaseKey, FileDigest]:
+        """The releases, by key."""
+        return {key: digest for path, digest in self.releases.items() if (key := release.parse_key(path))}
 
 
 _decoder = msgspec.json.Decoder(Index)
@@ -50,13 +64,21 @@ def decode(data: bytes) -> Index:
         raise BundleError(f"{INDEX_FILE}: {error}") from None
     if index.schema_version != SCHEMA_VERSION:
         raise BundleError(f"{INDEX_FILE}: expected schema version {SCHEMA_VERSION}, got {index.schema_version}")
-    for path in (*index.bundles, *index.signatures):
+    for path in index.bundles:
         if parse_key(path) is None:
             raise BundleError(f"{INDEX_FILE}: expected a bundle as MODEL/predict/1 or MODEL/preprocess/1, got {path[:128]!r}")
+    for path in index.releases:
+        if release.parse_key(path) is None:
+            raise BundleError(f"{INDEX_FILE}: expected a release as MODEL/releases/0001-1.1, got {path[:128]!r}")
+    for path in index.signatures:
+        if path not in index.bundles.keys() | index.releases.keys() | index.routes.keys():
+            raise BundleError(f"{INDEX_FILE}: a signature of {path[:128]!r}, which is not in it")
     for model in index.routes:
         if not MODEL_NAME.fullmatch(model):
             raise BundleError(f"{INDEX_FILE}: {model[:128]!r} cannot be the name of a model")
-    for name, digest in [*index.bundles.items(), *index.routes.items(), *index.signatures.items()]:
+    for name, digest in chain.from_iterable(
+        part.items() for part in (index.bundles, index.releases, index.routes, index.signatures)
+    ):
         check_digest(digest, f"{INDEX_FILE}: {name}")
         if digest.size > MAX_SMALL_FILE_BYTES:
             raise BundleError(f"{INDEX_FILE}: {name} has {digest.size} bytes; the limit is {MAX_SMALL_FILE_BYTES}")
@@ -64,28 +86,44 @@ def decode(data: bytes) -> Index:
 
 
 def build(repository: Repository) -> tuple[Index, list[str]]:
-    """The index of a repository, and the problems of the bundles and routes that are omitted from it.
+    """The index of a repository, and what is wrong with the bundles, releases and routes that were left out of it.
 
     Raises:
         BundleError: the repository cannot be listed.
     """
-    bundles, routes, signatures, problems = {}, {}, {}, []
+    found, problems = Index(SCHEMA_VERSION, {}, {}, {}, {}), []
     for key in repository.bundles():
         try:
-            data = read_small(repository.folder(key) / MANIFEST_FILE)
-            decode_manifest(data, key)
-            bundles[str(key)] = _digest(data)
-            if (repository.folder(key) / SIGNATURE_FILE).exists():
-                signatures[str(key)] = _digest(read_small(repository.folder(key) / SIGNATURE_FILE))
+            _add(found, found.bundles, key, repository.folder(key), partial(decode_manifest, key=key))
         except BundleError as error:
             problems.append(f"{key}: {error}")
     for model in repository.models():
+        for record in repository.releases(model):
+            try:
+                _add(found, found.releases, record, repository.folder(record), partial(decode_release, key=record))
+            except BundleError as error:
+                problems.append(str(error) if str(error).startswith(str(record)) else f"{record}: {error}")
         try:
-            if repository.route(model):
-                routes[model] = _digest(read_small(repository.route_file(model)))
+            if stored := repository.read_route(model):
+                routes.decode_for(model, stored)
+                found.routes[model] = _digest(stored.data)
+                if stored.signature is not None:
+                    found.signatures[model] = _digest(stored.signature)
         except BundleError as error:
             problems.append(str(error))
-    return Index(SCHEMA_VERSION, bundles, routes, signatures), problems
+    return found, problems
+
+
+def _add(
+    index: Index, part: dict[str, FileDigest], key: BundleKey | ReleaseKey, folder: Path, check: Callable[[bytes], object]
+) -> None:
+    """Add a folder with a manifest, and its signature if it has one."""
+    data = read_small(folder / MANIFEST_FILE)
+    check(data)
+    signature = read_small(folder / SIGNATURE_FILE) if (folder / SIGNATURE_FILE).exists() else None
+    part[str(key)] = _digest(data)
+    if signature is not None:
+        index.signatures[str(key)] = _digest(signature)
 
 
 def write(root: Path, index: Index) -> Path:

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from splitserve.repository import manifest as manifests
+from splitserve.repository import release_log
 from splitserve.repository.bundle import KINDS, Bundle, BundleKey
 from splitserve.repository.files import read_small
 from splitserve.repository.folder import Repository
-from splitserve.repository.manifest import MANIFEST_FILE, BundleError, Kind, Manifest
-from splitserve.repository.routes import ROUTE_FILE, Route
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, Kind, Manifest, NotFetched
+from splitserve.repository.release import RELEASES_FOLDER, ReleaseKey
+from splitserve.repository.releases import ReleaseFolder
+from splitserve.repository.routes import ROUTE_FILE, Route, StoredRoute
 
 
 class LocalFolder:
@@ -23,7 +26,13 @@ class LocalFolder:
         self._seen: Repository | None = None
 
     def bundles(self) -> Iterator[BundleKey]:
-        """All bundles, ordered by model, kind and version."""
+        """All bundles, by model, kind and version.
+
+        Raises:
+            NotFetched: the folder does not exist: what was mounted there is not there now.
+        """
+        if not self.root.is_dir():
+            raise NotFetched(f"{self.root}: no such folder")
         self._seen = self._repository()
         return self._seen.bundles()
 
@@ -31,11 +40,23 @@ class LocalFolder:
         """The route of a model, if it has one."""
         return (self._seen or self._repository()).route(model)
 
+    def read_route(self, model: str) -> StoredRoute | None:
+        """As `Repository.read_route`."""
+        return (self._seen or self._repository()).read_route(model)
+
     def open(self, key: BundleKey) -> Bundle:
         """As `Repository.open`."""
         return self._repository().open(key)
 
-    def stamp(self, key: BundleKey) -> str:
+    def releases(self, model: str) -> list[ReleaseKey]:
+        """As `Repository.releases`."""
+        return (self._seen or self._repository()).releases(model)
+
+    def open_release(self, key: ReleaseKey) -> ReleaseFolder:
+        """As `Repository.open_release`."""
+        return (self._seen or self._repository()).open_release(key)
+
+    def stamp(self, key: BundleKey | ReleaseKey, /) -> str:
         """As `Repository.stamp`."""
         return (self._seen or self._repository()).stamp(key)
 
@@ -56,10 +77,13 @@ class _SingleBundle(Repository):
         manifest = _read(self.root / MANIFEST_FILE)
         yield BundleKey(manifest.name, manifest.kind, manifest.version)
 
-    def route(self, model: str) -> Route | None:
+    def read_route(self, model: str) -> StoredRoute | None:
         return None
 
-    def folder(self, key: BundleKey) -> Path:
+    def releases(self, model: str) -> list[ReleaseKey]:
+        return []
+
+    def folder(self, key: BundleKey | ReleaseKey) -> Path:
         return self.root
 
 
@@ -80,8 +104,11 @@ class _ModelFolder(Repository):
     def route_file(self, model: str) -> Path:
         return self.root / ROUTE_FILE
 
-    def folder(self, key: BundleKey) -> Path:
-        return self.root / key.kind / str(key.version)
+    def releases(self, model: str) -> list[ReleaseKey]:
+        return release_log.records_in(self.root / RELEASES_FOLDER, model) if model == self._model else []
+
+    def folder(self, key: BundleKey | ReleaseKey) -> Path:
+        return self.root / str(key).removeprefix(f"{key.model}/")
 
 
 def _name_in(files: Sequence[Path]) -> str:

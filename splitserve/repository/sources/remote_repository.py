@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import msgspec
 
-from splitserve.repository import routes
+from splitserve.repository import release, routes
 from splitserve.repository.bundle import Bundle, BundleKey, decode_manifest, parse_key
-from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest, Manifest, NotFetched
-from splitserve.repository.routes import ROUTE_FILE, Route
+from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest, NotFetched
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.releases import ReleaseFolder, decode_release
+from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
 from splitserve.repository.sources import index
 from splitserve.repository.sources.cache import Cache, WrongContent
 from splitserve.repository.sources.index import INDEX_FILE
@@ -34,13 +37,25 @@ class _Small(msgspec.Struct, frozen=True):
     digest: FileDigest | None = None
 
 
-class _Listing(msgspec.Struct, frozen=True):
-    """One poll's result. ``stamps`` has the validators or digests of each bundle's files."""
+_Key = BundleKey | ReleaseKey
 
-    manifests: dict[BundleKey, _Small]
-    routes: dict[str, _Small]
-    signatures: dict[BundleKey, _Small]
-    stamps: dict[BundleKey, list[str]]
+
+class _Listing(msgspec.Struct, frozen=True):
+    """What there is: manifests, signatures and what is known of the files of each bundle and release; routes with signatures."""
+
+    manifests: dict[_Key, _Small] = {}
+    signatures: dict[_Key, _Small] = {}
+    stamps: dict[_Key, list[str]] = {}
+    routes: dict[str, _Small] = {}
+    route_signatures: dict[str, _Small] = {}
+
+    def bundles(self) -> list[BundleKey]:
+        """By model, kind and version."""
+        return sorted(key for key in self.manifests if isinstance(key, BundleKey))
+
+    def releases(self, model: str) -> list[ReleaseKey]:
+        """By sequence."""
+        return sorted(key for key in self.manifests if isinstance(key, ReleaseKey) and key.model == model)
 
 
 class RemoteRepository:
@@ -63,31 +78,53 @@ class RemoteRepository:
         if self._listing is None:
             self._cache.sweep()
         self._listing = self._list() if self._folder.can_list else self._read_index()
-        return sorted(self._listing.manifests)
+        return self._listing.bundles()
 
     def route(self, model: str) -> Route | None:
-        """The route of a model, if it has one, as of the last poll."""
-        listed = self._polled().routes.get(model)
+        """The route of a model, if it has one, as of the last call of `bundles`."""
+        return routes.decode_for(model, self.read_route(model))
+
+    def read_route(self, model: str) -> StoredRoute | None:
+        """The route of a model as it is stored, if it has one, as of the last call of `bundles`."""
+        listing = self._polled()
+        listed, signature = listing.routes.get(model), listing.route_signatures.get(model)
         try:
-            return None if listed is None else routes.decode(self._read_small(ROUTE_FILE, listed))
+            if listed is None:
+                return None
+            data = self._read_small(ROUTE_FILE, listed)
+            return StoredRoute(data, self._read_small(ROUTE_SIGNATURE_FILE, signature) if signature else None)
         except BundleError as error:
             raise type(error)(f"{model}: {error}") from error
 
+    def releases(self, model: str) -> list[ReleaseKey]:
+        """Keys of a model's records, by sequence, as of the last call of `bundles`."""
+        return self._polled().releases(model)
+
+    def open_release(self, key: ReleaseKey) -> ReleaseFolder:
+        """A record with its manifest read. `ReleaseFolder.fetch` gets its golden samples."""
+        data, place = self._open(key)
+        manifest = decode_release(data, key)
+        return ReleaseFolder(key, place, manifest, hashlib.sha256(data).hexdigest(), _CachedFiles(self, str(key)))
+
     def open(self, key: BundleKey) -> Bundle:
         """A bundle, its manifest read. `Bundle.fetch` gets its files."""
+        data, place = self._open(key)
+        manifest = decode_manifest(data, key)
+        return Bundle(key, place, manifest, hashlib.sha256(data).hexdigest(), _CachedFiles(self, str(key)))
+
+    def _open(self, key: _Key) -> tuple[bytes, Path]:
+        """The bytes of a manifest, and the folder in the cache that has it with its signature."""
         listing = self._polled()
         if key not in listing.manifests:
             raise NotFetched(f"{self._folder} does not list it")
         data = self._read_small(MANIFEST_FILE, listing.manifests[key])
-        manifest = decode_manifest(data, key)
         signature = listing.signatures.get(key)
         folder = f"{hashlib.sha256(self._folder.url.encode()).hexdigest()[:16]}/{key}"
         self._cache.place(f"{folder}/{SIGNATURE_FILE}", self._read_small(SIGNATURE_FILE, signature) if signature else None)
-        place = self._cache.place(f"{folder}/{MANIFEST_FILE}", data).parent
-        return _RemoteBundle(key, place, manifest, hashlib.sha256(data).hexdigest(), self._fetch, self._read)
+        return data, self._cache.place(f"{folder}/{MANIFEST_FILE}", data).parent
 
-    def stamp(self, key: BundleKey) -> str:
-        """Validators of its files as of the last poll; with an index, digests of manifest and signature only."""
+    def stamp(self, key: _Key, /) -> str:
+        """What the last look says of its files: a bucket knows when each has changed, an index only of manifest and signature."""
         return "\n".join(sorted(self._polled().stamps.get(key, ())))
 
     def close(self) -> None:
@@ -102,17 +139,19 @@ class RemoteRepository:
         return self._listing
 
     def _list(self) -> _Listing:
-        """The listing of a bucket."""
-        listing = _Listing({}, {}, {}, {})
+        """What a bucket's listing says."""
+        listing = _Listing()
         for path, validator in self._folder.list().items():
             parent, _, name = path.rpartition("/")
-            key = parse_key(parent)
+            key = parse_key(parent) or release.parse_key(parent)
             if not self._serves(parent.partition("/")[0]):
                 continue
             if key:
                 listing.stamps.setdefault(key, []).append(f"{name} {validator}")
             if name == ROUTE_FILE and "/" not in parent:
                 listing.routes[parent] = _Small(path, validator)
+            elif name == ROUTE_SIGNATURE_FILE and "/" not in parent:
+                listing.route_signatures[parent] = _Small(path, validator)
             elif name == MANIFEST_FILE and key:
                 listing.manifests[key] = _Small(path, validator)
             elif name == SIGNATURE_FILE and key:
@@ -129,29 +168,26 @@ class RemoteRepository:
             raise NotFetched(f"{self._folder}: {error}{hint}") from error
         except BundleError as error:
             raise BundleError(f"{where}: {error}") from error
-        served = {key: digest for key, digest in found.keys().items() if self._serves(key.model)}
-        return _Listing(
-            {key: _Small(f"{key}/{MANIFEST_FILE}", digest=digest) for key, digest in served.items()},
-            {
-                model: _Small(f"{model}/{ROUTE_FILE}", digest=digest)
-                for model, digest in found.routes.items()
-                if self._serves(model)
-            },
-            {
-                key: _Small(f"{key}/{SIGNATURE_FILE}", digest=found.signatures[str(key)])
-                for key in served
-                if str(key) in found.signatures
-            },
-            {
-                key: [digest.sha256, found.signatures[str(key)].sha256 if str(key) in found.signatures else ""]
-                for key, digest in served.items()
-            },
-        )
+        listing = _Listing()
+        for key, digest in chain[tuple[_Key, FileDigest]](found.keys().items(), found.release_keys().items()):
+            if not self._serves(key.model):
+                continue
+            listing.manifests[key] = _Small(f"{key}/{MANIFEST_FILE}", digest=digest)
+            listing.stamps[key] = [f"{MANIFEST_FILE} {digest.sha256}"]
+            if signature := found.signatures.get(str(key)):
+                listing.signatures[key] = _Small(f"{key}/{SIGNATURE_FILE}", digest=signature)
+                listing.stamps[key].append(f"{SIGNATURE_FILE} {signature.sha256}")
+        for model, digest in found.routes.items():
+            if self._serves(model):
+                listing.routes[model] = _Small(f"{model}/{ROUTE_FILE}", digest=digest)
+                if signature := found.signatures.get(model):
+                    listing.route_signatures[model] = _Small(f"{model}/{ROUTE_SIGNATURE_FILE}", digest=signature)
+        return listing
 
     def _read_small(self, name: str, small: _Small) -> bytes:
         """A small file's bytes; from the cache if its validator or digest is unchanged."""
         if small.digest is not None:
-            return self._read(name, small.path, small.digest)
+            return self.read(name, small.path, small.digest)
         where = f"{self._folder}/{small.path}"
         if small.validator and (known := self._cache.recall(where, small.validator)):
             with contextlib.suppress(BundleError):
@@ -162,18 +198,18 @@ class RemoteRepository:
             self._cache.remember(where, small.validator, digest)
         return data
 
-    def _read(self, name: str, path: str, digest: FileDigest) -> bytes:
-        """A file's bytes from the cache, fetched again if the cached file is damaged."""
-        self._fetch(name, path, digest)
+    def read(self, name: str, path: str, digest: FileDigest) -> bytes:
+        """A file's bytes out of the cache. One that is damaged there is fetched again."""
+        self.fetch(name, path, digest)
         try:
             return self._cache.read(name, digest)
         except BundleError:
             self._cache.discard(digest)
-        self._fetch(name, path, digest)
+        self.fetch(name, path, digest)
         return self._cache.read(name, digest)
 
-    def _fetch(self, name: str, path: str, digest: FileDigest) -> None:
-        """Fetch a file into the cache; once more if its digest differs."""
+    def fetch(self, name: str, path: str, digest: FileDigest) -> None:
+        """See that a file is in the cache. One that comes wrong is fetched once more."""
         download = self._folder.download(path, digest.size)
         try:
             self._cache.fetch(name, digest, download)
@@ -184,29 +220,17 @@ class RemoteRepository:
                 raise WrongContent(f"{error}, twice in a row from {self._folder}") from error
 
 
-class _RemoteBundle(Bundle):
-    """A bundle whose files are in the cache after `fetch`. Its folder has only the manifest and the signature, if any."""
+class _CachedFiles:
+    """The files of a bundle or release, in the cache once they were fetched."""
 
-    def __init__(
-        self,
-        key: BundleKey,
-        folder: Path,
-        manifest: Manifest,
-        manifest_sha256: str,
-        fetch: Callable[[str, str, FileDigest], None],
-        read: Callable[[str, str, FileDigest], bytes],
-    ) -> None:
-        super().__init__(key, folder, manifest, manifest_sha256)
-        self._fetch = fetch
-        self._read = read
+    def __init__(self, repository: RemoteRepository, path: str) -> None:
+        self._repository = repository
+        self._path = path
 
-    def fetch(self) -> None:
+    def fetch(self, listed: Mapping[str, FileDigest]) -> None:
         with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
-            names = list(self.manifest.files)
-            list(pool.map(self._fetch, names, map(self._path, names), map(self.expected, names)))
+            paths = [f"{self._path}/{name}" for name in listed]
+            list(pool.map(self._repository.fetch, listed, paths, listed.values()))
 
-    def read(self, name: str) -> bytes:
-        return self._read(name, self._path(name), self.expected(name))
-
-    def _path(self, name: str) -> str:
-        return f"{self.key}/{name}"
+    def read(self, name: str, digest: FileDigest) -> bytes:
+        return self._repository.read(name, f"{self._path}/{name}", digest)

@@ -1,0 +1,143 @@
+"""The releases of a model as a source has them: opened, checked, and read again only when they have changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from splitserve.repository.files import check_digest
+from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, NotFetched, NotSigned
+from splitserve.repository.manifest_folder import ManifestFolder, RemoteFiles
+from splitserve.repository.release import History, Release, ReleaseKey, ReleaseManifest, decode
+
+MAX_GOLDEN_BYTES = 8 * 1024**2
+"""Largest file of golden samples in a release."""
+
+
+class ReleaseFolder(ManifestFolder):
+    """A record of a release whose manifest has been read; its golden samples are checked as they are read.
+
+    Args:
+        key: names it.
+        folder: where its files are.
+        manifest: as decoded.
+        manifest_sha256: of the bytes that the manifest was decoded from.
+        remote: its files, where the folder does not have them.
+    """
+
+    def __init__(
+        self, key: ReleaseKey, folder: Path, manifest: ReleaseManifest, manifest_sha256: str, remote: RemoteFiles | None = None
+    ) -> None:
+        super().__init__(folder, manifest.files, manifest_sha256, remote)
+        self.key = key
+        self.manifest = manifest
+
+    @property
+    def release(self) -> Release:
+        return Release(self.manifest, self.manifest_sha256)
+
+
+def decode_release(data: bytes, key: ReleaseKey) -> ReleaseManifest:
+    """The manifest of a record, its list of files validated: golden samples, and nothing else.
+
+    Raises:
+        BundleError: as `splitserve.repository.release.decode`, or it lists a file that a release does not have.
+    """
+    manifest = decode(data, key)
+    for name, digest in manifest.files.items():
+        if name != GOLDEN_FILE:
+            raise BundleError(f"{key}: {MANIFEST_FILE}: {name[:128]!r} is not a file of a release, which has {GOLDEN_FILE} only")
+        check_digest(digest, f"{key}: {MANIFEST_FILE}: {name}")
+        if digest.size > MAX_GOLDEN_BYTES:
+            raise BundleError(f"{key}: {MANIFEST_FILE}: {name} has {digest.size} bytes; the limit is {MAX_GOLDEN_BYTES}")
+    return manifest
+
+
+class ReleaseSource(Protocol):
+    """What gives out the records of releases."""
+
+    def releases(self, model: str) -> list[ReleaseKey]:
+        """Keys of a model's records, by sequence, as of the last call of `bundles`.
+
+        Raises:
+            BundleError: they cannot be listed.
+        """
+        ...
+
+    def open_release(self, key: ReleaseKey) -> ReleaseFolder:
+        """A record with its manifest read.
+
+        Raises:
+            NotFetched: it cannot be read now, or is incomplete; a retry may help.
+            BundleError: it is invalid.
+        """
+        ...
+
+    def stamp(self, key: ReleaseKey, /) -> str:
+        """A text that changes when the record's files change, with "manifest.json" in it if the record has one."""
+        ...
+
+
+class _Read(msgspec.Struct, frozen=True):
+    """A record as of a stamp: the release, or why there is none."""
+
+    stamp: str
+    release: Release | None = None
+    problem: str = ""
+
+
+class ReleaseReader:
+    """Histories of models. Records never change, so each is read once, and again only when its files have changed.
+
+    A record that is invalid, or not signed where it must be, does not count; one that was valid when it was read first counts on.
+    `problems` says why. One that is listed and cannot be fetched makes the history unknown: it may withdraw a release.
+
+    Args:
+        source: has the records.
+    """
+
+    def __init__(self, source: ReleaseSource) -> None:
+        self._source = source
+        self._known: dict[ReleaseKey, _Read] = {}
+        self.problems: dict[str, tuple[str, ...]] = {}
+        """By model, what is wrong with its records."""
+
+    def history(self, model: str) -> History:
+        """All valid records of a model.
+
+        Raises:
+            NotFetched: a record cannot be read now.
+            BundleError: the records cannot be listed.
+        """
+        keys = self._source.releases(model)
+        read = {key: self._read(key) for key in keys}
+        self._known = {key: known for key, known in self._known.items() if key.model != model} | read
+        self.problems.pop(model, None)
+        if problems := tuple(each.problem for each in read.values() if each.problem):
+            self.problems[model] = problems
+        return History(each.release for each in read.values() if each.release is not None)
+
+    def forget(self, model: str) -> None:
+        """Read a model's records anew the next time."""
+        self._known = {key: known for key, known in self._known.items() if key.model != model}
+
+    def _read(self, key: ReleaseKey) -> _Read:
+        stamp = self._source.stamp(key)
+        known = self._known.get(key)
+        if known is not None and known.stamp == stamp and stamp:
+            return known
+        try:
+            return _Read(stamp, self._source.open_release(key).release)
+        except BundleError as error:
+            problem = _naming(key, error)
+            is_missing = isinstance(error, NotFetched) and not isinstance(error, NotSigned) and MANIFEST_FILE in stamp
+            if known is None and is_missing:
+                raise NotFetched(problem) from error
+            return _Read(stamp, known.release if known else None, problem)
+
+
+def _naming(key: ReleaseKey, error: BundleError) -> str:
+    text = str(error)
+    return text if text.startswith(str(key)) else f"{key}: {text}"
