@@ -36,7 +36,8 @@ def settings_page() -> str:
         "# Settings",
         "",
         "Each service reads environment variables when it starts. A wrong value stops it, with status 2, before it listens.",
-        "`splitserve up` passes its own environment on. Written from the settings classes by `make docs`.",
+        "`splitserve up` passes its environment to the services, except hosts, ports and targets, which are its options. Written",
+        "from the settings classes by `make docs`.",
     ]
     for service, settings in SERVICES.items():
         lines += ["", f"## {service}", "", "| variable | default | meaning |", "|---|---|---|"]

@@ -28,11 +28,20 @@ async def serve(config: ProxySettings) -> None:
         preprocessors = preprocessor_store(preprocess_config)
         n_threads = preprocess_config.n_threads + predict_config.n_threads
         executor = process.enter_context(ThreadPoolExecutor(n_threads, thread_name_prefix="compute"))
-        predict = PredictService(predictors, executor, limits=predict_config.batch_limits)
-        preprocess = PreprocessService(
-            preprocessors, predict, executor, allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch
+        predict = PredictService(
+            predictors,
+            executor,
+            limits=predict_config.batch_limits,
+            max_message_bytes=predict_config.max_message_bytes,
         )
-        service = ProxyService(preprocess, limits=config.batch_limits)
+        preprocess = PreprocessService(
+            preprocessors,
+            predict,
+            executor,
+            max_message_bytes=preprocess_config.max_message_bytes,
+            allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch,
+        )
+        service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         faces = await process.enter_async_context(Faces(service, config))
         for store in (predictors, preprocessors):
             process.callback(store.close)

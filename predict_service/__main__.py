@@ -16,7 +16,7 @@ async def serve(config: PredictSettings) -> None:
     async with lifecycle.ServiceProcess(config, "predict") as process:
         predictors = predictor_store(config)
         executor = process.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
-        service = PredictService(predictors, executor, limits=config.batch_limits)
+        service = PredictService(predictors, executor, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         face = await process.enter_async_context(
             GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=config.byte_budget())
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -14,6 +14,7 @@ from splitserve.batching.batcher import Batcher
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
+from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, check_time_left
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
@@ -35,6 +36,7 @@ class PredictService:
         predictors: the loaded versions.
         executor: where models run that take long.
         limits: of what is merged.
+        max_message_bytes: the largest answer; a request whose answer would be larger is refused before the model runs.
     """
 
     def __init__(
@@ -43,7 +45,9 @@ class PredictService:
         executor: Executor,
         *,
         limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
+        self._max_message_bytes = max_message_bytes
         self._predictors = predictors
         self._compute = Compute(executor)
         self.statistics = Statistics()
@@ -63,10 +67,18 @@ class PredictService:
             version, predictor = self._choose(request.model, request.version)
             try:
                 predictor.check(request.inputs)
+                wanted: Sequence[str] = ()
                 if request.outputs:
-                    choose_outputs(predictor.outputs, [wanted.name for wanted in request.outputs])
+                    wanted = choose_outputs(predictor.outputs, [output.name for output in request.outputs])
+                answer_bytes = predictor.output_bytes.at_least(request.n_rows, request.inputs, wanted)
+                if answer_bytes > self._max_message_bytes:
+                    raise message_too_large(
+                        "the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes
+                    )
                 request = msgspec.structs.replace(request, version=str(version))
-                return self._batcher.begin(request, on_answer, is_mergeable=predictor.is_row_wise, began_at=began)
+                return self._batcher.begin(
+                    request, on_answer, is_mergeable=predictor.is_row_wise, answer_bytes=answer_bytes, began_at=began
+                )
             except Exception:
                 self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
                 raise

@@ -28,6 +28,7 @@ async def serve(config: settings.PreprocessSettings) -> None:
             preprocessors,
             AnyServer(predict, models=preprocessors.catalogue.models),
             executor,
+            max_message_bytes=config.max_message_bytes,
             allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
         )
         face = await process.enter_async_context(

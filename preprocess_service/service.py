@@ -12,6 +12,7 @@ import structlog
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
 from splitserve.oip import classification
+from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     READY,
     UNAVAILABLE,
@@ -29,7 +30,7 @@ from splitserve.repository import pairing
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
-from splitserve.signature import check_outputs, choose_outputs
+from splitserve.signature import OutputBytes, check_outputs, choose_outputs
 from splitserve.tensors import Tensor
 from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair
 
@@ -42,6 +43,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
 
     preprocessor: Preprocessor
     predictor: ModelMetadata
+    answer_bytes: OutputBytes
     warnings: tuple[str, ...] = ()
 
     @property
@@ -65,6 +67,7 @@ class PreprocessService:
         preprocessors: the loaded versions.
         predict: the service behind.
         executor: where transforms run that take long.
+        max_message_bytes: the largest message to predict and from it; features and answers that would be larger are refused.
         allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
     """
 
@@ -74,8 +77,10 @@ class PreprocessService:
         predict: InferenceService,
         executor: Executor,
         *,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         allow_fingerprint_mismatch: bool = False,
     ) -> None:
+        self._max_message_bytes = max_message_bytes
         self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
         self._preprocessors = preprocessors
         self._predict = predict
@@ -100,11 +105,13 @@ class PreprocessService:
             await self._fetch_signatures(predictors)
         except SplitserveError as error:
             if not self._broken_link:
-                self._log.warning("predict lost", reason=error.message)
+                # Calls for known pairs are still attempted.
+                self._log.warning("predict unreachable", reason=error.message)
             self._broken_link = error.message
         else:
             if self._broken_link:
-                self._log.info("predict reached")
+                # Predict has answered with its index of models.
+                self._log.info("predict reachable")
             self._broken_link = ""
             before, self._pairs = self._pairs, self._match(predictors)
             self._report_changes(before)
@@ -128,8 +135,10 @@ class PreprocessService:
                 if entry.state != (was.state if was else "") and entry.state == READY:
                     properties = entry.value.properties if entry.value else {}
                     facts = {key: properties[key] for key in ("preprocess_runtime", "warnings") if key in properties}
+                    # The pair can serve. Further fields: `preprocess_runtime`, and `warnings` if there are any.
                     self._log.info("pair admitted", model=model, pair=str(pair), **facts)
                 elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
+                    # The halves do not fit, or one of them is not loaded.
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
     async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
@@ -176,7 +185,7 @@ class PreprocessService:
             if not self._allow_fingerprint_mismatch:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
             warnings += (f"{other}, allowed by a setting",)
-        return Entry(READY, value=AdmittedPair(mine.value, signature, warnings))
+        return Entry(READY, value=AdmittedPair(mine.value, signature, OutputBytes(signature.inputs, signature.outputs), warnings))
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         return begin_task(self.infer(request), on_answer)
@@ -195,6 +204,7 @@ class PreprocessService:
         wanted = choose_outputs(
             preprocessor.answer_specs(admitted.predictor.outputs), [output.name for output in request.outputs]
         )
+        self._check_sizes(request, admitted)
         features = await self._compute.run(preprocessor, request.n_rows, _transform, preprocessor, request.inputs, watch)
         n_rows = features[0].n_rows
         watch.end("input")
@@ -221,6 +231,23 @@ class PreprocessService:
         watch.end("output")
         self.statistics.record_run(request.model, str(pair), n_rows=request.n_rows, parts=watch.parts)
         return tuple(answer[name] for name in wanted)
+
+    def _check_sizes(self, request: InferRequest, admitted: AdmittedPair) -> None:
+        """Refuse features and answers that no message can hold, before anything is computed.
+
+        Raises:
+            TooLarge: names the limit.
+            InvalidInput: the inputs do not fit the signature, so that their rows mean nothing.
+        """
+        n_rows = request.n_rows
+        sizes = {
+            "the features": admitted.preprocessor.output_bytes.at_least(n_rows, request.inputs),
+            "the answer": admitted.answer_bytes.at_least(n_rows),
+        }
+        for what, n_bytes in sizes.items():
+            if n_bytes > self._max_message_bytes:
+                admitted.preprocessor.check(request.inputs)
+                raise message_too_large(what, n_rows, n_bytes, stage=STAGE, max_bytes=self._max_message_bytes)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         _, admitted = self._choose(model, version)

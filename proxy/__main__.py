@@ -16,7 +16,12 @@ async def serve(config: ProxySettings) -> None:
                 config.preprocess_target, stage="preprocess", max_message_bytes=config.max_message_bytes, tls=config.next_tls
             )
         )
-        service = ProxyService(preprocess, limits=config.batch_limits, n_replicas=lambda: preprocess.n_replicas)
+        service = ProxyService(
+            preprocess,
+            limits=config.batch_limits,
+            n_replicas=lambda: preprocess.n_replicas,
+            max_message_bytes=config.max_message_bytes,
+        )
         faces = await process.enter_async_context(Faces(service, config))
         await process.serve(
             faces,

@@ -46,9 +46,8 @@ class Faces:
         await self._stack.enter_async_context(self.grpc)
         is_local = self._config.host in ("127.0.0.1", "::1", "localhost")
         if not (is_local or self.authenticator or self._config.tls_client_ca_file):
-            structlog.get_logger().warning(
-                "anyone who reaches this host may call", host=self._config.host, see="docs/security.md"
-            )
+            # The proxy listens beyond loopback, without an authorization file or mutual TLS.
+            structlog.get_logger().warning("authentication not configured", host=self._config.host, see="docs/security.md")
         if self.authenticator:
             await self._stack.enter_async_context(
                 lifecycle.background(lifecycle.keep_refreshing(self.authenticator, interval_s=self._config.refresh_interval_s))

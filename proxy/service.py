@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -14,6 +14,7 @@ from splitserve.batching.batcher import Batcher
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
+from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     PRIORITY,
     READY,
@@ -27,7 +28,7 @@ from splitserve.oip.messages import (
 )
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
-from splitserve.signature import InputCheck, choose_outputs, is_row_wise
+from splitserve.signature import InputCheck, OutputBytes, choose_outputs, is_row_wise
 from splitserve.versions import UNNAMED, Pair, parse_pair
 
 STAGE = "proxy"
@@ -40,6 +41,7 @@ class _Target(msgspec.Struct, frozen=True):
     signature: ModelMetadata
     check: InputCheck
     is_mergeable: bool
+    output_bytes: OutputBytes
 
 
 class ProxyService:
@@ -54,6 +56,7 @@ class ProxyService:
         preprocess: the service behind.
         limits: of what is merged.
         n_replicas: how many of the service behind can be called now.
+        max_message_bytes: the largest answer; a request whose answer would be larger is refused.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class ProxyService:
         *,
         limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
         n_replicas: Callable[[], int] = lambda: 1,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
+        self._max_message_bytes = max_message_bytes
         self._preprocess = preprocess
         self._targets: dict[tuple[str, str], _Target] = {}
         self.statistics = Statistics()
@@ -83,12 +88,14 @@ class ProxyService:
             pairs = await self._catalogue(states)
         except SplitserveError as error:
             if not self._broken_link:
-                self._log.warning("preprocess lost", reason=error.message)
+                # Calls for known pairs are still attempted.
+                self._log.warning("preprocess unreachable", reason=error.message)
             self._broken_link = error.message
             self._targets = {}
             return
         if self._broken_link and not reason:
-            self._log.info("preprocess reached", models=pairs.models())
+            # Preprocess has answered with its index of models.
+            self._log.info("preprocess reachable", models=pairs.models())
         self._broken_link = reason
         self._pairs = pairs
         self._targets = {}
@@ -122,14 +129,27 @@ class ProxyService:
         target = self._targets.get((request.model, request.version)) or self._find_target(request)
         try:
             target.check(request.inputs)
+            wanted: Sequence[str] = ()
             if request.outputs:
-                choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+                wanted = choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
+            answer_bytes = target.output_bytes.at_least(request.n_rows, request.inputs, wanted)
+            if answer_bytes > self._max_message_bytes:
+                raise message_too_large(
+                    "the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes
+                )
             if request.version != target.pair:
                 request = msgspec.structs.replace(request, version=target.pair)
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
-            return self._batcher.begin(request, on_answer, is_mergeable=target.is_mergeable, priority=priority, began_at=began)
+            return self._batcher.begin(
+                request,
+                on_answer,
+                is_mergeable=target.is_mergeable,
+                priority=priority,
+                answer_bytes=answer_bytes,
+                began_at=began,
+            )
         except Exception:
             self.statistics.of(request.model, target.pair).failed(time.monotonic() - began)
             with at_stage(STAGE, model=request.model, pair=target.pair):
@@ -139,7 +159,8 @@ class ProxyService:
         with at_stage(STAGE, model=request.model):
             pair, signature = self.choose(request.model, request.version)
             check = InputCheck(signature.inputs, widen=True)
-            target = _Target(str(pair), signature, check, is_row_wise(signature.inputs, signature.outputs))
+            output_bytes = OutputBytes(signature.inputs, signature.outputs)
+            target = _Target(str(pair), signature, check, is_row_wise(signature.inputs, signature.outputs), output_bytes)
         self._targets[(request.model, request.version)] = target
         return target
 

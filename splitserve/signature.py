@@ -217,14 +217,14 @@ class OutputBytes:
         )
         self._row_bytes = sum(_least_bytes(spec, {BATCH: 1}) for spec in outputs) if has_fixed_rows else None
 
-    def at_least(self, tensors: Sequence[Tensor], names: Sequence[str] = ()) -> int:
+    def at_least(self, n_rows: int, tensors: Sequence[Tensor] = (), names: Sequence[str] = ()) -> int:
         """Bytes of the outputs together.
 
         Args:
-            tensors: valid inputs, in any order.
+            n_rows: of the inputs.
+            tensors: valid inputs in any order, for the sizes of their other dimensions; without them those count as 0.
             names: of the outputs that are computed; all by default.
         """
-        n_rows = tensors[0].n_rows if tensors else 1
         if self._row_bytes is not None and not names:
             return n_rows * self._row_bytes
         sizes = bound_sizes(self._inputs, tensors) | {BATCH: n_rows}

@@ -228,8 +228,8 @@ def test_the_size_of_outputs_is_known_from_the_inputs(shape, datatype, n_bytes):
     inputs = [TensorSpec("x", "FP32", ("batch", "width"))]
     size = OutputBytes(inputs, [TensorSpec("y", datatype, shape), TensorSpec("z", "INT8", ("batch",))])
 
-    assert size.at_least([zeros("x", "FP32", (3, 5))]) == n_bytes + 3
-    assert size.at_least([zeros("x", "FP32", (3, 5))], ["y"]) == n_bytes
+    assert size.at_least(3, [zeros("x", "FP32", (3, 5))]) == n_bytes + 3
+    assert size.at_least(3, [zeros("x", "FP32", (3, 5))], ["y"]) == n_bytes
 
 
 def test_all_outputs_are_the_answer_when_none_is_asked_for():

@@ -117,6 +117,7 @@ class Batcher:
         *,
         is_mergeable: bool = True,
         priority: int = HIGHEST_PRIORITY,
+        answer_bytes: int = 0,
         began_at: float | None = None,
     ) -> Pending:
         """Queue a request; it is merged with compatible ones if the signature allows that.
@@ -126,6 +127,7 @@ class Batcher:
             on_answer: called once, later, with the response or an error: `DeadlineExceeded`, or what sending raised.
             is_mergeable: whether all inputs and outputs have a leading dimension of independent rows.
             priority: 1 is the highest; under overload, larger numbers are refused first.
+            answer_bytes: that the answer has at least; batches are limited by the larger of their inputs and their answers.
             began_at: point on the clock where work for the request began; now by default.
 
         Raises:
@@ -144,7 +146,7 @@ class Batcher:
                 raise Overloaded(reason, model=request.model)
             self._dequeue(preempted)
         queued = QueuedRequest(
-            request, on_answer, self._on_cancel, compatible, now, now if began_at is None else began_at, priority
+            request, on_answer, self._on_cancel, compatible, now, now if began_at is None else began_at, priority, answer_bytes
         )
         compatible.add(queued)
         self._compatible[compatible.key] = compatible

@@ -32,7 +32,8 @@ its backend hangs."""
 class BatchLimits(msgspec.Struct, frozen=True):
     """Limits of the batches of one model.
 
-    ``max_batch_size`` rows and ``max_batch_bytes`` limit what is merged; a request that is larger by itself is sent alone.
+    ``max_batch_size`` rows and ``max_batch_bytes``, of inputs and of the answers to them, limit what is merged; a request that is
+    larger by itself is sent alone.
     ``max_queue_size`` limits the queued requests.
     ``max_in_flight`` limits concurrent calls for each backend; 0 adapts: one where a call costs more than its rows; up to
     `ADAPTIVE_IN_FLIGHT` where the rows cost more, and beside calls that are full or take longer than `OVERDUE_S`.
@@ -302,6 +303,7 @@ class QueuedRequest:
         queued_at: point on the batcher's clock.
         began_at: point on the same clock where work for it began, which may be earlier.
         priority: 1 is the highest.
+        answer_bytes: that its answer has at least.
     """
 
     __slots__ = (
@@ -328,6 +330,7 @@ class QueuedRequest:
         queued_at: float,
         began_at: float,
         priority: int,
+        answer_bytes: int = 0,
     ) -> None:
         self.request = request
         self.on_answer: OnAnswer | None = on_answer
@@ -344,7 +347,9 @@ class QueuedRequest:
         """None while it is queued."""
         inputs = request.inputs
         self.n_rows = inputs[0].shape[0] if compatible.is_mergeable else 1
-        self.n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
+        n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
+        self.n_bytes = n_bytes if n_bytes > answer_bytes else answer_bytes
+        """Of its inputs or of its answer, whichever is larger."""
 
     def cancel(self) -> None:
         """Abandon it: the callback is not called any more."""

@@ -8,11 +8,12 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from splitserve.client.answer import Answer
-from splitserve.client.blocking import CONCURRENCY, MAX_MESSAGE_BYTES
+from splitserve.client.blocking import CONCURRENCY
 from splitserve.client.connection import TLS, AsyncToken, Compression, ConnectionOptions, connection_options
 from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run_async
+from splitserve.oip.limits import MAX_MESSAGE_BYTES
 from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, ServerMetadata
 
 T = TypeVar("T")

@@ -13,11 +13,11 @@ from splitserve.client.inference import Core, Inference, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
 from splitserve.client.stop import Stop
+from splitserve.oip.limits import MAX_MESSAGE_BYTES
 from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, ServerMetadata
 
 T = TypeVar("T")
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CONCURRENCY = 4
 
 

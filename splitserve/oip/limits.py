@@ -16,6 +16,26 @@ from splitserve.oip.messages import InferRequest
 from splitserve.tensors import Tensor, n_elements
 from splitserve.versions import MODEL_NAME, unknown_model
 
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""The largest message that is sent or received unless settings say otherwise."""
+
+
+def message_too_large(what: str, n_rows: int, n_bytes: int, *, stage: str, max_bytes: int) -> TooLarge:
+    """The error of a message that would exceed the limit of a stage, found before it is made.
+
+    Args:
+        what: the message, e.g. ``"the answer"``.
+        n_rows: of the request.
+        n_bytes: that the message has at least.
+        stage: whose limit it is; the setting is named after it.
+        max_bytes: the limit.
+    """
+    return TooLarge(
+        f"{what} would have at least {n_bytes} bytes for {n_rows} rows, the limit is {max_bytes} "
+        f"({stage.upper()}_MAX_MESSAGE_BYTES); send fewer rows in a request"
+    )
+
+
 MAX_NAME_LENGTH = 128
 """Characters of a model's name; longer ones cannot be published."""
 

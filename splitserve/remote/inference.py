@@ -25,6 +25,7 @@ from splitserve.errors import (
     from_wire,
 )
 from splitserve.oip import protobuf
+from splitserve.oip.limits import MAX_MESSAGE_BYTES
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, remaining_s
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
@@ -33,9 +34,6 @@ from splitserve.remote.retry_budget import RetryBudget
 from splitserve.remote.stream import Metadata, StreamKeeper, StreamTarget
 from splitserve.tls import ClientTls, bearer
 from splitserve.watched import Watched
-
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-"""The largest message, in bytes, that is sent or taken unless settings say otherwise."""
 
 MAX_ATTEMPTS = 3
 RETRY_BACKOFF_S = 0.02

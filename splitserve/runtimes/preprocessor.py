@@ -51,7 +51,8 @@ class Preprocessor:
         self._refuses = manifest.refuses
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
-        self._check = InputCheck(self.inputs, widen=True, with_contents=False)
+        self.check = InputCheck(self.inputs, widen=True, with_contents=False)
+        """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
         self.output_bytes = OutputBytes(self.inputs, self.outputs)
         """How large the features will be."""
         self._plan: Plan | None = None
@@ -64,9 +65,9 @@ class Preprocessor:
             InvalidInput: a tensor does not fit the signature, or the transforms refuse a value.
             PairMismatch: the transforms gave something else than the manifest promises.
         """
-        tensors = self._check(inputs)
+        tensors = self.check(inputs)
         if self.passes_on:
-            self._check.fully(inputs)
+            self.check.fully(inputs)
             return _passed_on(self.outputs, inputs)
         n_rows = tensors[0].n_rows
         if n_rows == 0:
@@ -75,7 +76,7 @@ class Preprocessor:
         try:
             features = self._features(tensors)
         except InvalidInput:
-            self._check.fully(inputs)  # which names what is wrong with the bytes, if they are what is refused
+            self.check.fully(inputs)  # which names what is wrong with the bytes, if they are what is refused
             raise
         return (self._output(features, n_rows),)
 

@@ -27,5 +27,6 @@ def named(error: Exception, stage: str) -> SplitserveError:
     """
     failure = at_stage(stage).named(in_table(error))
     if isinstance(failure, Internal):
+        # An unexpected error. The caller gets "internal error" only.
         structlog.get_logger().error("internal error", stage=failure.stage, exc_info=failure)
     return failure

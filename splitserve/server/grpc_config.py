@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from splitserve.oip.limits import RequestLimits
+from splitserve.oip.limits import MAX_MESSAGE_BYTES, RequestLimits
 from splitserve.oip.messages import NO_DEADLINE, ServerMetadata
 from splitserve.server.tls import ServerTls
 from splitserve.wire.grpc.server import ServerLimits
@@ -36,7 +36,7 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
     engine: Engine = "own"
     """What speaks gRPC: our own connections, or grpcio."""
 
-    max_message_bytes: int = 64 * 1024 * 1024
+    max_message_bytes: int = MAX_MESSAGE_BYTES
     """Largest message taken or given."""
 
     default_timeout_s: float = 0.0

@@ -88,7 +88,9 @@ class GrpcFace:
         self._reported_reason: str | None = None
         self._watching: asyncio.Task[None] | None = None
         rules = InferenceRules(service, config.request_limits, authenticator)
-        self._inferences = GrpcInferences(rules, deadline=self._deadline, named=self._named, budget=budget)
+        self._inferences = GrpcInferences(
+            rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
+        )
         self._streams = InferStreams(self._inferences.begin_on_stream)
         socket = listen(config.host, config.port, shares_port=config.shares_port)
         self.port: int = socket.getsockname()[1]
@@ -142,8 +144,10 @@ class GrpcFace:
         if reason != self._reported_reason:
             self._reported_reason = reason
             if reason:
+                # Why the service cannot infer now; logged when the reason changes.
                 self._log.info("not ready", reason=reason)
             else:
+                # At least one model can be inferred.
                 self._log.info("ready")
 
     def _methods(self) -> dict[str, MethodHandler]:

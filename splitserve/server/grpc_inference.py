@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from splitserve.api.inference import inference_pb2 as pb
-from splitserve.errors import SplitserveError
+from splitserve.errors import SplitserveError, TooLarge
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.pending import Pending
@@ -28,6 +28,7 @@ class GrpcInferences:
         deadline: of a request whose caller leaves so many seconds, or none.
         named: the error that a caller is told.
         budget: of the bytes that messages on streams hold.
+        max_message_bytes: the largest answer.
     """
 
     def __init__(
@@ -37,11 +38,25 @@ class GrpcInferences:
         deadline: Callable[[float | None], float],
         named: Callable[[Exception], SplitserveError],
         budget: ByteBudget,
+        max_message_bytes: int,
     ) -> None:
+        self._max_message_bytes = max_message_bytes
         self.rules = rules
         self.deadline = deadline
         self.named = named
         self.budget = budget
+
+    def check_size(self, answer: bytes) -> bytes:
+        """The answer itself.
+
+        Raises:
+            TooLarge: no message can hold it. What a signature tells was refused before; text, for one, is known only now.
+        """
+        if len(answer) > self._max_message_bytes:
+            raise TooLarge(
+                f"the answer has {len(answer)} bytes, the limit is {self._max_message_bytes}; send fewer rows in a request"
+            )
+        return answer
 
     def begin(self, data: bytes, call: ServerCall, on_end: Callable[[bytes | Exception], None]) -> Pending:
         """Begin a ModelInfer.
@@ -96,8 +111,7 @@ class _UnaryInference(_GrpcInference):
         return protobuf.decode_request(message, self._face.deadline(self._call.time_remaining()), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
-        data: bytes = protobuf.encode_response(response).SerializeToString()
-        return data
+        return self._face.check_size(protobuf.encode_response(response).SerializeToString())
 
     def _deliver(self, answer: bytes) -> None:
         self._on_end(answer)
@@ -123,7 +137,7 @@ class _StreamInference(_GrpcInference):
         return protobuf.decode_request(message, self._face.deadline(None), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
-        return protobuf.encode_stream_response(response, self.identity)
+        return self._face.check_size(protobuf.encode_stream_response(response, self.identity))
 
     def _deliver(self, answer: bytes) -> None:
         self.reservation.release()

@@ -103,6 +103,7 @@ class ServiceProcess(contextlib.AsyncExitStack):
     ) -> bool | None:
         is_handled = await super().__aexit__(kind, error, trace)
         if error is None:
+            # The process has released its resources and exits.
             self._log.info("stopped")
         return is_handled
 
@@ -130,6 +131,7 @@ async def keep_refreshing(
             await what.refresh()
             is_waiting = why_waiting is not None and bool(await why_waiting())
         except Exception:
+            # An unexpected error in a periodic check; the next round follows.
             log.exception("refresh failed", of=type(what).__name__)
         await asyncio.sleep(min(interval_s, WAITING_INTERVAL_S) if is_waiting else interval_s)
 

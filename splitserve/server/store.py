@@ -137,11 +137,13 @@ class VersionStore(Generic[T]):
             self._n_looks_failed += 1
             problem = f"waiting for the model repository: {error}"
             if problem != self.problem:
-                self._log.error("model repository cannot be read", reason=str(error), retry_in_s=delay_s)
+                # The folder, listing or index cannot be read; it is tried again after a backoff.
+                self._log.error("model repository unreadable", reason=str(error), retry_in_s=delay_s)
             self.problem = problem
         else:
             if self.problem:
-                self._log.info("model repository can be read again")
+                # It can be read again.
+                self._log.info("model repository readable")
             self._report_missing()
             self._report_routes(before.route_problems)
             self._notice_changes(before.stamps)
@@ -152,13 +154,15 @@ class VersionStore(Generic[T]):
         """A line when models that are asked for by name are not there, or others than before are not."""
         missing = sorted(self._selection.models - self._found.published.keys())
         if missing and missing != self._missing:
-            self._log.warning("models are wanted that the repository does not have", kind=self._kind, models=missing)
+            # `MODELS` names models that the repository does not have.
+            self._log.warning("requested models not in repository", kind=self._kind, models=missing)
         self._missing = missing
 
     def _report_routes(self, before: Mapping[str, str]) -> None:
         """A line for each route that has been found to be broken."""
         for model, reason in self._found.route_problems.items():
             if before.get(model) != reason:
+                # The route cannot be read; the previous one stays in force.
                 self._log.error("route refused", model=model, reason=reason)
 
     def _notice_changes(self, before: Mapping[_Place, str]) -> None:
@@ -214,7 +218,8 @@ class VersionStore(Generic[T]):
         for version in sorted(asked):
             if (model, version) not in self.catalogue:
                 key = self._key((model, version))
-                self._log.warning("bundle is wanted that the repository does not have", bundle=str(key))
+                # A route or `MODEL_VERSIONS` names a version that is not published.
+                self._log.warning("requested bundle not in repository", bundle=str(key))
                 self.catalogue.put(model, version, Entry(UNAVAILABLE, f"{key}: not published"))
         self._unpublished[model] = {version for version in asked if self.catalogue.entries(model)[version].value is None}
 
@@ -234,18 +239,22 @@ class VersionStore(Generic[T]):
             delay_s = _backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1
             self._retry_at[place] = self._clock() + delay_s
-            self._log.warning("bundle cannot be fetched yet", bundle=str(key), reason=str(error), retry_in_s=delay_s)
+            # A file is missing or cannot be downloaded; it is tried again after a backoff.
+            self._log.warning("bundle not fetched", bundle=str(key), reason=str(error), retry_in_s=delay_s)
             return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
         except BundleError as error:
+            # A check failed. Other versions keep serving; it is retried when its files have changed.
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))
         except Exception:  # one bundle's failure, whatever it is, must not end the others
+            # An unexpected error, with its traceback.
             self._log.exception("bundle failed to load", bundle=str(key))
             return Entry(UNAVAILABLE, f"{key}: failed to load; the log has the cause")
         finally:
             self.touch(*place)
         self._n_tries.pop(place, None)
         self._stamps.pop(place, None)
+        # It has passed all checks and can serve.
         self._log.info("bundle loaded", bundle=str(key))
         return Entry(READY, value=loaded)
 
@@ -262,7 +271,8 @@ class VersionStore(Generic[T]):
                 self._forget(model, version)
             elif entry.state == READY and version not in kept and idle_s >= self._unload_delay_s:
                 self._forget(model, version)
-                self._log.info("bundle let go", bundle=str(BundleKey(model, self._kind, version)))
+                # It is no longer selected, and has not been used for the unload delay.
+                self._log.info("bundle unloaded", bundle=str(BundleKey(model, self._kind, version)))
 
     def _forget(self, model: str, version: int) -> None:
         self.catalogue.remove(model, version)

@@ -78,6 +78,7 @@ class _Watch:
             index, began = self._workers.pop(pid)
             if self._is_stopping:
                 continue
+            # A worker process has ended unexpectedly and is restarted.
             structlog.get_logger().error("worker ended", worker=index, status=os.waitstatus_to_exitcode(status))
             time.sleep(max(0.0, began + RESTART_DELAY_S - time.monotonic()))
             if not self._is_stopping:
@@ -97,6 +98,7 @@ class _Watch:
         except SystemExit as end:
             _leave(end.code)
         except BaseException:
+            # An exception ended the worker.
             structlog.get_logger().exception("worker failed")
             _leave(1)
         _leave(0)

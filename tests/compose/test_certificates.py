@@ -81,4 +81,6 @@ def test_certificates_are_renewed_under_load(secured: Secured, models: dict[str,
 
     assert load.failures == []
     assert load.wrong == []
-    assert not any(container.n_events("predict lost") or container.n_events("preprocess lost") for container in added)
+    assert not any(
+        container.n_events("predict unreachable") or container.n_events("preprocess unreachable") for container in added
+    )

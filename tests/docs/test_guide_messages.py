@@ -102,7 +102,7 @@ def plain(line: str) -> str:
 
 def test_every_message_of_the_guide_is_what_users_see(told: str) -> None:
     """The tour's are in blocks of text, and tests/system/test_tour.py sees to them."""
-    section = GUIDE.read_text().partition("## What you may read, and what to do")[2]
+    section = GUIDE.read_text().partition("## Messages")[2]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     quoted = [line for language, block in blocks if not language for line in block.splitlines()]
     seen = {plain(re.sub(r"^(\(\d+\)|not deployable:) ", "", line)) for line in told.splitlines()}

@@ -44,7 +44,7 @@ def one_hot(*order: str) -> Any:
 
 
 def nameless() -> FunctionTransformer:
-    """Can not tell what its results are called."""
+    """Cannot tell what its results are called."""
     return FunctionTransformer(np.log1p)
 
 

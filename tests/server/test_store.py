@@ -297,7 +297,7 @@ async def test_a_version_that_is_named_and_not_there_says_so_until_it_is() -> No
     source.keys -= {BundleKey("m", "predict", 7)}
     await store.refresh()
 
-    told = [entry["bundle"] for entry in logs if entry["event"] == "bundle is wanted that the repository does not have"]
+    told = [entry["bundle"] for entry in logs if entry["event"] == "requested bundle not in repository"]
     assert told == ["m/predict/7", "m/predict/8"]
     assert missing == [7, 8]
     assert source.opened == [7]
@@ -490,6 +490,6 @@ async def test_a_model_that_is_wanted_by_name_and_is_not_there_is_told_once() ->
         await store.refresh()
         await store.refresh()
 
-    told = [line for line in logs if line["event"] == "models are wanted that the repository does not have"]
+    told = [line for line in logs if line["event"] == "requested models not in repository"]
     assert [line["models"] for line in told] == [["other"]]
     assert held(store) == [1]

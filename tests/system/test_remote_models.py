@@ -71,7 +71,7 @@ def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path
     publish(tmp_path / "models", 1)
     with serving("s3://models/prod", tmp_path / "cache", is_fused=is_fused, **store.environment) as system:
         readers = [process for name, process in system.processes.items() if name != "proxy"]
-        logged = [process.wait_for("model repository cannot be read")["reason"] for process in readers]
+        logged = [process.wait_for("model repository unreadable")["reason"] for process in readers]
         wait_until(lambda: f"waiting for the model repository: {NO_BUCKET}" in str(system.rest("/v2/health/ready")), "why")
         told = subprocess.run([COMMAND, "health", "--url", system.grpc], capture_output=True, text=True).stderr
         health = system.rest("/v2/health/live")[0], system.rest("/v2/health/ready")[0]
@@ -163,7 +163,7 @@ def test_a_web_server_with_its_moods_is_good_enough(tmp_path: Path) -> None:
         index.write(root, index.build(Repository(root))[0])
         wait_until(lambda: is_ready(system, "1.1"), "ready")
         status_code, _ = answer(system)
-        waits = {event["bundle"]: event["reason"] for event in system.processes["fused"].events("bundle cannot be fetched yet")}
+        waits = {event["bundle"]: event["reason"] for event in system.processes["fused"].events("bundle not fetched")}
 
     assert status_code == 200
     assert not any(server.faults.values())

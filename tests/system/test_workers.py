@@ -78,14 +78,14 @@ def test_every_worker_of_every_service_gets_calls(crowd: Crowd) -> None:
             list(pool.map(lambda _: crowd.ask(), range(16)))
         return all(len(crowd.have_answered(name)) == n_workers for name, n_workers in N_WORKERS.items())
 
-    crowd.services["proxy"].wait_for("preprocess reached")
+    crowd.services["proxy"].wait_for("preprocess reachable")
     wait_until(all_have_answered, "an answer by each worker")
 
 
 def test_a_worker_that_dies_is_replaced_and_all_end_together(crowd: Crowd) -> None:
     """What is sent meanwhile is answered; a signal to the first process stops all, and it says that all went well."""
     preprocess = crowd.services["preprocess"]
-    crowd.services["proxy"].wait_for("preprocess reached")
+    crowd.services["proxy"].wait_for("preprocess reachable")
     n_workers, workers = N_WORKERS["preprocess"], children(preprocess.pid)
 
     os.kill(workers[0], signal.SIGKILL)
