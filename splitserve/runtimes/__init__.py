@@ -1,3 +1,4 @@
-"""What runs a loaded bundle. Each library that this takes is known to one module: skops and scikit-learn to `sklearn_pipeline`,
-pandas to `rows`, ONNX Runtime to `predictor`.
+"""Runtimes for loaded bundles. Each library is used by one module only.
+
+skops and scikit-learn by `sklearn_pipeline`, pandas by `rows`, ONNX Runtime by `predictor`.
 """

@@ -1,7 +1,6 @@
-"""The compiled form of transforms: an ONNX model, where `publish` has proven that it gives what they give.
+"""The compiled form of transforms: an ONNX model that `publish` has proven equal to them.
 
-The only module on the preprocess side that knows ONNX Runtime, which is an optional part there: it is imported by who wants a
-compiled form, and not before.
+The only module on the preprocess side that needs ONNX Runtime, which is optional there: imported only to load a compiled form.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from splitserve.tensors import Tensor
 
 
 class CompiledTransforms:
-    """Request tensors -> features, by ONNX Runtime. Text goes in as it came: "" is what is missing, as on the wire.
+    """Request tensors -> features, by ONNX Runtime. Text is passed as on the wire, where "" is a missing value.
 
     Args:
         model: the ONNX file's bytes.
         manifest: of the bundle.
 
     Raises:
-        BundleError: not a model that ONNX Runtime here can run, or not for these inputs.
+        BundleError: ONNX Runtime cannot run the model, or its inputs are others.
     """
 
     def __init__(self, model: bytes, manifest: Manifest) -> None:
@@ -39,7 +38,7 @@ class CompiledTransforms:
             tensors: in the signature's order, checked against it.
 
         Raises:
-            InvalidInput: text is not UTF-8, or a number is infinite, which scikit-learn does not take.
+            InvalidInput: text is not UTF-8, or a number is infinite, which scikit-learn rejects.
         """
         given = [
             _as_declared(self._takes[spec.name], spec, tensor)
@@ -55,7 +54,7 @@ def _as_declared(takes: TensorSpec, spec: TensorSpec, tensor: Tensor) -> Tensor:
         return Tensor(tensor.name, "BYTES", shape, tensor.raw)
     array = to_array(tensor)
     if array.dtype.kind == "f" and not np.isfinite(array).all() and np.isinf(array).any():
-        raise InvalidInput(f'input "{tensor.name}": infinite values are not taken')
+        raise InvalidInput(f'input "{tensor.name}": infinite values are not supported')
     return from_array(
         tensor.name, array.reshape(shape).astype(np.float32 if takes.datatype == "FP32" else np.float64), takes.datatype
     )

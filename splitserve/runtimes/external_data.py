@@ -1,7 +1,6 @@
-"""Whether an ONNX model keeps weights in other files, told from its bytes: predict has no ``onnx`` package to ask.
+"""Detects external data (weights in other files) in an ONNX model's bytes, without the ``onnx`` package, which predict lacks.
 
-ONNX Runtime reads such files from the folder that the process happens to run in. Nobody checked them, so no model with any is
-served.
+ONNX Runtime would read such files relative to the working directory, unchecked, so models with external data are refused.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 from splitserve.repository.manifest import MODEL_FILE, BundleError
 
 _MARK = b"location"
-"""The key under which a tensor says where its values are: without these bytes, none can."""
+"""The key of a tensor's external location: without these bytes, a model has no external data."""
 
 _SHOWN_LENGTH = 64
 _SCALARS = {"bytes": descriptor_pb2.FieldDescriptorProto.TYPE_BYTES, "int64": descriptor_pb2.FieldDescriptorProto.TYPE_INT64}
@@ -34,13 +33,13 @@ _FIELDS: dict[str, dict[int, str]] = {
 }
 """The fields through which a tensor can be reached, by message and number. Source: onnx.proto3.
 
-All are repeated here, whatever they are there: what the file gives several times is all looked at, whichever would count.
+All are declared as repeated, so that every occurrence in the file is checked, whichever a parser would use.
 """
 
 
 def refuse_external_data(model: bytes) -> None:
     """Raises:
-    BundleError: the model keeps weights in other files, or is no model.
+    BundleError: the model has external data, or is not an ONNX model.
     """
     if _MARK not in model:
         return
@@ -75,7 +74,7 @@ def _place(tensor: Any) -> str:
 
 @cache
 def _message_class(name: str) -> type[Message]:
-    """A protobuf class that knows `_FIELDS` and passes over everything else."""
+    """A protobuf class with `_FIELDS` only; other fields are ignored."""
     file = descriptor_pb2.FileDescriptorProto(name="external_data.proto", package="external_data", syntax="proto2")
     for message, fields in _FIELDS.items():
         added = file.message_type.add(name=message)

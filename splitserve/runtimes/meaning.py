@@ -1,7 +1,7 @@
-"""What a preprocessor's results mean beyond their shape: which column is which, which number stands for which category.
+"""The meaning of a preprocessor's features beyond their shape: the name of each column, the category behind each number.
 
-Two preprocessors with results of the same shape can still not stand in for each other if this differs. Reads the attributes that
-scikit-learn's fitted estimators have; imports nothing of it.
+Two preprocessors with features of the same shape are not interchangeable if the meaning differs. Reads the attributes of
+scikit-learn's fitted estimators without importing it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import msgspec
 
 _VOCABULARIES = ("categories_", "vocabulary_", "classes_")
-"""Fitted attributes that say which number stands for what: of encoders, of vectorisers, of binarisers."""
+"""Fitted attributes that map numbers to categories: of encoders, vectorisers and binarisers."""
 
 
 class Meaning(msgspec.Struct, frozen=True):
-    """Names of the result's columns in order, none where the transforms cannot tell; the vocabularies in the steps' order.
+    """Names of the feature columns in order, empty if unknown, and the vocabularies in the steps' order.
 
-    Where there are no names, which of its inputs go into which part of the transforms stands before the vocabularies.
+    Without names, the vocabularies are preceded by the layout: which input columns each part of the transforms uses.
     """
 
     feature_names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Meaning(msgspec.Struct, frozen=True):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of everything; "" when there is nothing to tell."""
+        """A digest of names and vocabularies; "" if both are empty."""
         if not self.feature_names and not self.vocabularies:
             return ""
         return "sha256:" + hashlib.sha256(msgspec.json.encode(self)).hexdigest()
@@ -37,7 +37,7 @@ NO_MEANING = Meaning((), ())
 
 
 def meaning_of(transformer: Any) -> Meaning:
-    """The meaning of a fitted transformer's results."""
+    """The meaning of a fitted transformer's features."""
     names = _feature_names(transformer)
     layout = () if names else tuple(_layout(transformer))
     return Meaning(names, (*layout, *_vocabularies(transformer)))
@@ -46,12 +46,12 @@ def meaning_of(transformer: Any) -> Meaning:
 def _feature_names(transformer: Any) -> tuple[str, ...]:
     try:
         return tuple(str(name) for name in transformer.get_feature_names_out())
-    except Exception:  # not every transformer can tell, and each says so in its own way
+    except Exception:  # transformers without feature names raise various errors
         return ()
 
 
 def _layout(transformer: Any) -> Iterator[tuple[str, ...]]:
-    """The parts whose results stand side by side, in order, each with the columns that it takes."""
+    """The parts whose features are concatenated, in order, each with its input columns."""
     for name, _, columns in getattr(transformer, "transformers_", ()):
         if isinstance(columns, str | int | slice):
             yield name, str(columns)
@@ -73,7 +73,7 @@ def _vocabularies(transformer: Any) -> Iterator[tuple[str, ...]]:
 
 
 def _words(value: Any) -> Iterator[tuple[str, ...]]:
-    """One vocabulary, or one for each column, as text; a dict's in the order of its numbers."""
+    """One vocabulary, or one for each column, as text; a dict's ordered by its values."""
     if isinstance(value, dict):
         yield tuple(str(word) for word, _ in sorted(value.items(), key=lambda item: item[1]))
     elif isinstance(value, list | tuple):
@@ -84,7 +84,7 @@ def _words(value: Any) -> Iterator[tuple[str, ...]]:
 
 
 def parts(transformer: Any) -> list[Any]:
-    """The fitted transformers inside of a Pipeline, ColumnTransformer or FeatureUnion."""
+    """The fitted transformers of a Pipeline, ColumnTransformer or FeatureUnion; empty for others."""
     for attribute in ("steps", "transformers_", "transformer_list"):
         if entries := getattr(transformer, attribute, None):
             return [entry[1] for entry in entries]

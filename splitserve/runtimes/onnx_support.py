@@ -1,4 +1,4 @@
-"""Which ONNX versions the ONNX Runtime here takes: asked of it, with the smallest model that there is."""
+"""Which ONNX versions the installed ONNX Runtime supports, found by loading a minimal model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _IDENTITY = b"Identity"
 
 
 def problems(ir_version: int, opsets: Mapping[str, int]) -> list[str]:
-    """What of a model's versions is beyond the runtime here; empty when nothing is.
+    """The versions of a model that the installed runtime does not support; empty if it supports all.
 
     Args:
         ir_version: of the model file.
@@ -35,7 +35,7 @@ def _takes_opset(domain: str, opset: int) -> bool:
 
 
 def _highest(beyond: int, is_taken: Callable[[int], bool]) -> int:
-    """The highest version below ``beyond`` that is taken."""
+    """The highest supported version below ``beyond``."""
     low, high = 0, beyond
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,13 +1,13 @@
-"""Fitted transforms as a plan: the numbers that scikit-learn gives, without what it does around them in each call.
+"""A plan of fitted transforms: scikit-learn's arithmetic without its overhead per call.
 
-What scikit-learn costs, it costs for the call and hardly for the rows: estimators check again what the signature has checked,
-frames are sliced, copied, stacked. A plan looks once at what was fitted and keeps the arithmetic: for each step a numpy
-expression, in scikit-learn's order and dtypes, so that results are equal bit by bit.
+scikit-learn's cost is mostly per call, not per row: estimators repeat the signature's checks; frames are sliced, copied and
+stacked. A plan is built once from the fitted transforms: for each step a numpy expression, in scikit-learn's order and dtypes, so
+that results are equal bit by bit.
 
-1. `plan_of` knows some classes, exactly these and no subclass, with the parameters whose effect it repeats. A part of a
-   ColumnTransformer that it does not know is called as it is, with its own columns. With anything else there is no plan.
-2. What scikit-learn might refuse is left to it: a plan raises `OriginalDecides`, and the transforms are called as ever.
-3. Where a bundle is loaded, the plan is compared with the transforms on the golden samples, and dropped if a bit differs.
+1. `plan_of` supports some classes, not their subclasses, with the parameters whose effect it reproduces. An unsupported part of a
+   ColumnTransformer is called itself, with its own columns. Anything else unsupported means no plan.
+2. Values that scikit-learn might reject are left to it: a plan raises `OriginalDecides`, and the transforms are called.
+3. When a bundle is loaded, the plan is compared with the transforms on the golden samples, and dropped if a bit differs.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _NUMBERS = frozenset(map(np.dtype, ("f4", "f8", "i1", "i2", "i4", "i8", "u1", "u
 
 
 class OriginalDecides(Exception):
-    """Values that the transforms may refuse: only they know how."""
+    """The transforms may reject these values: call them instead of the plan."""
 
 
 class _NotPlanned(Exception):
-    """A transformer, a parameter or a dtype whose effect is not repeated here."""
+    """A transformer, a parameter or a dtype that plans do not support."""
 
 
 class _Block(NamedTuple):
-    """What a step takes or gives: an array (n_rows, *inner), or for text a list of values for each of the columns."""
+    """A step's input or output: an array (n_rows, *inner), or for text a list of values for each column."""
 
     dtype: np.dtype[Any]
     inner: tuple[int, ...]
@@ -54,7 +54,7 @@ class _Block(NamedTuple):
 
 
 Layout = _Block | tuple[Column, ...]
-"""A block, or the columns of a frame: then a step takes the values of each."""
+"""A block, or the columns of a frame; then a step's input is a list with the values of each."""
 
 Step = Callable[[Any], Any]
 
@@ -73,7 +73,7 @@ class Plan:
 
         Raises:
             InvalidInput: an element of a text column is not UTF-8, or the bytes are not elements.
-            OriginalDecides: call the transforms as ever.
+            OriginalDecides: call the transforms instead.
         """
         values = read_columns(self._rows, self._specs, tensors)
         features: Array = self._step(values if self._rows.form == "frame" else values[0])
@@ -81,7 +81,7 @@ class Plan:
 
 
 def plan_of(transformer: Any, rows: Rows, specs: Sequence[TensorSpec]) -> Plan | None:
-    """The plan of fitted transforms, None where there is none.
+    """The plan of fitted transforms; None if they are not supported.
 
     Args:
         transformer: fitted on such rows.
@@ -115,7 +115,7 @@ def _step(transformer: Any, layout: Layout) -> tuple[Step, Layout]:
 
 
 def _gives_arrays(transformer: Any) -> bool:
-    """Whether nobody has asked for a DataFrame, by ``set_output``."""
+    """Whether the output is an array: ``set_output`` was not used to change it."""
     return set(getattr(transformer, "_sklearn_output_config", {}).values()) <= {"default"}
 
 
@@ -161,7 +161,7 @@ def _column_transformer(columns: Any, layout: Layout) -> tuple[Step, Layout]:
     def run(values: Any) -> Array:
         parts = [step(values) for step in steps]
         stacked: Array = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        return stacked + dtype.type(0) if is_sparse else stacked  # a sparse matrix knows no negative zero
+        return stacked + dtype.type(0) if is_sparse else stacked  # a sparse matrix has no negative zero
 
     return run, _Block(dtype, (width,))
 
@@ -185,12 +185,12 @@ def _part(transformer: Any, layout: Layout, indices: list[int], *, is_single: bo
 
 
 def _original(transformer: Any, columns: Sequence[Column], indices: list[int], *, is_single: bool) -> tuple[Step, _Block]:
-    """A transformer as it is, called with its own columns of the frame."""
+    """The transformer itself, called with its own columns of the frame."""
     if transformer == "passthrough" or not _gives_arrays(transformer):
         raise _NotPlanned
     try:
         n_features = len(transformer.get_feature_names_out())
-    except Exception:  # each transformer that cannot tell says so in its own way
+    except Exception:  # transformers without feature names raise various errors
         raise _NotPlanned from None
     dtype = np.dtype("f8")
 
@@ -206,7 +206,7 @@ def _original(transformer: Any, columns: Sequence[Column], indices: list[int], *
 
 
 def _select(layout: Layout, indices: list[int]) -> tuple[Step, _Block]:
-    """These columns as a block: side by side if they are numbers."""
+    """These columns as a block: one array if they are numbers."""
     width = len(indices)
     if isinstance(layout, _Block):
         if layout.is_text:
@@ -227,7 +227,7 @@ def _select(layout: Layout, indices: list[int]) -> tuple[Step, _Block]:
 
 
 def _common_dtype(columns: Sequence[Column]) -> np.dtype[Any]:
-    """The dtype that scikit-learn would find for these columns of numbers."""
+    """The dtype that scikit-learn would use for these columns of numbers."""
     try:
         dtypes = {np.dtype(column.dtype) for column in columns}
     except TypeError:
@@ -241,7 +241,7 @@ def _common_dtype(columns: Sequence[Column]) -> np.dtype[Any]:
 
 
 def _block(layout: Layout, n_features: int) -> tuple[Step, _Block]:
-    """Whatever comes, as a block of ``n_features`` columns."""
+    """The input as a block of ``n_features`` columns."""
     select, block = _select(layout, list(range(len(layout)))) if not isinstance(layout, _Block) else (None, layout)
     if block.inner != (n_features,) or (not block.is_text and block.dtype not in _NUMBERS):
         raise _NotPlanned
@@ -253,7 +253,7 @@ def _same(values: Any) -> Any:
 
 
 def _floats(layout: Layout, n_features: int) -> tuple[Step, np.dtype[Any]]:
-    """Whatever numbers come, as scikit-learn's scalers take them: float32 stays, all else becomes float64.
+    """The input as floats, as scikit-learn's scalers convert it: float32 stays, all else becomes float64.
 
     Source: ``check_array`` with a list of dtypes.
     """
@@ -267,7 +267,11 @@ def _floats(layout: Layout, n_features: int) -> tuple[Step, np.dtype[Any]]:
 
 
 def _is_finite(X: Array) -> bool:
-    """Whether there is no NaN; infinite values are refused by all who call this."""
+    """Whether all values are finite; False if there are NaN.
+
+    Raises:
+        OriginalDecides: a value is infinite, which every caller's transformer rejects.
+    """
     if np.isfinite(X).all():
         return True
     if np.isinf(X).any():
@@ -391,7 +395,7 @@ def _ordinal_encoder(encoder: Any, layout: Layout) -> tuple[Step, Layout]:
 
 
 def _text_for(encoder: Any, layout: Layout) -> Step:
-    """What selects the columns of text that an encoder takes."""
+    """The step that selects an encoder's text columns."""
     select, block = _block(layout, encoder.n_features_in_)
     all_text = all(isinstance(word, str) or word is np.nan for categories in encoder.categories_ for word in _words(categories))
     if not block.is_text or encoder._infrequent_enabled or not all_text:
@@ -400,7 +404,7 @@ def _text_for(encoder: Any, layout: Layout) -> Step:
 
 
 def _words(categories: Array) -> list[Any]:
-    """Categories, a missing one as the very NaN that rows have."""
+    """Categories as a list; a missing one is ``np.nan`` itself, the object that rows have."""
     return [np.nan if isinstance(word, float) and word != word else word for word in categories.tolist()]
 
 

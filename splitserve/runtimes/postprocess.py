@@ -14,7 +14,7 @@ from splitserve.tensors import Tensor
 
 
 def output_specs(step: Postprocess, outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The signature of what `apply` gives for a predictor's outputs: the scores replaced by probabilities and label."""
+    """The signature of `apply`'s result: the scores replaced by probabilities and label."""
     scores = next(spec for spec in outputs if spec.name == step.scores)
     rest = tuple(spec for spec in outputs if spec.name != step.scores)
     made = TensorSpec(PROBABILITIES, scores.datatype, scores.shape), TensorSpec(LABEL, "BYTES", scores.shape[:1])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-# Its official builds report to their maker unless this is set before they are loaded; see docs/decisions/0007.
+# Official builds of ONNX Runtime send telemetry unless this is set before they are loaded; see docs/decisions/0007.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
@@ -57,7 +57,7 @@ _MAX_PROBE_ELEMENTS = 1024 * 1024
 """Of a row that is made up to learn the shape of the outputs. A request without rows may claim any width at no cost."""
 
 _ONLY_WHAT_WAS_CHECKED = {
-    "session.load_model_format": "ONNX",  # not its own format, which nothing here can look into
+    "session.load_model_format": "ONNX",  # not the ORT format, whose contents are not checked here
     "session.model_external_initializers_file_folder_path": os.devnull,  # below which there can be no file
 }
 """Session options: a model is the bytes whose digest was checked, and no other file.
@@ -85,10 +85,10 @@ class Predictor:
     Args:
         model: the ONNX file's bytes.
         intra_op_num_threads: threads that one run may use.
-        providers: ONNX Runtime's execution providers, most wanted first.
+        providers: ONNX Runtime's execution providers in order of preference.
 
     Raises:
-        BundleError: not a model that ONNX Runtime here can run, or with inputs or outputs that are no tensors.
+        BundleError: ONNX Runtime cannot run the model, or an input or output is not a tensor.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Predictor:
         options = ort.SessionOptions()
         options.intra_op_num_threads = intra_op_num_threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what fails is raised, and told there
+        options.log_severity_level = 4  # errors are raised as exceptions, which are logged
         for entry, value in _ONLY_WHAT_WAS_CHECKED.items():
             options.add_session_config_entry(entry, value)
         refuse_external_data(model)
@@ -110,7 +110,7 @@ class Predictor:
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
         self.outputs = tuple(_spec(node) for node in self._session.get_outputs())
         self.check = InputCheck(self.inputs, widen=False)
-        """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
+        """Returns tensors in the signature's order; raises `InvalidInput` if they do not fit it."""
         self.is_row_wise = is_row_wise(self.inputs, self.outputs)
         self.output_bytes = OutputBytes(self.inputs, self.outputs)
         """How large an answer will be."""
@@ -129,12 +129,12 @@ class Predictor:
 
         Args:
             inputs: as the signature has them, in any order.
-            wanted: names of the outputs to compute, in the order to give them; all when empty.
-            watch: told when each part is over.
+            wanted: names of the outputs to compute, in this order; all if empty.
+            watch: records the duration of each part.
             canceller: ends the run from another thread; the error that the run then raises is to be ignored.
 
         Raises:
-            InvalidInput: a tensor does not fit the signature, an output is unknown, or the model refuses the values.
+            InvalidInput: a tensor does not fit the signature, an output is unknown, or the model rejects the values.
         """
         watch = watch or Stopwatch()
         watch.end("queue")
@@ -181,11 +181,11 @@ def _row_of_zeros(tensor: Tensor) -> Tensor:
 
 
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:
-    """Read, check and try a predictor's bundle.
+    """Load a predictor's bundle, check it against its manifest and replay its golden samples.
 
     Raises:
-        BundleError: a file is damaged, ONNX Runtime cannot run the model, its signature is not the manifest's, or its golden
-            samples come out otherwise.
+        BundleError: a file is damaged, ONNX Runtime cannot run the model, its signature is not the manifest's, or its outputs
+            differ from its golden samples.
     """
     manifest = bundle.manifest
     _check_environment(manifest)
@@ -199,7 +199,7 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
 
 def _check_environment(manifest: Manifest) -> None:
     """Raises:
-    BundleError: the ONNX versions that the manifest names are beyond the runtime here.
+    BundleError: the installed runtime does not support the ONNX versions in the manifest.
     """
     made_with = manifest.environment
     opsets = {
@@ -216,7 +216,7 @@ def _check_environment(manifest: Manifest) -> None:
 
 
 def _is_number(text: str) -> bool:
-    """Whether it can be a version; of what cannot, the runtime finds out as it loads the model."""
+    """Whether this is a version number; the runtime checks others when it loads the model."""
     return text.isdecimal() and len(text) < _N_DIGITS_MAX
 
 
@@ -237,7 +237,7 @@ def _spec(node: Any) -> TensorSpec:
 
 
 def _dimension(tensor: str, axis: int, size: int | str | None) -> Dimension:
-    """A name that the graph does not give is this dimension's own: equal names are equal sizes."""
+    """A dimension without a name gets a unique one, since equal names mean equal sizes."""
     if isinstance(size, int):
         return size
     return BATCH if axis == 0 else size or f"{tensor}_{axis}"

@@ -1,4 +1,4 @@
-"""A loaded preprocessor: request tensors -> the tensors that a predictor takes, and its outputs -> the answer."""
+"""A loaded preprocessor: request tensors -> the predictor's inputs, and the predictor's outputs -> the answer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _MESSAGE_LENGTH = 300
 
 
 class Preprocessor:
-    """Fitted transforms with what the manifest says of them. Knows no transport.
+    """Fitted transforms and their manifest. Knows no transport.
 
     Args:
         manifest: of the bundle.
-        transformer: fitted; None where there is a compiled form.
+        transformer: fitted; None if there is only a compiled form.
         compiled: request tensors in the signature's order -> features.
     """
 
@@ -42,10 +42,11 @@ class Preprocessor:
             raise BundleError('manifest.json: a preprocessor needs "rows"')
         self.manifest = manifest
         self.warnings: tuple[str, ...] = ()
-        """What is not as it was where the bundle was made, and was allowed."""
+        """Differences from the publisher's environment that were allowed."""
         self._rows = manifest.rows
         self.transformer = transformer
-        """Decides on what its other forms refuse, and says why; None where a compiled form is all, or rows pass as they are."""
+        """Called for rows that a plan or the compiled form rejects, to decide and say why; None if there is only a compiled form,
+        or there are no transforms."""
         self._postprocess = manifest.postprocess
         self._labels = manifest.labels
         self._refuses = manifest.refuses
@@ -62,8 +63,8 @@ class Preprocessor:
         """Request tensors (n_rows, …) -> the predictor's inputs (n_rows, …).
 
         Raises:
-            InvalidInput: a tensor does not fit the signature, or the transforms refuse a value.
-            PairMismatch: the transforms gave something else than the manifest promises.
+            InvalidInput: a tensor does not fit the signature, or the transforms reject a value.
+            PairMismatch: the features do not have the manifest's signature.
         """
         tensors = self.check(inputs)
         if self.passes_on:
@@ -81,7 +82,7 @@ class Preprocessor:
         return (self._output(features, n_rows),)
 
     def _features(self, tensors: Sequence[Tensor]) -> Array:
-        """What the transforms make of tensors in the signature's order."""
+        """The features of tensors in the signature's order."""
         if self._compiled is not None:
             try:
                 return self._compiled(tensors)
@@ -95,14 +96,14 @@ class Preprocessor:
                 pass
         rows = to_rows(self._rows, self.inputs, tensors)
         try:
-            with np.errstate(all="ignore"):  # a caller's values are no matter for a warning of ours
+            with np.errstate(all="ignore"):  # a caller's values must not cause warnings in the log
                 return to_dense(sklearn_pipeline.transform(self.transformer, rows))
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
 
     def _output(self, features: Array, n_rows: int) -> Tensor:
         spec = self.outputs[0]
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below if it must not be
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite; `_check_values` decides
             features = features.astype(DTYPES[spec.datatype], copy=False)
         self._check_values(features)
         output = from_array(spec.name, features, spec.datatype)
@@ -112,18 +113,18 @@ class Preprocessor:
 
     @property
     def passes_on(self) -> bool:
-        """Whether the predictor gets the values that the caller sent, as they are."""
+        """Whether the inputs are passed to the predictor unchanged."""
         return self._rows.form == "tensors"
 
     @property
     def runtime(self) -> str:
-        """What transforms: "sklearn", a "plan" of its arithmetic, or "onnx"."""
+        """The runtime of the transforms: "sklearn", "plan" or "onnx"."""
         if self._compiled is not None:
             return "onnx"
         return "sklearn" if self._plan is None else "plan"
 
     def adopt_plan(self, golden: Golden) -> None:
-        """Work by a plan from now on, if there is one that agrees with the transforms on golden samples."""
+        """Use a plan from now on, if there is one that equals the transforms on golden samples."""
         if self._rows.form == "tensors":
             return
         plan = plan_of(self.transformer, self._rows, self.inputs)
@@ -139,11 +140,11 @@ class Preprocessor:
                 raise InvalidInput(f"row {row}: the features contain {what}, which the model does not accept")
 
     def differences(self, predictor_inputs: Sequence[TensorSpec], predictor_outputs: Sequence[TensorSpec]) -> list[str]:
-        """What keeps this from being paired with a predictor of that signature; empty when they fit."""
+        """Why this cannot be paired with a predictor of this signature; empty if it can."""
         return pairing.misfits(self.manifest, predictor_inputs, predictor_outputs)
 
     def sent(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs of `transform` under the names that the predictor has for them."""
+        """The outputs of `transform` under the predictor's input names."""
         return pairing.sent(self.manifest, outputs)
 
     def answer_specs(self, predictor_outputs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -167,19 +168,19 @@ def load(
     allow_unsafe_pickle: bool = False,
     runtime: RuntimeChoice = "auto",
 ) -> Preprocessor:
-    """Read, check and try a preprocessor's bundle.
+    """Load a preprocessor's bundle, check it against its manifest and replay its golden samples.
 
     Args:
-        bundle: what to load.
+        bundle: with its files fetched.
         trusted_modules: as for `sklearn_pipeline.load`.
-        allow_environment_mismatch: rely on the golden samples where library versions differ.
+        allow_environment_mismatch: rely on the golden samples if library versions differ.
         allow_unsafe_pickle: as for `sklearn_pipeline.read`.
-        runtime: "onnx" takes the compiled form, "sklearn" never does, "auto" where there is one, ONNX Runtime, and no plan: a
-            plan costs less.
+        runtime: "onnx" uses the compiled form, "sklearn" never does, "auto" does if there is one, ONNX Runtime is installed, and
+            there is no plan, which is faster.
 
     Raises:
-        BundleError: a file is damaged, its environment is not this one's, its types are not allowed, it is a pickle and none is
-            allowed, there is no compiled form and none but that is wanted, or its golden samples come out otherwise.
+        BundleError: a file is damaged, the environment does not match, a type or a pickle is not allowed, the compiled form is
+            required and missing, or outputs differ from the golden samples.
     """
     manifest = bundle.manifest
     warnings: tuple[str, ...] = ()
@@ -207,7 +208,7 @@ def load(
         else:
             compiled.transformer, compiled.warnings = transformer, preprocessor.warnings
             return compiled
-    if preprocessor.runtime == "plan":  # which has not been tried yet
+    if preprocessor.runtime == "plan":  # the samples were replayed without it
         goldens.replay(golden, manifest, preprocessor.transform)
     return preprocessor
 
@@ -218,7 +219,7 @@ def _is_compiled(manifest: Manifest) -> bool:
 
 def _load_compiled(bundle: Bundle) -> Preprocessor:
     """Raises:
-    BundleError: there is no compiled form, or it cannot be run here, or its golden samples come out otherwise.
+    BundleError: there is no compiled form, it cannot be run here, or its outputs differ from the golden samples.
     """
     manifest = bundle.manifest
     if not _is_compiled(manifest):
@@ -234,10 +235,10 @@ def _load_compiled(bundle: Bundle) -> Preprocessor:
 
 
 def _check_environment(manifest: Manifest, allow_mismatch: bool) -> tuple[str, ...]:
-    """What of this environment differs and was allowed, or matters little.
+    """Warnings about differences of this environment that are allowed.
 
     Raises:
-        BundleError: it differs, and may not.
+        BundleError: a difference is not allowed.
     """
     found = environment.mismatches("preprocess", manifest.environment)
     refused = [str(each) for each in found if each.is_required]
@@ -251,7 +252,7 @@ def _check_environment(manifest: Manifest, allow_mismatch: bool) -> tuple[str, .
 
 def _check_meaning(manifest: Manifest, transformer: Any) -> None:
     """Raises:
-    BundleError: the transforms' columns or vocabularies are not those that the manifest tells of.
+    BundleError: the transforms' columns or vocabularies differ from the manifest's fingerprint.
     """
     found = meaning_of(transformer).fingerprint
     if manifest.fingerprint and found != manifest.fingerprint:
@@ -259,7 +260,7 @@ def _check_meaning(manifest: Manifest, transformer: Any) -> None:
 
 
 def _passed_on(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors in the signature's order; those that are narrower or have one dimension less become what it says."""
+    """The tensors in the signature's order, widened and reshaped to it."""
     by_name = {tensor.name: tensor for tensor in inputs}
     return tuple(_fitted(spec, by_name[spec.name]) for spec in specs)
 
@@ -273,14 +274,14 @@ def _fitted(spec: TensorSpec, tensor: Tensor) -> Tensor:
 
 
 def to_dense(features: Any) -> Array:
-    """A transform's result as a plain array: sparse matrices filled in, DataFrames without their labels."""
+    """A transform's result as a plain array, from a sparse matrix or a DataFrame, too."""
     if hasattr(features, "toarray"):
         features = features.toarray()
     return np.asarray(features)
 
 
 def _agree(plan: Plan, transformer: Any, rows: Rowset, tensors: Sequence[Tensor]) -> bool:
-    """Whether both give the same bits; what they refuse is no golden sample."""
+    """Whether both give the same bits."""
     try:
         expected, found = to_dense(transformer.transform(rows)), plan(tensors)
     except Exception:  # the original raises it again, when the samples are replayed

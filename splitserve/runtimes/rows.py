@@ -1,7 +1,7 @@
 """Wire tensors <-> the rows that transforms are fitted on: a DataFrame with the training columns, or an array.
 
-`observe` writes down what the training data was; `to_rows` builds the same from a request; `to_tensors` is its inverse. pandas
-is imported only where a DataFrame is.
+`observe` describes the training data; `to_rows` builds such rows from a request; `to_tensors` is its inverse. pandas is imported
+only for DataFrames.
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ _MISSING = {"nan": np.nan, "none": None}
 
 
 class UnsupportedRows(ValueError):
-    """The training data has a form that the wire cannot carry; the message names the column and the way out."""
+    """The training data cannot be sent over the wire; the message names the column and the way out."""
 
 
 def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]]:
-    """What kind of rows these are, and the signature that a request for such rows has.
+    """The kind of these rows, and the signature of a request with such rows.
 
     Args:
-        rows: the training data, or a part that shows every kind of value in it: a DataFrame, or an array of at least one
-            dimension whose leading one is the rows.
-        input_name: what the input is called if the data is one array.
+        rows: the training data, or a part of it with every kind of value: a DataFrame, or an array (n_rows, …).
+        input_name: name of the input if the data is one array.
 
     Raises:
-        UnsupportedRows: a column or the array has a type that the wire cannot carry.
+        UnsupportedRows: a column or the array has a type without a wire datatype.
     """
     if hasattr(rows, "columns"):
         if not all(isinstance(name, str) for name in rows.columns) or not rows.columns.is_unique:
             raise UnsupportedRows(
-                "the columns of a DataFrame are inputs and need a name each, as text and only once; rename them, or publish with "
+                "the columns of a DataFrame become inputs: expected unique text as names; rename them, or publish with "
                 "X.to_numpy()"
             )
         columns = tuple(_observe_column(name, rows[name]) for name in rows.columns)
@@ -96,7 +95,7 @@ def _check_text(name: str, values: Sequence[object]) -> None:
 
 
 def is_missing(value: object) -> bool:
-    """None, NaN or pandas' NA: the values that differ from themselves or are not there."""
+    """Whether a value is None, NaN, or pandas' NA or NaT."""
     return (
         value is None
         or type(value).__name__ in ("NAType", "NaTType")
@@ -105,7 +104,7 @@ def is_missing(value: object) -> bool:
 
 
 def _missing_value(values: Sequence[object]) -> Missing:
-    """What "" on the wire becomes: the missing value of the data, unless "" is a value of its own there."""
+    """The value that "" on the wire becomes: the missing value of the data, unless "" is a value of the data."""
     if any(isinstance(value, str) and not value for value in values):
         return ""
     missing = [value for value in values if is_missing(value)]
@@ -124,9 +123,9 @@ def _datatype(dtype: str) -> str:
 
 
 def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> Rowset:
-    """What the transforms expect, from tensors that were checked against the signature.
+    """The rows that the transforms expect, from tensors that were checked against the signature.
 
-    Numbers narrower than the training data's are widened; an empty string is the missing value where the column takes one.
+    Numbers are widened to the training data's dtype; an empty string becomes the column's missing value, if it has one.
 
     Raises:
         InvalidInput: an element of a text column is not UTF-8.
@@ -139,7 +138,7 @@ def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -
 
 
 def read_columns(rows: Rows, specs: Sequence[TensorSpec], tensors: Sequence[Tensor]) -> list[Values]:
-    """The values of each column, those of one array side by side; numbers of an array are widened, those of columns not yet.
+    """The values of each column; of an array of numbers one block, widened. Numbers of a frame's columns are not widened.
 
     Args:
         rows: a frame, or an array of numbers or text of two dimensions or more.

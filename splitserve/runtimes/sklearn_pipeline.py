@@ -1,7 +1,7 @@
 """Fitted scikit-learn transforms on disk, as skops files: reading one runs no code, and unknown types are refused.
 
-What skops cannot hold may be a pickle instead, written with joblib. Loading one runs whatever code is in it, so nothing here
-does unless it is told to.
+Transforms that skops does not support may be a pickle instead, written with joblib. Loading a pickle runs any code in it, so it
+has to be allowed explicitly.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _TRUSTED_FUNCTIONS = {
     "sklearn.feature_selection._mutual_info.mutual_info_classif",
     "sklearn.feature_selection._mutual_info.mutual_info_regression",
 }
-"""Functions that scikit-learn's own transformers hold: what they compute is all that they do."""
+"""Functions that scikit-learn's own transformers refer to; they are free of side effects."""
 
 
 def is_pickle(bundle: Bundle) -> bool:
-    """Whether a preprocessor's transforms are a pickle; a bundle that has both forms has a skops file."""
+    """Whether a preprocessor's transforms are a pickle; if a bundle has both, the skops file is used."""
     return PICKLE_FILE in bundle.manifest.files and PIPELINE_FILE not in bundle.manifest.files
 
 
@@ -61,7 +61,7 @@ def read(bundle: Bundle, trusted_modules: Sequence[str] = (), *, allow_unsafe_pi
 
 
 def transform(transformer: Any, rows: Any) -> Any:
-    """Call fitted transforms. That their parameters are valid was seen where they were fitted, and is not looked at again."""
+    """Call fitted transforms, without validating their parameters again: that was done when they were fitted."""
     with sklearn.config_context(skip_parameter_validation=True):
         return transformer.transform(rows)
 
@@ -70,7 +70,7 @@ def dump(transformer: Any) -> bytes:
     """The contents of ``pipeline.skops``.
 
     Raises:
-        BundleError: skops cannot hold it.
+        BundleError: skops does not support a type in it.
     """
     try:
         data: bytes = skops.io.dumps(transformer)
@@ -94,7 +94,7 @@ def dump_pickle(transformer: Any) -> bytes:
 
 
 def load_pickle(data: bytes) -> Any:
-    """The transformer in ``pipeline.joblib``. Runs whatever code is in it.
+    """The transformer in ``pipeline.joblib``. Runs any code in it.
 
     Raises:
         BundleError: it cannot be loaded.
@@ -108,7 +108,7 @@ def load_pickle(data: bytes) -> Any:
 def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
     """The transformer in ``pipeline.skops``.
 
-    Besides what skops itself trusts, classes of numpy, scipy and scikit-learn and the transformers of splitserve are allowed.
+    Trusted are skops' own defaults, the classes of numpy, scipy and scikit-learn, and `splitserve.transformers`.
 
     Args:
         data: the file's bytes.
@@ -138,7 +138,7 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
 
 
 def untrusted_modules(data: bytes, trusted_modules: Sequence[str] = ()) -> list[str]:
-    """Modules that an operator would have to trust, besides these, before this file loads."""
+    """Modules that an operator would have to trust in addition to load this file."""
     return sorted({name.rpartition(".")[0] for name in untrusted_types(data, trusted_modules)})
 
 
@@ -148,7 +148,7 @@ def untrusted_types(data: bytes, trusted_modules: Sequence[str] = ()) -> list[st
 
 
 def _is_trusted(type_name: str, trusted_modules: Sequence[str]) -> bool:
-    """Functions are trusted only from named modules: numpy alone has some that run text as code."""
+    """Functions are trusted only by name or module: numpy has some that execute text as code."""
     module, _, attribute = type_name.rpartition(".")
     if any(module == allowed or module.startswith(f"{allowed}.") for allowed in (_OWN_MODULE, *trusted_modules)):
         return True
@@ -156,5 +156,5 @@ def _is_trusted(type_name: str, trusted_modules: Sequence[str]) -> bool:
         return True
     if module.partition(".")[0] not in _TRUSTED_PACKAGES:
         return False
-    loaded = sys.modules.get(module)  # a file does not choose what is imported; skops has imported all of scikit-learn
+    loaded = sys.modules.get(module)  # a file must not choose what is imported; skops has imported scikit-learn
     return isinstance(getattr(loaded, attribute, None), type)
