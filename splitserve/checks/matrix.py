@@ -1,7 +1,7 @@
-"""The support matrix: every bundle of a repository tried in an environment, every pair judged by what came of its halves.
+"""The support matrix: loads every bundle of a repository in an environment and judges every pair by its halves.
 
-``python -m splitserve.checks.matrix FOLDER`` tries the bundles and prints a `Report` as JSON. It needs no more than the image of
-a service holds, and tries the halves that can be run there; `judge` joins the reports of several environments.
+``python -m splitserve.checks.matrix FOLDER`` loads the bundles and prints a `Report` as JSON. It needs only what a service's image
+has, and loads the halves that can run there; `judge` combines the reports of several environments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "skops", "onnxruntime")
 
 
 class Allowed(msgspec.Struct, frozen=True):
-    """What services can be told to allow, and what runs their transforms; the names are those of their settings."""
+    """What the services' settings allow, and the runtime of transforms; named like these settings."""
 
     trusted_modules: tuple[str, ...] = ()
     environment_mismatch: bool = False
@@ -43,10 +43,10 @@ NOTHING_MORE = Allowed()
 
 
 class Trial(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What came of loading a bundle.
+    """The result of loading a bundle.
 
-    ``reason`` says why it was refused, "" if it was not. ``golden`` is "agree" or "differ", "" if its samples were not reached.
-    ``warnings`` are differences of the environment that were allowed or matter little.
+    ``reason``: why it was refused, "" if it was not. ``golden``: "agree" or "differ", "" if its samples were not replayed.
+    ``warnings``: differences of the environment that are allowed.
     """
 
     bundle: str
@@ -81,11 +81,11 @@ class JudgedPair(msgspec.Struct, frozen=True):
 
 
 class Matrix(msgspec.Struct, frozen=True):
-    """Everything that is known.
+    """The support matrix.
 
-    ``made_with`` says by bundle which versions bind it. ``environments`` are the reports by the environments' names. The names in
-    the verdicts are theirs, or, where none runs both halves, one of preprocess and one of predict joined by " + ". ``problems``
-    say what must not be deployed as it is.
+    ``environments``: reports by the environment's name. ``made_with``: by bundle, the versions that it depends on. The names in
+    the verdicts are those of environments, or, if none runs both halves, one of preprocess and one of predict joined by " + ".
+    ``problems``: why this must not be deployed.
     """
 
     environments: dict[str, Report]
@@ -95,10 +95,10 @@ class Matrix(msgspec.Struct, frozen=True):
 
 
 def examine(source: BundleSource, allowed: Allowed = NOTHING_MORE) -> Report:
-    """Try every bundle whose half can be run in this process: load it, replay its golden samples, let it go.
+    """Load every bundle whose half can run in this process, replay its golden samples, and unload it.
 
     Raises:
-        BundleError: the source cannot be looked at.
+        BundleError: the source cannot be listed.
     """
     loaders = _loaders(allowed)
     trials = tuple(_try(source, key, loaders[key.kind]) for key in source.bundles() if key.kind in loaders)
@@ -106,11 +106,11 @@ def examine(source: BundleSource, allowed: Allowed = NOTHING_MORE) -> Report:
 
 
 _Loader = Callable[[Bundle], Sequence[str]]
-"""Loads a bundle as its service does; gives the warnings."""
+"""Loads a bundle as its service does; returns the warnings."""
 
 
 def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
-    """For those halves whose library is installed."""
+    """Loaders of the halves whose libraries are installed."""
     found: dict[Kind, _Loader] = {}
     with contextlib.suppress(ImportError):
         from splitserve.runtimes import preprocessor
@@ -137,7 +137,7 @@ def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
 
 
 def _try(source: BundleSource, key: BundleKey, load: _Loader) -> Trial:
-    from splitserve.repository.golden import GoldenDifference  # which needs numpy: whatever can load a bundle has it
+    from splitserve.repository.golden import GoldenDifference  # needs numpy, which is installed wherever bundles are loaded
 
     try:
         return Trial(str(key), golden="agree", warnings=tuple(load_bundle(source, key, load)))
@@ -148,16 +148,16 @@ def _try(source: BundleSource, key: BundleKey, load: _Loader) -> Trial:
 
 
 def refuse(report: Report, reasons: Mapping[str, str]) -> Report:
-    """The report, had it refused these bundles too."""
+    """The report with these bundles refused, too."""
     trials = tuple(Trial(trial.bundle, reasons[trial.bundle]) if trial.bundle in reasons else trial for trial in report.trials)
     return msgspec.structs.replace(report, trials=trials)
 
 
 def judge(source: BundleSource, reports: Mapping[str, Report], *, allow_fingerprint_mismatch: bool = False) -> Matrix:
-    """The matrix of a repository that was tried in these environments, by name.
+    """The matrix of a repository from the reports of environments by name.
 
     Raises:
-        BundleError: the source cannot be looked at.
+        BundleError: the source cannot be listed.
     """
     keys = tuple(source.bundles())
     manifests = {str(key): manifest for key in keys if (manifest := _manifest(source, key))}
@@ -173,7 +173,7 @@ def judge(source: BundleSource, reports: Mapping[str, Report], *, allow_fingerpr
 
 
 def _routes(source: BundleSource, models: Sequence[str]) -> tuple[dict[str, Route], list[str]]:
-    """The routes of the models that have one, and what is wrong with those that are broken."""
+    """The routes of the models that have one, and the problems of those that are invalid."""
     found, problems = {}, []
     for model in models:
         try:
@@ -185,7 +185,7 @@ def _routes(source: BundleSource, models: Sequence[str]) -> tuple[dict[str, Rout
 
 
 def _manifest(source: BundleSource, key: BundleKey) -> Manifest | None:
-    """None if it is broken; the trials say how."""
+    """None if it is invalid; the trials say why."""
     try:
         return source.open(key).manifest
     except BundleError:
@@ -202,7 +202,7 @@ def _made_with(manifest: Manifest) -> str:
 
 
 def _pairs(keys: Sequence[BundleKey], routes: Mapping[str, Route]) -> Iterator[tuple[str, Pair]]:
-    """All that could be made of the bundles, and those that a route names."""
+    """All combinations of the bundles, and the pairs that routes name."""
     for model in sorted({key.model for key in keys}):
         versions = {kind: [key.version for key in keys if (key.model, key.kind) == (model, kind)] for kind in KINDS}
         made = {Pair(*numbers) for numbers in product(versions["preprocess"], versions["predict"])}
@@ -211,7 +211,7 @@ def _pairs(keys: Sequence[BundleKey], routes: Mapping[str, Route]) -> Iterator[t
 
 
 def _part(pair: Pair, route: Route | None) -> str:
-    """What a route gives a pair to do: a share of the requests, "shadow", or ""."""
+    """A pair's part in a route: a share of the requests, "shadow", both, or ""."""
     if route is None:
         return ""
     total = sum(entry.weight for entry in route.pairs)
@@ -221,7 +221,7 @@ def _part(pair: Pair, route: Route | None) -> str:
 
 
 def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
-    """Where pairs would run: each environment that runs both halves, and each of preprocess with each of predict."""
+    """Environments for pairs: each that runs both halves, and each of preprocess combined with each of predict."""
     only: dict[Kind, dict[str, Report]] = {
         kind: {name: report for name, report in reports.items() if report.kinds == (kind,)} for kind in KINDS
     }
@@ -234,7 +234,7 @@ def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
 
 
 class _Judge:
-    """Gives verdicts from manifests and trials."""
+    """Derives verdicts from manifests and trials."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class _Judge:
         return JudgedPair(model, str(pair), part, verdicts)
 
     def _trial(self, report: Report, bundle: str) -> Trial:
-        """What came of a bundle; of one that nobody has published, that."""
+        """The trial of a bundle; a refusal if it is not published."""
         found = next((trial for trial in report.trials if trial.bundle == bundle), None)
         if found is None or (not found.reason and bundle not in self._manifests):
             return Trial(bundle, f"{bundle}: not published")
@@ -280,7 +280,7 @@ class _Judge:
 
 
 def _problems(models: Sequence[str], pairs: Sequence[JudgedPair], reports: Mapping[str, Report]) -> Iterator[str]:
-    """What a deployment must not go ahead with."""
+    """Why the repository must not be deployed."""
     kinds = {kind for report in reports.values() for kind in report.kinds}
     for kind, name in (("preprocess", "preprocessors"), ("predict", "predictors")):
         if kind not in kinds:
@@ -300,7 +300,7 @@ def _problems(models: Sequence[str], pairs: Sequence[JudgedPair], reports: Mappi
 
 
 def main(folder: str, allowed: str = "{}") -> int:
-    """Print the report of this environment as a line of JSON; 1 and the reason if the repository cannot be looked at.
+    """Print the report of this environment as a line of JSON; 1 and the reason if the repository cannot be listed.
 
     Args:
         folder: of the model repository.

@@ -1,6 +1,6 @@
-"""Whether a running system answers what its bundles promise: golden samples sent to it, answers compared.
+"""Verifies a running system: sends golden samples to it and compares the answers with the expected ones.
 
-What a pair must answer to the golden rows of its preprocessor is worked out from its bundles, without scikit-learn: `promise`.
+`promise` derives the expected answers of a pair to the golden rows of its preprocessor from its bundles, without scikit-learn.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from splitserve.versions import Pair, parse_pair
 
 
 class ServerUnderTest(Protocol):
-    """What is verified: a client of it, over whatever transport."""
+    """A client of the system to verify, over any transport."""
 
     def infer(self, model: str, inputs: Mapping[str, Any], *, version: str = "") -> Mapping[str, Array]:
         """Raises:
-        SplitserveError: the system refused, or could not be reached.
+        SplitserveError: the system rejected the request, or is unreachable.
         """
         ...
 
@@ -41,10 +41,9 @@ class ServerUnderTest(Protocol):
 
 
 class Promise(msgspec.Struct, frozen=True):
-    """What a pair must answer.
+    """The expected answer of a pair.
 
-    ``is_recorded``: all of it was written down when the pair was published; else the predictor was run here, on what the
-    preprocessor's features were when it was published.
+    ``is_recorded``: recorded when the pair was published; otherwise the predictor was run here on the recorded features.
     """
 
     inputs: tuple[Tensor, ...]
@@ -54,12 +53,12 @@ class Promise(msgspec.Struct, frozen=True):
 
     @property
     def n_samples(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return self.inputs[0].n_rows
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What came of a pair: ``problem`` is "" if the system keeps its promise, which is None if it is not known."""
+    """The result for a pair: ``problem`` is "" if the answers agree; ``promise`` is None if it could not be derived."""
 
     model: str
     pair: str
@@ -69,15 +68,15 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def promise(source: BundleSource, model: str, pair: Pair) -> Promise:
-    """What a pair must answer to the golden rows of its preprocessor.
+    """The expected answer of a pair to the golden rows of its preprocessor.
 
-    The preprocessor's samples are rows with the features that they became. If both halves were published together, the
-    predictor's are these features with the outputs that they gave. If not, the predictor is loaded, passes its own samples, and
-    is run on these features. Either way the postprocess step comes last. An answer may be as far off as the predictor's manifest
-    allows; a probability as far as the score that it is made of, and what is no float not at all.
+    The preprocessor's golden samples are rows with their features. If both halves were published together, the predictor's are
+    these features with their outputs. Otherwise the predictor is loaded, its own samples are replayed, and it is run on these
+    features. The postprocess step is applied last. Tolerances are those of the predictor's manifest; a probability has that of
+    its score.
 
     Raises:
-        BundleError: a half is not there, broken or cannot be run here, or the two do not fit.
+        BundleError: a half is missing, invalid or cannot be run here, or the halves do not fit.
     """
     preprocessor = _open(source, BundleKey(model, "preprocess", pair.preprocessor))
     predictor = _open(source, BundleKey(model, "predict", pair.predictor))
@@ -106,7 +105,8 @@ def _run(source: BundleSource, key: BundleKey, features: Sequence[Tensor]) -> tu
         from splitserve.runtimes import predictor
     except ImportError as error:
         raise BundleError(
-            f"{key} was not published together with its preprocessor, so it has to be run here, and {error.name} is not installed"
+            f"{key} was not published together with its preprocessor, so it must be run here, which needs {error.name}: "
+            'pip install "splitserve[predict]"'
         ) from error
     try:
         return load_bundle(source, key, predictor.load).infer(features)
@@ -125,10 +125,10 @@ def _postprocessed(
 
 
 def pairs_of(source: BundleSource, server: ServerUnderTest, model: str) -> list[Pair]:
-    """The pairs of a model to verify: those that the system has ready, and those that the route names, ascending.
+    """The pairs of a model to verify: those that are ready, and those that the route names, ascending.
 
     Raises:
-        BundleError: a route is broken.
+        BundleError: the route is invalid.
         SplitserveError: the system does not serve the model.
     """
     route = source.route(model)
@@ -139,7 +139,7 @@ def pairs_of(source: BundleSource, server: ServerUnderTest, model: str) -> list[
 
 
 def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair) -> Outcome:
-    """Send the golden rows of a pair, as one request, and compare what comes back with its promise."""
+    """Send the golden rows of a pair in one request and compare the answer with the expected one."""
     outcome = Outcome(model, str(pair))
     try:
         promised = promise(source, model, pair)

@@ -1,4 +1,4 @@
-"""``splitserve …``: the commands and their help. What a command does is imported when it is called, so that help is quick."""
+"""``splitserve …``: the commands and their help. Each command is imported when it is called, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _folder(repository: str) -> Path:
     from splitserve.repository.sources import is_url
 
     if is_url(repository):
-        raise typer.BadParameter(f"{repository} cannot be written; give a folder with --repository, and copy that")
+        raise typer.BadParameter(f"{repository} cannot be written; give a folder with --repository and upload it")
     return Path(repository.removeprefix("file://"))
 
 
@@ -75,7 +75,7 @@ def up(
 ) -> None:
     """Start all services on this machine.
 
-    Waits until they are ready, says how to call them, follows their logs, and stops them on Ctrl-C.
+    Waits until they are ready, prints example calls, follows their logs, and stops them on Ctrl-C.
     """
     from splitserve.cli.up import Ports, run
 
@@ -89,7 +89,7 @@ def serve(
 ) -> None:
     """Run one service in the foreground.
 
-    It is set up by environment variables; docs/settings.md lists them.
+    Its settings are environment variables; docs/settings.md lists them.
     """
     from splitserve.cli.serve import run
 
@@ -106,7 +106,8 @@ def publish(
     transformer: Annotated[Path | None, typer.Option(help="Fitted transforms: publishes a preprocessor.")] = None,
     onnx: Annotated[Path | None, typer.Option(help="An ONNX model: publishes a predictor.")] = None,
     trained_on: Annotated[
-        Path | None, typer.Option(help="The fitted transforms that the ONNX model was trained on: it is paired with no others.")
+        Path | None,
+        typer.Option(help="The fitted transforms that the ONNX model was trained on; it is paired only with equal ones."),
     ] = None,
     repository: FolderOption = DEFAULT_REPOSITORY,
     version: Annotated[int | None, typer.Option(help="Version number; the next free one by default.")] = None,
@@ -118,8 +119,8 @@ def publish(
         bool,
         typer.Option(
             "--allow-pickle",
-            help="Read .joblib and .pkl files, which run any code in them: only your own. "
-            "Write a pickle where skops cannot hold the transforms; services refuse it by default.",
+            help="Read .joblib and .pkl files, which can run any code: only your own. "
+            "Write a pickle if skops does not support the transforms; services refuse it by default.",
         ),
     ] = False,
 ) -> None:
@@ -154,7 +155,7 @@ def publish_test_models(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
 
 @app.command()
 def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
-    """List what is in a model repository."""
+    """List the bundles of a model repository."""
     from splitserve.cli.models import run
 
     raise typer.Exit(run(repository))
@@ -168,7 +169,7 @@ def sign(
 ) -> None:
     """Sign the bundles of a model repository.
 
-    Services that are given the public key, in MODEL_SIGNATURE_KEY, load no others. Signing again replaces the signature.
+    Services with the public key in MODEL_SIGNATURE_KEY load only signed bundles. Signing again replaces the signature.
     """
     from splitserve.cli.sign import run
 
@@ -179,7 +180,7 @@ def sign(
 def matrix(
     repository: RepositoryOption = DEFAULT_REPOSITORY,
     image: Annotated[
-        list[str] | None, typer.Option(help="Try it in this image instead of here; may be given several times.")
+        list[str] | None, typer.Option(help="Load the bundles in this image instead of here; may be given several times.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As tables in Markdown.")] = False,
@@ -197,14 +198,18 @@ def matrix(
     ] = False,
     runtime: Annotated[Literal["auto", "sklearn", "onnx"], typer.Option(help="As PREPROCESS_RUNTIME.")] = "auto",
     signature_key: Annotated[
-        str, typer.Option(envvar="MODEL_SIGNATURE_KEY", help="A public key in PEM form: refuse what was not signed with it.")
+        str,
+        typer.Option(
+            envvar="MODEL_SIGNATURE_KEY",
+            help="A public key in PEM form: refuse bundles that are not signed with its private key.",
+        ),
     ] = "",
     docker: Annotated[str, typer.Option(envvar="DOCKER", help="The program that runs images.")] = "docker",
 ) -> None:
-    """Say which bundles load and which pairs fit.
+    """Show which bundles load and which pairs fit.
 
-    Tries every bundle of the repository, its golden samples included, and every pair, in this environment or in the images of
-    services. Exits 1 if a pair that a route names is refused, or a model without a route has no pair that is admitted.
+    Loads every bundle of the repository, replays its golden samples, and judges every pair, in this environment or in the images
+    of services. Exits 1 if a pair that a route names is refused, or a model has no admitted pair.
     """
     from splitserve.checks.matrix import Allowed
     from splitserve.cli.matrix import run
@@ -222,9 +227,9 @@ def matrix(
 
 @app.command()
 def index(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
-    """List a model repository in a file.
+    """Write the index of a model repository, index.json.
 
-    Services that find their models at an http:// or https:// URL read it: write it again whenever the repository has changed.
+    Services with an http:// or https:// model repository read it: write it again after every change of the repository.
     """
     from splitserve.cli.index import run
 
@@ -240,7 +245,7 @@ def infer(
     version: Annotated[str, typer.Option(help='A pair, "K.M"; the server\'s choice by default.')] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 30.0,
 ) -> None:
-    """Send rows, print the answer as a table.
+    """Send rows and print the answer as a table.
 
     JSON is a list of records by column name, or of rows, or an object with such a list in "instances".
     """
@@ -251,9 +256,9 @@ def infer(
 
 @app.command()
 def health(url: UrlOption = GRPC_URL) -> None:
-    """Say which models are ready.
+    """Show which models are ready, and why others are not.
 
-    And why the others are not. Exits 1 if none is.
+    Exits 1 if none is ready.
     """
     from splitserve.cli.health import run
 
@@ -270,8 +275,7 @@ def verify(
 ) -> None:
     """Send golden samples through a running system.
 
-    Its answers are compared with those that the repository's bundles promise. Exits 1 if one differs, and shows the worst
-    difference.
+    Compares the answers with those recorded in the repository's bundles. Exits 1 and shows the worst difference if one differs.
     """
     from splitserve.cli.verify import run
 
@@ -283,9 +287,9 @@ def reload(
     models: Annotated[list[str] | None, typer.Argument(help="Names of models; all by default.")] = None,
     url: UrlOption = GRPC_URL,
 ) -> None:
-    """Look at the model repository now.
+    """Poll the model repository now.
 
-    Services look by themselves every second or so. This needs ALLOW_REPOSITORY_CONTROL=true at each of them.
+    Services poll about every second by default. This needs ALLOW_REPOSITORY_CONTROL=true at each of them.
     """
     from splitserve.cli.reload import run
 

@@ -1,4 +1,4 @@
-"""How the commands reach a running system: over TLS and with a token, if the environment says so (docs/security.md)."""
+"""The commands' connection to a running system, with TLS and a token from the environment (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FILES = "SPLITSERVE_CA_FILE, _CERT_FILE, _KEY_FILE or _TOKEN_FILE"
 
 
 def connect(url: str) -> RemoteInference:
-    """The proxy at ``url``. Files that cannot be used end the process with a line that says why."""
+    """Connect to the proxy at ``url``. Invalid files end the process with the reason."""
     try:
         return RemoteInference(url, stage="proxy", tls=tls.from_environment(), token=tls.token_from_environment())
     except (OSError, ValueError) as error:
@@ -24,7 +24,7 @@ def connect(url: str) -> RemoteInference:
 
 
 def client(url: str, *, timeout_s: float) -> Client:
-    """The system at ``url``, over REST or gRPC. An address or files that cannot be used end the process, as for `connect`."""
+    """A client of the system at ``url``, over REST or gRPC. An invalid address or invalid files end the process."""
     from splitserve.client import TLS, Client
 
     try:

@@ -12,7 +12,7 @@ from splitserve.oip.messages import READY, ModelState
 
 
 def run(url: str) -> int:
-    """Print a row for each version, or why there are none; 1 if none is ready."""
+    """Print a row for each version, or the reason if there are none; 1 if none is ready."""
     try:
         states, reason = asyncio.run(_look(url))
     except SplitserveError as error:
@@ -26,7 +26,7 @@ def run(url: str) -> int:
 
 
 async def _look(url: str) -> tuple[list[ModelState], str]:
-    """The index, and, where it is empty, what the system says of that."""
+    """The index, and the system's reason if it is empty."""
     async with connect(url) as remote:
         states = await remote.index()
         return states, "" if states else await remote.not_ready_reason()

@@ -1,4 +1,4 @@
-"""``splitserve index``: the list of a model repository's bundles, for HTTP servers."""
+"""``splitserve index``: the index of a model repository, for web servers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitserve.repository.sources import index
 
 
 def run(root: Path) -> int:
-    """Write ``index.json``; 1 if that fails or a bundle was left out because it is broken."""
+    """Write ``index.json``; 1 if that fails or an invalid bundle was omitted."""
     if not root.is_dir():
         print(f"{root}: no such folder", file=sys.stderr)
         return 1
@@ -22,6 +22,6 @@ def run(root: Path) -> int:
         print(error, file=sys.stderr)
         return 1
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"omitted: {problem}", file=sys.stderr)
     print(f"{path}: {len(found.bundles)} bundles, {len(found.routes)} routes")
     return int(bool(problems))

@@ -19,13 +19,13 @@ from splitserve.tensors import DATATYPES, Tensor, unpack
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 N_SHOWN = 5
-"""So many of the numbers of a longer row are shown: the largest, with their places."""
+"""Of a long row of numbers, this many are shown: the largest, with their indices."""
 
 
 def run(model: str, file: Path | None, *, rows: str | None, url: str, version: str, timeout_s: float) -> int:
     """Print a row for each row sent; 1 and the reason if that fails."""
     if (file is None) == (rows is None):
-        print("give a file or --rows", file=sys.stderr)
+        print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
     try:
         response = asyncio.run(_infer(model, _reader(file, rows), url, version, timeout_s))
@@ -39,7 +39,7 @@ def run(model: str, file: Path | None, *, rows: str | None, url: str, version: s
 
 
 def _reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
-    """What makes instances of the input, once the model's signature is known."""
+    """A function from the model's metadata to the instances in the input."""
     if rows is not None:
         return lambda _: _from_json(rows.encode())
     assert file is not None, "run checks it"
@@ -61,7 +61,7 @@ def _from_json(text: bytes) -> list[Any]:
 
 
 def _from_csv(file: Path, metadata: ModelMetadata) -> list[Any]:
-    """Records by column name; columns that the model does not know are left out, empty cells are missing values."""
+    """Records by column name; columns without an input are omitted, empty cells are missing values."""
     datatypes = {spec.name: spec.datatype for spec in metadata.inputs}
     with file.open(newline="", encoding="utf-8") as lines:
         records = list(csv.DictReader(lines))

@@ -1,4 +1,4 @@
-"""``splitserve matrix``: which bundles load and which pairs fit, here or in images, as tables."""
+"""``splitserve matrix``: which bundles load and which pairs fit, in this environment or in images, as tables."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _CONFINED = (
     "run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
     "--tmpfs", "/tmp",  # noqa: S108 - the container's own
 )  # fmt: skip
-"""What is tried in an image may be anything: it reads the repository and prints, and can do nothing else."""
+"""Bundles are untrusted: in an image they can only read the repository and print."""
 
 _FOLDER = "/models"
 
 
 class ImageError(Exception):
-    """A report cannot be had of an image."""
+    """An image gave no report; the message says why."""
 
 
 def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, signature_key: str, docker: str) -> int:
-    """Print the matrix; 1 if something in it must not be deployed, or it cannot be made."""
+    """Print the matrix; 1 if it has problems or cannot be made."""
     try:
         source = repository_at(where)
         reports = _reports(source, images, allowed, signature_key, docker)
@@ -56,9 +56,9 @@ def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, sign
 
 
 def _reports(source: BundleSource, images: Sequence[str], allowed: Allowed, signature_key: str, docker: str) -> dict[str, Report]:
-    """What each image says, or this environment if there are none.
+    """The report of each image, or of this environment if there are none.
 
-    Signatures are looked at here: whether one is right depends on no library, and images need not have what that takes.
+    Signatures are verified here: the result does not depend on the environment, and images need not have model-signing.
     """
     signed = signed_by(signature_key, source)
     if not images:
@@ -70,7 +70,7 @@ def _reports(source: BundleSource, images: Sequence[str], allowed: Allowed, sign
 
 
 def _refused(signed: BundleSource) -> dict[str, str]:
-    """Why bundles are not even opened, by bundle."""
+    """By bundle, why it cannot be opened."""
     found = {}
     for key in signed.bundles():
         try:
@@ -84,7 +84,7 @@ def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report
     """The report of an image's own Python, with the repository mounted read-only.
 
     Raises:
-        ImageError: there is no docker or no such image, or splitserve in it cannot tell.
+        ImageError: docker or the image is missing, or splitserve in it failed.
     """
     mount = f"type=bind,source={root.resolve()},target={_FOLDER},readonly"
     inside = ["-m", "splitserve.checks.matrix", _FOLDER, msgspec.json.encode(allowed).decode()]
@@ -103,7 +103,7 @@ def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report
 
 
 def _complaint(text: str) -> str:
-    """What docker itself complained of, which it follows with advice; else the last words of what ran in the image."""
+    """Docker's own error line, without the advice after it; else the last line from the container."""
     return next((line for line in text.splitlines() if line.startswith("docker: ")), "") or _last_line(text)
 
 
@@ -112,7 +112,7 @@ def _last_line(text: str) -> str:
 
 
 class _Notes:
-    """Reasons by number, so that a table shows each as a number and a text that many cells share is read once."""
+    """Numbered footnotes: a table shows the number, and a text that many cells share is printed once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -1,4 +1,4 @@
-"""The model repository that a command is told to read: a folder or a URL."""
+"""The model repository that a command reads: a folder or a URL."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from splitserve.repository.sources import is_url, source_of
 
 
 class NoRepository(Exception):
-    """There is none where one was said to be, or it cannot be read so; the message says why."""
+    """There is no repository at the given place, or this command cannot read it; the message says why."""
 
 
 def repository_at(where: str) -> BundleSource:
-    """What reads it; files from a URL are kept where services keep them.
+    """The source for a repository; files from a URL go to the services' cache.
 
     Raises:
         NoRepository: no such folder, or a URL that this installation cannot read.

@@ -1,4 +1,4 @@
-"""``splitserve reload``: have a running system look at its model repository now."""
+"""``splitserve reload``: make a running system poll its model repository now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from splitserve.errors import SplitserveError
 
 
 def run(models: Sequence[str], url: str) -> int:
-    """Ask for each model, all that the system knows of by default; 1 and the reason if that fails."""
+    """Reload each model, by default all in the system's index; 1 and the reason if that fails."""
     try:
         asked = asyncio.run(_reload(models, url))
     except SplitserveError as error:

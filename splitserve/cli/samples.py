@@ -1,4 +1,4 @@
-"""Example requests, made of the golden samples in a repository."""
+"""Example requests from the golden samples in a repository."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from splitserve.tensors import Tensor
 
 
 def golden_instance(where: str | Path, model: str) -> Any:
-    """The first golden sample of a model's newest preprocessor as a V1 instance; None if there is none that JSON can hold."""
+    """The first golden sample of a model's newest preprocessor as a V1 instance; None if JSON cannot represent it."""
     try:
         source = source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
         bundle = source.open(max(key for key in source.bundles() if (key.model, key.kind) == (model, "preprocess")))

@@ -9,12 +9,14 @@ _WIDTH_OF_A_FILE = 160
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows of text under a header, as wide as the terminal allows; as wide as they are where there is none."""
+    """Print rows of text under a header, as wide as the terminal, or `_WIDTH_OF_A_FILE` without one."""
     from rich.console import Console
     from rich.table import Table
 
     width = None if sys.stdout.isatty() else _WIDTH_OF_A_FILE
-    console = Console(width=width, markup=False, emoji=False, highlight=False)  # cells are text, "[a]" and ":b:" included
+    console = Console(
+        width=width, markup=False, emoji=False, highlight=False
+    )  # cells are plain text: no "[markup]", no ":emoji:"
     table = Table(*header, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*row)

@@ -1,4 +1,4 @@
-"""``splitserve up``: the services as processes of this machine, for one terminal."""
+"""``splitserve up``: starts all services as processes on this machine, in one terminal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from splitserve.errors import SplitserveError
 from splitserve.oip.messages import LOADING, READY
 
 STOP_TIMEOUT_S = 35.0
-"""A service that has not ended by then is killed; longer than the grace that it gives its calls."""
+"""A service that has not exited by then is killed; longer than its grace period for calls in flight."""
 
 REPORT_AFTER_S = 5.0
 POLL_INTERVAL_S = 0.1
 
 
 class Ports(NamedTuple):
-    """Where the faces listen."""
+    """The ports of all listeners."""
 
     http: int
     grpc: int
@@ -37,7 +37,7 @@ class Ports(NamedTuple):
 
 
 class Service(NamedTuple):
-    """One process to start: its name, its settings, and what it is reached by."""
+    """One process to start: its name, settings and addresses."""
 
     name: str
     environment: Mapping[str, str]
@@ -45,7 +45,7 @@ class Service(NamedTuple):
 
 
 def run(repository: str, *, host: str, ports: Ports, is_fused: bool) -> int:
-    """Start, wait, follow, stop; 1 if a service ended by itself."""
+    """Start, wait, follow the logs, stop; 1 if a service exited unexpectedly."""
     return asyncio.run(_run(repository, host, ports, is_fused))
 
 
@@ -104,7 +104,7 @@ async def _run(repository: str, host: str, ports: Ports, is_fused: bool) -> int:
 
 
 class _Fleet:
-    """Child processes, with their output on ours."""
+    """Child processes, with their output copied to standard output."""
 
     def __init__(self) -> None:
         self.processes: dict[str, asyncio.subprocess.Process] = {}
@@ -138,7 +138,7 @@ class _Fleet:
         return waits[done.pop()]
 
     async def stop(self) -> None:
-        """In the reverse order of start, each when the one before has ended, so that no call in flight loses its next stage."""
+        """Stop in reverse order of start, one after the other, so that no call in flight loses its next stage."""
         for process in reversed(self.processes.values()):
             if process.returncode is None:
                 process.terminate()
@@ -151,7 +151,7 @@ class _Fleet:
 
 
 async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, http_url: str, grpc_url: str) -> None:
-    """Wait until everything is loaded, then say what runs where and how to call it."""
+    """Wait until everything is loaded, then print the services and example calls."""
     models = await _loaded_models(grpc_url)
     example = await asyncio.to_thread(_example, repository, models)
     print()
@@ -170,7 +170,7 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, 
 
 
 async def _loaded_models(grpc_url: str) -> list[str]:
-    """Names of the models that are ready, once nothing is being loaded any more; says meanwhile what is waited for."""
+    """Names of the models that are ready, once none is loading; prints meanwhile what it waits for."""
     started, reported = time.monotonic(), ""
     async with connect(grpc_url) as proxy:
         while True:
@@ -190,7 +190,7 @@ async def _loaded_models(grpc_url: str) -> list[str]:
 
 
 def _example(repository: str, models: Sequence[str]) -> tuple[str, Any] | None:
-    """A model and one of its golden samples as a V1 instance: of all models, the one that takes the least room."""
+    """A model and one of its golden samples as a V1 instance; of all models the shortest."""
     from splitserve.cli.samples import golden_instance
 
     instances = {model: golden_instance(repository, model) for model in models}
@@ -200,7 +200,7 @@ def _example(repository: str, models: Sequence[str]) -> tuple[str, Any] | None:
 
 
 def _own_command() -> str:
-    """How the user called this program, as far as it can be pasted."""
+    """The path of this program as the user would type it."""
     path = Path(sys.argv[0])
     try:
         return str(path.relative_to(Path.cwd()))

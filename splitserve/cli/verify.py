@@ -17,7 +17,7 @@ from splitserve.versions import parse_pair
 
 
 def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s: float) -> int:
-    """Print a row for each pair and the worst difference of each that differs; 1 if one does, or none could be asked for."""
+    """Print a row for each pair, and the worst difference of each that differs; 1 if one differs or there is none."""
     try:
         source = repository_at(where)
         names = list(models) or sorted({key.model for key in source.bundles()})

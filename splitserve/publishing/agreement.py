@@ -1,4 +1,4 @@
-"""Whether two halves answer what the pipeline that they were split from answers."""
+"""Compares the answers of two halves with those of the pipeline that they were split from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitserve.runtimes.rows import Rowset, to_tensors
 
 
 def expected_answer(pipeline: Any, rows: Rowset) -> dict[str, Array]:
-    """What the pipeline answers, by the names that the converted model uses.
+    """The pipeline's answer, under the output names of the converted model.
 
     Raises:
         PublishError: the rows do not fit the pipeline.
@@ -24,23 +24,23 @@ def expected_answer(pipeline: Any, rows: Rowset) -> dict[str, Array]:
         predicted = np.asarray(pipeline.predict(rows))
         if hasattr(pipeline, "predict_proba"):
             return {LABEL: predicted, PROBABILITIES: np.asarray(pipeline.predict_proba(rows))}
-    except Exception as error:  # a step raises what it happens to
+    except Exception as error:  # a step may raise anything
         raise PublishError(f"X does not fit the pipeline: {error}") from error
     return {LABEL: predicted, PREDICTION: predicted}
 
 
 def split_answer(preprocessor: PreprocessorHalf, predictor: PredictorHalf, rows: Rowset) -> dict[str, Array]:
-    """What the two halves, as a service loads them, answer to the same rows."""
+    """The answer of the two halves, as a service loads them, to these rows."""
     inputs = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, rows)
     outputs = predictor.runtime.infer(preprocessor.runtime.transform(inputs))
     return {tensor.name: to_array(tensor) for tensor in outputs}
 
 
 def compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: float) -> tuple[float, str]:
-    """The largest difference, and a complaint if it is too large.
+    """The largest difference, and an error message if it exceeds the tolerance, else "".
 
-    Probabilities are compared as they are, predictions relative to the largest of them, labels exactly unless the best two
-    probabilities are too close to tell apart.
+    Probabilities are compared absolutely, predictions relative to the largest of them, labels exactly unless the best two
+    probabilities are within twice the tolerance.
     """
     worst = 0.0
     for name in (PROBABILITIES, PREDICTION):
@@ -62,7 +62,7 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance
 
 
 def _wrong_label(labels: Array, expected: Mapping[str, Array], tolerance: float) -> int | None:
-    """The first row with another label than the pipeline's."""
+    """The first row whose label differs from the pipeline's."""
     for row, (have, want) in enumerate(zip(labels.tolist(), expected[LABEL].tolist(), strict=True)):
         if _text(have) != _text(want):
             ranked = np.sort(expected[PROBABILITIES][row])[-2:] if PROBABILITIES in expected else np.array([0.0, 1.0])

@@ -1,4 +1,4 @@
-"""Fitted transforms -> an ONNX model that gives the same, proven on golden samples and on rows made to find differences."""
+"""Fitted transforms -> an equal ONNX model, proven on golden samples and on generated edge cases."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
 N_RANDOM = 200
-"""Rows of odd values mixed at random; besides, each column in turn has each of its odd values."""
+"""Rows with edge cases mixed at random, in addition to rows with one edge case each."""
 
 N_ONE_BY_ONE = 64
-"""Columns of an array that are gone through in turn, at most."""
+"""Largest number of an array's columns that get edge cases one by one."""
 
 _SEED = 0
 _ODD_FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e6, -1e6, 3e38, -3e38, np.nan, np.inf, -np.inf)
@@ -39,11 +39,11 @@ Transform = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 
 
 class _NotCompiled(Exception):
-    """Why there is no compiled form."""
+    """There is no compiled form; the message says why."""
 
 
 def compile_transforms(transformer: Any, manifest: Manifest, golden: Golden) -> tuple[bytes, Compiled]:
-    """The model's bytes, ``b""`` where there is none, and what is to be told of it.
+    """The model's bytes, ``b""`` if there is none, and the result for the manifest.
 
     Args:
         transformer: fitted.
@@ -52,7 +52,7 @@ def compile_transforms(transformer: Any, manifest: Manifest, golden: Golden) -> 
     """
     try:
         model = _convert(transformer, manifest)
-        bare = msgspec.structs.replace(manifest, refuses="")  # which looks at results, and so adds nothing to a comparison
+        bare = msgspec.structs.replace(manifest, refuses="")  # a check of the features, which the comparison does not need
         compiled = Preprocessor(bare, None, CompiledTransforms(model, manifest))
         goldens.check(golden, manifest, compiled.transform)
         n_checked, worst = _prove(manifest, golden, Preprocessor(bare, transformer).transform, compiled.transform)
@@ -72,7 +72,7 @@ def _convert(transformer: Any, manifest: Manifest) -> bytes:
                 custom_conversion_functions={SimpleImputer: _convert_imputer},
                 custom_shape_calculators={SimpleImputer: _shape_of_imputed},
             )
-    except Exception as error:  # skl2onnx raises what its converters happen to
+    except Exception as error:  # skl2onnx's converters may raise anything
         raise _NotCompiled(f"skl2onnx cannot convert the transforms: {error}") from error
     if len(model.graph.output) != 1:
         raise _NotCompiled(f"skl2onnx gives {len(model.graph.output)} outputs, expected one")
@@ -81,19 +81,19 @@ def _convert(transformer: Any, manifest: Manifest) -> bytes:
 
 
 def _shape_of_imputed(operator: Any) -> None:
-    """For skl2onnx: the result is like the input."""
+    """For skl2onnx: the output has the input's type."""
     operator.outputs[0].type = operator.inputs[0].type.__class__([None, len(operator.raw_operator.statistics_)])
 
 
 def _convert_imputer(scope: Any, operator: Any, container: Any) -> None:
-    """For skl2onnx: missing values replaced, in operators that ONNX Runtime has for float64 and text too, unlike ``Imputer``."""
+    """For skl2onnx: an imputer in operators that ONNX Runtime supports for float64 and text, unlike ``Imputer``."""
     imputer = operator.raw_operator
     fills, is_text = imputer.statistics_, isinstance(operator.inputs[0].type, StringTensorType)
     is_text_fitted = imputer._fit_dtype.kind == "O"
     if imputer.add_indicator or is_text != is_text_fitted or any(_is_nan(fill) for fill in fills.tolist()):
-        raise _NotCompiled("an imputer with such parameters is not converted")
+        raise _NotCompiled("this imputer's parameters are not supported")
     if not is_text and not _is_nan(imputer.missing_values):
-        raise _NotCompiled("an imputer of other values than NaN is not converted")
+        raise _NotCompiled("an imputer of other values than NaN is not supported")
     kind = {StringTensorType: TensorProto.STRING, FloatTensorType: TensorProto.FLOAT}
     element = kind.get(type(operator.inputs[0].type), TensorProto.DOUBLE)
     name, given, gap = (scope.get_unique_variable_name(each) for each in ("fills", "missing", "gap"))
@@ -109,7 +109,7 @@ def _convert_imputer(scope: Any, operator: Any, container: Any) -> None:
 
 
 def _input_types(manifest: Manifest) -> Iterator[tuple[str, Any]]:
-    """Text, or float64; a result may still become float32. An array of float32 stays: scikit-learn computes with that too."""
+    """Text or float64; an array of float32 stays float32, in which scikit-learn computes, too."""
     for spec in manifest.inputs:
         inner = [size if isinstance(size, int) else None for size in spec.shape[1:]]
         kind = {"BYTES": StringTensorType, "FP32": FloatTensorType}.get(spec.datatype, DoubleTensorType)
@@ -119,7 +119,7 @@ def _input_types(manifest: Manifest) -> Iterator[tuple[str, Any]]:
 
 
 def _with_empty_text(transformer: Any) -> Any:
-    """A copy in which missing text is the empty string, as on the wire: in ONNX, text is never missing."""
+    """A copy in which missing text is the empty string, as on the wire: ONNX has no missing text."""
     changed = copy.deepcopy(transformer)
     for part in _all_parts(changed):
         categories: Any = getattr(part, "categories_", ())
@@ -142,7 +142,7 @@ def _is_nan(value: object) -> bool:
 
 
 def _prove(manifest: Manifest, golden: Golden, original: Transform, compiled: Transform) -> tuple[int, float]:
-    """Compare on odd rows, what is refused included.
+    """Compare on generated rows, including which rows are rejected.
 
     Returns:
         The number of rows, and the largest difference between finite numbers.
@@ -158,7 +158,7 @@ def _prove(manifest: Manifest, golden: Golden, original: Transform, compiled: Tr
         if want is None or have is None:
             if want is not have:
                 who, other = ("compiled form", "transforms") if have is None else ("transforms", "compiled form")
-                raise _NotCompiled(f"the {who} refuse what the {other} take: {_shown(inputs, row)}")
+                raise _NotCompiled(f"the {who} reject a row that the {other} accept: {_shown(inputs, row)}")
         elif difference := goldens.worst_difference((want,), (have,), manifest.tolerances):
             raise _NotCompiled(f"{difference} for {_shown(inputs, row)}".replace("golden sample 0", "a row"))
         else:
@@ -179,7 +179,7 @@ def _difference(one: Array, other: Array) -> float:
 
 
 def _outcomes(transform: Transform, inputs: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    """What each row becomes, None where it is refused: blocks are halved until the refused rows are found."""
+    """The features of each row, None if it is rejected: blocks are bisected to find the rejected rows."""
     n_rows = inputs[0].n_rows
     try:
         with warnings.catch_warnings():
@@ -202,15 +202,15 @@ def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
 
 
 def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
-    """Rows made to find differences, the same in every run: extremes, missing values, text that nobody has seen.
+    """Rows with edge cases, the same in every run: extremes, missing values, unknown text.
 
-    Golden samples in which one value after another is replaced by each odd one of its column, then mixtures.
+    Golden samples with one value replaced by each edge case of its column, then random mixtures.
     """
     random = np.random.default_rng(_SEED)
     arrays = [to_array(tensor).reshape(tensor.n_rows, -1) for tensor in golden.inputs]
     odd: list[list[Any]] = [_odd_values(spec, array) for spec, array in zip(specs, arrays, strict=True)]
     made: list[list[Array]] = []
-    infinite: list[list[Array]] = []  # together at the end, where they are found with few calls
+    infinite: list[list[Array]] = []  # at the end, so that bisection finds them with few calls
     n_golden = golden.inputs[0].n_rows
     for which, array in enumerate(arrays):
         for place in range(min(array.shape[1], N_ONE_BY_ONE)):

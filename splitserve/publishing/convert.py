@@ -1,4 +1,4 @@
-"""A fitted scikit-learn estimator -> an ONNX model whose outputs are those that can be compared with the estimator's."""
+"""A fitted scikit-learn estimator -> an ONNX model with outputs that can be compared with the estimator's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INPUT_TYPES = {"FP32": FloatTensorType, "FP64": DoubleTensorType}
 
 
 class NotConvertible(ValueError):
-    """skl2onnx has no converter for this estimator, or not for these options."""
+    """skl2onnx cannot convert this estimator, or not with these options."""
 
 
 def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str) -> onnx.ModelProto:
@@ -24,7 +24,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str)
     Args:
         estimator: fitted; takes (n_rows, n_features).
         n_features: columns of its input.
-        input_name: what the model's only input, (batch, n_features), is called.
+        input_name: name of the model's only input, (batch, n_features).
         precision: "FP32" or "FP64", the datatype of that input.
 
     Returns:
@@ -32,7 +32,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str)
         for a classifier or clusterer; ``prediction`` (batch, n_targets) for a regressor.
 
     Raises:
-        NotConvertible: names the estimator and what skl2onnx says.
+        NotConvertible: with the estimator's class and skl2onnx's error.
     """
     initial_types = [(input_name, _INPUT_TYPES[precision]([None, n_features]))]
     has_zipmap = hasattr(estimator, "predict_proba")
@@ -41,7 +41,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = convert_sklearn(estimator, initial_types=initial_types, options=options)
-    except Exception as error:  # skl2onnx raises what its converters happen to
+    except Exception as error:  # skl2onnx's converters may raise anything
         reason = " ".join(str(error).split())[:300]
         raise NotConvertible(
             f"{type(estimator).__name__} cannot be converted to ONNX at {precision}: {reason}; convert it by other means and "
@@ -51,7 +51,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str)
 
 
 def _tidy(model: onnx.ModelProto, estimator: Any) -> onnx.ModelProto:
-    """Keep the outputs that have a counterpart in scikit-learn, under plain names."""
+    """Keep and rename the outputs that have a counterpart in scikit-learn."""
     names = [output.name for output in model.graph.output]
     if "label" in names:
         kept = {"label": LABEL}

@@ -1,4 +1,4 @@
-"""What publishing raises."""
+"""The error of publishing."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def publish_preprocessor(
         repository: folder of the model repository.
         version: the next free number by default.
         input_name: what clients call the input if ``X`` is an array.
-        output_name: what the predictor calls its input.
-        precision: "FP32" or "FP64", what floating-point results are sent as; other results keep their datatype.
+        output_name: the predictor's name for its input.
+        precision: "FP32" or "FP64", the datatype of floating-point features; others keep their datatype.
         labels: class names in the order of the predictor's scores, for the postprocess step.
         postprocess: how scores become probabilities and a label; without it the predictor's outputs are the answer.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
@@ -146,13 +146,13 @@ def publish_onnx(
 
 
 def refused_types(transformer: Any) -> list[str]:
-    """Types and functions in fitted transforms that a service would not load, by name; it loads those whose modules it trusts.
+    """Names of types and functions in fitted transforms that a service refuses unless it trusts their modules.
 
     Args:
         transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
 
     Raises:
-        PublishError: skops, in whose form they are published, cannot hold them at all.
+        PublishError: skops does not support the transforms.
     """
     try:
         return sklearn_pipeline.untrusted_types(sklearn_pipeline.dump(transformer))

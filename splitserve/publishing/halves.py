@@ -32,7 +32,7 @@ N_FEATURE_NAMES = 10_000
 
 
 class PreprocessorHalf(msgspec.Struct, frozen=True):
-    """A preprocessor's bundle: what its manifest will say, its files, its golden samples, and it loaded."""
+    """A preprocessor's bundle before it is written: manifest, files, golden samples, and the loaded `Preprocessor`."""
 
     manifest: Manifest
     files: dict[str, bytes]
@@ -119,9 +119,9 @@ def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, ver
     """Write all bundles or none.
 
     Args:
-        repository: where to.
-        halves: what.
-        version: of each; the next free number by default.
+        repository: to write to.
+        halves: in this order.
+        version: of each half; the next free number by default.
 
     Raises:
         PublishError: a version exists, or the repository cannot be written.

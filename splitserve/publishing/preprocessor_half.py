@@ -66,14 +66,14 @@ def preprocessor_half(
         name: of the model.
         input_name: of the input if the data is one array.
         output_name: of the result.
-        precision: "FP32" or "FP64", the datatype of results that are floating-point.
-        all_as_floats: of all results.
-        trusted_modules: modules besides the usual ones whose types may be in it.
-        allow_pickle: write a pickle if skops cannot hold the transforms.
-        manifest_fields: fields of the manifest that are passed on as they are.
+        precision: "FP32" or "FP64", the datatype of floating-point features.
+        all_as_floats: convert all features to that datatype.
+        trusted_modules: further modules whose types may be in the transforms.
+        allow_pickle: write a pickle if skops does not support the transforms.
+        manifest_fields: further fields of the manifest.
 
     Raises:
-        PublishError: the data does not fit, or the transforms do not survive being written, loaded or called over the wire.
+        PublishError: the data does not fit, or the transforms cannot be written, loaded or called with wire tensors.
     """
     meaning = meaning_of(transformer)
     learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
@@ -111,10 +111,10 @@ def preprocessor_half(
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
-    """A preprocessor's bundle without transforms: what clients send goes on to the predictor as it is.
+    """A preprocessor's bundle without transforms: inputs are passed to the predictor unchanged.
 
     Args:
-        predictor: whose inputs become the model's.
+        predictor: its inputs become the model's.
         sample_inputs: as for `predictor_half`.
     """
     specs = predictor.manifest.inputs
@@ -136,12 +136,12 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
 def _transform(transformer: Any, rows: Rowset) -> Array:
     try:
         return to_dense(transformer.transform(rows))
-    except Exception as error:  # a transform raises what it happens to
+    except Exception as error:  # a transform may raise anything
         raise PublishError(f"X does not fit the transforms: {error}") from error
 
 
 def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:
-    """Name and contents of the file that holds the transforms."""
+    """Name and contents of the transforms' file."""
     try:
         data = sklearn_pipeline.dump(transformer)
         if allow_pickle:
@@ -168,7 +168,7 @@ def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequ
 
 
 def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:
-    """Let an empty string stand for a missing value in text columns where the data shows none, if the transforms take one."""
+    """Make "" the missing value of text columns without one in the data, if the transforms accept a missing value."""
     if rows.form == "array":
         return rows
     columns = tuple(
@@ -186,7 +186,7 @@ def _takes_missing(column: Column, transformer: Any, data: Rowset) -> bool:
     probe[column.name] = probe[column.name].where([False])
     try:
         transformer.transform(probe)
-    except Exception:  # whatever it raises, it does not take one
+    except Exception:  # it rejects a missing value, with whatever error
         return False
     return True
 

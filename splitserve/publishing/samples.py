@@ -1,4 +1,4 @@
-"""Which rows of the training data are kept as golden samples, and which a publication is checked on."""
+"""Selects the rows of the training data that become golden samples, and those that a publication is checked on."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from splitserve.arrays import Array
 from splitserve.runtimes.rows import Rowset, is_missing
 
 N_GOLDEN = 16
-"""Rows spread evenly over the data, before those that are added so that each category and a missing value occurs."""
+"""Rows spread evenly over the data; more are added so that each category and a missing value occurs."""
 
 N_GOLDEN_MAX = 64
 
 N_CHECKED = 1000
-"""At most so many rows, spread evenly, are run through the split and compared with the original pipeline."""
+"""At most this many rows, spread evenly, are run through the halves and compared with the pipeline."""
 
 _MISSING = object()
 """Stands for a missing value among a column's categories."""
@@ -31,15 +31,15 @@ def spread(n_rows: int, n_wanted: int) -> list[int]:
 
 
 def golden_rows(rows: Rowset, learnt: Collection[str] = ()) -> list[int]:
-    """Row numbers of the golden samples: spread evenly, then for each column what the rows so far do not show.
+    """Row numbers of the golden samples: spread evenly, then for each column rows with values that are not covered yet.
 
-    That is a missing value, and each category: texts, truth values, whatever a column of pandas' categorical dtype holds, and
-    numbers that the transforms have learnt as categories. If there is no room for all of them, missing values come first, and
-    columns with few categories before those with many.
+    These are a missing value and each category: text, booleans, values of pandas' categorical dtype, and numbers that the
+    transforms were fitted on as categories. If they exceed `N_GOLDEN_MAX`, missing values come first, and columns with few
+    categories before those with many.
 
     Args:
         rows: the training data.
-        learnt: the categories that the transforms have learnt, as text.
+        learnt: the categories that the transforms were fitted on, as text.
     """
     columns = _columns(rows)
     chosen = dict.fromkeys(spread(len(rows), N_GOLDEN))
@@ -60,7 +60,7 @@ def take(rows: Rowset, indices: list[int]) -> Rowset:
 
 
 def _wanted(columns: list[_Values], learnt: Collection[str]) -> list[tuple[int, Any, int]]:
-    """What should be shown, the most wanted first: the column's number, the category, the first row that has it."""
+    """Categories to cover, most important first: the column's number, the category, the first row that has it."""
     ranked = []
     for number, values in enumerate(columns):
         found = _first_rows(values, learnt)
@@ -69,7 +69,7 @@ def _wanted(columns: list[_Values], learnt: Collection[str]) -> list[tuple[int, 
 
 
 def _first_rows(values: _Values, learnt: Collection[str]) -> dict[Any, int]:
-    """The first row of each category of a column; of categories that are more than there is room for, some."""
+    """The first row of each category of a column, for at most `N_GOLDEN_MAX` categories and the missing value."""
     found: dict[Any, int] = {}
     for row, value in _distinct_numbers(values, learnt) if isinstance(values, np.ndarray) else enumerate(values):
         category = value if isinstance(value, str) else _category(value, learnt)
@@ -79,17 +79,17 @@ def _first_rows(values: _Values, learnt: Collection[str]) -> dict[Any, int]:
 
 
 def _distinct_numbers(values: Array, learnt: Collection[str]) -> Iterator[tuple[int, Any]]:
-    """The first row of a missing value, and of each number if there are no more of them than the transforms have learnt."""
+    """The first row of a missing value, and of each number if there are no more of them than ``learnt`` categories."""
     if values.dtype.kind == "f":
         yield from ((int(row), np.nan) for row in np.flatnonzero(np.isnan(values))[:1])
     if learnt:
         numbers, rows = np.unique(values, return_index=True)
-        if len(numbers) <= len(learnt) + 1:  # of what is missing there may be one
+        if len(numbers) <= len(learnt) + 1:  # and possibly a missing value
             yield from zip(rows.tolist(), numbers, strict=True)
 
 
 def _category(value: Any, learnt: Collection[str]) -> Any:
-    """What a value is one of; None if it is just a number."""
+    """The category of a value; None for a number that is not a category."""
     if isinstance(value, str | bytes | bool):
         return value
     if is_missing(value):
@@ -106,12 +106,12 @@ def _columns(rows: Rowset) -> list[_Values]:
 
 
 def _values(column: Any) -> _Values:
-    """A column's values; those of a categorical one as text, whatever they are."""
+    """A column's values; those of a categorical column as text."""
     if str(column.dtype) == "category":
         return [value if is_missing(value) else str(value) for value in column.tolist()]
     return _listed(column.to_numpy()) if isinstance(column.dtype, np.dtype) else column.tolist()
 
 
 def _listed(values: Any) -> _Values:
-    """Numbers as they are, all else as a list."""
+    """An array of numbers itself, anything else as a list."""
     return values if values.dtype.kind in "fiu" else values.tolist()

@@ -1,7 +1,7 @@
-"""Simple models, by the names and signatures that the programs which come with clients of the protocol expect.
+"""Simple models with the names and signatures that the example programs of Triton's clients expect.
 
-``simple`` and ``simple_string`` add and subtract; ``simple_identity``, ``custom_identity_int32`` and ``identity_fp32`` … give
-back what they get. Source: the model repository of Triton's client examples.
+``simple`` and ``simple_string`` add and subtract; ``simple_identity``, ``custom_identity_int32`` and ``identity_fp32`` … return
+their input. Source: the model repository of Triton's client examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from splitserve.publishing.from_parts import publish_onnx
 from splitserve.repository.folder import Repository
 
 _OPSET, _IR_VERSION = 17, 8
-"""Old enough for every ONNX Runtime that serves."""
+"""Supported by every supported ONNX Runtime."""
 
 ONNX_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -35,19 +35,19 @@ ONNX_TYPES = {
     "FP64": TensorProto.DOUBLE,
     "BYTES": TensorProto.STRING,
 }
-"""BF16 is not among them: ONNX Runtime takes none from Python."""
+"""Without BF16, which ONNX Runtime does not accept from Python."""
 
 _ROW = np.arange(32).reshape(2, 16)
 
 
 def publish_all(repository: str | os.PathLike[str]) -> Iterator[str]:
-    """Publish those that the repository does not have.
+    """Publish the simple models that the repository does not have.
 
     Args:
         repository: folder of the model repository.
 
     Yields:
-        The names of those that were published.
+        The name of each model after it was published.
 
     Raises:
         PublishError: the repository cannot be written.
@@ -83,7 +83,7 @@ def _identity(datatype: str) -> onnx.ModelProto:
 
 
 def _sum_and_difference(datatype: str) -> onnx.ModelProto:
-    """OUTPUT0 = INPUT0 + INPUT1, OUTPUT1 = INPUT0 - INPUT1; of BYTES, the numbers that the text means."""
+    """OUTPUT0 = INPUT0 + INPUT1, OUTPUT1 = INPUT0 - INPUT1; of BYTES, as decimal numbers."""
     names = ["INPUT0", "INPUT1", "OUTPUT0", "OUTPUT1"]
     if datatype != "BYTES":
         return _model(_arithmetic(*names), names[:2], names[2:], ONNX_TYPES[datatype], 16)

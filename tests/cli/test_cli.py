@@ -333,7 +333,7 @@ def test_infer_wants_rows() -> None:
     neither, both = run("infer", "m"), run("infer", "m", "rows.json", "--rows", "[]")
 
     assert (neither.exit_code, both.exit_code) == (2, 2)
-    assert neither.output == both.output == "give a file or --rows\n"
+    assert neither.output == both.output == "expected a file or --rows, got both or neither\n"
 
 
 async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
@@ -391,7 +391,7 @@ def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
     listed = f"{tmp_path}/index.json: 1 bundles, 0 routes\n"
     assert (whole.exit_code, whole.output) == (0, listed)
     assert broken.exit_code == 1
-    assert broken.stderr.startswith("left out: m/predict/2: manifest.json: ")
+    assert broken.stderr.startswith("omitted: m/predict/2: manifest.json: ")
     assert broken.stdout == listed
     assert (nowhere.exit_code, nowhere.output) == (1, f"{tmp_path}/nowhere: no such folder\n")
 

@@ -81,7 +81,7 @@ def test_without_a_plan_auto_takes_the_compiled_form_if_it_can(is_installed, run
     ("transformer", "reason"),
     [
         (FunctionTransformer(np.abs).fit(FRAME[["length"]]), "cannot convert"),
-        (make_column_transformer((OneHotEncoder(), ["sex"])).fit(FRAME), "refuse what the"),
+        (make_column_transformer((OneHotEncoder(), ["sex"])).fit(FRAME), "reject a row that the"),
     ],
 )
 def test_what_is_not_proven_is_not_compiled(transformer, reason, tmp_path):
