@@ -1,7 +1,7 @@
 """The support matrix: loads every bundle of a repository in an environment and judges every pair by its halves.
 
-``python -m splitserve.checks.matrix FOLDER`` loads the bundles and prints a `Report` as JSON. It needs only what a service's image
-has, and loads the halves that can run there; `judge` combines the reports of several environments.
+``python -m splitserve.checks.matrix FOLDER`` loads the bundles and prints a `Report` as JSON. It needs only what a service's
+image has, and loads the halves that can run there; `judge` combines the reports of several environments.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_what_has_to_be_run_here_needs_the_runtime(repository: Repository, monke
     """Said in a line, with the package."""
     take_away_the_runtime(monkeypatch)
 
-    with pytest.raises(BundleError, match="iris/predict/1 was not published together .* onnxruntime is not installed"):
+    with pytest.raises(BundleError, match="iris/predict/1 was not published together .* needs onnxruntime: pip install"):
         promise(repository, "iris", Pair(2, 1))
 
 
