@@ -166,11 +166,11 @@ def files(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "printed", "written"),
     [
-        (["--pipeline", "pipeline.skops", "--data", "rows.npy"], "m 1.1: ", {"preprocess": [1], "predict": [1]}),
-        (["--pipeline", "by_name.skops", "--data", "rows.csv"], "m 1.1: ", {"preprocess": [1], "predict": [1]}),
+        (["--pipeline", "pipeline.skops", "--data", "rows.npy"], "m 1.1, release 1: ", {"preprocess": [1], "predict": [1]}),
+        (["--pipeline", "by_name.skops", "--data", "rows.csv"], "m 1.1, release 1: ", {"preprocess": [1], "predict": [1]}),
         (
             ["--pipeline", "pipeline.joblib", "--allow-pickle", "--data", "rows.npy", "--version", "4"],
-            "m 4.4: ",
+            "m 4.4, release 1: ",
             {"preprocess": [4], "predict": [4]},
         ),
         (["--transformer", "transforms.skops", "--data", "rows.npy"], "m/preprocess/1: ", {"preprocess": [1], "predict": []}),
