@@ -1,7 +1,7 @@
-"""The client for people: numpy arrays, lists or DataFrames in, numpy arrays or a DataFrame out, over REST or gRPC.
+"""The Python client: numpy arrays, lists or DataFrames in, numpy arrays or a DataFrame out, over REST or gRPC.
 
-`Client` blocks, `AsyncClient` awaits; both are thin, and run the same steps (`steps`, `inference`) over one of two transports
-(`over_grpc`, `over_rest`). What a transport or a table needs is imported when one is used: numpy is all that is needed before.
+`Client` blocks, `AsyncClient` is for asyncio; both run the same steps (`steps`, `inference`) over one of two transports
+(`over_grpc`, `over_rest`). Transports and pandas are imported on first use; until then numpy is the only dependency.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `Client.infer` gives back."""
+"""The result of `Client.infer`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from splitserve.oip.messages import InferResponse
 
 
 class Answer(dict[str, Array]):
-    """Arrays by output name; BYTES as objects of type ``bytes``.
+    """Arrays (n_rows, ...) by output name; BYTES as objects of type ``bytes``.
 
-    ``model`` and ``version`` say what gave it: the version is a pair, ``"K.M"``, where the server is splitserve.
+    ``model`` and ``version`` are those that answered; with splitserve the version is a pair, ``"K.M"``.
     """
 
     def __init__(self, outputs: Mapping[str, Array], *, model: str, version: str, index: Any = None) -> None:
@@ -23,16 +23,16 @@ class Answer(dict[str, Array]):
         self._index = index
 
     def to_frame(self, names: Mapping[str, Sequence[str]] | None = None) -> Any:
-        """The outputs as a pandas DataFrame, with the index of the DataFrame that was sent, if one was.
+        """The outputs as a pandas DataFrame, with the index of the DataFrame that was sent, if any.
 
-        An output of one value a row is the column of its name; BYTES become text where they are UTF-8. One of k values a row
-        becomes k columns, ``name_0`` to ``name_{k-1}``, row-major for more dimensions.
+        An output with one value per row becomes a column of its name, one with k values per row k columns, ``name_0`` to
+        ``name_{k-1}``, row-major for more dimensions. BYTES become text if they are UTF-8.
 
         Args:
-            names: by output, other names for its columns, e.g. ``{"probabilities": ["Adelie", "Chinstrap", "Gentoo"]}``.
+            names: of the columns, by output, e.g. ``{"probabilities": ["Adelie", "Chinstrap", "Gentoo"]}``.
 
         Raises:
-            ValueError: outputs have no rows or different numbers of them, or the names are not as many as the columns.
+            ValueError: outputs have no rows or different numbers of rows, or the number of names is not that of the columns.
         """
         from splitserve.client.frames import to_frame
 
@@ -40,12 +40,12 @@ class Answer(dict[str, Array]):
 
 
 def outputs_of(response: InferResponse) -> dict[str, Array]:
-    """The arrays of an answer.
+    """The arrays of a response.
 
     Raises:
         PairMismatch: a tensor's bytes are not what its datatype and shape say.
     """
     try:
         return {tensor.name: to_array(tensor) for tensor in response.outputs}
-    except InvalidInput as error:  # the caller did not make these bytes
-        raise PairMismatch(f"the answer is broken: {error.message}", model=response.model, pair=response.version) from error
+    except InvalidInput as error:  # not the caller's fault
+        raise PairMismatch(f"malformed response: {error.message}", model=response.model, pair=response.version) from error

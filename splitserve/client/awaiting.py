@@ -1,4 +1,4 @@
-"""The client that awaits."""
+"""The client for asyncio: `Client`, awaited. Documents only what differs from it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, Server
 T = TypeVar("T")
 
 
-class _Transport(Protocol):
+class _AsyncTransport(Protocol):
     async def send(self, step: Send) -> Any: ...
 
     async def close(self) -> None: ...
 
 
-def _transport(connection: ConnectionOptions, token: AsyncToken) -> _Transport:
-    """Imports what the connection needs and nothing else."""
+def _transport(connection: ConnectionOptions, token: AsyncToken) -> _AsyncTransport:
+    """Imports only what the connection needs."""
     if connection.is_rest:
         from splitserve.client.over_rest import AsyncRestTransport
 
@@ -39,18 +39,7 @@ def _transport(connection: ConnectionOptions, token: AsyncToken) -> _Transport:
 class AsyncClient:
     """`splitserve.Client` for asyncio: the same arguments, methods and errors, awaited. For one event loop.
 
-    Args:
-        url: as `splitserve.Client`, like all others that are not here.
-        timeout_s: how long a request may take, its retries included.
-        token: a bearer token, or a function, plain or async, that gives one for each request.
-        tls: certificates.
-        compression: ``"gzip"`` compresses requests, and asks for compressed answers.
-        max_attempts: of one request; 1: no retries.
-        max_message_bytes: the largest message sent or taken.
-        headers: sent with every request.
-
-    Raises:
-        ValueError: an option does not make sense; it is named.
+    A function given as ``token`` may be async.
     """
 
     def __init__(
@@ -70,7 +59,7 @@ class AsyncClient:
             url, tls=tls, compression=compression, max_message_bytes=max_message_bytes, headers=headers
         )
         self._token = token
-        self._transport: _Transport | None = None
+        self._transport: _AsyncTransport | None = None
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -96,7 +85,7 @@ class AsyncClient:
         concurrency: int = CONCURRENCY,
         progress: Progress = False,
     ) -> Answer:
-        """As `splitserve.Client.infer`; cancelled, it cancels every request that it has under way."""
+        """As `splitserve.Client.infer`. Cancelling it cancels all its requests in flight."""
         inference = Inference(
             self._core,
             model,
@@ -116,7 +105,7 @@ class AsyncClient:
         return inference.answer([first, *rest])
 
     async def _run_chunks(self, inference: Inference, concurrency: int, report: Report) -> list[Outputs]:
-        """The outputs of each chunk in order. When one fails, none is begun any more, and those under way are cancelled."""
+        """The outputs of each chunk, in order. When one fails, no further one is sent, and those in flight are cancelled."""
         parts: dict[range, Outputs] = {}
         queue = iter(inference.rest)
         n_done = inference.n_rows - sum(map(len, inference.rest))

@@ -1,4 +1,4 @@
-"""The client that blocks."""
+"""The blocking client. `splitserve.client.awaiting` is the same for asyncio."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, Server
 T = TypeVar("T")
 
 CONCURRENCY = 4
+"""Requests of one ``infer`` in flight at once."""
 
 
-class _Transport(Protocol):
+class _BlockingTransport(Protocol):
     def send(self, step: Send, stop: Stop | None) -> Any: ...
 
     def close(self) -> None: ...
 
 
-def _transport(connection: ConnectionOptions, token: Token) -> _Transport:
-    """Imports what the connection needs and nothing else."""
+def _transport(connection: ConnectionOptions, token: Token) -> _BlockingTransport:
+    """Imports only what the connection needs."""
     if connection.is_rest:
         from splitserve.client.over_rest import RestTransport
 
@@ -39,23 +40,23 @@ def _transport(connection: ConnectionOptions, token: Token) -> _Transport:
 
 
 class Client:
-    """A connection to a proxy, or to any server of the Open Inference Protocol. May be used by several threads at once.
+    """A connection to a proxy, or to any server of the Open Inference Protocol. Thread-safe.
 
-    Requests that reached no model (UNAVAILABLE, 503, no connection) are sent again after a pause that grows, while their deadline
-    and the client's budget allow.
+    Requests that did not reach a model (UNAVAILABLE, 503, no connection) are retried with exponential backoff, within their
+    deadline and the client's retry budget.
 
     Args:
         url: ``http://…`` or ``https://…`` for REST; ``grpc://…``, ``grpcs://…`` or a gRPC name, e.g. ``127.0.0.1:8001``.
-        timeout_s: how long a request may take, its retries included.
-        token: a bearer token, or a function that gives one for each request.
-        tls: certificates, where the server's are not signed by a well-known authority, or asks for one.
-        compression: ``"gzip"`` compresses requests, and asks for compressed answers.
+        timeout_s: of a request, including its retries.
+        token: a bearer token, or a function that returns one for each request.
+        tls: certificates, if the server's is not signed by a well-known authority, or if it requires one of the client.
+        compression: ``"gzip"`` compresses requests and accepts compressed responses.
         max_attempts: of one request; 1: no retries.
-        max_message_bytes: the largest message sent or taken.
+        max_message_bytes: the largest message sent or received.
         headers: sent with every request; over gRPC as metadata.
 
     Raises:
-        ValueError: an option does not make sense; it is named.
+        ValueError: an option is invalid; the message names it.
     """
 
     def __init__(
@@ -100,28 +101,28 @@ class Client:
     ) -> Answer:
         """Infer.
 
-        The model's signature, fetched once, says which datatypes the inputs are sent as. A table of many rows goes out in several
-        requests, all to the version that answers the first; the first that fails ends the others.
+        The inputs are converted to the datatypes of the model's signature, which is fetched once. A table of many rows is sent in
+        several requests, all to the version that answers the first; the first that fails ends the others.
 
         Args:
             model: its name.
             inputs: by input name, an array (n_rows, …) or a list; or a DataFrame, each column an input, or together the rows of a
                 model's only input; or the values of a model's only input. None, NaN and NA are missing values.
-            version: a pair, ``"K.M"``, or another server's version; the server's choice by default.
-            outputs: names of those wanted; all by default.
+            version: a pair, ``"K.M"``, or another server's version; by default the server chooses.
+            outputs: names of the requested outputs; all by default.
             parameters: of the request.
-            timeout_s: how long each request may take, in place of the client's.
-            chunk_rows: the most rows in a request; 0: all. By default about 1 MiB of them, where the model answers row by row:
-                for a DataFrame, or by the signature.
-            concurrency: how many requests are under way at once.
-            progress: True shows a bar (with rich); a function is called with the rows done and the rows in all.
+            timeout_s: of each request, in place of the client's.
+            chunk_rows: rows of a request at most; 0: no limit. By default about 1 MiB of rows, if the rows are independent: for a
+                DataFrame, or according to the signature.
+            concurrency: requests in flight at once.
+            progress: True shows a progress bar (requires rich); a function is called with the rows done and the total.
 
         Returns:
-            Arrays by output name, see `Answer`; ``.to_frame()`` makes a DataFrame of them.
+            Arrays by output name, see `Answer`; ``.to_frame()`` converts them to a DataFrame.
 
         Raises:
-            SplitserveError: the subclass says what, see `splitserve.errors`; if it is about some rows, the message names them.
-            ValueError: an option does not make sense; it is named.
+            SplitserveError: a subclass, see `splitserve.errors`; the message names the rows if it concerns some of them.
+            ValueError: an option is invalid; the message names it.
         """
         inference = Inference(
             self._core,
@@ -142,10 +143,10 @@ class Client:
         return inference.answer([first, *rest])
 
     def _run_chunks(self, inference: Inference, concurrency: int, report: Report) -> list[Outputs]:
-        """The outputs of each chunk in order.
+        """The outputs of each chunk, in order.
 
-        When one fails, none is begun any more; those under way are cancelled over gRPC, and waited for over REST: when this ends,
-        nothing goes on behind it.
+        When one fails, no further one is sent; those in flight are cancelled over gRPC and awaited over REST, so that none is in
+        flight when this returns.
         """
         stop = Stop()
         with ThreadPoolExecutor(min(concurrency, len(inference.rest)), "splitserve-infer") as pool:
@@ -167,15 +168,15 @@ class Client:
         return self._run(inference.chunk(rows), stop)
 
     def is_live(self) -> bool:
-        """Whether the server runs.
+        """Whether the server is live.
 
         Raises:
-            SplitserveError: it cannot be reached.
+            SplitserveError: the server cannot be reached.
         """
         return bool(self._ask("live"))
 
     def is_ready(self) -> bool:
-        """Whether at least one model can be inferred now.
+        """Whether at least one model is ready.
 
         Raises:
             SplitserveError: the server cannot be reached.
@@ -183,7 +184,7 @@ class Client:
         return bool(self._ask("ready"))
 
     def is_model_ready(self, model: str, version: str = "") -> bool:
-        """Whether this model, or this version of it, can be inferred now; no if there is none such.
+        """Whether this model, or this version of it, is ready; False if there is none of the name.
 
         Raises:
             SplitserveError: the server cannot be reached.
@@ -209,7 +210,7 @@ class Client:
         return metadata
 
     def models(self) -> list[ModelState]:
-        """Every version of every model that the server knows of, with its state.
+        """Every version of every model that the server knows, with its state.
 
         Raises:
             SplitserveError: as `infer`.

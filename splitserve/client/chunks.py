@@ -1,4 +1,4 @@
-"""How many rows go into one request, and the answers' rows back into one whole. Knows no transport."""
+"""Splits tables into requests, and joins the rows of the responses. Knows no transport."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from splitserve.oip.messages import ModelMetadata
 from splitserve.signature import TensorSpec
 
 CHUNK_BYTES = 1024 * 1024
-"""About how much goes into one request: enough that its cost is the rows', little enough to be merged, retried and waited for."""
+"""Approximate size of a request: large enough that rows dominate its cost, small enough to be merged and retried."""
 
 
 def cut(columns: Sequence[InputColumn], chunk_rows: int) -> list[range]:
-    """The rows of each request, in order; at least one request, be there rows or not.
+    """The rows of each request, in order; at least one request, even without rows.
 
     Args:
-        columns: of the table, with as many rows each.
-        chunk_rows: how many at most; 0: as many as about `CHUNK_BYTES` hold.
+        columns: of the table, all with the same number of rows.
+        chunk_rows: rows of a request at most; 0: as many as fit into about `CHUNK_BYTES`.
     """
     n_rows = len(columns[0].array)
     if not chunk_rows:
@@ -31,43 +31,44 @@ def cut(columns: Sequence[InputColumn], chunk_rows: int) -> list[range]:
 
 
 def can_be_cut(columns: Sequence[InputColumn]) -> bool:
-    """Whether the inputs are a table: as many rows in each."""
+    """Whether the inputs are a table: all have the same number of rows."""
     return bool(columns) and all(column.array.ndim for column in columns) and len({len(each.array) for each in columns}) == 1
 
 
 def has_rows(signature: ModelMetadata | None) -> bool:
-    """Whether a signature says that the model answers row by row: every leading dimension is free.
+    """Whether the rows of a model are independent by its signature: every leading dimension is variable.
 
-    And it is not the only one of an input: that may as well be a sequence.
+    And no input has a single dimension, which may as well be a sequence.
     """
     if signature is None:
         return False
     return all(len(spec.shape) > 1 for spec in signature.inputs) and all(
-        _is_free(spec) for spec in (*signature.inputs, *signature.outputs)
+        _has_variable_rows(spec) for spec in (*signature.inputs, *signature.outputs)
     )
 
 
-def _is_free(spec: TensorSpec) -> bool:
+def _has_variable_rows(spec: TensorSpec) -> bool:
     return bool(spec.shape) and spec.wire_shape[0] == -1
 
 
 def join(parts: Sequence[dict[str, Array]], chunks: Sequence[range]) -> dict[str, Array]:
-    """The outputs of all chunks, in their order.
+    """The outputs of all chunks, joined in order.
 
     Raises:
-        PairMismatch: an answer has another number of rows than were sent, or other outputs than the first.
+        PairMismatch: a response has another number of rows than were sent, or other outputs than the first.
     """
     if len(parts) == 1:
         return parts[0]
     for part, rows in zip(parts, chunks, strict=True):
         if part.keys() != parts[0].keys():
-            raise PairMismatch(f"rows {rows.start} to {rows.stop - 1}: the outputs are not those of the first rows")
+            raise PairMismatch(f"rows {rows.start} to {rows.stop - 1}: the outputs differ from those of the first rows")
         for name, array in part.items():
             if array.ndim == 0 or len(array) != len(rows):
                 raise PairMismatch(
-                    f'rows {rows.start} to {rows.stop - 1}: output "{name}" has shape {list(array.shape)} for {len(rows)} rows'
+                    f'rows {rows.start} to {rows.stop - 1}: output "{name}": expected {len(rows)} rows, '
+                    f"got shape {list(array.shape)}"
                 )
     try:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     except ValueError as error:
-        raise PairMismatch(f"the outputs of the chunks are not of one shape: {error}") from None
+        raise PairMismatch(f"the outputs of the chunks have different shapes: {error}") from None

@@ -1,4 +1,4 @@
-"""Where a client connects to, and how: addresses, certificates, tokens. Knows no gRPC and no HTTP."""
+"""The options of a client's connection: address, certificates, token, compression. Knows no gRPC and no HTTP."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from splitserve.errors import Unauthenticated
 Compression = Literal["gzip"] | None
 
 Token = str | Callable[[], str] | None
-"""A bearer token, or what gives one: it is called for every request, so it may renew what it gives."""
+"""A bearer token, or a function that returns one. It is called for every request, so tokens can be renewed."""
 
 AsyncToken = str | Callable[[], str | Awaitable[str]] | None
+"""The same; the function may be async."""
 
 _SCHEMES = {"http": (True, False), "https": (True, True), "grpc": (False, False), "grpcs": (False, True)}
 
@@ -24,8 +25,8 @@ _SCHEMES = {"http": (True, False), "https": (True, True), "grpc": (False, False)
 class TLS(msgspec.Struct, frozen=True, kw_only=True):
     """Certificates, as paths to PEM files.
 
-    ``ca_file`` holds the authorities that the server's certificate is checked against, in place of the well-known ones;
-    ``cert_file`` and ``key_file`` are the client's own, for servers that ask for one.
+    ``ca_file`` holds the authorities that the server's certificate is verified against, in place of the well-known ones;
+    ``cert_file`` and ``key_file`` are the client's own, for servers that require one.
     """
 
     ca_file: str | Path | None = None
@@ -34,11 +35,11 @@ class TLS(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if (self.cert_file is None) != (self.key_file is None):
-            raise ValueError("TLS: cert_file and key_file belong together, one of them is missing")
+            raise ValueError("TLS: expected both cert_file and key_file, got one of them")
 
 
 class ConnectionOptions(msgspec.Struct, frozen=True):
-    """What a transport needs to know. ``target`` is a URL for REST, a name for gRPC; ``tls`` None: in plain text."""
+    """What a transport needs. ``target`` is a URL for REST, a gRPC name for gRPC; ``tls`` None: plain text."""
 
     target: str
     is_rest: bool
@@ -51,18 +52,18 @@ class ConnectionOptions(msgspec.Struct, frozen=True):
 def connection_options(
     url: str, *, tls: TLS | None, compression: Compression, max_message_bytes: int, headers: Mapping[str, str] | None
 ) -> ConnectionOptions:
-    """The connection that a URL and options describe.
+    """Options from a URL and arguments.
 
     Args:
         url: ``http://…`` or ``https://…`` for REST; ``grpc://…``, ``grpcs://…`` or any name that gRPC knows (``host:port``,
             ``dns:///name:port``, ``unix:path``) for gRPC.
-        tls: certificates; makes a gRPC name without a scheme a secure one.
-        compression: of requests and answers.
-        max_message_bytes: the largest message sent or taken.
+        tls: certificates; a gRPC name without a scheme then means TLS.
+        compression: of requests and responses.
+        max_message_bytes: the largest message sent or received.
         headers: for every request; names in lower case.
 
     Raises:
-        ValueError: the URL has no host or, for gRPC, no port, or is in plain text while ``tls`` is given.
+        ValueError: the URL has no host or, for gRPC, no port, or its scheme is plain text although ``tls`` is given.
     """
     if compression not in (None, "gzip"):
         raise ValueError(f'compression: expected "gzip" or None, got {compression!r}')
@@ -72,7 +73,7 @@ def connection_options(
     if known and not rest.strip("/"):
         raise ValueError(f"{url!r}: expected a host")
     if tls and not is_secure:
-        raise ValueError(f"{url!r} is in plain text, but tls is given; {scheme}s:// is the secure scheme")
+        raise ValueError(f"{url!r} is plain text, but tls is given; use {scheme}s://")
     target = url.rstrip("/") if is_rest else rest.rstrip("/") if known else url
     if not is_rest and not target.rpartition(":")[2].strip("/"):
         raise ValueError(f"{url!r}: expected a host and a port, e.g. {target or 'host'}:8001")
@@ -83,16 +84,16 @@ def connection_options(
 
 
 def request_headers(headers: Mapping[str, str], token: Token) -> dict[str, str]:
-    """The headers of a request, with its credentials.
+    """The headers of a request, including its credentials.
 
     Raises:
-        Unauthenticated: the token cannot stand in a header.
+        Unauthenticated: the token is not valid in a header.
     """
     return dict(headers) | _authorization(token() if callable(token) else token)
 
 
 async def request_headers_async(headers: Mapping[str, str], token: AsyncToken) -> dict[str, str]:
-    """As `request_headers`, for a token that may have to be waited for."""
+    """As `request_headers`, for a token that may have to be awaited."""
     value = token() if callable(token) else token
     return dict(headers) | _authorization(await value if inspect.isawaitable(value) else value)
 
@@ -102,5 +103,5 @@ def _authorization(token: str | None) -> dict[str, str]:
         return {}
     token = token.strip()  # files end in a newline
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise Unauthenticated("the token is empty or has characters that a header cannot hold")
+        raise Unauthenticated("the token is empty or has characters that are not allowed in a header")
     return {"authorization": f"Bearer {token}"}

@@ -1,7 +1,7 @@
-"""What people have (arrays, lists, DataFrames, dicts of columns) -> arrays of the datatypes that a signature wants.
+"""Arrays, lists, DataFrames and dicts of columns -> arrays of the datatypes of a signature.
 
-Without a signature the values say what they are. Nothing is converted that would change its value, but for the precision of
-floats. Knows no transport; has no need of pandas, whose objects say themselves what they are.
+Without a signature the datatypes follow from the values. No conversion changes a value, except for the precision of floats.
+Knows no transport; recognises pandas objects without importing pandas.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _N_SAMPLED = 1000
 
 
 class InputColumn(NamedTuple):
-    """An input as it will be sent: ``array`` has the shape of the tensor."""
+    """An input as it is sent. ``array`` has the shape of the tensor."""
 
     name: str
     datatype: str
     array: Array
 
     def tensor(self, rows: slice | None = None) -> Tensor:
-        """The tensor of these rows, or of all."""
+        """The tensor of some rows, or of all."""
         return from_array(self.name, self.array if rows is None else self.array[rows], self.datatype)
 
     @property
     def n_bytes(self) -> int:
-        """About how long the tensor is."""
+        """Approximate size of the tensor."""
         if self.datatype != "BYTES":
             return int(self.array.size) * max(DTYPES.get(self.datatype, np.dtype("<u2")).itemsize, 1)
         sample = self.array.ravel()[:_N_SAMPLED].tolist()
@@ -48,12 +48,12 @@ def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None) -> list[InputCol
     """The inputs of a request.
 
     Args:
-        inputs: by input name, arrays or lists of rows; or a DataFrame, each column an input, or all of them the row of a model's
-            only input; or the values of a model's only input.
-        specs: the inputs of the model's signature; None: unknown, so that the values say what they are.
+        inputs: by input name, arrays or lists of rows; or a DataFrame, each column an input, or all columns the rows of a
+            model's only input; or the values of a model's only input.
+        specs: the inputs of the model's signature; None: unknown.
 
     Raises:
-        InvalidInput: names the input, what was expected and what came.
+        InvalidInput: names the input, what was expected and what was given.
     """
     by_name = {spec.name: spec for spec in specs or ()}
     return [_column(name, values, by_name.get(name)) for name, values in _named(inputs, specs).items()]
@@ -63,7 +63,7 @@ def _named(inputs: Any, specs: Sequence[TensorSpec] | None) -> dict[str, Any]:
     only = specs[0] if specs and len(specs) == 1 else None
     if is_frame(inputs):
         if not inputs.columns.is_unique:
-            raise InvalidInput("the DataFrame has two columns of one name, expected an input of its own for each")
+            raise InvalidInput("the DataFrame has duplicate column names, expected one column for each input")
         if only and only.name not in inputs.columns and len(only.shape) == 2:
             return {only.name: inputs}
         return {str(name): inputs[name] for name in inputs.columns}
@@ -92,18 +92,18 @@ def _column(name: str, values: Any, spec: TensorSpec | None) -> InputColumn:
 
 
 def _to_array(name: str, values: Any) -> Array:
-    """An array of the values; objects where they are text: numpy would make text of numbers among it, and cut off zero bytes."""
+    """An array of the values; text as objects: numpy would convert numbers among text, and cut off trailing zero bytes."""
     try:
         array: Array = np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else values)
         if array.dtype.kind in "US" and not isinstance(values, np.ndarray):
             array = np.asarray(values, dtype=np.object_)
     except ValueError as error:
-        raise InvalidInput(f'input "{name}": the values are not of one shape: {error}') from None
+        raise InvalidInput(f'input "{name}": the rows have different shapes: {error}') from None
     return array
 
 
 def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
-    """Text with "" where a value is missing, or numbers with NaN there."""
+    """Text with "" for missing values, or numbers with NaN for them."""
     elements = array.ravel().tolist()
     missing = [_is_missing(element) for element in elements]
     kinds = {type(element) for element, is_missing in zip(elements, missing, strict=True) if not is_missing}
@@ -124,15 +124,15 @@ def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
 
 
 def _is_missing(element: Any) -> bool:
-    """None, NaN, or pandas' NA and NaT: only a missing value is not there or differs from itself."""
+    """None, NaN, or pandas' NA or NaT. NaN is what differs from itself."""
     return element is None or type(element).__name__ in ("NAType", "NaTType") or bool(element != element)
 
 
 def _as_datatype(name: str, array: Array, datatype: str) -> Array:
-    """The array in the dtype of a datatype.
+    """The array converted to the dtype of a datatype.
 
     Raises:
-        InvalidInput: text where numbers belong or the reverse, or a number that the datatype cannot hold.
+        InvalidInput: text instead of numbers or the reverse, or a number that the datatype cannot represent.
     """
     if datatype == "BYTES":
         return _as_text(name, array)
@@ -149,13 +149,13 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     is_kept = ~np.isinf(converted) | ~np.isfinite(array) if wanted.kind == "f" else converted == array
     if not is_kept.all():
         index = int(np.argmin(is_kept.ravel()))
-        raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} cannot hold')
+        raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} cannot represent')
     return converted
 
 
 def _as_text(name: str, array: Array) -> Array:
     if array.dtype.kind in "OSU":
         return array
-    if array.dtype.kind == "f" and np.isnan(array).all():  # a column of missing values, which pandas makes numbers
+    if array.dtype.kind == "f" and np.isnan(array).all():  # a column of missing values only, which pandas reads as numbers
         return np.full(array.shape, "", dtype=np.object_)
     raise InvalidInput(f'input "{name}": expected text or bytes, got {array.dtype}')

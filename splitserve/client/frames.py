@@ -1,4 +1,4 @@
-"""Arrays -> a pandas DataFrame; the only part of the client that imports pandas."""
+"""Arrays -> a pandas DataFrame. The only module of the client that imports pandas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitserve.arrays import Array
 def to_frame(outputs: Mapping[str, Array], names: Mapping[str, Sequence[str]], index: Any) -> Any:
     """As `splitserve.client.Answer.to_frame`."""
     if unknown := names.keys() - outputs.keys():
-        raise ValueError(f"names for {sorted(unknown)}, which are no outputs; there are {list(outputs)}")
+        raise ValueError(f"names: expected some of the outputs {list(outputs)}, got {sorted(unknown)}")
     columns: dict[str, Any] = {}
     for output, array in outputs.items():
         columns |= _columns(output, array, names.get(output))
@@ -28,14 +28,14 @@ def to_frame(outputs: Mapping[str, Array], names: Mapping[str, Sequence[str]], i
 
 def _columns(output: str, array: Array, names: Sequence[str] | None) -> dict[str, Any]:
     if array.ndim == 0:
-        raise ValueError(f'output "{output}" is a scalar, which has no rows')
+        raise ValueError(f'output "{output}" is a scalar and has no rows')
     values = _as_text(array) if array.dtype.kind == "O" else array
     if array.ndim == 1 or array.shape[1:] == (1,):
         names = names or (output,)
     n_columns = int(np.prod(array.shape[1:]))
     names = names or [f"{output}_{position}" for position in range(n_columns)]
     if len(names) != n_columns:
-        raise ValueError(f'output "{output}" has {n_columns} columns, got {len(names)} names')
+        raise ValueError(f'output "{output}": expected {n_columns} names, got {len(names)}')
     table = values.reshape(len(array), n_columns)
     return {name: table[:, position] for position, name in enumerate(names)}
 

@@ -1,6 +1,6 @@
-"""One call of ``infer``, from what the caller has to what the caller gets: signature, columns, chunks, requests, answer.
+"""One call of ``infer``: signature, columns, chunks, requests, answer.
 
-Makes steps (see `splitserve.client.steps`); how many chunks are under way at once is the client's business. Knows no transport.
+Yields steps (see `splitserve.client.steps`); the client decides how many chunks are in flight at once. Knows no transport.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Outputs = dict[str, Array]
 
 
 class Core:
-    """What a client knows between calls: how long they may take, the budget of its retries, the signatures that it has seen.
+    """What a client keeps between calls: timeout, retry budget, known signatures.
 
     Args:
-        timeout_s: of a request for which the caller says nothing else.
+        timeout_s: of a request, unless the call says otherwise.
         max_attempts: of a request.
         clock: monotonic, in seconds.
     """
@@ -38,7 +38,11 @@ class Core:
         self.deadline_after(None)
 
     def deadline_after(self, timeout_s: float | None) -> float:
-        """The point on the clock where a request that begins now ends."""
+        """The deadline of a request that begins now, on the clock.
+
+        Raises:
+            ValueError: the timeout is not positive.
+        """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         if not timeout_s > 0:
             raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
@@ -49,14 +53,14 @@ class Core:
         return attempts(ask, deadline, self._retries, self._clock)
 
     def known_signature(self, model: str, version: str) -> ModelMetadata | None:
-        """A signature that was fetched before."""
+        """The signature, if it was fetched before."""
         return self._signatures.get((model, version))
 
     def fetch_signature(self, model: str, version: str, deadline: float) -> Steps[ModelMetadata | None]:
-        """The signature as it is now; None if the server gives none: the inference itself will say what is wrong, if anything is.
+        """The current signature; None if the server has none to give: the inference will then report what is wrong.
 
         Raises:
-            SplitserveError: the server cannot be reached, or takes no calls, so that there is no use in sending the inputs.
+            SplitserveError: the server cannot be reached or accepts no calls, so that sending the inputs is futile.
         """
         try:
             signature: ModelMetadata = yield from self.ask(Ask("model_metadata", model, version), deadline)
@@ -78,11 +82,11 @@ class Inference:
         core: the client's.
         model: its name.
         inputs: as `splitserve.client.encoding.to_columns` takes them.
-        version: "" leaves the choice to the server; all chunks go to the version that answered the first.
-        outputs: names of those wanted; () all.
+        version: "" for the server's choice; all chunks go to the version that answered the first.
+        outputs: names of the requested outputs; () for all.
         parameters: of the request.
-        chunk_rows: the most rows in a request; 0: all; None: about 1 MiB of them where the model answers row by row.
-        timeout_s: of each request, its retries included; None: the client's.
+        chunk_rows: rows of a request at most; 0: no limit; None: about 1 MiB of rows, if they are independent.
+        timeout_s: of each request, including its retries; None: the client's.
     """
 
     def __init__(
@@ -113,19 +117,20 @@ class Inference:
 
     @property
     def rest(self) -> list[range]:
-        """The rows of each request that `begin` leaves to be made."""
+        """The rows of each request after the first."""
         return self._chunks[1:]
 
     @property
     def n_rows(self) -> int:
-        """Of the whole table."""
+        """Rows of the whole table."""
         return self._chunks[-1].stop
 
     def begin(self) -> Steps[Outputs]:
-        """Learn the signature, encode, and send the first chunk. A known signature that no longer fits is fetched again, once.
+        """Get the signature, encode the inputs, send the first chunk. A known signature that no longer fits is fetched anew.
 
         Raises:
-            SplitserveError: as it came from the server; `InvalidInput` also for what cannot be encoded.
+            SplitserveError: raised by the server.
+            InvalidInput: the inputs cannot be encoded.
         """
         deadline = self._core.deadline_after(self._timeout_s)
         known = self._core.known_signature(self._model, self._version)
@@ -156,10 +161,10 @@ class Inference:
         return [range(len(self._columns[0].array) if is_table else 0)]
 
     def chunk(self, rows: range) -> Steps[Outputs]:
-        """Infer some of the rows.
+        """Infer some rows.
 
         Raises:
-            SplitserveError: the message begins with the rows.
+            SplitserveError: the message names the rows.
         """
         response = yield from self._send(rows, self._core.deadline_after(self._timeout_s))
         return outputs_of(response)
@@ -185,7 +190,7 @@ class Inference:
         """The answer, from the outputs of all chunks in order.
 
         Raises:
-            PairMismatch: the outputs do not have the rows that were sent.
+            PairMismatch: the outputs do not have as many rows as were sent.
         """
         index = self._inputs.index if is_frame(self._inputs) else None
         return Answer(join(parts, self._chunks), model=self._model_name, version=self._version, index=index)

@@ -1,4 +1,4 @@
-"""The protocol's verbs over gRPC, blocking and awaiting."""
+"""The client's transport over gRPC, blocking and async."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _METHODS: dict[Verb, _Method] = {
 
 
 class GrpcTransport:
-    """Sends over a channel of its own; safe in several threads."""
+    """Sends on its own channel. Thread-safe."""
 
     def __init__(self, connection: ConnectionOptions, token: Token) -> None:
         self._connection = connection
@@ -61,10 +61,10 @@ class GrpcTransport:
         self._calls = _calls(self._channel)
 
     def send(self, step: Send, stop: Stop | None) -> Any:
-        """One attempt; the call is given up when ``stop`` is set.
+        """Make one attempt; setting ``stop`` cancels it.
 
         Raises:
-            Failed: with the error, and whether a retry may help.
+            Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
         metadata = tuple(request_headers(self._connection.headers, self._token).items())
@@ -77,7 +77,7 @@ class GrpcTransport:
                 with stop.calling(future.cancel):
                     answer = future.result()
         except grpc.FutureCancelledError as error:
-            raise Failed(Cancelled("given up, another request failed")) from error
+            raise Failed(Cancelled("cancelled because another request failed")) from error
         except grpc.RpcError as error:
             return _failed(step.ask, error)
         return _decode(step.ask, answer)
@@ -87,7 +87,7 @@ class GrpcTransport:
 
 
 class AsyncGrpcTransport:
-    """Sends over a channel of its own, on the event loop that runs when it is made."""
+    """Sends on its own channel, on the event loop that is running when it is created."""
 
     def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
         self._connection = connection
@@ -99,10 +99,10 @@ class AsyncGrpcTransport:
         self._calls = _calls(self._channel)
 
     async def send(self, step: Send) -> Any:
-        """One attempt.
+        """Make one attempt.
 
         Raises:
-            Failed: with the error, and whether a retry may help.
+            Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
         metadata = tuple((await request_headers_async(self._connection.headers, self._token)).items())
@@ -149,20 +149,20 @@ def _encode(ask: Ask) -> Any:
 def _decode(ask: Ask, answer: Any) -> Any:
     try:
         return _METHODS[ask.verb].decode(answer)
-    except InvalidInput as error:  # the caller did not make this answer
-        raise Failed(PairMismatch(f"the answer is broken: {error.message}", stage=_STAGE)) from error
+    except InvalidInput as error:  # not the caller's fault
+        raise Failed(PairMismatch(f"malformed response: {error.message}", stage=_STAGE)) from error
 
 
 def _failed(ask: Ask, error: Any) -> bool:
-    """False where a model that is not known is no error but a "no".
+    """False for an unknown model in a readiness check.
 
     Raises:
-        Failed: in all other cases.
+        Failed: otherwise.
     """
     if ask.verb == "model_ready" and error.code() is grpc.StatusCode.NOT_FOUND:
         return False
     if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
-        raise Failed(Unavailable("the server's certificate is not one that is trusted", stage=_STAGE)) from error
+        raise Failed(Unavailable("the server's certificate is not trusted", stage=_STAGE)) from error
     translated = translate(error, _STAGE)
     pushback_ms = dict(error.trailing_metadata() or ()).get(protobuf.PUSHBACK_KEY)
     is_refused = pushback_ms is not None and not str(pushback_ms).isdecimal()

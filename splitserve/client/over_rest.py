@@ -1,4 +1,4 @@
-"""The protocol's verbs over HTTP, blocking and awaiting. Tensors travel as binary data behind the JSON, both ways."""
+"""The client's transport over HTTP, blocking and async. Tensors are sent and received as binary data after the JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAGE = "server"
 
 
 class RestTransport:
-    """Sends over connections of its own; safe in several threads."""
+    """Sends on its own connection pool. Thread-safe."""
 
     def __init__(self, connection: ConnectionOptions, token: Token) -> None:
         self._connection = connection
@@ -30,10 +30,10 @@ class RestTransport:
         self._http = httpx.Client(**_arguments(connection))
 
     def send(self, step: Send, stop: Stop | None) -> Any:
-        """One attempt.
+        """Make one attempt.
 
         Raises:
-            Failed: with the error, and whether a retry may help.
+            Failed: the error, and whether it can be retried.
         """
         end = time.monotonic() + step.timeout_s
         headers = request_headers(self._connection.headers, self._token)
@@ -45,7 +45,7 @@ class RestTransport:
                 body += part
                 _check_size(body, self._connection.max_message_bytes)
                 if time.monotonic() > end:
-                    raise _out_of_time()
+                    raise _timed_out()
         return _decode(step.ask, response, bytes(body))
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class RestTransport:
 
 
 class AsyncRestTransport:
-    """Sends over connections of its own."""
+    """Sends on its own connection pool."""
 
     def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
         self._connection = connection
@@ -61,10 +61,10 @@ class AsyncRestTransport:
         self._http = httpx.AsyncClient(**_arguments(connection))
 
     async def send(self, step: Send) -> Any:
-        """One attempt.
+        """Make one attempt.
 
         Raises:
-            Failed: with the error, and whether a retry may help.
+            Failed: the error, and whether it can be retried.
         """
         headers = await request_headers_async(self._connection.headers, self._token)
         request = _request(self._http, self._connection, step, headers)
@@ -79,7 +79,7 @@ class AsyncRestTransport:
                             body += part
                             _check_size(body, self._connection.max_message_bytes)
         except TimeoutError as error:
-            raise _out_of_time() from error
+            raise _timed_out() from error
         return _decode(step.ask, response, bytes(body))
 
     async def close(self) -> None:
@@ -92,8 +92,8 @@ def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
         "headers": {"accept-encoding": "gzip" if connection.compression else "identity"},
         "verify": _context(connection.tls)
         if connection.tls
-        else False,  # making a context takes time that plain text has no use for
-        # As over gRPC: a proxy in the environment is for what leaves the cluster, and ~/.netrc for other programs.
+        else False,  # creating a context takes time, for nothing with plain text
+        # As over gRPC: a proxy in the environment is for traffic that leaves the cluster, and ~/.netrc is for other programs.
         "trust_env": False,
     }
 
@@ -109,14 +109,18 @@ def _request(
     http: httpx.Client | httpx.AsyncClient, connection: ConnectionOptions, step: Send, headers: dict[str, str]
 ) -> httpx.Request:
     """Raises:
-    Failed: it is larger than the limit.
+    Failed: it exceeds the limit.
     """
-    asked = rest_bodies.encode(step.ask, compress=connection.compression is not None)
-    if len(asked.body) > connection.max_message_bytes:
-        message = f"the request has {len(asked.body)} bytes, at most {connection.max_message_bytes} are sent"
+    rest_request = rest_bodies.encode(step.ask, compress=connection.compression is not None)
+    if len(rest_request.body) > connection.max_message_bytes:
+        message = (
+            f"the request has {len(rest_request.body)} bytes, the limit is {connection.max_message_bytes} (max_message_bytes)"
+        )
         raise Failed(TooLarge(message, model=step.ask.model, pair=step.ask.version))
-    headers = {**headers, **asked.headers, "request-timeout": f"{max(step.timeout_s, 0.001):.3f}"}
-    return http.build_request(asked.method, asked.path, content=asked.body, headers=headers, timeout=step.timeout_s)
+    headers = {**headers, **rest_request.headers, "request-timeout": f"{max(step.timeout_s, 0.001):.3f}"}
+    return http.build_request(
+        rest_request.method, rest_request.path, content=rest_request.body, headers=headers, timeout=step.timeout_s
+    )
 
 
 def _decode(ask: Ask, response: httpx.Response, body: bytes) -> Any:
@@ -125,27 +129,27 @@ def _decode(ask: Ask, response: httpx.Response, body: bytes) -> Any:
 
 def _check_size(body: bytearray, limit: int) -> None:
     if len(body) > limit:
-        raise Failed(TooLarge(f"the answer has more than the {limit} bytes that are taken"))
+        raise Failed(TooLarge(f"the response exceeds the limit of {limit} bytes (max_message_bytes)"))
 
 
-def _out_of_time() -> Failed:
+def _timed_out() -> Failed:
     return Failed(DeadlineExceeded("the server did not answer in time", stage=_STAGE))
 
 
 @contextlib.contextmanager
 def _translating(*, can_retry: bool) -> Iterator[None]:
-    """What goes wrong on the way, as `Failed`. ``can_retry``: no part of an answer has come."""
+    """Raise transport errors as `Failed`. ``can_retry``: no part of a response has arrived."""
     try:
         yield
     except httpx.TimeoutException as error:
-        raise _out_of_time() from error
+        raise _timed_out() from error
     except httpx.HTTPError as error:
-        if _is_distrust(error):
-            raise Failed(Unavailable("the server's certificate is not one that is trusted", stage=_STAGE)) from error
+        if _is_untrusted(error):
+            raise Failed(Unavailable("the server's certificate is not trusted", stage=_STAGE)) from error
         raise Failed(Unavailable("the server cannot be reached", stage=_STAGE), can_retry=can_retry) from error
 
 
-def _is_distrust(error: BaseException | None) -> bool:
+def _is_untrusted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -1,4 +1,4 @@
-"""How far a large frame has come: a bar in the terminal, or a function of the caller's."""
+"""Progress of a large table: a bar in the terminal, or the caller's function."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Report = Callable[[int, int], None]
-"""Called with the rows answered so far and the rows in all."""
+"""Called with the rows answered so far and the total."""
 
 Progress = bool | Report
 
 
 @contextmanager
 def reporting(progress: Progress, model: str) -> Iterator[Report]:
-    """What to tell of the rows that are done.
+    """The function to report progress to.
 
     Args:
-        progress: True shows a bar; a function is called.
-        model: named in front of the bar.
+        progress: True: a bar; or a function.
+        model: label of the bar.
 
     Raises:
-        ModuleNotFoundError: a bar is wanted, and rich is not installed.
+        ModuleNotFoundError: a bar is requested and rich is not installed.
     """
     if callable(progress):
         yield progress
@@ -32,7 +32,7 @@ def reporting(progress: Progress, model: str) -> Iterator[Report]:
 
 
 def _ignore(n_done: int, n_rows: int) -> None:
-    """Nobody wants to know."""
+    """Report nothing."""
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def _bar(model: str) -> Iterator[Report]:
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("progress=True shows its bar with rich: install it, or give a function") from None
+        raise ModuleNotFoundError("progress=True requires rich; install it, or pass a function") from None
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as bar:
         task = bar.add_task(model, total=None)
         yield lambda n_done, n_rows: bar.update(task, completed=n_done, total=n_rows)

@@ -1,6 +1,6 @@
-"""The client's side of the protocol over REST: verbs <-> paths, headers and bodies.
+"""The client side of the protocol over REST: verbs -> requests, responses -> results.
 
-Knows bodies, not HTTP libraries. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
+Knows paths, headers and bodies, no HTTP library. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _BY_STATUS: dict[int, type[SplitserveError]] = {
     **{error.http_status: error for error in reversed(TABLE)},
     500: Internal,
 }
-"""The inverse of the table of errors, and statuses that only other makers' servers and proxies give."""
+"""The inverse of the error table, and statuses that only other servers and proxies return."""
 
 
 class RestRequest(NamedTuple):
-    """An HTTP request, as far as it does not depend on the connection."""
+    """The parts of an HTTP request that do not depend on the connection."""
 
     method: str
     path: str
@@ -55,7 +55,7 @@ class RestRequest(NamedTuple):
 
 
 def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
-    """The HTTP request of a verb; ``compress`` its body, if that is worth it."""
+    """The HTTP request of a verb. ``compress``: gzip the body, from `_MIN_COMPRESSED_BYTES` on."""
     model = f"/v2/models/{quote(ask.model, safe='')}" + (f"/versions/{quote(ask.version, safe='')}" if ask.version else "")
     match ask.verb:
         case "live" | "ready":
@@ -78,7 +78,7 @@ def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
 
 
 def encode_request(request: InferRequest) -> tuple[bytes, int]:
-    """The body of a request, and how many bytes of it are JSON; its tensors, and those of the answer, as binary data."""
+    """The body of an inference request and the length of its JSON. Tensors are binary data, and so are those of the response."""
     message: dict[str, Any] = {
         "inputs": [
             {
@@ -101,7 +101,7 @@ def encode_request(request: InferRequest) -> tuple[bytes, int]:
     return b"".join((head, *(tensor.raw for tensor in request.inputs))), len(head)
 
 
-class _Output(msgspec.Struct):
+class _AnswerOutput(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
@@ -109,8 +109,8 @@ class _Output(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
-class _Answer(msgspec.Struct):
-    outputs: list[_Output]
+class _InferAnswer(msgspec.Struct):
+    outputs: list[_AnswerOutput]
     model_name: str | None = None
     model_version: str | None = None
     id: str | None = None
@@ -134,20 +134,20 @@ class _Metadata(msgspec.Struct):
 
 _TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _Metadata, "index": list[ModelState]}
 _DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
-_answer_decoder = msgspec.json.Decoder(_Answer)
+_answer_decoder = msgspec.json.Decoder(_InferAnswer)
 
 
 def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> Any:
-    """What the server answered.
+    """The result in a response.
 
     Args:
-        ask: the question.
+        ask: what was asked.
         status: of HTTP.
         headers: names in lower case.
         body: decompressed.
 
     Raises:
-        Failed: an error, and whether a retry may help.
+        Failed: the error, and whether it can be retried.
     """
     if ask.verb in ("live", "ready", "model_ready") and (status in (200, 400, 404, 503)):
         return status == 200
@@ -157,8 +157,8 @@ def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> An
         if ask.verb == "infer":
             return decode_response(body, _header_length(headers, body))
         answer = decode_json(body, _DECODERS[ask.verb])
-    except InvalidInput as error:  # the caller did not make this answer
-        raise Failed(PairMismatch(f"the answer is broken: {error.message}", stage="server")) from error
+    except InvalidInput as error:  # not the caller's fault
+        raise Failed(PairMismatch(f"malformed response: {error.message}", stage="server")) from error
     return _model_metadata(answer) if isinstance(answer, _Metadata) else answer
 
 
@@ -171,7 +171,7 @@ def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:
 
 
 def _facts(body: bytes) -> dict[str, str]:
-    """What an error's body says, as far as it is text."""
+    """The text fields of an error's body."""
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -180,7 +180,7 @@ def _facts(body: bytes) -> dict[str, str]:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds, which the header gives as a number or as a date. Source: RFC 9110, 10.2.3."""
+    """The seconds of a Retry-After header, a number or a date. Source: RFC 9110, section 10.2.3."""
     if value is None:
         return None
     if value.isascii() and value.isdecimal():
@@ -201,14 +201,14 @@ def _header_length(headers: Mapping[str, str], body: bytes) -> int:
 
 
 def decode_response(body: bytes, header_length: int) -> InferResponse:
-    """The answer in a body; its tensors as JSON or as binary data.
+    """The response in a body, whose tensors are JSON or binary data.
 
     Args:
-        body: JSON, and behind it the binary tensors if there are any.
-        header_length: bytes of JSON.
+        body: JSON, followed by the binary tensors, if any.
+        header_length: bytes of the JSON.
 
     Raises:
-        InvalidInput: it is no answer; says where.
+        InvalidInput: the body is malformed; the message says where.
     """
     answer = decode_json(body[:header_length], _answer_decoder)
     outputs, end = [], header_length
@@ -217,7 +217,7 @@ def decode_response(body: bytes, header_length: int) -> InferResponse:
         if size is None:
             raw = _pack_json(item)
         elif type(size) is not int or not 0 <= size <= len(body) - end:
-            raise InvalidInput(f'output "{item.name}": binary_data_size is {size}, {len(body) - end} bytes are left of the body')
+            raise InvalidInput(f'output "{item.name}": binary_data_size is {size}, {len(body) - end} bytes remain of the body')
         else:
             raw, end = body[end : end + size], end + size
         outputs.append(Tensor(item.name, item.datatype, tuple(item.shape), raw))
@@ -230,11 +230,11 @@ def decode_response(body: bytes, header_length: int) -> InferResponse:
     )
 
 
-def _pack_json(item: _Output) -> bytes:
+def _pack_json(item: _AnswerOutput) -> bytes:
     what = f'output "{item.name}"'
     values = flatten(what, item.data, item.shape)
     if len(values) != n_elements(what, item.shape):
-        raise InvalidInput(f"{what}: shape {item.shape} does not have {len(values)} elements")
+        raise InvalidInput(f"{what}: shape {item.shape} does not match {len(values)} elements")
     return pack_values(what, datatype_of(what, item.datatype), values)
 
 
@@ -250,6 +250,6 @@ def _model_metadata(answer: _Metadata) -> ModelMetadata:
 
 
 def _spec(spec: _Spec) -> TensorSpec:
-    """Dimensions that vary get names by their place, as those of `splitserve.oip.protobuf.decode_metadata`."""
+    """Variable dimensions are named by their position, as in `splitserve.oip.protobuf.decode_metadata`."""
     shape = tuple(size if size >= 0 else f"d{axis}" if axis else "batch" for axis, size in enumerate(spec.shape))
     return TensorSpec(spec.name, spec.datatype, shape)

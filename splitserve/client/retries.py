@@ -1,4 +1,4 @@
-"""When a request is sent again, and after how long. Knows no transport."""
+"""Whether and when a request is retried. Knows no transport."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Failed(Exception):
     """One attempt failed.
 
     Args:
-        error: what the caller sees if there is no further attempt.
+        error: raised if there is no further attempt.
         can_retry: the request did not reach a model, and another attempt may.
-        retry_after_s: how long the server asked to be left alone.
+        retry_after_s: pause requested by the server.
     """
 
     def __init__(self, error: SplitserveError, *, can_retry: bool = False, retry_after_s: float | None = None) -> None:
@@ -51,10 +51,10 @@ class Retries:
             self._budget.give()
 
     def delay_s(self, failure: Failed, n_failures: int) -> float | None:
-        """How long to wait before the next attempt; None: there is none.
+        """The pause before the next attempt; None: no further attempt.
 
         Args:
-            failure: the latest.
+            failure: of the latest attempt.
             n_failures: of this request so far.
         """
         if not failure.can_retry or n_failures >= self._max_attempts:

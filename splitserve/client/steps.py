@@ -1,6 +1,6 @@
-"""Calls as steps: generators that say what to send and how long to wait, run by a client that blocks or one that awaits.
+"""Calls as steps: generators that yield what to send and how long to wait, run by the blocking and the async client.
 
-So that retries and deadlines are written once, and tested without a server. Knows no transport.
+So retries and deadlines are written once and tested without a server. Knows no transport.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Ask(NamedTuple):
-    """One question to a server: a verb of the protocol, and what it is about."""
+    """A verb of the protocol and its arguments."""
 
     verb: Verb
     model: str = ""
@@ -30,14 +30,14 @@ class Ask(NamedTuple):
 
 
 class Send(NamedTuple):
-    """A step: send this, and come back with the answer, or throw `Failed`."""
+    """A step: send this, then resume the generator with the result, or throw `Failed` into it."""
 
     ask: Ask
     timeout_s: float
 
 
 class Wait(NamedTuple):
-    """A step: let so many seconds pass."""
+    """A step: sleep."""
 
     seconds: float
 
@@ -46,22 +46,22 @@ Steps = Generator[Send | Wait, Any, T]
 
 
 def attempts(ask: Ask, deadline: float, retries: Retries, clock: Callable[[], float] = time.monotonic) -> Steps[Any]:
-    """Ask until there is an answer, or until nothing is to be gained from asking again.
+    """Send until an attempt succeeds or no further one is allowed.
 
     Args:
-        ask: the question.
-        deadline: point on the clock; no attempt is begun, and none waited for, beyond it.
+        ask: what is sent.
+        deadline: point on the clock after which no attempt begins.
         retries: of the client.
         clock: monotonic, in seconds.
 
     Raises:
-        SplitserveError: the last attempt's.
-        DeadlineExceeded: out of time before the first.
+        SplitserveError: of the last attempt.
+        DeadlineExceeded: the deadline passed before the first attempt.
     """
     for n_failures in count(1):
         timeout_s = deadline - clock()
         if timeout_s <= 0:
-            raise DeadlineExceeded("out of time before the server was called")
+            raise DeadlineExceeded("deadline exceeded before the server was called")
         try:
             answer = yield Send(ask, timeout_s)
         except Failed as failure:
@@ -76,7 +76,7 @@ def attempts(ask: Ask, deadline: float, retries: Retries, clock: Callable[[], fl
 
 
 def run(steps: Steps[T], send: Callable[[Send], Any], wait: Callable[[float], Any] = time.sleep) -> T:
-    """Take the steps, blocking."""
+    """Run the steps, blocking."""
     proceed: Callable[[], Send | Wait] = partial(next, steps)
     while True:
         try:
@@ -95,7 +95,7 @@ def run(steps: Steps[T], send: Callable[[Send], Any], wait: Callable[[float], An
 
 
 async def run_async(steps: Steps[T], send: Callable[[Send], Awaitable[Any]], wait: Callable[[float], Awaitable[Any]]) -> T:
-    """Take the steps, awaiting."""
+    """Run the steps on an event loop."""
     proceed: Callable[[], Send | Wait] = partial(next, steps)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Ends what several threads have under way. Knows no transport."""
+"""Cancellation shared by several threads. Knows no transport."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitserve.errors import Cancelled
 
 
 class Stop:
-    """Set once; wakes who waits, and cancels calls under way that can be cancelled."""
+    """Set once: ends the waits of all threads, and cancels their calls in flight where the transport can."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -18,7 +18,7 @@ class Stop:
         self._cancels: dict[int, Callable[[], object]] = {}
 
     def set(self) -> None:
-        """Stop everything."""
+        """Cancel everything."""
         with self._lock:
             self._event.set()
             cancels = list(self._cancels.values())
@@ -30,10 +30,10 @@ class Stop:
         Cancelled: it is set.
         """
         if self._event.is_set():
-            raise Cancelled("given up, another request failed")
+            raise Cancelled("cancelled because another request failed")
 
     def wait(self, seconds: float) -> None:
-        """Let so many seconds pass.
+        """Sleep.
 
         Raises:
             Cancelled: it was set meanwhile.
@@ -43,7 +43,7 @@ class Stop:
 
     @contextmanager
     def calling(self, cancel: Callable[[], object]) -> Iterator[None]:
-        """``cancel`` is called if it is set before the ``with`` is left, or was before."""
+        """``cancel`` is called if this is set before the ``with`` is left, or was set before."""
         with self._lock:
             self._cancels[id(cancel)] = cancel
             is_set = self._event.is_set()

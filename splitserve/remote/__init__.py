@@ -1,1 +1,1 @@
-"""A service at another address: its replicas and the stream to each."""
+"""Calls to a service at another address: its replicas, a stream to each, retries within a budget."""

@@ -1,10 +1,10 @@
-"""An `InferenceService` at the peer of a gRPC channel."""
+"""An `InferenceService` that calls its replicas over gRPC: streams or unary calls, retries, hedges, deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,28 +31,30 @@ from splitserve.oip.pending import Pending, begin_task
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
 from splitserve.remote.replicas import Replica, Replicas
 from splitserve.remote.retry_budget import RetryBudget
-from splitserve.remote.stream import Metadata, StreamKeeper, StreamTarget
+from splitserve.remote.stream import StreamKeeper, StreamTarget
 from splitserve.tls import ClientTls, bearer
 from splitserve.watched import Watched
 
 MAX_ATTEMPTS = 3
 RETRY_BACKOFF_S = 0.02
-"""At most so long, by chance, before another attempt; doubled with each."""
+"""Upper bound of the random pause before another attempt; doubled with each."""
 
 HEDGE_AFTER_S = 1.0
-"""A replica that has not answered after this may be frozen: another one is asked as well, and the first answer counts."""
+"""A replica that has not answered after this may hang: the request is sent to another one too, and the first answer counts.
 
-RESERVE_SHARE, MOST_RESERVE_S = 0.05, 0.02
-"""What each hop keeps back of the time that remains, to bring the answer or the error home: this share, at most so much."""
+Source: gRPC proposal A6, "Hedging policy"."""
 
-LEAST_TIME_S = 0.001
-"""With less no stage can do anything, and the call is refused before it is made."""
+RESERVE_SHARE, MAX_RESERVE_S = 0.05, 0.02
+"""What each hop keeps of the remaining time, to return the response or the error: this share, at most so many seconds."""
 
-WHY_TIMEOUT_S = 0.5
-"""How long a replica that takes no calls is asked why."""
+MIN_TIME_S = 0.001
+"""With less time left no stage can do anything, and no call is made."""
+
+REASON_TIMEOUT_S = 0.5
+"""Timeout of the question why a replica is not ready."""
 
 CONTROL_TIMEOUT_S = 300.0
-"""Loading may have to fetch."""
+"""Loading a model may involve downloading it."""
 
 METHODS: dict[str, tuple[Any, Any]] = {
     "ServerReady": (pb.ServerReadyRequest, pb.ServerReadyResponse),
@@ -66,7 +68,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 
 
 class _Replica(Replica):
-    """A replica with its methods, and with a stream to it where it offers one."""
+    """A replica with the methods of the protocol, and a stream if it supports one."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class _Replica(Replica):
         channel: grpc.aio.Channel,
         stream_target: StreamTarget,
         on_change: Callable[[], None],
-        metadata: Metadata,
+        metadata: Sequence[tuple[str, str]],
     ) -> None:
         super().__init__(target, channel, on_change)
         self.metadata = metadata
@@ -90,7 +92,7 @@ class _Replica(Replica):
 
     @property
     def worker(self) -> tuple[int, int] | None:
-        """Which of how many processes that share the address it is; None while that is not known."""
+        """Index and count of the process, among those that share the address; None while no stream has told."""
         return self.keeper.worker if self.keeper.stream is not None else None
 
     async def close(self) -> None:
@@ -99,20 +101,20 @@ class _Replica(Replica):
 
 
 class RemoteInference:
-    """A service that is reached over gRPC, by its replicas. Entered, it can be called.
+    """A service reached over gRPC. Call it inside its ``async with``.
 
-    A call goes to the idlest replica, over the stream to it where there is one. What fails because a replica is gone is tried on
-    another one, within a budget.
+    A call goes to the replica with the fewest calls in flight, on its stream if there is one. Calls that fail because a replica
+    is gone are retried on another one, within a retry budget.
 
     Args:
         target: as for `Replicas`, e.g. ``dns:///predict:8021``.
-        stage: what the peer is, for errors that it cannot name itself.
-        max_message_bytes: the largest message sent or taken.
-        poll_timeout_s: how long questions other than inference may take.
-        tls: files of the channels, followed as they change; None: plain text.
-        token: shown with every call.
-        hedge_after_s: after how long without an answer another replica is asked as well.
-        replicas: as for `Replicas`: how names are looked up, how often, and how long a call waits for a replica.
+        stage: of the peer, for errors that it did not raise itself.
+        max_message_bytes: the largest message sent or received.
+        poll_timeout_s: timeout of calls other than inference.
+        tls: files of the channels, read again when they change; None: plain text.
+        token: sent with every call.
+        hedge_after_s: after how long without a response another replica is called too.
+        replicas: as for `Replicas`: how and how often names are resolved, and how long a call waits for a replica.
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class RemoteInference:
         return grpc.aio.secure_channel(target, self._files.value[0], [*options, *self._tls.options()])
 
     def _has_new_files(self) -> bool:
-        """Whether the credentials of open channels are old: they are fixed for a channel's life."""
+        """Whether the credentials of open channels are outdated: a channel keeps those that it was created with."""
         return self._files is not None and self._files.has_changed()
 
     async def __aenter__(self) -> RemoteInference:
@@ -173,12 +175,12 @@ class RemoteInference:
 
     @property
     def n_replicas(self) -> int:
-        """How many can be used now."""
+        """Replicas that accept calls at present."""
         return len(self._replicas.usable())
 
     @property
     def n_streams(self) -> int:
-        """How many of these have a stream open; the others get unary calls."""
+        """Those of them with an open stream; the others get unary calls."""
         return sum(replica.keeper.stream is not None for replica in self._replicas.usable())
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
@@ -186,31 +188,37 @@ class RemoteInference:
         return begin_task(self.infer(request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Infer with what remains of the request's deadline, less a reserve."""
+        """Call ModelInfer, or send it on a stream, with the remaining time less a reserve.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed, before the call or during it.
+            Unavailable: no replica can be reached, or `MAX_ATTEMPTS` or the retry budget are exhausted.
+            SplitserveError: raised by the peer.
+        """
         timeout_s = remaining_s(request.deadline)
-        if timeout_s < LEAST_TIME_S:
-            raise DeadlineExceeded(f"out of time before {self._stage} was called")
+        if timeout_s < MIN_TIME_S:
+            raise DeadlineExceeded(f"deadline exceeded before {self._stage} was called")
         if request.deadline != NO_DEADLINE:
-            reserve_s = min(MOST_RESERVE_S, RESERVE_SHARE * timeout_s)
+            reserve_s = min(MAX_RESERVE_S, RESERVE_SHARE * timeout_s)
             request = msgspec.structs.replace(request, deadline=request.deadline - reserve_s)
             timeout_s -= reserve_s
         try:
             async with asyncio.timeout(None if request.deadline == NO_DEADLINE else timeout_s):
-                return await self._infer_on_some(request, timeout_s)
+                return await self._infer_with_retries(request, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage) from None
 
-    async def _infer_on_some(self, request: InferRequest, timeout_s: float) -> InferResponse:
+    async def _infer_with_retries(self, request: InferRequest, timeout_s: float) -> InferResponse:
         tried: list[_Replica] = []
         while True:
-            replica = await self._replicas.pick(but=tried, patience_s=timeout_s)
+            replica = await self._replicas.pick(but=tried, wait_s=timeout_s)
             tried.append(replica)
             try:
                 response = await self._infer_hedged(request, replica)
             except Unavailable as error:
                 if error.stage != self._stage or len(tried) == MAX_ATTEMPTS or not self._budget.take():
                     raise
-                self._replicas.leave_out(replica)
+                self._replicas.avoid(replica)
                 if self.n_replicas < 2:
                     await asyncio.sleep(random.uniform(0, RETRY_BACKOFF_S * 2 ** len(tried)))  # noqa: S311
             else:
@@ -218,14 +226,14 @@ class RemoteInference:
                 return response
 
     async def _infer_hedged(self, request: InferRequest, replica: _Replica) -> InferResponse:
-        """On this replica; if it does not answer for long, on another one too."""
+        """Infer on this replica; if it does not answer soon, on another one too."""
         if self.n_replicas < 2:
             return await self._infer_on(request, replica)
         calls = [asyncio.ensure_future(self._infer_on(request, replica))]
         try:
             await asyncio.wait(calls, timeout=self._hedge_after_s)
             if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
-                self._replicas.leave_out(replica)
+                self._replicas.avoid(replica)
                 other = await self._replicas.pick(but=[replica])
                 calls.append(asyncio.ensure_future(self._infer_on(request, other)))
             return await _first_answer(calls)
@@ -235,7 +243,7 @@ class RemoteInference:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def _infer_on(self, request: InferRequest, replica: _Replica) -> InferResponse:
-        replica.began()
+        replica.call_started()
         try:
             if (stream := replica.keeper.stream) is not None:
                 message = await stream.infer(request)
@@ -247,70 +255,70 @@ class RemoteInference:
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
         finally:
-            replica.ended()
+            replica.call_ended()
         message = _parsed(message, self._stage)
         message.id = request.id
         try:
             return protobuf.decode_response(message)
-        except InvalidInput as error:  # the caller did not make this answer
+        except InvalidInput as error:  # not the caller's fault
             raise PairMismatch(error.message, stage=self._stage) from error
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Call ModelMetadata."""
         request = pb.ModelMetadataRequest(name=model, version=version)
-        return protobuf.decode_metadata(await self._ask("ModelMetadata", request))
+        return protobuf.decode_metadata(await self._call_any("ModelMetadata", request))
 
     async def is_ready(self, model: str, version: str = "") -> bool:
         """Call ModelReady."""
-        return bool((await self._ask("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
+        return bool((await self._call_any("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
 
     async def index(self) -> list[ModelState]:
         """Call RepositoryIndex."""
-        return protobuf.decode_index(await self._ask("RepositoryIndex", pb.RepositoryIndexRequest()))
+        return protobuf.decode_index(await self._call_any("RepositoryIndex", pb.RepositoryIndexRequest()))
 
     async def load(self, model: str) -> None:
         """Call RepositoryModelLoad of every replica."""
-        await self._tell_all("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model))
+        await self._call_all("RepositoryModelLoad", pb.RepositoryModelLoadRequest(model_name=model))
 
     async def unload(self, model: str) -> None:
         """Call RepositoryModelUnload of every replica."""
-        await self._tell_all("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=model))
+        await self._call_all("RepositoryModelUnload", pb.RepositoryModelUnloadRequest(model_name=model))
 
     async def not_ready_reason(self) -> str:
         """Call ServerReady."""
         try:
-            response = await self._ask("ServerReady", pb.ServerReadyRequest())
+            response = await self._call_any("ServerReady", pb.ServerReadyRequest())
         except SplitserveError as error:
             return error.message
-        return "" if response.ready else await self._why_unusable()
+        return "" if response.ready else await self._unavailable_reason()
 
-    async def _why_unusable(self) -> str:
-        """What a replica that takes no calls says of itself, asked on a channel that does not mind its health."""
+    async def _unavailable_reason(self) -> str:
+        """Why no replica accepts calls, by what one of them says on a channel without health checks."""
         targets = self._replicas.targets()
-        said = [reason for target in targets if (reason := await self._say_why(*target))]
-        if not said:
+        reasons = [reason for target in targets if (reason := await self._not_ready_reason_of(*target))]
+        if not reasons:
             return f"the {self._stage} service cannot be reached"
-        return f"the {self._stage} service is not ready: {said[0]}"
+        return f"the {self._stage} service is not ready: {reasons[0]}"
 
-    async def _say_why(self, target: str, authority: str) -> str:
+    async def _not_ready_reason_of(self, target: str, authority: str) -> str:
         async with self._channel(target, authority, [("grpc.service_config", "{}")]) as channel:
             ask: Any = channel.unary_unary(f"/{protobuf.SERVICE}/ServerReady")
-            call = ask(b"", timeout=WHY_TIMEOUT_S, metadata=self._metadata)
+            call = ask(b"", timeout=REASON_TIMEOUT_S, metadata=self._metadata)
             try:
                 await call
             except grpc.aio.AioRpcError:
                 return ""
-            said = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(protobuf.REASON_KEY, b"")
-            return said.decode(errors="replace") if isinstance(said, bytes) else str(said)
+            reason = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(protobuf.REASON_KEY, b"")
+            return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
-    async def _ask(self, method: str, request: Any) -> Any:
-        """One replica's answer; another one is asked if it is gone."""
+    async def _call_any(self, method: str, request: Any) -> Any:
+        """Call one replica; another one if it is gone."""
         tried: list[_Replica] = []
         while True:
             try:
                 replica = await self._replicas.pick(but=tried)
             except Unavailable:
-                raise Unavailable(await self._why_unusable(), stage=self._stage) from None
+                raise Unavailable(await self._unavailable_reason(), stage=self._stage) from None
             tried.append(replica)
             try:
                 return await self._call(replica, method, request, self._poll_timeout_s)
@@ -318,7 +326,7 @@ class RemoteInference:
                 if len(tried) == MAX_ATTEMPTS:
                     raise
 
-    async def _tell_all(self, method: str, request: Any) -> None:
+    async def _call_all(self, method: str, request: Any) -> None:
         await self._replicas.pick()
         calls = [self._call(replica, method, request, CONTROL_TIMEOUT_S) for replica in self._replicas.usable()]
         for result in await asyncio.gather(*calls, return_exceptions=True):
@@ -334,14 +342,14 @@ class RemoteInference:
 
 
 def _parsed(answer: Any, stage: str) -> Any:
-    """The answer, in whose place grpc.aio gives None if it cannot parse it."""
+    """The response; grpc.aio returns None if it cannot parse it."""
     if answer is None:
-        raise PairMismatch(f"the {stage} service answered with what is no message of the protocol", stage=stage)
+        raise PairMismatch(f"the {stage} service returned a malformed message", stage=stage)
     return answer
 
 
 async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> InferResponse:
-    """The first answer that is not that a replica is gone; that, if all say so."""
+    """The first result that is not `Unavailable`; `Unavailable` if all are."""
     pending = set(calls)
     while True:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -351,28 +359,28 @@ async def _first_answer(calls: Iterable[asyncio.Future[InferResponse]]) -> Infer
 
 
 def translate(error: grpc.RpcError, stage: str) -> SplitserveError:
-    """The error that the peer raised, or one of our own where it did not get to raise any.
+    """The error that the peer raised, or one for a call that did not reach it.
 
     Args:
-        error: of a call that failed.
-        stage: what the peer is.
+        error: of a failed call.
+        stage: of the peer.
     """
     reason, metadata = _error_info(error.trailing_metadata())
     message = error.details() or ""
     if reason:
         return from_wire(error.code().name, message, reason, metadata)
-    # CANCELLED that the peer did not raise: it stopped as the call arrived. The texts of both name addresses.
+    # CANCELLED that the peer did not raise: it stopped when the call arrived. The texts of both contain addresses.
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return Unavailable(f"the {stage} service cannot be reached", stage=stage)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"the {stage} service did not answer in time", stage=stage)
-    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:  # grpc's own limit
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:  # gRPC's own limit
         return TooLarge(f"the message to or from {stage} is larger than its limit", stage=stage)
     return from_wire(error.code().name, message, metadata={"stage": stage})
 
 
 def _error_info(metadata: Iterable[Any] | None) -> tuple[str, dict[str, str]]:
-    """Reason and facts of an answer's ErrorInfo, if it is one of ours."""
+    """Reason and metadata of a response's ErrorInfo, if it is one of ours."""
     for key, value in metadata or ():
         if key == protobuf.DETAILS_KEY and isinstance(value, bytes):
             try:

@@ -1,7 +1,7 @@
-"""The replicas behind a name: a channel to each, which ones can be used now, and which one gets the next call.
+"""The replicas behind a name: a channel to each, which of them are ready, and which one gets the next call.
 
-gRPC balances calls over connections; it does not know which replica is idle, and cannot keep a stream open to each. So a name is
-resolved here, every few seconds, and each address gets a channel of its own. Knows channels, and nothing of inference.
+gRPC balances calls over connections, does not know which replica is idle, and cannot keep a stream open to each. So the name is
+resolved here, every few seconds, and each address gets a channel of its own. Knows channels, no inference.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from splitserve.errors import Unavailable
 from splitserve.remote.stream import ALONE
 
 RESOLVE_INTERVAL_S = 2.0
-"""How often a name is looked up again: a new replica gets calls after about that time."""
+"""How often a name is resolved: a new replica gets calls after about that time."""
 
-PATIENCE_S = 1.0
-"""How long a call waits for a replica when none can be used: a restart of the only one is bridged, an outage is told."""
+WAIT_FOR_REPLICA_S = 1.0
+"""How long a call waits for a replica if none is ready: long enough for the restart of a single one, short in an outage."""
 
-LEFT_OUT_S = 1.0
-"""For how long a replica that failed is only used if there is no other."""
+AVOID_S = 1.0
+"""How long a replica that failed gets calls only if there is no other."""
 
 REACH_INTERVAL_S = 0.1
-"""How often channels to further processes of an address are looked at, until all are reached."""
+"""Interval of attempts to connect to every process of an address, until all are connected."""
 
 MAX_REACH_TRIES = 50
-"""After so many the next ones are made with the next look at the name: a process may be away."""
+"""After so many attempts the next ones follow when the name is resolved next: a process may be down."""
 
 RETIRE_TIMEOUT_S = 60.0
-"""How long calls under way to a replica that is gone from the name may take."""
+"""How long calls in flight to a replica that the name no longer has may take."""
 
 _DNS_TARGET = re.compile(r"(?:dns:///)?(?P<host>[^/\[\]]+|\[[0-9a-fA-F:.]+\]):(?P<port>[0-9]+)")
 
@@ -46,7 +46,7 @@ READY = grpc.ChannelConnectivity.READY
 
 
 class Replica:
-    """One address: its channel, and whether it can be used."""
+    """One address: its channel, its state and its calls in flight."""
 
     def __init__(self, target: str, channel: grpc.aio.Channel, on_change: Callable[[], None]) -> None:
         self.target = target
@@ -55,22 +55,22 @@ class Replica:
         self.n_in_flight = 0
         self.idle = asyncio.Event()
         self.idle.set()
-        self.left_out_until = 0.0
+        self.avoided_until = 0.0
         self._on_change = on_change
         self._watching = asyncio.create_task(self._watch())
 
     @property
     def worker(self) -> tuple[int, int] | None:
-        """Which of how many processes that share the address it is; None where that is not known."""
+        """Index and count of the process, among those that share the address; None if unknown."""
         return None
 
-    def began(self) -> None:
-        """A call is under way to it."""
+    def call_started(self) -> None:
+        """Count a call in flight."""
         self.n_in_flight += 1
         self.idle.clear()
 
-    def ended(self) -> None:
-        """A call has come back, whatever of it."""
+    def call_ended(self) -> None:
+        """Count a call that has ended, however it did."""
         self.n_in_flight -= 1
         if not self.n_in_flight:
             self.idle.set()
@@ -91,17 +91,17 @@ R = TypeVar("R", bound=Replica)
 
 
 class Replicas(Generic[R]):
-    """The replicas of a target. Entered, it looks the name up and follows it.
+    """The replicas of a target, which is resolved repeatedly between `start` and `close`.
 
     Args:
         target: ``host:port`` or ``dns:///host:port`` for all addresses of a name; any other gRPC name (``unix:…``,
-            ``xds:///…``) is one replica, balanced by gRPC.
-        stage: what the peer is, for errors.
-        connect: makes a replica of a gRPC name of one address, and the authority that it stands for.
-        is_stale: whether open channels have to be replaced, asked as often as the name is looked up.
+            ``xds:///…``) is a single replica, balanced by gRPC.
+        stage: of the peer, for errors.
+        connect: makes a replica from the gRPC name of an address, its authority, and a callback for state changes.
+        is_stale: whether open channels must be replaced; called whenever the name is resolved.
         resolve: gRPC names of the addresses of a host and port; may raise OSError.
-        resolve_interval_s: how often the name is looked up.
-        patience_s: how long `pick` waits for a replica.
+        resolve_interval_s: how often the name is resolved.
+        wait_s: how long `pick` waits for a replica.
     """
 
     def __init__(
@@ -113,60 +113,62 @@ class Replicas(Generic[R]):
         is_stale: Callable[[], bool] = lambda: False,
         resolve: Resolve | None = None,
         resolve_interval_s: float = RESOLVE_INTERVAL_S,
-        patience_s: float = PATIENCE_S,
+        wait_s: float = WAIT_FOR_REPLICA_S,
     ) -> None:
         self._target = target
         self._stage = stage
         self._connect = connect
         self._is_stale = is_stale
-        self._resolve = resolve or look_up
+        self._resolve = resolve or resolve_addresses
         self._resolve_interval_s = resolve_interval_s
-        self._patience_s = patience_s
+        self._wait_s = wait_s
         self._replicas: dict[str, R] = {}
-        self._fellows: dict[str, list[R]] = {}
-        """Further channels to an address that several processes share."""
+        self._worker_channels: dict[str, list[R]] = {}
+        """Further channels to an address, one for each other process that shares it."""
         self._authorities: dict[str, str] = {}
         self._changed = asyncio.Event()
-        self._following: asyncio.Task[None] | None = None
+        self._resolving: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._turn = 0
         self._match = _DNS_TARGET.fullmatch(target)
 
     async def start(self) -> None:
-        """Look the name up, and go on doing so."""
+        """Resolve the name, now and repeatedly."""
         await self._refresh()
-        self._following = asyncio.create_task(self._follow())
+        self._resolving = asyncio.create_task(self._keep_resolving())
 
     async def close(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
+        if self._resolving is not None:
+            self._resolving.cancel()
         await asyncio.gather(*(replica.close() for replica in self._all()), *self._closing)
 
     def _all(self) -> Iterable[R]:
-        return chain(self._replicas.values(), *self._fellows.values()) if self._fellows else self._replicas.values()
+        return (
+            chain(self._replicas.values(), *self._worker_channels.values()) if self._worker_channels else self._replicas.values()
+        )
 
     def usable(self) -> list[R]:
-        """Those that take calls now."""
+        """Those that accept calls at present."""
         return [replica for replica in self._all() if replica.state is READY]
 
     def targets(self) -> list[tuple[str, str]]:
-        """The addresses behind the name, used or not, each with the authority that it stands for."""
+        """The addresses behind the name, ready or not, each with the authority that it belongs to."""
         return list(self._authorities.items())
 
-    async def pick(self, *, but: Iterable[R] = (), patience_s: float | None = None) -> R:
-        """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
+    async def pick(self, *, but: Iterable[R] = (), wait_s: float | None = None) -> R:
+        """The replica for the next call: of the ready ones the one with the fewest calls in flight, round robin among equals.
 
         Args:
-            but: those that were tried already, taken only if there is no other.
-            patience_s: how long to wait if there is none.
+            but: those tried before, picked only if there is no other.
+            wait_s: how long to wait if none is ready.
 
         Raises:
-            Unavailable: there is none.
+            Unavailable: none is ready.
         """
         if (found := self._best(but)) is not None:
             return found
-        patience_s = self._patience_s if patience_s is None else min(patience_s, self._patience_s)
-        end = time.monotonic() + patience_s
+        wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
+        end = time.monotonic() + wait_s
         while (left := end - time.monotonic()) > 0:
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -182,14 +184,17 @@ class Replicas(Generic[R]):
         now = time.monotonic()
         self._turn += 1
         fresh = [replica for replica in usable if replica not in but] or usable
-        well = [replica for replica in fresh if replica.left_out_until <= now] or fresh
-        return min((well[(self._turn + index) % len(well)] for index in range(len(well))), key=lambda each: each.n_in_flight)
+        preferred = [replica for replica in fresh if replica.avoided_until <= now] or fresh
+        return min(
+            (preferred[(self._turn + index) % len(preferred)] for index in range(len(preferred))),
+            key=lambda each: each.n_in_flight,
+        )
 
-    def leave_out(self, replica: R) -> None:
-        """It failed or lags: use others for a while, if there are any."""
-        replica.left_out_until = time.monotonic() + LEFT_OUT_S
+    def avoid(self, replica: R) -> None:
+        """Prefer others for a while: it failed or is slow."""
+        replica.avoided_until = time.monotonic() + AVOID_S
 
-    async def _follow(self) -> None:
+    async def _keep_resolving(self) -> None:
         n_tries = 0
         while True:
             is_reaching = self._reach_workers() and n_tries < MAX_REACH_TRIES
@@ -200,18 +205,18 @@ class Replicas(Generic[R]):
 
     async def _refresh(self) -> None:
         if self._match is None:
-            self._set({self._target: ""})
+            self._update({self._target: ""})
             return
         try:
             found = await self._resolve(self._match["host"].strip("[]"), int(self._match["port"]))
         except OSError:
-            return  # what was known is kept: the name service may be away for a while
-        self._set(dict.fromkeys(found, self._target.removeprefix("dns:///")))
+            return  # keep what is known: the name service may be down for a while
+        self._update(dict.fromkeys(found, self._target.removeprefix("dns:///")))
 
-    def _set(self, targets: dict[str, str]) -> None:
+    def _update(self, targets: dict[str, str]) -> None:
         for target in list(self._replicas) if self._is_stale() else self._replicas.keys() - targets.keys():
-            for replica in (self._replicas.pop(target), *self._fellows.pop(target, ())):
-                self._let_go(replica)
+            for replica in (self._replicas.pop(target), *self._worker_channels.pop(target, ())):
+                self._start_retiring(replica)
         self._authorities = targets
         for target, authority in targets.items():
             if target not in self._replicas:
@@ -219,10 +224,10 @@ class Replicas(Generic[R]):
         self._changed.set()
 
     def _reach_workers(self) -> bool:
-        """Have a channel to each process where several share an address, and say whether some are missing.
+        """Connect to every process where several share an address. Whether some are not connected yet.
 
-        Which one a connection reaches is for the kernel to say: more are opened until all are reached, and those that reach one
-        a second time are closed.
+        The kernel decides which process gets a connection: connections are opened until all are reached, and those that reach a
+        process a second time are closed.
         """
         is_missing = False
         for target, first in self._replicas.items():
@@ -230,45 +235,45 @@ class Replicas(Generic[R]):
             if count == 1:
                 continue
             reached, kept, n_unknown = set(), [], 0
-            for replica in (first, *self._fellows.get(target, ())):
+            for replica in (first, *self._worker_channels.get(target, ())):
                 if replica.worker is None:
                     n_unknown += 1
                 elif replica.worker in reached:
-                    self._let_go(replica)
+                    self._start_retiring(replica)
                     continue
                 else:
                     reached.add(replica.worker)
                 kept.append(replica)
             n_missing = count - len(reached)
             kept += [self._connect(target, self._authorities[target], self._changed.set) for _ in range(n_missing - n_unknown)]
-            self._fellows[target] = kept[1:]
+            self._worker_channels[target] = kept[1:]
             is_missing |= n_missing > 0
         return is_missing
 
-    def _let_go(self, replica: R) -> None:
+    def _start_retiring(self, replica: R) -> None:
         task = asyncio.create_task(self._retire(replica))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def _retire(self, replica: R) -> None:
-        """Its address is not behind the name any more; what is under way to it may end."""
+        """Close a replica that the name no longer has, after its calls in flight."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(replica.idle.wait(), RETIRE_TIMEOUT_S)
         await replica.close()
 
 
-async def look_up(host: str, port: int) -> list[str]:
-    """The addresses of a host, as gRPC names.
+async def resolve_addresses(host: str, port: int) -> list[str]:
+    """Resolve a host to the gRPC names of its addresses.
 
     Raises:
-        OSError: the name is not known, or cannot be looked up now.
+        OSError: the name is unknown, or the name service is unreachable.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [_address(family, sockaddr) for family, *_, sockaddr in found]
 
 
 def _address(family: int, sockaddr: tuple[Any, ...]) -> str:
-    """The name that gRPC has for one address."""
+    """The gRPC name of an address."""
     if family == socket.AF_INET6:
         return f"ipv6:[{sockaddr[0]}]:{sockaddr[1]}"
     return f"ipv4:{sockaddr[0]}:{sockaddr[1]}"

@@ -1,8 +1,8 @@
-"""The client's end of ``ModelStreamInfer``: one long-lived stream to a replica carries all calls to it.
+"""The client side of ``ModelStreamInfer``: one long-lived stream to a replica carries all calls to it.
 
-It has a connection of its own (`splitserve.wire.grpc.client`), where a message costs a fifth of what it costs in grpcio. Answers
-are matched by id, in any order. Errors keep their class: our own servers say more of one than the protocol's text, in the
-parameters of the answer (`oip_grpc`).
+The stream has a connection of its own (`splitserve.wire.grpc.client`), on which a message costs a fifth of what it costs in
+grpcio. Responses are matched to requests by id, in any order. Errors keep their class: splitserve's servers put what the
+protocol's error text cannot hold into the parameters of the response (`splitserve.oip.protobuf`).
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from splitserve.wire.grpc.client import Address, StreamCall, open_stream
 from splitserve.wire.grpc.messages import CallError
 
 METHOD = f"/{protobuf.SERVICE}/ModelStreamInfer"
-Metadata = Sequence[tuple[str, str]]
-
 ALONE = (0, 1)
+"""Index and count of a process that shares its port with no other."""
+
 OPEN_TIMEOUT_S = 5.0
 
 REOPEN_DELAY_S = 0.1
-"""After how long a stream that ended as it began is tried again."""
+"""Pause before a stream that failed to open is opened again."""
 
-NOT_OFFERED_S = 60.0
-"""After how long a server that offered no stream is asked again."""
+UNSUPPORTED_RETRY_S = 60.0
+"""Pause before a stream is opened again at a server that does not support it."""
 
 
 class StreamTarget:
-    """The way to one replica, as a stream takes it.
+    """Where and how streams to one replica are opened.
 
     Args:
         target: its gRPC name.
-        stage: what the peer is.
-        authority: the name that it is called by; "" for its address.
-        metadata: sent as a stream is opened.
-        max_message_bytes: the largest message sent or taken.
+        stage: of the peer, for errors.
+        authority: ``:authority`` of the calls; "" for the address.
+        metadata: sent when a stream is opened.
+        max_message_bytes: the largest message sent or received.
         context: of TLS; None: plain text.
-        server_name: that the certificate must have; "" for the authority's.
+        server_name: expected in the certificate; "" for the host of the authority.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StreamTarget:
         *,
         stage: str,
         authority: str = "",
-        metadata: Metadata = (),
+        metadata: Sequence[tuple[str, str]] = (),
         max_message_bytes: int,
         context: ssl.SSLContext | None = None,
         server_name: str = "",
@@ -69,11 +69,14 @@ class StreamTarget:
 
     @property
     def is_direct(self) -> bool:
-        """Whether the name is that of one address, to which a connection can be made."""
+        """Whether the target is a single address, so that a connection can be opened to it."""
         return self._address is not None
 
     async def open(self, on_message: Callable[[bytes], None]) -> StreamCall:
-        """Begin a stream.
+        """Open a stream.
+
+        Args:
+            on_message: called with each message received.
 
         Raises:
             OSError: the replica cannot be reached.
@@ -99,7 +102,7 @@ def _address_of(target: str) -> Address | None:
 
 
 class InferStream:
-    """One stream, from being open until it ends."""
+    """An open stream and its calls in flight."""
 
     def __init__(self, stage: str) -> None:
         self._call: StreamCall
@@ -109,17 +112,17 @@ class InferStream:
         self.is_open = False
 
     def carry(self, call: StreamCall) -> None:
-        """Send on this call from now on."""
+        """Use this call from now on."""
         self._call = call
         self.is_open = True
 
     async def infer(self, request: InferRequest) -> Any:
-        """Send a request and wait for its answer, a ``ModelInferResponse``.
+        """Send a request and await its ``ModelInferResponse``.
 
         Raises:
-            Unavailable: the stream ended before the answer came.
-            TooLarge: the request is larger than the peer takes.
-            SplitserveError: what the peer raised.
+            Unavailable: the stream ended before the response arrived.
+            TooLarge: the request exceeds the limit of a message.
+            SplitserveError: raised by the peer.
         """
         self._n_sent += 1
         identity = str(self._n_sent)
@@ -132,14 +135,14 @@ class InferStream:
             if error.code == "RESOURCE_EXHAUSTED":
                 text = f"the message to {self._stage} is larger than its limit"
                 raise TooLarge(text, stage=self._stage) from None
-            raise self._lost() from None
+            raise self._unavailable() from None
         finally:
             self._pending.pop(identity, None)
         protobuf.raise_stream_error(message)
         return message.infer_response
 
-    def take(self, data: bytes) -> None:
-        """Hand out an answer."""
+    def on_message(self, data: bytes) -> None:
+        """Pass a response to the call that awaits it."""
         try:
             message = pb.ModelStreamInferResponse.FromString(data)
         except DecodeError:
@@ -149,18 +152,18 @@ class InferStream:
         if answer is not None and not answer.done():
             answer.set_result(message)
 
-    async def live(self) -> None:
-        """Until it has ended; what is not answered by then is lost."""
+    async def run(self) -> None:
+        """Run until the stream has ended; calls that are still in flight then fail."""
         try:
             await self._call.keep_ticking()
         finally:
             self.is_open = False
             for answer in self._pending.values():
                 if not answer.done():
-                    answer.set_exception(self._lost())
+                    answer.set_exception(self._unavailable())
 
-    def finish(self) -> None:
-        """Send nothing more; what is under way is still answered."""
+    def half_close(self) -> None:
+        """Half-close: send nothing more. Calls in flight are still answered."""
         self.is_open = False
         self._call.half_close()
 
@@ -168,15 +171,15 @@ class InferStream:
         self.is_open = False
         self._call.cancel()
 
-    def _lost(self) -> SplitserveError:
+    def _unavailable(self) -> SplitserveError:
         return Unavailable(f"the {self._stage} service cannot be reached", stage=self._stage)
 
 
 class StreamKeeper:
-    """Keeps a stream to a replica open, as long as the peer offers one.
+    """Keeps a stream to a replica open, if the peer supports that.
 
     Args:
-        channel: to the replica, which tells when it can be called.
+        channel: to the replica; its state says when the replica accepts calls.
         target: where to open it.
     """
 
@@ -186,12 +189,12 @@ class StreamKeeper:
         self._streams: dict[asyncio.Task[None], InferStream] = {}
         self._stream: InferStream | None = None
         self.worker = ALONE
-        """Which of how many processes is at the peer, as far as is known."""
+        """Index and count of the process that answers, among those that share the port, as far as known."""
         self._keeping = asyncio.create_task(self._keep())
 
     @property
     def stream(self) -> InferStream | None:
-        """The one to send on; None when there is none now."""
+        """The open stream; None if there is none at present."""
         return self._stream if self._stream is not None and self._stream.is_open else None
 
     async def close(self) -> None:
@@ -204,34 +207,34 @@ class StreamKeeper:
     async def _keep(self) -> None:
         while self._target.is_direct:
             await self._until_ready()
-            opened = await self._try_to_open()
+            opened = await self._open()
             if opened is None:
                 continue
             stream, call = opened
-            before, self._stream = self._stream, stream
-            living = asyncio.create_task(stream.live())
-            self._streams[living] = stream
-            living.add_done_callback(self._streams.pop)
-            if before is not None and before.is_open:
-                before.finish()
-            leaving = asyncio.create_task(call.goaway.wait())
+            previous, self._stream = self._stream, stream
+            running = asyncio.create_task(stream.run())
+            self._streams[running] = stream
+            running.add_done_callback(self._streams.pop)
+            if previous is not None and previous.is_open:
+                previous.half_close()
+            goaway = asyncio.create_task(call.goaway.wait())
             try:
-                await asyncio.wait([living, leaving], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([running, goaway], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                leaving.cancel()
+                goaway.cancel()
 
     async def _until_ready(self) -> None:
-        """A replica that loads or drains is not called."""
+        """Wait until the replica is READY: one that loads or drains is not called."""
         while (state := self._channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
             await self._channel.wait_for_state_change(state)
 
-    async def _try_to_open(self) -> tuple[InferStream, StreamCall] | None:
+    async def _open(self) -> tuple[InferStream, StreamCall] | None:
         stream = InferStream(self._target.stage)
         call: StreamCall | None = None
-        delay_s = NOT_OFFERED_S
+        delay_s = UNSUPPORTED_RETRY_S
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
-                call = await self._target.open(stream.take)
+                call = await self._target.open(stream.on_message)
                 stream.carry(call)
                 facts = await asyncio.shield(call.initial_metadata)
             if protobuf.STREAM_KEY.encode() in facts:
@@ -241,7 +244,7 @@ class StreamKeeper:
         except TimeoutError:
             pass
         except CallError as error:
-            delay_s = NOT_OFFERED_S if error.code == "UNIMPLEMENTED" else REOPEN_DELAY_S
+            delay_s = UNSUPPORTED_RETRY_S if error.code == "UNIMPLEMENTED" else REOPEN_DELAY_S
         except OSError:
             delay_s = REOPEN_DELAY_S
         except BaseException:

@@ -57,8 +57,8 @@ def test_no_rows_make_an_empty_frame() -> None:
     [
         ({"a": np.array(1)}, {}, "scalar"),
         ({"a": np.zeros(1), "b": np.zeros(2)}, {}, "different numbers of rows"),
-        ({"a": np.zeros((1, 2))}, {"a": ["one"]}, "has 2 columns, got 1 names"),
-        ({"a": np.zeros(1)}, {"b": ["one"]}, "which are no outputs"),
+        ({"a": np.zeros((1, 2))}, {"a": ["one"]}, "expected 2 names, got 1"),
+        ({"a": np.zeros(1)}, {"b": ["one"]}, "expected some of the outputs"),
     ],
 )
 def test_what_makes_no_table_is_refused(outputs: dict[str, np.ndarray], names: dict[str, list[str]], message: str) -> None:

@@ -67,7 +67,7 @@ def test_outputs_that_differ_between_chunks_are_a_mismatch() -> None:
     """Other names, or other inner shapes, do not make one whole."""
     chunks = [range(1), range(1, 2)]
 
-    with pytest.raises(PairMismatch, match="rows 1 to 1: the outputs are not those"):
+    with pytest.raises(PairMismatch, match="rows 1 to 1: the outputs differ from those"):
         join([{"a": np.zeros(1)}, {"b": np.zeros(1)}], chunks)
-    with pytest.raises(PairMismatch, match="not of one shape"):
+    with pytest.raises(PairMismatch, match="have different shapes"):
         join([{"a": np.zeros((1, 2))}, {"a": np.zeros((1, 3))}], chunks)

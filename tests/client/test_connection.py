@@ -56,7 +56,7 @@ def test_plain_text_and_certificates_contradict_each_other(url: str) -> None:
 
 def test_a_certificate_without_its_key_is_refused() -> None:
     """And the reverse."""
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="expected both cert_file and key_file"):
         TLS(cert_file="client.pem")
 
 

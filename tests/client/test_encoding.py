@@ -68,19 +68,19 @@ def test_values_become_what_the_signature_says(case: str) -> None:
 
 
 REFUSED: dict[str, tuple[Any, str | None, str]] = {
-    "a fraction": ([1, 2.5], "INT64", 'input "x": element 1 is 2.5, which INT64 cannot hold'),
-    "a missing integer": ([1, None], "INT64", "element 1 is nan, which INT64 cannot hold"),
-    "out of range": ([300], "UINT8", "element 0 is 300, which UINT8 cannot hold"),
-    "negative": ([-1], "UINT64", "element 0 is -1, which UINT64 cannot hold"),
-    "too large for a single": ([1e300], "FP32", "which FP32 cannot hold"),
-    "two as a boolean": ([2], "BOOL", "element 0 is 2, which BOOL cannot hold"),
+    "a fraction": ([1, 2.5], "INT64", 'input "x": element 1 is 2.5, which INT64 cannot represent'),
+    "a missing integer": ([1, None], "INT64", "element 1 is nan, which INT64 cannot represent"),
+    "out of range": ([300], "UINT8", "element 0 is 300, which UINT8 cannot represent"),
+    "negative": ([-1], "UINT64", "element 0 is -1, which UINT64 cannot represent"),
+    "too large for a single": ([1e300], "FP32", "which FP32 cannot represent"),
+    "two as a boolean": ([2], "BOOL", "element 0 is 2, which BOOL cannot represent"),
     "text for numbers": (["1"], "FP32", 'input "x": expected FP32, got text'),
     "numbers for text": ([1], "BYTES", 'input "x": expected text or bytes, got int64'),
     "a date": (np.array(["2020-01-01"], "datetime64[D]"), "FP64", "expected FP64, got datetime64"),
     "a guessed date": (np.array(["2020-01-01"], "datetime64[D]"), None, "no datatype in the Open Inference Protocol"),
     "text and numbers": (["a", 1], None, "expected text or numbers, got int, str"),
     "a dict": ([{"a": 1}], None, "expected text or numbers, got dict"),
-    "ragged": ([[1], [1, 2]], None, "not of one shape"),
+    "ragged": ([[1], [1, 2]], None, "the rows have different shapes"),
     "beyond 64 bits": ([2**70], None, "does not fit 64 bits"),
     "an unknown datatype": ([1], "FP8", 'unknown datatype "FP8"'),
 }
@@ -144,5 +144,5 @@ def test_inputs_without_names_are_refused_where_there_are_several() -> None:
 
 def test_two_columns_of_one_name_are_refused() -> None:
     """An input is given once."""
-    with pytest.raises(InvalidInput, match="two columns of one name"):
+    with pytest.raises(InvalidInput, match="duplicate column names"):
         to_columns(pd.DataFrame([[1, 2]], columns=["a", "a"]), None)

@@ -207,7 +207,7 @@ async def preprocess(target: str, tmp_path: Path, executor: Executor) -> AsyncIt
     """In front of the server at an address, with the first preprocessor of ``m``."""
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
     store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load)
-    async with RemoteInference(target, stage="predict", patience_s=20) as remote:
+    async with RemoteInference(target, stage="predict", wait_s=20) as remote:
         service = PreprocessService(store, AnyServer(remote, models=store.catalogue.models), executor)
         await store.refresh()
         await service.refresh()
@@ -255,9 +255,9 @@ async def test_an_answer_that_is_no_message_of_the_protocol_is_told(method: str)
 
     async with (
         serving_methods({method: grpc.unary_unary_rpc_method_handler(broken)}) as address,
-        RemoteInference(address, stage="predict", patience_s=20) as remote,
+        RemoteInference(address, stage="predict", wait_s=20) as remote,
     ):
-        with pytest.raises(PairMismatch, match="the predict service answered with what is no message of the protocol"):
+        with pytest.raises(PairMismatch, match="the predict service returned a malformed message"):
             await (remote.metadata("m") if method == "ModelMetadata" else remote.infer(request()))
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from proxy.service import ProxyService
 from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, deadline_after
-from splitserve.remote.inference import LEAST_TIME_S, MOST_RESERVE_S, RemoteInference
+from splitserve.remote.inference import MAX_RESERVE_S, MIN_TIME_S, RemoteInference
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
@@ -37,7 +37,7 @@ class Sending(RemoteInference):
 
     sent: tuple[InferRequest, float]
 
-    async def _infer_on_some(self, request: InferRequest, timeout_s: float) -> InferResponse:
+    async def _infer_with_retries(self, request: InferRequest, timeout_s: float) -> InferResponse:
         self.sent = (request, timeout_s)
         return InferResponse("echo", "1.1", ())
 
@@ -51,7 +51,7 @@ async def test_each_hop_keeps_some_of_the_time_back(timeout_s: float) -> None:
     await remote.infer(asked)
 
     sent, sent_timeout_s = remote.sent
-    assert 0 < asked.deadline - sent.deadline <= MOST_RESERVE_S + 1e-6
+    assert 0 < asked.deadline - sent.deadline <= MAX_RESERVE_S + 1e-6
     assert sent_timeout_s < timeout_s
     assert sent.deadline > asked.deadline - timeout_s / 2
 
@@ -70,8 +70,8 @@ async def test_what_can_not_be_done_in_time_is_not_sent() -> None:
     behind = FakeInference(ECHO)
     async with serving(behind) as address, RemoteInference(address, stage="predict") as remote:
         await remote.index()
-        with pytest.raises(DeadlineExceeded, match="out of time before predict was called"):
-            await remote.infer(request(LEAST_TIME_S / 2))
+        with pytest.raises(DeadlineExceeded, match="deadline exceeded before predict was called"):
+            await remote.infer(request(MIN_TIME_S / 2))
 
     assert behind.requests == []
 
@@ -82,7 +82,7 @@ async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
     behind.is_loaded = False
     async with (
         serving(behind, stage="preprocess") as address,
-        RemoteInference(address, stage="preprocess", patience_s=0.1) as remote,
+        RemoteInference(address, stage="preprocess", wait_s=0.1) as remote,
     ):
         proxy = ProxyService(remote)
         await proxy.refresh()
@@ -102,7 +102,7 @@ async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
 
 async def test_where_nobody_is_that_is_said() -> None:
     """A stage that is gone has no reason to give."""
-    async with RemoteInference("127.0.0.1:1", stage="preprocess", patience_s=0.1) as remote:
+    async with RemoteInference("127.0.0.1:1", stage="preprocess", wait_s=0.1) as remote:
         proxy = ProxyService(remote)
         await proxy.refresh()
 
