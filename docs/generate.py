@@ -1,4 +1,5 @@
-"""Write the documents that the code holds: settings, errors, log events, the manifest's schema, the rules for versions.
+"""Write the documents that the code holds: settings, errors, log events, the manifest's schema, the rules for
+versions and of the wire.
 
 ``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from splitserve.errors import TABLE
 from splitserve.repository.environment import RULES
 from splitserve.repository.manifest import Manifest
 from splitserve.server.settings import ServiceSettings, variable_name
+from tests.wire import test_rfc7541, test_rfc9113, test_rfc9113_client
+from tests.wire.rules import Shown, markdown
 
 DOCS = Path(__file__).parent
 RULES_BEGIN, RULES_END = "<!-- rules: written by make docs -->", "<!-- end of rules -->"
@@ -112,6 +116,20 @@ def versions_page() -> str:
     return "\n".join([before + RULES_BEGIN, *rows, RULES_END + rest.split(RULES_END)[1]])
 
 
+def wire_page() -> str:
+    """docs/wire.md, with the rules that its tests have put between its marks."""
+    before, rest = (DOCS / "wire.md").read_text().split(RULES_BEGIN)
+    tables: dict[str, Sequence[Shown]] = {
+        "HTTP/2, server (RFC 9113)": test_rfc9113.RULES,
+        "HTTP/2, client (RFC 9113)": test_rfc9113_client.RULES,
+        "HPACK (RFC 7541)": test_rfc7541.RULES,
+    }
+    lines = []
+    for title, rules in tables.items():
+        lines += ["", f"### {title}", "", *markdown(rules)]
+    return "\n".join([before + RULES_BEGIN, *lines, "", RULES_END + rest.split(RULES_END)[1]])
+
+
 def main() -> None:
     pages = {
         "settings.md": settings_page(),
@@ -119,6 +137,7 @@ def main() -> None:
         "logs.md": logs_page(),
         "manifest.schema.json": manifest_schema(),
         "versions.md": versions_page(),
+        "wire.md": wire_page(),
     }
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]

@@ -60,7 +60,7 @@ def parse_request_headers(headers: Headers) -> RequestHeaders:
             return _MALFORMED
         else:
             value = value.strip(b" \t")
-            fields[name] = b"%b,%b" % (fields[name], value) if name in fields else value
+            fields[name] = (b"%b; %b" if name == b"cookie" else b"%b,%b") % (fields[name], value) if name in fields else value
     content_length = fields.get(b"content-length", b"")
     if content_length and not (content_length.isdigit() and len(content_length) < 19):
         return _MALFORMED
