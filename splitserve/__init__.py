@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from splitserve.client import TLS, Answer, AsyncClient, Client
-    from splitserve.publishing import Published, PublishError, publish, publish_predictor, publish_preprocessor
+    from splitserve.publishing import (
+        Published,
+        PublishError,
+        publish,
+        publish_predictor,
+        publish_preprocessor,
+        release,
+        rollback,
+        withdraw,
+    )
 
 __version__ = "0.1.0"
 
@@ -21,6 +30,9 @@ __all__ = [
     "publish",
     "publish_predictor",
     "publish_preprocessor",
+    "release",
+    "rollback",
+    "withdraw",
 ]
 
 _HOMES = dict.fromkeys(("TLS", "Answer", "AsyncClient", "Client"), "splitserve.client")

@@ -142,6 +142,78 @@ def publish(
     )
 
 
+@app.command()
+def release(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    pair: Annotated[str, typer.Argument(help="The pair, K.M; with --withdraw the sequence number of a release.")],
+    repository: FolderOption = DEFAULT_REPOSITORY,
+    rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Record the release; without it nothing is written.")] = False,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back.")] = False,
+    accept_changed_features: Annotated[
+        bool,
+        typer.Option("--accept-changed-features", help="Although features differ from those that the predictor was trained on."),
+    ] = False,
+    accept_unknown_features: Annotated[
+        bool, typer.Option("--accept-unknown-features", help="Although nobody knows what the predictor was trained on.")
+    ] = False,
+    trusted_module: Annotated[
+        list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")
+    ] = None,
+    allow_environment_mismatch: Annotated[
+        bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
+    ] = False,
+    allow_unsafe_pickle: Annotated[
+        bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
+    ] = False,
+) -> None:
+    """Prove a pair of halves that were published apart, and release it.
+
+    Runs the two together, compares features with those that the predictor was trained on and answers with those of the release
+    that serves now, and shows what changes. With --yes it records the release: from then on the pair serves.
+    """
+    from splitserve.cli.release import run, run_withdraw
+
+    if withdraw:
+        raise typer.Exit(run_withdraw(model, pair, repository=_folder(repository)))
+    raise typer.Exit(
+        run(
+            model,
+            pair,
+            repository=_folder(repository),
+            rows=rows,
+            is_written=yes,
+            accepts_changed=accept_changed_features,
+            accepts_unknown=accept_unknown_features,
+            trusted_modules=trusted_module or [],
+            allow_environment_mismatch=allow_environment_mismatch,
+            allow_unsafe_pickle=allow_unsafe_pickle,
+        )
+    )
+
+
+@app.command()
+def releases(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+) -> None:
+    """List the releases of a model: sequence, pair, when, how it was proven, what serves now."""
+    from splitserve.cli.release import run_list
+
+    raise typer.Exit(run_list(model, repository))
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    repository: FolderOption = DEFAULT_REPOSITORY,
+) -> None:
+    """Release again what served before the current release."""
+    from splitserve.cli.release import run_rollback
+
+    raise typer.Exit(run_rollback(model, repository=_folder(repository)))
+
+
 @app.command("publish-test-models")
 def publish_test_models(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
     """Publish simple models for trying clients and load generators.

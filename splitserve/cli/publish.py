@@ -42,7 +42,7 @@ def run(
     common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
     form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle}
     try:
-        rows = _read_data(data)
+        rows = read_data(data)
         if onnx is not None:
             known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
             print(_written(publish_predictor(onnx, rows, trained_on=known, **common)))
@@ -89,7 +89,7 @@ def _warn_of_pickle(folder: Path) -> None:
               "PREPROCESS_ALLOW_UNSAFE_PICKLE=true", file=sys.stderr)  # fmt: skip
 
 
-def _read_data(path: Path) -> Any:
+def read_data(path: Path) -> Any:
     """A DataFrame, an array, or arrays by name.
 
     Raises:

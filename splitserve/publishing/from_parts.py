@@ -23,6 +23,8 @@ from splitserve.repository.manifest import BundleError, Postprocess
 from splitserve.repository.release import Compared
 from splitserve.runtimes import sklearn_pipeline
 from splitserve.runtimes.meaning import NO_MEANING, meaning_of
+from splitserve.runtimes.rows import UnsupportedRows, observe, to_tensors
+from splitserve.tensors import Tensor
 
 
 def publish_preprocessor(
@@ -88,6 +90,7 @@ def publish_predictor(
     version: int | None = None,
     labels: Sequence[object] = (),
     trained_on: Any = None,
+    rows: Any = None,
     row_wise: bool = True,
 ) -> Bundle:
     """Publish an ONNX model, made by whatever means, as a predictor.
@@ -102,14 +105,29 @@ def publish_predictor(
         labels: class names in the order of its scores.
         trained_on: the fitted transforms whose results it was trained on; then it is paired only with preprocessors whose
             features mean the same.
+        rows: the raw rows that ``sample_inputs`` were made from, in the same order: a DataFrame or an array. With them a release
+            can show that the features of a preprocessor are, in numbers, those of training.
         row_wise: as for `publish`.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, the samples do not fit, or the version exists. Nothing has been written then.
     """
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
-    half = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning, is_row_wise=row_wise)
+    half = predictor_half(
+        _model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning, rows=_raw_rows(rows), is_row_wise=row_wise
+    )
     return write(Repository(repository), half, version=version)[0]
+
+
+def _raw_rows(rows: Any) -> tuple[Tensor, ...]:
+    if rows is None:
+        return ()
+    data = as_rows(rows)
+    try:
+        form, specs = observe(data, INPUT_NAME)
+    except UnsupportedRows as error:
+        raise PublishError(str(error)) from error
+    return tuple(to_tensors(form, specs, data))
 
 
 def publish_onnx(

@@ -68,6 +68,9 @@ def predictor_half(
         check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
         kept = samples.spread(len(next(iter(arrays.values()))), samples.N_GOLDEN_MAX)
         inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
+        if rows and rows[0].n_rows != len(next(iter(arrays.values()))):
+            n_rows = len(next(iter(arrays.values())))
+            raise PublishError(f"rows: expected the {n_rows} that the sample inputs were made from, got {rows[0].n_rows}")
         golden = Golden(inputs, runtime.infer(inputs), take_rows(rows, kept) if rows else ())
     except BundleError as error:
         raise PublishError(str(error)) from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
+import msgspec
+
 from splitserve.errors import SplitserveError
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, encode_golden, kept_rows, take_rows, write
@@ -174,7 +176,27 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def withdraw(repository: Repository, release: Release) -> Release:
+def rollback_record(repository: Repository, target: Release, golden: bytes, *, rolls_back: int) -> Release:
+    """Append a release of an earlier release's pair, with its proof.
+
+    Args:
+        repository: where to.
+        target: the earlier release.
+        golden: the bytes of its golden samples.
+        rolls_back: the sequence number of the release to move away from.
+
+    Raises:
+        BundleError: the repository cannot be written.
+    """
+
+    def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
+        again = msgspec.structs.replace(target.manifest, sequence=sequence, created=now(), rolls_back=rolls_back)
+        return again, {GOLDEN_FILE: golden}
+
+    return release_log.append(repository.root, target.key.model, make)
+
+
+def withdraw_record(repository: Repository, release: Release) -> Release:
     """Append a record that takes a release back.
 
     Raises:
@@ -182,12 +204,11 @@ def withdraw(repository: Repository, release: Release) -> Release:
     """
 
     def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
-        key = release.key
         manifest = ReleaseManifest(
             schema_version=SCHEMA_VERSION,
-            model=key.model,
+            model=release.key.model,
             sequence=sequence,
-            pair=str(key.pair),
+            pair=str(release.pair),
             created=now(),
             withdraws=release.sequence,
         )

@@ -23,6 +23,9 @@ def test_the_package_offers_these_names_and_no_others() -> None:
         "publish",
         "publish_predictor",
         "publish_preprocessor",
+        "release",
+        "rollback",
+        "withdraw",
     ]
 
 

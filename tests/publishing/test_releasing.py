@@ -18,7 +18,7 @@ from splitserve.publishing import PublishError, publish, publish_onnx, publish_p
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
-from splitserve.publishing.releasing import labels_of, withdraw, write_released
+from splitserve.publishing.releasing import labels_of, withdraw_record, write_released
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
@@ -132,7 +132,7 @@ def test_a_withdrawn_release_serves_no_more(tmp_path: Path) -> None:
     current = history(tmp_path, "iris").current()
     assert current is not None
 
-    withdraw(Repository(tmp_path), current)
+    withdraw_record(Repository(tmp_path), current)
 
     left = history(tmp_path, "iris").current()
     assert left is not None

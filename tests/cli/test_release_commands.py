@@ -1,0 +1,108 @@
+"""``splitserve release``, ``releases`` and ``rollback``, as a person calls them."""
+
+from pathlib import Path
+
+import pytest
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from typer.testing import CliRunner, Result
+
+from splitserve import publish, publish_preprocessor
+from splitserve.cli import app
+
+IRIS, SPECIES = load_iris(return_X_y=True)
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Released as 1.1, with two more preprocessors: one of the same numbers, one of others."""
+    publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=tmp_path)
+    for scaler in (StandardScaler(), MinMaxScaler()):
+        publish_preprocessor(make_pipeline(scaler).fit(IRIS), IRIS, name="m", repository=tmp_path)
+    return tmp_path
+
+
+def splitserve(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_without_yes_a_release_is_shown_and_not_recorded(models: Path) -> None:
+    result = splitserve("release", "m", "2.1", "-r", models)
+
+    assert result.exit_code == 0
+    assert "m 2.1: the halves fit; " in result.stdout
+    assert "features: equal to those trained on" in result.stdout
+    assert "against release 1 (1.1), on its" in result.stdout
+    assert "0 labels change" in result.stdout
+    assert 'output "probabilities": largest change' in result.stdout
+    assert "nothing was recorded; --yes records the release" in result.stdout
+    assert "2.1" not in splitserve("releases", "m", "-r", models).stdout
+
+
+def test_with_yes_it_is_recorded_and_listed(models: Path) -> None:
+    result = splitserve("release", "m", "2.1", "-r", models, "--yes")
+
+    listed = splitserve("releases", "m", "-r", models)
+    assert result.exit_code == listed.exit_code == 0
+    assert "released m 2.1 as release 2" in result.stdout
+    lines = [line.split() for line in listed.stdout.splitlines()]
+    assert [(line[0], line[1], line[3]) for line in lines[1:]] == [("1", "1.1", "pipeline"), ("2", "2.1", "halves")]
+    assert lines[2][-1] == "current"
+    assert "current" not in lines[1]
+
+
+def test_changed_features_are_refused_unless_they_are_accepted(models: Path) -> None:
+    refused = splitserve("release", "m", "3.1", "-r", models, "--yes")
+    accepted = splitserve("release", "m", "3.1", "-r", models, "--yes", "--accept-changed-features")
+
+    assert refused.exit_code == 1
+    assert "features that differ from those trained on: 4" in refused.stdout
+    assert "--accept-changed-features" in refused.stderr
+    assert accepted.exit_code == 0
+    assert "changed features" in splitserve("releases", "m", "-r", models).stdout
+
+
+def test_rollback_and_withdraw_take_back(models: Path) -> None:
+    splitserve("release", "m", "2.1", "-r", models, "--yes")
+
+    rolled = splitserve("rollback", "m", "-r", models)
+    withdrawn = splitserve("release", "--withdraw", "m", "2", "-r", models)
+
+    assert "rolled m back from release 2 to 1.1, as release 3" in rolled.stdout
+    assert "withdrew release 2 of m (2.1); recorded as 4" in withdrawn.stdout
+    listed = splitserve("releases", "m", "-r", models).stdout
+    assert "withdraws 2" in listed
+    assert "current, rolls back 2" in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("release", "m", "9.9"), "m/preprocess/9"),
+        (("release", "m", "one"), "expected K.M"),
+        (("release", "none", "1.1"), "none/preprocess/1"),
+        (("release", "--withdraw", "m", "9"), "release 9 does not exist"),
+        (("release", "--withdraw", "m", "1.1"), "expected the sequence number of a release; splitserve releases m lists them"),
+        (("rollback", "m"), "no release before 1 (1.1) can be rolled back to"),
+        (("rollback", "none"), "none: has no release"),
+        (("releases", "none"), "none: no releases in"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_status_1(models: Path, arguments: tuple[str, ...], complaint: str) -> None:
+    result = splitserve(*arguments, "-r", models)
+
+    assert result.exit_code == 1
+    assert complaint in result.stderr
+
+
+def test_rows_of_ones_own_are_compared_too(models: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    np.save(tmp_path / "more.npy", IRIS[:40] * 2)
+
+    few = splitserve("release", "m", "2.1", "-r", models).stdout
+    more = splitserve("release", "m", "2.1", "-r", models, "--rows", tmp_path / "more.npy").stdout
+
+    assert int(more.split("fit; ")[1].split()[0]) == int(few.split("fit; ")[1].split()[0]) + 40
