@@ -10,10 +10,13 @@ from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, ServerMetadata
 from splitserve.oip.pending import Pending, begin_task
-from splitserve.server.grpc_config import GrpcConfig
+from splitserve.server.grpc_config import Engine, GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.versions import unknown_model
+
+ENGINE: Engine = "own"
+"""What `serving` speaks gRPC with unless it is told."""
 
 
 class FakeInference:
@@ -91,5 +94,6 @@ async def serving(service: FakeInference, *, stage: str = "predict", **options: 
     Yields:
         The address, ``127.0.0.1:port``.
     """
-    async with GrpcFace(service, GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **options)) as face:
+    config = GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **{"engine": ENGINE, **options})
+    async with GrpcFace(service, config) as face:
         yield f"127.0.0.1:{face.port}"

@@ -50,6 +50,14 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Demos:
     return publish_demos_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demos")
 
 
+@pytest.fixture(params=["own", "grpcio"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What `splitserve.testing.serving` and the services speak gRPC with in a test: each of the two, one after the other."""
+    monkeypatch.setattr("splitserve.testing.ENGINE", request.param)
+    monkeypatch.setenv("GRPC_ENGINE", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _lines(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
     """The lines of docs/conformance.md that a test is about go into its record."""

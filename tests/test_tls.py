@@ -39,6 +39,9 @@ ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1")
 X = Tensor("x", "FP32", (1, 2), bytes(8))
 
 
+on_both_engines = pytest.mark.usefixtures("engine")
+
+
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()
@@ -88,6 +91,7 @@ async def infer(address: str, caller: ClientTls | None) -> InferResponse:
         return await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))
 
 
+@on_both_engines
 async def test_calls_cross_a_hop_over_tls(files: Files) -> None:
     """A caller that trusts the server's authority is answered; with mutual TLS, if it has a certificate."""
     async with serving(FakeInference(ECHO), tls=files.server) as address:
@@ -96,6 +100,7 @@ async def test_calls_cross_a_hop_over_tls(files: Files) -> None:
         assert (await infer(address, files.client)).outputs == (X,)
 
 
+@on_both_engines
 @pytest.mark.parametrize("case", ["plain text", "no certificate", "certificate of a stranger", "stranger's server"])
 async def test_a_grpc_caller_who_should_not_gets_nothing(files: Files, foreign: Files, case: str) -> None:
     """Every way in but the right one ends in the handshake, and nothing reaches the service."""
@@ -153,6 +158,7 @@ async def test_new_files_serve_new_handshakes_over_rest(tmp_path: Path, files: F
                 await get(url, caller)
 
 
+@on_both_engines
 async def test_new_files_serve_new_handshakes_over_grpc(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
     """As over REST."""
     async with serving(FakeInference(ECHO), tls=files.mutual) as address:
@@ -178,6 +184,7 @@ async def test_files_that_do_not_fit_are_not_taken(tmp_path: Path, files: Files,
         assert await get(url, caller) == 200
 
 
+@on_both_engines
 async def test_certificates_change_under_load_and_nothing_fails(
     files: Files, stranger: trustme.CA, authority: trustme.CA
 ) -> None:

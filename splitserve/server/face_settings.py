@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from splitserve import __version__
 from splitserve.oip import messages
 from splitserve.oip.messages import ServerMetadata
-from splitserve.server.grpc_config import GrpcConfig
+from splitserve.server.grpc_config import Engine, GrpcConfig
 from splitserve.server.limit_settings import LimitSettings
 from splitserve.server.settings import ServiceSettings
 from splitserve.server.tls_settings import ListenerTlsSettings
@@ -23,6 +23,9 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
 
     grpc_port: int = Field(ge=0, le=65535)
     """Port of the gRPC face."""
+
+    grpc_engine: Engine = Field("own", validation_alias=AliasChoices("GRPC_ENGINE"))
+    """What speaks gRPC: own, or grpcio for a peer that our own server does not get along with (docs/interoperation.md)."""
 
     @property
     def server_metadata(self) -> ServerMetadata:
@@ -40,6 +43,7 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
             port=self.grpc_port,
             shares_port=self.shares_ports,
             tls=self.tls,
+            engine=self.grpc_engine,
             max_message_bytes=self.max_message_bytes,
             allow_control=self.allow_repository_control,
             request_limits=self.limits,

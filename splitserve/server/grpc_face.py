@@ -9,7 +9,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -43,6 +43,9 @@ from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer
 from splitserve.wire.listening import listen
+
+if TYPE_CHECKING:
+    from splitserve.server.grpcio_server import GrpcioServer
 
 HEALTH_INTERVAL_S = 0.2
 
@@ -92,9 +95,18 @@ class GrpcFace:
             rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
         )
         self._streams = InferStreams(self._inferences.begin_on_stream)
+        self._server, self.port = self._bound_server(budget)
+
+    def _bound_server(self, budget: ByteBudget) -> tuple[GrpcServer | GrpcioServer, int]:
+        """The server of the engine that is configured, and the port that it will listen on."""
+        config = self._config
+        if config.engine == "grpcio":
+            from splitserve.server.grpcio_server import GrpcioServer  # brings grpcio with it, which nobody else may need
+
+            grpcio_server = GrpcioServer(self._methods(), config, status_of=self._status_of, new_reservation=budget.reservation)
+            return grpcio_server, grpcio_server.port
         socket = listen(config.host, config.port, shares_port=config.shares_port)
-        self.port: int = socket.getsockname()[1]
-        self._server = GrpcServer(
+        server = GrpcServer(
             self._methods(),
             socket,
             msgspec.structs.replace(config.connection_limits, max_message_bytes=config.max_message_bytes),
@@ -102,6 +114,7 @@ class GrpcFace:
             status_of=self._status_of,
             new_reservation=budget.reservation,
         )
+        return server, socket.getsockname()[1]
 
     @property
     def ports(self) -> dict[str, int]:

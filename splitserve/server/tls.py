@@ -6,11 +6,16 @@ New handshakes use what the files say now; connections that are open stay as the
 from __future__ import annotations
 
 import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from splitserve.tls import check_certificates, check_key
 from splitserve.watched import Watched
+
+if TYPE_CHECKING:
+    import grpc
 
 
 class ServerTls(msgspec.Struct, frozen=True):
@@ -66,3 +71,23 @@ def following_ssl_context(tls: ServerTls, protocol: str) -> ssl.SSLContext:
 
     front.sni_callback = choose  # called for every client, whether it names a server or not
     return front
+
+
+def following_credentials(tls: ServerTls) -> grpc.ServerCredentials:
+    """The same for grpcio's server: what the files say at each handshake."""
+    import grpc  # where our own server is used, nothing else here needs it
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        tls.check()
+        pair = Path(tls.key_file).read_bytes(), Path(tls.cert_file).read_bytes()
+        return grpc.ssl_server_certificate_configuration(
+            [pair], Path(tls.client_ca_file).read_bytes() if tls.client_ca_file else None
+        )
+
+    files = Watched(tls.files, read)
+
+    def current() -> grpc.ServerCertificateConfiguration:
+        files.has_changed()
+        return files.value
+
+    return grpc.dynamic_ssl_server_credentials(files.value, current, require_client_authentication=bool(tls.client_ca_file))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
+import pytest_asyncio
 from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -18,6 +20,14 @@ from splitserve.tensors import DATATYPES, encode_bytes
 from tests.contracts.faces import LIMIT, Served, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["own", "grpcio"])
+async def shared_system(request: pytest.FixtureRequest) -> AsyncIterator[Served]:
+    """On both engines: grpcio's server is the reference for ours."""
+    async with served(GRPC_ENGINE=request.param) as system:
+        yield system
+
 
 ONE_AND_TWO = b"\x00\x00\x80?\x00\x00\x00@"
 TYPED = {

@@ -23,6 +23,8 @@ from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import FakeInference, serving, signature
 from splitserve.wire.grpc.server import ServerLimits
 
+pytestmark = pytest.mark.usefixtures("engine")  # what one engine refuses, the other must too
+
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
 MESSAGE_LIMIT = 100_000
 CODES = grpc.StatusCode

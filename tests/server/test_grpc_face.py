@@ -32,6 +32,8 @@ from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, serving, signature
 from splitserve.wire.grpc.server import ServerLimits
 
+pytestmark = pytest.mark.usefixtures("engine")  # grpcio's server is the reference for ours
+
 X = Tensor("x", "FP32", (1, 2), b"\x00\x00\x80?\x00\x00\x00@")
 REQUEST = InferRequest("echo", (X,), id="7")
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
@@ -363,6 +365,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 """The preface and empty SETTINGS. Source: RFC 9113, section 3.4."""
 
 
+@pytest.mark.parametrize("engine", ["own"], indirect=True)  # grpcio decides by rules of its own when it pings
 async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference) -> None:
     """Its machine may be gone: the connection is closed, so that it cannot hold up a drain."""
     async with serving(service, connection_limits=ServerLimits(keepalive_time_s=0.2, keepalive_timeout_s=0.2)) as address:

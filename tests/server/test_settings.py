@@ -10,6 +10,7 @@ from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
 from splitserve.batching.queue import BatchLimits
 from splitserve.server import settings
+from splitserve.server.face_settings import FaceSettings
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
 
@@ -25,9 +26,25 @@ def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch) 
     assert predict.model_repository == preprocess.model_repository == "/somewhere"
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_one_variable_chooses_the_grpc_engine_of_every_service(monkeypatch: pytest.MonkeyPatch, kind: type[FaceSettings]) -> None:
+    """Ours unless told otherwise; a way back for a peer that it does not get along with."""
+    assert settings.read(kind).grpc_config.engine == "own"
+
+    monkeypatch.setenv("GRPC_ENGINE", "grpcio")
+
+    assert settings.read(kind).grpc_config.engine == "grpcio"
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PROXY_HTTP_PORT", "70000"), ("PROXY_GRACE_S", "-1"), ("LOG_LEVEL", "loud"), ("PROXY_DEFAULT_TIMEOUT_S", "x")],
+    [
+        ("PROXY_HTTP_PORT", "70000"),
+        ("GRPC_ENGINE", "other"),
+        ("PROXY_GRACE_S", "-1"),
+        ("LOG_LEVEL", "loud"),
+        ("PROXY_DEFAULT_TIMEOUT_S", "x"),
+    ],
 )
 def test_a_wrong_value_ends_the_process_naming_the_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
