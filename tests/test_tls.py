@@ -294,9 +294,7 @@ def test_commands_stop_at_files_that_can_not_be_used(monkeypatch: pytest.MonkeyP
         assert capsys.readouterr().err.startswith("SPLITSERVE_CA_FILE")
 
 
-@pytest.mark.parametrize(
-    ("url", "message"), [("http://", "expected a host"), ("http://127.0.0.1:1", "is in plain text, but tls")]
-)
+@pytest.mark.parametrize(("url", "message"), [("http://", "expected a host"), ("http://127.0.0.1:1", "is plain text, but tls")])
 def test_a_command_stops_at_an_address_that_can_not_be_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: Files, url: str, message: str
 ) -> None:
