@@ -46,7 +46,7 @@ _BAD: tuple[tuple[str, bytes, int], ...] = (
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One look at the processes: PSS in MB and open file descriptors, by stage; ``at_s`` since the load began."""
+    """One sample of the processes: PSS in MB and open file descriptors, by stage; ``at_s`` since the load began."""
 
     at_s: float
     pss_mb: dict[str, float]
@@ -130,7 +130,7 @@ class SoakResults(msgspec.Struct, frozen=True):
 
 
 def run(seconds: float, per_s: float, settings: Mapping[str, str], scratch: Path) -> SoakResults:
-    """Publish, start, load, look, stop.
+    """Publish, start, load, sample, stop.
 
     Raises:
         BenchmarkError: the services do not start.

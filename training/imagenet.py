@@ -142,7 +142,7 @@ def main() -> None:
         print(f"{' and '.join(map(str, there))}: already published; remove {arguments.repository / NAME} to publish anew")
         sys.exit(len(there) < len(KINDS))
     if not arguments.torch_python.exists():
-        sys.exit(f"{arguments.torch_python} is not there; make imagenet makes it")
+        sys.exit(f'{arguments.torch_python}: not found; "make imagenet" creates it')
     try:
         publish_imagenet(arguments.repository, arguments.torch_python)
     except (PublishError, subprocess.CalledProcessError) as error:

@@ -204,7 +204,7 @@ class DemoSystem:
 
 @contextmanager
 def running(repository: Path) -> Iterator[DemoSystem]:
-    """A system that serves the repository and keeps all versions at hand; its log is beside the repository."""
+    """A running system that serves all versions of the repository; its log is next to the repository."""
     http_port, grpc_port = free_ports(2)
     options = ["--repository", repository, "--http-port", http_port, "--grpc-port", grpc_port]
     print(f"\n$ MODEL_VERSIONS=all splitserve up --fused {' '.join(map(str, options))} &")
