@@ -88,7 +88,7 @@ class Http1Connection(asyncio.Protocol):
         """Expect a new message."""
         self._body = RequestBody(self._listener.max_body_bytes, self._listener.budget)
         self._request = HttpRequest(self._id, self._body)
-        self._has_started = False
+        self._has_started = self._is_upgrade = False
         self._n_raw_bytes = self._n_header_bytes = self._n_headers = self._n_chunks = 0
 
     def _enter(self, state: _State) -> None:
@@ -117,13 +117,7 @@ class Http1Connection(asyncio.Protocol):
             self._state, self._since = _HEADERS, self._now
         self._is_within_message = True
         try:
-            self._parser.feed_data(data)
-        except (
-            httptools.HttpParserUpgrade
-        ):  # to a protocol that is not offered: the request is answered as it is, and is the last
-            self._ignores_input = True
-            for request in self._queue:
-                request.keep_alive = request is not self._queue[-1]
+            self._feed(data)
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, _Rejected):
                 self._reject(error.__context__.status, error.__context__.message)
@@ -136,6 +130,27 @@ class Http1Connection(asyncio.Protocol):
             self._n_raw_bytes += len(data)
             self._check_framing()
         self._process_queue()
+
+    def _feed(self, data: bytes) -> None:
+        """Parse. A request for another protocol is answered over HTTP/1.1. Source: RFC 9110, section 7.8.
+
+        The parser skips the body of such a request; the next one reads it, and what follows.
+        """
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._is_upgrade:  # CONNECT: what follows has no form, and the request is the last
+                    self._ignores_input = True
+                    for request in self._queue:
+                        request.keep_alive = request is not self._queue[-1]
+                    return
+                self._is_upgrade = False
+                data = data[upgrade.args[0] :]
+                self._parser = httptools.HttpRequestParser(_BodyFirst(self))
+                self._parser.feed_data(_head_for_body(self._request.headers))
+            else:
+                return
 
     def _check_framing(self) -> None:
         """Limit everything that is not body, parsed or not: httptools buffers a header until its end."""
@@ -212,6 +227,8 @@ class Http1Connection(asyncio.Protocol):
             self._body.content_length = int(headers[b"content-length"])
         if b"expect" in headers and headers[b"expect"].lower() == b"100-continue":
             self._body.send_continue = self._send_continue
+        if b"upgrade" in headers:
+            self._is_upgrade = parser.should_upgrade() and request.method != "CONNECT"
         self._state, self._since = _BODY, self._now
         self._enqueue(request)
 
@@ -229,6 +246,8 @@ class Http1Connection(asyncio.Protocol):
             self.close()
 
     def on_message_complete(self) -> None:
+        if self._is_upgrade:  # the parser has skipped the body
+            return
         self._is_within_message = False
         self._body.complete()
         if self._state is _LINGER:
@@ -396,6 +415,44 @@ class Http1Connection(asyncio.Protocol):
         elif request is self._queue[0]:
             self._cancel_pending()
         self._process_queue()
+
+
+class _BodyFirst:
+    """Passes on what a parser finds, except the head of its first message."""
+
+    def __init__(self, connection: Http1Connection) -> None:
+        self._connection = connection
+        self._is_first_head = True
+        self.on_body = connection.on_body
+        self.on_chunk_header = connection.on_chunk_header
+        self.on_message_complete = connection.on_message_complete
+
+    def on_message_begin(self) -> None:
+        if not self._is_first_head:
+            self._connection.on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._is_first_head:
+            self._connection.on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_first_head:
+            self._connection.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self._is_first_head:
+            self._connection.on_headers_complete()
+        self._is_first_head = False
+
+
+def _head_for_body(headers: dict[bytes, bytes]) -> bytes:
+    """The head of a request whose body is framed as these headers say. They were valid."""
+    framing = b""
+    if b"transfer-encoding" in headers:
+        framing = b"transfer-encoding: chunked\r\n"
+    elif b"content-length" in headers:
+        framing = b"content-length: %b\r\n" % headers[b"content-length"]
+    return b"POST / HTTP/1.1\r\nhost: x\r\n" + framing + b"\r\n"
 
 
 @lru_cache(1024)
