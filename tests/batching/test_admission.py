@@ -97,9 +97,11 @@ STAGES = {
     "slow rows on two cores": (0.01, 0.015, 2, {}),
     "a second for each": (1.0, 0.0, 1, {"max_batch_size": 1, "max_in_flight": 1}),
 }
+MANY = dict.fromkeys(("fast", "calls that cost"), pytest.mark.heavy)
+"""Thousands of requests, even in virtual time."""
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MANY.get(kind, ())) for kind in STAGES])
 def test_at_three_times_what_can_be_done_as_much_is_done_as_ever(kind: str) -> None:
     """Nine tenths of the peak at least, refusals come at once, and the wait of those that are taken is bounded."""
     call_s, row_s, n_cores, limits = STAGES[kind]
