@@ -1,0 +1,14 @@
+"""How tests are shared out to workers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.mark.xdist_group("named")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
+def test_tests_of_a_group_are_run_by_one_worker(request: pytest.FixtureRequest) -> None:
+    """Without it each worker starts the systems that tests share, and nothing says so: what xdist groups by is part of the id."""
+    assert request.node.nodeid.endswith("@named")
