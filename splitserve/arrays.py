@@ -28,18 +28,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "FP64": np.dtype("<f8"),
     "BYTES": np.dtype(np.object_),
 }
-"""The dtype of each datatype. BF16 has none: it is read as float32, which holds every BF16 exactly."""
+"""The dtype of each datatype. BF16 has none: it is read as float32, which represents every BF16 exactly."""
 
 _DATATYPE_NAMES = {(dtype.kind, dtype.itemsize): name for name, dtype in DTYPES.items() if name != "BYTES"}
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The elements as an array of the tensor's shape; read-only, without a copy, but for BYTES and BF16.
+    """The elements as an array of the tensor's shape: read-only and without a copy, except for BYTES and BF16.
 
     BYTES become an object array of ``bytes``, BF16 a float32 array.
 
     Raises:
-        InvalidInput: the tensor's bytes are not what its datatype and shape say.
+        InvalidInput: the tensor's bytes do not match its datatype and shape.
     """
     try:
         if tensor.datatype == "BYTES":
@@ -60,7 +60,7 @@ def objects(elements: Sequence[Any], shape: tuple[int, ...]) -> Array:
     """An object array of these elements, row-major.
 
     Raises:
-        ValueError: there are more or fewer than the shape has.
+        ValueError: their number does not match the shape.
     """
     array = np.empty(len(elements), dtype=np.object_)
     array[:] = elements
@@ -68,7 +68,7 @@ def objects(elements: Sequence[Any], shape: tuple[int, ...]) -> Array:
 
 
 def datatype_of(dtype: np.dtype[Any]) -> str | None:
-    """The protocol's name for a dtype of any byte order; text, bytes and objects are BYTES; None where it has none."""
+    """The datatype of a dtype of any byte order; BYTES for text, bytes and objects; None if there is none."""
     if dtype.kind in "OSU":
         return "BYTES"
     return _DATATYPE_NAMES.get((dtype.kind, dtype.itemsize))
@@ -79,11 +79,11 @@ def from_array(name: str, array: Array, datatype: str | None = None) -> Tensor:
 
     Args:
         name: of the tensor in the signature.
-        array: any shape and byte order. Objects must be ``bytes`` or ``str``; text is encoded as UTF-8.
-        datatype: the wire's name, where it is not the dtype's own: ``"BF16"`` takes float32, rounding to the nearest.
+        array: of any shape and byte order. Objects must be ``bytes`` or ``str``; text is encoded as UTF-8.
+        datatype: if not the dtype's own: ``"BF16"`` accepts float32 and rounds to nearest.
 
     Raises:
-        InvalidInput: the dtype has no datatype in the protocol, or an object is neither bytes nor text.
+        InvalidInput: the dtype has no datatype in the protocol, or an object is neither ``bytes`` nor ``str``.
     """
     datatype = datatype or datatype_of(array.dtype)
     if datatype is None:
@@ -104,12 +104,12 @@ def _as_bytes(name: str, element: object) -> bytes:
         try:
             return element.encode()
         except UnicodeEncodeError:
-            raise InvalidInput(f'"{name}": an element is not text that UTF-8 can hold') from None
-    raise InvalidInput(f'"{name}": a BYTES element is bytes or text, got {type(element).__name__}')
+            raise InvalidInput(f'"{name}": an element cannot be encoded as UTF-8') from None
+    raise InvalidInput(f'"{name}": expected bytes or text as BYTES elements, got {type(element).__name__}')
 
 
 def _to_bf16(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round half to even on the upper 16 bits; a NaN stays one."""
+    """Round to the upper 16 bits, half to even; NaN stays NaN."""
     bits = array.view("<u4")
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype("<u2")

@@ -1,4 +1,4 @@
-"""What a service knows of its models: their versions, the state of each, and what it serves them with."""
+"""The models that a service knows: their versions, the state of each, and the object that serves it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Entry(msgspec.Struct, Generic[T], frozen=True):
-    """One version: its state, why it is not ready, and what serves it, if there is anything."""
+    """One version: its state, the reason why it is not ready, and the object that serves it, if any."""
 
     state: str
     reason: str = ""
@@ -26,29 +26,29 @@ class Entry(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Catalogue(Generic[V, T]):
-    """Versions by model. A version that can be served has a value; one that cannot has a reason."""
+    """Versions by model. A version that can be served has a value; any other has a reason."""
 
     def __init__(self) -> None:
         self._models: dict[str, dict[V, Entry[T]]] = {}
         self._incomplete: dict[str, str] = {}
 
     def put(self, model: str, version: V, entry: Entry[T]) -> None:
-        """Add a version, or replace what was known of it."""
+        """Add or replace a version."""
         self._models.setdefault(model, {})[version] = entry
 
     def put_incomplete(self, model: str, reason: str) -> None:
-        """Add a model of which there is nothing to serve, whatever the version."""
+        """Add a model that has no version to serve."""
         self._incomplete[model] = reason
 
     def remove(self, model: str, version: V) -> None:
-        """Forget a version."""
+        """Remove a version."""
         versions = self._models.get(model, {})
         versions.pop(version, None)
         if not versions:
             self._models.pop(model, None)
 
     def remove_incomplete(self, model: str) -> None:
-        """Take `put_incomplete` back."""
+        """Undo `put_incomplete`."""
         self._incomplete.pop(model, None)
 
     def __contains__(self, key: tuple[str, V]) -> bool:
@@ -67,15 +67,15 @@ class Catalogue(Generic[V, T]):
         return tuple(version for version, entry in self.entries(model).items() if entry.state == READY)
 
     def choose(self, model: str, version: V | None) -> tuple[V, T]:
-        """A version that can be served, and what serves it.
+        """A version that can be served, and the object that serves it.
 
         Args:
             model: its name.
-            version: None takes the newest that is ready, or, if none is, the newest that can be tried.
+            version: None: the newest that is ready, otherwise the newest that has a value.
 
         Raises:
             NotFound: no such model, or no such version of it.
-            Unavailable: it is known, and there is nothing to serve it with.
+            Unavailable: it is known and cannot be served.
         """
         entries = self._models.get(model)
         if not entries:
@@ -93,7 +93,7 @@ class Catalogue(Generic[V, T]):
         return version, entry.value
 
     def index(self) -> list[ModelState]:
-        """All versions, ready or not; a model that is incomplete has the version ""."""
+        """All versions, ready or not. An incomplete model has the version ""."""
         versions = [
             ModelState(model, str(version), entry.state, entry.reason)
             for model in sorted(self._models)
@@ -103,7 +103,7 @@ class Catalogue(Generic[V, T]):
 
 
 def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) -> str:
-    """Why a service with this index cannot infer with a model, or with this version of it; "" when it can."""
+    """Why a model, or this version of it, is not ready in a service with this index; "" if it is."""
     asked = [state for state in states if state.name == model and version in ("", state.version)]
     if any(state.state == READY for state in asked):
         return ""
@@ -113,13 +113,13 @@ def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) 
 
 
 def why_not_ready(states: Iterable[ModelState]) -> str:
-    """Why a service with this index can infer nothing; "" when it can."""
+    """Why a service with this index has no ready model; "" if it has."""
     affected: dict[str, list[str]] = {}
     for state in states:
         if state.state == READY:
             return ""
         affected.setdefault(state.reason or state.state.lower(), []).append(f"{state.name} {state.version}".strip())
     if not affected:
-        return "no model is ready, there are none"
+        return "no models found"
     reasons = [f"{', '.join(names[:5])}{' and others' if len(names) > 5 else ''}: {why}" for why, names in affected.items()]
     return f"no model is ready: {'; '.join(reasons[:5])}"

@@ -1,7 +1,7 @@
-"""The errors that cross a hop, with the status that each has over gRPC and over HTTP.
+"""The errors that cross a hop, with their gRPC and HTTP status.
 
-One class is one row of the table in docs/errors.md; both faces render from the class, so the two cannot disagree.
-Knows no gRPC and no HTTP library: a code is a name and a number.
+One class is one row of the table in docs/errors.md; gRPC and REST both render from the class, so that they cannot disagree.
+Knows no gRPC and no HTTP library.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class SplitserveError(Exception):
     """An error that a caller sees. Raise a subclass.
 
     Args:
-        message: names the thing, what was expected and what came; never payloads, paths or addresses.
-        stage: the service that failed; filled in by the first face that the error passes.
+        message: names the thing, what was expected and what was given; never payloads, paths or addresses.
+        stage: the service that failed; set by the first face that the error passes.
         model: the model that was called.
         pair: the version that was called, ``"K.M"`` at preprocess and proxy.
     """
@@ -37,7 +37,7 @@ class SplitserveError(Exception):
         self.pair = pair
 
     def at(self, *, stage: str = "", model: str = "", pair: str = "") -> SplitserveError:
-        """The error itself, with what it did not yet know of where it happened."""
+        """The error itself, with these facts where they are not set yet."""
         self.stage = self.stage or stage
         self.model = self.model or model
         self.pair = self.pair or pair
@@ -45,7 +45,7 @@ class SplitserveError(Exception):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What ``google.rpc.ErrorInfo.metadata`` and the REST body say of where it happened."""
+        """Where it happened: ``google.rpc.ErrorInfo.metadata``, and fields of the REST body."""
         facts = {"stage": self.stage, "model": self.model, "pair": self.pair}
         return {key: value for key, value in facts.items() if value}
 
@@ -109,7 +109,7 @@ class Unavailable(SplitserveError):
 
 
 class DeadlineExceeded(SplitserveError):
-    """Out of time, or too little of it left to begin."""
+    """The deadline has passed, or too little time is left to begin."""
 
     grpc_code = "DEADLINE_EXCEEDED"
     http_status = 504
@@ -117,7 +117,7 @@ class DeadlineExceeded(SplitserveError):
 
 
 class Cancelled(SplitserveError):
-    """The caller left."""
+    """The caller has cancelled or disconnected."""
 
     grpc_code = "CANCELLED"
     http_status = 499
@@ -125,7 +125,7 @@ class Cancelled(SplitserveError):
 
 
 class Unsupported(SplitserveError):
-    """Not offered by this build."""
+    """Not supported by this build."""
 
     grpc_code = "UNIMPLEMENTED"
     http_status = 501
@@ -141,7 +141,7 @@ class PairMismatch(SplitserveError):
 
 
 class Internal(SplitserveError):
-    """Anything else. The message is all that a caller learns; the cause is in the log."""
+    """Anything else. The caller gets the message only; the cause is in the log."""
 
 
 TABLE: tuple[type[SplitserveError], ...] = (
@@ -161,7 +161,7 @@ TABLE: tuple[type[SplitserveError], ...] = (
 
 _BY_REASON = {error.reason: error for error in TABLE}
 _BY_GRPC_CODE = {error.grpc_code: error for error in reversed(TABLE)} | {
-    # Without a reason the two meanings of these codes cannot be told apart; the harmless one is taken.
+    # Without a reason these codes are ambiguous; the less severe meaning is assumed.
     "RESOURCE_EXHAUSTED": Overloaded,
     "INTERNAL": Internal,
 }
@@ -173,8 +173,8 @@ def from_wire(grpc_code: str, message: str, reason: str = "", metadata: Mapping[
     Args:
         grpc_code: a gRPC status name, e.g. ``"NOT_FOUND"``.
         message: the status message.
-        reason: of the answer's ``ErrorInfo``; without one (another maker's server) the code decides.
-        metadata: of the answer's ``ErrorInfo``.
+        reason: of the response's ``ErrorInfo``; "" (a server of another maker): the code decides.
+        metadata: of the response's ``ErrorInfo``.
     """
     facts = metadata or {}
     kind = _BY_REASON.get(reason) or _BY_GRPC_CODE.get(grpc_code, Internal)
@@ -182,12 +182,12 @@ def from_wire(grpc_code: str, message: str, reason: str = "", metadata: Mapping[
 
 
 class at_stage:  # noqa: N801
-    """Name the stage in every error that leaves the ``with``, unless a stage further on has named itself.
+    """Set the stage of every error that leaves the ``with`` block, unless a later stage has set it.
 
-    Read as a verb, hence its name; a class, because a generator costs three times as much, and that for every request.
+    A class with the name of a function: a generator would cost three times as much for every request.
 
     Raises:
-        Internal: in place of an exception that is no `SplitserveError`, which stays its cause.
+        Internal: in place of an exception that is not a `SplitserveError`, which becomes its cause.
     """
 
     __slots__ = ("_model", "_pair", "_stage")
@@ -205,7 +205,7 @@ class at_stage:  # noqa: N801
             raise named from error
 
     def named(self, error: Exception) -> SplitserveError:
-        """The error as it leaves the ``with``."""
+        """The error as it leaves the ``with`` block."""
         if isinstance(error, SplitserveError):
             return error.at(stage=self._stage, model=self._model[:128], pair=self._pair)
         internal = Internal("internal error", stage=self._stage, model=self._model[:128], pair=self._pair)

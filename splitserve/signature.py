@@ -241,19 +241,19 @@ def is_row_wise(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> 
     return all(spec.shape and not isinstance(spec.shape[0], int) for spec in (*inputs, *outputs))
 
 
-def choose_outputs(specs: Sequence[TensorSpec], wanted: Sequence[str]) -> list[str]:
+def choose_outputs(specs: Sequence[TensorSpec], requested: Sequence[str]) -> list[str]:
     """Names of the outputs to answer with, in the order requested; all if none is requested.
 
     Raises:
         InvalidInput: one is not an output, or is requested twice.
     """
     names = [spec.name for spec in specs]
-    for index, name in enumerate(wanted):
+    for index, name in enumerate(requested):
         if name not in names:
             raise InvalidInput(f'unknown output "{name[:64]}", expected one of {_names(names)}')
-        if name in wanted[:index]:
+        if name in requested[:index]:
             raise InvalidInput(f'output "{name}" is requested twice')
-    return list(wanted) or names
+    return list(requested) or names
 
 
 def fits(outputs: Sequence[TensorSpec], inputs: Sequence[TensorSpec]) -> list[str]:

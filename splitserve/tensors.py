@@ -1,7 +1,7 @@
-"""Tensors as the wire has them: a name, a datatype, a shape and raw bytes. The one table of datatypes.
+"""Tensors as on the wire: name, datatype, shape and raw bytes; and the table of datatypes.
 
-Row-major little-endian bytes need no numerics to be checked, joined or cut, so this module, and the proxy above it, has no
-numpy. `splitserve.arrays` turns these tensors into numpy arrays and back.
+Row-major little-endian bytes can be checked, joined and sliced without numerics, so neither this module nor the proxy imports
+numpy. `splitserve.arrays` converts tensors to numpy arrays and back.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ MAX_ELEMENTS = 2**31
 class Datatype(msgspec.Struct, frozen=True):
     """One datatype of the protocol.
 
-    ``itemsize`` is in bytes, 0 where elements vary (BYTES). ``format`` is the letter that `struct` and `memoryview` know the
-    elements by, "" where Python has none. ``low`` and ``high`` bound integers.
+    ``itemsize`` is in bytes, 0 for elements of variable length (BYTES). ``format`` is the format character of `struct` and
+    `memoryview`, "" where Python has none. ``low`` and ``high`` are the range of integers.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Tensor(msgspec.Struct, frozen=True):
     """A named tensor.
 
     ``raw`` holds the elements row-major and little-endian, without padding; an element of a BYTES tensor is preceded by its
-    length as four bytes. Source: Open Inference Protocol gRPC, "Raw Tensor Contents".
+    length, four bytes. Source: Open Inference Protocol gRPC, "Raw Tensor Contents".
     """
 
     name: str
@@ -83,7 +83,11 @@ class Tensor(msgspec.Struct, frozen=True):
 
 
 def datatype_of(what: str, name: str) -> Datatype:
-    """The datatype called ``name``; ``what`` it is the datatype of, e.g. ``input "features"``, begins the error's message.
+    """The datatype called ``name``.
+
+    Args:
+        what: e.g. ``input "features"``, for the error.
+        name: as in the protocol, e.g. ``"FP32"``.
 
     Raises:
         InvalidInput: the protocol has none of that name.
@@ -95,7 +99,7 @@ def datatype_of(what: str, name: str) -> Datatype:
 
 
 def n_elements(what: str, shape: Sequence[int]) -> int:
-    """How many elements a tensor of this shape has.
+    """The number of elements of a tensor of this shape.
 
     Raises:
         InvalidInput: a dimension is negative, there are more than ``MAX_RANK``, or more than ``MAX_ELEMENTS`` elements.
@@ -106,7 +110,7 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
         if size < 0:
             raise InvalidInput(f"{what}: shape {list(shape)} has a negative dimension")
         if size >= 2**63:
-            raise InvalidInput(f"{what}: shape {list(shape)} has a dimension that int64 cannot hold")
+            raise InvalidInput(f"{what}: shape {list(shape)} has a dimension that exceeds int64")
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise InvalidInput(f"{what}: shape {list(shape)} has more than {MAX_ELEMENTS} elements")
@@ -114,7 +118,7 @@ def n_elements(what: str, shape: Sequence[int]) -> int:
 
 
 def validate(what: str, tensor: Tensor) -> None:
-    """Check that a tensor's bytes are what its datatype and shape say.
+    """Check that a tensor's bytes match its datatype and shape.
 
     Raises:
         InvalidInput: unknown datatype, negative dimension, wrong number of bytes or elements, a BOOL that is not 0 or 1.
@@ -151,11 +155,11 @@ def decode_bytes(tensor: Tensor) -> list[bytes]:
         start = offset + 4
         offset = start + _length_at(raw, offset)[0]
         elements.append(raw[start:offset])
-    return elements if offset == end else list(_elements(f'tensor "{tensor.name}"', raw))  # which says what is wrong
+    return elements if offset == end else list(_elements(f'tensor "{tensor.name}"', raw))  # raises, and says what is wrong
 
 
 def bytes_offsets(tensor: Tensor) -> list[int]:
-    """Where each element of a valid BYTES tensor begins, its length included, and where the last one ends."""
+    """Offsets of the elements of a valid BYTES tensor, including their length prefixes, and of its end."""
     raw, offset, end = tensor.raw, 0, len(tensor.raw)
     offsets = [0]
     while offset < end:
@@ -172,15 +176,15 @@ def _elements(what: str, raw: bytes) -> Iterable[bytes]:
     while offset < end:
         start = offset + 4
         if start > end:
-            raise InvalidInput(f"{what}: the length of a BYTES element is cut off at byte {offset} of {end}")
+            raise InvalidInput(f"{what}: the length of a BYTES element is truncated at byte {offset} of {end}")
         offset = start + _length_at(raw, offset)[0]
         if offset > end:
-            raise InvalidInput(f"{what}: the BYTES element at byte {start} is longer than what is left of {end} bytes")
+            raise InvalidInput(f"{what}: the BYTES element at byte {start} exceeds the {end} bytes of the tensor")
         yield raw[start:offset]
 
 
 def pack(what: str, datatype: Datatype, values: Sequence[Any]) -> bytes:
-    """The raw form of Python numbers, booleans or bytes. Nothing is converted that would change its value.
+    """The raw form of Python numbers, booleans or bytes. No conversion changes a value.
 
     Raises:
         InvalidInput: a value is not of the datatype, or does not fit it.
@@ -205,7 +209,7 @@ _PYTHON_TYPES: dict[str, set[type]] = {
 
 
 def _misfit(what: str, datatype: Datatype, values: Sequence[Any]) -> InvalidInput:
-    """Names the first value that does not fit; looked for only once packing has failed."""
+    """The error for the first value that does not fit, searched only after packing has failed."""
     index = next((index for index, value in enumerate(values) if not _fits(datatype, value)), None)
     bounds = f" ({datatype.low} to {datatype.high})" if datatype.is_integer else ""
     return InvalidInput(f"{what}: element {index} is not a {datatype.name}{bounds}")
@@ -227,7 +231,7 @@ def unpack(tensor: Tensor) -> list[Any]:
     """The elements of a valid tensor as Python numbers, booleans or bytes, row-major.
 
     Raises:
-        InvalidInput: BF16, which Python has no number for.
+        InvalidInput: BF16, which Python does not support.
     """
     datatype = DATATYPES[tensor.datatype]
     if datatype.name == "BYTES":
@@ -235,12 +239,12 @@ def unpack(tensor: Tensor) -> list[Any]:
     if datatype.name == "FP16":
         return list(numbers(len(tensor.raw) // 2, "e").unpack(tensor.raw))
     if not datatype.format:
-        raise InvalidInput(f'"{tensor.name}": {datatype.name} travels as raw bytes only')
+        raise InvalidInput(f'"{tensor.name}": {datatype.name} is supported as raw bytes only')
     elements: list[Any] = memoryview(tensor.raw).cast(datatype.format).tolist()  # type: ignore[call-overload]
     return elements
 
 
 @lru_cache(512)
 def numbers(count: int, format: str) -> struct.Struct:
-    """Packs and unpacks so many elements of a datatype with this `Datatype.format`."""
+    """Packs and unpacks ``count`` elements with this `Datatype.format`."""
     return struct.Struct(f"<{count}{format}")

@@ -1,4 +1,4 @@
-"""For tests, ours and yours: a service that answers what it is told, and a gRPC server for any service on a free port."""
+"""For tests, of splitserve and of its users: a fake service, and a gRPC server for any service on a free port."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""TLS as callers need it: which files, and whether they can be used.
-
-A server's side is in `splitserve.server.tls`.
-"""
+"""TLS of clients: certificate files, credentials, tokens. The server side is `splitserve.server.tls`."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ Options = Sequence[tuple[str, Any]]
 
 
 class ClientTls(msgspec.Struct, frozen=True):
-    """Files for calls over TLS, all PEM.
+    """Paths to PEM files for calls over TLS.
 
-    ``ca_file`` holds the authorities that may have signed the server's certificate; ``cert_file`` and ``key_file`` are shown to
-    servers that ask for a certificate. ``server_name`` is the name that the server's certificate must have, where that is not the
-    host of the address.
+    ``ca_file`` holds the authorities that the server's certificate is verified against; ``cert_file`` and ``key_file`` are the
+    client's own, for servers that require one. ``server_name`` is the name expected in the server's certificate, if it is not
+    the host of the address.
     """
 
     ca_file: str
@@ -32,13 +29,13 @@ class ClientTls(msgspec.Struct, frozen=True):
 
     @property
     def files(self) -> list[str]:
-        """Those that are given."""
+        """The paths that are set."""
         return [path for path in (self.ca_file, self.cert_file, self.key_file) if path]
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Raises:
         OSError: a file cannot be read.
-        ValueError: it is not what it should be.
+        ValueError: a file is not valid PEM, or the key does not match the certificate.
         """
         check_certificates(self.ca_file)
         if not self.cert_file:
@@ -49,7 +46,7 @@ class ClientTls(msgspec.Struct, frozen=True):
         )
 
     def ssl_context(self) -> ssl.SSLContext:
-        """The same for a connection of our own that speaks HTTP/2. Raises as `credentials`."""
+        """The same for HTTP/2 connections of our own. Raises as `credentials`."""
         check_certificates(self.ca_file)
         context = ssl.create_default_context(cafile=self.ca_file)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -60,36 +57,36 @@ class ClientTls(msgspec.Struct, frozen=True):
         return context
 
     def options(self) -> Options:
-        """What a channel needs besides the credentials."""
+        """Channel options besides the credentials."""
         return [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
 
 
 def check_certificates(path: str) -> None:
     """Raises:
     OSError: the file cannot be read.
-    ValueError: it holds no certificates in PEM form.
+    ValueError: it contains no PEM certificate.
     """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
     except ssl.SSLError:
-        raise ValueError(f"{path} holds no certificate in PEM form") from None
+        raise ValueError(f"{path}: expected a PEM certificate") from None
 
 
 def check_key(cert_file: str, key_file: str) -> None:
     """Raises:
     OSError: a file cannot be read.
-    ValueError: the key is not that of the certificate, is no PEM key, or has a passphrase.
+    ValueError: the key does not match the certificate, is not PEM, or has a passphrase.
     """
     check_certificates(cert_file)
     try:
         # The password keeps OpenSSL from asking for one on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert_file, key_file, password="")
     except ssl.SSLError:
-        raise ValueError(f"{key_file} is not the key of {cert_file}, or no PEM key without a passphrase") from None
+        raise ValueError(f"{key_file}: expected the key of {cert_file}, PEM without a passphrase") from None
 
 
 def from_environment() -> ClientTls | None:
-    """What commands and probes call with; None without SPLITSERVE_CA_FILE."""
+    """TLS of commands and probes, from SPLITSERVE_CA_FILE and others; None without it."""
     ca_file, cert_file, key_file, server_name = (
         os.environ.get(f"SPLITSERVE_{name}", "") for name in ("CA_FILE", "CERT_FILE", "KEY_FILE", "SERVER_NAME")
     )
@@ -97,11 +94,11 @@ def from_environment() -> ClientTls | None:
 
 
 def token_from_environment() -> str:
-    """The token that commands show: the text of SPLITSERVE_TOKEN_FILE, or none."""
+    """The token of commands: the content of SPLITSERVE_TOKEN_FILE, or ""."""
     path = os.environ.get("SPLITSERVE_TOKEN_FILE")
     return Path(path).read_text(encoding="ascii").strip() if path else ""
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
-    """The metadata that shows a token; none for none."""
+    """The call metadata with a bearer token; () for ""."""
     return (("authorization", f"Bearer {token}"),) if token else ()

@@ -1,4 +1,4 @@
-"""Version strings of the protocol: a number for half a model, and for both halves a pair, ``"K.M"``."""
+"""Version strings of the protocol: a number for a preprocessor or a predictor, ``"K.M"`` for a pair of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from splitserve.errors import NotFound
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What a model may be called: it becomes a folder, a path of the REST API and a label of metrics."""
+"""Valid model names: they become folders, REST paths and metric labels."""
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -17,11 +17,11 @@ MAX_VERSION = 999_999_999
 """The largest version number, in folders, keys, requests, settings, routes and releases alike."""
 
 UNNAMED = 0
-"""The predictor of a pair where another maker's server does not number its versions: whichever it takes by itself."""
+"""The predictor of a pair where another maker's server has no version numbers: its default."""
 
 
 class Pair(msgspec.Struct, frozen=True, order=True):
-    """Preprocessor version K with predictor version M; the greater is the newer. M is 0 where it is `UNNAMED`."""
+    """Preprocessor version K with predictor version M, ordered by age. M is 0 for `UNNAMED`."""
 
     preprocessor: int
     predictor: int
@@ -31,25 +31,25 @@ class Pair(msgspec.Struct, frozen=True, order=True):
 
 
 def unknown_model(name: str) -> str:
-    """The message that clients of the protocol know. Source: the error that Triton gives, which its client programs match."""
+    """The error message for an unknown model. Source: Triton, whose client programs match it."""
     return f"Request for unknown model: '{name[:128]}' is not found"
 
 
 def is_number(version: str) -> bool:
-    """Whether this is how a version of half a model is written."""
+    """Whether this is a valid version of a preprocessor or a predictor."""
     return _NUMBER.fullmatch(version) is not None
 
 
 def is_predictor(version: str) -> bool:
-    """Whether this can stand for the predictor in a pair: a number, or `UNNAMED`."""
+    """Whether this is a valid predictor in a pair: a number, or `UNNAMED`."""
     return version == str(UNNAMED) or is_number(version)
 
 
 def parse_version(model: str, version: str) -> int | None:
-    """The number in a request's ``version``; None for "", which leaves the choice to the service.
+    """The number in a request's ``version``; None for "": the service chooses.
 
     Raises:
-        NotFound: it is no number, so no version is called that.
+        NotFound: it is not a number.
     """
     if not version:
         return None
@@ -59,10 +59,10 @@ def parse_version(model: str, version: str) -> int | None:
 
 
 def parse_pair(model: str, version: str) -> Pair | None:
-    """The pair in a request's ``version``; None for "", which leaves the choice to the service.
+    """The pair in a request's ``version``; None for "": the service chooses.
 
     Raises:
-        NotFound: it is not of the form ``"K.M"``, so no pair is called that.
+        NotFound: it is not of the form ``"K.M"``.
     """
     if not version:
         return None

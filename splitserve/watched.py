@@ -1,4 +1,4 @@
-"""Files that are read again when they change: certificates, tokens, keys. What is broken never replaces what was read before."""
+"""Files that are read again when they change: certificates, tokens, keys. Invalid files never replace what was read before."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class Watched(Generic[T]):
-    """What some files say, together.
+    """A value read from several files together.
 
     Args:
-        paths: the files; links are followed, so that a mounted secret that is swapped by its link counts as changed.
-        read: gives their meaning; raises OSError or ValueError for files that cannot be used.
+        paths: of the files; symbolic links are followed, so that replacing the link of a mounted secret counts as a change.
+        read: returns the value; raises OSError or ValueError for unusable files.
 
     Raises:
-        OSError: a file is not there or cannot be read.
-        ValueError: they cannot be used.
+        OSError: a file does not exist or cannot be read.
+        ValueError: the files are invalid.
     """
 
     def __init__(self, paths: Sequence[str], read: Callable[[], T]) -> None:
         self._paths = paths
         self._read = read
-        self._stamp = self._look()
+        self._stamp = self._stat()
         self.value = read()
 
     def has_changed(self) -> bool:
-        """Look at the files; True if `value` is new since the last look.
+        """Check the files, and read them again if they have changed. True if `value` is new since the last check.
 
-        Files that do not fit each other, as when only one of two has been replaced yet, are said once and left for later.
+        Files that do not match, e.g. because only one of two has been replaced yet, are logged once and tried at the next change.
         """
         try:
-            stamp = self._look()
+            stamp = self._stat()
             if stamp == self._stamp:
                 return False
             self._stamp = stamp
@@ -49,6 +49,6 @@ class Watched(Generic[T]):
             return False
         return True
 
-    def _look(self) -> _Stamp:
+    def _stat(self) -> _Stamp:
         stats = [os.stat(path) for path in self._paths]  # noqa: PTH116 - called for every handshake
         return tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)

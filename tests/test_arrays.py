@@ -127,7 +127,7 @@ def test_an_object_that_is_no_text_is_refused_by_its_type(element):
     with pytest.raises(InvalidInput) as caught:
         from_array("age", objects(["a", element], (2,)))
 
-    assert caught.value.message == f'"age": a BYTES element is bytes or text, got {type(element).__name__}'
+    assert caught.value.message == f'"age": expected bytes or text as BYTES elements, got {type(element).__name__}'
 
 
 def test_text_that_utf_8_can_not_hold_is_refused():

@@ -143,7 +143,7 @@ def test_the_index_has_everything():
 @pytest.mark.parametrize(
     ("states", "reason"),
     [
-        ([], "no model is ready, there are none"),
+        ([], "no models found"),
         ([ModelState("a", "1", UNAVAILABLE, "broken"), ModelState("b", "1", READY)], ""),
         ([ModelState("a", "1", READY), ModelState("b", "1", LOADING)], ""),
         ([ModelState("a", "1", LOADING)], "no model is ready: a 1: loading"),

@@ -87,7 +87,7 @@ def test_elements_are_the_product_of_the_shape(shape, count):
         ((-2, -3), InvalidInput, 'input "age": shape [-2, -3] has a negative dimension'),
         ((1,) * 17, InvalidInput, 'input "age": expected at most 16 dimensions, got 17'),
         ((2**31 + 1,), InvalidInput, 'input "age": shape [2147483649] has more than 2147483648 elements'),
-        ((0, 2**63), InvalidInput, f'input "age": shape [0, {2**63}] has a dimension that int64 cannot hold'),
+        ((0, 2**63), InvalidInput, f'input "age": shape [0, {2**63}] has a dimension that exceeds int64'),
         # In 64 bits this product is 32 (I-07).
         ((16, 2**60 + 2), InvalidInput, f'input "age": shape [16, {2**60 + 2}] has more than 2147483648 elements'),
     ],
@@ -123,10 +123,10 @@ def test_a_byte_more_or_less_is_refused(tensor, difference):
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"\x02\x00\x00", "the length of a BYTES element is cut off at byte 0 of 3"),
-        (b"\x00\x00\x00\x00\x01\x00", "the length of a BYTES element is cut off at byte 4 of 6"),
-        (b"\x03\x00\x00\x00ab", "the BYTES element at byte 4 is longer than what is left of 6 bytes"),
-        (b"\xff\xff\xff\xffab", "the BYTES element at byte 4 is longer than what is left of 6 bytes"),
+        (b"\x02\x00\x00", "the length of a BYTES element is truncated at byte 0 of 3"),
+        (b"\x00\x00\x00\x00\x01\x00", "the length of a BYTES element is truncated at byte 4 of 6"),
+        (b"\x03\x00\x00\x00ab", "the BYTES element at byte 4 exceeds the 6 bytes of the tensor"),
+        (b"\xff\xff\xff\xffab", "the BYTES element at byte 4 exceeds the 6 bytes of the tensor"),
         (b"\x01\x00\x00\x00a", "shape [2] needs 2 BYTES elements, got 1"),
         (b"\x00\x00\x00\x00" * 3, "shape [2] needs 2 BYTES elements, got 3"),
         (b"", "shape [2] needs 2 BYTES elements, got 0"),
@@ -176,7 +176,7 @@ def test_an_element_of_bytes_follows_its_length():
 
 def test_a_length_that_lies_is_found_while_decoding():
     """The error names the tensor."""
-    with pytest.raises(InvalidInput, match='tensor "age": the BYTES element at byte 4 is longer than what is left of 5 bytes'):
+    with pytest.raises(InvalidInput, match='tensor "age": the BYTES element at byte 4 exceeds the 5 bytes of the tensor'):
         decode_bytes(Tensor("age", "BYTES", (1,), b"\x09\x00\x00\x00a"))
 
 
@@ -283,5 +283,5 @@ def test_integers_may_stand_for_floats():
 
 def test_bf16_has_no_python_numbers():
     """It travels as raw bytes only."""
-    with pytest.raises(InvalidInput, match='"age": BF16 travels as raw bytes only'):
+    with pytest.raises(InvalidInput, match='"age": BF16 is supported as raw bytes only'):
         unpack(Tensor("age", "BF16", (1,), b"\x80\x3f"))

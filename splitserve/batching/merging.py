@@ -20,7 +20,7 @@ def compatibility_key(request: InferRequest) -> Hashable:
         request.model,
         request.version,
         tuple([(tensor.name, tensor.datatype, tensor.shape[1:]) for tensor in request.inputs]),
-        tuple([(wanted.name, _items(wanted.parameters)) for wanted in request.outputs]) if request.outputs else None,
+        tuple([(requested.name, _items(requested.parameters)) for requested in request.outputs]) if request.outputs else None,
         _items(request.parameters) if request.parameters else None,
     )
 

@@ -139,14 +139,14 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     if array.dtype.kind not in "biuf":
         found = "text" if array.dtype.kind in "OSU" else str(array.dtype)
         raise InvalidInput(f'input "{name}": expected {datatype}, got {found}')
-    wanted = np.dtype("<f4") if datatype == "BF16" else DTYPES.get(datatype)
-    if wanted is None:
+    expected = np.dtype("<f4") if datatype == "BF16" else DTYPES.get(datatype)
+    if expected is None:
         raise InvalidInput(f'input "{name}": the signature has the unknown datatype "{datatype}"')
-    if array.dtype == wanted:
+    if array.dtype == expected:
         return array
     with np.errstate(all="ignore"):
-        converted = array.astype(wanted)
-    is_kept = ~np.isinf(converted) | ~np.isfinite(array) if wanted.kind == "f" else converted == array
+        converted = array.astype(expected)
+    is_kept = ~np.isinf(converted) | ~np.isfinite(array) if expected.kind == "f" else converted == array
     if not is_kept.all():
         index = int(np.argmin(is_kept.ravel()))
         raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} cannot represent')

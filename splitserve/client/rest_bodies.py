@@ -95,7 +95,7 @@ def encode_request(request: InferRequest) -> tuple[bytes, int]:
         message["id"] = request.id
     if request.outputs:
         message["outputs"] = [
-            {"name": wanted.name, "parameters": {**wanted.parameters, "binary_data": True}} for wanted in request.outputs
+            {"name": requested.name, "parameters": {**requested.parameters, "binary_data": True}} for requested in request.outputs
         ]
     head = msgspec.json.encode(message)
     return b"".join((head, *(tensor.raw for tensor in request.inputs))), len(head)

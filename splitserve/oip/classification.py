@@ -1,6 +1,6 @@
-"""Scores as the best few classes: the output parameter ``classification``. Source: Triton's "classification" extension.
+"""The output parameter ``classification``: the top k classes instead of scores. Source: Triton's "classification" extension.
 
-Works on wire bytes, so the proxy can do it.
+Works on wire bytes, so that the proxy can do it without numerics.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from splitserve.tensors import DATATYPES, Tensor, encode_bytes, unpack
 
 PARAMETER = "classification"
 LABELS = "labels"
-"""The property of a model's metadata that holds the names of its classes, as a JSON list."""
+"""The property of a model's metadata with the names of its classes, a JSON list."""
 
 
-def is_wanted(request: InferRequest) -> bool:
-    """Whether an output is asked for as classes."""
+def is_requested(request: InferRequest) -> bool:
+    """Whether the classes of an output are requested."""
     return bool(request.outputs) and any(PARAMETER in output.parameters for output in request.outputs)
 
 
 def begin(service: InferenceService, request: InferRequest, on_answer: OnAnswer) -> Pending:
-    """As the service's `begin`, with the outputs as classes that the request wants so. The service sees nothing of it.
+    """As the service's `begin`; requested classes replace the scores of its response.
 
-    Requests with such outputs take a task, since their labels may have to be asked for.
+    Such requests run in a task, since their labels may have to be fetched.
 
     Raises:
         SplitserveError: as `InferenceService.begin`. ``on_answer`` receives InvalidInput where the parameter is not a positive
             integer, or the output is not numeric.
     """
-    if not is_wanted(request):
+    if not is_requested(request):
         return service.begin(request, on_answer)
     return begin_task(_infer(service, request), on_answer)
 
 
 async def _infer(service: InferenceService, request: InferRequest) -> InferResponse:
-    wanted = {output.name: output.parameters[PARAMETER] for output in request.outputs if PARAMETER in output.parameters}
+    requested = {output.name: output.parameters[PARAMETER] for output in request.outputs if PARAMETER in output.parameters}
     response = await service.infer(_without_parameter(request))
     labels = labels_of(await service.metadata(response.model, response.version))
     outputs = tuple(
-        _classes(tensor, wanted[tensor.name], labels) if tensor.name in wanted else tensor for tensor in response.outputs
+        _classes(tensor, requested[tensor.name], labels) if tensor.name in requested else tensor for tensor in response.outputs
     )
     return msgspec.structs.replace(response, outputs=outputs)
 
@@ -67,18 +67,22 @@ def _without_parameter(request: InferRequest) -> InferRequest:
 
 
 def labels_of(metadata: ModelMetadata) -> list[str]:
-    """The names of a model's classes; none if it does not tell."""
+    """The names of a model's classes; empty if unknown."""
     text = metadata.properties.get(LABELS)
     return msgspec.json.decode(text, type=list[str]) if text else []
 
 
 def _classes(tensor: Tensor, count: Parameter, labels: Sequence[str]) -> Tensor:
-    """The ``count`` greatest of each row, greatest first, as BYTES ``"value:index"`` or ``"value:index:label"``."""
+    """The ``count`` greatest scores of each row, in descending order, as BYTES ``"value:index"`` or ``"value:index:label"``.
+
+    Raises:
+        InvalidInput: ``count`` is not a positive integer, or the tensor is not of numbers.
+    """
     if type(count) is not int or count < 1:
-        raise InvalidInput(f'output "{tensor.name}": {PARAMETER} is a number of classes, at least 1')
+        raise InvalidInput(f'output "{tensor.name}": {PARAMETER}: expected a positive integer, got {str(count)[:32]}')
     datatype = DATATYPES[tensor.datatype]
     if not (datatype.is_integer or datatype.is_float) or not datatype.format:
-        raise InvalidInput(f'output "{tensor.name}": {tensor.datatype} has no classes')
+        raise InvalidInput(f'output "{tensor.name}": {PARAMETER}: expected a numeric datatype, got {tensor.datatype}')
     values = unpack(tensor)
     batch = tensor.shape[:1] if len(tensor.shape) > 1 else ()
     n_classes = math.prod(tensor.shape[len(batch) :])
@@ -87,7 +91,7 @@ def _classes(tensor: Tensor, count: Parameter, labels: Sequence[str]) -> Tensor:
     elements = []
     for start in range(0, len(values), max(n_classes, 1)):
         row = values[start : start + n_classes]
-        # nlargest keeps the order of equals; NaN, which has no order, comes last
+        # nlargest keeps the order of equal scores; NaN comes last
         best = heapq.nlargest(count, range(n_classes), key=lambda index: _order(row[index]))
         elements += [_element(row[index], index, names) for index in best]
     return Tensor(tensor.name, "BYTES", (*batch, count), encode_bytes(elements))

@@ -1,7 +1,6 @@
-"""How large a request may be, beyond what its bytes bound already. Checked by every face, before anything is looked up.
+"""Limits of messages and requests. Every face checks requests before it looks up the model.
 
-Rank and nesting of JSON are bounded by the codecs (`splitserve.tensors`, `splitserve.oip.rest`); how many elements a tensor has,
-by the bytes that they come in.
+The codecs limit the rank of tensors (`splitserve.tensors`); the number of elements is limited by the size of the message.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ def message_too_large(what: str, n_rows: int, n_bytes: int, *, stage: str, max_b
 
 
 MAX_NAME_LENGTH = 128
-"""Characters of a model's name; longer ones cannot be published."""
+"""Characters of a model's name; longer names cannot be published."""
 
 
 class RequestLimits(msgspec.Struct, frozen=True):
-    """Of one request. ``max_element_bytes`` bounds an element of a BYTES tensor."""
+    """Limits of one request. ``max_element_bytes`` limits an element of a BYTES tensor."""
 
     max_inputs: int = 64
     max_outputs: int = 64
@@ -52,53 +51,54 @@ class RequestLimits(msgspec.Struct, frozen=True):
     def check(self, request: InferRequest) -> None:
         """Raises:
         InvalidInput: too many inputs, outputs or parameters, or a name that no model can have.
-        TooLarge: too many rows, or too large an element.
+        TooLarge: too many rows, or an element that is too large.
         """
         if len(request.model) > MAX_NAME_LENGTH:
-            raise InvalidInput(f"the model's name has more than {MAX_NAME_LENGTH} characters")
+            raise InvalidInput(f"the model name has {len(request.model)} characters, the limit is {MAX_NAME_LENGTH}")
         inputs = request.inputs
         if len(inputs) > self.max_inputs or request.outputs or request.parameters:
             self._check_counts(request)
         for tensor in inputs:
             if tensor.shape and tensor.shape[0] > self.max_rows:
-                n_elements(f'input "{tensor.name[:64]}"', tensor.shape)  # more than there can be is malformed
-                raise TooLarge(f'input "{tensor.name[:64]}" has {tensor.shape[0]} rows, at most {self.max_rows} are taken')
+                n_elements(f'input "{tensor.name[:64]}"', tensor.shape)  # malformed if no tensor can have that many elements
+                raise TooLarge(f'input "{tensor.name[:64]}" has {tensor.shape[0]} rows, the limit is {self.max_rows} (max_rows)')
             if tensor.datatype == "BYTES" and len(tensor.raw) > self.max_element_bytes + 4:
                 self._check_elements(tensor)
 
     def _check_counts(self, request: InferRequest) -> None:
         n_parameters = len(request.parameters) + sum([len(output.parameters) for output in request.outputs])
-        _check_count("inputs", len(request.inputs), self.max_inputs)
-        _check_count("requested outputs", len(request.outputs), self.max_outputs)
-        _check_count("parameters", n_parameters, self.max_parameters)
+        _check_count("inputs", len(request.inputs), self.max_inputs, "max_inputs")
+        _check_count("requested outputs", len(request.outputs), self.max_outputs, "max_outputs")
+        _check_count("parameters", n_parameters, self.max_parameters, "max_parameters")
 
     def _check_elements(self, tensor: Tensor) -> None:
-        """Their lengths only; whether the bytes are what the shape says is checked with the signature."""
+        """Checks lengths only; whether the bytes match the shape is checked with the signature."""
         raw, offset = tensor.raw, 0
         while offset < len(raw):
             length = int.from_bytes(raw[offset : offset + 4], "little")
             if length > self.max_element_bytes:
                 raise TooLarge(
-                    f'input "{tensor.name[:64]}": an element has {length} bytes, at most {self.max_element_bytes} are taken'
+                    f'input "{tensor.name[:64]}": an element has {length} bytes, the limit is {self.max_element_bytes} '
+                    "(max_element_bytes)"
                 )
             offset += 4 + length
 
 
-def _check_count(what: str, count: int, most: int) -> None:
-    if count > most:
-        raise InvalidInput(f"the request has {count} {what}, at most {most} are taken")
+def _check_count(what: str, count: int, limit: int, setting: str) -> None:
+    if count > limit:
+        raise InvalidInput(f"the request has {count} {what}, the limit is {limit} ({setting})")
 
 
 def check_model_name(name: str) -> None:
     """Raises:
-    NotFound: no model can have this name, so none is looked for.
+    NotFound: no model can have this name.
     """
     if not MODEL_NAME.fullmatch(name):
         raise NotFound(unknown_model(name))
 
 
 MAX_JSON_DEPTH = 64
-"""Lists and objects within each other. Tensors have at most 16 dimensions, and stand three levels deep."""
+"""Nesting of lists and objects. A tensor has at most 16 dimensions, three levels below the top."""
 
 _STRINGS = re.compile(rb'"[^"]*"')
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
@@ -108,11 +108,11 @@ _STEPS = bytes.maketrans(b'[]"', b"\x01\xff\x00")
 
 def check_json_depth(body: bytes) -> None:
     """Raises:
-    InvalidInput: the JSON is nested more than `MAX_JSON_DEPTH` deep. Malformed JSON is left to the parser.
+    InvalidInput: the JSON is nested deeper than `MAX_JSON_DEPTH`. Malformed JSON is left to the parser.
 
-    What has fewer brackets than that is not looked at. Of the rest only brackets and quotes are kept; then strings go, first
-    those without brackets in them, which are two quotes side by side; then the innermost brackets, which are most of them; and
-    what is left is summed up, an opening one as 1 and a closing one as -1.
+    A body with fewer brackets than that passes at once. Otherwise only brackets and quotes are kept; strings are removed, first
+    those without brackets, which are adjacent quotes; then the innermost brackets, which are most of them; the rest is summed
+    up, 1 for an opening bracket and -1 for a closing one.
     """
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
@@ -122,4 +122,4 @@ def check_json_depth(body: bytes) -> None:
     left = _STRINGS.sub(b"", left).replace(b"[]", b"")
     steps = memoryview(left.translate(_STEPS)).cast("b")
     if b"[" * MAX_JSON_DEPTH in left or max(accumulate(steps), default=0) >= MAX_JSON_DEPTH:
-        raise InvalidInput(f"the request body is nested more than {MAX_JSON_DEPTH} deep")
+        raise InvalidInput(f"the request body is nested deeper than {MAX_JSON_DEPTH} levels")

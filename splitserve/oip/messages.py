@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as Python objects: its messages and its verbs, free of any transport.
+"""The Open Inference Protocol as Python objects: its messages and its verbs, without a transport.
 
 Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
 front of that, or a stub for one of them behind a channel. The faces (gRPC, REST) serve any of them, so a system is split or
@@ -27,16 +27,16 @@ _EXTENSIONS = ("classification", "model_configuration", "parameters", "schedule_
 
 
 def extensions(*, allow_control: bool) -> tuple[str, ...]:
-    """The extensions of the protocol that every face offers, by the names that clients know.
+    """The names of the protocol extensions that every face supports.
 
     Args:
-        allow_control: models can be loaded and unloaded.
+        allow_control: whether clients may load and unload models.
     """
     return (*_EXTENSIONS, "model_repository") if allow_control else _EXTENSIONS
 
 
 def deadline_after(timeout_s: float) -> float:
-    """The point on the monotonic clock that lies ``timeout_s`` seconds ahead."""
+    """The point on the monotonic clock ``timeout_s`` seconds from now."""
     return time.monotonic() + timeout_s
 
 
@@ -47,29 +47,29 @@ def remaining_s(deadline: float) -> float:
 
 def check_time_left(deadline: float) -> None:
     """Raises:
-    DeadlineExceeded: ``deadline`` has passed, so work for it would be for nobody.
+    DeadlineExceeded: ``deadline`` has passed.
     """
     if remaining_s(deadline) <= 0:
         raise DeadlineExceeded("deadline exceeded before the work began")
 
 
 CONTROL_PARAMETERS = {"unload_dependents"}
-"""Parameters of a request to load or unload that clients send always; no model here depends on another."""
+"""Parameters of load and unload requests that clients always send; ignored, since models do not depend on each other."""
 
 TIMEOUT, PRIORITY = "timeout", "priority"
 
 
 def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Mapping[str, Parameter], float]:
-    """The parameters of a request without its timeout, and its deadline with it.
+    """The parameters of a request without ``timeout``, and the deadline that follows from it.
 
-    ``timeout`` is in microseconds, 0 for none, and can bring the deadline forward. ``priority`` is checked and left where it is.
+    ``timeout`` is in microseconds, 0 for none, and can only shorten the deadline. ``priority`` is checked and kept.
 
     Args:
         parameters: of the request.
-        deadline: that it has otherwise.
+        deadline: of the request otherwise.
 
     Raises:
-        InvalidInput: one of the two is no whole number, or negative.
+        InvalidInput: ``timeout`` or ``priority`` is negative or not an integer.
 
     Source: Triton's "schedule policy" extension.
     """
@@ -78,23 +78,23 @@ def scheduled(parameters: Mapping[str, Parameter], deadline: float) -> tuple[Map
     for name in (TIMEOUT, PRIORITY):
         value = parameters.get(name, 0)
         if type(value) is not int or value < 0:
-            raise InvalidInput(f'parameter "{name}": expected a whole number, not negative, got {str(value)[:32]}')
+            raise InvalidInput(f'parameter "{name}": expected a non-negative integer, got {str(value)[:32]}')
     if timeout_us := int(parameters.get(TIMEOUT, 0)):
         deadline = min(deadline, deadline_after(timeout_us / 1e6))
     return {name: value for name, value in parameters.items() if name != TIMEOUT}, deadline
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
-    """One output that the caller wants, by name."""
+    """A requested output."""
 
     name: str
     parameters: Mapping[str, Parameter] = {}
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """One inference. ``version`` "" leaves the choice to the service; ``outputs`` () asks for all.
+    """One inference. ``version`` "": the service chooses; ``outputs`` (): all.
 
-    ``caller`` tells apart who is to be served in turn, e.g. a connection; it is not sent on.
+    ``caller`` identifies the caller for fair queueing, e.g. its connection; it is not sent to the next stage.
     """
 
     model: str
@@ -108,12 +108,12 @@ class InferRequest(msgspec.Struct, frozen=True):
 
     @property
     def n_rows(self) -> int:
-        """The rows of its first tensor; 0 if it has none."""
+        """Rows of the first input; 0 without inputs."""
         return self.inputs[0].n_rows if self.inputs else 0
 
 
 class InferResponse(msgspec.Struct, frozen=True):
-    """One answer; ``version`` is the one that was really used."""
+    """The response to one inference; ``version`` is the one that answered."""
 
     model: str
     version: str
@@ -123,7 +123,7 @@ class InferResponse(msgspec.Struct, frozen=True):
 
 
 class ModelMetadata(msgspec.Struct, frozen=True):
-    """Signature of one version of a model, and the versions that are ready."""
+    """Signature of one version of a model, and all versions that are ready."""
 
     name: str
     versions: tuple[str, ...]
@@ -137,7 +137,7 @@ READY, UNAVAILABLE, LOADING = "READY", "UNAVAILABLE", "LOADING"
 
 
 class ModelState(msgspec.Struct, frozen=True):
-    """One version of a model in a service's index: ``state`` is READY, LOADING or UNAVAILABLE, the latter with a reason."""
+    """One version of a model in a service's index. ``state`` is READY, LOADING or UNAVAILABLE, the last with a reason."""
 
     name: str
     version: str
@@ -146,7 +146,7 @@ class ModelState(msgspec.Struct, frozen=True):
 
 
 class ServerMetadata(msgspec.Struct, frozen=True):
-    """Who answers, and which extensions of the protocol it offers."""
+    """Name and version of a server, and the protocol extensions that it supports."""
 
     name: str
     version: str
@@ -182,7 +182,7 @@ class InferenceService(Protocol):
 
         Raises:
             NotFound: no such model or version.
-            Unavailable: it is known, and not ready.
+            Unavailable: the model or version is not ready.
             InvalidInput: the request does not fit the signature.
             DeadlineExceeded: the request's deadline passed.
         """
@@ -191,23 +191,23 @@ class InferenceService(Protocol):
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Raises:
         NotFound: no such model or version.
-        Unavailable: it is known, and not ready.
+        Unavailable: the model or version is not ready.
         """
         ...
 
     async def index(self) -> list[ModelState]:
-        """All versions that the service knows of, ready or not."""
+        """All known versions, ready or not."""
         ...
 
     async def not_ready_reason(self) -> str:
-        """Why nothing can be inferred now; "" when something can."""
+        """Why the service is not ready; "" if it is."""
         ...
 
     async def load(self, model: str) -> None:
-        """Look at the model repository now, and serve the model again if it was unloaded.
+        """Check the model repository now, and serve the model again if it was unloaded.
 
         Raises:
-            NotFound: there is no such model.
+            NotFound: no such model.
         """
         ...
 
@@ -215,6 +215,6 @@ class InferenceService(Protocol):
         """Serve no version of the model until `load`.
 
         Raises:
-            NotFound: there is no such model.
+            NotFound: no such model.
         """
         ...

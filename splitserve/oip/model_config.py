@@ -1,6 +1,6 @@
-"""The configuration of a model as clients of Triton's "model configuration" extension read it, told from its signature.
+"""A model's configuration in the form of Triton's "model configuration" extension, derived from its signature.
 
-Nothing is configured here: a client learns how many rows a request may have and what its tensors are.
+Read-only: clients learn the tensors and how many rows a request may have.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from splitserve.signature import TensorSpec
 BACKEND = "splitserve"
 
 ANY_BATCH_SIZE = 2**31 - 1
-"""``max_batch_size`` where only the limits of bytes bound the rows of a request."""
+"""``max_batch_size`` where only the size of messages limits the rows of a request."""
 
 
 class TensorConfig(msgspec.Struct, frozen=True):
-    """``dims`` are without the batch dimension, if the model has one."""
+    """A tensor. ``dims`` exclude the batch dimension, if there is one."""
 
     name: str
     data_type: str
@@ -27,13 +27,13 @@ class TensorConfig(msgspec.Struct, frozen=True):
 
 
 class DynamicBatching(msgspec.Struct, frozen=True):
-    """Waiting requests are merged into one call."""
+    """Queued requests are merged into one call."""
 
     max_queue_delay_microseconds: int = 0
 
 
 class ModelConfig(msgspec.Struct, frozen=True, omit_defaults=True):
-    """With the extension's names. ``max_batch_size`` 0: the tensors have no batch dimension."""
+    """Fields as in the extension. ``max_batch_size`` 0: the tensors have no batch dimension."""
 
     name: str
     platform: str
@@ -47,11 +47,11 @@ class ModelConfig(msgspec.Struct, frozen=True, omit_defaults=True):
 def config_of(
     metadata: ModelMetadata, *, max_batch_size: int = ANY_BATCH_SIZE, dynamic_batching: DynamicBatching | None = None
 ) -> ModelConfig:
-    """The configuration that goes with a signature.
+    """The configuration of a model with this signature.
 
     Args:
         metadata: of a version.
-        max_batch_size: the most rows that a request may have, or that are merged.
+        max_batch_size: rows of a request, or of a merged call, at most.
         dynamic_batching: set if requests are merged.
     """
     is_batched = all(spec.wire_shape[:1] == (-1,) for spec in (*metadata.inputs, *metadata.outputs))

@@ -1,7 +1,7 @@
 """Open Inference Protocol over gRPC: protobuf messages <-> the objects of `splitserve.oip.messages`.
 
-Knows the messages, not channels or servers. The bytes of raw contents pass through untouched; typed contents are turned into
-raw ones here, so that nothing behind this module has to know that they exist.
+Knows messages, no channels or servers. Raw contents pass through unchanged; typed contents are converted to raw contents here, so
+that no other module has to handle them.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ _CONTENTS_FIELDS = {
 """Source: Open Inference Protocol gRPC, ``InferTensorContents``. FP16 and BF16 have no field."""
 
 _SAME_WIDTH = {"INT32": "i", "INT64": "q", "UINT32": "I", "UINT64": "Q", "FP32": "f", "FP64": "d"}
-"""Datatypes whose field holds no value that they cannot: nothing to check when packing."""
+"""Datatypes whose field has the same range, so that no value has to be checked."""
 
 
 def parse(message_type: Any, data: bytes) -> Any:
-    """A protobuf message from its bytes.
+    """Parse a protobuf message.
 
     Raises:
-        InvalidInput: they are not one.
+        InvalidInput: the bytes are not a message of this type.
     """
     try:
         return message_type.FromString(data)
@@ -83,7 +83,7 @@ def parse(message_type: Any, data: bytes) -> Any:
 
 
 def encode_stream_request(request: InferRequest, identity: str) -> bytes:
-    """A request as a message on a stream, which has no deadline of its own for each: what remains goes as a parameter."""
+    """A request as a message on a stream. Messages have no deadline; the remaining time is sent as the parameter ``timeout``."""
     message = encode_request(request)
     message.id = identity
     if request.deadline != NO_DEADLINE:
@@ -92,7 +92,7 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
 
 
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
-    """An answer as a message on a stream, with the id of the request, by which the caller finds it."""
+    """A response as a message on a stream, with the id of its request."""
     message = pb.ModelStreamInferResponse()
     _fill_response(message.infer_response, response)
     message.infer_response.id = identity
@@ -100,7 +100,7 @@ def encode_stream_response(response: InferResponse, identity: str) -> bytes:
 
 
 def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
-    """A failure as a message on a stream: the text where every client looks for it, the rest of it in parameters."""
+    """An error as a message on a stream: its text in the protocol's field, code, reason and metadata as parameters."""
     message = pb.ModelStreamInferResponse(error_message=error.message)
     message.infer_response.id = identity
     facts = {"code": error.grpc_code, "reason": error.reason, **error.metadata}
@@ -110,7 +110,7 @@ def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
 
 def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
     """Raises:
-    SplitserveError: the one that the peer raised, if the message on a stream tells of one.
+    SplitserveError: raised by the peer, if the message on a stream is an error.
     """
     parameters = message.infer_response.parameters
     if message.error_message or f"{DOMAIN}_code" in parameters:
@@ -121,8 +121,13 @@ def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
 def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE, caller: Hashable = None) -> InferRequest:
     """The request in a message.
 
+    Args:
+        message: of ModelInfer or ModelStreamInfer.
+        deadline: of the request, which its parameter ``timeout`` can shorten.
+        caller: for fair queueing.
+
     Raises:
-        InvalidInput: raw and typed contents are mixed or of the wrong number, or typed contents do not fit their datatype.
+        InvalidInput: raw and typed contents are mixed, their number is wrong, or typed contents do not fit their datatype.
     """
     inputs = message.inputs
     if raws := list(message.raw_input_contents):
@@ -143,14 +148,14 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
         inputs=tuple(
             Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
         ),
-        outputs=tuple(RequestedOutput(wanted.name, _decode_parameters(wanted.parameters)) for wanted in message.outputs),
+        outputs=tuple(RequestedOutput(requested.name, _decode_parameters(requested.parameters)) for requested in message.outputs),
         deadline=deadline,
         caller=caller,
     )
 
 
 def encode_request(request: InferRequest) -> pb.ModelInferRequest:
-    """The message for a request; its tensors as raw contents."""
+    """The message for a request, with raw contents."""
     message = pb.ModelInferRequest(
         model_name=request.model,
         model_version=request.version,
@@ -162,13 +167,13 @@ def encode_request(request: InferRequest) -> pb.ModelInferRequest:
         raw_input_contents=[tensor.raw for tensor in request.inputs],
     )
     _encode_parameters(request.parameters, message.parameters)
-    for wanted in request.outputs:
-        _encode_parameters(wanted.parameters, message.outputs.add(name=wanted.name).parameters)
+    for requested in request.outputs:
+        _encode_parameters(requested.parameters, message.outputs.add(name=requested.name).parameters)
     return message
 
 
 def decode_response(message: pb.ModelInferResponse) -> InferResponse:
-    """The answer in a message.
+    """The response in a message.
 
     Raises:
         InvalidInput: the number of raw contents is not that of the outputs, or typed contents do not fit their datatype.
@@ -191,7 +196,7 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
 
 
 def encode_response(response: InferResponse) -> pb.ModelInferResponse:
-    """The message for an answer; its tensors as raw contents."""
+    """The message for a response, with raw contents."""
     message = pb.ModelInferResponse()
     _fill_response(message, response)
     return message
@@ -215,7 +220,7 @@ def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb
         return b""
     field = _CONTENTS_FIELDS.get(datatype.name)
     if field is None:
-        raise InvalidInput(f"{what}: {datatype.name} travels in raw contents only")
+        raise InvalidInput(f"{what}: {datatype.name} is supported in raw contents only")
     if len(filled) > 1 or filled[0][0].name != field:
         found = ", ".join(descriptor.name for descriptor, _ in filled)
         raise InvalidInput(f"{what}: the contents of {datatype.name} belong in {field}, got {found}")
@@ -256,7 +261,7 @@ def encode_metadata(metadata: ModelMetadata) -> pb.ModelMetadataResponse:
 
 
 def decode_metadata(message: pb.ModelMetadataResponse) -> ModelMetadata:
-    """A model's signature; dimensions that vary get names by their place, the leading one ``"batch"``."""
+    """A model's signature. Variable dimensions are named by their position, the leading one ``"batch"``."""
     return ModelMetadata(
         name=message.name,
         versions=tuple(message.versions),
@@ -279,7 +284,7 @@ def _decode_specs(tensors: Iterable[pb.ModelMetadataResponse.TensorMetadata]) ->
 
 
 def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:
-    """The message for what a service knows of its models."""
+    """The message for a service's index."""
     entry = pb.RepositoryIndexResponse.ModelIndex
     return pb.RepositoryIndexResponse(
         models=[entry(name=state.name, version=state.version, state=state.state, reason=state.reason) for state in states]
@@ -287,12 +292,12 @@ def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:
 
 
 def decode_index(message: pb.RepositoryIndexResponse) -> list[ModelState]:
-    """What a service knows of its models."""
+    """The index in a message."""
     return [ModelState(entry.name, entry.version, entry.state, entry.reason) for entry in message.models]
 
 
 def encode_server_metadata(metadata: ServerMetadata) -> pb.ServerMetadataResponse:
-    """The message for who answers."""
+    """The message for server metadata."""
     return pb.ServerMetadataResponse(name=metadata.name, version=metadata.version, extensions=metadata.extensions)
 
 
@@ -302,5 +307,5 @@ def encode_config(config: ModelConfig) -> pb.ModelConfigResponse:
 
 
 def encode_statistics(statistics: Iterable[ModelStatistics]) -> pb.ModelStatisticsResponse:
-    """The message for what was counted."""
+    """The message for statistics."""
     return pb.ModelStatisticsResponse(model_stats=[pb.ModelStatistics(**msgspec.to_builtins(entry)) for entry in statistics])

@@ -1,6 +1,6 @@
-"""Open Inference Protocol over REST: JSON bodies, with binary tensors behind them, <-> the objects of `splitserve.oip.messages`.
+"""Open Inference Protocol over REST: JSON bodies, followed by binary tensors, <-> the objects of `splitserve.oip.messages`.
 
-Knows bodies, not HTTP servers. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
+Knows bodies, no HTTP server. Source: Open Inference Protocol REST; Triton's "binary tensor data" extension.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Request(msgspec.Struct):
 
 
 class _PlainInput(msgspec.Struct):
-    """An input whose data is not looked at yet."""
+    """An input whose data is not decoded yet."""
 
     name: str
     shape: list[int]
@@ -82,7 +82,7 @@ class _PlainRequest(msgspec.Struct):
     outputs: list[_Output] | None = None
 
 
-class _AnsweredOutput(msgspec.Struct, omit_defaults=True):
+class _AnswerOutput(msgspec.Struct, omit_defaults=True):
     name: str
     datatype: str
     shape: tuple[int, ...]
@@ -90,10 +90,10 @@ class _AnsweredOutput(msgspec.Struct, omit_defaults=True):
     parameters: Mapping[str, Parameter] = {}
 
 
-class _Answer(msgspec.Struct, omit_defaults=True):
+class _InferAnswer(msgspec.Struct, omit_defaults=True):
     model_name: str
     model_version: str
-    outputs: list[_AnsweredOutput]
+    outputs: list[_AnswerOutput]
     id: str = ""
     parameters: Mapping[str, Parameter] = {}
 
@@ -105,19 +105,19 @@ _list_decoders: dict[str, msgspec.json.Decoder[Any]] = {
     for name, datatype in DATATYPES.items()
     if datatype.format and name not in ("BOOL", "FP16")
 }
-"""For data that is what most clients send: a flat list of numbers, decoded as its datatype says."""
+"""For what most clients send: a flat list of numbers, decoded according to the datatype."""
 _encoder = msgspec.json.Encoder()
 
 
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
-    """What a JSON body says; the bare tokens NaN, Infinity and -Infinity, which Python's and other clients write, are taken too.
+    """Decode a JSON body. The tokens NaN, Infinity and -Infinity, which Python and other clients write, are accepted too.
 
     Args:
         body: UTF-8.
-        decoder: checks the types as well; plain JSON when None.
+        decoder: also checks types; None: any JSON.
 
     Raises:
-        InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which is named.
+        InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which the message names.
     """
     check_json_depth(body)
     try:
@@ -133,7 +133,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -
         text = body.decode()
         lenient = json.loads(text, parse_float=_finite)
         if "\\u" in text:
-            json.dumps(lenient, ensure_ascii=False).encode()  # fails for a lone surrogate, which no answer of ours could hold
+            json.dumps(lenient, ensure_ascii=False).encode()  # fails for a lone surrogate, which UTF-8 cannot encode
         return msgspec.convert(lenient, decoder.type) if decoder else lenient
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise InvalidInput(f"the request body is not JSON: {error}") from None
@@ -160,23 +160,25 @@ def decode_request(
     Args:
         model: from the path.
         version: from the path, "" if it has none.
-        body: JSON, and behind it the binary tensors if there are any.
-        header_length: bytes of JSON, from the header Inference-Header-Content-Length; None: all of it.
-        deadline: of the request.
-        caller: who sent it.
+        body: JSON, followed by the binary tensors, if any.
+        header_length: bytes of the JSON, from the header Inference-Header-Content-Length; None: the whole body.
+        deadline: of the request, which its parameter ``timeout`` can shorten.
+        caller: for fair queueing.
 
     Raises:
-        InvalidInput: names the input, what was expected and what came.
+        InvalidInput: names the input, what was expected and what was sent.
     """
     if header_length is None:
         header_length = len(body)
+    if not body:
+        raise InvalidInput("the request body is empty, expected JSON")
     if not 0 < header_length <= len(body):
         raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
     head = body if header_length == len(body) else body[:header_length]
     check_json_depth(head)
     message, inputs, end = _decode_plain(head) or _decode_any(head, body)
     if end != len(body):
-        raise InvalidInput(f"{len(body) - end} bytes follow the binary tensors")
+        raise InvalidInput(f"{len(body) - end} bytes of the body remain after the binary tensors")
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         parameters, deadline = scheduled(_parameters(message.parameters), deadline)
@@ -196,7 +198,7 @@ def decode_request(
 
 
 def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int] | None:
-    """As `_decode_any`, if every input is a flat list of numbers that fit it; None leaves it to that, errors too."""
+    """The fast path of `_decode_any`, for flat lists of valid numbers; None for anything else, errors included."""
     try:
         message = _plain_decoder.decode(head)
         inputs = []
@@ -220,7 +222,7 @@ def _decode_plain(head: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], 
 
 
 def _decode_any(head: bytes, body: bytes) -> tuple[_PlainRequest | _Request, list[Tensor], int]:
-    """What the JSON says with all forms that data can have, and where in the body the binary tensors end."""
+    """The JSON with data in any form, its tensors, and where in the body the binary tensors end."""
     message = decode_json(head, _decoder)
     inputs, end = [], len(head)
     for item in message.inputs:
@@ -237,21 +239,21 @@ def _decode_any(head: bytes, body: bytes) -> tuple[_PlainRequest | _Request, lis
 
 
 def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
-    """The request in a body without JSON: the elements of the only input of a model, one row. All outputs are wanted as binary.
+    """The request in a body without JSON: one row of a model's only input. All outputs are returned as binary data.
 
     Args:
-        body: raw elements; a BYTES element without its length in front.
-        metadata: signature of the model. Besides the batch one dimension may vary: its size is told from the body's.
-        version: the one to call.
+        body: raw elements; a BYTES element without its length prefix.
+        metadata: signature of the model. Besides the batch one dimension may be variable: its size follows from the body's.
+        version: requested.
         deadline: of the request.
 
     Raises:
-        InvalidInput: the model has several inputs or dimensions that vary, or the body has another size.
+        InvalidInput: the model has several inputs or variable dimensions, or the body has another size.
 
     Source: Triton, "raw binary request".
     """
     if len(metadata.inputs) != 1:
-        raise InvalidInput(f"a body without JSON is for models with one input, this one has {len(metadata.inputs)}")
+        raise InvalidInput(f"a body without JSON requires a model with one input, this one has {len(metadata.inputs)}")
     spec = metadata.inputs[0]
     if spec.datatype == "BYTES":
         body = encode_bytes([body])
@@ -260,10 +262,10 @@ def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, de
 
 
 def _raw_shape(spec: TensorSpec, n_bytes: int) -> tuple[int, ...]:
-    """The shape of one row of so many bytes; whether they fill it is checked with the request."""
+    """The shape of one row of ``n_bytes``; whether they fill it is checked with the request."""
     shape = (1, *spec.wire_shape[1:]) if spec.wire_shape[:1] == (-1,) else spec.wire_shape
     if shape.count(-1) > 1:
-        raise InvalidInput(f'input "{spec.name}": more than one dimension of {list(shape)} varies, send JSON or its header')
+        raise InvalidInput(f'input "{spec.name}": more than one dimension of {list(shape)} is variable, send JSON')
     size = math.prod(size for size in shape if size > 0) * max(DATATYPES[spec.datatype].itemsize, 1)
     varying = 1 if spec.datatype == "BYTES" else n_bytes // max(size, 1)
     return tuple(varying if size == -1 else size for size in shape)
@@ -272,15 +274,15 @@ def _raw_shape(spec: TensorSpec, n_bytes: int) -> tuple[int, ...]:
 def _parameters(given: dict[str, Parameter] | None) -> dict[str, Parameter]:
     for name, value in (given or {}).items():
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
-            raise InvalidInput(f'parameter "{name[:64]}": expected a number of 64 bits')
+            raise InvalidInput(f'parameter "{name[:64]}": expected an integer of at most 64 bits')
     return given or {}
 
 
 def _binary(item: _Input, size: Parameter, body: bytes, start: int) -> tuple[bytes, int]:
     if item.data is not msgspec.UNSET:
-        raise InvalidInput(f'input "{item.name}": has both data and {_BINARY_SIZE}')
+        raise InvalidInput(f'input "{item.name}": expected data or {_BINARY_SIZE}, got both')
     if type(size) is not int or size < 0 or size > len(body) - start:
-        raise InvalidInput(f'input "{item.name}": {_BINARY_SIZE} is {size}, {len(body) - start} bytes are left of the body')
+        raise InvalidInput(f'input "{item.name}": {_BINARY_SIZE} is {size}, {len(body) - start} bytes remain of the body')
     return body[start : start + size], start + size
 
 
@@ -288,7 +290,7 @@ def _pack_json(item: _Input) -> bytes:
     what = f'input "{item.name[:64]}"'
     datatype = datatype_of(what, item.datatype)
     if item.data is msgspec.UNSET:
-        raise InvalidInput(f'input "{item.name}": has neither data nor {_BINARY_SIZE}')
+        raise InvalidInput(f'input "{item.name}": expected data or {_BINARY_SIZE}, got neither')
     if datatype.name in ("FP16", "BF16"):
         raise InvalidInput(f'input "{item.name}": {datatype.name} has no JSON form, send it as binary data')
     count = n_elements(what, item.shape)
@@ -299,31 +301,36 @@ def _pack_json(item: _Input) -> bytes:
 
 
 def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
-    """The elements of a flat or nested list, row-major; a nested one must be nested as ``shape`` says.
+    """The elements of a flat or nested list, row-major.
+
+    Args:
+        what: e.g. ``input "x"``, for errors.
+        data: a flat list, or lists nested according to the shape.
+        shape: of the tensor.
 
     Raises:
-        InvalidInput: it is no list, or a list in it has another length than its dimension.
+        InvalidInput: not a list, or a nested list has another length than its dimension.
     """
     if not isinstance(data, list):
-        raise InvalidInput(f"{what}: data is a list, got {_json_type(data)}")
+        raise InvalidInput(f"{what}: expected data to be a list, got {_json_type(data)}")
     if not any(isinstance(item, list) for item in data):
         return data
     level = [data]
     for size in shape[:MAX_RANK]:
         if any(not isinstance(item, list) or len(item) != size for item in level):
-            raise InvalidInput(f"{what}: the nested lists are not of shape {list(shape)}")
+            raise InvalidInput(f"{what}: the nested lists do not match shape {list(shape)}")
         level = list(chain.from_iterable(level))
     return level
 
 
 _EXACT_FLOATS = 2**53
-"""Up to here a double tells integers apart."""
+"""A double represents every integer up to here exactly."""
 
 
 def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
     """The raw form of JSON values: text as UTF-8; for floats, null and "NaN" are NaN; for BYTES, null is the empty string.
 
-    1.0 is the integer 1, as some clients write it. Source: JSON Schema, "Numeric types".
+    1.0 is accepted for the integer 1. Source: JSON Schema, "Numeric types".
 
     Raises:
         InvalidInput: a value is not of the datatype, or does not fit it.
@@ -332,7 +339,7 @@ def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
         try:
             values = [value.encode() if isinstance(value, str) else b"" if value is None else value for value in values]
         except UnicodeEncodeError:
-            raise InvalidInput(f"{what}: an element is not text that UTF-8 can hold") from None
+            raise InvalidInput(f"{what}: an element cannot be encoded as UTF-8") from None
     elif datatype.is_float and not set(map(type, values)) <= {float, int}:
         values = [math.nan if value is None else _SPECIAL_FLOATS.get(value, value) if isinstance(value, str) else value
                   for value in values]  # fmt: skip
@@ -345,39 +352,39 @@ def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
 
 
 def _whole(value: Any) -> Any:
-    """The integer that a float is, unless it may have been another one before it was a float."""
+    """A float as the integer that it equals, unless it is so large that another integer may have been rounded to it."""
     return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOATS else value
 
 
-def is_binary_wanted(request: InferRequest, output: str) -> bool:
-    """Whether the caller wants this output behind the JSON instead of in it."""
-    for wanted in request.outputs:
-        if wanted.name == output and _BINARY_OUTPUT in wanted.parameters:
-            return wanted.parameters[_BINARY_OUTPUT] is True
+def is_binary_requested(request: InferRequest, output: str) -> bool:
+    """Whether this output is requested as binary data instead of JSON."""
+    for requested in request.outputs:
+        if requested.name == output and _BINARY_OUTPUT in requested.parameters:
+            return requested.parameters[_BINARY_OUTPUT] is True
     return request.parameters.get(_ALL_BINARY) is True
 
 
 def encode_response(response: InferResponse, request: InferRequest) -> tuple[bytes, int | None]:
-    """The body of an answer, and how many bytes of it are JSON if binary tensors follow.
+    """The body of a response, and the length of its JSON if binary tensors follow.
 
-    Values that are not finite are null in JSON, and counted in the output's parameter ``nonfinite_values``.
+    Values that are not finite are null in JSON and counted in the output's parameter ``nonfinite_values``.
 
     Raises:
-        InvalidInput: an output has no JSON form and was not asked for as binary data.
+        InvalidInput: an output has no JSON form and was not requested as binary data.
     """
     outputs, binary = [], []
     may_be_binary = bool(request.outputs or request.parameters)
     for tensor in response.outputs:
-        if may_be_binary and is_binary_wanted(request, tensor.name):
+        if may_be_binary and is_binary_requested(request, tensor.name):
             parameters = {_BINARY_SIZE: len(tensor.raw)}
-            outputs.append(_AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, parameters=parameters))
+            outputs.append(_AnswerOutput(tensor.name, tensor.datatype, tensor.shape, parameters=parameters))
             binary.append(tensor.raw)
             continue
-        answered = _AnsweredOutput(tensor.name, tensor.datatype, tensor.shape, json_values(tensor))
+        answered = _AnswerOutput(tensor.name, tensor.datatype, tensor.shape, json_values(tensor))
         if tensor.datatype in ("FP32", "FP64") and (n_bad := _count_nonfinite(answered.data)):
             answered.parameters = {"nonfinite_values": n_bad}
         outputs.append(answered)
-    head = _encoder.encode(_Answer(response.model, response.version, outputs, response.id, response.parameters))
+    head = _encoder.encode(_InferAnswer(response.model, response.version, outputs, response.id, response.parameters))
     return (b"".join((head, *binary)), len(head)) if binary else (head, None)
 
 

@@ -1,9 +1,12 @@
-"""What was inferred since the process began, and how long each part of it took. Source: Triton's "statistics" extension.
+"""Counts and durations of inferences since the process began. Source: Triton's "statistics" extension.
 
-Each service counts its own work. What ``compute_input``, ``compute_infer`` and ``compute_output`` are: at predict making arrays,
-running the model, making tensors (of a run; of a request the three count as ``compute_infer``, and ``compute_input`` is checking
-it); at preprocess transforming, calling predict, the postprocess step; at the proxy checking the request, calling preprocess,
-nothing. ``queue`` is waiting to be sent, or for a free thread.
+Each service counts its own work. ``compute_input``, ``compute_infer`` and ``compute_output`` are
+
+- at predict, of a run: creating arrays, running the model, creating tensors; of a request: checking it, those three, nothing;
+- at preprocess: transforming, calling predict, the postprocess step;
+- at the proxy: checking the request, calling preprocess, nothing.
+
+``queue`` is the time in a queue, or waiting for a thread.
 """
 
 from __future__ import annotations
@@ -20,13 +23,13 @@ from splitserve.oip.messages import READY, ModelState
 from splitserve.versions import unknown_model
 
 N_BATCH_SIZES = 128
-"""Different numbers of rows that are counted apart; what comes later is counted in the sums only."""
+"""Batch sizes that are counted separately; further ones are counted in the totals only."""
 
 Part = Literal["queue", "input", "infer", "output"]
 
 
 class Duration(msgspec.Struct):
-    """How often something was done, and the nanoseconds that it took in all."""
+    """How often something was done, and the total nanoseconds."""
 
     count: int = 0
     ns: int = 0
@@ -38,7 +41,7 @@ class Duration(msgspec.Struct):
 
 
 class InferStatistics(msgspec.Struct):
-    """By request. ``success`` and ``fail`` are whole requests; the rest are parts of those that succeeded."""
+    """Per request. ``success`` and ``fail`` are whole requests; the others are parts of the successful ones."""
 
     success: Duration = msgspec.field(default_factory=Duration)
     fail: Duration = msgspec.field(default_factory=Duration)
@@ -60,10 +63,10 @@ class BatchStatistics(msgspec.Struct):
 
 
 class ModelStatistics(msgspec.Struct):
-    """One version of a model, with the protocol's names.
+    """One version of a model, with the fields of the extension.
 
-    ``last_inference`` is in milliseconds since the epoch, 0 if there was none. ``inference_count`` counts rows,
-    ``execution_count`` runs, which can be of several requests.
+    ``last_inference`` is in milliseconds since the epoch, 0 for none. ``inference_count`` counts rows, ``execution_count`` runs,
+    each of one or several requests.
     """
 
     name: str
@@ -75,13 +78,13 @@ class ModelStatistics(msgspec.Struct):
     batch_stats: list[BatchStatistics] = []
 
     def succeeded(self, n_requests: int, *, n_rows: int, total_ns: int, parts: Mapping[Part, int]) -> None:
-        """Count requests that were answered.
+        """Count successful requests.
 
         Args:
-            n_requests: those of one call, or one.
+            n_requests: of one call.
             n_rows: of all of them.
-            total_ns: the sum of what each took.
-            parts: the sums of its parts.
+            total_ns: sum of their durations.
+            parts: sums of the parts of their durations.
         """
         self.last_inference = time.time_ns() // 1_000_000
         self.inference_count += n_rows
@@ -96,12 +99,12 @@ class ModelStatistics(msgspec.Struct):
         stats.queue.count = stats.compute_input.count = stats.compute_infer.count = stats.compute_output.count = success.count
 
     def failed(self, total_s: float) -> None:
-        """Count a request that was not answered, after so many seconds."""
+        """Count a failed request, which took ``total_s`` seconds."""
         self.inference_stats.fail.add(round(total_s * 1e9))
 
 
 class Stopwatch:
-    """The parts of one request or run, in nanoseconds. Each lap belongs to the part that it is said to end."""
+    """The parts of one request or run, in nanoseconds."""
 
     __slots__ = ("_lap", "_started", "parts")
 
@@ -110,7 +113,7 @@ class Stopwatch:
         self.parts: dict[Part, int] = {"queue": 0, "input": 0, "infer": 0, "output": 0}
 
     def end(self, part: Part) -> None:
-        """What was done since the last call, or the start, was this part."""
+        """Count the time since the last call, or the start, as this part."""
         now = time.perf_counter_ns()
         self.parts[part] += now - self._lap
         self._lap = now
@@ -122,7 +125,7 @@ class Stopwatch:
 
 
 class _Recorded(Stopwatch):
-    """A class, because a generator would cost three times as much, and that for every request."""
+    """A context manager as a class: a generator would cost three times as much for every request."""
 
     __slots__ = ("_entry", "_n_rows")
 
@@ -142,24 +145,24 @@ class _Recorded(Stopwatch):
 
 
 class Statistics:
-    """Counts by model and version. Not for several threads; a `Stopwatch` may be carried into one."""
+    """Counts by model and version. Not thread-safe; a `Stopwatch` may be used in another thread."""
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str], ModelStatistics] = {}
         self._batches: dict[tuple[str, str, int], BatchStatistics] = {}
 
     def recorded(self, model: str, version: str, *, n_rows: int) -> _Recorded:
-        """Count the request that is handled inside the ``with``: as a success, or as a failure if it is left by an exception.
+        """Count the request that the ``with`` block handles: as failed if an exception leaves the block, otherwise as successful.
 
         Args:
-            model: that exists: entries are kept.
-            version: the one that serves the request.
+            model: an existing one, since entries are kept.
+            version: that serves the request.
             n_rows: of the request.
         """
         return _Recorded(self.of(model, version), n_rows)
 
     def record_run(self, model: str, version: str, *, n_rows: int, parts: dict[Part, int]) -> None:
-        """Count a run, of one request or of several together."""
+        """Count a run of one or several requests."""
         entry = self.of(model, version)
         entry.execution_count += 1
         batch = self._batches.get((model, version, n_rows))
@@ -173,28 +176,28 @@ class Statistics:
         batch.compute_output.add(parts["output"])
 
     def of(self, model: str, version: str) -> ModelStatistics:
-        """The counts of a version that exists; they are kept."""
+        """The counts of an existing version; they are kept."""
         entry = self._models.get((model, version))
         if entry is None:
             entry = self._models[model, version] = ModelStatistics(model, version)
         return entry
 
     def report(self, states: Iterable[ModelState], model: str = "", version: str = "") -> list[ModelStatistics]:
-        """Those of the versions that are ready; one that was never asked for has zeros.
+        """The counts of all ready versions, zeros for those without requests.
 
         Args:
             states: the service's index.
-            model: only its versions; "" is all models.
-            version: only this one; "" is all.
+            model: only its versions; "": all models.
+            version: only this one; "": all.
 
         Raises:
             NotFound: no such model or version.
         """
-        wanted = [state for state in states if model in ("", state.name) and version in ("", state.version)]
-        if model and not wanted:
+        requested = [state for state in states if model in ("", state.name) and version in ("", state.version)]
+        if model and not requested:
             raise NotFound(unknown_model(model) + (f", version {version[:32]}" if version else ""), model=model[:128])
         return [
             self._models.get((state.name, state.version), ModelStatistics(state.name, state.version))
-            for state in wanted
+            for state in requested
             if state.state == READY
         ]

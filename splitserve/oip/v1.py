@@ -1,6 +1,6 @@
 """The V1 protocol of TensorFlow Serving and KServe: ``instances`` in, ``predictions`` out; ``inputs`` in, ``outputs`` out.
 
-A body names no datatypes, so the model's signature says what its values are.
+A body has no datatypes; they follow from the model's signature.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Body(msgspec.Struct):
 
 
 class V1Request(msgspec.Struct, frozen=True):
-    """A request, and whether it came by column, so that the answer goes that way too."""
+    """A request, and whether it is columnar, so that the response has the same form."""
 
     request: InferRequest
     is_columnar: bool
@@ -40,18 +40,18 @@ _encoder = msgspec.json.Encoder()
 def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> V1Request:
     """The request in a body.
 
-    An instance is a record by input name, or, without names, the row of a model's only input or the list of one value for each
-    input in the signature's order. ``inputs`` are whole tensors by input name, or that of a model's only input. A value
-    ``{"b64": "…"}`` stands for bytes.
+    An instance is an object by input name, or the row of a model's only input, or a list with one value for each input in the
+    signature's order. ``inputs`` are whole tensors by input name, or that of a model's only input. A value ``{"b64": "…"}``
+    stands for bytes.
 
     Args:
         body: JSON with ``instances`` or ``inputs``; other fields, such as ``signature_name``, are ignored.
         metadata: signature of the model.
-        version: the one to call.
+        version: requested.
         deadline: of the request.
 
     Raises:
-        InvalidInput: names the instance or input, what was expected and what came.
+        InvalidInput: names the instance or input, what was expected and what was sent.
     """
     given = decode_json(body, _decoder)
     if (given.instances is msgspec.UNSET) == (given.inputs is msgspec.UNSET):
@@ -64,7 +64,7 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
 
 
 def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:
-    """The values of each input, by row."""
+    """The rows of each input, by name."""
     names = [spec.name for spec in specs]
     if isinstance(given, list):
         if len(specs) != 1:
@@ -83,7 +83,7 @@ def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> 
 def from_instances(
     instances: Sequence[Any], metadata: ModelMetadata, version: str = "", *, deadline: float = NO_DEADLINE
 ) -> InferRequest:
-    """The request for instances that are Python values already; as `decode_request`."""
+    """As `decode_request`, for instances that are Python values already."""
     specs = metadata.inputs
     rows = [_row(index, instance, specs) for index, instance in enumerate(instances)]
     inputs = tuple(_tensor(spec, [row[position] for row in rows]) for position, spec in enumerate(specs))
@@ -91,7 +91,7 @@ def from_instances(
 
 
 def _row(index: int, instance: Any, specs: Sequence[TensorSpec]) -> list[Any]:
-    """The values of one instance, one for each input."""
+    """The values of one instance, in the order of the inputs."""
     if isinstance(instance, dict) and instance.keys() != {"b64"}:
         names = [spec.name for spec in specs]
         if missing := [name for name in names if name not in instance]:
@@ -102,7 +102,7 @@ def _row(index: int, instance: Any, specs: Sequence[TensorSpec]) -> list[Any]:
     if len(specs) == 1:
         return [instance]
     if not isinstance(instance, list) or len(instance) != len(specs):
-        raise InvalidInput(f"instance {index}: expected a record or {len(specs)} values, one for each input")
+        raise InvalidInput(f"instance {index}: expected an object or a list of {len(specs)} values, one for each input")
     return instance
 
 
@@ -129,12 +129,12 @@ def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
 def _elements(spec: TensorSpec, index: int, value: Any, shape: tuple[int, ...]) -> list[Any]:
     elements = flatten(f'instance {index}, input "{spec.name}"', value, shape)
     if len(elements) != math.prod(shape):
-        raise InvalidInput(f'instance {index}: input "{spec.name}" expects shape {list(shape)}, got {len(elements)} values')
+        raise InvalidInput(f'instance {index}: input "{spec.name}": expected shape {list(shape)}, got {len(elements)} values')
     return elements
 
 
 def _observed_shape(values: Sequence[Any]) -> tuple[int, ...]:
-    """The shape of the first instance, for inputs whose inner dimensions vary."""
+    """The shape of the first instance, for inputs with variable inner dimensions."""
     shape, value = [], values[0]
     while isinstance(value, list):
         shape.append(len(value))
@@ -152,11 +152,11 @@ def _from_base64(spec: TensorSpec, element: Any) -> Any:
 
 
 def encode_response(response: InferResponse, *, is_columnar: bool = False) -> bytes:
-    """The body of an answer: a row's value if the model has one output, otherwise an object by output name.
+    """The body of a response: for each row its value if the model has one output, otherwise an object by output name.
 
     Args:
-        response: the answer.
-        is_columnar: ``outputs`` with whole tensors instead of ``predictions`` by row.
+        response: with outputs of shape (n_rows, ...).
+        is_columnar: whole tensors as ``outputs`` instead of rows as ``predictions``.
 
     Raises:
         InvalidInput: an output has no JSON form.
@@ -172,7 +172,7 @@ def encode_response(response: InferResponse, *, is_columnar: bool = False) -> by
 
 
 def _rows(tensor: Tensor) -> list[Any]:
-    """The elements, nested as the shape says."""
+    """The elements as nested lists of the tensor's shape."""
     values = json_values(tensor)
     for axis in range(len(tensor.shape) - 1, 0, -1):
         size, count = tensor.shape[axis], math.prod(tensor.shape[:axis])
@@ -181,7 +181,7 @@ def _rows(tensor: Tensor) -> list[Any]:
 
 
 def status_of(states: Iterable[ModelState]) -> dict[str, Any]:
-    """What TensorFlow Serving says of a model's versions. Source: its REST API, "Model status API"."""
+    """The status of a model's versions, as in TensorFlow Serving. Source: its REST API, "Model status API"."""
     names = {READY: "AVAILABLE", LOADING: "LOADING"}
     return {
         "model_version_status": [
@@ -204,7 +204,7 @@ _TENSORFLOW_TYPES = {
 
 
 def metadata_of(metadata: ModelMetadata, version: str) -> dict[str, Any]:
-    """A model's signature as TensorFlow Serving tells it. Source: its REST API, "Model Metadata API"; 64-bit numbers are text."""
+    """A model's signature, as in TensorFlow Serving. Source: its REST API, "Model Metadata API"; 64-bit integers are strings."""
     signature = {
         "inputs": {spec.name: _tensor_info(spec) for spec in metadata.inputs},
         "outputs": {spec.name: _tensor_info(spec) for spec in metadata.outputs},

@@ -92,7 +92,7 @@ class _Replica(Replica):
 
     @property
     def worker(self) -> tuple[int, int] | None:
-        """Index and count of the process, among those that share the address; None while no stream has told."""
+        """Index and count of the process, among those that share the address; None until a stream is open."""
         return self.keeper.worker if self.keeper.stream is not None else None
 
     async def close(self) -> None:

@@ -31,7 +31,7 @@ def test_the_server_reads_what_the_client_writes(inputs: list[Tensor], outputs: 
 
     assert (read.inputs, read.id) == (request.inputs, "7")
     assert [output.name for output in read.outputs] == outputs
-    assert all(rest.is_binary_wanted(read, name) for name in outputs or ["any"])
+    assert all(rest.is_binary_requested(read, name) for name in outputs or ["any"])
 
 
 @given(st.lists(tensors(), max_size=3), st.sampled_from(["m", ""]))

@@ -228,8 +228,8 @@ def test_typed_contents_mean_what_raw_contents_mean(datatype, data):
         ("INT16", {"int_contents": [0, -32769]}, "element 1 is not a INT16 (-32768 to 32767)"),
         ("UINT8", {"uint_contents": [255, 256]}, "element 1 is not a UINT8 (0 to 255)"),
         ("UINT16", {"uint_contents": [65536]}, "element 0 is not a UINT16 (0 to 65535)"),
-        ("FP16", {"fp32_contents": [1]}, "FP16 travels in raw contents only"),
-        ("BF16", {"fp32_contents": [1]}, "BF16 travels in raw contents only"),
+        ("FP16", {"fp32_contents": [1]}, "FP16 is supported in raw contents only"),
+        ("BF16", {"fp32_contents": [1]}, "BF16 is supported in raw contents only"),
     ],
 )
 def test_typed_contents_that_do_not_fit_are_refused(datatype, contents, message):

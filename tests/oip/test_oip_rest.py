@@ -223,20 +223,20 @@ def test_an_unknown_datatype_is_refused(datatype):
         ([2, 2], [1, 2, 3, 4, 5], "shape [2, 2] needs 4 elements, got 5"),
         ([], [], "shape [] needs 1 elements, got 0"),
         ([], [1, 2], "shape [] needs 1 elements, got 2"),
-        ([2, 2], [[1, 2], [3]], "the nested lists are not of shape [2, 2]"),
-        ([2, 2], [[1, 2], 3], "the nested lists are not of shape [2, 2]"),
-        ([2, 2], [[1, 2, 3, 4]], "the nested lists are not of shape [2, 2]"),
-        ([2, 2], [[1], [2], [3], [4]], "the nested lists are not of shape [2, 2]"),
-        ([4], [[1, 2], [3, 4]], "the nested lists are not of shape [4]"),
-        ([2, 3], [[1, 2], [3, 4], [5, 6]], "the nested lists are not of shape [2, 3]"),
-        ([2, 2, 1], [[1, 2], [3, 4]], "the nested lists are not of shape [2, 2, 1]"),
+        ([2, 2], [[1, 2], [3]], "the nested lists do not match shape [2, 2]"),
+        ([2, 2], [[1, 2], 3], "the nested lists do not match shape [2, 2]"),
+        ([2, 2], [[1, 2, 3, 4]], "the nested lists do not match shape [2, 2]"),
+        ([2, 2], [[1], [2], [3], [4]], "the nested lists do not match shape [2, 2]"),
+        ([4], [[1, 2], [3, 4]], "the nested lists do not match shape [4]"),
+        ([2, 3], [[1, 2], [3, 4], [5, 6]], "the nested lists do not match shape [2, 3]"),
+        ([2, 2, 1], [[1, 2], [3, 4]], "the nested lists do not match shape [2, 2, 1]"),
         ([2], [[1], [2]], "element 0 is not a FP32"),
         ([], [[1]], "element 0 is not a FP32"),
-        ([2], {"0": 1}, "data is a list, got an object"),
-        ([2], "12", "data is a list, got a string"),
-        ([2], 12, "data is a list, got a number"),
-        ([2], None, "data is a list, got null"),
-        ([2], True, "data is a list, got a boolean"),
+        ([2], {"0": 1}, "expected data to be a list, got an object"),
+        ([2], "12", "expected data to be a list, got a string"),
+        ([2], 12, "expected data to be a list, got a number"),
+        ([2], None, "expected data to be a list, got null"),
+        ([2], True, "expected data to be a list, got a boolean"),
     ],
 )
 def test_data_that_is_not_the_shape_is_refused(shape, data, message):
@@ -269,7 +269,7 @@ def test_a_dimension_that_the_wire_can_not_carry_is_refused():
 @pytest.mark.parametrize("fields", [{}, {"parameters": {"other": 1}}])
 def test_an_input_without_elements_is_refused(fields):
     """Neither `data` nor binary data."""
-    assert refusal(body(entry(**fields))) == 'input "x": has neither data nor binary_data_size'
+    assert refusal(body(entry(**fields))) == 'input "x": expected data or binary_data_size, got neither'
 
 
 @pytest.mark.parametrize(
@@ -465,33 +465,33 @@ def test_a_binary_size_that_the_body_does_not_have_is_refused(size):
     """Negative, more than is left, no whole number (B-08)."""
     head = body(binary("FP32", [2], size))
 
-    assert refusal(head + NUMBERS, len(head)) == f'input "x": binary_data_size is {size}, 8 bytes are left of the body'
+    assert refusal(head + NUMBERS, len(head)) == f'input "x": binary_data_size is {size}, 8 bytes remain of the body'
 
 
 def test_bytes_behind_the_last_tensor_are_refused():
     """The sizes account for the whole tail (B-08)."""
     head = body(binary("FP32", [2], 8))
 
-    assert refusal(head + NUMBERS + b"abc", len(head)) == "3 bytes follow the binary tensors"
+    assert refusal(head + NUMBERS + b"abc", len(head)) == "3 bytes of the body remain after the binary tensors"
 
 
 def test_a_tail_that_no_tensor_claims_is_refused():
     """With inputs in JSON only, there is nothing that it could be."""
     head = body(entry(data=[1]))
 
-    assert refusal(head + b"abc", len(head)) == "3 bytes follow the binary tensors"
+    assert refusal(head + b"abc", len(head)) == "3 bytes of the body remain after the binary tensors"
 
 
 def test_data_and_binary_data_exclude_each_other():
     """One would be ignored, and which is nobody's to guess (B-09)."""
     head = body(binary("FP32", [2], 8, data=[1.0, 2.0]))
 
-    assert refusal(head + NUMBERS, len(head)) == 'input "x": has both data and binary_data_size'
+    assert refusal(head + NUMBERS, len(head)) == 'input "x": expected data or binary_data_size, got both'
 
 
 def test_an_empty_body_is_refused():
     """There is no request in it."""
-    assert refusal(b"") == "Inference-Header-Content-Length is 0, the body has 0 bytes"
+    assert refusal(b"") == "the request body is empty, expected JSON"
 
 
 # --- responses
@@ -603,7 +603,7 @@ def test_an_output_is_binary_if_it_was_asked_for_so(parameters, outputs, is_bina
         "m", (), parameters=parameters, outputs=tuple(RequestedOutput(name, facts) for name, facts in outputs.items())
     )
 
-    assert [name for name in ("floats", "text") if rest.is_binary_wanted(asked, name)] == is_binary
+    assert [name for name in ("floats", "text") if rest.is_binary_requested(asked, name)] == is_binary
 
 
 def test_binary_outputs_follow_the_json_in_order():

@@ -130,7 +130,7 @@ def test_a_size_that_varies_is_the_first_instances():
 
     assert decode([[[1, 2], [3, 4], [5, 6]]], metadata) == (Tensor("x", "UINT8", (1, 3, 2), bytes([1, 2, 3, 4, 5, 6])),)
     assert decode([[], []], model(TensorSpec("x", "UINT8", ("batch", "length")))) == (Tensor("x", "UINT8", (2, 0), b""),)
-    assert refusal([[[1, 2]], [[1], [2]]], metadata) == 'instance 1, input "x": the nested lists are not of shape [1, 2]'
+    assert refusal([[[1, 2]], [[1], [2]]], metadata) == 'instance 1, input "x": the nested lists do not match shape [1, 2]'
 
 
 @pytest.mark.parametrize("file", [{"b64": "/wA="}, {"file": {"b64": "/wA="}}, {"file": [{"b64": "/wA="}]}, [{"b64": "/wA="}]])
@@ -200,17 +200,17 @@ def test_a_value_that_is_not_of_the_signature_is_refused(datatype, value):
             PENGUINS,
             'instance 1: unknown "body", "size", expected "year", "bill", "island"',
         ),
-        ([{"b64": "YQ=="}], PENGUINS, "instance 0: expected a record or 3 values, one for each input"),
-        ([[1, 2]], PENGUINS, "instance 0: expected a record or 3 values, one for each input"),
-        ([[1, 2, "a", 4]], PENGUINS, "instance 0: expected a record or 3 values, one for each input"),
-        ([5], PENGUINS, "instance 0: expected a record or 3 values, one for each input"),
-        ([None], PENGUINS, "instance 0: expected a record or 3 values, one for each input"),
-        ([{"image": [[1, 2, 3]]}], IMAGES, 'instance 0, input "image": the nested lists are not of shape [2, 3]'),
-        ([[[1, 2, 3], [4, 5]]], IMAGES, 'instance 0, input "image": the nested lists are not of shape [2, 3]'),
-        ([[1, 2, 3, 4, 5]], IMAGES, 'instance 0: input "image" expects shape [2, 3], got 5 values'),
-        ([[1, 2], [3]], PAIRS, 'instance 1: input "features" expects shape [2], got 1 values'),
-        ([[1, 2], 3], PAIRS, 'instance 1, input "features": data is a list, got a number'),
-        ([{"features": None}], PAIRS, 'instance 0, input "features": data is a list, got null'),
+        ([{"b64": "YQ=="}], PENGUINS, "instance 0: expected an object or a list of 3 values, one for each input"),
+        ([[1, 2]], PENGUINS, "instance 0: expected an object or a list of 3 values, one for each input"),
+        ([[1, 2, "a", 4]], PENGUINS, "instance 0: expected an object or a list of 3 values, one for each input"),
+        ([5], PENGUINS, "instance 0: expected an object or a list of 3 values, one for each input"),
+        ([None], PENGUINS, "instance 0: expected an object or a list of 3 values, one for each input"),
+        ([{"image": [[1, 2, 3]]}], IMAGES, 'instance 0, input "image": the nested lists do not match shape [2, 3]'),
+        ([[[1, 2, 3], [4, 5]]], IMAGES, 'instance 0, input "image": the nested lists do not match shape [2, 3]'),
+        ([[1, 2, 3, 4, 5]], IMAGES, 'instance 0: input "image": expected shape [2, 3], got 5 values'),
+        ([[1, 2], [3]], PAIRS, 'instance 1: input "features": expected shape [2], got 1 values'),
+        ([[1, 2], 3], PAIRS, 'instance 1, input "features": expected data to be a list, got a number'),
+        ([{"features": None}], PAIRS, 'instance 0, input "features": expected data to be a list, got null'),
         ([[[1, 2], [3, 4]]], PAIRS, 'input "features": element 0 is not a FP32'),
     ],
 )

@@ -73,21 +73,21 @@ LIMITS: dict[str, tuple[dict[str, Any], Any, str]] = {
     "inputs": (
         {"max_inputs": 3},
         lambda n: {"inputs": [Input(name="x", datatype="FP32", shape=[0, 2])] * (3 + n), "raw_input_contents": [b""] * (3 + n)},
-        "at most 3 are taken",
+        "the limit is 3",
     ),
-    "outputs": ({"max_outputs": 3}, lambda n: {"outputs": [Wanted(name="x")] * (3 + n)}, "at most 3 are taken"),
-    "parameters": ({"max_parameters": 3}, lambda n: {"parameters": {str(i): FLAG for i in range(3 + n)}}, "at most 3 are taken"),
+    "outputs": ({"max_outputs": 3}, lambda n: {"outputs": [Wanted(name="x")] * (3 + n)}, "the limit is 3"),
+    "parameters": ({"max_parameters": 3}, lambda n: {"parameters": {str(i): FLAG for i in range(3 + n)}}, "the limit is 3"),
     "rows": (
         {"max_rows": 3},
         lambda n: {"shape": [3 + n, 2], "raw_input_contents": [bytes(8 * (3 + n))]},
-        "at most 3 are taken",
+        "the limit is 3",
     ),
     "element": (
         {"max_element_bytes": 3},
         lambda n: {"datatype": "BYTES", "shape": [1], "raw_input_contents": [bytes([3 + n, 0, 0, 0]) + b"b" * (3 + n)]},
-        "at most 3 are taken",
+        "the limit is 3",
     ),
-    "name": ({}, lambda n: {"model_name": "m" * (128 + n)}, "more than 128 characters"),
+    "name": ({}, lambda n: {"model_name": "m" * (128 + n)}, "the limit is 128"),
     "bytes in flight": ({"max_in_flight_bytes": len(message())}, lambda n: {"id": "" if not n else "x"}, "exceed the limit"),
 }  # fmt: skip
 

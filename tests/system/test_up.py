@@ -96,7 +96,7 @@ def test_up_says_what_it_waits_for(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     up = Up(tmp_path / "models", tmp_path / "output", "--fused")
 
-    up.wait_for("waiting: no model is ready, there are none")
+    up.wait_for("waiting: no models found")
     up.process.send_signal(signal.SIGTERM)
 
     assert up.process.wait(60) == 0

@@ -1,0 +1,40 @@
+"""A request in progress, whoever it is that waits for its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+from splitserve.oip.pending import begin_task
+
+
+async def test_a_task_calls_back_with_its_result_or_its_error() -> None:
+    """Once each."""
+    error = ValueError("no")
+    outcomes: asyncio.Queue[int | Exception] = asyncio.Queue()
+
+    async def answer(outcome: int | Exception) -> int:
+        await asyncio.sleep(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    begin_task(answer(1), outcomes.put_nowait)
+    begin_task(answer(error), outcomes.put_nowait)
+
+    assert [await outcomes.get(), await outcomes.get()] == [1, error]
+
+
+async def test_a_request_that_is_cancelled_before_it_began_leaves_nothing() -> None:
+    """No callback, and no coroutine that nobody has awaited, which Python warns of."""
+    outcomes: list[Exception | None] = []
+
+    async def answer() -> None:
+        raise AssertionError("begun")
+
+    begin_task(answer(), outcomes.append).cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+
+    assert outcomes == []
