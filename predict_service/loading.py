@@ -1,4 +1,4 @@
-"""The store of predictors that the settings ask for."""
+"""The store of predictors, built from the settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitserve.server.store import VersionStore
 
 
 def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
-    """Nothing is loaded yet; the store's ``refresh`` does that."""
+    """An empty store; its ``refresh`` loads."""
     load = partial(
         predictor.load,
         intra_op_num_threads=config.intra_op_num_threads or config.n_cores,

@@ -19,7 +19,7 @@ class PredictSettings(FaceSettings, ComputeSettings, RepositorySettings, Batchin
     """Port of the gRPC face."""
 
     intra_op_num_threads: int = Field(1, ge=0)
-    """Threads that ONNX Runtime may use for one run; 0: one for each core. More than one pays for heavy models only."""
+    """Threads that ONNX Runtime may use for one run; 0: one per core. More than one helps with large models only."""
 
     providers: str = "CPUExecutionProvider"
-    """ONNX Runtime's execution providers, most wanted first, separated by commas."""
+    """ONNX Runtime's execution providers, in order of preference, separated by commas."""

@@ -1,7 +1,7 @@
 """Any server of the protocol in the place of predict. Knows no transport.
 
-Ours has an index of its models, whose versions are numbers and never change. Others may have no index, and versions that are no
-numbers, or none; what they serve under a name may change.
+Our predict has an index of its models, whose versions are numbers and never change. Other servers may have no index, and versions
+that are not numbers, or none; what they serve under a name may change.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class OipServer(InferenceService, Protocol):
 
 
 class AnyServer:
-    """An `InferenceService` in front of a server, whoever made that. Versions that are no numbers are `UNNAMED`, sent as "".
+    """An `InferenceService` in front of any server of the protocol. Versions that are not numbers are `UNNAMED`, sent as "".
 
     Args:
-        server: what is behind.
+        server: the server.
         models: names of the models to ask for where there is no index.
     """
 
@@ -61,12 +61,12 @@ class AnyServer:
         return await self._server.metadata(model, "" if version == str(UNNAMED) else version)
 
     async def index(self) -> list[ModelState]:
-        """All versions, or those of `models` where the server has no index or shows it to nobody."""
+        """All versions, or those of `models` where the server has no index or denies access to it."""
         try:
             states = [_plain(state) for state in await self._server.index()]
         except (Unsupported, PermissionDenied):
             states = [state for model in self._models() for state in await self._ask_for(model)]
-        states.sort(key=lambda state: state.state == READY)  # of several that are the same here, one that is ready counts
+        states.sort(key=lambda state: state.state == READY)  # of several that are equal here, a ready one is kept
         return list({(state.name, state.version): state for state in states}.values())
 
     async def _ask_for(self, model: str) -> list[ModelState]:
@@ -86,7 +86,7 @@ class AnyServer:
         return await self._server.not_ready_reason()
 
     async def load(self, model: str) -> None:
-        """Where the server takes no such requests, it loads by itself."""
+        """A server that does not support this loads by itself."""
         try:
             await self._server.load(model)
         except Unsupported:
@@ -101,7 +101,7 @@ def _as_sent(request: InferRequest) -> InferRequest:
 
 
 def _plain(state: ModelState) -> ModelState:
-    """A version as ours writes it. MLServer's states are written ``State.READY``, and one of them is ``UNKNOWN``."""
+    """A version in the form of our predict. MLServer writes ``State.READY``, and has ``UNKNOWN``."""
     name = state.state.rpartition(".")[2]
     reason = state.reason if name in _STATES else state.reason or f"the predict service says {name[:32]}"
     is_served = name in (READY, LOADING)

@@ -1,4 +1,4 @@
-"""The store of preprocessors that the settings ask for."""
+"""The store of preprocessors, built from the settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitserve.server.store import VersionStore
 
 
 def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]:
-    """Nothing is loaded yet; the store's ``refresh`` does that."""
+    """An empty store; its ``refresh`` loads."""
     load = partial(
         preprocessor.load,
         trusted_modules=[name.strip() for name in config.trusted_modules.split(",") if name.strip()],

@@ -27,26 +27,28 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
     """Port of the gRPC face."""
 
     predict_target: str = "127.0.0.1:8021"
-    """Where predict is: a gRPC name. `dns:///predict:8021` uses every address that the name has."""
+    """gRPC target of predict. `dns:///predict:8021` uses every address of the name."""
 
     default_timeout_s: float = Field(0.0, ge=0)
-    """Seconds that a request may take if its caller sets no deadline; 0: any time. The proxy always sets one."""
+    """Deadline, in seconds, of requests that set none; 0: none. The proxy always sets one."""
 
     trusted_modules: str = ""
-    """Modules whose types may be loaded from a bundle, separated by commas: those of your transformers, installed here too."""
+    """Modules whose types may be loaded from a bundle, separated by commas: those of your transformers, which must be
+    installed."""
 
     allow_environment_mismatch: bool = False
     """Load bundles of another minor version of scikit-learn and rely on their golden samples."""
 
     allow_unsafe_pickle: bool = False
-    """Load transforms that are pickles, which run any code: whoever can write to the model repository is then master here."""
+    """Load transforms that are pickles, which can run any code: write access to the model repository is then control of this
+    service."""
 
     allow_fingerprint_mismatch: bool = False
-    """Pair halves that fit in shape although the features mean something else than the predictor was trained on."""
+    """Admit pairs whose halves fit in shape although the predictor was trained on features of another meaning."""
 
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
-    """What runs the transforms: `auto` the compiled form of those bundles that have one and no plan, which costs less, if ONNX
-    Runtime is installed (`splitserve[compiled]`), else scikit-learn; `sklearn` never; `onnx` refuses a bundle without one."""
+    """What runs the transforms. `auto`: the compiled form of bundles that have one and no plan, if ONNX Runtime is installed
+    (`splitserve[compiled]`), else scikit-learn. `sklearn`: never the compiled form. `onnx`: refuse bundles without one."""
 
     @property
     def grpc_config(self) -> GrpcConfig:
@@ -57,7 +59,7 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
 def read(arguments: Sequence[str]) -> PreprocessSettings:
     """Settings from the environment and from KServe's arguments for a transformer.
 
-    What is wrong ends the process with status 2 and a line that names it.
+    An invalid value ends the process with status 2 and a line that names it.
     """
     transformer = kserve.transformer(arguments)
     config = settings.read(PreprocessSettings, **transformer.settings)

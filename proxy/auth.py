@@ -1,4 +1,4 @@
-"""Who calls: bearer tokens, either listed by their digests or JWT signed by an issuer, as an authorization file says.
+"""Authentication by bearer tokens: listed by their digests in an authorization file, or JWT of an issuer that it names.
 
 The file is docs/security.md's; it and the issuer's keys are read again while the proxy runs.
 """
@@ -26,24 +26,24 @@ from splitserve.server.callers import Caller
 from splitserve.watched import Watched
 
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
-"""Those with a public key. An HMAC's key would have to be kept secret by whoever checks it."""
+"""Asymmetric ones only: the key of an HMAC would have to be kept secret here."""
 
 MAX_TOKEN_LENGTH = 8 * 1024
 MAX_KEYS_BYTES = 1024 * 1024
 KEYS_INTERVAL_S = 300.0
-"""How often keys are fetched from a URL; sooner when a token names a key that is not known, but not within `KEYS_RETRY_S`."""
+"""How often keys are fetched from a URL; sooner when a token names an unknown key, but not within `KEYS_RETRY_S`."""
 KEYS_RETRY_S = 10.0
 FETCH_TIMEOUT_S = 5.0
 N_REMEMBERED = 10_000
 REMEMBERED_S = 60.0
-"""How long a JWT that was checked needs no second check, if it does not expire earlier."""
+"""How long a verified JWT is cached, if it does not expire earlier."""
 
 WRONG_CREDENTIALS = "the credentials are not valid"
-"""All that a caller learns: not whether a token is unknown, expired, or signed by somebody else."""
+"""The only message for a bad token: it does not say whether it is unknown, expired, or of another issuer."""
 
 
 class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A token known by the SHA-256 of its text, in hexadecimal, and what its bearer may do."""
+    """A token by the SHA-256 of its text, in hexadecimal, and the rights of its bearer."""
 
     name: str
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -52,7 +52,7 @@ class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the bearer of a JWT may do whose claims match, each a pattern; of a claim that is a list, one element has to."""
+    """Rights of the bearer of a JWT whose claims match these patterns; of a claim that is a list, one element has to match."""
 
     claims: dict[str, str]
     models: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Grant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whose JWT are taken. ``jwks`` is an https URL, or a path, seen from the folder of the authorization file."""
+    """The accepted issuer of JWT. ``jwks`` is an https URL, or a path relative to the authorization file."""
 
     issuer: str
     audience: str
@@ -97,7 +97,7 @@ def _check_issuer(path: str, issuer: Issuer) -> None:
     if unknown := set(issuer.algorithms) - set(ALGORITHMS):
         raise ValueError(f"{path}: algorithms: {', '.join(sorted(unknown))}: expected some of {', '.join(ALGORITHMS)}")
     if not issuer.algorithms or not issuer.issuer or not issuer.audience:
-        raise ValueError(f"{path}: jwt: issuer, audience and algorithms are needed: others' tokens would be taken without them")
+        raise ValueError(f"{path}: jwt: issuer, audience and algorithms are required to reject tokens of others")
     url = urlsplit(issuer.jwks)
     if "://" not in issuer.jwks:
         read_keys(_beside(path, issuer.jwks))
@@ -129,7 +129,7 @@ def _parse_keys(source: str, text: bytes) -> Keys:
 
 
 class _Refetched:
-    """Keys at a URL."""
+    """Keys fetched from a URL."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -138,7 +138,7 @@ class _Refetched:
         self.value: Keys | None = None
 
     async def has_changed(self, *, is_asked_for: bool = False) -> bool:
-        """Fetch them if it is time, or if they are asked for and have not just been fetched; True if they are new."""
+        """Fetch them if they are due, or if ``is_asked_for`` and not just fetched; True if they are new."""
         async with self._fetching:
             now = time.monotonic()
             if now < (self._soonest_fetch if is_asked_for else self._next_fetch):
@@ -179,7 +179,7 @@ class BearerAuthenticator:
         self._take_policy()
 
     async def refresh(self) -> None:
-        """Look at the file and at the keys, if it is time."""
+        """Read the file again if it has changed, and the keys if they are due."""
         if self._policy.has_changed():
             self._take_policy()
             # The authorization file has changed and is in force.
@@ -220,7 +220,7 @@ class BearerAuthenticator:
         return await self._signed(issuer, token, _digest(token))
 
     def _listed(self, digest: bytes) -> Caller | None:
-        """All are compared, each in constant time: how long it takes tells nothing of those that are listed."""
+        """Compares with every listed token in constant time, so that timing reveals nothing about them."""
         text, found = digest.hex(), None
         for token in self._policy.value.tokens:
             if hmac.compare_digest(token.sha256, text):
@@ -254,7 +254,7 @@ class BearerAuthenticator:
             self._remembered.clear()
             keys = self._keys()
         if keys is None:
-            raise Unavailable("the keys that tokens are checked with cannot be fetched")
+            raise Unavailable("the keys that verify tokens cannot be fetched")
         if key_id is None and len(keys) == 1:
             return next(iter(keys.values()))
         if key_id not in keys:
@@ -281,7 +281,7 @@ def _digest(token: str) -> bytes:
 
 
 def _granted(grants: Sequence[Grant], claims: Mapping[str, Any]) -> Caller:
-    """Everything that some grant gives."""
+    """The union of the matching grants."""
     matching = [grant for grant in grants if all(_matches(claims, *claim) for claim in grant.claims.items())]
     models = tuple(pattern for grant in matching for pattern in grant.models)
     return Caller(str(claims.get("sub", "jwt"))[:64], models, any(grant.operator for grant in matching))

@@ -1,4 +1,4 @@
-"""Both faces of the proxy, REST and gRPC, started, drained and stopped as one. Split and fused serving show the same ones."""
+"""Both faces of the proxy, REST and gRPC, started, drained and stopped together. Split and fused serving use the same ones."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ class Faces:
 def _authenticator(config: ProxySettings) -> BearerAuthenticator | None:
     if not config.auth_file:
         return None
-    from proxy.auth import BearerAuthenticator  # brings cryptography with it, which nobody else needs
+    from proxy.auth import BearerAuthenticator  # imports cryptography, which is needed here only
 
     return BearerAuthenticator(config.auth_file)

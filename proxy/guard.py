@@ -1,6 +1,6 @@
-"""Who may do what: an `InferenceService` in front of the proxy's, so that both faces and every verb pass the same point.
+"""Authorization: an `InferenceService` in front of the proxy's, so that both faces and every verb are checked in one place.
 
-A verb that is not named here is for operators only.
+A verb that is not listed here is allowed to operators only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _check_operator() -> None:
 
 
 class Guard:
-    """The same service, for those who may."""
+    """The proxy's service, for callers that are allowed to use it."""
 
     def __init__(self, service: ProxyService) -> None:
         self._service = service
@@ -64,7 +64,7 @@ class Guard:
         return await self._service.metadata(model, version)
 
     async def index(self) -> list[ModelState]:
-        """Those models that the caller may call."""
+        """The models that the caller may call."""
         caller = _known()
         return [state for state in await self._service.index() if caller.is_operator or caller.may_call(state.name)]
 
@@ -77,7 +77,7 @@ class Guard:
         await self._service.unload(model)
 
     async def not_ready_reason(self) -> str:
-        """For anyone; callers without credentials do not learn the names of models."""
+        """Allowed to everybody; callers without credentials do not learn the names of models."""
         reason = await self._service.not_ready_reason()
         return "not ready" if reason and current.get() is NOBODY else reason
 

@@ -1,4 +1,4 @@
-"""What the proxy does: binds a request to a pair, checks it against the pair's signature, sends it on. Knows no transport."""
+"""The proxy's service: binds a request to a pair, checks it against the pair's signature, forwards it. Knows no transport."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STAGE = "proxy"
 
 
 class _Target(msgspec.Struct, frozen=True):
-    """What a request for a model and version gets, until the next look."""
+    """The pair that requests for a model and version are bound to, until the next refresh."""
 
     pair: str
     signature: ModelMetadata
@@ -47,15 +47,15 @@ class _Target(msgspec.Struct, frozen=True):
 class ProxyService:
     """An `InferenceService` in front of preprocess.
 
-    What is known of the pairs decides which one a request gets and whether we say "ready". Whether a pair can still be served
-    is for preprocess to say: a request for a known pair is sent even if the last look found it unavailable.
+    The pairs found by the last refresh decide which one a request is bound to, and readiness. Whether a pair can still be served
+    is decided by preprocess: a request for a known pair is sent even if the last refresh found it unavailable.
 
-    Requests that wait while a call to preprocess is under way go out as the next one, merged.
+    Requests that wait while a call to preprocess is in flight are merged into the next one.
 
     Args:
-        preprocess: the service behind.
-        limits: of what is merged.
-        n_replicas: how many of the service behind can be called now.
+        preprocess: the next service.
+        limits: of merged calls.
+        n_replicas: how many replicas of the next service can be called now.
         max_message_bytes: the largest answer; a request whose answer would be larger is refused.
     """
 
@@ -81,7 +81,7 @@ class ProxyService:
         return True
 
     async def refresh(self) -> None:
-        """Look at which pairs preprocess has."""
+        """Ask preprocess for its pairs."""
         try:
             states = await self._preprocess.index()
             reason = "" if states else await self._preprocess.not_ready_reason()
@@ -101,7 +101,7 @@ class ProxyService:
         self._targets = {}
 
     async def _catalogue(self, states: list[ModelState]) -> Catalogue[Pair, ModelMetadata]:
-        """The pairs in an index with their signatures, asking for those that are not known yet."""
+        """The pairs in an index with their signatures; unknown ones are asked for."""
         pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         for state in states:
             if not state.version:
@@ -118,7 +118,7 @@ class ProxyService:
             return known.value if known else None
         try:
             return await self._preprocess.metadata(state.name, state.version)
-        except (NotFound, Unavailable):  # gone since the index was made
+        except (NotFound, Unavailable):  # unloaded since the index was made
             return None
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -211,6 +211,6 @@ def _named(request: InferRequest, error: Exception) -> SplitserveError:
 
 
 def _without_priority(request: InferRequest) -> tuple[InferRequest, int]:
-    """The request without its priority, so that it merges with those of others, and the priority."""
+    """The request without its priority, so that it can be merged with others, and the priority."""
     parameters = {name: value for name, value in request.parameters.items() if name != PRIORITY}
     return msgspec.structs.replace(request, parameters=parameters), max(HIGHEST_PRIORITY, int(request.parameters[PRIORITY]))

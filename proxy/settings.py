@@ -31,41 +31,41 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     """Port of the gRPC face."""
 
     preprocess_target: str = "127.0.0.1:8011"
-    """Where preprocess is: a gRPC name. `dns:///preprocess:8011` uses every address that the name has."""
+    """gRPC target of preprocess. `dns:///preprocess:8011` uses every address of the name."""
 
     default_timeout_s: float = Field(30.0, gt=0)
-    """Seconds that a request may take if its caller sets no deadline."""
+    """Deadline, in seconds, of requests that set none."""
 
     max_timeout_s: float = Field(300.0, gt=0)
-    """Seconds that a request may take whatever its caller asks for."""
+    """Longest deadline, in seconds, that a request may set."""
 
     auth_file: str = ""
-    """JSON file that says who may call what, with tokens and JWT (docs/security.md); read anew when it changes. Without one,
-    anyone who reaches a port may call."""
+    """Authorization file: JSON with tokens, JWT issuer and rights (docs/security.md); reloaded when it changes. Without one,
+    calls are not authenticated."""
 
     max_url_bytes: int = Field(8 * 1024, gt=0)
-    """Longest URL of a REST request."""
+    """Maximum length of a REST request's URL, in bytes."""
 
     max_header_bytes: int = Field(64 * 1024, gt=0)
-    """Most bytes of a REST request's headers."""
+    """Maximum size of a REST request's headers, in bytes."""
 
     max_headers: int = Field(100, gt=0)
-    """Most headers of a REST request."""
+    """Maximum number of a REST request's headers."""
 
     max_chunks: int = Field(65_536, gt=0)
-    """Most chunks of a REST request's body."""
+    """Maximum number of chunks of a REST request's body."""
 
     header_timeout_s: float = Field(10.0, gt=0)
-    """Seconds within which the headers of a REST request must arrive."""
+    """Time limit, in seconds, for the headers of a REST request to arrive."""
 
     min_body_bytes_per_s: int = Field(1_000, ge=0)
-    """Least rate of a REST body that takes longer than 5 s to arrive."""
+    """Minimum rate of a REST body that takes longer than 5 s to arrive."""
 
     keep_alive_s: float = Field(60.0, gt=0)
-    """Seconds that an idle REST connection is kept."""
+    """Idle timeout of REST connections, in seconds."""
 
     write_timeout_s: float = Field(30.0, gt=0)
-    """Seconds after which a REST connection is closed whose reader takes nothing of the answer."""
+    """Seconds without progress after which a REST connection is closed whose client does not read the response."""
 
     @property
     def server_metadata(self) -> ServerMetadata:

@@ -1,6 +1,6 @@
-"""The REST face: Open Inference Protocol V2, the V1 form, the API's own documentation.
+"""The REST face: Open Inference Protocol V2, V1, and the documentation of the API.
 
-Knows HTTP; bodies are the business of `splitserve.oip.rest` and `splitserve.oip.v1`.
+Knows HTTP; bodies are encoded by `splitserve.oip.rest` and `splitserve.oip.v1`, inferences handled by `proxy.rest.inference`.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from splitserve.server.callers import Authenticator
 from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
 
 N_REMEMBERED_PATHS = 512
-"""For so many paths it is known what serves them."""
+"""Size of the cache of routes by path."""
 
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
 
 
 class Request(msgspec.Struct):
-    """What a handler needs of an HTTP request. ``path`` holds the named parts of its path; ``body`` is not compressed."""
+    """An HTTP request for a handler. ``path`` has the named parts of its path; ``body`` is decompressed."""
 
     path: dict[str, str]
     incoming: HttpRequest
@@ -65,7 +65,7 @@ class Request(msgspec.Struct):
 
 
 class Refused(Exception):
-    """A request that HTTP itself has a status for: no such path, another method, a form of body that is not taken."""
+    """A request with a status of HTTP itself: no such path, wrong method, unsupported media type or encoding."""
 
     def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
@@ -82,9 +82,9 @@ class RestApp:
     """Serves a `ProxyService` over HTTP.
 
     Args:
-        service: what is served.
-        config: how.
-        authenticator: tells who calls; None: nobody is asked.
+        service: to serve.
+        config: how to serve it.
+        authenticator: None: calls are not authenticated.
     """
 
     def __init__(self, service: ProxyService | Guard, config: RestConfig, *, authenticator: Authenticator | None = None) -> None:
@@ -102,7 +102,7 @@ class RestApp:
         self._openapi = msgspec.json.encode(document(config.metadata.version, asks_for_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
-        """Set to say "not ready" while calls are still answered."""
+        """Set: readiness is false, calls are still answered."""
         routes: tuple[tuple[str, dict[str, Handler | type[RestInference]]], ...] = (
             (rf"/v2{_MODEL}/infer", {"POST": RestInference}),
             (rf"/v1{_MODEL}:predict", {"POST": V1Inference}),
@@ -165,7 +165,7 @@ class RestApp:
             return self.failure(error)
 
     def failure(self, error: Exception) -> HttpResponse:
-        """Errors become statuses here and nowhere else."""
+        """The response for an error; the only place that renders one."""
         if isinstance(error, Refused):
             return _refusal(error)
         return _error(failures.named(error, STAGE), self.config.retry_after_s)
@@ -176,7 +176,7 @@ class RestApp:
                 handler = methods.get("GET" if method == "HEAD" else method)
                 if handler is None:
                     allowed = ", ".join(methods) + (", HEAD" if "GET" in methods else "")
-                    raise Refused(405, f"{method[:16]} is not a method of this path", (("allow", allowed),))
+                    raise Refused(405, f"{method[:16]} is not allowed for this path", (("allow", allowed),))
                 return handler, {name: value or "" for name, value in match.groupdict().items()}
         raise Refused(404, "Not Found")
 
@@ -210,14 +210,14 @@ class RestApp:
         return _json(200, {"name": model, "ready": True})
 
     async def _model_status(self, request: Request) -> HttpResponse:
-        """As both KServe's and TensorFlow Serving's clients read it."""
+        """In a form that KServe's and TensorFlow Serving's clients both read."""
         model, version = request.path["model"], request.path["version"]
         ready = await self._model_ready(request)
         states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
     async def _v1_metadata(self, request: Request) -> HttpResponse:
-        """As TensorFlow Serving's clients read it."""
+        """In TensorFlow Serving's form."""
         pair, metadata = self._service.choose(request.path["model"], request.path["version"])
         return _json(200, v1.metadata_of(metadata, str(pair)))
 
@@ -239,15 +239,15 @@ class RestApp:
 
     async def _repository_control(self, request: Request) -> HttpResponse:
         if not self.config.allow_control:
-            raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+            raise PermissionDenied("loading and unloading is disabled; ALLOW_REPOSITORY_CONTROL=true enables it")
         if b"origin" in request.incoming.headers:
-            # A page in somebody's browser, which may stand where we cannot be reached from.
-            raise PermissionDenied("loading and unloading is not for web pages")
+            # A web page in a browser, which may be inside a network that its author cannot reach.
+            raise PermissionDenied("loading and unloading is not allowed to web pages")
         check_model_name(request.path["model"])
         wish = rest.decode_json(request.body) if request.body else {}
         parameters = wish.get("parameters", {}) if isinstance(wish, dict) else None
         if not isinstance(parameters, dict) or parameters.keys() - CONTROL_PARAMETERS:
-            raise InvalidInput("parameters are not taken: the model repository says what is loaded")
+            raise InvalidInput("parameters are not supported: the model repository determines what is loaded")
         act = self._service.load if request.path["action"] == "load" else self._service.unload
         await act(request.path["model"])
         return _json(200, {})
@@ -263,14 +263,14 @@ class RestApp:
 
 
 def _check_form(incoming: HttpRequest) -> str:
-    """The encoding of the body, "" if it has none. Its content type does not matter otherwise: clients send many.
+    """The encoding of the body; "" if it has none. Any other content type is accepted: clients send many.
 
     Raises:
-        Refused: the body comes in a form that is not taken.
+        Refused: the media type or encoding of the body is not supported.
     """
     headers = incoming.headers
     if b"content-type" in headers and headers[b"content-type"].startswith(b"multipart/"):
-        raise Refused(415, "multipart bodies are not taken, send JSON")
+        raise Refused(415, "multipart bodies are not supported: send JSON")
     if b"content-encoding" not in headers:
         return ""
     encoding = (incoming.header(b"content-encoding") or "").lower()
@@ -278,7 +278,7 @@ def _check_form(incoming: HttpRequest) -> str:
         return ""
     if encoding not in compression.ENCODINGS:
         taken = ", ".join(compression.ENCODINGS)
-        raise Refused(415, f"content-encoding {encoding[:32]} is not taken, {taken} are", (("accept-encoding", taken),))
+        raise Refused(415, f"content-encoding: expected {taken}, got {encoding[:32]}", (("accept-encoding", taken),))
     return encoding
 
 

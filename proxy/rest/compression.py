@@ -1,4 +1,4 @@
-"""Compressed bodies, both ways: gzip and deflate. What is inflated is bounded, whatever it claims to be."""
+"""Compression of request and response bodies: gzip and deflate. Decompression is bounded."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import zlib
 from splitserve.errors import InvalidInput, TooLarge
 
 ENCODINGS = ("gzip", "deflate")
-"""What is taken and given, most wanted first."""
+"""Supported, in order of preference."""
 
 MIN_COMPRESSED_BYTES = 4096
-"""Smaller answers are not worth it."""
+"""Smaller responses are not compressed."""
 
 _LEVEL = 1
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 
 
 def inflate(body: bytes, encoding: str, *, max_bytes: int) -> bytes:
-    """The body before it was compressed.
+    """Decompress a body.
 
     Args:
-        body: compressed, whole.
-        encoding: one of `ENCODINGS`. As deflate both the zlib form and the bare one are sent by clients, and taken.
-        max_bytes: no more is inflated.
+        body: the whole compressed body.
+        encoding: one of `ENCODINGS`. For deflate, clients send both the zlib format and raw deflate.
+        max_bytes: of the decompressed body.
 
     Raises:
-        InvalidInput: not of that encoding, cut off, or with something behind.
+        InvalidInput: not of that encoding, truncated, or followed by other bytes.
         TooLarge: more than ``max_bytes`` come out.
     """
     stream = zlib.decompressobj(_GZIP if encoding == "gzip" else _ZLIB if _is_zlib(body) else _RAW)
     try:
         content = stream.decompress(body, max_bytes + 1)
     except zlib.error:
-        raise InvalidInput(f"the body is not {encoding}") from None
+        raise InvalidInput(f"body: expected {encoding}, got other bytes") from None
     if len(content) > max_bytes:
-        raise TooLarge(f"the body has more than the {max_bytes} bytes that are taken when it is inflated")
+        raise TooLarge(f"decompressed body: expected at most {max_bytes} bytes, got more")
     if not stream.eof:
-        raise InvalidInput(f"the {encoding} body is cut off")
+        raise InvalidInput(f"body: the {encoding} stream is truncated")
     if stream.unused_data:
-        raise InvalidInput(f"{len(stream.unused_data)} bytes follow the {encoding} body")
+        raise InvalidInput(f"body: {len(stream.unused_data)} bytes follow the {encoding} stream")
     return content
 
 
@@ -49,12 +49,12 @@ def _is_zlib(body: bytes) -> bool:
 
 
 def deflate(body: bytes, encoding: str) -> bytes:
-    """The body, compressed as one of `ENCODINGS`."""
+    """Compress a body by one of `ENCODINGS`."""
     return gzip.compress(body, _LEVEL, mtime=0) if encoding == "gzip" else zlib.compress(body, _LEVEL)
 
 
 def choose(accept_encoding: str) -> str:
-    """The encoding to answer with; "" is none. Source: RFC 9110, section 12.5.3."""
+    """The encoding of the response; "" for none. Source: RFC 9110, section 12.5.3."""
     wishes: dict[str, bool] = {}
     for item in accept_encoding.lower().split(","):
         name, *parameters = (part.strip() for part in item.split(";"))

@@ -1,4 +1,4 @@
-"""Who calls: what faces ask an authenticator, and where the services behind them find the answer."""
+"""Authentication of callers: the interface that faces use, and where services find the caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitserve.errors import SplitserveError
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """Who calls: ``models`` are shell patterns (``penguins-*``); operators load, unload, and see every model."""
+    """An authenticated caller: ``models`` are shell patterns (``penguins-*``); operators load, unload, and see every model."""
 
     name: str
     models: tuple[str, ...] = ()
@@ -30,22 +30,22 @@ NOBODY = Caller("")
 """A caller without credentials, or with wrong ones."""
 
 current: ContextVar[Caller | None] = ContextVar("caller", default=None)
-"""Who makes the call that this context serves; None outside of calls and where nobody is asked."""
+"""The caller of the call that this context serves; None outside of calls and where they are not authenticated."""
 
 
 class Authenticator(Protocol):
-    """Tells who calls from the values of a call's ``authorization`` headers."""
+    """Identifies callers by the values of a call's ``authorization`` headers."""
 
     def recognise(self, credentials: Sequence[str]) -> Caller | None:
-        """The caller, if that can be said at once; None if it takes `identify`.
+        """The caller, if the credentials can be checked at once; None if `identify` has to.
 
         Raises:
-            Unauthenticated: these credentials cannot be valid.
+            Unauthenticated: the credentials are missing or not valid.
         """
         ...
 
     async def identify(self, credentials: Sequence[str]) -> Caller:
-        """The caller where `recognise` returned None, after whatever checks that takes.
+        """The caller of credentials for which `recognise` returned None.
 
         Raises:
             Unauthenticated: the credentials are not valid.
@@ -58,9 +58,9 @@ async def identify(authenticator: Authenticator | None, credentials: Sequence[st
     """Make the caller that of the running task, before anything of its call is decoded.
 
     Args:
-        authenticator: None: nobody is asked.
+        authenticator: None: calls are not authenticated.
         credentials: the values of the call's ``authorization`` headers.
-        is_open: anyone may make this call, so wrong credentials do no harm.
+        is_open: the call needs no credentials, so wrong ones are ignored.
 
     Raises:
         Unauthenticated, Unavailable: as `Authenticator.identify`, unless ``is_open``.

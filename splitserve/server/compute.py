@@ -1,7 +1,7 @@
-"""Where blocking work runs: in the event loop while it is short, in a thread once it is long.
+"""Runs blocking work in the event loop if it is short, in a thread if it is long.
 
-A hop to a thread and back costs more than a small transform or model takes. But what takes long must not keep the loop from
-answering health checks and other calls. How long it takes is seen from the calls before, by the number of rows.
+A switch to a thread and back costs more than a small transform or model. Long work would keep the loop from answering health
+checks and other calls. The duration is estimated from earlier calls with about as many rows.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ T = TypeVar("T")
 A = TypeVarTuple("A")
 
 INLINE_S = 0.003
-"""Work that is expected to take less runs in the loop."""
+"""Work that is expected to take less runs in the event loop."""
 
 _WEIGHT = 0.3
 
 
 class Compute:
-    """Runs work for owners, e.g. loaded models, and remembers how long it takes for each.
+    """Runs work for owners, e.g. loaded models, and measures its duration for each.
 
     Args:
-        executor: threads for what is long or not known yet.
-        inline_s: below this, work runs in the loop.
-        clock: seconds that never go back.
+        executor: threads for work that is long or not measured yet.
+        inline_s: shorter work runs in the event loop.
+        clock: monotonic, in seconds.
     """
 
     def __init__(self, executor: Executor, *, inline_s: float = INLINE_S, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -38,12 +38,12 @@ class Compute:
         self._seconds: WeakKeyDictionary[Hashable, dict[int, float]] = WeakKeyDictionary()
 
     async def run(self, owner: Hashable, n_rows: int, work: Callable[[*A], T], *arguments: *A) -> T:
-        """The result of ``work(*arguments)`` on so many rows.
+        """Return ``work(*arguments)``.
 
         Args:
-            owner: whose work it is; one of the same owner and size is expected to take as long.
-            n_rows: its size.
-            work: blocks; may be called in a thread.
+            owner: work of the same owner and size is expected to take as long.
+            n_rows: the size of the work.
+            work: blocking; may be called in a thread.
             arguments: of ``work``.
         """
         seen = self._seconds.get(owner)

@@ -1,4 +1,4 @@
-"""How many cores this process may use: what its affinity and its control groups leave of the machine."""
+"""How many cores this process may use, by CPU affinity and control groups."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ OWN = Path("/proc/self/cgroup")
 
 
 def available(root: Path = ROOT, own: Path = OWN) -> int:
-    """Cores, at least 1; a limit of half a core counts as one.
+    """Number of cores, at least 1; a limit of half a core counts as one.
 
     Args:
-        root: where control groups are mounted.
-        own: the file that names those of this process.
+        root: mount point of the control groups.
+        own: the file that lists the groups of this process.
 
     Source: the kernel's documentation of control groups, ``cpu.max`` (v2) and ``cpu.cfs_quota_us`` (v1).
     """
@@ -24,7 +24,7 @@ def available(root: Path = ROOT, own: Path = OWN) -> int:
 
 
 def _limits(root: Path, own: Path) -> list[float]:
-    """In cores, of each group that the process is in and those above it, as far as they can be seen from here."""
+    """Limits, in cores, of the process' groups and their parents, as far as they are visible."""
     limits = []
     for line in _read(own).splitlines():
         number, controllers, path = line.split(":", 2)
@@ -50,7 +50,7 @@ def _limit_v1(folder: Path) -> float:
 
 
 def _ratio(quota: str, period: str) -> float:
-    """0 where there is no limit."""
+    """0: no limit."""
     try:
         return max(0.0, int(quota) / int(period))
     except (ValueError, ZeroDivisionError):

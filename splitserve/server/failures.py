@@ -1,4 +1,4 @@
-"""Exceptions as the errors that callers are told: what REST and gRPC render is decided here, once."""
+"""The error that a caller gets for an exception: decided here for REST and gRPC."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from splitserve.wire.http1.messages import BodyTooLarge
 
 
 def in_table(error: Exception) -> Exception:
-    """The error of the table that a limit of the wire stands for; any other exception as it is."""
+    """The error of the table for an exceeded limit of the wire; any other exception unchanged."""
     if isinstance(error, BodyTooLarge):
         return TooLarge(str(error))
     if isinstance(error, BudgetExceeded):
@@ -19,11 +19,11 @@ def in_table(error: Exception) -> Exception:
 
 
 def named(error: Exception, stage: str) -> SplitserveError:
-    """The error that a caller is told. Of an unexpected exception it learns nothing; the log does.
+    """The error for the caller. An unexpected exception is logged, and hidden from the caller.
 
     Args:
         error: what was raised.
-        stage: the name that an error gets which has none.
+        stage: set on an error that has none.
     """
     failure = at_stage(stage).named(in_table(error))
     if isinstance(failure, Internal):

@@ -1,6 +1,6 @@
 """The gRPC face: serves any `InferenceService` as the Open Inference Protocol, with grpc.health.v1 and reflection.
 
-Methods get and give bytes, so that a message that does not parse is answered like any other bad input.
+Handlers take and return bytes, so that a message that does not parse is answered like any other invalid input.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ HEALTH_INTERVAL_S = 0.2
 _MAX_REASON_LENGTH = 1000
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
-"""What anyone may ask; grpc.health.v1 and reflection are open too."""
+"""Methods that need no credentials; grpc.health.v1 and reflection need none either."""
 
 Answer = Callable[[bytes, ServerCall], Awaitable[bytes]]
 
 
 class GrpcFace:
-    """A gRPC server in front of a service; entered, it listens; left, it is gone.
+    """A gRPC server in front of a service; an async context manager that listens while it is entered.
 
     Health: ``""`` is SERVING while something can be inferred, ``inference.GRPCInferenceService`` while calls are taken: from the
     end of the first loading until draining begins.
 
     Args:
-        service: what is served.
-        config: how.
-        statistics: what the service counts, if it does.
-        authenticator: tells who calls; None: nobody is asked.
+        service: to serve.
+        config: how to serve it.
+        statistics: of the service, if it has any.
+        authenticator: None: calls are not authenticated.
         budget: of the bytes that requests hold; None: unlimited.
     """
 
@@ -101,7 +101,7 @@ class GrpcFace:
         """The server of the engine that is configured, and the port that it will listen on."""
         config = self._config
         if config.engine == "grpcio":
-            from splitserve.server.grpcio_server import GrpcioServer  # brings grpcio with it, which nobody else may need
+            from splitserve.server.grpcio_server import GrpcioServer  # imports grpcio, which our own server does not need
 
             grpcio_server = GrpcioServer(self._methods(), config, status_of=self._status_of, new_reservation=budget.reservation)
             return grpcio_server, grpcio_server.port
@@ -132,7 +132,7 @@ class GrpcFace:
         await self._server.stop()
 
     async def drain(self) -> None:
-        """Say "not ready", serve on for the delay, then refuse new calls and let those in flight finish."""
+        """Report "not ready", keep serving for the delay, then refuse new calls and let those in flight finish."""
         self._is_draining = True
         await self._set_health()
         await asyncio.sleep(self._config.drain_delay_s)
@@ -153,7 +153,7 @@ class GrpcFace:
         self._health.set(protobuf.SERVICE, takes_calls)
 
     def _report(self, reason: str) -> None:
-        """A line when readiness changes, or why it is missing does."""
+        """Log when readiness or its reason changes."""
         if reason != self._reported_reason:
             self._reported_reason = reason
             if reason:
@@ -188,7 +188,7 @@ class GrpcFace:
         }
 
     def _answering(self, answer: Answer, is_open: bool) -> Answer:
-        """The same after the caller has been identified, where that is asked for."""
+        """The handler, after the caller has been identified if there is an authenticator."""
         authenticator = self._authenticator
         if authenticator is None:
             return answer
@@ -200,7 +200,7 @@ class GrpcFace:
         return serve
 
     def _status_of(self, error: Exception) -> CallError:
-        """Errors become statuses here and nowhere else."""
+        """The status of an error; the only place that renders one."""
         failure = self._named(error)
         return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
 
@@ -245,7 +245,7 @@ class GrpcFace:
     async def _model_statistics(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelStatisticsRequest, data)
         if self._statistics is None:
-            raise Unsupported("nothing is counted here")
+            raise Unsupported("statistics are not supported")
         entries = self._statistics.report(await self._service.index(), request.name, request.version)
         return protobuf.encode_statistics(entries).SerializeToString()
 
@@ -265,17 +265,17 @@ class GrpcFace:
         return pb.RepositoryModelUnloadResponse().SerializeToString()
 
     def _controlled(self, request: Any) -> str:
-        """The model that a control request names. KServe's clients have its name where others have the repository's.
+        """The model that a control request names. KServe's clients send its name in the field of the repository's.
 
         Raises:
-            PermissionDenied: this face takes no such requests.
+            PermissionDenied: they are disabled.
             NotFound: no model can have this name.
-            InvalidInput: it brings parameters: what is loaded is decided by the repository, not by callers.
+            InvalidInput: it has parameters: the repository determines what is loaded.
         """
         if not self._config.allow_control:
-            raise PermissionDenied("loading and unloading is not allowed here; ALLOW_REPOSITORY_CONTROL=true allows it")
+            raise PermissionDenied("loading and unloading is disabled; ALLOW_REPOSITORY_CONTROL=true enables it")
         if set(request.parameters) - CONTROL_PARAMETERS:
-            raise InvalidInput("parameters are not taken: the model repository says what is loaded")
+            raise InvalidInput("parameters are not supported: the model repository determines what is loaded")
         name: str = request.model_name or request.repository_name
         check_model_name(name)
         return name
@@ -288,7 +288,7 @@ class GrpcFace:
 
 
 def _tell(call: ServerCall, reason: str) -> None:
-    """Why the answer is "not ready", if it is: the protocol's message has no room for it."""
+    """Send the reason of "not ready" as trailing metadata: the protocol's message has no field for it."""
     if reason:
         call.trailing_metadata = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
 

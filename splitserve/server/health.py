@@ -1,4 +1,4 @@
-"""grpc.health.v1: what orchestrators, load balancers and clients ask before they send anything.
+"""grpc.health.v1, which orchestrators, load balancers and clients use.
 
 Source: gRPC, doc/health-checking.md.
 """
@@ -19,7 +19,7 @@ SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
 class Health:
-    """Which services of a server can be called."""
+    """The health of the services of a server."""
 
     def __init__(self) -> None:
         self._is_serving: dict[str, bool] = {"": False}
@@ -35,13 +35,13 @@ class Health:
         }
 
     def set(self, service: str, is_serving: bool) -> None:
-        """Tell of one, and those who watch it."""
+        """Set the health of a service and notify watchers."""
         if self._is_serving.get(service) is not is_serving:
             self._is_serving[service] = is_serving
             self._wake()
 
     def end(self) -> None:
-        """Those who watch have nothing more to wait for."""
+        """End all watches."""
         self._is_over = True
         self._wake()
 

@@ -1,4 +1,4 @@
-"""The server's end of ``ModelStreamInfer``: many calls at once on one stream, each answered when it is done.
+"""Server side of ``ModelStreamInfer``: many requests in flight on one stream, each answered when it is done.
 
 Answers carry the ids of their requests, and come as they are ready. A failure is an answer too: the stream goes on.
 """
@@ -16,17 +16,17 @@ from splitserve.wire.grpc.call import ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 MAX_UNANSWERED = 256
-"""Calls under way on one stream; with more, nothing is read from it until some are answered."""
+"""Limit on the requests in flight on one stream; at the limit nothing is read from it."""
 
 Begin = Callable[[bytes, ServerCall, Callable[[bytes], None]], Pending | None]
-"""A message's bytes, the stream that brought it, and who is told of the answer's bytes, at once or later. Raises nothing."""
+"""Takes a message, its stream, and a callback for the response's bytes, which is called at once or later. Raises nothing."""
 
 
 class InferStreams:
-    """The streams of a server.
+    """The open streams of a server.
 
     Args:
-        begin: begins to answer one message.
+        begin: begins to handle one message.
     """
 
     def __init__(self, begin: Begin) -> None:
@@ -34,7 +34,7 @@ class InferStreams:
         self._readers: set[asyncio.Task[None]] = set()
 
     async def serve(self, call: ServerCall) -> None:
-        """Handle one stream until its client has sent all, or `stop`; then answer what is under way."""
+        """Handle a stream until the client half-closes it, or `stop`; then answer the requests in flight."""
         index, count = own_place()
         call.send_initial_metadata(((protobuf.STREAM_KEY, "1"), (protobuf.WORKER_KEY, f"{index}/{count}")))
         stream = _Stream(self._begin, call)
@@ -53,7 +53,7 @@ class InferStreams:
             self._readers.discard(reader)
 
     def stop(self) -> None:
-        """Read no more from any stream: each ends when what is under way on it is answered."""
+        """Stop reading: each stream ends when its requests in flight are answered."""
         for reader in self._readers:
             reader.cancel()
 
@@ -81,7 +81,7 @@ class _Stream:
                 self._unanswered[number] = pending
 
     async def _until_fewer(self) -> None:
-        """Until something is answered, or what is answered is on its way."""
+        """Wait until a request is answered, or the send queue is empty."""
         if self._call.send_queue:
             await self._call.drain()
         else:
@@ -93,7 +93,7 @@ class _Stream:
         self._changed.set()
         try:
             self._call.write_nowait(answer)
-        except CallError as error:  # it is too large; that it is cannot be told otherwise
+        except CallError as error:  # the response is too large, so the stream ends with that status
             self._call.fail(error)
 
     async def finish(self) -> None:

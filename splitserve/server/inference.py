@@ -33,7 +33,7 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class InferenceRules(msgspec.Struct, frozen=True):
-    """What is the same for every inference of a face. ``authenticator`` None: nobody is asked who calls."""
+    """What is the same for every inference of a face. ``authenticator`` None: calls are not authenticated."""
 
     service: InferenceService
     limits: RequestLimits
@@ -155,7 +155,7 @@ class Inference(ABC, Generic[A]):
         """The values of the request's ``authorization`` headers."""
 
     def _is_received(self) -> bool:
-        """Whether there is nothing that `_receive` would wait for."""
+        """Whether `_decode` can be called now."""
         return True
 
     async def _receive(self) -> None:

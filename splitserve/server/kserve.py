@@ -1,7 +1,7 @@
-"""The arguments that KServe gives to containers of transformers and predictors, as settings.
+"""The arguments that KServe passes to containers of transformers and predictors, as settings.
 
-An argument counts more than the environment variable of the same meaning. Those for what is not here are passed over, and so are
-those that are not known: KServe's own servers do so too, and newer versions of it may give more.
+An argument overrides the environment variable of the same meaning. Arguments for features that we do not have are ignored, and so
+are unknown ones: KServe's own servers ignore them too, and newer versions may pass more.
 
 Source: kserve 0.21, ``kserve/model_server.py``; its controller adds ``--model_name`` and ``--predictor_host``.
 """
@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 PROTOCOL = "grpc-v2"
 
 _PORT, _TLS_PORT = 80, 443
-"""Of a predictor whose host has none. Source: kserve 0.21, ``InferenceGRPCClient``."""
+"""Default ports of a predictor. Source: kserve 0.21, ``InferenceGRPCClient``."""
 
-_PASSED_OVER = (
+_IGNORED = (
     "access_log_format", "configure_logging", "enable_docs_url", "enable_grpc", "enable_latency_logging", "event-loop",
     "grpc_max_receive_message_length", "grpc_max_send_message_length", "http_port", "log_config_file", "max_asyncio_workers",
     "max_threads", "predictor_request_retries", "protocol", "timeout-keep-alive", "workers",
 )  # fmt: skip
-"""Nothing listens for HTTP here; what else they are for is for settings."""
+"""Ignored: there is no HTTP port, and the rest are settings."""
 
 
 class Transformer(NamedTuple):
-    """Settings of preprocess, and whether predict is to be called over TLS."""
+    """Settings of preprocess, and whether predict is called over TLS."""
 
     settings: dict[str, Any]
     uses_tls: bool
@@ -41,7 +41,7 @@ def predictor(arguments: Sequence[str]) -> dict[str, Any]:
 def transformer(arguments: Sequence[str]) -> Transformer:
     """Settings of preprocess from its container's arguments.
 
-    Exits with status 2 if the predictor is to be called otherwise than over gRPC, or its host is none.
+    Exits with status 2 if the predictor's protocol is not gRPC, or its host is not a host.
     """
     parser = _parser("preprocess_service")
     parser.add_argument("--predictor_host", default="")
@@ -67,7 +67,7 @@ def transformer(arguments: Sequence[str]) -> Transformer:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     found, unknown = parser.parse_known_args(arguments)
     if unknown:
-        print(f"arguments that are not known are passed over: {' '.join(unknown)}", file=sys.stderr)
+        print(f"ignoring unknown arguments: {' '.join(unknown)}", file=sys.stderr)
     return found
 
 
@@ -81,7 +81,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--grpc_port", type=int)
     parser.add_argument("--ssl_certfile", default="")
     parser.add_argument("--ssl_keyfile", default="")
-    for name in _PASSED_OVER:
+    for name in _IGNORED:
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser
 
@@ -103,7 +103,7 @@ def _target(host: str, port: int) -> str:
 
 
 def _is_true(text: str) -> bool:
-    """Source: distutils' ``strtobool``, by which KServe reads them."""
+    """Source: distutils' ``strtobool``, which KServe uses."""
     if text.lower() in ("y", "yes", "t", "true", "on", "1"):
         return True
     if text.lower() in ("n", "no", "f", "false", "off", "0"):

@@ -25,13 +25,13 @@ S = TypeVar("S", bound="ServiceSettings")
 _MIB = 1024 * 1024
 
 WAITING_INTERVAL_S = 0.1
-"""How often a service that cannot serve yet looks whether it can."""
+"""Refresh interval of a service that is not ready yet."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
 
 class StopSignal:
-    """SIGTERM or SIGINT, as something to wait for. A second one ends the process at once."""
+    """Waits for SIGTERM or SIGINT. A second one ends the process at once."""
 
     def __init__(self) -> None:
         self._came = asyncio.Event()
@@ -40,7 +40,7 @@ class StopSignal:
             loop.add_signal_handler(number, self._on_signal, number)
 
     async def wait(self) -> None:
-        """Until the first signal."""
+        """Return at the first signal."""
         await self._came.wait()
 
     def _on_signal(self, number: int) -> None:
@@ -51,7 +51,7 @@ class StopSignal:
 
 @contextlib.asynccontextmanager
 async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run these beside what is inside the ``with``; they are cancelled when it is left."""
+    """Run coroutines in the background of the ``with`` block; leaving it cancels them."""
     tasks = [asyncio.create_task(coroutine) for coroutine in work]
     try:
         yield
@@ -62,7 +62,7 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 class Face(Protocol):
-    """What a process listens with."""
+    """What a service process listens with."""
 
     @property
     def ports(self) -> Mapping[str, int]:
@@ -75,7 +75,7 @@ class Face(Protocol):
 
 
 class ServiceProcess(contextlib.AsyncExitStack):
-    """The life of a service process, between its first log line and its last: what is entered is left in reverse order.
+    """A service process from its first log line to its last. What is entered is exited in reverse order.
 
     Args:
         config: its settings.
@@ -89,8 +89,13 @@ class ServiceProcess(contextlib.AsyncExitStack):
         self._stop = StopSignal()
 
     async def serve(self, face: Face, *work: Coroutine[Any, Any, None]) -> None:
-        """Do the background work until the process is told to stop, then drain the face, which is listening."""
-        # Requests are taken at these ports: `http_port` of the proxy, `grpc_port` of every service.
+        """Run until SIGTERM or SIGINT, with background work, then drain.
+
+        Args:
+            face: listening already.
+            work: runs in the background until the end.
+        """
+        # Requests are accepted at these ports: `http_port` of the proxy, `grpc_port` of every service.
         self._log.info("listening", **face.ports)
         await self.enter_async_context(background(*work))
         await self._stop.wait()
@@ -109,7 +114,7 @@ class ServiceProcess(contextlib.AsyncExitStack):
 
 
 class Refreshing(Protocol):
-    """Something that follows the outside world by looking again and again."""
+    """Something that polls."""
 
     async def refresh(self) -> None: ...
 
@@ -117,12 +122,12 @@ class Refreshing(Protocol):
 async def keep_refreshing(
     what: Refreshing, *, interval_s: float, why_waiting: Callable[[], Awaitable[str]] | None = None
 ) -> None:
-    """Refresh now and then every ``interval_s`` seconds, until cancelled. A failure is logged and the next round tries again.
+    """Refresh every ``interval_s`` seconds, until cancelled. A failure is logged and retried in the next round.
 
     Args:
-        what: is refreshed.
-        interval_s: between two rounds.
-        why_waiting: what has to come before it can serve, "" when it can; until then rounds follow each other sooner.
+        what: to refresh.
+        interval_s: between rounds.
+        why_waiting: why it is not ready, "" if it is; until then rounds follow every `WAITING_INTERVAL_S`.
     """
     log = structlog.get_logger()
     while True:
@@ -137,9 +142,9 @@ async def keep_refreshing(
 
 
 def _keep_memory() -> None:
-    """Have glibc keep freed memory for the next large message: fresh pages cost more than the copies that they are for.
+    """Have glibc keep freed memory for the next large message: page faults cost more than the copies.
 
-    Source: mallopt(3). Elsewhere there is no mallopt, and nothing is done.
+    Source: mallopt(3). A libc without it is left as it is.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -153,12 +158,12 @@ def _keep_memory() -> None:
 
 
 def run(main: Callable[[S], Awaitable[None]], read: Callable[[], S], *, service: str) -> None:
-    """Run a service, in several processes if its settings or the option ``--workers`` say so.
+    """Run a service, in several processes if the settings or the option ``--workers`` ask for it.
 
     Args:
-        main: its life, with these settings.
-        read: gives its settings.
-        service: its name, in logs and, in capitals, in front of its settings.
+        main: runs the service, with its settings.
+        read: reads the settings.
+        service: its name in logs; in capitals, the prefix of its settings.
     """
     workers.take_option(sys.argv, f"{service.upper()}_WORKERS")
     config = read()
@@ -170,8 +175,8 @@ def run(main: Callable[[S], Awaitable[None]], read: Callable[[], S], *, service:
 
 
 def _run(main: Awaitable[None]) -> None:
-    """On the fastest event loop that there is here."""
-    # Requests make many objects and no cycles: looking for those every 700 objects costs a tenth of a request.
+    """On uvloop, except on Windows."""
+    # Requests make many objects and no cycles: a collection every 700 objects costs a tenth of a request.
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     _keep_memory()

@@ -1,4 +1,4 @@
-"""Settings of limits, as a part of a service's settings class."""
+"""Settings of limits, mixed into each service's settings class."""
 
 from __future__ import annotations
 
@@ -15,67 +15,68 @@ KIB = 1024
 
 
 class LimitSettings(BaseSettings):
-    """What a request and its connection may cost at any service."""
+    """Limits on requests and connections of any service."""
 
     model_config = SettingsConfigDict(use_attribute_docstrings=True)
 
     max_inputs: int = Field(64, gt=0)
-    """Most inputs of a request. A table with a column an input may need more, here and at each service before this one."""
+    """Maximum number of inputs of a request. A table with one column per input may need more, here and at every service before
+    this one."""
 
     max_outputs: int = Field(64, gt=0)
-    """Most outputs that a request may name."""
+    """Maximum number of outputs that a request names."""
 
     max_parameters: int = Field(64, gt=0)
-    """Most parameters of a request, those of its outputs included."""
+    """Maximum number of parameters of a request, including those of its outputs."""
 
     max_rows: int = Field(1_048_576, gt=0)
-    """Most rows of an input."""
+    """Maximum number of rows of an input."""
 
     max_element_bytes: int = Field(1024 * KIB, gt=0)
-    """Largest element of a BYTES tensor, e.g. a text or a picture."""
+    """Maximum size of an element of a BYTES tensor, e.g. a text or an image, in bytes."""
 
     max_in_flight_bytes: int = Field(512 * KIB * KIB, gt=0)
-    """Most bytes of requests at a time, over all connections, from their arrival to their answer; more are refused."""
+    """Maximum bytes of requests in flight, over all connections, from arrival to response; more are refused."""
 
     max_metadata_bytes: int = Field(16 * KIB, gt=0)
-    """Most metadata, in bytes, that a gRPC call may bring."""
+    """Maximum size of a gRPC call's metadata, in bytes."""
 
     max_streams: int = Field(1024, gt=0)
-    """Most gRPC calls at a time on one connection; more wait at their caller."""
+    """Maximum number of concurrent gRPC calls on one connection; clients hold back more."""
 
     max_connections: int = Field(2_000, gt=0)
-    """Most connections to a port; more are refused."""
+    """Maximum number of connections to a port; more are refused."""
 
     grpc_keepalive_time_s: float = Field(7200.0, gt=0)
-    """A gRPC client that has been silent for so many seconds is sent a keepalive PING. Less than the idle timeout of a load
-    balancer or firewall keeps idle connections open through it."""
+    """Seconds of silence after which a gRPC client is sent a keepalive PING. A value below the idle timeout of a load balancer or
+    firewall keeps idle connections through it open."""
 
     grpc_keepalive_timeout_s: float = Field(20.0, gt=0)
     """Seconds that a gRPC client has to answer that PING; then its connection is closed and its calls are cancelled."""
 
     grpc_max_connection_age_s: float = Field(0.0, ge=0)
-    """Seconds after which a gRPC connection is drained, give or take a tenth, so that its client connects anew and a layer 4 load
+    """Seconds after which a gRPC connection is drained, give or take a tenth, so that its client reconnects and a layer 4 load
     balancer can spread it over new replicas. 0: never."""
 
     grpc_max_connection_age_grace_s: float = Field(0.0, ge=0)
-    """Seconds that calls and streams get to finish once their connection has reached its age; then they end as UNAVAILABLE. 0: as
-    long as they want."""
+    """Seconds that calls and streams get to finish once their connection has reached its age; then they end as UNAVAILABLE. 0:
+    unlimited."""
 
     grpc_max_connection_idle_s: float = Field(0.0, ge=0)
     """Seconds without a call after which a gRPC connection is drained. 0: never."""
 
     @property
     def limits(self) -> RequestLimits:
-        """Those of a request."""
+        """Limits on one request."""
         return RequestLimits(self.max_inputs, self.max_outputs, self.max_parameters, self.max_rows, self.max_element_bytes)
 
     def byte_budget(self) -> ByteBudget:
-        """That of a process, to be made once."""
+        """The process-wide limit on bytes in flight, to be made once."""
         return ByteBudget(self.max_in_flight_bytes)
 
     @property
     def grpc_limits(self) -> ServerLimits:
-        """Those of gRPC connections."""
+        """Limits on gRPC connections."""
         return ServerLimits(
             max_metadata_bytes=self.max_metadata_bytes,
             max_streams=self.max_streams,

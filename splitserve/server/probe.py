@@ -1,14 +1,14 @@
 """``python -m splitserve.server.probe HOST:PORT [--ready]``: asks grpc.health.v1, exits 0 or 1. For container health checks.
 
-Two questions, because two things are done with the answers:
+Two questions, for two purposes:
 
-- By default: does this process take calls? Only itself matters: yes from the end of its first loading until it drains, even with
-  an empty repository or while the service behind it is away. What restarts containers may act on this; restarting this one for
-  what another one lacks would spread an outage.
-- ``--ready``: can something be inferred now, over all hops? What waits for the system before it sends requests wants this.
+- By default: does this process accept calls? Only itself matters: yes from the end of its first loading until it drains, even
+with
+  an empty repository or while the next service is unreachable. For liveness probes: restarting this service because another one
+  fails would spread an outage.
+- ``--ready``: can a model be inferred now, over all hops? For what waits for the system before it sends requests.
 
-A service that listens over TLS is asked over TLS where SPLITSERVE_CA_FILE names what its certificate is signed by; see
-docs/security.md.
+A service with TLS is called over TLS if SPLITSERVE_CA_FILE names the authorities of its certificate; see docs/security.md.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ TIMEOUT_S = 3.0
 
 
 def problem(address: str, service: str, timeout_s: float = TIMEOUT_S) -> str:
-    """Why the service is not well, or an empty string.
+    """Why the service is unhealthy; "" if it is healthy.
 
     Args:
         address: ``host:port``.
         service: `TAKES_CALLS` or `READY`.
-        timeout_s: how long the answer may take.
+        timeout_s: of the call.
     """
     with _channel(address) as channel:
         try:
@@ -53,11 +53,11 @@ def _channel(address: str) -> grpc.Channel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m splitserve.server.probe", description="Exits 0 if a service is well, else 1."
+        prog="python -m splitserve.server.probe", description="Exits 0 if a service is healthy, else 1."
     )
     parser.add_argument("address", help="host:port of its gRPC face")
     parser.add_argument(
-        "--ready", action="store_true", help="ask whether something can be inferred, not only whether it takes calls"
+        "--ready", action="store_true", help="check that a model can be inferred, not only that calls are accepted"
     )
     arguments = parser.parse_args()
     if found := problem(arguments.address, READY if arguments.ready else TAKES_CALLS):

@@ -1,4 +1,4 @@
-"""gRPC server reflection: tools without .proto files learn the methods and messages from the server."""
+"""gRPC server reflection, for tools without .proto files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 NAMES = (reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection")
-"""The service's name, and the newer one that it has with the same messages. Source: grpc/reflection/v1/reflection.proto"""
+"""v1alpha, and v1, which has the same messages. Source: grpc/reflection/v1/reflection.proto."""
 
 
 def methods(services: Sequence[str], files: Sequence[Any]) -> Mapping[str, MethodHandler]:
-    """What tells of these services, by its paths.
+    """Handlers of reflection for these services, by path.
 
     Args:
         services: their full names.

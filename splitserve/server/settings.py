@@ -23,95 +23,95 @@ MIB = 1024 * 1024
 
 
 class ServiceSettings(BaseSettings):
-    """What every service can be told."""
+    """Settings of every service."""
 
     model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore")
 
     host: str = "127.0.0.1"
-    """Address to listen on. Loopback unless told otherwise: see docs/security.md before you open it."""
+    """Address to listen on. Read docs/security.md before listening beyond loopback."""
 
     log_level: logs.Level = Field("info", validation_alias=AliasChoices("LOG_LEVEL"))
-    """Least level that is logged: debug, info, warning or error."""
+    """Minimum level that is logged: debug, info, warning or error."""
 
     log_format: logs.Format = Field("auto", validation_alias=AliasChoices("LOG_FORMAT"))
     """json, text, or auto: text on a terminal, JSON elsewhere."""
 
     log_requests: logs.Requests = Field("failed", validation_alias=AliasChoices("LOG_REQUESTS"))
-    """Which requests get a line in the log: failed, or all, which costs about as much as answering one."""
+    """Which requests are logged: failed, or all, which costs about as much CPU as answering them."""
 
     max_message_bytes: int = Field(64 * MIB, gt=0)
-    """Largest message taken or given, in bytes, over gRPC and as a REST body."""
+    """Maximum size of a gRPC message or REST body, received or sent, in bytes."""
 
     drain_delay_s: float = Field(0.0, ge=0)
-    """Seconds to serve on after SIGTERM while saying "not ready", so that callers learn of it before calls are refused."""
+    """Seconds to keep serving after SIGTERM while reporting "not ready", so that callers notice before calls are refused."""
 
     grace_s: float = Field(30.0, ge=0)
-    """Seconds that calls in flight get to finish once no new ones are taken."""
+    """Seconds that calls in flight get to finish once new ones are refused."""
 
     allow_repository_control: bool = Field(False, validation_alias=AliasChoices("ALLOW_REPOSITORY_CONTROL"))
-    """Take requests to load and unload models: at the proxy from operators if it has an authorization file, else from anyone who
-    can reach the port. Polling needs none of it."""
+    """Accept requests to load and unload models: at the proxy from operators if it has an authorization file, else from
+    everybody who can reach the port. Polling does not need it."""
 
     workers: int = Field(1, ge=1)
     """Processes that share the ports, for hosts with more cores; also the option `--workers`. Each has its own models, statistics
     and limits."""
 
     refresh_interval_s: float = Field(1.0, gt=0)
-    """Seconds between two looks at what this service follows: the model repository, the service behind it."""
+    """Seconds between two checks of the model repository and of the next service."""
 
     @property
     def ports(self) -> tuple[int, ...]:
-        """Those that it listens on."""
+        """The ports that it listens on."""
         return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
 
     @property
     def shares_ports(self) -> bool:
-        """Whether several processes listen on them."""
+        """Whether several processes share the ports."""
         return self.workers > 1
 
     @property
     def n_cores(self) -> int:
-        """What each worker has of the cores that the service may use, at least 1."""
+        """Cores per worker, at least 1."""
         return max(1, cores.available() // self.workers)
 
 
 class ComputeSettings(ServiceSettings):
-    """What the services that run models or transforms can be told."""
+    """Settings of services that run models or transforms."""
 
     compute_threads: int = Field(0, ge=0)
-    """Threads that run models or transforms side by side, so that health checks are answered meanwhile; 0: one for each core, at
-    least 2. What is short runs without them."""
+    """Threads for models or transforms, so that health checks are answered meanwhile; 0: one per core, at least 2. Short work
+    runs in the event loop."""
 
     @property
     def n_threads(self) -> int:
-        """Those that run models or transforms."""
+        """Number of threads for models or transforms."""
         return self.compute_threads or max(2, self.n_cores)
 
 
 class BatchingSettings(ServiceSettings):
-    """What the services that merge requests can be told."""
+    """Settings of services that merge requests."""
 
     max_batch_size: int = Field(256, ge=1)
-    """Most rows of a merged call. A request that has more by itself goes out alone."""
+    """Maximum number of rows of a merged call. A single request with more is sent alone."""
 
     max_batch_bytes: int = Field(MIB, ge=1)
-    """Most bytes of a merged call; large ones gain nothing from merging."""
+    """Maximum bytes of a merged call; merging does not speed up large ones."""
 
     max_queue_size: int = Field(4096, ge=1)
-    """Most requests for a version of a model that wait for their call; more are refused at once."""
+    """Maximum number of queued requests per model and version; more are refused at once."""
 
     max_in_flight: int = Field(0, ge=0)
-    """Most calls under way for a version of a model, for each replica. 0 adapts: one, and more where rows or calls are slow."""
+    """Maximum calls in flight per model, version and replica. 0: adaptive; one, and more if rows or calls are slow."""
 
     max_queue_delay_ms: float = Field(0.0, ge=0)
-    """Milliseconds that a request waits for others to join although nothing is under way. More latency for fewer calls."""
+    """Milliseconds that a request waits for others although no call is in flight: fewer calls at a higher latency."""
 
     max_queue_wait_ms: float = Field(1000.0, ge=0)
-    """Milliseconds that requests shall wait for their call: how many are taken adapts to it, and more are refused at once.
-    0: only max_queue_size counts."""
+    """Target for the queue wait, in milliseconds: the number of accepted requests adapts to it, and more are refused at once. 0:
+    only max_queue_size applies."""
 
     batching: str = ""
-    """Other limits for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
+    """Limits that differ for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
 
     def batch_limits(self, model: str) -> BatchLimits:
         """The limits for a model."""
@@ -154,20 +154,21 @@ def _parse_limit(text: str) -> tuple[str, float]:
 
 
 class RepositorySettings(ServiceSettings):
-    """What the services that read the model repository can be told."""
+    """Settings of services that read the model repository."""
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
     """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md). A
-    folder may be that of one model, too, or one bundle."""
+    folder may also be that of one model, or one bundle."""
 
     model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
-    """Folder that files from a URL are kept in; below ~/.cache or, if that cannot be written, the folder for temporary files."""
+    """Cache folder for files from a URL; by default below ~/.cache or, if that is not writable, the folder for temporary
+    files."""
 
     model_poll_interval_s: float = Field(10.0, ge=0, validation_alias=AliasChoices("MODEL_POLL_INTERVAL_S"))
-    """Seconds between two listings of a repository that is a URL. A folder is looked at every refresh interval."""
+    """Seconds between two listings of a repository that is a URL. A folder is listed every refresh interval."""
 
     model_fetch_timeout_s: float = Field(60.0, gt=0, validation_alias=AliasChoices("MODEL_FETCH_TIMEOUT_S"))
-    """Seconds that a step of a fetch from a URL may take: a listing, or 4 MiB of a file."""
+    """Time limit, in seconds, of one step of a fetch from a URL: a listing, or 4 MiB of a file."""
 
     models: str = Field("", validation_alias=AliasChoices("MODELS"))
     """Names of the models to serve, separated by commas; all when empty."""
@@ -176,19 +177,19 @@ class RepositorySettings(ServiceSettings):
     """Versions of each half to hold: all, latest:N, or those of pairs like 1.1,2.1; by model as in `latest:2; penguins=all`."""
 
     unload_delay_s: float = Field(30.0, ge=0)
-    """Seconds that a version which is no longer wanted is kept after it was last asked for."""
+    """Seconds that a version which is no longer selected stays loaded after its last use."""
 
     model_signature_key: str = Field("", validation_alias=AliasChoices("MODEL_SIGNATURE_KEY"))
-    """File with a public key in PEM form: only bundles that its counterpart has signed are loaded. Needs the extra `signing`."""
+    """File with a public key in PEM form: only bundles signed by its private key are loaded. Needs the extra `signing`."""
 
     @property
     def selection(self) -> Selection:
-        """Which models and versions are wanted."""
+        """The selected models and versions."""
         return Selection(parse_models(self.models), parse_policies(self.model_versions))
 
     @property
     def look_interval_s(self) -> float:
-        """Time between two looks at the model repository, if it is not looked at in every refresh."""
+        """Seconds between two listings of the model repository; 0: every refresh."""
         return self.model_poll_interval_s if sources.is_url(self.model_repository) else 0.0
 
     @field_validator("model_repository")
@@ -223,7 +224,7 @@ S = TypeVar("S", bound=ServiceSettings)
 def read(settings: type[S], **overrides: Any) -> S:
     """Settings from the environment.
 
-    A wrong value ends the process with status 2 and a line for each variable, before anything is bound.
+    An invalid value ends the process with status 2 and a line for each variable, before anything is bound.
     """
     try:
         return settings(**overrides)

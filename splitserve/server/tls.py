@@ -1,6 +1,6 @@
-"""TLS as servers need it: credentials of both faces, which follow their files as they change.
+"""Server-side TLS of both faces: certificates are reloaded when their files change.
 
-New handshakes use what the files say now; connections that are open stay as they are.
+New handshakes use the current files; open connections stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ServerTls(msgspec.Struct, frozen=True):
-    """Files of a server, all PEM. With ``client_ca_file``, callers must show a certificate that one of its authorities signed."""
+    """PEM files of a server. With ``client_ca_file``, clients must present a certificate that one of its authorities signed."""
 
     cert_file: str
     key_file: str
@@ -27,7 +27,7 @@ class ServerTls(msgspec.Struct, frozen=True):
 
     @property
     def files(self) -> list[str]:
-        """Those that are given."""
+        """The files that are set."""
         return [path for path in (self.cert_file, self.key_file, self.client_ca_file) if path]
 
     def check(self) -> None:
@@ -40,7 +40,7 @@ class ServerTls(msgspec.Struct, frozen=True):
             check_certificates(self.client_ca_file)
 
     def ssl_context(self, protocol: str) -> ssl.SSLContext:
-        """What the files say, for a protocol by its ALPN name. Raises as `check`."""
+        """A context from the files, for one ALPN protocol. Raises as `check`."""
         self.check()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -50,16 +50,16 @@ class ServerTls(msgspec.Struct, frozen=True):
         if self.client_ca_file:
             context.load_verify_locations(cafile=self.client_ca_file)
             context.verify_mode = ssl.CERT_REQUIRED
-            context.num_tickets = 0  # who resumes a session shows no certificate, be its authority still trusted or not
+            context.num_tickets = 0  # a resumed session would not check the certificate against the current authorities
         return context
 
 
 def following_ssl_context(tls: ServerTls, protocol: str) -> ssl.SSLContext:
-    """A context for an asyncio server. The files are looked at with every handshake.
+    """A context for an asyncio server that checks at every handshake whether the files have changed.
 
     Args:
-        tls: its files.
-        protocol: the ALPN name of what is spoken.
+        tls: the files.
+        protocol: the ALPN name.
     """
     files = Watched(tls.files, lambda: tls.ssl_context(protocol))
     front = files.value
@@ -69,12 +69,12 @@ def following_ssl_context(tls: ServerTls, protocol: str) -> ssl.SSLContext:
         if files.value is not front:
             connection.context = files.value
 
-    front.sni_callback = choose  # called for every client, whether it names a server or not
+    front.sni_callback = choose  # called for every client, with or without SNI
     return front
 
 
 def following_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """The same for grpcio's server: what the files say at each handshake."""
+    """The same for grpcio's server."""
     import grpc  # where our own server is used, nothing else here needs it
 
     def read() -> grpc.ServerCertificateConfiguration:

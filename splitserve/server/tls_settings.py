@@ -1,4 +1,4 @@
-"""Settings of TLS, as parts of a service's settings class: of what it listens on, and of its calls to the service behind it."""
+"""Settings of TLS, mixed into each service's settings class: for its ports, and for its calls to the next service."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from splitserve.tls import ClientTls, check_certificates, check_key
 
 
 class ListenerTlsSettings(BaseSettings):
-    """TLS of what a service listens on."""
+    """TLS of a service's ports."""
 
     model_config = SettingsConfigDict(use_attribute_docstrings=True)
 
     tls_cert_file: str = ""
-    """PEM file of this service's certificate and its chain. When given, every port here takes TLS only. Files of certificates
-    and keys are read anew when they change."""
+    """PEM file of this service's certificate and its chain. If set, all ports accept TLS only. Certificates and keys are
+    reloaded when their files change."""
 
     tls_key_file: str = Field("", validate_default=True)
     """PEM file of the certificate's private key, without a passphrase."""
 
     tls_client_ca_file: str = ""
-    """PEM file of certificate authorities: callers must show a certificate that one of them signed (mutual TLS)."""
+    """PEM file of certificate authorities: clients must present a certificate that one of them signed (mutual TLS)."""
 
     @property
     def tls(self) -> ServerTls | None:
-        """Files of the listeners; None: plain text."""
+        """Files of the ports; None: plain text."""
         return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file) if self.tls_cert_file else None
 
     @field_validator("tls_cert_file", "tls_client_ca_file")
@@ -40,7 +40,7 @@ class ListenerTlsSettings(BaseSettings):
     @classmethod
     def _check_client_ca(cls, path: str, info: ValidationInfo) -> str:
         if path and info.data.get("tls_cert_file") == "":
-            raise ValueError("needs TLS_CERT_FILE too: in plain text nobody can be asked for a certificate")
+            raise ValueError("needs TLS_CERT_FILE too: client certificates require TLS")
         return path
 
     @field_validator("tls_key_file")
@@ -50,26 +50,26 @@ class ListenerTlsSettings(BaseSettings):
 
 
 class NextStageTlsSettings(BaseSettings):
-    """TLS of the calls to the service behind."""
+    """TLS of the calls to the next service."""
 
     model_config = SettingsConfigDict(use_attribute_docstrings=True)
 
     next_ca_file: str = ""
-    """PEM file of the certificate authorities that may have signed the certificate of the service behind. When given, it is
-    called over TLS only."""
+    """PEM file of the certificate authorities that the next service's certificate is verified by. If set, it is called over TLS
+    only."""
 
     next_cert_file: str = ""
-    """PEM file of the certificate that is shown to the service behind, if that asks for one."""
+    """PEM file of the client certificate that is presented to the next service, if it asks for one."""
 
     next_key_file: str = Field("", validate_default=True)
     """PEM file of that certificate's private key, without a passphrase."""
 
     next_server_name: str = ""
-    """Name that the certificate of the service behind must have; the host of its target by default."""
+    """Name that the next service's certificate must have; by default the host of its target."""
 
     @property
     def next_tls(self) -> ClientTls | None:
-        """Files of the channel to the service behind; None: plain text."""
+        """Files of the channel to the next service; None: plain text."""
         if not self.next_ca_file:
             return None
         return ClientTls(self.next_ca_file, self.next_cert_file, self.next_key_file, self.next_server_name)
@@ -83,7 +83,7 @@ class NextStageTlsSettings(BaseSettings):
     @classmethod
     def _check_needs_ca(cls, value: str, info: ValidationInfo) -> str:
         if value and info.data.get("next_ca_file") == "":
-            raise ValueError("needs NEXT_CA_FILE too: without it the service behind is called in plain text")
+            raise ValueError("needs NEXT_CA_FILE too: without it the next service is called in plain text")
         return value
 
     @field_validator("next_key_file")
@@ -99,16 +99,16 @@ def _checked_certificates(path: str) -> str:
 
 
 def _checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:
-    """``cert_file`` is None if it was refused already: what is wrong with the key cannot be said then."""
+    """``cert_file`` is None if it is invalid; then the key is not checked."""
     if cert_file is not None and bool(path) != bool(cert_file):
-        raise ValueError(f"this and {cert_setting} need each other")
+        raise ValueError(f"this and {cert_setting} must be set together")
     if cert_file and path:
         _check_files(lambda: check_key(cert_file, path))
     return path
 
 
 def _check_files(check: Callable[[], None]) -> None:
-    """An OSError as what pydantic takes for a wrong value."""
+    """Raise an OSError as the ValueError that pydantic reports."""
     try:
         check()
     except OSError as error:

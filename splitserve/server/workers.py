@@ -1,8 +1,8 @@
 """Several processes of one service that share its ports: ``--workers N``, for hosts with more cores.
 
-The first process only watches over them: it begins one anew that has ended, and hands on signals. They are forked before there
-is an event loop, a channel or a server, so that what is imported is shared. The kernel spreads connections over those who listen
-on a port (SO_REUSEPORT); a client that wants to reach all of them learns from each which it is (`splitserve.remote.stream`).
+The first process only supervises: it restarts a worker that has ended, and forwards signals. Workers are forked before there is
+an event loop, a channel or a server, so that imported modules share memory. The kernel distributes connections over the
+processes that listen on a port (SO_REUSEPORT); each tells a client of ours which worker it is (`splitserve.remote.stream`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import structlog
 
 OPTION = "--workers"
 INDEX_VARIABLE = "SPLITSERVE_WORKER"
-"""In the environment of a worker: which of how many it is, e.g. ``0/4``."""
+"""In the environment of a worker: its index and the number of workers, e.g. ``0/4``."""
 
 RESTART_DELAY_S = 1.0
-"""A worker that ends sooner than this after it began is begun anew only after it."""
+"""Minimum time between two starts of a worker."""
 
 
 def take_option(arguments: list[str], variable: str) -> None:
-    """Move ``--workers N`` from the command line to the environment variable that the setting is read from."""
+    """Move ``--workers N`` from the command line to the setting's environment variable."""
     for index, argument in enumerate(arguments):
         name, separator, value = argument.partition("=")
         if name == OPTION:
@@ -37,24 +37,24 @@ def take_option(arguments: list[str], variable: str) -> None:
 
 
 def own_place() -> tuple[int, int]:
-    """Which worker this process is, and how many there are; (0, 1) if it is alone."""
+    """Index of this worker and number of workers; (0, 1) without workers."""
     index, _, count = os.environ.get(INDEX_VARIABLE, "0/1").partition("/")
     return int(index), int(count)
 
 
 def watch_over(n_workers: int, work: Callable[[], None], ports: Sequence[int]) -> None:
-    """Run ``work`` in so many processes until SIGTERM or SIGINT, which they get too; return when all have ended.
+    """Run ``work`` in several processes until SIGTERM or SIGINT, which is forwarded; return when all have ended.
 
     Args:
-        n_workers: how many.
-        work: what each does.
-        ports: that they share.
+        n_workers: number of processes.
+        work: of each process.
+        ports: shared.
 
     Raises:
-        SystemExit: a port is 0, which each would take differently.
+        SystemExit: a port is 0, for which each would get another.
     """
     if 0 in ports:
-        raise SystemExit("several workers share a port, so it has to be named: 0 is none")
+        raise SystemExit("workers share a port, so it must be given: port 0 is not allowed")
     _Watch(n_workers, work).run()
 
 
@@ -110,13 +110,13 @@ class _Watch:
 
 
 def _end_with_parent() -> None:
-    """Be told to stop if the first process is killed. Source: prctl(2), PR_SET_PDEATHSIG; elsewhere there is none."""
+    """Get SIGTERM if the first process is killed. Source: prctl(2), PR_SET_PDEATHSIG; Linux only."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _leave(code: object) -> None:
-    """End without what the first process has registered for its own end."""
+    """Exit without the first process' exit handlers."""
     if isinstance(code, str):
         print(code, file=sys.stderr)
     sys.stdout.flush()

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "unknown model": ("POST", "/v2/models/nope/infer", {"json": {"inputs": []}}, 404, "Request for unknown model"),
     "unknown version": ("POST", "/v2/models/echo/versions/2.1/infer", {"json": {"inputs": []}}, 404, "version 2.1"),
     "a folder above": ("GET", "/v2/models/..%2f..%2fetc", {}, 404, "Not Found"),
-    "wrong method": ("GET", "/v2/models/echo/infer", {}, 405, "GET is not a method of this path"),
+    "wrong method": ("GET", "/v2/models/echo/infer", {}, 405, "GET is not allowed for this path"),
     "empty body": ("POST", "/v2/models/echo/infer", {}, 400, "the request body is empty, expected JSON"),
     "not JSON": ("POST", "/v2/models/echo/infer", {"content": b"{"}, 400, "not JSON"),
     "no inputs": ("POST", "/v2/models/echo/infer", {"json": {}}, 400, "inputs"),

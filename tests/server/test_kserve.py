@@ -15,7 +15,7 @@ import preprocess_service.settings
 from predict_service.settings import PredictSettings
 from splitserve import publish_predictor, publish_preprocessor
 from splitserve.repository.bundle import BundleKey
-from splitserve.repository.manifest import BundleError
+from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.sources import source_of
 from splitserve.server import kserve, settings
 from tests import certificates
@@ -94,7 +94,7 @@ def test_unknown_arguments_are_passed_over_and_named(capsys: pytest.CaptureFixtu
     """As by KServe's own servers; a newer controller may give more."""
     preprocess_service.settings.read([*CONTROLLERS, "--new_option", "3"])
 
-    assert capsys.readouterr().err == "arguments that are not known are passed over: --new_option 3\n"
+    assert capsys.readouterr().err == "ignoring unknown arguments: --new_option 3\n"
 
 
 def test_the_manifests_give_what_the_services_understand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +177,10 @@ def test_a_new_version_with_a_broken_manifest_takes_no_other_down(repository: Pa
 
 
 def test_a_mounted_folder_may_be_filled_late(repository: Path, tmp_path: Path) -> None:
-    """What it is, is looked at anew."""
+    """Until it is there it cannot be read, which is not the same as empty; then it is read again."""
     source = source_of(tmp_path / "late")
-    assert list(source.bundles()) == []
+    with pytest.raises(NotFetched):
+        list(source.bundles())
 
     (repository / "m").rename(tmp_path / "late")
 
