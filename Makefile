@@ -18,7 +18,7 @@ help:
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
-	@echo "make fuzz          atheris on the decoders, SECONDS=60 each"
+	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
 	@echo "make fix           apply the formatter and the linter's fixes"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to check that it runs"
@@ -95,7 +95,7 @@ test: check
 test-long: $(BIN)/.installed
 	$(BIN)/pytest -m long
 
-# Fuzzes each decoder for SECONDS. Findings are kept in tests/fuzz/corpus.
+# Fuzzes each decoder and connection for SECONDS. Findings are kept in tests/fuzz/corpus.
 SECONDS ?= 60
 .venv-fuzz/.installed:
 	$(PYTHON) -m venv .venv-fuzz
@@ -104,7 +104,7 @@ SECONDS ?= 60
 	@touch $@
 
 fuzz: .venv-fuzz/.installed
-	for decoder in json binary grpc; do .venv-fuzz/bin/python -m tests.fuzz.fuzz $$decoder -max_total_time=$(SECONDS) -max_len=4096 || exit 1; done
+	for decoder in json binary grpc frames client headers http1; do .venv-fuzz/bin/python -m tests.fuzz.fuzz $$decoder -max_total_time=$(SECONDS) -max_len=4096 || exit 1; done
 
 test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/pytest -m imagenet tests/system/test_imagenet.py

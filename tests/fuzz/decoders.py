@@ -1,4 +1,7 @@
-"""What is fuzzed: bytes from a stranger into each decoder. Whatever they are, it gives a request or one of our errors."""
+"""What is fuzzed: bytes from a stranger into each decoder and each connection.
+
+Whatever they are, a decoder gives a request or one of our errors, and a connection is closed or waits for more.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferRequest
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.testing import signature
+from tests.fuzz import wire
 
 MODEL = signature("m", [TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("t", "BYTES", ("batch",))], version="1.1")
 
@@ -40,4 +44,12 @@ def grpc(data: bytes) -> None:
         _checked(protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, data)))
 
 
-DECODERS: dict[str, Callable[[bytes], None]] = {"json": json, "binary": binary, "grpc": grpc}
+DECODERS: dict[str, Callable[[bytes], None]] = {
+    "json": json,
+    "binary": binary,
+    "grpc": grpc,
+    "frames": wire.frames,
+    "client": wire.client,
+    "headers": wire.headers,
+    "http1": wire.http1,
+}

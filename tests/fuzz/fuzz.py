@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz.fuzz json|binary|grpc [libFuzzer's arguments]``: atheris on one decoder. See ``make fuzz``."""
+"""``python -m tests.fuzz.fuzz TARGET [libFuzzer's arguments]``: atheris on one of `decoders.DECODERS`. See ``make fuzz``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.headers import encode
-from tests.wire.peers import ECHO, framed, request_headers
+from tests.wire.fakes import ECHO, framed, request_headers
 
 ERROR_CODES = (
     "NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "FLOW_CONTROL_ERROR", "SETTINGS_TIMEOUT", "STREAM_CLOSED", "FRAME_SIZE_ERROR",

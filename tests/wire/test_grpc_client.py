@@ -16,7 +16,7 @@ import pytest
 from splitserve.wire.grpc.client import Address, StreamCall, open_stream
 from splitserve.wire.grpc.messages import CallError
 from splitserve.wire.http2.connection import STREAM_WINDOW
-from tests.wire.peers import framed
+from tests.wire.fakes import framed
 
 OPENED = [(":status", "200"), ("content-type", "application/grpc"), ("greeting", "hello")]
 

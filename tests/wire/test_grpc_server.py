@@ -19,12 +19,11 @@ from splitserve.wire.http2 import connection as connection_module
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, encode
 from splitserve.wire.listening import HANDSHAKE_TIMEOUT_S
-from tests.wire.peers import (
+from tests.wire.fakes import (
     ECHO,
     FAIL,
     HOLD,
     STREAM,
-    Client,
     FakeServer,
     RawClient,
     framed,
@@ -34,6 +33,7 @@ from tests.wire.peers import (
     trailers_of,
     until,
 )
+from tests.wire.peers import Client
 
 
 async def test_a_call_is_answered() -> None:

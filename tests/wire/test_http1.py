@@ -10,7 +10,7 @@ from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.connection import Http1Connection
 from splitserve.wire.http1.listener import HttpLimits, HttpListener
 from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
-from tests.wire.peers import FakeTransport
+from tests.wire.fakes import FakeTransport
 
 
 class Transport(FakeTransport):

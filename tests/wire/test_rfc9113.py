@@ -13,7 +13,7 @@ import pytest
 from splitserve.wire.grpc.server import ServerLimits
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.connection import CONNECTION_WINDOW, FRAME_SIZE, MAX_HEADER_BLOCK_BYTES, STREAM_WINDOW
-from tests.wire.peers import ECHO, FAIL, HOLD, STREAM, FakeServer, Frame, RawClient, framed, goaways, raw_frames, trailers_of
+from tests.wire.fakes import ECHO, FAIL, HOLD, STREAM, FakeServer, Frame, RawClient, framed, goaways, raw_frames, trailers_of
 from tests.wire.rules import (
     IGNORED,
     Answered,

@@ -10,7 +10,7 @@ import pytest
 from splitserve.wire.grpc.client import StreamCall
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.connection import FRAME_SIZE
-from tests.wire.peers import FakeTransport, Frame, framed, goaways, raw_frames
+from tests.wire.fakes import FakeTransport, Frame, framed, goaways, raw_frames
 from tests.wire.rules import IGNORED, Ended, Goaway, Replies, Reset, Rule, data, headers, raw_block
 
 P, F, C = frames.PROTOCOL_ERROR, frames.FRAME_SIZE_ERROR, frames.FLOW_CONTROL_ERROR

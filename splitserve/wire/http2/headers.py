@@ -49,7 +49,7 @@ class HeaderDecoder(Generic[T]):
         self._max_bytes = max_bytes
         self._decoder = hpack.Decoder(max_header_list_size=max(MAX_DECODED_BYTES, 4 * max_bytes))
         self._is_stateless = False
-        """Whether the dynamic table is and stays empty."""
+        """Whether the dynamic table is and stays empty: the peer has acknowledged that its size is 0."""
         self._blocks: dict[bytes, T] = {}
         self._fields: dict[bytes, tuple[bytes, bytes]] = {}
 
@@ -85,7 +85,6 @@ class HeaderDecoder(Generic[T]):
 
     def _decode_stateful(self, block: bytes) -> Headers:
         headers = self._decode_fields(block)
-        self._is_stateless = self._decoder.header_table_size == 0
         n_bytes = sum(len(name) + len(value) + FIELD_OVERHEAD_BYTES for name, value in headers)
         if n_bytes > self._max_bytes:
             raise HeaderListTooLarge
