@@ -1,7 +1,8 @@
-"""The support matrix: loads every bundle of a repository in an environment and judges every pair by its halves.
+"""The support matrix: which releases of a repository serve in an environment, and which other pairs could become a release.
 
-``python -m splitserve.checks.matrix FOLDER`` loads the bundles and prints a `Report` as JSON. It needs only what a service's
-image has, and loads the halves that can run there; `judge` combines the reports of several environments.
+``python -m splitserve.checks.matrix FOLDER`` loads the bundles, replays the golden samples of every release whose halves both run
+there, and prints a `Report` as JSON. It needs only what a service's image has; `judge` combines the reports of several
+environments.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from splitserve import __version__
+from splitserve.errors import SplitserveError
 from splitserve.repository import environment, pairing
 from splitserve.repository.bundle import KINDS, Bundle, BundleKey
-from splitserve.repository.manifest import BundleError, Kind, Manifest
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Kind, Manifest
+from splitserve.repository.release import History, Release
+from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.routes import Route
-from splitserve.repository.source import BundleSource, load_bundle
+from splitserve.repository.source import BundleSource, fetch_bundle, load_bundle, load_fetched
 from splitserve.repository.sources.local_folder import LocalFolder
 from splitserve.versions import Pair
 
@@ -34,7 +39,6 @@ class Allowed(msgspec.Struct, frozen=True):
 
     trusted_modules: tuple[str, ...] = ()
     environment_mismatch: bool = False
-    fingerprint_mismatch: bool = False
     unsafe_pickle: bool = False
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
 
@@ -43,40 +47,55 @@ NOTHING_MORE = Allowed()
 
 
 class Trial(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The result of loading a bundle.
+    """The result of loading a bundle, or of running the whole of a release.
 
-    ``reason``: why it was refused, "" if it was not. ``golden``: "agree" or "differ", "" if its samples were not replayed.
-    ``warnings``: differences of the environment that are allowed.
+    ``name``: of the bundle or release. ``reason``: why it was refused, "" if it was not. ``golden``: "agree" or "differ", "" if
+    its samples were not replayed. ``warnings``: differences of the environment that are allowed.
     """
 
-    bundle: str
+    name: str
     reason: str = ""
     golden: str = ""
     warnings: tuple[str, ...] = ()
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One environment: versions by package, the halves that can be run there, and a trial of each bundle of theirs."""
+    """One environment: versions by package, the halves that can be run there, a trial of each bundle of theirs, and, where both
+    halves run, one of each release.
+    """
 
     packages: dict[str, str]
     kinds: tuple[Kind, ...]
     trials: tuple[Trial, ...]
+    releases: tuple[Trial, ...] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Whether a pair is admitted in an environment, and why not, or with which warnings."""
+    """Whether a release serves, or a pair could become one, in an environment, and why not, or with which warnings."""
 
     is_admitted: bool
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
-class JudgedPair(msgspec.Struct, frozen=True):
-    """A pair: its part in the route of its model, "" if it has none, and a verdict for each environment."""
+class JudgedRelease(msgspec.Struct, frozen=True):
+    """The newest release of a pair, and a verdict for each environment.
+
+    ``serves``: "by default", "by route" or both, if requests that name no version get it; only these decide about a deployment.
+    """
 
     model: str
     pair: str
-    route: str
+    sequence: int
+    serves: str
+    verdicts: dict[str, Verdict]
+
+
+class JudgedPair(msgspec.Struct, frozen=True):
+    """A pair without a release, and for each environment whether its halves load and fit: then it could become one."""
+
+    model: str
+    pair: str
     verdicts: dict[str, Verdict]
 
 
@@ -90,23 +109,32 @@ class Matrix(msgspec.Struct, frozen=True):
 
     environments: dict[str, Report]
     made_with: dict[str, str]
+    releases: tuple[JudgedRelease, ...]
     pairs: tuple[JudgedPair, ...]
     problems: tuple[str, ...]
 
 
 def examine(source: BundleSource, allowed: Allowed = NOTHING_MORE) -> Report:
-    """Load every bundle whose half can run in this process, replay its golden samples, and unload it.
+    """Load every bundle whose half can run in this process, and run every release of which both can, on their golden samples.
 
     Raises:
         BundleError: the source cannot be listed.
     """
     loaders = _loaders(allowed)
-    trials = tuple(_try(source, key, loaders[key.kind]) for key in source.bundles() if key.kind in loaders)
-    return Report({"splitserve": __version__, **environment.observe(_PACKAGES)}, tuple(loaders), trials)
+    keys = tuple(source.bundles())
+    trials = tuple(_try(source, key, loaders[key.kind]) for key in keys if key.kind in loaders)
+    releases: tuple[Trial, ...] = ()
+    if loaders.keys() == set(KINDS):
+        reader = ReleaseReader(source)
+        models = sorted({key.model for key in keys})
+        releases = tuple(
+            _run(source, release, loaders) for model in models for release in reader.history(model).by_pair().values()
+        )
+    return Report({"splitserve": __version__, **environment.observe(_PACKAGES)}, tuple(loaders), trials, releases)
 
 
-_Loader = Callable[[Bundle], Sequence[str]]
-"""Loads a bundle as its service does; returns the warnings."""
+_Loader = Callable[[Bundle], Any]
+"""Loads a bundle as its service does, its golden samples replayed."""
 
 
 def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
@@ -115,61 +143,117 @@ def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
     with contextlib.suppress(ImportError):
         from splitserve.runtimes import preprocessor
 
-        def load_preprocessor(bundle: Bundle) -> Sequence[str]:
-            return preprocessor.load(
-                bundle,
-                trusted_modules=allowed.trusted_modules,
-                allow_environment_mismatch=allowed.environment_mismatch,
-                allow_unsafe_pickle=allowed.unsafe_pickle,
-                runtime=allowed.runtime,
-            ).warnings
-
-        found["preprocess"] = load_preprocessor
+        found["preprocess"] = partial(
+            preprocessor.load,
+            trusted_modules=allowed.trusted_modules,
+            allow_environment_mismatch=allowed.environment_mismatch,
+            allow_unsafe_pickle=allowed.unsafe_pickle,
+            runtime=allowed.runtime,
+        )
     with contextlib.suppress(ImportError):
         from splitserve.runtimes import predictor
 
-        def load_predictor(bundle: Bundle) -> Sequence[str]:
-            predictor.load(bundle)
-            return ()
-
-        found["predict"] = load_predictor
+        found["predict"] = predictor.load
     return found
 
 
 def _try(source: BundleSource, key: BundleKey, load: _Loader) -> Trial:
-    from splitserve.repository.golden import GoldenDifference  # needs numpy, which is installed wherever bundles are loaded
+    with _Trying(str(key)) as trying:
+        trying.warnings = tuple(getattr(load_bundle(source, key, load), "warnings", ()))
+    return trying.trial
 
-    try:
-        return Trial(str(key), golden="agree", warnings=tuple(load_bundle(source, key, load)))
-    except BundleError as error:
-        return Trial(str(key), str(error), "differ" if isinstance(error, GoldenDifference) else "")
-    except Exception as error:  # one bundle's failure, whatever it is, must not end the others
-        return Trial(str(key), f"{key}: failed to load: {type(error).__name__}: {error}")
+
+def _run(source: BundleSource, release: Release, loaders: Mapping[Kind, _Loader]) -> Trial:
+    """Run the whole of a release on its golden rows and compare the answer with the recorded one."""
+    from splitserve.runtimes.release import WholeRelease, check_answer, golden_of
+
+    with _Trying(str(release.key)) as trying:
+        if release.manifest.proven == "server":
+            raise BundleError(
+                "its predictor is another maker's server, which is not in the repository: splitserve verify asks it"
+            )
+        first, second = _halves(source, release)
+        whole = WholeRelease(*(load_fetched(each, loaders[each.key.kind]) for each in (first, second)))
+        record = source.open_release(release.key)
+        golden = golden_of(release.manifest, record.read(GOLDEN_FILE))
+        check_answer(release.manifest, golden, whole.infer(golden.inputs))
+    return trying.trial
+
+
+def _halves(source: BundleSource, release: Release) -> tuple[Bundle, Bundle]:
+    """The bundles of a release, which are those that were released.
+
+    Raises:
+        BundleError: one is missing, or another one than was released.
+    """
+    model, pair = release.key.model, release.pair
+    keys = BundleKey(model, "preprocess", pair.preprocessor), BundleKey(model, "predict", pair.predictor)
+    first, second = (fetch_bundle(source, key) for key in keys)
+    for bundle, digest in ((first, release.manifest.preprocessor), (second, release.manifest.predictor)):
+        if bundle.manifest_sha256 != digest:
+            raise BundleError(_replaced(bundle.key, digest, bundle.manifest_sha256))
+    return first, second
+
+
+def _replaced(key: BundleKey, expected: str, got: str) -> str:
+    return f"{key}: is not the bundle that was released: expected the sha256 {expected} of its manifest, got {got}"
+
+
+class _Trying:
+    """Makes a trial of whatever happens within a ``with`` block: one failure must not end the other trials."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.warnings: tuple[str, ...] = ()
+        self.trial = Trial(name)
+
+    def __enter__(self) -> _Trying:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        from splitserve.repository.golden import GoldenDifference  # needs numpy, which is installed wherever bundles are loaded
+
+        if error is None:
+            self.trial = Trial(self.name, golden="agree", warnings=self.warnings)
+        elif isinstance(error, BundleError | SplitserveError):
+            text = error.message if isinstance(error, SplitserveError) else str(error)
+            reason = text if text.startswith(self.name) else f"{self.name}: {text}"
+            self.trial = Trial(self.name, reason, "differ" if isinstance(error, GoldenDifference) else "")
+        elif isinstance(error, Exception):
+            self.trial = Trial(self.name, f"{self.name}: failed to load: {type(error).__name__}: {error}")
+        return error is None or isinstance(error, Exception)
 
 
 def refuse(report: Report, reasons: Mapping[str, str]) -> Report:
     """The report with these bundles refused, too."""
-    trials = tuple(Trial(trial.bundle, reasons[trial.bundle]) if trial.bundle in reasons else trial for trial in report.trials)
+    trials = tuple(Trial(trial.name, reasons[trial.name]) if trial.name in reasons else trial for trial in report.trials)
     return msgspec.structs.replace(report, trials=trials)
 
 
-def judge(source: BundleSource, reports: Mapping[str, Report], *, allow_fingerprint_mismatch: bool = False) -> Matrix:
+def judge(source: BundleSource, reports: Mapping[str, Report]) -> Matrix:
     """The matrix of a repository from the reports of environments by name.
 
     Raises:
         BundleError: the source cannot be listed.
     """
     keys = tuple(source.bundles())
-    manifests = {str(key): manifest for key in keys if (manifest := _manifest(source, key))}
-    routes, broken_routes = _routes(source, sorted({key.model for key in keys}))
-    judged = _Judge(manifests, _stacks(reports), allow_fingerprint_mismatch)
-    pairs = tuple(judged.pair(model, pair, _part(pair, routes.get(model))) for model, pair in _pairs(keys, routes))
-    return Matrix(
-        dict(reports),
-        {bundle: _made_with(manifest) for bundle, manifest in manifests.items()},
-        pairs,
-        (*broken_routes, *_problems(sorted({key.model for key in keys}), pairs, reports)),
+    models = sorted({key.model for key in keys})
+    reader = ReleaseReader(source)
+    histories = {model: reader.history(model) for model in models}
+    routes, broken_routes = _routes(source, models)
+    judged = _Judge(source, keys, _stacks(reports))
+    releases = tuple(
+        judged.release(release, _serves(release, histories[model], routes.get(model)))
+        for model in models
+        for release in histories[model].by_pair().values()
     )
+    pairs = tuple(judged.pair(model, pair) for model, pair in _pairs(keys, histories))
+    problems = (
+        *broken_routes,
+        *(problem for model in models for problem in reader.problems.get(model, ())),
+        *_problems(models, releases, routes, reports),
+    )
+    return Matrix(dict(reports), judged.made_with(), releases, pairs, problems)
 
 
 def _routes(source: BundleSource, models: Sequence[str]) -> tuple[dict[str, Route], list[str]]:
@@ -184,40 +268,25 @@ def _routes(source: BundleSource, models: Sequence[str]) -> tuple[dict[str, Rout
     return found, problems
 
 
-def _manifest(source: BundleSource, key: BundleKey) -> Manifest | None:
-    """None if it is invalid; the trials say why."""
-    try:
-        return source.open(key).manifest
-    except BundleError:
-        return None
-
-
-def _made_with(manifest: Manifest) -> str:
-    made_with = manifest.environment
-    if manifest.kind == "preprocess":
-        return f"scikit-learn {made_with.get('scikit-learn', '?')}"
-    return ", ".join(
-        f"{name} {made_with[name]}" for name in sorted(made_with, key=str.lower) if name.startswith(("ONNX IR", "opset "))
-    ).replace("opset ai.onnx ", "opset ")
-
-
-def _pairs(keys: Sequence[BundleKey], routes: Mapping[str, Route]) -> Iterator[tuple[str, Pair]]:
-    """All combinations of the bundles, and the pairs that routes name."""
-    for model in sorted({key.model for key in keys}):
+def _pairs(keys: Sequence[BundleKey], histories: Mapping[str, History]) -> Iterator[tuple[str, Pair]]:
+    """All combinations of the bundles that have no release."""
+    for model, history in histories.items():
         versions = {kind: [key.version for key in keys if (key.model, key.kind) == (model, kind)] for kind in KINDS}
         made = {Pair(*numbers) for numbers in product(versions["preprocess"], versions["predict"])}
-        routed = set(routes[model].named()) if model in routes else set()
-        yield from ((model, pair) for pair in sorted(made | routed))
+        yield from ((model, pair) for pair in sorted(made - history.by_pair().keys()))
 
 
-def _part(pair: Pair, route: Route | None) -> str:
-    """A pair's part in a route: a share of the requests, "shadow", both, or ""."""
-    if route is None:
-        return ""
-    total = sum(entry.weight for entry in route.pairs)
-    shares = [entry.weight / (total or 1) for entry in route.pairs if entry.pair == str(pair)]
-    parts = [f"{100 * sum(shares):.3g} %"] if shares else []
-    return " and ".join(parts + ["shadow"] * (route.shadow == str(pair)))
+def _serves(release: Release, history: History, route: Route | None) -> str:
+    """Whether requests that name no version get a release."""
+    parts = [
+        name
+        for name, is_so in (
+            ("by default", history.current() is release),
+            ("by route", route is not None and release.pair in route.named()),
+        )
+        if is_so
+    ]
+    return " and ".join(parts)
 
 
 def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
@@ -234,69 +303,116 @@ def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
 
 
 class _Judge:
-    """Derives verdicts from manifests and trials."""
+    """Derives verdicts from manifests and trials.
 
-    def __init__(
-        self,
-        manifests: Mapping[str, Manifest],
-        stacks: Mapping[str, Mapping[Kind, Report]],
-        allow_fingerprint_mismatch: bool,
-    ) -> None:
-        self._manifests = manifests
+    Args:
+        source: has the manifests.
+        keys: of the bundles in it.
+        stacks: environments for pairs.
+    """
+
+    def __init__(self, source: BundleSource, keys: Sequence[BundleKey], stacks: Mapping[str, Mapping[Kind, Report]]) -> None:
+        self._bundles: dict[str, Bundle] = {}
+        for key in keys:
+            with contextlib.suppress(BundleError):  # the trials say what is wrong with it
+                self._bundles[str(key)] = source.open(key)
         self._stacks = stacks
-        self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
 
-    def pair(self, model: str, pair: Pair, part: str) -> JudgedPair:
-        """One pair in all environments."""
-        halves = {
-            "preprocess": str(BundleKey(model, "preprocess", pair.preprocessor)),
-            "predict": str(BundleKey(model, "predict", pair.predictor)),
-        }
-        verdicts = {
-            name: self._verdict([self._trial(stack[kind], halves[kind]) for kind in KINDS])
-            for name, stack in self._stacks.items()
-        }
-        return JudgedPair(model, str(pair), part, verdicts)
+    def made_with(self) -> dict[str, str]:
+        """By bundle, the versions that it depends on."""
+        return {name: _made_with(bundle.manifest) for name, bundle in self._bundles.items()}
 
-    def _trial(self, report: Report, bundle: str) -> Trial:
-        """The trial of a bundle; a refusal if it is not published."""
-        found = next((trial for trial in report.trials if trial.bundle == bundle), None)
-        if found is None or (not found.reason and bundle not in self._manifests):
-            return Trial(bundle, f"{bundle}: not published")
-        return found
+    def release(self, release: Release, serves: str) -> JudgedRelease:
+        """A release in all environments."""
+        verdicts = {name: self._of_release(stack, release) for name, stack in self._stacks.items()}
+        return JudgedRelease(release.key.model, str(release.pair), release.sequence, serves, verdicts)
 
-    def _verdict(self, halves: Sequence[Trial]) -> Verdict:
-        warnings = tuple(warning for half in halves for warning in half.warnings)
-        if refused := tuple(half.reason for half in halves if half.reason):
+    def pair(self, model: str, pair: Pair) -> JudgedPair:
+        """A pair without a release in all environments."""
+        return JudgedPair(
+            model, str(pair), {name: self._of_pair(self._trials(stack, model, pair)) for name, stack in self._stacks.items()}
+        )
+
+    def _of_release(self, stack: Mapping[Kind, Report], release: Release) -> Verdict:
+        """The halves are those that were released and load; where both run in one environment, so was the whole."""
+        trials = self._trials(stack, release.key.model, release.pair)
+        digests: tuple[str, ...] = (release.manifest.preprocessor, release.manifest.predictor)
+        if release.manifest.proven == "server":
+            trials, digests = trials[:1], digests[:1]
+        if refused := tuple(trial.reason for trial in trials if trial.reason):
             return Verdict(False, refused)
-        preprocessor, predictor = (self._manifests[half.bundle] for half in halves)
+        for trial, expected in zip(trials, digests, strict=True):
+            bundle = self._bundles[trial.name]
+            if bundle.manifest_sha256 != expected:
+                return Verdict(False, (_replaced(bundle.key, expected, bundle.manifest_sha256),))
+        warnings = tuple(warning for trial in trials for warning in trial.warnings)
+        if release.manifest.proven == "server":
+            return Verdict(True, warnings=(*warnings, _NOT_ASKED))
+        if stack["preprocess"] is not stack["predict"]:
+            return Verdict(True, warnings=warnings)
+        whole = next((trial for trial in stack["predict"].releases if trial.name == str(release.key)), None)
+        if whole is None:
+            return Verdict(False, (f"{release.key}: recorded while the bundles were loaded; run this again",))
+        return Verdict(False, (whole.reason,)) if whole.reason else Verdict(True, warnings=warnings)
+
+    def _of_pair(self, trials: Sequence[Trial]) -> Verdict:
+        """The halves load, fit, and the features have the names that the predictor was trained on."""
+        if refused := tuple(trial.reason for trial in trials if trial.reason):
+            return Verdict(False, refused)
+        preprocessor, predictor = (self._bundles[trial.name].manifest for trial in trials)
         if differences := pairing.misfits(preprocessor, predictor.inputs, predictor.outputs):
             return Verdict(False, (f"the halves do not fit: {'; '.join(differences)}",))
         if other := pairing.other_meaning(preprocessor, predictor.fingerprint, predictor.feature_names):
-            if not self._allow_fingerprint_mismatch:
-                return Verdict(False, (f"the halves do not fit: {other}",))
-            warnings += (f"{other}, allowed",)
-        return Verdict(True, warnings=warnings)
+            return Verdict(False, (f"the halves do not fit: {other}",))
+        return Verdict(True, warnings=tuple(warning for trial in trials for warning in trial.warnings))
+
+    def _trials(self, stack: Mapping[Kind, Report], model: str, pair: Pair) -> list[Trial]:
+        """Those of both halves; a refusal in the place of one that is not published."""
+        names: dict[Kind, str] = {
+            "preprocess": str(BundleKey(model, "preprocess", pair.preprocessor)),
+            "predict": str(BundleKey(model, "predict", pair.predictor)),
+        }
+        return [self._trial(stack[kind], names[kind]) for kind in KINDS]
+
+    def _trial(self, report: Report, bundle: str) -> Trial:
+        found = next((trial for trial in report.trials if trial.name == bundle), None)
+        if found is None or (not found.reason and bundle not in self._bundles):
+            return Trial(bundle, f"{bundle}: not published")
+        return found
 
 
-def _problems(models: Sequence[str], pairs: Sequence[JudgedPair], reports: Mapping[str, Report]) -> Iterator[str]:
+_NOT_ASKED = "its predictor is another maker's server, which is not asked here: splitserve verify asks it"
+
+
+def _made_with(manifest: Manifest) -> str:
+    made_with = manifest.environment
+    if manifest.kind == "preprocess":
+        return f"scikit-learn {made_with.get('scikit-learn', '?')}"
+    return ", ".join(
+        f"{name} {made_with[name]}" for name in sorted(made_with, key=str.lower) if name.startswith(("ONNX IR", "opset "))
+    ).replace("opset ai.onnx ", "opset ")
+
+
+def _problems(
+    models: Sequence[str], releases: Sequence[JudgedRelease], routes: Mapping[str, Route], reports: Mapping[str, Report]
+) -> Iterator[str]:
     """Why the repository must not be deployed."""
     kinds = {kind for report in reports.values() for kind in report.kinds}
     for kind, name in (("preprocess", "preprocessors"), ("predict", "predictors")):
         if kind not in kinds:
-            yield f"{', '.join(reports)}: no pair can be checked, no environment runs {name}"
-    for pair in pairs:
-        if pair.route:
-            for name, verdict in pair.verdicts.items():
-                if not verdict.is_admitted:
-                    yield f"{name}: {pair.model} {pair.pair}, named by its route, is refused: {'; '.join(verdict.reasons)}"
+            yield f"{', '.join(reports)}: no release can be checked, no environment runs {name}"
+    for release in releases:
+        for name, verdict in release.verdicts.items():
+            if release.serves and not verdict.is_admitted:
+                which = f"{release.model} {release.pair}, release {release.sequence}, which serves {release.serves}"
+                yield f"{name}: {which}, is refused: {'; '.join(verdict.reasons)}"
+    released = {(release.model, release.pair) for release in releases}
     for model in models:
-        verdicts = [pair.verdicts for pair in pairs if pair.model == model]
-        if not verdicts:
-            yield f"{model} has no pair: only one of its halves is published"
-        for name in verdicts[0] if verdicts else ():
-            if not any(each[name].is_admitted for each in verdicts):
-                yield f"{name}: {model} has no admitted pair"
+        if model not in {release.model for release in releases}:
+            yield f"{model} has no release: splitserve release {model} K.M records one"
+        for pair in map(str, routes[model].named() if model in routes else ()):
+            if (model, pair) not in released:
+                yield f"{model} {pair}, named by its route, has no release: splitserve release {model} {pair} records one"
 
 
 def main(folder: str, allowed: str = "{}") -> int:

@@ -1,11 +1,11 @@
-"""Verifies a running system: sends golden samples to it and compares the answers with the expected ones.
+"""Verifies a running system: sends the golden rows of releases to it and compares the answers with the recorded ones.
 
-`promise` derives the expected answers of a pair to the golden rows of its preprocessor from its bundles, without scikit-learn.
+Answers of the whole are recorded in each release, so nothing is computed here: numpy is all that it needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -14,13 +14,12 @@ from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError, Unavailable
 from splitserve.oip.messages import ModelMetadata
 from splitserve.repository import golden as goldens
-from splitserve.repository import pairing
-from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.golden import Difference, Golden
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, Tolerance
-from splitserve.repository.source import BundleSource, load_bundle
-from splitserve.runtimes import postprocess
-from splitserve.tensors import Tensor
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError
+from splitserve.repository.release import History, Release
+from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.source import BundleSource
+from splitserve.runtimes.release import golden_of
 from splitserve.versions import Pair, parse_pair
 
 
@@ -40,115 +39,88 @@ class ServerUnderTest(Protocol):
         ...
 
 
-class Promise(msgspec.Struct, frozen=True):
-    """The expected answer of a pair.
-
-    ``is_recorded``: recorded when the pair was published; otherwise the predictor was run here on the recorded features.
-    """
-
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    tolerances: Mapping[str, Tolerance]
-    is_recorded: bool
-
-    @property
-    def n_samples(self) -> int:
-        """Number of rows."""
-        return self.inputs[0].n_rows
-
-
 class Outcome(msgspec.Struct, frozen=True):
-    """The result for a pair: ``problem`` is "" if the answers agree; ``promise`` is None if it could not be derived."""
+    """The result for a pair.
+
+    ``sequence`` is the number of its release, 0 if it has none; ``n_rows`` how many golden rows were sent; ``problem`` is "" if
+    the answers agree.
+    """
 
     model: str
     pair: str
-    promise: Promise | None = None
+    sequence: int = 0
+    n_rows: int = 0
     problem: str = ""
     worst: Difference | None = None
 
 
-def promise(source: BundleSource, model: str, pair: Pair) -> Promise:
-    """The expected answer of a pair to the golden rows of its preprocessor.
+def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair | None = None) -> list[Outcome]:
+    """Compare a system's answers with those that releases of a model have recorded, one outcome for each pair.
 
-    The preprocessor's golden samples are rows with their features. If both halves were published together, the predictor's are
-    these features with their outputs. Otherwise the predictor is loaded, its own samples are replayed, and it is run on these
-    features. The postprocess step is applied last. Tolerances are those of the predictor's manifest; a probability has that of
-    its score.
+    Args:
+        source: the model repository.
+        server: the system.
+        model: its name.
+        pair: only this one. By default those that the system says are ready, with the pair that it must serve: that of the route
+            and of the current release.
 
     Raises:
-        BundleError: a half is missing, invalid or cannot be run here, or the halves do not fit.
+        BundleError: the releases or the route cannot be read.
+        SplitserveError: the system does not serve the model.
     """
-    preprocessor = _open(source, BundleKey(model, "preprocess", pair.preprocessor))
-    predictor = _open(source, BundleKey(model, "predict", pair.predictor))
-    rows, known = _golden(preprocessor), _golden(predictor)
-    if differences := pairing.misfits(preprocessor.manifest, predictor.manifest.inputs, predictor.manifest.outputs):
-        raise BundleError(f"the halves do not fit: {'; '.join(differences)}")
-    features = pairing.sent(preprocessor.manifest, rows.outputs)
-    is_recorded = {tensor.name: tensor for tensor in features} == {tensor.name: tensor for tensor in known.inputs}
-    outputs = known.outputs if is_recorded else _run(source, predictor.key, features)
-    return _postprocessed(preprocessor.manifest, predictor.manifest, rows.inputs, outputs, is_recorded)
+    reader = ReleaseReader(source)
+    history = reader.history(model)
+    pairs = [pair] if pair else pairs_of(source, server, model, history)
+    outcomes = [_verified(source, server, model, each, history.release_of(each)) for each in pairs]
+    return [*outcomes, *(Outcome(model, "", problem=problem) for problem in reader.problems.get(model, ()))]
 
 
-def _open(source: BundleSource, key: BundleKey) -> Bundle:
-    return load_bundle(source, key, lambda bundle: bundle)
-
-
-def _golden(bundle: Bundle) -> Golden:
-    try:
-        return goldens.decode(bundle.read(GOLDEN_FILE), bundle.manifest.inputs, bundle.manifest.outputs)
-    except BundleError as error:
-        raise BundleError(f"{bundle.key}: {error}") from error
-
-
-def _run(source: BundleSource, key: BundleKey, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    try:
-        from splitserve.runtimes import predictor
-    except ImportError as error:
-        raise BundleError(
-            f"{key} was not published together with its preprocessor, so it must be run here, which needs {error.name}: "
-            'pip install "splitserve[predict]"'
-        ) from error
-    try:
-        return load_bundle(source, key, predictor.load).infer(features)
-    except SplitserveError as error:
-        raise BundleError(f"{key}: {error.message}") from error
-
-
-def _postprocessed(
-    preprocessor: Manifest, predictor: Manifest, rows: tuple[Tensor, ...], outputs: tuple[Tensor, ...], is_recorded: bool
-) -> Promise:
-    step, tolerances = preprocessor.postprocess, dict(predictor.tolerances)
-    if step is not None:
-        outputs = postprocess.apply(step, preprocessor.labels, outputs)
-        tolerances[pairing.PROBABILITIES] = tolerances.pop(step.scores, Tolerance())
-    return Promise(rows, outputs, tolerances, is_recorded)
-
-
-def pairs_of(source: BundleSource, server: ServerUnderTest, model: str) -> list[Pair]:
-    """The pairs of a model to verify: those that are ready, and those that the route names, ascending.
+def pairs_of(source: BundleSource, server: ServerUnderTest, model: str, history: History) -> list[Pair]:
+    """The pairs of a model to verify, ascending: those that are ready, that of the route and that of the current release.
 
     Raises:
         BundleError: the route is invalid.
         SplitserveError: the system does not serve the model.
     """
-    route = source.route(model)
+    route, current = source.route(model), history.current()
     ready = [pair for version in server.metadata(model).versions if (pair := parse_pair(model, version))]
-    if pairs := sorted({*ready, *(route.named() if route else ())}):
+    if pairs := sorted({*ready, *(route.named() if route else ()), *([current.pair] if current else ())}):
         return pairs
-    raise Unavailable(f'model "{model}" has no pair that is ready')
+    raise Unavailable(f'model "{model}" has no release, and no pair that is ready')
 
 
-def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair) -> Outcome:
-    """Send the golden rows of a pair in one request and compare the answer with the expected one."""
+def _verified(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair, release: Release | None) -> Outcome:
+    """Send the golden rows of a pair's newest release in one request and compare the answer with the recorded one."""
     outcome = Outcome(model, str(pair))
+    if release is None:
+        return msgspec.structs.replace(
+            outcome, problem=f"has no release, so no answer is recorded; splitserve release {model} {pair} records one"
+        )
+    outcome = msgspec.structs.replace(outcome, sequence=release.sequence)
     try:
-        promised = promise(source, model, pair)
-        outcome = msgspec.structs.replace(outcome, promise=promised)
-        answer = server.infer(model, {tensor.name: to_array(tensor) for tensor in promised.inputs}, version=str(pair))
-        got = [from_array(name, array) for name, array in answer.items()]
+        golden = golden_rows(source, release)
+        outcome = msgspec.structs.replace(outcome, n_rows=golden.inputs[0].n_rows)
+        answer = server.infer(model, {tensor.name: to_array(tensor) for tensor in golden.inputs}, version=str(pair))
     except BundleError as error:
         return msgspec.structs.replace(outcome, problem=str(error))
     except SplitserveError as error:
         return msgspec.structs.replace(outcome, problem=error.message)
-    worst = goldens.worst_difference(promised.outputs, got, promised.tolerances)
+    got = [from_array(name, array) for name, array in answer.items()]
+    worst = goldens.worst_difference(golden.outputs, got, release.manifest.tolerances)
     return msgspec.structs.replace(outcome, problem=str(worst or ""), worst=worst)
+
+
+def golden_rows(source: BundleSource, release: Release) -> Golden:
+    """The golden samples of a release: raw rows and the answers of the whole.
+
+    Raises:
+        BundleError: they cannot be read, or were changed since the release was recorded; the message names the release.
+    """
+    try:
+        record = source.open_release(release.key)
+        if record.manifest_sha256 != release.sha256:
+            raise BundleError("the record was changed while it was read")
+        return golden_of(release.manifest, record.read(GOLDEN_FILE))
+    except BundleError as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(str(release.key)) else f"{release.key}: {text}") from error

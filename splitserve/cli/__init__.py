@@ -262,9 +262,6 @@ def matrix(
     allow_environment_mismatch: Annotated[
         bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
     ] = False,
-    allow_fingerprint_mismatch: Annotated[
-        bool, typer.Option("--allow-fingerprint-mismatch", help="As PREPROCESS_ALLOW_FINGERPRINT_MISMATCH.")
-    ] = False,
     allow_unsafe_pickle: Annotated[
         bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
     ] = False,
@@ -278,10 +275,10 @@ def matrix(
     ] = "",
     docker: Annotated[str, typer.Option(envvar="DOCKER", help="The program that runs images.")] = "docker",
 ) -> None:
-    """Show which bundles load and which pairs fit.
+    """Show which releases can serve, and which pairs could become a release.
 
-    Loads every bundle of the repository, replays its golden samples, and judges every pair, in this environment or in the images
-    of services. Exits 1 if a pair that a route names is refused, or a model has no admitted pair.
+    Loads every bundle of the repository and replays the golden samples of bundles and releases, in this environment or in the
+    images of services. Exits 1 if the newest release of a model or that of its route is refused, or a model has no release.
     """
     from splitserve.checks.matrix import Allowed
     from splitserve.cli.matrix import run
@@ -289,7 +286,6 @@ def matrix(
     allowed = Allowed(
         trusted_modules=tuple(trusted_module or ()),
         environment_mismatch=allow_environment_mismatch,
-        fingerprint_mismatch=allow_fingerprint_mismatch,
         unsafe_pickle=allow_unsafe_pickle,
         runtime=runtime,
     )
@@ -342,12 +338,12 @@ def verify(
     url: Annotated[str, typer.Argument(help="The system: http://host:port, or grpc://host:port or host:port.")],
     models: Annotated[list[str] | None, typer.Argument(help="Names of models; all of the repository by default.")] = None,
     repository: RepositoryOption = DEFAULT_REPOSITORY,
-    version: Annotated[str, typer.Option(help='A pair, "K.M"; all that are ready or routed by default.')] = "",
+    version: Annotated[str, typer.Option(help='A pair, "K.M"; by default all that are ready, and those that must be.')] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
 ) -> None:
-    """Send golden samples through a running system.
+    """Send the golden rows of releases through a running system.
 
-    Compares the answers with those recorded in the repository's bundles. Exits 1 and shows the worst difference if one differs.
+    Compares the answers with those that the releases have recorded. Exits 1 and shows the worst difference if one differs.
     """
     from splitserve.cli.verify import run
 

@@ -1,10 +1,10 @@
-"""``splitserve matrix``: which bundles load and which pairs fit, in this environment or in images, as tables."""
+"""``splitserve matrix``: which releases serve in this environment or in images, and which pairs could become one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,11 +39,11 @@ def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, sign
     try:
         source = repository_at(where)
         reports = _reports(source, images, allowed, signature_key, docker)
-        matrix = judge(source, reports, allow_fingerprint_mismatch=allowed.fingerprint_mismatch)
+        matrix = judge(signed_by(signature_key, source), reports)
     except (BundleError, ImageError, NoRepository, KeyProblem) as error:
         print(error, file=sys.stderr)
         return 1
-    if not matrix.pairs and not matrix.problems:
+    if not matrix.releases and not matrix.problems:
         print(f"no models found in {where}", file=sys.stderr)
         return 1
     if form == "json":
@@ -125,7 +125,9 @@ class _Notes:
 
 def _print(matrix: Matrix, form: Form) -> None:
     notes = _Notes()
-    for header, rows in (_environments(matrix), _bundles(matrix, notes), _pairs(matrix, notes)):
+    for header, rows in (_environments(matrix), _bundles(matrix, notes), _releases(matrix, notes), _pairs(matrix, notes)):
+        if not rows:
+            continue
         if form == "markdown":
             print(markdown(header, rows))
         else:
@@ -143,7 +145,7 @@ def _environments(matrix: Matrix) -> Table:
 
 
 def _bundles(matrix: Matrix, notes: _Notes) -> Table:
-    trials = {name: {trial.bundle: trial for trial in report.trials} for name, report in matrix.environments.items()}
+    trials = {name: {trial.name: trial for trial in report.trials} for name, report in matrix.environments.items()}
     bundles = list(dict.fromkeys(bundle for each in trials.values() for bundle in each))
     rows = [
         [bundle, matrix.made_with.get(bundle, "?"), *(_trial(trials[name].get(bundle), notes) for name in trials)]
@@ -161,15 +163,31 @@ def _trial(trial: Trial | None, notes: _Notes) -> str:
     return " ".join(["golden samples agree", *map(notes.mark, trial.warnings)])
 
 
-def _pairs(matrix: Matrix, notes: _Notes) -> Table:
-    stacks = list(dict.fromkeys(name for pair in matrix.pairs for name in pair.verdicts))
+def _releases(matrix: Matrix, notes: _Notes) -> Table:
+    stacks = _stacks(matrix)
     rows = [
-        [pair.model, pair.pair, pair.route, *(_verdict(pair.verdicts[name], notes) for name in stacks)] for pair in matrix.pairs
+        [each.model, str(each.sequence), each.pair, each.serves, *_verdicts(each.verdicts, stacks, "served", notes)]
+        for each in matrix.releases
     ]
-    return ["model", "pair", "route", *stacks], rows
+    return ["model", "release", "pair", "serves", *stacks], rows
 
 
-def _verdict(verdict: Verdict, notes: _Notes) -> str:
+def _pairs(matrix: Matrix, notes: _Notes) -> Table:
+    stacks = _stacks(matrix)
+    rows = [[each.model, each.pair, *_verdicts(each.verdicts, stacks, "could be released", notes)] for each in matrix.pairs]
+    return ["model", "not released", *stacks], rows
+
+
+def _stacks(matrix: Matrix) -> list[str]:
+    verdicts = [*(each.verdicts for each in matrix.releases), *(each.verdicts for each in matrix.pairs)]
+    return list(dict.fromkeys(name for each in verdicts for name in each))
+
+
+def _verdicts(verdicts: Mapping[str, Verdict], stacks: Sequence[str], admitted: str, notes: _Notes) -> list[str]:
+    return [_verdict(verdicts[name], admitted, notes) for name in stacks]
+
+
+def _verdict(verdict: Verdict, admitted: str, notes: _Notes) -> str:
     if not verdict.is_admitted:
         return " ".join(["refused", *map(notes.mark, verdict.reasons)])
-    return " ".join(["admitted", *map(notes.mark, verdict.warnings)])
+    return " ".join([admitted, *map(notes.mark, verdict.warnings)])

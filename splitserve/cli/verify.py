@@ -1,4 +1,4 @@
-"""``splitserve verify``: golden samples through a running system."""
+"""``splitserve verify``: the golden rows of releases through a running system."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 
-from splitserve.checks.verify import Outcome, ServerUnderTest, pairs_of, verify
+from splitserve.checks.verify import Outcome, ServerUnderTest, verify
 from splitserve.cli.connection import client
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
@@ -20,7 +20,8 @@ def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s:
     """Print a row for each pair, and the worst difference of each that differs; 1 if one differs or there is none."""
     try:
         source = repository_at(where)
-        names = list(models) or sorted({key.model for key in source.bundles()})
+        published = sorted({key.model for key in source.bundles()})
+        names = list(models) or published
         if not names:
             print(f"no models found in {where}", file=sys.stderr)
             return 1
@@ -29,7 +30,7 @@ def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s:
     except (BundleError, NoRepository) as error:
         print(error, file=sys.stderr)
         return 1
-    print_table(("model", "pair", "samples", "expected answers", "result"), map(_row, outcomes))
+    print_table(("model", "pair", "release", "rows", "result"), map(_row, outcomes))
     sys.stdout.flush()
     for outcome in outcomes:
         if outcome.problem:
@@ -39,15 +40,11 @@ def run(url: str, models: Sequence[str], *, where: str, version: str, timeout_s:
 
 def _verify(source: BundleSource, server: ServerUnderTest, model: str, version: str) -> list[Outcome]:
     try:
-        pair = parse_pair(model, version)
-        pairs = [pair] if pair else pairs_of(source, server, model)
+        return verify(source, server, model, parse_pair(model, version))
     except SplitserveError as error:
         return [Outcome(model, version, problem=error.message)]
-    return [verify(source, server, model, pair) for pair in pairs]
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
-    promise = outcome.promise
-    known = ("-", "-") if promise is None else (str(promise.n_samples), "recorded" if promise.is_recorded else "computed here")
     result = "agrees" if not outcome.problem else "differs" if outcome.worst else "failed"
-    return outcome.model, outcome.pair, *known, result
+    return outcome.model, outcome.pair, str(outcome.sequence or "-"), str(outcome.n_rows or "-"), result

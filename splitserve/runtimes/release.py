@@ -7,16 +7,18 @@ wire in between. It imports neither scikit-learn nor ONNX Runtime: whoever loads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden, GoldenDifference
 from splitserve.repository.manifest import GOLDEN_FILE, BundleError
 from splitserve.repository.release import ReleaseManifest
-from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.signature import TensorSpec, check_outputs
 from splitserve.signature import is_row_wise as has_rows
 from splitserve.tensors import Tensor
+
+if TYPE_CHECKING:
+    from splitserve.runtimes.preprocessor import Preprocessor
 
 
 class RunsTensors(Protocol):

@@ -1,4 +1,4 @@
-"""The support matrix: what loads, what fits, what must not be deployed."""
+"""The support matrix: which releases serve, what could become one, what must not be deployed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,26 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from typer.testing import CliRunner
 
-from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve import publish, publish_predictor, publish_preprocessor, withdraw
 from splitserve.arrays import from_array, to_array
 from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
 from splitserve.cli import app
 from splitserve.repository import golden as goldens
+from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE
+from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
+from splitserve.repository.release import ReleaseKey
+from splitserve.repository.release import encode as encode_release
+from splitserve.repository.releases import decode_release
 from splitserve.repository.signing import Signer
 from splitserve.repository.source import load_bundle
 from splitserve.repository.sources.index import build as build_index
 from splitserve.repository.sources.index import write as write_index
+from splitserve.runtimes.release import golden_of
+from splitserve.tensors import Tensor
+from splitserve.versions import Pair
 from tests.file_server import FileServer
 from tests.signing_keys import make_keys
 from tests.system.models import softmax_model
@@ -67,30 +75,84 @@ def models(published: Path, tmp_path: Path) -> Path:
 def matrix_of(models: Path, **allowed: Any) -> Matrix:
     """Of this environment."""
     source, wishes = Repository(models), Allowed(**allowed)
-    return judge(source, {HERE: examine(source, wishes)}, allow_fingerprint_mismatch=wishes.fingerprint_mismatch)
+    return judge(source, {HERE: examine(source, wishes)})
 
 
 def reasons(matrix: Matrix, column: str = HERE) -> dict[str, str]:
-    """Why each pair is refused, "" for those that are admitted."""
-    return {pair.pair: "; ".join(pair.verdicts[column].reasons) for pair in matrix.pairs}
+    """Why each release, and each pair without one, is refused, "" for those that are admitted."""
+    return {each.pair: "; ".join(each.verdicts[column].reasons) for each in (*matrix.releases, *matrix.pairs)}
 
 
 def write_route(models: Path, pair: str) -> None:
     (models / "paint" / "route.json").write_text(json.dumps({"pairs": [{"pair": pair}]}))
 
 
-def test_a_pair_is_admitted_if_both_halves_load_and_mean_the_same(published: Path) -> None:
+def test_a_release_serves_and_what_could_become_one_is_said_apart(published: Path) -> None:
     """The feature that differs is named, although every shape agrees."""
     matrix = matrix_of(published)
 
+    assert [(each.pair, each.sequence, each.serves) for each in matrix.releases] == [("1.1", 1, "by default")]
+    assert [each.pair for each in matrix.pairs] == ["2.1"]
     assert reasons(matrix) == {
         "1.1": "",
         "2.1": 'the halves do not fit: feature 0: expected "onehotencoder__colour_red", which the predictor was trained on, '
         'got "onehotencoder__colour_green"',
     }
     assert [trial.golden for trial in matrix.environments[HERE].trials] == ["agree"] * 3
+    assert matrix.environments[HERE].releases == (Trial("paint/releases/0001-1.1", golden="agree"),)
     assert matrix.made_with["paint/predict/1"].startswith("ONNX IR ")
     assert matrix.problems == ()
+
+
+def test_the_whole_of_a_release_is_run(models: Path) -> None:
+    """Both halves give what they promise, and the answer is not the recorded one: that of the newest release decides."""
+    change_release(models, lambda golden: Golden(golden.inputs, tuple(shifted(each) for each in golden.outputs)))
+
+    matrix = matrix_of(models)
+
+    assert [trial.golden for trial in matrix.environments[HERE].trials] == ["agree"] * 3
+    assert reasons(matrix)["1.1"].startswith('paint/releases/0001-1.1: output "probabilities" of golden sample')
+    (problem,) = matrix.problems
+    assert problem.startswith("here: paint 1.1, release 1, which serves by default, is refused: paint/releases/0001-1.1: ")
+
+
+def test_a_half_that_is_not_the_one_that_was_released_is_refused(models: Path, tmp_path: Path) -> None:
+    """Another valid bundle in its place, under the same number."""
+    other = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression(C=0.1)).fit(FRAME, IS_LARGE)
+    publish(other, FRAME, name="paint", repository=tmp_path / "other")
+    shutil.rmtree(models / "paint" / "predict" / "1")
+    shutil.copytree(tmp_path / "other" / "paint" / "predict" / "1", models / "paint" / "predict" / "1")
+
+    matrix = matrix_of(models)
+
+    assert "paint/predict/1: is not the bundle that was released: expected the sha256 " in reasons(matrix)["1.1"]
+    assert len(matrix.problems) == 1
+
+
+def test_a_record_that_cannot_be_used_is_a_problem(models: Path) -> None:
+    """It may withdraw a release."""
+    manifest = models / "paint" / "releases" / "0001-1.1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("pipeline", "halves"))
+
+    problems = matrix_of(models).problems
+
+    assert problems[0].startswith("paint/releases/0001-1.1: manifest.json: its bytes are not those of its digest")
+    assert problems[1] == "paint has no release: splitserve release paint K.M records one"
+
+
+def change_release(models: Path, change: Callable[[Golden], Golden]) -> None:
+    """Record the release of 1.1 anew with other golden samples, and digests that are right."""
+    key = ReleaseKey("paint", 1, Pair(1, 1))
+    folder = models / str(key)
+    manifest = decode_release((folder / MANIFEST_FILE).read_bytes(), key)
+    data = goldens.encode(change(golden_of(manifest, (folder / GOLDEN_FILE).read_bytes())))
+    (folder / GOLDEN_FILE).write_bytes(data)
+    changed = msgspec.structs.replace(manifest, files=release_log.digests({GOLDEN_FILE: data}))
+    (folder / MANIFEST_FILE).write_bytes(encode_release(changed))
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    return from_array(tensor.name, to_array(tensor) + np.float32(0.25)) if tensor.datatype == "FP32" else tensor
 
 
 def test_features_that_do_not_fit_in_shape_are_refused(models: Path) -> None:
@@ -101,14 +163,6 @@ def test_features_that_do_not_fit_in_shape_are_refused(models: Path) -> None:
 
     assert found["1.2"] == 'the halves do not fit: "features": expected 9 in dimension 1, the preprocessor produces 4'
     assert found["1.1"] == ""
-
-
-def test_a_mismatch_of_meaning_can_be_allowed(published: Path) -> None:
-    """As the service's setting does; then it is a warning."""
-    matrix = matrix_of(published, fingerprint_mismatch=True)
-
-    assert matrix.pairs[1].verdicts[HERE].is_admitted
-    assert "colour_green" in matrix.pairs[1].verdicts[HERE].warnings[0]
 
 
 def test_a_damaged_bundle_is_refused_with_its_pairs_and_no_others(models: Path) -> None:
@@ -138,65 +192,77 @@ def test_golden_samples_that_differ_are_told_apart_from_other_refusals(models: P
     repository = Repository(models)
     bundle = repository.open(BundleKey("paint", "predict", 1))
     golden = goldens.decode(bundle.read(GOLDEN_FILE), bundle.manifest.inputs, bundle.manifest.outputs)
-    shifted = tuple(
-        from_array(each.name, to_array(each) + np.float32(0.25)) if each.datatype == "FP32" else each for each in golden.outputs
-    )
-    files = {MODEL_FILE: bundle.read(MODEL_FILE), GOLDEN_FILE: goldens.encode(Golden(golden.inputs, shifted))}
+    changed = Golden(golden.inputs, tuple(shifted(each) for each in golden.outputs))
+    files = {MODEL_FILE: bundle.read(MODEL_FILE), GOLDEN_FILE: goldens.encode(changed)}
     repository.write(msgspec.structs.replace(bundle.manifest, version=2), files)
 
     matrix = matrix_of(models)
 
-    assert {trial.bundle: trial.golden for trial in matrix.environments[HERE].trials if "predict" in trial.bundle} == {
+    assert {trial.name: trial.golden for trial in matrix.environments[HERE].trials if "predict" in trial.name} == {
         "paint/predict/1": "agree",
         "paint/predict/2": "differ",
     }
     assert reasons(matrix)["1.2"].startswith('paint/predict/2: output "probabilities" of golden sample')
 
 
-def test_a_refused_pair_is_a_problem_only_if_a_route_names_it(models: Path) -> None:
-    """What is admitted may be beside it: the route decides."""
-    write_route(models, "1.1")
-    fine = matrix_of(models)
-    write_route(models, "2.1")
+def test_releases_that_do_not_serve_by_default_are_no_problem(models: Path) -> None:
+    """The newest and that of the route decide."""
+    publish(make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, IS_LARGE), FRAME, name="paint",
+            repository=models)  # fmt: skip
+    (models / "paint" / "predict" / "1" / "model.onnx").unlink()
 
+    fine = matrix_of(models)
+    write_route(models, "1.1")
     bad = matrix_of(models)
 
     assert fine.problems == ()
-    assert [pair.route for pair in fine.pairs] == ["100 %", ""]
-    assert [pair.route for pair in bad.pairs] == ["", "100 %"]
+    assert [(each.pair, each.serves) for each in fine.releases] == [("1.1", ""), ("3.2", "by default")]
+    assert [(each.pair, each.serves) for each in bad.releases] == [("1.1", "by route"), ("3.2", "by default")]
     (problem,) = bad.problems
-    assert problem.startswith("here: paint 2.1, named by its route, is refused: the halves do not fit: feature 0")
+    assert problem.startswith("here: paint 1.1, release 1, which serves by route, is refused: paint/predict/1: model.onnx")
 
 
-def test_a_pair_that_a_route_names_and_nobody_published_is_a_problem(models: Path) -> None:
-    """It is in the table, and its missing half is named."""
-    write_route(models, "1.7")
+@pytest.mark.parametrize("pair", ["2.1", "1.7"])
+def test_a_route_that_names_a_pair_without_a_release_is_a_problem(models: Path, pair: str) -> None:
+    """Published or not: nothing shows that it answers as in training."""
+    write_route(models, pair)
 
-    matrix = matrix_of(models)
-
-    assert reasons(matrix)["1.7"] == "paint/predict/7: not published"
-    assert [pair.route for pair in matrix.pairs if pair.route] == ["100 %"]
-    assert matrix.problems == ("here: paint 1.7, named by its route, is refused: paint/predict/7: not published",)
-
-
-def test_a_model_that_no_pair_serves_is_a_problem(models: Path) -> None:
-    """Without a route it is served by its newest admitted pair: there has to be one."""
-    (models / "paint" / "predict" / "1" / "model.onnx").unlink()
-    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="half", repository=models)
-
-    matrix = matrix_of(models)
-
-    assert matrix.problems == (
-        "half has no pair: only one of its halves is published",
-        "here: paint has no admitted pair",
+    assert matrix_of(models).problems == (
+        f"paint {pair}, named by its route, has no release: splitserve release paint {pair} records one",
     )
 
 
+def test_a_model_without_a_release_that_serves_is_a_problem(models: Path) -> None:
+    """Services answer nothing for it."""
+    (models / "paint" / "predict" / "1" / "model.onnx").unlink()
+    publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="half", repository=models)
+
+    first, second = sorted(matrix_of(models).problems)
+
+    assert first == "half has no release: splitserve release half K.M records one"
+    assert second.startswith("here: paint 1.1, release 1, which serves by default, is refused: paint/predict/1: model.onnx")
+
+
+def test_a_withdrawn_release_does_not_decide(models: Path) -> None:
+    """Its pair could be released again."""
+    publish(make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, IS_LARGE), FRAME, name="paint",
+            repository=models)  # fmt: skip
+    (models / "paint" / "predict" / "2" / "model.onnx").unlink()
+    withdraw("paint", 2, repository=models)
+
+    matrix = matrix_of(models)
+
+    assert [(each.pair, each.serves) for each in matrix.releases] == [("1.1", "by default")]
+    assert "3.2" in {each.pair for each in matrix.pairs}
+    assert matrix.problems == ()
+
+
 def report(*kinds: Any, **refused: str) -> Report:
-    """An environment in which all bundles load but these."""
+    """An environment in which all bundles load but these, and the release agrees where both halves run."""
     bundles = [f"paint/{kind}/{version}" for kind, version in (("preprocess", 1), ("preprocess", 2), ("predict", 1))]
     trials = [Trial(name, refused.get(name.replace("/", "_"), "")) for name in bundles if name.split("/")[1] in kinds]
-    return Report({}, kinds, tuple(trials))
+    releases = (Trial("paint/releases/0001-1.1", golden="agree"),) if len(kinds) == 2 else ()
+    return Report({}, kinds, tuple(trials), releases)
 
 
 def test_environments_that_run_one_half_each_are_combined(published: Path) -> None:
@@ -211,7 +277,7 @@ def test_environments_that_run_one_half_each_are_combined(published: Path) -> No
 
     assert reasons(matrix, "old + predict")["1.1"] == "no"
     assert reasons(matrix, "new + predict")["1.1"] == ""
-    assert matrix.problems == ("old + predict: paint has no admitted pair",)
+    assert matrix.problems == ("old + predict: paint 1.1, release 1, which serves by default, is refused: no",)
 
 
 def test_environments_that_run_both_halves_stand_for_themselves(published: Path) -> None:
@@ -220,15 +286,15 @@ def test_environments_that_run_both_halves_stand_for_themselves(published: Path)
 
     matrix = judge(Repository(published), reports)
 
-    assert {name: verdict.reasons for name, verdict in matrix.pairs[0].verdicts.items()} == {"a": (), "b": ("no",)}
+    assert {name: verdict.reasons for name, verdict in matrix.releases[0].verdicts.items()} == {"a": (), "b": ("no",)}
 
 
 def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:
     """What was not tried is not known to work."""
     matrix = judge(Repository(published), {"image": report("preprocess")})
 
-    assert matrix.pairs[0].verdicts == {}
-    assert matrix.problems == ("image: no pair can be checked, no environment runs predictors",)
+    assert matrix.releases[0].verdicts == {}
+    assert matrix.problems == ("image: no release can be checked, no environment runs predictors",)
 
 
 def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) -> None:
@@ -250,7 +316,7 @@ def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, 
     found = msgspec.json.decode(printed, type=Report)
 
     assert list(found.kinds) == kinds
-    assert {trial.bundle.split("/")[1] for trial in found.trials} == set(kinds)
+    assert {trial.name.split("/")[1] for trial in found.trials} == set(kinds)
     assert {trial.golden for trial in found.trials} <= {"agree"}
 
 
@@ -269,13 +335,15 @@ def test_the_command_prints_tables_and_each_reason_once(models: Path) -> None:
 
     lines = [line.split() for line in result.stdout.splitlines()]
     assert result.exit_code == 1
-    assert ["paint", "1.1", "refused", "(1)"] in lines
+    assert ["paint", "1", "1.1", "by", "default", "refused", "(1)"] in lines
     assert ["paint", "2.1", "refused", "(1)"] in lines
     assert result.stdout.count("bytes as in manifest.json, got 0") == 1
-    assert result.stderr == "not deployable: here: paint has no admitted pair\n"
+    assert result.stderr.startswith(
+        "not deployable: here: paint 1.1, release 1, which serves by default, is refused: paint/predict/1"
+    )
 
 
-def test_the_command_exits_0_where_only_pairs_without_a_route_are_refused(published: Path) -> None:
+def test_the_command_exits_0_where_only_pairs_without_a_release_are_refused(published: Path) -> None:
     """So that a new half can be published before its partner."""
     result = run("--repository", published)
 
@@ -289,7 +357,7 @@ def test_the_command_gives_json_and_markdown(published: Path) -> None:
     as_markdown = run("--repository", published, "--markdown")
 
     assert msgspec.json.decode(as_json.stdout, type=Matrix) == matrix_of(published)
-    assert "| paint | 1.1 |  | admitted |" in as_markdown.stdout.splitlines()
+    assert "| paint | 1 | 1.1 | by default | served |" in as_markdown.stdout.splitlines()
 
 
 @pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "no models found in")])
@@ -309,7 +377,7 @@ def test_a_broken_route_is_told_in_a_line(models: Path) -> None:
 
     assert result.exit_code == 1
     assert result.stderr.startswith("not deployable: paint: route.json: ")
-    assert "admitted" in result.stdout
+    assert "served" in result.stdout
 
 
 def test_the_command_reads_whatever_services_read(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +393,7 @@ def test_the_command_reads_whatever_services_read(published: Path, tmp_path: Pat
     expected = matrix_of(published)
     for printed in (fetched.stdout, of_one.stdout):
         found = msgspec.json.decode(printed, type=Matrix)
-        assert found.pairs == expected.pairs
+        assert (found.releases, found.pairs) == (expected.releases, expected.pairs)
         assert set(found.environments[HERE].trials) == set(expected.environments[HERE].trials)
 
 
@@ -351,12 +419,15 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     without_key = run("--repository", models, *images)
     half_signed = run("--repository", models, "--signature-key", keys.public, "--json", *images)
     load_bundle(repository, BundleKey("paint", "predict", 1), Signer(keys.private).sign)
+    unsigned_release = run("--repository", models, "--signature-key", keys.public, *images)
+    Signer(keys.private).sign(repository.open_release(ReleaseKey("paint", 1, Pair(1, 1))))
     signed = run("--repository", models, "--signature-key", keys.public, *images)
     no_key = run("--repository", models, "--signature-key", tmp_path / "nowhere")
 
-    assert (without_key.exit_code, half_signed.exit_code, signed.exit_code, no_key.exit_code) == (0, 1, 0, 1)
+    assert [each.exit_code for each in (without_key, half_signed, unsigned_release, signed, no_key)] == [0, 1, 1, 0, 1]
     (verdict,) = msgspec.json.decode(half_signed.stdout, type=Matrix).pairs[0].verdicts.values()
     assert verdict.reasons == ('paint/predict/1: not signed; "splitserve sign" adds model.sig',)
+    assert 'paint/releases/0001-1.1: not signed; "splitserve sign" adds model.sig' in unsigned_release.stderr
     assert no_key.stderr.endswith("nowhere: No such file or directory\n")
 
 
@@ -405,7 +476,7 @@ def test_the_command_joins_what_images_say(published: Path, docker: Path) -> Non
 
     assert result.exit_code == 0, result.output
     assert "| bundle | made with | first | second |" in result.stdout
-    assert "| model | pair | route | first + second |" in result.stdout
+    assert "| model | release | pair | serves | first + second |" in result.stdout
     assert "| golden samples agree | - |" in result.stdout
     assert "| - | golden samples agree |" in result.stdout
 

@@ -1,7 +1,10 @@
-"""What a pair must answer to its golden rows, and whether a system does."""
+"""Whether a system answers what the releases of its models have recorded."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +17,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
-from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve import publish, publish_predictor, publish_preprocessor, release, withdraw
 from splitserve.arrays import Array, to_array
-from splitserve.checks.verify import Promise, pairs_of, promise, verify
+from splitserve.checks.verify import Outcome, golden_rows, pairs_of, verify
 from splitserve.errors import Unavailable
 from splitserve.oip.messages import ModelMetadata
 from splitserve.publishing import Postprocess
 from splitserve.repository.folder import Repository
+from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import BundleError
+from splitserve.repository.releases import ReleaseReader
 from splitserve.runtimes import postprocess
 from splitserve.versions import Pair
 from tests.system.models import softmax_model
@@ -48,58 +53,56 @@ class FakeServer:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """``iris`` 1.1, published together; preprocessor 2 of its own."""
+    """``iris`` 1.1, published together; preprocessor 2 of its own, without a release."""
     folder = tmp_path_factory.mktemp("models")
     publish(PIPELINE, IRIS, name="iris", repository=folder)
     publish_preprocessor(MinMaxScaler().fit(IRIS), IRIS[::2], name="iris", repository=folder)
     return Repository(folder)
 
 
-def arrays(promised: Promise) -> dict[str, Array]:
+def golden(repository: Repository, model: str = "iris") -> Golden:
+    """That of the current release."""
+    current = ReleaseReader(repository).history(model).current()
+    assert current is not None
+    return golden_rows(repository, current)
+
+
+def arrays(repository: Repository, model: str = "iris") -> dict[str, Array]:
     """What a system that keeps the promise answers."""
-    return {tensor.name: to_array(tensor).copy() for tensor in promised.outputs}
+    return {tensor.name: to_array(tensor).copy() for tensor in golden(repository, model).outputs}
 
 
-def take_away_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if ONNX Runtime were not installed."""
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "splitserve.runtimes.predictor")
-    monkeypatch.delattr("splitserve.runtimes.predictor")
+def verified(repository: Repository, server: FakeServer, model: str = "iris", pair: Pair = Pair(1, 1)) -> Outcome:  # noqa: B008
+    [outcome] = verify(repository, server, model, pair)
+    return outcome
 
 
-def test_halves_that_were_published_together_have_recorded_all(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to be run: neither library is needed."""
-    take_away_the_runtime(monkeypatch)
+def test_a_release_has_recorded_all(repository: Repository) -> None:
+    """Raw rows and the answers of the whole, which are those of training."""
+    rows, found = to_array(golden(repository).inputs[0]), arrays(repository)
 
-    promised = promise(repository, "iris", Pair(1, 1))
-
-    rows = to_array(promised.inputs[0])
-    found = arrays(promised)
-    assert promised.is_recorded
     np.testing.assert_allclose(found["probabilities"], PIPELINE.predict_proba(rows), atol=1e-5)
     np.testing.assert_array_equal(found["label"], PIPELINE.predict(rows))
-    assert promised.tolerances["probabilities"].atol > 0
 
 
-def test_a_pair_that_came_together_later_is_run_here(repository: Repository) -> None:
-    """The predictor on the features that the preprocessor is known to make."""
-    promised = promise(repository, "iris", Pair(2, 1))
+def test_nothing_is_run_here(repository: Repository) -> None:
+    """The libraries of neither half are needed."""
+    block = (
+        "import sys; sys.modules.update(dict.fromkeys(['sklearn', 'skops', 'pandas', 'scipy', 'onnxruntime', 'onnx', 'grpc']))"
+    )
+    code = (
+        f"{block}; from splitserve.checks.verify import golden_rows; from splitserve.repository.folder import Repository; "
+        "from splitserve.repository.releases import ReleaseReader; repository = Repository(sys.argv[1]); "
+        "print(golden_rows(repository, ReleaseReader(repository).history('iris').current()).inputs[0].n_rows)"
+    )
 
-    features = MinMaxScaler().fit(IRIS).transform(to_array(promised.inputs[0]))
-    assert not promised.is_recorded
-    np.testing.assert_allclose(arrays(promised)["probabilities"], PIPELINE[-1].predict_proba(features), atol=1e-5)
+    printed = subprocess.run([sys.executable, "-c", code, repository.root], check=True, capture_output=True, text=True).stdout
+
+    assert int(printed) == golden(repository).inputs[0].n_rows
 
 
-def test_what_has_to_be_run_here_needs_the_runtime(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said in a line, with the package."""
-    take_away_the_runtime(monkeypatch)
-
-    with pytest.raises(BundleError, match="iris/predict/1 was not published together .* needs onnxruntime: pip install"):
-        promise(repository, "iris", Pair(2, 1))
-
-
-def test_the_postprocess_step_is_part_of_the_promise(tmp_path: Path) -> None:
-    """Labels and probabilities, the latter as exact as the scores."""
+def test_the_postprocess_step_is_part_of_what_is_recorded(tmp_path: Path) -> None:
+    """Labels and probabilities, for halves that were released later too."""
     publish_preprocessor(
         StandardScaler().fit(IRIS),
         IRIS,
@@ -108,60 +111,38 @@ def test_the_postprocess_step_is_part_of_the_promise(tmp_path: Path) -> None:
         labels=["no", "yes"],
         postprocess=Postprocess(scores="scores", activation="none"),
     )
-    predictor = publish_predictor(softmax_model(4), np.zeros((3, 4), np.float32), name="m", repository=tmp_path)
+    publish_predictor(softmax_model(4), np.zeros((3, 4), np.float32), name="m", repository=tmp_path)
+    release("m", "1.1", repository=tmp_path, accept_unknown_features=True)
 
-    promised = promise(Repository(tmp_path), "m", Pair(1, 1))
+    found = arrays(Repository(tmp_path), "m")
 
-    found = arrays(promised)
     assert found.keys() == {postprocess.PROBABILITIES, postprocess.LABEL}
-    assert set(found["label"]) == {b"no", b"yes"}
-    assert promised.tolerances == {"probabilities": predictor.manifest.tolerances["scores"]}
+    assert set(found["label"]) <= {b"no", b"yes"}
+    assert verified(Repository(tmp_path), FakeServer(found), "m").problem == ""
 
 
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        (Pair(9, 1), "iris/preprocess/9: manifest.json cannot be read"),
-        (Pair(1, 9), "iris/predict/9: manifest.json cannot be read"),
-    ],
-)
-def test_there_is_no_promise_without_both_halves(repository: Repository, pair: Pair, message: str) -> None:
-    """The one that is not there is named."""
-    with pytest.raises(BundleError, match=message):
-        promise(repository, "iris", pair)
-
-
-def test_halves_that_do_not_fit_promise_nothing(repository: Repository, tmp_path: Path) -> None:
-    """The reason is the one that a service gives."""
-    publish_preprocessor(StandardScaler().fit(IRIS), IRIS, name="m", repository=tmp_path)
-    publish_predictor(softmax_model(9), np.zeros((3, 9), np.float32), name="m", repository=tmp_path)
-
-    with pytest.raises(BundleError, match="the halves do not fit: .* expected 9 in dimension 1, the preprocessor produces 4"):
-        promise(Repository(tmp_path), "m", Pair(1, 1))
-
-
-def test_a_system_that_answers_as_promised_passes(repository: Repository) -> None:
+def test_a_system_that_answers_as_recorded_passes(repository: Repository) -> None:
     """The rows are those of training, the pair is named in the request."""
-    promised = promise(repository, "iris", Pair(1, 1))
-    server = FakeServer(arrays(promised))
+    server = FakeServer(arrays(repository))
 
-    outcome = verify(repository, server, "iris", Pair(1, 1))
+    outcome = verified(repository, server)
 
-    assert (outcome.problem, outcome.worst) == ("", None)
+    rows = to_array(golden(repository).inputs[0])
+    assert (outcome.problem, outcome.worst, outcome.sequence, outcome.n_rows) == ("", None, 1, len(rows))
     ((model, version, inputs),) = server.asked
     assert (model, version) == ("iris", "1.1")
-    np.testing.assert_array_equal(inputs["features"], to_array(promised.inputs[0]))
+    np.testing.assert_array_equal(inputs["features"], rows)
 
 
 @pytest.mark.parametrize(
     ("output", "change", "index"), [("probabilities", 1e-3, (5, 2)), ("probabilities", np.nan, (0, 0)), ("label", 1, (7,))]
 )
 def test_the_worst_difference_is_shown(repository: Repository, output: str, change: float, index: tuple[int, ...]) -> None:
-    """Beyond the manifest's tolerance for floats, at all for labels: sample, tensor, index, expected, got."""
-    answer = arrays(promise(repository, "iris", Pair(1, 1)))
+    """Beyond the release's tolerance for floats, at all for labels: sample, tensor, index, expected, got."""
+    answer = arrays(repository)
     answer[output][index] += change
 
-    outcome = verify(repository, FakeServer(answer), "iris", Pair(1, 1))
+    outcome = verified(repository, FakeServer(answer))
 
     assert outcome.worst is not None
     assert (outcome.worst.tensor, outcome.worst.sample, outcome.worst.index) == (output, index[0], index)
@@ -170,35 +151,82 @@ def test_the_worst_difference_is_shown(repository: Repository, output: str, chan
 
 def test_an_answer_that_lacks_an_output_differs(repository: Repository) -> None:
     """Or has it in another shape, or of another datatype."""
-    answer = arrays(promise(repository, "iris", Pair(1, 1)))
+    answer = arrays(repository)
     del answer["label"]
 
-    outcome = verify(repository, FakeServer(answer), "iris", Pair(1, 1))
-
-    assert outcome.problem.endswith("got nothing")
+    assert verified(repository, FakeServer(answer)).problem.endswith("got nothing")
 
 
 def test_a_system_that_refuses_fails_with_its_words(repository: Repository) -> None:
-    """No traceback; the promise is known all the same."""
+    """No traceback; how many rows were sent is known all the same."""
 
     class Refusing(FakeServer):
         def infer(self, model: str, inputs: Mapping[str, Any], *, version: str = "") -> Mapping[str, Array]:
             raise Unavailable("models are still being loaded")
 
-    outcome = verify(repository, Refusing({}), "iris", Pair(1, 1))
+    outcome = verified(repository, Refusing({}))
 
     assert outcome.problem == "models are still being loaded"
-    assert outcome.promise is not None
+    assert outcome.n_rows > 0
 
 
-def test_what_is_ready_and_what_is_routed_is_verified(repository: Repository, tmp_path: Path) -> None:
-    """A routed pair that is not ready is asked for too, and fails."""
-    folder = tmp_path / "models"
-    (folder / "iris").mkdir(parents=True)
-    (folder / "iris" / "preprocess").symlink_to(repository.root / "iris" / "preprocess")
-    (folder / "iris" / "route.json").write_text('{"pairs": [{"pair": "2.1"}]}')
+def test_a_pair_without_a_release_has_nothing_to_be_compared_with(repository: Repository) -> None:
+    """Served or not: the way out is named, and nothing is sent."""
+    server = FakeServer({}, ("2.1",))
 
-    assert pairs_of(repository, FakeServer({}, ("1.1",)), "iris") == [Pair(1, 1)]
-    assert pairs_of(Repository(folder), FakeServer({}, ("3.1",)), "iris") == [Pair(2, 1), Pair(3, 1)]
-    with pytest.raises(Unavailable, match='model "iris" has no pair that is ready'):
-        pairs_of(repository, FakeServer({}), "iris")
+    outcome = verified(repository, server, pair=Pair(2, 1))
+
+    assert outcome.problem == "has no release, so no answer is recorded; splitserve release iris 2.1 records one"
+    assert (outcome.sequence, outcome.n_rows, server.asked) == (0, 0, [])
+
+
+def test_a_damaged_record_is_named(repository: Repository, tmp_path: Path) -> None:
+    """Golden samples that are not those that were recorded prove nothing."""
+    models = Path(shutil.copytree(repository.root, tmp_path / "models"))
+    file = models / "iris" / "releases" / "0001-1.1" / "golden.npz"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    outcome = verified(Repository(models), FakeServer({}))
+
+    assert outcome.problem.startswith("iris/releases/0001-1.1: golden.npz: expected sha256")
+
+
+def test_a_record_that_cannot_be_read_fails_beside_the_others(repository: Repository, tmp_path: Path) -> None:
+    """It may withdraw a release that is served."""
+    models = Path(shutil.copytree(repository.root, tmp_path / "models"))
+    withdraw_nothing = models / "iris" / "releases" / "0002-1.1"
+    withdraw_nothing.mkdir()
+    (withdraw_nothing / "manifest.json").write_text("{}")
+
+    outcomes = verify(Repository(models), FakeServer(arrays(repository), ("1.1",)), "iris")
+
+    assert [outcome.pair for outcome in outcomes] == ["1.1", ""]
+    assert outcomes[0].problem == ""
+    assert outcomes[1].problem.startswith("iris/releases/0002-1.1: ")
+
+
+def test_what_is_ready_and_what_must_be_is_verified(repository: Repository, tmp_path: Path) -> None:
+    """The pairs of the route and of the current release are asked for although they are not ready, and fail."""
+    models = Path(shutil.copytree(repository.root, tmp_path / "models"))
+
+    def pairs(*versions: str) -> list[Pair]:
+        source = Repository(models)
+        return pairs_of(source, FakeServer({}, versions), "iris", ReleaseReader(source).history("iris"))
+
+    assert pairs("1.1") == [Pair(1, 1)]
+    assert pairs("3.1") == [Pair(1, 1), Pair(3, 1)]
+    (models / "iris" / "route.json").write_text(json.dumps({"pairs": [{"pair": "2.1"}]}))
+    assert pairs("3.1") == [Pair(1, 1), Pair(2, 1), Pair(3, 1)]
+    (models / "iris" / "route.json").unlink()
+    withdraw("iris", 1, repository=models)
+    assert pairs("3.1") == [Pair(3, 1)]
+    with pytest.raises(Unavailable, match='model "iris" has no release, and no pair that is ready'):
+        pairs()
+
+
+def test_a_broken_route_is_an_error(repository: Repository, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(repository.root, tmp_path / "models"))
+    (models / "iris" / "route.json").write_text("[]")
+
+    with pytest.raises(BundleError, match=r"iris: route.json"):
+        verify(Repository(models), FakeServer({}), "iris")

@@ -62,7 +62,7 @@ def test_images_try_what_they_serve_and_are_joined(docker: str, stack: Stack, re
     status, found, complaints = matrix(docker, repository, old_image, new, predict)
 
     kinds = {name: report["kinds"] for name, report in found["environments"].items()}
-    verdicts = {pair["model"]: pair["verdicts"] for pair in found["pairs"]}
+    verdicts = {release["model"]: release["verdicts"] for release in found["releases"]}
     assert kinds == {old_image: ["preprocess"], new: ["preprocess"], predict: ["predict"]}
     assert verdicts.keys() == {"breast-cancer", "digits", "weather"}
     for model, verdict in verdicts.items():

@@ -35,15 +35,16 @@ def plain(line: str) -> str:
 def test_the_tour_tells_its_story(printed: str) -> None:
     """Refused, live, damaged: in this order, and no request fails."""
     story = [
-        r"rents  1\.1          admitted",
-        r"rents  1\.1   \d+ +recorded +agrees",
-        r'refused \(1\)\s+\(1\) the halves do not fit: feature 0: expected "district_south", .* got "district_centre"',
-        r"2\.1 +UNAVAILABLE",
+        r"rents  1        1\.1   by default  served",
+        r"rents  1\.1   1        \d+ +agrees",
+        r'features that differ from those trained on: 2\s+"district_',
+        r"2 features differ from those that the predictor was trained on",
+        r'rents  2\.1 +refused \(1\)\s+\(1\) the halves do not fit: feature 0: expected "district_south", .*',
         r"requests so far: \d+ by 1\.1, 0 failed",
-        r"not deployable: here: rents 2\.1, named by its route, is refused",
-        r"rents  3\.2          admitted",
+        r"not deployable: rents 2\.1, named by its route, has no release",
+        r"rents  2        3\.2   by default  served",
         r"requests so far: .*\d+ by 3\.2, 0 failed",
-        r"rents  3\.2   \d+ +recorded +agrees",
+        r"rents  3\.2   2        \d+ +agrees",
         r"rents/predict/2: model\.onnx: expected sha256",
         r"requests so far: .*\d+ by 3\.2, 0 failed",
         r"3\.2 +UNAVAILABLE",
