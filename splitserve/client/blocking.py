@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from splitserve.client.answer import Answer
 from splitserve.client.connection import TLS, Compression, ConnectionOptions, Token, connection_options
-from splitserve.client.inference import Core, Inference, Outputs
+from splitserve.client.inference import Core, InferCall, Outputs
 from splitserve.client.progress import Progress, Report, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
 from splitserve.client.stop import Stop
@@ -124,7 +124,7 @@ class Client:
             SplitserveError: a subclass, see `splitserve.errors`; the message names the rows if it concerns some of them.
             ValueError: an option is invalid; the message names it.
         """
-        inference = Inference(
+        inference = InferCall(
             self._core,
             model,
             inputs,
@@ -142,7 +142,7 @@ class Client:
             rest = self._run_chunks(inference, concurrency, report) if inference.rest else []
         return inference.answer([first, *rest])
 
-    def _run_chunks(self, inference: Inference, concurrency: int, report: Report) -> list[Outputs]:
+    def _run_chunks(self, inference: InferCall, concurrency: int, report: Report) -> list[Outputs]:
         """The outputs of each chunk, in order.
 
         When one fails, no further one is sent; those in flight are cancelled over gRPC and awaited over REST, so that none is in
@@ -163,7 +163,7 @@ class Client:
                 raise
         return [future.result() for future in futures]
 
-    def _run_chunk(self, inference: Inference, rows: range, stop: Stop) -> Outputs:
+    def _run_chunk(self, inference: InferCall, rows: range, stop: Stop) -> Outputs:
         stop.check()
         return self._run(inference.chunk(rows), stop)
 

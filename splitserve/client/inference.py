@@ -73,7 +73,7 @@ class Core:
         return signature
 
 
-class Inference:
+class InferCall:
     """One call of ``infer``.
 
     `begin` first; then `chunk` for each of `rest`, in any order; then `answer`.

@@ -101,7 +101,7 @@ def encode_request(request: InferRequest) -> tuple[bytes, int]:
     return b"".join((head, *(tensor.raw for tensor in request.inputs))), len(head)
 
 
-class _AnswerOutput(msgspec.Struct):
+class _DecodedOutput(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
@@ -109,8 +109,8 @@ class _AnswerOutput(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
-class _InferAnswer(msgspec.Struct):
-    outputs: list[_AnswerOutput]
+class _DecodedAnswer(msgspec.Struct):
+    outputs: list[_DecodedOutput]
     model_name: str | None = None
     model_version: str | None = None
     id: str | None = None
@@ -134,7 +134,7 @@ class _Metadata(msgspec.Struct):
 
 _TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _Metadata, "index": list[ModelState]}
 _DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
-_answer_decoder = msgspec.json.Decoder(_InferAnswer)
+_answer_decoder = msgspec.json.Decoder(_DecodedAnswer)
 
 
 def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> Any:
@@ -230,7 +230,7 @@ def decode_response(body: bytes, header_length: int) -> InferResponse:
     )
 
 
-def _pack_json(item: _AnswerOutput) -> bytes:
+def _pack_json(item: _DecodedOutput) -> bytes:
     what = f'output "{item.name}"'
     values = flatten(what, item.data, item.shape)
     if len(values) != n_elements(what, item.shape):
