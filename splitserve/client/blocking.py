@@ -160,12 +160,18 @@ class Client:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 stop.set()
+                if stop.cause is not None:  # not the `Cancelled` of another chunk
+                    raise stop.cause from stop.cause.__cause__
                 raise
         return [future.result() for future in futures]
 
     def _run_chunk(self, inference: InferCall, rows: range, stop: Stop) -> Outputs:
         stop.check()
-        return self._run(inference.chunk(rows), stop)
+        try:
+            return self._run(inference.chunk(rows), stop)
+        except Exception as error:
+            stop.set(error)  # at once: this thread may take the next chunk before the caller's thread runs
+            raise
 
     def is_live(self) -> bool:
         """Whether the server is live.

@@ -16,10 +16,14 @@ class Stop:
         self._event = threading.Event()
         self._lock = threading.Lock()
         self._cancels: dict[int, Callable[[], object]] = {}
+        self.cause: Exception | None = None
+        """The error because of which it was set first, if any."""
 
-    def set(self) -> None:
+    def set(self, cause: Exception | None = None) -> None:
         """Cancel everything."""
         with self._lock:
+            if not self._event.is_set():
+                self.cause = cause
             self._event.set()
             cancels = list(self._cancels.values())
         for cancel in cancels:
