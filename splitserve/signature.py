@@ -55,6 +55,9 @@ _WIDER: dict[str, tuple[str, ...]] = {
 }
 """Datatypes that a preprocessor accepts in place of the declared one: those that numpy casts to it under the rule "safe"."""
 
+_ROUNDED = {("INT64", "FP64"), ("UINT64", "FP64")}
+"""Those that numpy calls safe although large values are rounded: each value is checked."""
+
 
 def accepts(declared: str, sent: str) -> bool:
     """Whether a tensor of datatype ``sent`` is accepted where ``declared`` is expected: it is equal, or can be widened."""
@@ -138,6 +141,7 @@ class InputCheck:
         if spec.datatype == "BYTES":
             return spec.name, inner, {} if self._with_contents else {"BYTES": 0}
         taken = [spec.datatype, *(_WIDER.get(spec.datatype, ()) if self._widen else ())]
+        taken = [name for name in taken if (name, spec.datatype) not in _ROUNDED]
         return spec.name, inner, {name: DATATYPES[name].itemsize * math.prod(sizes) for name in taken if name in DATATYPES}
 
 
@@ -147,6 +151,18 @@ def _check_input(spec: TensorSpec, tensor: Tensor, widen: bool) -> None:
     if not (_shape_fits(spec.shape, tensor.shape) or (widen and spec.is_column and len(tensor.shape) == 1)):
         raise InvalidInput(f'input "{spec.name}": expected shape {list(spec.wire_shape)}, got {list(tensor.shape)[:16]}')
     validate(f'input "{spec.name}"', tensor)
+    if (tensor.datatype, spec.datatype) in _ROUNDED:
+        _check_exact(spec, tensor)
+
+
+def _check_exact(spec: TensorSpec, tensor: Tensor) -> None:
+    values = memoryview(tensor.raw).cast("q" if tensor.datatype == "INT64" else "Q")
+    if not values or (min(values) >= -(2**53) and max(values) <= 2**53):
+        return
+    for index, value in enumerate(values):
+        if int(float(value)) != value:
+            what = f'input "{spec.name}": element {index}'
+            raise InvalidInput(f"{what}: expected an integer that {spec.datatype} holds exactly, got {value}")
 
 
 def _shape_fits(expected: Sequence[Dimension], shape: Sequence[int]) -> bool:

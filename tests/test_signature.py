@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from splitserve.arrays import DTYPES
 from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
 from splitserve.signature import (
+    InputCheck,
     OutputBytes,
     TensorSpec,
     accepts,
@@ -421,3 +422,22 @@ def test_an_answers_free_dimensions_take_any_size(spec):
 
     with pytest.raises(SplitserveError):
         check_outputs([spec], [zeros("x", "FP32", (9, 2))], 2)
+
+
+@pytest.mark.parametrize(("datatype", "value"), [("INT64", 2**53 + 1), ("INT64", -(2**53) - 1), ("UINT64", 2**64 - 1)])
+@pytest.mark.parametrize("shape", [("batch", 2), ("batch", "length")])
+def test_an_integer_that_a_double_would_round_is_refused(datatype, value, shape):
+    """numpy calls this cast safe, and rounds."""
+    spec = TensorSpec("x", "FP64", shape)
+    tensor = Tensor("x", datatype, (1, 2), np.array([1, value], dtype=DTYPES[datatype]).tobytes())
+
+    with pytest.raises(InvalidInput, match=f'input "x": element 1: expected an integer that FP64 holds exactly, got {value}'):
+        InputCheck([spec], widen=True)([tensor])
+
+
+@pytest.mark.parametrize("value", [2**53, 2**53 - 1, 2**60, 0])
+def test_an_integer_that_a_double_holds_is_widened(value):
+    """Large ones too, where they are multiples of a power of two."""
+    tensor = Tensor("x", "INT64", (1, 1), np.array([value], dtype="<i8").tobytes())
+
+    assert list(InputCheck([TensorSpec("x", "FP64", ("batch", 1))], widen=True)([tensor])) == [tensor]

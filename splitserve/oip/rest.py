@@ -181,9 +181,12 @@ def decode_request(
         raise InvalidInput(f"{len(body) - end} bytes of the body remain after the binary tensors")
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
+        _check_boolean(message.parameters, _ALL_BINARY)
         parameters, deadline = scheduled(_parameters(message.parameters), deadline)
     outputs: tuple[RequestedOutput, ...] = ()
     if message.outputs:
+        for item in message.outputs:
+            _check_boolean(item.parameters or {}, _BINARY_OUTPUT, f'output "{item.name[:64]}": ')
         outputs = tuple([RequestedOutput(item.name, _parameters(item.parameters)) for item in message.outputs])
     return InferRequest(
         model,
@@ -278,6 +281,18 @@ def _parameters(given: dict[str, Parameter] | None) -> dict[str, Parameter]:
     return given or {}
 
 
+def _check_boolean(parameters: Mapping[str, Parameter], name: str, where: str = "") -> None:
+    """Raises:
+    InvalidInput: a parameter of the binary data extension has another type, so that ignoring it would change the answer's form.
+    """
+    if type(parameters.get(name, False)) is not bool:
+        raise InvalidInput(f'{where}parameter "{name}": expected a boolean, got {_shown(parameters[name])}')
+
+
+def _shown(value: Parameter) -> str:
+    return _encoder.encode(value).decode()[:32]
+
+
 def _binary(item: _Input, size: Parameter, body: bytes, start: int) -> tuple[bytes, int]:
     if item.data is not msgspec.UNSET:
         raise InvalidInput(f'input "{item.name}": expected data or {_BINARY_SIZE}, got both')
@@ -324,7 +339,7 @@ def flatten(what: str, data: Any, shape: Sequence[int]) -> list[Any]:
 
 
 _EXACT_FLOATS = 2**53
-"""A double represents every integer up to here exactly."""
+"""A double below this that is an integer was written as that integer: no other one rounds to it."""
 
 
 def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
@@ -352,8 +367,8 @@ def pack_values(what: str, datatype: Datatype, values: list[Any]) -> bytes:
 
 
 def _whole(value: Any) -> Any:
-    """A float as the integer that it equals, unless it is so large that another integer may have been rounded to it."""
-    return int(value) if type(value) is float and value.is_integer() and abs(value) <= _EXACT_FLOATS else value
+    """A float as the integer that it equals, unless another integer may have been rounded to it."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) < _EXACT_FLOATS else value
 
 
 def is_binary_requested(request: InferRequest, output: str) -> bool:

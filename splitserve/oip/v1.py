@@ -121,8 +121,6 @@ def _tensor(spec: TensorSpec, values: list[Any]) -> Tensor:
     datatype = DATATYPES[spec.datatype]
     if datatype.name == "BYTES":
         elements = [_from_base64(spec, element) for element in elements]
-    elif datatype.is_integer:
-        elements = [int(each) if isinstance(each, float) and each.is_integer() else each for each in elements]
     return Tensor(spec.name, spec.datatype, (len(values), *inner), pack_values(what, datatype, elements))
 
 

@@ -670,3 +670,31 @@ def test_metadata_has_the_protocols_shapes():
 
     assert found == document
     assert rest.encode_metadata(with_properties)["properties"] == {"trained": "today"}
+
+
+@pytest.mark.parametrize("text", ["9007199254740992.0", "9007199254740993.0", "1234567890123456789.0", "-9007199254740993.0"])
+def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text):
+    """2^53 + 1 and 2^53 are the same double: which of the two was written cannot be told."""
+    data = b'{"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [%b]}]}' % text.encode()
+
+    assert refusal(data).startswith('input "x": element 0 is not a INT64')
+
+
+@pytest.mark.parametrize("number", [2**53 - 1, 1 - 2**53])
+def test_a_float_that_is_exactly_an_integer_is_one(number):
+    """JSON has one kind of number; 1.0 is the integer 1."""
+    data = b'{"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [%d.0]}]}' % number
+
+    assert unpack(only_input(data)) == [number]
+
+
+@pytest.mark.parametrize("value", [1, 0, "true", 1.0])
+def test_a_parameter_of_the_binary_data_extension_is_a_boolean(value):
+    """Ignored, another type would change the form of the answer without a word."""
+    shown = json.dumps(value)
+
+    whole = refusal(body(entry(data=[1.0]), parameters={"binary_data_output": value}))
+    one = refusal(body(entry(data=[1.0]), outputs=[{"name": "y", "parameters": {"binary_data": value}}]))
+
+    assert whole == f'parameter "binary_data_output": expected a boolean, got {shown}'
+    assert one == f'output "y": parameter "binary_data": expected a boolean, got {shown}'

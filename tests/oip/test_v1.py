@@ -302,3 +302,20 @@ def test_an_output_that_is_no_text_says_how_to_get_it():
     """V1 has no form for it."""
     with pytest.raises(InvalidInput, match='output "label": an element is not UTF-8 text'):
         predictions(Tensor("label", "BYTES", (1,), encode_bytes([b"\xff"])))
+
+
+@pytest.mark.parametrize("text", ["9007199254740992.0", "9007199254740993.0", "1234567890123456789.0"])
+def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text: str) -> None:
+    """As in V2: the integer that was meant is lost."""
+    for instances in (b"[%b]", b'[{"year": %b}]', b"[[%b]]"):
+        data = b'{"instances": %b}' % (instances % text.encode())
+
+        with pytest.raises(InvalidInput, match='input "year": element 0 is not a INT64'):
+            v1.decode_request(data, model(column("year", "INT64")), "1.2")
+
+
+def test_a_float_that_is_exactly_an_integer_is_one() -> None:
+    """Up to 2^53 - 1 no other integer is rounded to it."""
+    asked = v1.decode_request(b'{"instances": [9007199254740991.0]}', model(column("year", "INT64")), "1.2")
+
+    assert unpack(asked.request.inputs[0]) == [2**53 - 1]
