@@ -6,6 +6,8 @@ The first byte of a connection's input is the size of the pieces that it arrives
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import hpack
 
@@ -20,12 +22,14 @@ from splitserve.wire.http2.headers import HeaderDecoder, Headers
 from tests.wire.fakes import FakeServer, FakeTransport, Frame, raw_frames
 from tests.wire.fakes import RawClient as RawHttp2Client
 
+T = TypeVar("T")
+
 MAX_PIECES = 50
 
 
 def frames(data: bytes) -> None:
     """What a client sends behind its preface and SETTINGS, to our HTTP/2 server connection."""
-    asyncio.run(_frames(data[:1], data[1:]))
+    asyncio.run(_strict(_frames(data[:1], data[1:])))
 
 
 async def _frames(size: bytes, data: bytes) -> None:
@@ -61,7 +65,7 @@ def _check_sent(sent: list[Frame]) -> None:
 
 def client(data: bytes) -> None:
     """What a server sends behind its SETTINGS, to our HTTP/2 client connection."""
-    asyncio.run(_client(data[:1], data[1:]))
+    asyncio.run(_strict(_client(data[:1], data[1:])))
 
 
 async def _client(size: bytes, data: bytes) -> None:
@@ -112,8 +116,8 @@ def _decoded(decoder: hpack.Decoder, block: bytes) -> Headers | None:
 def http1(data: bytes) -> None:
     """What a client sends to our HTTP/1.1 connection: the responses are the same however the bytes are cut."""
     size, data = data[:1], data[1:]
-    whole = asyncio.run(_http1([data]))
-    assert asyncio.run(_http1(_pieces(size, data))) == whole
+    whole = asyncio.run(_strict(_http1([data])))
+    assert asyncio.run(_strict(_http1(_pieces(size, data)))) == whole
 
 
 async def _http1(pieces: list[bytes]) -> bytes:
@@ -161,6 +165,15 @@ class _Http1Transport(FakeTransport):
 
     def get_write_buffer_size(self) -> int:
         return 0
+
+
+async def _strict(run: Coroutine[Any, Any, T]) -> T:
+    """An exception in a callback of the event loop is one here."""
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    result = await run
+    assert not failures, failures
+    return result
 
 
 def _pieces(size: bytes, data: bytes) -> list[bytes]:

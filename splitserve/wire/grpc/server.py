@@ -207,7 +207,8 @@ class GrpcServerConnection(CallConnection):
     def _end_sent(self, stream: ServerCall) -> None:
         super()._end_sent(stream)
         self._count_progress()
-        self._close_if_drained()
+        if self._is_draining:
+            self._close_if_drained()
 
     def _connection_lost(self) -> None:
         self._server.connections.remove(self)

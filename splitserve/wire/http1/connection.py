@@ -116,8 +116,11 @@ class Http1Connection(asyncio.Protocol):
         if self._state is _IDLE:
             self._state, self._since = _HEADERS, self._now
         self._is_within_message = True
+        rest = None
         try:
-            self._feed(data)
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            rest = data[upgrade.args[0] :]
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, _Rejected):
                 self._reject(error.__context__.status, error.__context__.message)
@@ -126,31 +129,29 @@ class Http1Connection(asyncio.Protocol):
                     structlog.get_logger().error("internal error", exc_info=error.__context__)
                 self._reject(400, "malformed HTTP/1.1 request")
             return
+        if rest is not None:
+            self._decline_upgrade(rest)
+            return
         if self._has_started and self._is_within_message:
             self._n_raw_bytes += len(data)
             self._check_framing()
         self._process_queue()
 
-    def _feed(self, data: bytes) -> None:
-        """Parse. A request for another protocol is answered over HTTP/1.1. Source: RFC 9110, section 7.8.
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """A request for another protocol is answered over HTTP/1.1. Source: RFC 9110, section 7.8.
 
-        The parser skips the body of such a request; the next one reads it, and what follows.
+        The parser has skipped the body of that request; another one reads it, and what follows.
         """
-        while True:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                if not self._is_upgrade:  # CONNECT: what follows has no form, and the request is the last
-                    self._ignores_input = True
-                    for request in self._queue:
-                        request.keep_alive = request is not self._queue[-1]
-                    return
-                self._is_upgrade = False
-                data = data[upgrade.args[0] :]
-                self._parser = httptools.HttpRequestParser(_BodyFirst(self))
-                self._parser.feed_data(_head_for_body(self._request.headers))
-            else:
-                return
+        if self._is_upgrade:
+            self._is_upgrade = False
+            self._parser = httptools.HttpRequestParser(_BodyFirst(self))
+            self._parser.feed_data(_head_for_body(self._request.headers))
+            self.data_received(rest)
+            return
+        self._ignores_input = True  # CONNECT: what follows has no form, and the request is the last
+        for request in self._queue:
+            request.keep_alive = request is not self._queue[-1]
+        self._process_queue()
 
     def _check_framing(self) -> None:
         """Limit everything that is not body, parsed or not: httptools buffers a header until its end."""
@@ -224,7 +225,7 @@ class Http1Connection(asyncio.Protocol):
         request.method = parser.get_method().decode("ascii")
         request.keep_alive = may_persist and not is_http_1_0
         if b"content-length" in headers:
-            self._body.content_length = int(headers[b"content-length"])
+            self._body.declared_length = headers[b"content-length"]
         if b"expect" in headers and headers[b"expect"].lower() == b"100-continue":
             self._body.send_continue = self._send_continue
         if b"upgrade" in headers:

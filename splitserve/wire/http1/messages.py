@@ -39,8 +39,8 @@ class RequestBody(msgspec.Struct, eq=False):
 
     max_bytes: int
     budget: ByteBudget
-    content_length: int = 0
-    """As declared by the client; 0 if it is chunked or absent."""
+    declared_length: bytes = b"0"
+    """The value of Content-Length, if there is one."""
 
     n_bytes: int = 0
     """Received so far, kept or not."""
@@ -62,7 +62,7 @@ class RequestBody(msgspec.Struct, eq=False):
             BodyTooLarge, BudgetExceeded: as `content`; also before the end, as soon as it is known.
         """
         if not self.is_complete and self._error is None:
-            if self.content_length > self.max_bytes:
+            if int(self.declared_length) > self.max_bytes:
                 raise self._too_large()
             if self.send_continue is not None:
                 self.send_continue()
@@ -116,7 +116,7 @@ class RequestBody(msgspec.Struct, eq=False):
             self._n_reserved = 0
 
     def _too_large(self) -> BodyTooLarge:
-        n_bytes = max(self.n_bytes, self.content_length)
+        n_bytes = max(self.n_bytes, int(self.declared_length))
         return BodyTooLarge(f"request body: expected at most {self.max_bytes} bytes, got {n_bytes} or more")
 
     def _wake(self) -> None:

@@ -176,8 +176,7 @@ class Http2Connection(asyncio.Protocol):
         self._pinged_at = 0.0
         """When the keepalive PING that is not answered was sent; 0: none."""
         self._closing_since = 0.0
-        """When `close` was called; 0: it was not. Nothing that arrives afterwards is looked at."""
-        self._is_lost = False
+        """When `close` was called, or the transport closed; 0: neither. Nothing is received or sent afterwards."""
 
     # What a subclass implements.
 
@@ -215,7 +214,6 @@ class Http2Connection(asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._is_lost = True
         self._closing_since = self._closing_since or self.now()
         for stream in tuple(self._streams.values()):
             self._remove_stream(stream)
@@ -267,7 +265,8 @@ class Http2Connection(asyncio.Protocol):
                 at += FRAME_HEADER_SIZE + (padding >= 0)
                 self._begin_data(flags, stream_id, length, padding)
                 continue
-            self._check_order(frame_type, flags, stream_id)
+            if self._block_stream_id or not self._has_settings:
+                self._check_order(frame_type, flags, stream_id)
             handler = self._HANDLERS.get(frame_type)
             if handler is None:  # an extension. Source: sections 4.1 and 5.5
                 self._count_control_frame()
@@ -317,11 +316,15 @@ class Http2Connection(asyncio.Protocol):
             self._discard_left += size
             self._frame_on_closed_stream(stream_id)
             return
-        error = self._account_data(stream, length, size, end_stream)
-        if error is not None:
-            self._discard_left += size
-            self._stream_error(stream_id, *error)
-            return
+        stream.recv_window -= length
+        if stream.remote_closed or stream.recv_window < 0 or stream.body_left >= 0:
+            error = self._data_error(stream, size, end_stream)
+            if error is not None:
+                self._discard_left += size
+                self._stream_error(stream_id, *error)
+                return
+        if length != size:
+            self.acknowledge(stream, length - size)
         self._data_left, self._data_stream_id, self._data_ends_stream = size, stream_id, end_stream
         if not size:
             self._count_control_frame()
@@ -329,19 +332,16 @@ class Http2Connection(asyncio.Protocol):
                 stream.remote_closed = True
                 self._data_received(stream, b"", True)
 
-    def _account_data(self, stream: Http2Stream, length: int, size: int, end_stream: bool) -> tuple[int, str] | None:
-        """Take a frame off the stream's window; gives the stream error if it may not come."""
+    def _data_error(self, stream: Http2Stream, size: int, end_stream: bool) -> tuple[int, str] | None:
+        """The stream error if this DATA may not come; takes it off what Content-Length says."""
         if stream.remote_closed:
             return frames.STREAM_CLOSED, "DATA after END_STREAM"
-        stream.recv_window -= length
         if stream.recv_window < 0:
             return frames.FLOW_CONTROL_ERROR, "flow-control window exceeded"
         if stream.body_left >= 0:
             stream.body_left -= size
             if stream.body_left < 0 or (end_stream and stream.body_left):
                 return frames.PROTOCOL_ERROR, "DATA does not match content-length"
-        if length != size:
-            self.acknowledge(stream, length - size)
         return None
 
     def _read_payload(self, data: bytes, at: int, end: int) -> int:
@@ -484,7 +484,8 @@ class Http2Connection(asyncio.Protocol):
             raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "WINDOW_UPDATE: expected 4 bytes")
         increment = frames.UINT32.unpack(payload)[0] & frames.MAX_WINDOW
         self._window_updates += 1
-        if self._window_updates * BYTES_PER_WINDOW_UPDATE > self._n_sent - self._sent_at_ticks[0]:
+        n_sent = self._send_window_granted - self._send_window - self._sent_at_ticks[0]
+        if self._window_updates * BYTES_PER_WINDOW_UPDATE > n_sent:
             self._count_control_frame()
         if not stream_id:
             self._widen_connection(increment)
@@ -511,7 +512,7 @@ class Http2Connection(asyncio.Protocol):
         self._send_window_granted += increment
         if self._send_window > frames.MAX_WINDOW:
             raise Http2ConnectionError(frames.FLOW_CONTROL_ERROR, "flow-control window overflows")
-        if was_exhausted:  # else the blocked streams wait for something else
+        if was_exhausted:  # else blocked streams wait for windows of their own
             self._send_queued()
 
     _HANDLERS: ClassVar[dict[int, Callable[[Any, int, int, bytes], None]]] = {
@@ -589,11 +590,6 @@ class Http2Connection(asyncio.Protocol):
         if self._aborted_streams:
             self._aborted_streams -= 1
 
-    @property
-    def _n_sent(self) -> int:
-        """Bytes of DATA sent."""
-        return self._send_window_granted - self._send_window
-
     # Sending.
 
     def _write_soon(self, *pieces: bytes | memoryview) -> None:
@@ -604,7 +600,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _write(self) -> None:
         pieces, self._unwritten = self._unwritten, []
-        if not pieces or self._is_lost:
+        if not pieces or self._closing_since:
             return
         if len(pieces) == 1:
             self._transport.write(pieces[0])
@@ -732,7 +728,7 @@ class Http2Connection(asyncio.Protocol):
         if not self._is_write_paused:  # else our replies pile up
             self._control_frames = 0
         self._aborted_streams = self._window_updates = 0
-        self._sent_at_ticks = (self._sent_at_ticks[1], self._n_sent)
+        self._sent_at_ticks = (self._sent_at_ticks[1], self._send_window_granted - self._send_window)
         if self._closing_since:
             if now - self._closing_since > CLOSE_TIMEOUT_S:
                 self._transport.abort()
@@ -753,9 +749,9 @@ class Http2Connection(asyncio.Protocol):
     def close(self, code: int = frames.NO_ERROR, message: str = "") -> None:
         """Send GOAWAY, and close once what was sent is written."""
         if not self._closing_since:
-            self._closing_since = self.now()
             self._write_soon(frames.goaway(self._last_stream_id, code, message))
             self._write()
+            self._closing_since = self.now()
             self._transport.close()
 
     def abort(self) -> None:
