@@ -50,10 +50,8 @@ async def test_the_document_is_exact_where_callers_must_show_tokens(tmp_path: Pa
 
 async def document_of(system: Served, tmp_path: Path) -> Path:
     document = (await system.rest.get("/openapi.json")).json()
-    for item in document["paths"].values():
-        for parameter in item.get("parameters", ()):
-            if parameter["in"] == "path":  # names that exist; made-up ones would all be 404
-                parameter["schema"] = {"enum": ["echo", "nope"] if parameter["name"] == "model" else ["1.1", "9.9"]}
+    for name, values in (("model", ["echo", "nope"]), ("version", ["1.1", "9.9"])):  # made-up ones would all be 404
+        document["components"]["parameters"][name]["schema"] = {"enum": values}
     file = tmp_path / "openapi.json"
     file.write_text(json.dumps(document))
     return file

@@ -16,6 +16,8 @@ from splitserve import Client
 from tests.demo_models import Demos
 from tests.system.processes import Process, wait_until
 
+pytestmark = pytest.mark.xdist_group("workers")
+
 N_WORKERS = {"predict": 2, "preprocess": 3, "proxy": 1}
 """One proxy: it has to look for every worker of preprocess by itself."""
 
@@ -60,7 +62,7 @@ class Crowd:
         return {event.get("worker", 0) for event in self.services[name].events("infer") if event["status"] == "OK"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def crowd(demos: Demos) -> Iterator[Crowd]:
     crowd = Crowd(demos.repository)
     try:
@@ -83,7 +85,10 @@ def test_every_worker_of_every_service_gets_calls(crowd: Crowd) -> None:
 
 
 def test_a_worker_that_dies_is_replaced_and_all_end_together(crowd: Crowd) -> None:
-    """What is sent meanwhile is answered; a signal to the first process stops all, and it says that all went well."""
+    """What is sent meanwhile is answered; a signal to the first process stops all, and it says that all went well.
+
+    It stops the processes that the module shares, and so is its last test.
+    """
     preprocess = crowd.services["preprocess"]
     crowd.services["proxy"].wait_for("preprocess reachable")
     n_workers, workers = N_WORKERS["preprocess"], children(preprocess.pid)
