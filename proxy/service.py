@@ -29,7 +29,7 @@ from splitserve.oip.messages import (
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.signature import InputCheck, OutputBytes, choose_outputs, is_row_wise
-from splitserve.versions import UNNAMED, Pair, parse_pair
+from splitserve.versions import UNNAMED, Pair, is_number, parse_pair
 
 STAGE = "proxy"
 
@@ -180,7 +180,19 @@ class ProxyService:
         """
         if self._broken_link and model not in self._pairs.models():
             raise Unavailable(self._broken_link, model=model[:128])
-        return self._pairs.choose(model, parse_pair(model, version))
+        return self._pairs.choose(model, self._pair_of(model, version))
+
+    def _pair_of(self, model: str, version: str) -> Pair | None:
+        """The pair that a request names; for a predictor's number alone, the newest ready pair with that predictor.
+
+        Clients of servers with plain version numbers send ``model_version="1"``.
+        """
+        if not is_number(version) or model not in self._pairs.models():
+            return parse_pair(model, version)
+        pairs = [pair for pair in self._pairs.ready_versions(model) if pair.predictor == int(version)]
+        if not pairs:
+            raise self._pairs.not_found(model, version)
+        return pairs[-1]
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         with at_stage(STAGE, model=model):

@@ -9,7 +9,10 @@ import msgspec
 
 from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import READY, UNAVAILABLE, ModelState
-from splitserve.versions import Pair, unknown_model
+from splitserve.versions import Pair, is_named, unknown_model
+
+MAX_LISTED_VERSIONS = 20
+"""Versions that the error for an unknown one lists."""
 
 STILL_LOADING = "models are still being loaded"
 
@@ -85,12 +88,18 @@ class Catalogue(Generic[V, T]):
         if version is None:
             version = max(entries, key=lambda each: (entries[each].state == READY, entries[each].value is not None, each))
         elif version not in entries:
-            raise NotFound(f"{unknown_model(model)}, version {version}", model=model)
+            raise self.not_found(model, str(version))
         entry = entries[version]
         if entry.value is None:
             reason = entry.reason or entry.state.lower()
             raise Unavailable(f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version))
         return version, entry.value
+
+    def not_found(self, model: str, version: str) -> NotFound:
+        """The error for a version that a model does not have; it lists those that it has, the newest first."""
+        versions = [str(each) for each in sorted(self._models.get(model, ()), reverse=True)[:MAX_LISTED_VERSIONS]]
+        listed = f"; its versions: {', '.join(versions)}" if versions else ""
+        return NotFound(f"{unknown_model(model)}, version {version[:32]}{listed}", model=model[:128])
 
     def index(self) -> list[ModelState]:
         """All versions, ready or not. An incomplete model has the version ""."""
@@ -104,7 +113,7 @@ class Catalogue(Generic[V, T]):
 
 def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) -> str:
     """Why a model, or this version of it, is not ready in a service with this index; "" if it is."""
-    asked = [state for state in states if state.name == model and version in ("", state.version)]
+    asked = [state for state in states if state.name == model and is_named(state.version, version)]
     if any(state.state == READY for state in asked):
         return ""
     if not asked:

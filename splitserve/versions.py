@@ -40,6 +40,11 @@ def is_number(version: str) -> bool:
     return _NUMBER.fullmatch(version) is not None
 
 
+def is_named(version: str, by: str) -> bool:
+    """Whether a request with the version ``by`` means this one: "" means any, a predictor's number any pair with it."""
+    return by in ("", version) or (is_number(by) and version.partition(".")[2] == by)
+
+
 def is_predictor(version: str) -> bool:
     """Whether this is a valid predictor in a pair: a number, or `UNNAMED`."""
     return version == str(UNNAMED) or is_number(version)

@@ -84,9 +84,18 @@ def test_an_unknown_model_is_not_found(version):
 
 
 def test_an_unknown_version_is_not_found():
-    """Another one is never served in its place (D14)."""
-    with pytest.raises(NotFound, match=r"^Request for unknown model: 'penguins' is not found, version 2$"):
+    """Another one is never served in its place (D14); the message lists those that there are, the newest first."""
+    with pytest.raises(NotFound, match=r"^Request for unknown model: 'penguins' is not found, version 2; its versions: 3, 1$"):
         catalogue(penguins={1: ready("a"), 3: ready("c")}).choose("penguins", 2)
+
+
+def test_only_some_of_many_versions_are_listed():
+    """An error stays readable."""
+    known = catalogue(penguins={number: ready("a") for number in range(1, 100)})
+
+    message = known.not_found("penguins", "v" * 1000).message
+
+    assert message.endswith(f"version {'v' * 32}; its versions: {', '.join(map(str, range(99, 79, -1)))}")
 
 
 @pytest.mark.parametrize("version", [1, None])

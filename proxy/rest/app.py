@@ -46,6 +46,7 @@ from splitserve.oip.messages import (
 from splitserve.oip.model_config import config_of
 from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
+from splitserve.versions import is_named
 from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
 
 N_REMEMBERED_PATHS = 512
@@ -203,7 +204,7 @@ class RestApp:
     async def _model_ready(self, request: Request) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         self._service.choose(model, version)  # or the error that says why not
-        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
+        states = [state for state in await self._service.index() if state.name == model and is_named(state.version, version)]
         if not any(state.state == READY for state in states):
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
@@ -213,7 +214,7 @@ class RestApp:
         """In a form that KServe's and TensorFlow Serving's clients both read."""
         model, version = request.path["model"], request.path["version"]
         ready = await self._model_ready(request)
-        states = [state for state in await self._service.index() if state.name == model and version in ("", state.version)]
+        states = [state for state in await self._service.index() if state.name == model and is_named(state.version, version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
     async def _v1_metadata(self, request: Request) -> HttpResponse:

@@ -20,7 +20,7 @@ import msgspec
 
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY, ModelState
-from splitserve.versions import unknown_model
+from splitserve.versions import is_named, unknown_model
 
 N_BATCH_SIZES = 128
 """Batch sizes that are counted separately; further ones are counted in the totals only."""
@@ -193,7 +193,7 @@ class Statistics:
         Raises:
             NotFound: no such model or version.
         """
-        requested = [state for state in states if model in ("", state.name) and version in ("", state.version)]
+        requested = [state for state in states if model in ("", state.name) and is_named(state.version, version)]
         if model and not requested:
             raise NotFound(unknown_model(model) + (f", version {version[:32]}" if version else ""), model=model[:128])
         return [

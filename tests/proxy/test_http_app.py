@@ -320,3 +320,44 @@ async def test_the_page_and_the_document_come_without_any_other_host(client: htt
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert document.json()["openapi"].startswith("3.1")
+
+
+@pytest.fixture
+async def versions() -> AsyncIterator[tuple[httpx.AsyncClient, FakeInference]]:
+    """A model whose pairs are 1.1, 2.1 and 1.2."""
+    specs = [TensorSpec("x", "FP32", ("batch", 2))]
+    backend = FakeInference(*(signature("echo", specs, version=pair) for pair in ("1.1", "2.1", "1.2")))
+    service = ProxyService(backend)
+    await service.refresh()
+    config = RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=LIMIT, grace_s=1)
+    async with client_of(RestApp(service, config)) as client:
+        yield client, backend
+
+
+@pytest.mark.parametrize(("asked", "pair"), [("1", "2.1"), ("2", "1.2"), ("1.1", "1.1")])
+async def test_a_predictors_number_alone_is_its_newest_pair(
+    versions: tuple[httpx.AsyncClient, FakeInference], asked: str, pair: str
+) -> None:
+    """Clients of servers with plain version numbers pin ``model_version="1"``; the answer names the pair."""
+    client, backend = versions
+    model = f"/v2/models/echo/versions/{asked}"
+
+    answer = await client.post(f"{model}/infer", json={"inputs": [ROW]})
+    others = [await client.get(model + path) for path in ("", "/ready", "/config", "/stats")]
+
+    assert (answer.status_code, answer.json()["model_version"]) == (200, pair)
+    assert backend.requests[-1].version == pair
+    assert [other.status_code for other in others] == [200] * 4
+
+
+@pytest.mark.parametrize("asked", ["3", "3.1"])
+async def test_an_unknown_version_is_answered_with_those_that_there_are(
+    versions: tuple[httpx.AsyncClient, FakeInference], asked: str
+) -> None:
+    """The newest first, so that a wrong pin can be mended from the message."""
+    answer = await versions[0].post(f"/v2/models/echo/versions/{asked}/infer", json={"inputs": [ROW]})
+
+    assert answer.status_code == 404
+    assert (
+        answer.json()["error"] == f"Request for unknown model: 'echo' is not found, version {asked}; its versions: 2.1, 1.2, 1.1"
+    )
