@@ -345,6 +345,24 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
         "..",
         "e30.e30.",
     ],
+    ids=[
+        "expired",
+        "no expiry",
+        "another audience",
+        "no audience",
+        "another issuer",
+        "no issuer",
+        "not yet",
+        "another key",
+        "unknown key",
+        "another algorithm",
+        "a shared secret",
+        "no algorithm",
+        "another signature",
+        "no JSON",
+        "empty",
+        "no claims",
+    ],
 )
 async def test_a_jwt_that_does_not_hold_is_refused(auth_file: Path, token: str) -> None:
     """Expired, for others, by others, with another algorithm, unsigned, or no JWT."""
