@@ -61,8 +61,9 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     min_body_bytes_per_s: int = Field(1_000, ge=0)
     """Minimum rate of a REST body that takes longer than 5 s to arrive."""
 
-    keep_alive_s: float = Field(60.0, gt=0)
-    """Idle timeout of REST connections, in seconds."""
+    keep_alive_s: float = Field(75.0, gt=0)
+    """Idle timeout of REST connections, in seconds. More than that of a load balancer in front (60 for nginx and AWS), so that it
+    sends no request on a connection that is being closed."""
 
     write_timeout_s: float = Field(30.0, gt=0)
     """Seconds without progress after which a REST connection is closed whose client does not read the response."""

@@ -43,7 +43,7 @@ def test_the_limits_that_ship() -> None:
     assert (proxy.max_headers, proxy.max_header_bytes, proxy.max_url_bytes) == (100, 64 * 1024, 8 * 1024)
     assert proxy.max_chunks == 65_536
     assert (proxy.header_timeout_s, proxy.min_body_bytes_per_s) == (10, 1000)
-    assert (proxy.keep_alive_s, proxy.write_timeout_s) == (60, 30)
+    assert (proxy.keep_alive_s, proxy.write_timeout_s) == (75, 30)
     assert (proxy.max_connections, proxy.max_streams, proxy.max_metadata_bytes) == (2000, 1024, 16 * 1024)
     assert (proxy.default_timeout_s, proxy.max_timeout_s) == (30, 300)
     assert (proxy.max_queue_wait_ms, FIRST_LIMIT) == (1000, 256)

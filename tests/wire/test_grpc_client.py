@@ -1,4 +1,4 @@
-"""Our stream's end at the peer of h2 as a server: messages both ways, and every way that a stream ends."""
+"""Our gRPC client with h2 as its peer: messages both ways, and every way that a stream ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPENED = [(":status", "200"), ("content-type", "application/grpc"), ("greeting",
 
 
 class H2Server(asyncio.Protocol):
-    """h2 as a server of one stream; what it does is what a test tells it."""
+    """h2 as a server of one stream, driven by a test."""
 
     def __init__(self) -> None:
         self.h2 = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False, header_encoding="utf-8"))
@@ -60,7 +60,7 @@ async def until(claim: Callable[[], Any]) -> None:
 
 @asynccontextmanager
 async def stream(max_message_bytes: int = 10_000_000) -> AsyncIterator[tuple[StreamCall, H2Server, list[bytes]]]:
-    """A stream that is open, the peer of it, and the messages that came."""
+    """An open stream, its peer, and the messages received."""
     servers: list[H2Server] = []
     messages: list[bytes] = []
 
@@ -86,7 +86,7 @@ async def stream(max_message_bytes: int = 10_000_000) -> AsyncIterator[tuple[Str
 
 
 async def test_messages_go_both_ways() -> None:
-    """Method, authority and metadata are told; messages come whole, however they are cut."""
+    """Method, authority and metadata are sent; messages are reassembled, however they are cut."""
     async with stream() as (call, server, messages):
         (request,) = server.of(h2.events.RequestReceived)
         assert {(":path", "/test.Test/Stream"), (":authority", "somewhere:1"), ("authorization", "Bearer x")} <= set(
@@ -105,8 +105,8 @@ async def test_messages_go_both_ways() -> None:
         assert messages == [b"one", b"", b"three"]
 
 
-async def test_a_message_waits_for_room() -> None:
-    """h2's window is 65,535 bytes; it grows as the test lets it. More can be sent meanwhile, in order."""
+async def test_a_message_waits_for_its_window() -> None:
+    """h2's window is 65,535 bytes and grows by WINDOW_UPDATE. More can be queued meanwhile, in order."""
     message = bytes(range(256)) * 2_000
     async with stream() as (call, server, _):
         call.write(message)
@@ -122,7 +122,7 @@ async def test_a_message_waits_for_room() -> None:
         assert server.body == framed(message) + framed(b"next")
 
 
-async def test_a_long_answer_is_given_room() -> None:
+async def test_windows_are_returned_for_a_long_response() -> None:
     """More than a window of it."""
     message = bytes(STREAM_WINDOW + 1_000_000)
     async with stream() as (call, server, messages):
@@ -189,8 +189,8 @@ def send_too_much(server: H2Server) -> None:
         (send_too_much, "RESOURCE_EXHAUSTED", "Received message larger than max (2000 vs. 1000)"),
     ],
 )
-async def test_a_stream_ends_for_a_reason(act: Callable[[H2Server], None], code: str, words: str) -> None:
-    """Which is told; nothing can be sent any more, and the connection is closed."""
+async def test_how_a_stream_ends_is_its_status(act: Callable[[H2Server], None], code: str, words: str) -> None:
+    """Nothing can be sent any more, and the connection is closed."""
     async with stream(max_message_bytes=1_000) as (call, server, _):
         act(server)
         if not server.transport.is_closing():
@@ -213,8 +213,8 @@ async def test_a_message_that_is_too_large_is_not_sent() -> None:
         assert raised.value.code == "RESOURCE_EXHAUSTED"
 
 
-async def test_a_server_that_retires_is_left_in_peace() -> None:
-    """What is under way is answered; whoever keeps the stream is told to open another one."""
+async def test_a_call_goes_on_after_goaway() -> None:
+    """What is in flight is answered; the owner of the stream is told to open another one."""
     async with stream() as (call, server, messages):
         server.h2.send_headers(1, OPENED)
         server.flush()
@@ -233,8 +233,8 @@ async def test_a_server_that_retires_is_left_in_peace() -> None:
         assert (server.body, messages) == (framed(b"last"), [b"answer"])
 
 
-async def test_who_cancels_says_so() -> None:
-    """The peer stops its work."""
+async def test_cancelling_resets_the_stream() -> None:
+    """The server stops its work."""
     async with stream() as (call, server, _):
         call.cancel()
 
@@ -242,8 +242,8 @@ async def test_who_cancels_says_so() -> None:
         assert (await call.status).code == "CANCELLED"
 
 
-async def test_a_server_that_is_silent_is_left() -> None:
-    """Asked for a sign of life first."""
+async def test_a_silent_server_is_pinged_and_then_aborted() -> None:
+    """After an unanswered keepalive PING."""
     async with stream() as (call, server, _):
         server.transport.pause_reading()
         now = asyncio.get_running_loop().time()
@@ -264,7 +264,7 @@ async def test_a_server_that_is_silent_is_left() -> None:
         ("unix:///run/x.sock", "localhost", 0, "/run/x.sock"),
     ],
 )
-def test_names_of_one_address(name: str, host: str, port: int, path: str | None) -> None:
+def test_targets_of_one_address(name: str, host: str, port: int, path: str | None) -> None:
     """Source: gRPC, doc/naming.md."""
     address = Address(name)
 
@@ -272,7 +272,7 @@ def test_names_of_one_address(name: str, host: str, port: int, path: str | None)
 
 
 @pytest.mark.parametrize("name", ["xds:///predict", "dns:///predict:1", "ipv4:10.0.0.1", "predict:8021", ""])
-def test_other_names_have_no_stream(name: str) -> None:
-    """gRPC finds the way there, and calls are unary."""
+def test_other_targets_are_refused(name: str) -> None:
+    """Calls to them are unary, through grpc.aio."""
     with pytest.raises(ValueError, match="not the name of one address"):
         Address(name)

@@ -1,4 +1,4 @@
-"""Our gRPC server at the peer of h2: calls, statuses, limits, flow control, and how a connection ends."""
+"""Our gRPC server with h2 as its peer: calls, statuses, limits, flow control, and how connections end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.wire.peers import Client
 
 
 async def test_a_call_is_answered() -> None:
-    """Headers, message, trailers, in this order, and the stream is done with."""
+    """Headers, message, trailers, in this order, and the stream is closed."""
     client = Client(FakeServer())
 
     stream = client.call(ECHO, framed(b"hello"))
@@ -53,8 +53,8 @@ async def test_a_call_is_answered() -> None:
     assert client.resets() == {}
 
 
-async def test_answers_that_are_ready_together_are_one_write() -> None:
-    """Writes are what costs most."""
+async def test_responses_that_are_ready_together_are_one_write() -> None:
+    """Writes cost most."""
     client = Client(FakeServer())
     await client.pump()
     streams = [client.call(HOLD, framed(b"x")) for _ in range(20)]
@@ -69,8 +69,8 @@ async def test_answers_that_are_ready_together_are_one_write() -> None:
 
 
 @given(data=st.data())
-def test_it_does_not_matter_in_which_pieces_bytes_come(data: st.DataObject) -> None:
-    """Any number of calls, cut anywhere: each gets its own answer."""
+def test_bytes_may_arrive_in_any_pieces(data: st.DataObject) -> None:
+    """Any number of calls, cut anywhere: each gets its own response."""
     bodies = data.draw(st.lists(st.binary(max_size=40), min_size=1, max_size=4))
     padding = data.draw(st.integers(0, 20))
 
@@ -101,8 +101,8 @@ def test_it_does_not_matter_in_which_pieces_bytes_come(data: st.DataObject) -> N
     asyncio.run(run())
 
 
-async def test_headers_may_use_a_table_until_our_settings_are_known() -> None:
-    """Clients may call before they have heard from us, and index what they say; equal calls later cost them no table."""
+async def test_header_blocks_may_use_the_dynamic_table_until_our_settings_are_acknowledged() -> None:
+    """Clients may call before they have our SETTINGS, and insert fields; later blocks use no table."""
     client = Client(FakeServer())
 
     streams = [client.call(ECHO, framed(b"x"), x_name="same", x_number=str(number)) for number in range(3)]
@@ -118,7 +118,7 @@ async def test_headers_may_use_a_table_until_our_settings_are_known() -> None:
 # Statuses.
 
 
-async def test_an_error_is_a_status_with_its_words_and_metadata() -> None:
+async def test_an_error_is_a_status_with_message_and_metadata() -> None:
     """Percent-encoded text, and bytes in base 64."""
     client = Client(FakeServer())
 
@@ -128,36 +128,6 @@ async def test_an_error_is_a_status_with_its_words_and_metadata() -> None:
     headers = client.headers(stream)
     assert (headers["grpc-status"], percent_decode(headers["grpc-message"].encode())) == ("13", "50 % of nothing, naïvely")
     assert base64.b64decode(headers["x-bin"] + "==") == b"\x00\xff"
-
-
-MALFORMED: dict[str, list[tuple[str, str]]] = {
-    "no method": request_headers(ECHO)[1:],
-    "no scheme": [each for each in request_headers(ECHO) if each[0] != ":scheme"],
-    "no path": [each for each in request_headers(ECHO) if each[0] != ":path"],
-    "two paths": [(":path", ECHO), *request_headers(ECHO)],
-    "an unknown pseudo-header": [(":nothing", "x"), *request_headers(ECHO)],
-    "a pseudo-header after others": [*request_headers(ECHO), (":authority", "x")],
-    "a name in upper case": [*request_headers(ECHO), ("Name", "x")],
-    "a name with a blank": [*request_headers(ECHO), ("na me", "x")],
-    "a value with a line feed": [*request_headers(ECHO), ("name", "x\ny")],
-    "a header of HTTP/1.1": [*request_headers(ECHO), ("transfer-encoding", "chunked")],
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-async def test_a_malformed_request_is_reset_alone(name: str) -> None:
-    """RFC 9113, 8.1.1; the next call is served."""
-    client = Client(FakeServer(), strict=False)
-    await client.pump()
-    stream = client.h2.get_next_available_stream_id()
-    client.h2.send_headers(stream, MALFORMED[name], end_stream=True)
-    await client.pump()
-
-    good = client.call(ECHO, framed(b"x"))
-    await client.pump()
-
-    assert client.resets() == {stream: frames.PROTOCOL_ERROR}
-    assert client.status(good) == "0"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], bytes, str]] = {
@@ -182,7 +152,7 @@ REFUSED: dict[str, tuple[dict[str, Any], bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_what_can_not_be_served_has_a_status_of_its_own(name: str) -> None:
+async def test_a_call_that_cannot_be_served_gets_a_status(name: str) -> None:
     """And harms no other call."""
     headers, body, code = REFUSED[name]
     client = Client(FakeServer(ServerLimits(max_message_bytes=1_000)))
@@ -243,8 +213,8 @@ async def test_content_types_of_grpc(content_type: str) -> None:
 
 
 @pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
-async def test_compressed_messages_are_taken(encoding: str, compress: Any) -> None:
-    """And others beside them in the same call."""
+async def test_compressed_messages_are_accepted(encoding: str, compress: Any) -> None:
+    """Beside uncompressed ones in the same call."""
     client = Client(FakeServer())
     client.server.gate.set()
 
@@ -254,7 +224,7 @@ async def test_compressed_messages_are_taken(encoding: str, compress: Any) -> No
     assert client.messages(stream) == [b"small", b"plain"]
 
 
-async def test_an_answer_that_is_too_large_is_an_error() -> None:
+async def test_a_response_over_the_message_limit_is_an_error() -> None:
     """It is not sent in part."""
     client = Client(FakeServer(ServerLimits(max_message_bytes=10)))
 
@@ -268,8 +238,8 @@ async def test_an_answer_that_is_too_large_is_an_error() -> None:
     assert (client.status(stream), client.messages(stream)) == ("8", [])
 
 
-async def test_metadata_comes_as_it_was_sent() -> None:
-    """Names that come twice are one, with a comma between."""
+async def test_metadata_arrives_as_it_was_sent() -> None:
+    """Repeated names are joined by a comma."""
     client = Client(FakeServer())
     stream = client.h2.get_next_available_stream_id()
     client.h2.send_headers(stream, [*request_headers(ECHO), ("a", "1"), ("b", "ü"), ("a", "2")])
@@ -283,8 +253,8 @@ async def test_metadata_comes_as_it_was_sent() -> None:
 # Time.
 
 
-async def test_a_call_whose_time_is_over_is_ended() -> None:
-    """Whatever its handler is at."""
+async def test_a_call_ends_at_its_deadline() -> None:
+    """Whatever its handler is doing."""
     client = Client(FakeServer())
     stream = client.call(HOLD, framed(b"x"), grpc_timeout="10S")
     await client.pump()
@@ -300,8 +270,8 @@ async def test_a_call_whose_time_is_over_is_ended() -> None:
     assert (client.status(stream), client.server.n_cancelled) == ("4", 1)
 
 
-async def test_a_call_that_its_caller_ends_is_cancelled() -> None:
-    """Its handler works for nobody, its bytes are given back, and nothing more is sent on it."""
+async def test_a_call_that_its_client_resets_is_cancelled() -> None:
+    """Its handler is cancelled, its bytes are released, and nothing more is sent on it."""
     client = Client(FakeServer())
     stream = client.call(HOLD, framed(bytes(100)))
     await client.pump()
@@ -314,7 +284,7 @@ async def test_a_call_that_its_caller_ends_is_cancelled() -> None:
     assert client.status(stream) is None
 
 
-async def test_calls_of_a_connection_that_is_gone_are_cancelled() -> None:
+async def test_calls_of_a_lost_connection_are_cancelled() -> None:
     """Unary and streaming ones."""
     client = Client(FakeServer())
     client.call(HOLD, framed(b"x"))
@@ -331,8 +301,8 @@ async def test_calls_of_a_connection_that_is_gone_are_cancelled() -> None:
 # Flow control.
 
 
-async def test_answers_wait_for_room_and_others_pass_them() -> None:
-    """A client that makes no room for one answer still gets the others; with room, all of it comes, byte by byte."""
+async def test_a_response_waits_for_its_window_and_others_pass_it() -> None:
+    """A window of 0 on one stream does not block the others; WINDOW_UPDATE releases it frame by frame."""
     client = Client(FakeServer(), window=0)
     await client.pump()
     blocked = client.call(ECHO, framed(b"0123456789" * 10_000))
@@ -352,8 +322,8 @@ async def test_answers_wait_for_room_and_others_pass_them() -> None:
     assert client.messages(blocked) == [b"0123456789" * 10_000]
 
 
-async def test_answers_wait_while_the_transport_is_full() -> None:
-    """What goes on the wire is what it takes."""
+async def test_responses_wait_while_the_transport_is_paused() -> None:
+    """Nothing is written until it resumes."""
     client = Client(FakeServer())
     await client.pump()
     client.connection.pause_writing()
@@ -367,7 +337,7 @@ async def test_answers_wait_while_the_transport_is_full() -> None:
     assert client.messages(stream) == [bytes(1_000)]
 
 
-async def test_streams_that_wait_for_room_share_it() -> None:
+async def test_blocked_streams_share_the_connection_window() -> None:
     """A frame of each in turn."""
     client = Client(FakeServer())
     await client.pump()
@@ -384,7 +354,7 @@ async def test_streams_that_wait_for_room_share_it() -> None:
     assert max(sizes[1:]) - min(sizes[1:]) <= 16_384
 
 
-async def test_a_long_message_is_given_room() -> None:
+async def test_windows_are_returned_for_a_long_message() -> None:
     """Unary and on a stream."""
     client = Client(FakeServer(), window=2**30)
     client.h2.increment_flow_control_window(2**30)
@@ -399,8 +369,8 @@ async def test_a_long_message_is_given_room() -> None:
         assert client.status(stream) == "0"
 
 
-async def test_a_stream_that_is_not_read_is_given_no_more_room() -> None:
-    """What is not taken is not more than a window; when it is taken, there is room again."""
+async def test_the_window_of_a_stream_that_is_not_read_is_not_returned() -> None:
+    """At most a window is buffered; reading returns it."""
     client = Client(FakeServer(), window=2**30)
     client.h2.increment_flow_control_window(2**30)
     await client.pump()
@@ -424,7 +394,7 @@ async def test_a_stream_that_is_not_read_is_given_no_more_room() -> None:
 
 
 async def test_a_writer_waits_for_its_reader() -> None:
-    """A handler of a stream writes no further than there is room."""
+    """A stream handler writes no further than the flow-control window."""
     client = Client(FakeServer(), window=100)
     client.server.gate.set()
     await client.pump()
@@ -444,8 +414,8 @@ async def test_a_writer_waits_for_its_reader() -> None:
 # Limits.
 
 
-async def test_bytes_count_from_their_arrival() -> None:
-    """A message that is not whole holds what is here of it; one too many is refused, and what it held is given back."""
+async def test_bytes_are_reserved_as_they_arrive() -> None:
+    """An incomplete message reserves what has arrived; a call over the limit is refused, and its bytes are released."""
     client = Client(FakeServer(max_held_bytes=10_000))
     first = client.call(ECHO, framed(bytes(9_000))[:8_000], is_end=False)
     await client.pump()
@@ -462,8 +432,8 @@ async def test_bytes_count_from_their_arrival() -> None:
     assert client.server.budget.used == 0
 
 
-async def test_calls_at_a_time_are_bounded() -> None:
-    """One too many is refused as not looked at, so that it can be made again; h2 would not make it."""
+async def test_concurrent_streams_are_limited() -> None:
+    """One more is REFUSED_STREAM, which clients may retry; h2 itself would not send it."""
     client = Client(FakeServer(ServerLimits(max_streams=2)))
     streams = [client.call(HOLD, framed(b"x")) for _ in range(3)]  # before it has heard of the limit
     await client.pump()
@@ -475,7 +445,7 @@ async def test_calls_at_a_time_are_bounded() -> None:
     assert client.resets() == {streams[2]: frames.REFUSED_STREAM}
 
 
-async def test_connections_are_bounded() -> None:
+async def test_connections_are_limited() -> None:
     """One too many is closed at once."""
     server = FakeServer(ServerLimits(max_connections=1))
     first, second = Client(server), Client(server)
@@ -499,89 +469,6 @@ def call_frames(stream: int, path: str, message: bytes | None = b"x") -> bytes:
 
 
 HOLDING = OPEN[frames.FRAME_HEADER_SIZE :].replace(b"\x04\x01/", b"\x04\x0f" + HOLD.encode())
-NOISE = connection_module.MAX_CONTROL_FRAMES + 10
-
-FAULTS: dict[str, tuple[bytes, int]] = {
-    "no SETTINGS first": (frames.PREFACE + frames.frame(frames.PING, 0, 0, bytes(8)), frames.PROTOCOL_ERROR),
-    "content of no stream": (START + frames.frame(frames.DATA, 0, 0, b"x"), frames.PROTOCOL_ERROR),
-    "content of a stream that is not open": (START + frames.frame(frames.DATA, 0, 1, b"x"), frames.PROTOCOL_ERROR),
-    "headers of no stream": (START + frames.frame(frames.HEADERS, 4, 0, BLOCK), frames.PROTOCOL_ERROR),
-    "headers of a server's stream": (START + frames.frame(frames.HEADERS, 4, 2, BLOCK), frames.PROTOCOL_ERROR),
-    "a stream before the last": (
-        START + frames.frame(frames.HEADERS, 5, 3, BLOCK) + frames.frame(frames.HEADERS, 5, 1, BLOCK),
-        frames.PROTOCOL_ERROR,
-    ),
-    "headers that are no block": (
-        START + frames.frame(frames.HEADERS, 4, 1, b"\xff\xff\xff\xff\xff\xff"),
-        frames.COMPRESSION_ERROR,
-    ),
-    "an entry of a table that is empty": (START + frames.frame(frames.HEADERS, 4, 1, b"\xc0"), frames.COMPRESSION_ERROR),
-    "a block that is cut off": (START + frames.frame(frames.HEADERS, 4, 1, b"\x00\x05ab"), frames.COMPRESSION_ERROR),
-    "a continuation of nothing": (START + frames.frame(frames.CONTINUATION, 4, 1, BLOCK), frames.PROTOCOL_ERROR),
-    "a frame within a block": (
-        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.PING, 0, 0, bytes(8)),
-        frames.PROTOCOL_ERROR,
-    ),
-    "content within a block": (
-        START + OPEN + frames.frame(frames.HEADERS, 0, 3, BLOCK) + frames.frame(frames.DATA, 0, 1, b"x"),
-        frames.PROTOCOL_ERROR,
-    ),
-    "a continuation of another stream": (
-        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 4, 3, b""),
-        frames.PROTOCOL_ERROR,
-    ),
-    "continuations without end": (
-        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1) * 100,
-        frames.ENHANCE_YOUR_CALM,
-    ),
-    "continuations of much": (
-        START + frames.frame(frames.HEADERS, 0, 1, BLOCK) + frames.frame(frames.CONTINUATION, 0, 1, bytes(30_000)) * 9,
-        frames.ENHANCE_YOUR_CALM,
-    ),
-    "padding beyond headers": (START + frames.frame(frames.HEADERS, 4 | 8, 1, b"\xff" + BLOCK), frames.PROTOCOL_ERROR),
-    "padding beyond content": (START + OPEN + frames.frame(frames.DATA, 8, 1, b"\xff"), frames.PROTOCOL_ERROR),
-    "headers with padding and nothing": (START + frames.frame(frames.HEADERS, 4 | 8, 1), frames.FRAME_SIZE_ERROR),
-    "a push": (START + frames.frame(frames.PUSH_PROMISE, 4, 1, bytes(4)), frames.PROTOCOL_ERROR),
-    "SETTINGS of a stream": (START + frames.frame(frames.SETTINGS, 0, 1), frames.PROTOCOL_ERROR),
-    "half a setting": (START + frames.frame(frames.SETTINGS, 0, 0, bytes(5)), frames.FRAME_SIZE_ERROR),
-    "an acknowledgement with settings": (START + frames.frame(frames.SETTINGS, 1, 0, bytes(6)), frames.FRAME_SIZE_ERROR),
-    "a window beyond its range": (START + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), frames.FLOW_CONTROL_ERROR),
-    "frames beyond their range": (START + frames.settings({frames.MAX_FRAME_SIZE: 2**24}), frames.PROTOCOL_ERROR),
-    "frames below their range": (START + frames.settings({frames.MAX_FRAME_SIZE: 1}), frames.PROTOCOL_ERROR),
-    "a PING of another size": (START + frames.frame(frames.PING, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
-    "a GOAWAY of another size": (START + frames.frame(frames.GOAWAY, 0, 0, bytes(7)), frames.FRAME_SIZE_ERROR),
-    "a reset of another size": (START + OPEN + frames.frame(frames.RST_STREAM, 0, 1, bytes(3)), frames.FRAME_SIZE_ERROR),
-    "a reset of a stream that is not open": (START + frames.rst_stream(1, 8), frames.PROTOCOL_ERROR),
-    "room of another size": (START + frames.frame(frames.WINDOW_UPDATE, 0, 0, bytes(3)), frames.FRAME_SIZE_ERROR),
-    "no room": (START + frames.window_update(0, 0), frames.PROTOCOL_ERROR),
-    "room for a stream that is not open": (START + frames.window_update(1, 1), frames.PROTOCOL_ERROR),
-    "too much room": (START + frames.window_update(0, 2**31 - 1), frames.FLOW_CONTROL_ERROR),
-    "a large frame that must be whole": (START + frames.frame_header(300_000, frames.HEADERS, 4, 1), frames.ENHANCE_YOUR_CALM),
-    "a frame larger than ours": (
-        START + frames.frame_header(connection_module.FRAME_SIZE + 1, frames.DATA, 0, 1),
-        frames.FRAME_SIZE_ERROR,
-    ),
-    "pings": (START + frames.frame(frames.PING, 0, 0, bytes(8)) * NOISE, frames.ENHANCE_YOUR_CALM),
-    "settings": (START + frames.settings({}) * NOISE, frames.ENHANCE_YOUR_CALM),
-    "unknown frames": (START + frames.frame(99, 0, 0) * NOISE, frames.ENHANCE_YOUR_CALM),
-    "priorities": (START + frames.frame(frames.PRIORITY, 0, 1, bytes(5)) * NOISE, frames.ENHANCE_YOUR_CALM),
-    "crumbs of room": (START + frames.window_update(0, 1) * NOISE, frames.ENHANCE_YOUR_CALM),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-async def test_a_fault_ends_the_connection_with_its_code(name: str) -> None:
-    """Source: RFC 9113; the sections of the frames, and 10.5."""
-    data, code = FAULTS[name]
-    client = Client(FakeServer())
-
-    client.connection.data_received(data)
-    await asyncio.sleep(0)
-
-    goaway = [content for kind, _, _, content in raw_frames(client.transport.take()) if kind == frames.GOAWAY]
-    assert [int.from_bytes(content[4:8], "big") for content in goaway] == [code]
-    assert client.transport.is_closed
-
 
 MORE = {
     "content": frames.frame(frames.DATA, frames.END_STREAM, 1, framed(b"again")),
@@ -590,7 +477,7 @@ MORE = {
 
 
 @pytest.mark.parametrize("name", MORE)
-async def test_a_call_that_goes_on_after_its_end_is_reset(name: str) -> None:
+async def test_a_call_that_goes_on_after_end_stream_is_reset(name: str) -> None:
     """It is served once at most. Source: RFC 9113, 5.1."""
     client = Client(FakeServer())
     stream = client.call(HOLD, framed(b"x"))
@@ -603,8 +490,8 @@ async def test_a_call_that_goes_on_after_its_end_is_reset(name: str) -> None:
     assert (len(client.server.calls), client.server.n_cancelled) == (1, 1)
 
 
-async def test_a_deadline_that_passes_while_the_answer_waits_for_room_adds_no_second_head() -> None:
-    """The status comes after what is on its way."""
+async def test_a_deadline_that_passes_while_the_response_is_queued_adds_no_second_headers() -> None:
+    """The status comes behind what is queued."""
     client = Client(FakeServer(), window=10)
     await client.pump()
     stream = client.call(ECHO, framed(bytes(100)), grpc_timeout="1S")
@@ -617,8 +504,8 @@ async def test_a_deadline_that_passes_while_the_answer_waits_for_room_adds_no_se
     assert client.status(stream) == "4"
 
 
-async def test_noise_between_answers_is_no_fault() -> None:
-    """Pings and room that come with calls, or over time, are what clients do."""
+async def test_control_frames_between_responses_are_no_flood() -> None:
+    """PING and WINDOW_UPDATE that come with calls, or over time, are what clients send."""
     client = Client(FakeServer())
     for _ in range(5):
         for _ in range(connection_module.MAX_CONTROL_FRAMES // 2):
@@ -636,7 +523,7 @@ async def test_noise_between_answers_is_no_fault() -> None:
     assert client.goaways() == []
 
 
-async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
+async def test_rapid_reset_is_limited() -> None:
     """Source: CVE-2023-44487."""
     client = Client(FakeServer())
     client.connection.data_received(START)
@@ -648,15 +535,15 @@ async def test_calls_that_are_made_and_reset_at_once_are_bounded() -> None:
         )
         n_sent += 1
 
-    assert n_sent <= NOISE
+    assert n_sent <= connection_module.MAX_ABORTED_STREAMS + 1
     assert client.server.calls == []
 
 
 # Life.
 
 
-async def test_a_silent_client_is_asked_and_left() -> None:
-    """A sign of life in time keeps the connection."""
+async def test_a_silent_client_is_pinged_and_then_aborted() -> None:
+    """An acknowledgement in time keeps the connection."""
     client = Client(FakeServer(ServerLimits(keepalive_time_s=5, keepalive_timeout_s=5)))
     await client.pump()
     now = client.connection.now()
@@ -673,8 +560,8 @@ async def test_a_silent_client_is_asked_and_left() -> None:
     assert client.transport.is_aborted
 
 
-async def test_a_connection_that_says_nothing_is_left() -> None:
-    """Not even that it is HTTP/2."""
+async def test_a_connection_without_a_preface_is_aborted() -> None:
+    """After the handshake timeout."""
     client = Client(FakeServer())
 
     client.connection.tick(client.connection.now() + HANDSHAKE_TIMEOUT_S + 1)
@@ -682,8 +569,8 @@ async def test_a_connection_that_says_nothing_is_left() -> None:
     assert client.transport.is_aborted
 
 
-async def test_a_connection_that_retires_serves_what_was_sent_before_it_knew() -> None:
-    """Two goaways: the first names no last call, the second does once the client has heard the first."""
+async def test_a_draining_connection_serves_calls_that_were_sent_before_the_client_knew() -> None:
+    """Two GOAWAYs: the first names no last stream, the second does once the client has acknowledged the first."""
     client = Client(FakeServer())
     before = client.call(HOLD, framed(b"x"))
     await client.pump()
@@ -796,7 +683,7 @@ async def test_an_idle_connection_drains() -> None:
 
 
 @given(st.binary(max_size=300), st.booleans())
-def test_any_bytes_end_well(data: bytes, is_greeted: bool) -> None:
+def test_arbitrary_bytes_raise_nothing(data: bytes, is_greeted: bool) -> None:
     """The connection is closed, or waits for more."""
 
     async def run() -> None:

@@ -1,4 +1,4 @@
-"""Header blocks: what the library hpack makes of ours, and we of its, with a table and without."""
+"""Header blocks: ours decoded by the library hpack, and its by us, with a dynamic table and without."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def decoder(max_bytes: int = 100_000) -> HeaderDecoder[Headers]:
 
 
 @given(headers)
-def test_our_blocks_are_read_by_others(sent: Headers) -> None:
-    """Literals, and no table."""
+def test_our_blocks_are_decoded_by_hpack(sent: Headers) -> None:
+    """Literals without a dynamic table."""
     assert [tuple(each) for each in hpack.Decoder(10**6).decode(TABLE_SIZE_ZERO + encode(sent), raw=True)] == sent
 
 
 @given(st.lists(headers, max_size=6), st.booleans(), st.integers(0, 6))
-def test_blocks_of_others_are_read(blocks: list[Headers], huffman: bool, n_before: int) -> None:
-    """With a table until it is forbidden, without one after, and the same block again."""
+def test_blocks_of_hpack_are_decoded(blocks: list[Headers], huffman: bool, n_before: int) -> None:
+    """With a dynamic table until it is disabled, without one after, and repeated blocks."""
     theirs, ours = hpack.Encoder(), decoder()
     for index, sent in enumerate([*blocks, *blocks]):
         if index == n_before:
@@ -44,8 +44,8 @@ def test_blocks_of_others_are_read(blocks: list[Headers], huffman: bool, n_befor
         assert ours.decode(theirs.encode(sent, huffman=huffman)) == sent
 
 
-def test_who_never_used_the_table_need_not_say_so() -> None:
-    """Strictly, a table that is forbidden has to be given up in so many bytes."""
+def test_a_peer_without_entries_may_omit_the_size_update() -> None:
+    """RFC 9113, 4.3.1, requires one; see docs/wire.md."""
     ours = decoder()
     assert ours.decode(encode([(b"a", b"b")])) == [(b"a", b"b")]
     ours.disable_dynamic_table()
@@ -53,8 +53,8 @@ def test_who_never_used_the_table_need_not_say_so() -> None:
     assert ours.decode(encode([(b"a", b"c")])) == [(b"a", b"c")]
 
 
-def test_who_used_the_table_has_to_give_it_up() -> None:
-    """Else what it means cannot be known."""
+def test_a_reference_to_an_evicted_entry_is_an_error() -> None:
+    """Its meaning is unknown."""
     ours, theirs = decoder(), hpack.Encoder()
     ours.decode(theirs.encode([(b"a", b"b")]))
     ours.disable_dynamic_table()
@@ -64,8 +64,8 @@ def test_who_used_the_table_has_to_give_it_up() -> None:
 
 
 @pytest.mark.parametrize("is_stateless", [False, True])
-def test_headers_are_bounded(is_stateless: bool) -> None:
-    """32 bytes count for each field beside its own. What is refused is refused again, and others are not."""
+def test_header_lists_are_limited(is_stateless: bool) -> None:
+    """32 bytes count for each field beside its own. A refused block is refused again, and others are not."""
     ours = decoder(1_000)
     if is_stateless:
         ours.disable_dynamic_table()
@@ -80,8 +80,8 @@ def test_headers_are_bounded(is_stateless: bool) -> None:
     assert ours.decode(encode([(b"a", b"b")]))
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    """Clients whose headers are new each time do not fill the memory."""
+def test_caches_are_limited() -> None:
+    """By clients whose headers are new each time, too."""
     ours = decoder()
     ours.disable_dynamic_table()
 
@@ -96,7 +96,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 @given(st.binary(max_size=40), st.booleans())
-def test_any_bytes_are_headers_or_a_fault(data: bytes, is_stateless: bool) -> None:
+def test_arbitrary_bytes_are_headers_or_a_connection_error(data: bytes, is_stateless: bool) -> None:
     """And nothing else."""
     ours = decoder()
     if is_stateless:
@@ -109,15 +109,15 @@ def test_any_bytes_are_headers_or_a_fault(data: bytes, is_stateless: bool) -> No
 
 
 @given(st.text())
-def test_words_of_a_status_come_home(text: str) -> None:
-    """Percent-encoded, so that a header can carry them."""
+def test_status_messages_survive_percent_encoding(text: str) -> None:
+    """So that a header can carry them."""
     encoded = percent_encode(text.encode(errors="replace").decode())
 
     assert all(0x20 <= byte < 0x7F for byte in encoded)
     assert percent_decode(encoded) == text.encode(errors="replace").decode()
 
 
-def test_bytes_in_metadata_are_base_64() -> None:
+def test_binary_metadata_is_base64() -> None:
     """Without padding. Source: gRPC, doc/PROTOCOL-HTTP2.md, Binary-Header."""
     assert encode_metadata([("a", "b"), ("c-bin", b"\x00\xff")]) == [(b"a", b"b"), (b"c-bin", b"AP8")]
 
@@ -132,7 +132,7 @@ def test_timeouts(text: bytes, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"S", b"1", b"-1S", b"1.5S", b"123456789S", b"1s", b"1 S", "٣S".encode()])
-def test_what_is_no_timeout(text: bytes) -> None:
+def test_malformed_timeouts(text: bytes) -> None:
     """Source: gRPC, doc/PROTOCOL-HTTP2.md, Timeout."""
     with pytest.raises(ValueError, match="^$"):
         timeout_s(text)

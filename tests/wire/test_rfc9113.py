@@ -280,6 +280,8 @@ RULES = [
     Rule("10.5.1", "header blocks have a hard limit",
          [headers(1, b"", 0), *[continuation(0, 1, bytes(2**14))] * (MAX_HEADER_BLOCK_BYTES // 2**14 + 1)],
          Goaway(CALM)),
+    Rule("10.5.1", "header blocks have a hard limit, in one frame",
+         [frames.frame_header(MAX_HEADER_BLOCK_BYTES + 1, frames.HEADERS, 4, 1)], Goaway(CALM)),
     Rule("10.5", "floods of PING end the connection", [PING * 5_000], Goaway(CALM)),
     Rule("10.5", "floods of SETTINGS end the connection", [frames.settings({}) * 5_000], Goaway(CALM)),
     Rule("10.5", "floods of settings in one frame end the connection", [frames.frame(frames.SETTINGS, 0, 0, bytes(6) * 43_000)],
@@ -392,6 +394,18 @@ async def test_blocks_on_closed_streams_keep_the_table_in_step() -> None:
     await client.send(headers(3, block() + b"\xbe"), data(3))
 
     assert dict(client.server.calls[0].metadata)["a"] == "b"
+
+
+async def test_a_peer_that_inserts_fields_and_never_updates_the_table_size_is_served() -> None:
+    """4.3.1: as nginx does with upstream keepalive; a field that it would refer to is still an error."""
+    client = RawClient(FakeServer())
+    inserted = block() + b"\x40\x01a\x01b"
+    await client.send(START, headers(1, inserted), data(1))
+
+    received = await client.send(ACKNOWLEDGED, *[headers(number, inserted) + data(number) for number in range(3, 13, 2)])
+
+    assert [trailers_of(received, number)[b"grpc-status"] for number in range(3, 13, 2)] == [b"0"] * 5
+    assert goaways(await client.send(headers(13, block() + b"\xbe"))) == [(11, frames.COMPRESSION_ERROR)]
 
 
 async def test_cookies_are_joined_as_one_header() -> None:

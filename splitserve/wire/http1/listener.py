@@ -31,7 +31,7 @@ class HttpLimits(msgspec.Struct, frozen=True):
     max_connections: int = 2_000
     header_timeout_s: float = 10.0
     min_body_bytes_per_s: int = 1_000
-    keep_alive_s: float = 60.0
+    keep_alive_s: float = 75.0
     write_timeout_s: float = 30.0
 
     @property
