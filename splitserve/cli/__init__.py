@@ -27,6 +27,9 @@ RepositoryOption = Annotated[
 FolderOption = Annotated[
     str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository, a folder that can be written.")
 ]
+WritableOption = Annotated[
+    str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository: a folder, or a bucket's URL.")
+]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
 
 
@@ -109,7 +112,7 @@ def publish(
         Path | None,
         typer.Option(help="The fitted transforms that the ONNX model was trained on; it is paired only with equal ones."),
     ] = None,
-    repository: FolderOption = DEFAULT_REPOSITORY,
+    repository: WritableOption = DEFAULT_REPOSITORY,
     version: Annotated[int | None, typer.Option(help="Version number; the next free one by default.")] = None,
     input_name: Annotated[str, typer.Option(help="What the input is called if the data is one array.")] = "features",
     trusted_module: Annotated[
@@ -134,7 +137,7 @@ def publish(
         transformer=transformer,
         onnx=onnx,
         trained_on=trained_on,
-        repository=_folder(repository),
+        repository=repository,
         version=version,
         input_name=input_name,
         trusted_modules=trusted_module or [],
@@ -146,7 +149,7 @@ def publish(
 def release(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
     pair: Annotated[str, typer.Argument(help="The pair, K.M; with --withdraw the sequence number of a release.")],
-    repository: FolderOption = DEFAULT_REPOSITORY,
+    repository: WritableOption = DEFAULT_REPOSITORY,
     rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Record the release; without it nothing is written.")] = False,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back.")] = False,
@@ -175,12 +178,12 @@ def release(
     from splitserve.cli.release import run, run_withdraw
 
     if withdraw:
-        raise typer.Exit(run_withdraw(model, pair, repository=_folder(repository)))
+        raise typer.Exit(run_withdraw(model, pair, repository=repository))
     raise typer.Exit(
         run(
             model,
             pair,
-            repository=_folder(repository),
+            repository=repository,
             rows=rows,
             is_written=yes,
             accepts_changed=accept_changed_features,
@@ -206,23 +209,23 @@ def releases(
 @app.command()
 def rollback(
     model: Annotated[str, typer.Argument(help="Name of the model.")],
-    repository: FolderOption = DEFAULT_REPOSITORY,
+    repository: WritableOption = DEFAULT_REPOSITORY,
 ) -> None:
     """Release again what served before the current release."""
     from splitserve.cli.release import run_rollback
 
-    raise typer.Exit(run_rollback(model, repository=_folder(repository)))
+    raise typer.Exit(run_rollback(model, repository=repository))
 
 
 @app.command("publish-test-models")
-def publish_test_models(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
+def publish_test_models(repository: WritableOption = DEFAULT_REPOSITORY) -> None:
     """Publish simple models for trying clients and load generators.
 
     Sum and difference (simple, simple_string), and identity in every datatype.
     """
     from splitserve.cli.publish import run_test_models
 
-    run_test_models(_folder(repository))
+    run_test_models(repository)
 
 
 @app.command()

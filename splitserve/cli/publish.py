@@ -11,6 +11,8 @@ from zipfile import BadZipFile, ZipFile
 
 import typer
 
+from splitserve.repository.bundle import BundleKey
+
 _PICKLES = (".joblib", ".pkl", ".pickle")
 
 
@@ -22,7 +24,7 @@ def run(
     transformer: Path | None,
     onnx: Path | None,
     trained_on: Path | None,
-    repository: Path,
+    repository: str,
     version: int | None,
     input_name: str,
     trusted_modules: Sequence[str],
@@ -45,23 +47,23 @@ def run(
         rows = read_data(data)
         if onnx is not None:
             known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
-            print(_written(publish_predictor(onnx, rows, trained_on=known, **common)))
+            _say_written(publish_predictor(onnx, rows, trained_on=known, **common).key, repository)
         elif transformer is not None:
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
             bundle = publish_preprocessor(fitted, rows, input_name=input_name, **form, **common)
-            print(_written(bundle))
-            _warn_of_pickle(bundle.folder)
+            _say_written(bundle.key, repository)
+            _warn_of_pickle(bundle.key, repository)
         elif pipeline is not None:
             fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
             published = publish(fitted, rows, input_name=input_name, **form, **common)
             print(published)
-            _warn_of_pickle(published.preprocessor)
+            _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), repository)
     except PublishError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
 
 
-def run_test_models(repository: Path) -> None:
+def run_test_models(repository: str) -> None:
     """Publish the simple models that are not there yet; exits 1 with the reason if that fails."""
     try:
         from splitserve.publishing import PublishError
@@ -77,16 +79,23 @@ def run_test_models(repository: Path) -> None:
         raise typer.Exit(1) from None
 
 
-def _written(bundle: Any) -> str:
-    return f"{bundle.key}: {bundle.folder}"
+def _say_written(key: BundleKey, repository: str) -> None:
+    from splitserve.repository.writable import writable
+
+    print(f"{key}: {writable(repository).place(key)}")
 
 
-def _warn_of_pickle(folder: Path) -> None:
+def _warn_of_pickle(key: BundleKey, repository: str) -> None:
+    from splitserve.repository.writable import writable
     from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 
-    if (folder / PICKLE_FILE).exists():
-        print(f"skops cannot hold the transforms, so {folder} is a pickle, which can run any code: services refuse it unless "
-              "PREPROCESS_ALLOW_UNSAFE_PICKLE=true", file=sys.stderr)  # fmt: skip
+    target = writable(repository)
+    if PICKLE_FILE in target.open(key).manifest.files:
+        print(
+            f"skops cannot hold the transforms, so {target.place(key)} is a pickle, which can run any code: services refuse it "
+            "unless PREPROCESS_ALLOW_UNSAFE_PICKLE=true",
+            file=sys.stderr,
+        )
 
 
 def read_data(path: Path) -> Any:

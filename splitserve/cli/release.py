@@ -23,7 +23,7 @@ def run(
     model: str,
     pair: str,
     *,
-    repository: Path,
+    repository: str,
     rows: Path | None,
     is_written: bool,
     accepts_changed: bool,
@@ -84,7 +84,7 @@ def _show(proposal: Proposal) -> None:
         print(f'  output "{output}": largest change {change:.3g}')
 
 
-def run_withdraw(model: str, sequence: str, *, repository: Path) -> int:
+def run_withdraw(model: str, sequence: str, *, repository: str) -> int:
     """Take a release back; the exit status."""
     if not sequence.isdecimal():
         print(f'"{sequence}": expected the sequence number of a release; splitserve releases {model} lists them', file=sys.stderr)
@@ -104,7 +104,7 @@ def run_withdraw(model: str, sequence: str, *, repository: Path) -> int:
     return 0
 
 
-def run_rollback(model: str, *, repository: Path) -> int:
+def run_rollback(model: str, *, repository: str) -> int:
     """Release again what served before; the exit status."""
     try:
         from splitserve.publishing.errors import PublishError

@@ -13,19 +13,18 @@ from splitserve.arrays import from_array, to_array
 from splitserve.errors import NotFound, SplitserveError
 from splitserve.publishing import meaning
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import check_row_wise
+from splitserve.publishing.halves import check_row_wise, repository_at
 from splitserve.publishing.meaning import FeatureDifference
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import bounds_of_pair, labels_of, proven_golden, record, rollback_record, withdraw_record
 from splitserve.publishing.training_data import as_rows
 from splitserve.repository import golden as goldens
-from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle, BundleKey
-from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError
 from splitserve.repository.release import Compared, History, Release
 from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.runtimes.preprocessor import Preprocessor
@@ -59,7 +58,7 @@ class Proposal(msgspec.Struct, frozen=True):
     n_rows: int
     features: tuple[FeatureDifference, ...] | None
     current: Comparison | None
-    _repository: Repository
+    _repository: WritableRepository
     _whole: WholeRelease
     _bundles: tuple[Bundle, Bundle]
     _golden: Golden
@@ -83,7 +82,7 @@ class Proposal(msgspec.Struct, frozen=True):
             raise PublishError(_unaccepted(self))
         try:
             refuse_pinned(self._repository, self.model, self.pair)
-            with release_log.publishing(self._repository.root, self.model):
+            with self._repository.publishing(self.model):
                 return record(
                     self._repository,
                     self._whole,
@@ -125,7 +124,7 @@ def propose(
     Args:
         model: its name.
         pair: ``"K.M"``.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         rows: more rows to prove it on, as for `publish`.
         trusted_modules: modules of your own transformers.
         allow_environment_mismatch: as the service's setting.
@@ -134,7 +133,7 @@ def propose(
     Raises:
         PublishError: a half is not there or does not load, the halves do not fit, or the pair cannot be proven.
     """
-    source = Repository(repository)
+    source = _listed(repository)
     numbers = _parse(model, pair)
     try:
         keys = BundleKey(model, "preprocess", numbers.preprocessor), BundleKey(model, "predict", numbers.predictor)
@@ -185,7 +184,7 @@ def release(
     Args:
         model: its name.
         pair: ``"K.M"``, preprocessor version K with predictor version M.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         rows: more rows to prove it on, as for `publish`.
         accept_changed_features: release it although features differ from those that the predictor was trained on.
         accept_unknown_features: release it although nobody knows what the predictor was trained on.
@@ -206,7 +205,7 @@ def releases(model: str, *, repository: str | os.PathLike[str]) -> History:
         PublishError: they cannot be read.
     """
     try:
-        return ReleaseReader(Repository(repository)).history(model)
+        return ReleaseReader(_listed(repository)).history(model)
     except BundleError as error:
         raise PublishError(str(error)) from error
 
@@ -216,12 +215,12 @@ def rollback(model: str, *, repository: str | os.PathLike[str]) -> Release:
 
     Args:
         model: its name.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
 
     Raises:
         PublishError: there is no earlier release, a route pins a pair, or the repository cannot be written.
     """
-    source = Repository(repository)
+    source = _listed(repository)
     try:
         history = ReleaseReader(source).history(model)
         current, target = history.current(), history.rollback_target()
@@ -230,7 +229,7 @@ def rollback(model: str, *, repository: str | os.PathLike[str]) -> Release:
         if target is None:
             raise PublishError(f"{model}: no release before {current.sequence} ({current.pair}) can be rolled back to")
         refuse_pinned(source, model, None)
-        with release_log.publishing(source.root, model):
+        with source.publishing(model):
             return rollback_record(source, target, source.open_release(target.key).read(GOLDEN_FILE), rolls_back=current.sequence)
     except BundleError as error:
         raise PublishError(str(error)) from error
@@ -242,12 +241,12 @@ def withdraw(model: str, sequence: int, *, repository: str | os.PathLike[str]) -
     Args:
         model: its name.
         sequence: number of the release.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
 
     Raises:
         PublishError: there is no such release, it is withdrawn already, a route pins it, or the repository cannot be written.
     """
-    source = Repository(repository)
+    source = _listed(repository)
     try:
         history = ReleaseReader(source).history(model)
         found = next((each for each in history.active() if each.sequence == sequence), None)
@@ -256,21 +255,35 @@ def withdraw(model: str, sequence: int, *, repository: str | os.PathLike[str]) -
             raise PublishError(f"{model}: release {sequence} {'is withdrawn already' if is_withdrawn else 'does not exist'}")
         route = source.route(model)
         if route is not None and found.pair in route.named():
-            raise PublishError(f"{model}: {source.route_file(model)} pins {found.pair}; change the route first")
-        with release_log.publishing(source.root, model):
+            raise PublishError(f"{model}: {source.route_place(model)} pins {found.pair}; change the route first")
+        with source.publishing(model):
             return withdraw_record(source, found)
     except BundleError as error:
         raise PublishError(str(error)) from error
 
 
-def refuse_pinned(repository: Repository, model: str, pair: Pair | None) -> None:
+def refuse_pinned(repository: WritableRepository, model: str, pair: Pair | None) -> None:
     """Raises:
     PublishError: the model's route pins another pair, so what is recorded would not serve.
     """
     route = repository.route(model)
     if route is not None and pair not in route.named():
         pinned = ", ".join(map(str, route.named()))
-        raise PublishError(f"{model}: {repository.route_file(model)} pins {pinned}; change or remove the route first")
+        raise PublishError(f"{model}: {repository.route_place(model)} pins {pinned}; change or remove the route first")
+
+
+def _listed(where: str | os.PathLike[str]) -> WritableRepository:
+    """The repository, as it is now.
+
+    Raises:
+        PublishError: it cannot be written, or listed.
+    """
+    repository = repository_at(where)
+    try:
+        list(repository.bundles())
+    except BundleError as error:
+        raise PublishError(str(error)) from error
+    return repository
 
 
 def _parse(model: str, pair: str) -> Pair:
@@ -283,7 +296,7 @@ def _parse(model: str, pair: str) -> Pair:
     return numbers
 
 
-def _opened(source: Repository, key: BundleKey) -> Bundle:
+def _opened(source: WritableRepository, key: BundleKey) -> Bundle:
     try:
         return source.open(key)
     except BundleError as error:
@@ -310,7 +323,7 @@ def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def _features(
-    source: Repository, history: History, pair: Pair, preprocessor: Preprocessor, predictor: Bundle
+    source: WritableRepository, history: History, pair: Pair, preprocessor: Preprocessor, predictor: Bundle
 ) -> tuple[FeatureDifference, ...] | None:
     """Features that differ from those of training; None if nobody knows them."""
     if preprocessor.passes_on:
@@ -342,7 +355,7 @@ def _fitted_of(preprocessor: Preprocessor) -> str:
     return digest.sha256 if digest else "unknown"
 
 
-def _compare(source: Repository, whole: WholeRelease, current: Release) -> Comparison | None:
+def _compare(source: WritableRepository, whole: WholeRelease, current: Release) -> Comparison | None:
     """What the pair answers to the golden rows of the current release; None if it takes other rows."""
     golden = golden_of(current.manifest, source.open_release(current.key).read(GOLDEN_FILE))
     try:

@@ -11,14 +11,13 @@ import onnx
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import write
+from splitserve.publishing.halves import repository_at, write
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
 from splitserve.repository.bundle import Bundle, BundleKey
-from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Postprocess
 from splitserve.repository.release import Compared
 from splitserve.runtimes import sklearn_pipeline
@@ -49,7 +48,7 @@ def publish_preprocessor(
         transformer: fitted; a Pipeline of transforms, a ColumnTransformer or a single one.
         X: as for `publish`.
         name: what clients call the model.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         version: the next free number by default.
         input_name: what clients call the input if ``X`` is an array.
         output_name: the predictor's name for its input.
@@ -78,7 +77,7 @@ def publish_preprocessor(
         postprocess=postprocess,
         is_row_wise=row_wise,
     )
-    return write(Repository(repository), half, version=version)[0]
+    return write(repository_at(repository), half, version=version)[0]
 
 
 def publish_predictor(
@@ -100,7 +99,7 @@ def publish_predictor(
         sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; 64 of them, spread
             evenly, become the golden samples.
         name: what clients call the model.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         version: the next free number by default.
         labels: class names in the order of its scores.
         trained_on: the fitted transforms whose results it was trained on; then it is paired only with preprocessors whose
@@ -116,7 +115,7 @@ def publish_predictor(
     half = predictor_half(
         _model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning, rows=_raw_rows(rows), is_row_wise=row_wise
     )
-    return write(Repository(repository), half, version=version)[0]
+    return write(repository_at(repository), half, version=version)[0]
 
 
 def _raw_rows(rows: Any) -> tuple[Tensor, ...]:
@@ -146,7 +145,7 @@ def publish_onnx(
         model: as for `publish_predictor`.
         sample_inputs: as for `publish_predictor`.
         name: what clients call the model.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         version: of both halves; the next free number of each by default.
         labels: class names in the order of its scores.
         row_wise: as for `publish`.
@@ -156,7 +155,7 @@ def publish_onnx(
     """
     predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
     preprocessor = passing_half(predictor, sample_inputs)
-    written = Repository(repository)
+    written = repository_at(repository)
     compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
     pair = write_released(written, preprocessor, predictor, version=version, proven="halves", compared=compared).pair
     first = written.open(BundleKey(name, "preprocess", pair.preprocessor))

@@ -17,13 +17,13 @@ from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import N_PROBED, PreprocessorHalf
+from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
-from splitserve.repository.folder import Repository
+from splitserve.repository.bundle import BundleKey
 from splitserve.repository.release import Compared
 from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.rows import Rowset, to_tensors
@@ -38,13 +38,13 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 class Published(msgspec.Struct, frozen=True):
     """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
-    ``sequence`` is the number of the release.
+    ``sequence`` is the number of the release; ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
     """
 
     name: str
     pair: str
-    preprocessor: Path
-    predictor: Path
+    preprocessor: Path | str
+    predictor: Path | str
     n_checked: int
     worst_difference: float
     sequence: int
@@ -79,7 +79,7 @@ def publish(
         X: data of the kind that the pipeline was fitted on, (n_rows, …): a DataFrame or an array. Golden samples are taken from
             it, so it should show every category and, where clients may send them, missing values.
         name: what clients call the model.
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
         version: of both halves; the next free number of each by default.
         input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
         tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
@@ -139,16 +139,14 @@ def publish(
         worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
         if not complaint:
             compared = Compared(len(checked), batch_sizes=BATCH_SIZES)
-            release = write_released(
-                Repository(repository), preprocessor, predictor, version=version, proven="pipeline", compared=compared
-            )
-            root = Path(repository) / name
+            target = repository_at(repository)
+            release = write_released(target, preprocessor, predictor, version=version, proven="pipeline", compared=compared)
             pair = release.pair
             return Published(
                 name,
                 str(pair),
-                root / "preprocess" / str(pair.preprocessor),
-                root / "predict" / str(pair.predictor),
+                target.place(BundleKey(name, "preprocess", pair.preprocessor)),
+                target.place(BundleKey(name, "predict", pair.predictor)),
                 len(checked),
                 worst,
                 release.sequence,

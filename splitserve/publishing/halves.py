@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -15,9 +16,10 @@ from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
-from splitserve.repository.folder import Repository
+from splitserve.repository.folder import AlreadyPublished
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import BOUNDS, SCHEMA_VERSION, BundleError, Kind, Manifest, Rows, Tolerance
+from splitserve.repository.writable import WritableRepository, writable
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.versions import MODEL_NAME
@@ -115,7 +117,7 @@ def first_rows(tensors: Sequence[Tensor], n_rows: int) -> tuple[Tensor, ...]:
     return take_rows(tensors, samples.spread(tensors[0].n_rows, n_rows))
 
 
-def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, version: int | None) -> list[Bundle]:
+def write(repository: WritableRepository, *halves: PreprocessorHalf | PredictorHalf, version: int | None) -> list[Bundle]:
     """Write all bundles or none.
 
     Args:
@@ -129,11 +131,32 @@ def write(repository: Repository, *halves: PreprocessorHalf | PredictorHalf, ver
     written: list[Bundle] = []
     try:
         for half in halves:
-            manifest = half.manifest
-            number = version or repository.next_version(manifest.name, manifest.kind)
-            written.append(repository.write(msgspec.structs.replace(manifest, version=number), half.files))
+            written.append(_write(repository, half, version))
     except BundleError as error:
         for bundle in written:
             repository.remove(bundle.key)
         raise PublishError(str(error)) from error
     return written
+
+
+def _write(repository: WritableRepository, half: PreprocessorHalf | PredictorHalf, version: int | None) -> Bundle:
+    """Write a bundle; if its number is a free one and somebody takes it first, under the next."""
+    while True:
+        number = version or repository.next_version(half.manifest.name, half.manifest.kind)
+        try:
+            return repository.write(msgspec.structs.replace(half.manifest, version=number), half.files)
+        except AlreadyPublished:
+            if version or repository.next_version(half.manifest.name, half.manifest.kind) <= number:
+                raise
+
+
+def repository_at(where: str | os.PathLike[str]) -> WritableRepository:
+    """The repository in a folder or at a URL.
+
+    Raises:
+        PublishError: it cannot be written.
+    """
+    try:
+        return writable(where)
+    except ValueError as error:
+        raise PublishError(str(error)) from error

@@ -13,10 +13,10 @@ from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, encode
 from splitserve.publishing.proof import stable_rows, tolerances_of
 from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle
-from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden, not_finite_complaint
 from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, Manifest
 from splitserve.repository.release import SCHEMA_VERSION, Compared, GoldenRows, Proof, Release, ReleaseManifest
+from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes.release import WholeRelease
 from splitserve.tensors import Tensor
 
@@ -51,7 +51,7 @@ def bounds_of_pair(whole: WholeRelease) -> Mapping[str, float]:
 
 
 def record(
-    repository: Repository,
+    repository: WritableRepository,
     whole: WholeRelease,
     preprocessor: Bundle,
     predictor: Bundle,
@@ -103,11 +103,11 @@ def record(
         )
         return manifest, files
 
-    return release_log.append(repository.root, preprocessor.key.model, make)
+    return repository.append(preprocessor.key.model, make)
 
 
 def write_released(
-    repository: Repository,
+    repository: WritableRepository,
     preprocessor: PreprocessorHalf,
     predictor: PredictorHalf,
     *,
@@ -140,7 +140,7 @@ def write_released(
         )
         labels_of(*manifests)
         golden = proven_golden(whole, preprocessor.golden.inputs)
-        with release_log.publishing(repository.root, preprocessor.manifest.name):
+        with repository.publishing(preprocessor.manifest.name):
             first, second = write(repository, preprocessor, predictor, version=version)
             try:
                 return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=golden_rows)
@@ -176,7 +176,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rollback_record(repository: Repository, target: Release, golden: bytes, *, rolls_back: int) -> Release:
+def rollback_record(repository: WritableRepository, target: Release, golden: bytes, *, rolls_back: int) -> Release:
     """Append a release of an earlier release's pair, with its proof.
 
     Args:
@@ -193,10 +193,10 @@ def rollback_record(repository: Repository, target: Release, golden: bytes, *, r
         again = msgspec.structs.replace(target.manifest, sequence=sequence, created=now(), rolls_back=rolls_back)
         return again, {GOLDEN_FILE: golden}
 
-    return release_log.append(repository.root, target.key.model, make)
+    return repository.append(target.key.model, make)
 
 
-def withdraw_record(repository: Repository, release: Release) -> Release:
+def withdraw_record(repository: WritableRepository, release: Release) -> Release:
     """Append a record that takes a release back.
 
     Raises:
@@ -214,4 +214,4 @@ def withdraw_record(repository: Repository, release: Release) -> Release:
         )
         return manifest, {}
 
-    return release_log.append(repository.root, release.key.model, make)
+    return repository.append(release.key.model, make)

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from splitserve.arrays import Array, objects
 from splitserve.publishing.from_parts import publish_onnx
-from splitserve.repository.folder import Repository
+from splitserve.publishing.halves import repository_at
 
 _OPSET, _IR_VERSION = 17, 8
 """Supported by every supported ONNX Runtime."""
@@ -44,7 +44,7 @@ def publish_all(repository: str | os.PathLike[str]) -> Iterator[str]:
     """Publish the simple models that the repository does not have.
 
     Args:
-        repository: folder of the model repository.
+        repository: folder or URL of the model repository.
 
     Yields:
         The name of each model after it was published.
@@ -52,7 +52,7 @@ def publish_all(repository: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         PublishError: the repository cannot be written.
     """
-    store = Repository(repository)
+    store = repository_at(repository)
     for name, (model, inputs) in _models().items():
         if store.next_version(name, "predict") == 1:
             publish_onnx(model, inputs, name=name, repository=repository)

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -21,14 +22,19 @@ from splitserve.repository.bundle import KINDS, Bundle, BundleKey, decode_manife
 from splitserve.repository.files import read_small, subfolders
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, Kind, Manifest
 from splitserve.repository.manifest_folder import check_unlisted
-from splitserve.repository.release import ReleaseKey
+from splitserve.repository.release import Release, ReleaseKey
+from splitserve.repository.release_log import MakeRecord
 from splitserve.repository.releases import ReleaseFolder, decode_release
 from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
 from splitserve.versions import MAX_VERSION, MODEL_NAME, is_number
 
 
+class AlreadyPublished(BundleError):
+    """A version number that somebody has published under: a published version never changes."""
+
+
 class Repository:
-    """A model repository in a folder: a `BundleSource` that can be written.
+    """A model repository in a folder: a `WritableRepository`.
 
     Folders whose names are not a model's, a kind's or a version's are ignored.
     """
@@ -165,7 +171,7 @@ class Repository:
                     (scratch / name).write_bytes(data)
                 scratch.chmod(0o755)
                 if folder.exists():
-                    raise BundleError(f"{key}: already published, and a published version never changes; publish a new one")
+                    raise AlreadyPublished(f"{key}: already published, and a published version never changes; publish a new one")
                 scratch.rename(folder)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -176,6 +182,30 @@ class Repository:
     def remove(self, key: BundleKey) -> None:
         """Undo `write`. Only for a bundle that has not been served."""
         shutil.rmtree(self.folder(key), ignore_errors=True)
+
+    def publishing(self, model: str) -> AbstractContextManager[None]:
+        """Held while a model is published to; what killed publishers left behind is removed.
+
+        Raises:
+            BundleError: the repository cannot be written.
+        """
+        return release_log.publishing(self.root, model)
+
+    def append(self, model: str, make: MakeRecord) -> Release:
+        """Add a record to the releases of a model.
+
+        Raises:
+            BundleError: the repository cannot be written.
+        """
+        return release_log.append(self.root, model, make)
+
+    def place(self, key: BundleKey | ReleaseKey) -> Path:
+        """Where a bundle or release is, for people."""
+        return self.folder(key)
+
+    def route_place(self, model: str) -> Path:
+        """Where the route of a model is, for people."""
+        return self.route_file(model)
 
 
 def check_version(number: int) -> None:

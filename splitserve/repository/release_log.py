@@ -1,7 +1,7 @@
 """The releases of a model in a folder: an append-only log that several publishers may write.
 
 A record is written under a temporary name and renamed, so a reader never sees half of one. Its sequence number is allocated by
-the exclusive creation of a file of that number, which works on network file systems too.
+the exclusive creation of a file of that number, which works on network file systems and in buckets too.
 """
 
 from __future__ import annotations
@@ -88,25 +88,56 @@ def digests(files: Mapping[str, bytes]) -> dict[str, FileDigest]:
 
 
 @contextlib.contextmanager
-def _allocated(root: Path, model: str) -> Iterator[int]:
-    """A sequence number that is this process's alone. A number whose publisher was killed stays unused: gaps do no harm."""
-    folder = root / model / RELEASES_FOLDER
-    sequence = _next_sequence(root, model)
+def allocated(
+    following: Callable[[], int], claim: Callable[[int], bool], unclaim: Callable[[int], None], *, first: int = 1
+) -> Iterator[int]:
+    """A sequence number that is this process's alone. A number whose publisher was killed stays unused: gaps do no harm.
+
+    Args:
+        following: the number after the highest one recorded, as a listing shows it now.
+        claim: create the marker of a number; False if somebody has.
+        unclaim: remove it.
+        first: the lowest number to try.
+    """
+    sequence = max(first, following())
     while True:
-        marker = folder / f".{sequence:04d}"
-        try:
-            marker.touch(exist_ok=False)
-        except FileExistsError:
+        if not claim(sequence):
             sequence += 1
             continue
-        if sequence >= (following := _next_sequence(root, model)):
+        if sequence >= (free := following()):
             break
-        marker.unlink()  # between listing and creation the number was used, and its marker removed
-        sequence = following
+        unclaim(sequence)  # between listing and creation the number was used, and its marker removed
+        sequence = free
     try:
         yield sequence
     finally:
-        marker.unlink(missing_ok=True)
+        unclaim(sequence)
+
+
+def marker_name(sequence: int) -> str:
+    """The file whose exclusive creation allocates a sequence number. No record is called so."""
+    return f".{sequence:04d}"
+
+
+def marked(name: str) -> int:
+    """The sequence number of a marker's name; 0 if it is no marker."""
+    number = name.removeprefix(".")
+    return int(number) if number != name and number.isdecimal() and marker_name(int(number)) == name else 0
+
+
+def _allocated(root: Path, model: str) -> contextlib.AbstractContextManager[int]:
+    folder = root / model / RELEASES_FOLDER
+
+    def claim(sequence: int) -> bool:
+        try:
+            (folder / marker_name(sequence)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    return allocated(
+        lambda: _next_sequence(root, model), claim, lambda sequence: (folder / marker_name(sequence)).unlink(missing_ok=True)
+    )
 
 
 def _next_sequence(root: Path, model: str) -> int:

@@ -426,11 +426,29 @@ async def test_reload_needs_a_name_where_no_model_is_known() -> None:
     assert service.controlled == [("load", "m")]
 
 
-@pytest.mark.parametrize("command", [["publish", "m", "--data", "rows.npy"], ["index"]])
-def test_a_url_is_not_written(command: list[str]) -> None:
-    """What is published goes to a folder first."""
-    result = run(*command, "--repository", "s3://bucket/models")
+def test_a_bucket_has_no_index() -> None:
+    """It is listed, and is written by publishing only."""
+    result = run("index", "--repository", "s3://bucket/models")
 
     assert result.exit_code == 2
     assert "s3://bucket/models cannot be written" in result.output
+    assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["publish", "m", "--data", "rows.npy", "--transformer", "transforms.skops"],
+        ["release", "m", "1.1"],
+        ["rollback", "m"],
+        ["release", "--withdraw", "m", "1"],
+    ],
+)
+def test_a_web_server_is_not_written(files: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """What is published goes to a folder first."""
+    monkeypatch.chdir(files)
+    result = run(*command, "--repository", "http://127.0.0.1:1/models")
+
+    assert result.exit_code == 1
+    assert 'http://127.0.0.1:1/models cannot be written: publish to a folder, run "splitserve index"' in result.output
     assert not Path("s3:").exists()

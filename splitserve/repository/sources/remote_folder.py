@@ -1,4 +1,4 @@
-"""The files below a URL, through fsspec: listed, and read by byte ranges, each with a timeout.
+"""The files below a URL, through fsspec: listed, read by byte ranges and created, each with a timeout.
 
 fsspec has one interface for all kinds of storage; the package behind each finds its credentials. Every piece is a range request
 of its own, so that a download can be resumed and the pieces of a file are fetched in parallel. Every failure is a `NotFetched`
@@ -98,6 +98,30 @@ class RemoteFolder:
         """A file of this expected size; the actual size may differ."""
         return lambda offset: self._pieces(path, size, offset)
 
+    def create(self, path: str, data: bytes) -> None:
+        """Write a file that does not exist yet, whole, by a conditional request. A store without these may overwrite a file.
+
+        Raises:
+            FileExistsError: it exists.
+            NotFetched: it cannot be written.
+        """
+        name = path.rpartition("/")[2]
+        timeout_s = self._timeout_s * (1 + len(data) // self._piece_bytes)
+        try:
+            self._call(name, "pipe_file", path, data, mode="create", timeout_s=timeout_s)
+        except NotFetched as error:
+            if _is_conflict(error.__cause__):
+                raise FileExistsError(f"{self}/{path} exists") from error
+            raise
+
+    def delete(self, path: str) -> None:
+        """Delete a file.
+
+        Raises:
+            NotFetched: it cannot be deleted.
+        """
+        self._call(path.rpartition("/")[2], "rm_file", path)
+
     def close(self) -> None:
         """Cancel requests in progress and refuse new ones."""
         self._is_closed = True
@@ -146,7 +170,9 @@ class RemoteFolder:
                 self._connected = self._connect(self._secret_url)
             return self._connected
 
-    def _call(self, what: str, method: str, path: str | None, **arguments: Any) -> Any:
+    def _call(
+        self, what: str, method: str, path: str | None, *values: Any, timeout_s: float | None = None, **arguments: Any
+    ) -> Any:
         """Call a method of the filesystem, which runs on its own loop, for a path below the URL, or for the bucket if None.
 
         Raises:
@@ -161,8 +187,10 @@ class RemoteFolder:
                 if not self.can_list:  # or a range would be one of the compressed file
                     arguments["headers"] = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
                 if not filesystem.async_impl:
-                    return getattr(filesystem, method)(place, **arguments)
-                call = asyncio.wait_for(getattr(filesystem, f"_{method}")(place, **arguments), self._timeout_s)
+                    return getattr(filesystem, method)(place, *values, **arguments)
+                call = asyncio.wait_for(
+                    getattr(filesystem, f"_{method}")(place, *values, **arguments), timeout_s or self._timeout_s
+                )
                 return self._wait(asyncio.run_coroutine_threadsafe(call, filesystem.loop))
             except Exception as error:  # each package has classes of its own
                 raise NotFetched(f"{what}: {self._reason(error)}") from error
@@ -206,6 +234,14 @@ def _status(error: Exception) -> int | None:
 def _validator(info: dict[str, Any]) -> str:
     name = next((name for name in _VALIDATORS if info.get(name)), "")
     return name and f"{name} {info[name]} {info.get('size')}"
+
+
+def _is_conflict(error: BaseException | None) -> bool:
+    """Whether this is HTTP's 412 (Precondition Failed) or 409 (Conflict): somebody else has created the file."""
+    if isinstance(error, FileExistsError):
+        return True
+    status = _status(error) if isinstance(error, Exception) else None
+    return status in (409, 412) or getattr(error, "code", None) in (409, 412, "409", "412")
 
 
 def _is_beyond_the_end(error: BaseException | None) -> bool:

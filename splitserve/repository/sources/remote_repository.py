@@ -127,6 +127,15 @@ class RemoteRepository:
         """What the last look says of its files: a bucket knows when each has changed, an index only of manifest and signature."""
         return "\n".join(sorted(self._polled().stamps.get(key, ())))
 
+    def keys(self) -> list[BundleKey | ReleaseKey]:
+        """All that have a file, as of the last call of `bundles`: some may be without a manifest."""
+        return list(self._polled().stamps)
+
+    def files(self, key: _Key) -> list[str]:
+        """Names of the files of a bundle or release, as of the last call of `bundles`, its manifest first."""
+        names = [stamp.partition(" ")[0] for stamp in self._polled().stamps.get(key, ())]
+        return sorted(names, key=lambda name: (name != MANIFEST_FILE, name))
+
     def close(self) -> None:
         """Cancel fetches in progress."""
         self._folder.close()
