@@ -58,8 +58,12 @@ class RestFace:
         await self._stop()
 
     async def drain(self) -> None:
-        """Say "not ready", serve on for the delay, then refuse new calls and let those in flight finish."""
-        self._app.is_draining = True
+        """Say "not ready", serve on for the delay, then refuse new calls and let those in flight finish.
+
+        Responses say ``connection: close`` from the beginning of the delay: clients and balancers that keep connections leave
+        them by themselves, rather than send a request on one that is being closed.
+        """
+        self._app.is_draining = self._listener.is_draining = True
         await asyncio.sleep(self._config.drain_delay_s)
         await self._stop()
 

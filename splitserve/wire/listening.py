@@ -13,6 +13,9 @@ BACKLOG = 2048
 HANDSHAKE_TIMEOUT_S = 10.0
 """Time for a new connection to complete the TLS handshake and, over HTTP/2, to send its preface and SETTINGS."""
 
+FIRST_REQUEST_GRACE_S = 1.0
+"""A connection that was opened just before draining began may have a request on its way; so long it is waited for."""
+
 
 def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
     """A listening socket; dual-stack for ``::``.

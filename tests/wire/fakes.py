@@ -170,11 +170,11 @@ async def until(claim: Callable[[], bool], step: Callable[[], Awaitable[None]]) 
 
 
 def raw_frames(data: bytes) -> list[Frame]:
-    """Kind, flags, stream and content of each frame."""
-    found = []
-    while data:
-        high, low, kind, flags, stream = frames.FRAME_HEADER.unpack_from(data)
-        length = high << 8 | low
-        found.append((kind, flags, stream, data[frames.FRAME_HEADER_SIZE : frames.FRAME_HEADER_SIZE + length]))
-        data = data[frames.FRAME_HEADER_SIZE + length :]
+    """Whole frames."""
+    found, at = [], 0
+    while at < len(data):
+        high, low, kind, flags, stream = frames.FRAME_HEADER.unpack_from(data, at)
+        at += frames.FRAME_HEADER_SIZE + (high << 8 | low)
+        found.append((kind, flags, stream, data[at - (high << 8 | low) : at]))
+    assert at == len(data)
     return found

@@ -18,7 +18,7 @@ from splitserve.wire.grpc.server import DRAIN_PING_TIMEOUT_S, ServerLimits
 from splitserve.wire.http2 import connection as connection_module
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, encode
-from splitserve.wire.listening import HANDSHAKE_TIMEOUT_S
+from splitserve.wire.listening import FIRST_REQUEST_GRACE_S, HANDSHAKE_TIMEOUT_S
 from tests.wire.fakes import (
     ECHO,
     FAIL,
@@ -646,6 +646,27 @@ async def test_calls_that_outlive_the_grace_of_an_age_get_a_status() -> None:
     assert ended[-1][0] == frames.GOAWAY
     assert (client.transport.is_closed, client.transport.is_aborted) == (True, False)
     assert client.server.n_cancelled == 2
+
+
+async def test_a_new_connection_that_drains_serves_its_first_calls() -> None:
+    """They may be on their way with the preface: GOAWAY goes out, and the connection closes once they are answered."""
+    client = RawClient(FakeServer())
+    client.connection.drain()
+    client.connection.data_received(START + call_frames(1, ECHO))
+    received = await client.send()
+
+    assert trailers_of(received, 1)[b"grpc-status"] == b"0"
+    assert goaways(received)[-1] == (1, frames.NO_ERROR)
+    assert client.transport.is_closed
+
+
+async def test_a_new_connection_without_a_preface_does_not_delay_draining() -> None:
+    """It is closed after a second."""
+    client = RawClient(FakeServer())
+    client.connection.drain()
+    client.connection.tick(client.connection.now() + FIRST_REQUEST_GRACE_S + 0.1)
+
+    assert client.transport.is_closed
 
 
 async def test_a_client_that_is_gone_does_not_delay_draining() -> None:

@@ -10,6 +10,7 @@ from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.connection import Http1Connection
 from splitserve.wire.http1.listener import HttpLimits, HttpListener
 from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
+from splitserve.wire.listening import FIRST_REQUEST_GRACE_S
 from tests.wire.fakes import FakeTransport
 
 
@@ -36,8 +37,8 @@ class Client:
         self.transport = Transport()
         self.budget = ByteBudget(10**9)
         self._reads_body = reads_body
-        listener = HttpListener(self._handle, HttpLimits(), max_body_bytes=max_body_bytes, budget=self.budget)
-        self.connection = Http1Connection(listener)
+        self.listener = HttpListener(self._handle, HttpLimits(), max_body_bytes=max_body_bytes, budget=self.budget)
+        self.connection = Http1Connection(self.listener)
         self.connection.connection_made(self.transport)
 
     def _handle(self, request: HttpRequest, respond: Respond) -> Handled:
@@ -180,3 +181,26 @@ async def test_a_client_that_leaves_within_its_body_leaves_nothing() -> None:
     await client.settle()
 
     assert client.budget.used == 0
+
+
+async def test_a_new_connection_that_drains_serves_its_first_request() -> None:
+    """It may be on its way: a balancer that has just connected for it would lose it."""
+    client = Client()
+    client.listener.drain()
+    assert not client.transport.is_closed
+
+    assert await client.send(PLAIN) == [(200, b"POST /plain abc")]
+    assert client.transport.is_closed
+
+
+async def test_a_new_connection_without_a_request_does_not_delay_draining() -> None:
+    """Nor does one that is idle between requests."""
+    new, idle = Client(), Client()
+    await idle.send(PLAIN)
+    new.listener.drain()
+    idle.listener.drain()
+    assert (new.transport.is_closed, idle.transport.is_closed) == (False, True)
+
+    new.connection.tick(asyncio.get_running_loop().time() + FIRST_REQUEST_GRACE_S)
+
+    assert new.transport.is_closed

@@ -24,7 +24,7 @@ from splitserve.wire.http2.connection import TICK_INTERVAL_S
 from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import PREFACE
 from splitserve.wire.http2.headers import HeaderDecoder, HeaderListTooLarge
-from splitserve.wire.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, Connections
+from splitserve.wire.listening import BACKLOG, FIRST_REQUEST_GRACE_S, HANDSHAKE_TIMEOUT_S, Connections
 
 AGE_JITTER = 0.1
 """Connections that were opened together reach their maximum age at different times. Source: gRPC proposal A9."""
@@ -231,7 +231,9 @@ class GrpcServerConnection(CallConnection):
         if self._streams or self._last_stream_id != self._id_at_tick:
             self._id_at_tick, self._idle_since = self._last_stream_id, now
         is_ping_pending = self._is_draining and self._max_accepted_id == frames.MAX_STREAM_ID
-        if is_ping_pending and now - self._draining_since > DRAIN_PING_TIMEOUT_S:
+        if is_ping_pending and now - self._draining_since > (
+            DRAIN_PING_TIMEOUT_S if self._has_settings else FIRST_REQUEST_GRACE_S
+        ):
             self._drain_ping_acknowledged()
         if now > self._drain_at or now - self._idle_since > self._limits.max_connection_idle_s:
             self.drain()
@@ -247,9 +249,6 @@ class GrpcServerConnection(CallConnection):
         if self._is_draining or self._closing_since:
             return
         self._is_draining, self._draining_since = True, self.now()
-        if not self._has_settings:
-            self.close()
-            return
         self._write_soon(frames.goaway(frames.MAX_STREAM_ID, frames.NO_ERROR))
         self._send_drain_ping()
 

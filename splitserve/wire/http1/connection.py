@@ -21,6 +21,7 @@ import structlog
 
 from splitserve.wire.http1.listener import BODY_GRACE_S, TICK_INTERVAL_S, HttpListener
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse, RequestBody
+from splitserve.wire.listening import FIRST_REQUEST_GRACE_S
 from splitserve.wire.pending import Cancellable
 
 CHUNK_OVERHEAD_BYTES = 16
@@ -372,6 +373,8 @@ class Http1Connection(asyncio.Protocol):
                 self.close()
         elif self._is_read_paused:
             self._since = now
+        elif self._listener.is_draining and self._state is _HEADERS and not self._has_started and not self._is_new(now):
+            self.close()
         elif self._state is _HEADERS and elapsed_s > self._limits.header_timeout_s and not self._queue:
             self._reject(408, f"request headers did not arrive within {self._limits.header_timeout_s:g} s")
         elif self._state is _BODY and elapsed_s > BODY_GRACE_S and self._body.n_bytes < self._min_body_bytes(elapsed_s):
@@ -395,9 +398,13 @@ class Http1Connection(asyncio.Protocol):
             self.close()
 
     def drain(self) -> None:
-        """Close once the requests in flight are answered."""
-        if not self._queue and not self._has_started:
+        """Close once the requests in flight are answered, the first of a new connection included."""
+        if not self._queue and not self._has_started and not self._is_new(self._loop.time()):
             self.close()
+
+    def _is_new(self, now: float) -> bool:
+        """Whether its first request may be on its way."""
+        return self._state is _HEADERS and now - self._since < FIRST_REQUEST_GRACE_S
 
     def abort(self) -> None:
         """Close at once."""

@@ -73,6 +73,7 @@ class HttpListener:
         self.error = error
         self.connections: Connections[OpenConnection] = Connections()
         self.is_draining = False
+        """Whether each response is its connection's last."""
         self._heads: dict[tuple[int, str], bytes] = {}
 
     def head(self, status: int, content_type: str) -> bytes:
