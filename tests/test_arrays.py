@@ -59,7 +59,7 @@ def test_an_array_has_the_elements_that_python_reads(tensor):
 
 
 @given(tensors(OWN_DTYPE))
-def test_an_array_is_a_view_that_can_not_be_written(tensor):
+def test_an_array_is_a_read_only_view(tensor):
     """Nothing is copied, so nothing may be changed: the bytes may be another reader's too."""
     array = to_array(tensor)
 
@@ -68,7 +68,7 @@ def test_an_array_is_a_view_that_can_not_be_written(tensor):
 
 
 @pytest.mark.parametrize("datatype", ["INT16", "INT32", "INT64", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64"])
-def test_big_endian_arrays_travel_little_endian(datatype):
+def test_big_endian_arrays_are_encoded_little_endian(datatype):
     """The wire has one byte order, numpy two."""
     values = [[1, 2, 3], [100, 0, 7]]
     little = np.array(values, dtype=DTYPES[datatype])
@@ -94,7 +94,7 @@ def test_big_endian_arrays_travel_little_endian(datatype):
     ],
     ids=["transposed", "strided", "reversed", "fortran", "broadcast", "text", "scalar"],
 )
-def test_elements_travel_row_major_however_they_lie_in_memory(array):
+def test_elements_are_encoded_row_major_whatever_their_memory_layout(array):
     """The wire has C order without gaps."""
     tensor = from_array("x", array)
 
@@ -113,7 +113,7 @@ def test_elements_travel_row_major_however_they_lie_in_memory(array):
     ],
     ids=["U", "objects", "S", "mixed", "StringDType"],
 )
-def test_text_and_bytes_travel_as_bytes(array):
+def test_text_and_bytes_are_encoded_as_bytes(array):
     """Text is UTF-8; elements come back as bytes."""
     tensor = from_array("x", array)
 
@@ -122,7 +122,7 @@ def test_text_and_bytes_travel_as_bytes(array):
 
 
 @pytest.mark.parametrize("element", [1, None, 1.5, ["a"]])
-def test_an_object_that_is_no_text_is_refused_by_its_type(element):
+def test_an_object_that_is_not_text_is_refused_by_its_type(element):
     """Its text is nobody's choice of encoding."""
     with pytest.raises(InvalidInput) as caught:
         from_array("age", objects(["a", element], (2,)))
@@ -130,7 +130,7 @@ def test_an_object_that_is_no_text_is_refused_by_its_type(element):
     assert caught.value.message == f'"age": expected bytes or text as BYTES elements, got {type(element).__name__}'
 
 
-def test_text_that_utf_8_can_not_hold_is_refused():
+def test_text_that_utf_8_cannot_encode_is_refused():
     """A lone surrogate is legal in a Python string and in no UTF-8."""
     with pytest.raises(InvalidInput, match='"age"'):
         from_array("age", np.array(["\ud800"]))
@@ -173,7 +173,7 @@ def test_text_bytes_and_objects_are_bytes(dtype):
         Tensor("age", "FP32", (0, 2**70), b""),
     ],
 )
-def test_bytes_that_are_not_the_shape_are_refused(tensor):
+def test_bytes_that_contradict_the_shape_are_refused(tensor):
     """The message names the tensor, what it should have been and what came."""
     with pytest.raises(InvalidInput) as caught:
         to_array(tensor)

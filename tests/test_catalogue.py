@@ -40,12 +40,12 @@ def catalogue(**entries: dict[int, Entry[str]]) -> Catalogue[int, str]:
         ({1: LOST, 2: LOST}, (2, "still known")),
     ],
 )
-def test_the_newest_that_is_ready_is_the_choice(versions, chosen):
+def test_the_newest_ready_version_is_chosen(versions, chosen):
     """Or, if none is ready, the newest that can be tried; a bad version never takes a good one down."""
     assert catalogue(penguins=versions).choose("penguins", None) == chosen
 
 
-def test_a_version_that_was_asked_for_is_the_one_that_serves():
+def test_a_requested_version_serves():
     """Whether or not it was ready at the last look."""
     known = catalogue(penguins={1: ready("a"), 2: LOST, 3: ready("c")})
 
@@ -61,7 +61,7 @@ def test_a_version_that_was_asked_for_is_the_one_that_serves():
     ],
 )
 @pytest.mark.parametrize("version", [2, None])
-def test_a_version_that_can_not_serve_says_why(entry, message, version):
+def test_the_error_for_a_version_that_cannot_serve_has_the_reason(entry, message, version):
     """Asked for, or the only one there is."""
     versions = {2: entry} if version is None else {1: ready("a"), 2: entry}
 
@@ -111,7 +111,7 @@ def test_an_incomplete_model_is_unavailable(version):
     assert caught.value.model == "penguins"
 
 
-def test_what_is_put_again_replaces_what_was_known():
+def test_a_new_entry_replaces_the_earlier_one():
     """Loading becomes ready."""
     known = catalogue(penguins={1: Entry(LOADING)})
 
@@ -135,7 +135,7 @@ def test_models_and_versions_are_sorted():
     assert known.ready_versions("other") == ()
 
 
-def test_the_index_has_everything():
+def test_the_index_lists_every_version():
     """Ready or not, with the reason; an incomplete model has no version."""
     known: Catalogue[Pair, str] = Catalogue()
     known.put("penguins", Pair(1, 2), BROKEN)
@@ -175,6 +175,6 @@ def test_the_index_has_everything():
         ),
     ],
 )
-def test_a_service_says_why_it_can_infer_nothing(states, reason):
+def test_the_reason_for_not_ready_is_given(states, reason):
     """One ready version is enough; otherwise the reasons, those that are the same together, and not all of very many."""
     assert why_not_ready(states) == reason

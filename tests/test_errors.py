@@ -38,7 +38,7 @@ ROWS = {
 }
 
 
-def test_the_table_is_the_one_that_is_promised():
+def test_the_error_table_is_this():
     """Every row of the table, restated: a status that changes here changes for every client."""
     found = {kind.__name__: (kind.grpc_code, kind.http_status, kind.reason, kind.is_retryable) for kind in TABLE}
 
@@ -60,7 +60,7 @@ def test_a_reason_names_one_error_only():
 
 
 @pytest.mark.parametrize("kind", TABLE)
-def test_every_code_is_one_that_grpc_has(kind):
+def test_every_code_is_a_grpc_status(kind):
     """The face looks the code up by its name."""
     assert kind.grpc_code in grpc.StatusCode.__members__
 
@@ -105,13 +105,13 @@ def test_a_known_reason_wins_over_the_code():
     assert type(from_wire("RESOURCE_EXHAUSTED", "message", "TOO_LARGE")) is TooLarge
 
 
-def test_metadata_says_what_is_known_and_no_more():
+def test_error_metadata_has_only_known_facts():
     """What is not known is absent, not empty."""
     assert InvalidInput("message").metadata == {}
     assert InvalidInput("message", stage="proxy", pair="1.2").metadata == {"stage": "proxy", "pair": "1.2"}
 
 
-def test_the_innermost_stage_stays_named():
+def test_the_innermost_stage_is_kept():
     """An error that passes several stages says what the first of them knew."""
     with (
         pytest.raises(NotFound) as caught,
@@ -123,7 +123,7 @@ def test_the_innermost_stage_stays_named():
     assert caught.value.metadata == {"stage": "predict", "model": "penguins", "pair": "1.2"}
 
 
-def test_a_stage_adds_what_was_not_known():
+def test_a_stage_adds_missing_facts():
     """The raiser need not know where it runs."""
     with pytest.raises(NotFound) as caught, at_stage("proxy", model="penguins", pair="1.2"), at_stage("preprocess"):
         raise NotFound("no such version")
@@ -131,7 +131,7 @@ def test_a_stage_adds_what_was_not_known():
     assert caught.value.metadata == {"stage": "preprocess", "model": "penguins", "pair": "1.2"}
 
 
-def test_a_foreign_exception_becomes_internal_without_its_text():
+def test_an_unexpected_exception_becomes_internal_without_its_text():
     """What a library says of an accident is for the log, as the cause; the caller learns that there was one."""
     accident = KeyError("/secret/path")
 
@@ -144,7 +144,7 @@ def test_a_foreign_exception_becomes_internal_without_its_text():
 
 
 @pytest.mark.parametrize("error", [PairMismatch("message"), RuntimeError("message")])
-def test_a_model_name_is_cut_to_what_a_header_holds(error):
+def test_a_model_name_is_truncated_to_fit_a_header(error):
     """The name is the caller's text and ends up in trailing metadata, which is small."""
     with pytest.raises(SplitserveError) as caught, at_stage("proxy", model="m" * 100_000):
         raise error
@@ -152,7 +152,7 @@ def test_a_model_name_is_cut_to_what_a_header_holds(error):
     assert caught.value.model == "m" * 128
 
 
-def test_nothing_is_caught_that_is_no_error():
+def test_base_exceptions_are_not_caught():
     """Cancellation and the end of the process pass through."""
     with pytest.raises(SystemExit), at_stage("proxy"):
         raise SystemExit

@@ -9,6 +9,6 @@ import pytest
 
 @pytest.mark.xdist_group("named")
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
-def test_tests_of_a_group_are_run_by_one_worker(request: pytest.FixtureRequest) -> None:
+def test_tests_of_a_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
     """Without it each worker starts the systems that tests share, and nothing says so: what xdist groups by is part of the id."""
     assert request.node.nodeid.endswith("@named")

@@ -103,9 +103,7 @@ def memory(field: str) -> int:
     raise AssertionError(f"/proc/self/status does not have {field}")
 
 
-async def test_predict_refuses_an_answer_that_no_message_can_hold(
-    predict: PredictService, peak_growth: Callable[[], int]
-) -> None:
+async def test_predict_refuses_an_answer_larger_than_a_message(predict: PredictService, peak_growth: Callable[[], int]) -> None:
     """1,000 rows of 200,000 outputs are 800 MB: refused before the model runs, and nothing of that size is allocated."""
     with pytest.raises(
         TooLarge, match=r"at least 800004000 bytes for 1000 rows, the limit is 67108864 \(PREDICT_MAX_MES"
@@ -116,7 +114,7 @@ async def test_predict_refuses_an_answer_that_no_message_can_hold(
     assert peak_growth() < 32 * MIB
 
 
-async def test_what_fits_is_answered(predict: PredictService) -> None:
+async def test_answers_within_the_message_limit_are_sent(predict: PredictService) -> None:
     """As many rows as the limit holds; of the outputs those count that are requested."""
     at_limit = MAX_MESSAGE_BYTES // (4 * N_OUTPUTS + 4)
 
@@ -137,7 +135,7 @@ async def test_requests_with_large_answers_are_not_merged_beyond_the_limit_of_a_
     assert {each.batch_size for each in entry.batch_stats} == {2}
 
 
-async def test_preprocess_refuses_features_that_no_message_can_hold(
+async def test_preprocess_refuses_features_larger_than_a_message(
     preprocess: PreprocessService, peak_growth: Callable[[], int]
 ) -> None:
     """A one-hot request of 2.3 MB would become 1.1 GB: refused before the transforms run."""
@@ -150,13 +148,13 @@ async def test_preprocess_refuses_features_that_no_message_can_hold(
     assert peak_growth() < 32 * MIB
 
 
-async def test_what_is_malformed_is_invalid_however_large_it_claims_to_be(preprocess: PreprocessService) -> None:
+async def test_a_malformed_request_is_invalid_whatever_size_it_claims(preprocess: PreprocessService) -> None:
     """A number of rows without their bytes is no large request."""
     with pytest.raises(InvalidInput, match="needs 8000000 bytes, got 8"):
         await preprocess.infer(InferRequest("m", (Tensor("features", "INT64", (1_000_000, 1), bytes(8)),)))
 
 
-async def test_the_proxy_refuses_an_answer_that_no_message_can_hold() -> None:
+async def test_the_proxy_refuses_an_answer_larger_than_a_message() -> None:
     """Nothing is sent for it."""
     backend = FakeInference(signature("m", [X], [WIDE], version="1.1"))
     proxy = ProxyService(backend)
@@ -181,7 +179,7 @@ def texts(count: int, text: bytes = b"") -> Tensor:
     return from_array("x", np.full((count, 1), text, np.object_))
 
 
-async def test_an_answer_whose_size_only_the_model_knows_is_too_large_and_not_unavailable() -> None:
+async def test_an_answer_of_unpredictable_size_is_too_large_and_not_unavailable() -> None:
     """Of text, on a stream: whoever called is not to call again, and others on the stream are answered."""
     service = FakeInference(signature("m", [TEXT]), answer=long_for_two_rows)
     async with serving(service, max_message_bytes=2000) as address, RemoteInference(address, stage="predict") as remote:
@@ -197,7 +195,7 @@ async def test_an_answer_whose_size_only_the_model_knows_is_too_large_and_not_un
     assert len(service.requests) == 3
 
 
-async def test_the_same_by_a_call_of_its_own() -> None:
+async def test_an_answer_of_unpredictable_size_is_too_large_over_a_unary_call_too() -> None:
     """The status has the reason, which tells it from a full queue."""
     service = FakeInference(signature("m", [TEXT]), answer=long_for_two_rows)
     async with serving(service, max_message_bytes=2000) as address, AsyncClient(address) as client:

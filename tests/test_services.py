@@ -94,7 +94,7 @@ async def predict_service(repository: Repository, executor: Executor) -> Predict
     return PredictService(store, executor)
 
 
-async def test_predict_takes_the_latest_version_by_default(repository: Repository, executor: Executor) -> None:
+async def test_predict_uses_the_latest_version_by_default(repository: Repository, executor: Executor) -> None:
     """No version is the newest; a number is that one."""
     service = await predict_service(repository, executor)
     features = ROWS[:2].astype(np.float32)
@@ -115,7 +115,7 @@ async def test_predict_knows_no_other_versions(repository: Repository, executor:
         await service.infer(request(ROWS[:1].astype(np.float32), model=model, version=version))
 
 
-async def test_predict_takes_the_datatype_of_the_signature_and_no_other(repository: Repository, executor: Executor) -> None:
+async def test_predict_accepts_only_the_datatype_of_the_signature(repository: Repository, executor: Executor) -> None:
     """A plain server of the protocol converts nothing."""
     service = await predict_service(repository, executor)
 
@@ -125,7 +125,7 @@ async def test_predict_takes_the_datatype_of_the_signature_and_no_other(reposito
     assert raised.value.stage == "predict"
 
 
-async def test_predict_is_loading_until_it_has_tried_everything(repository: Repository, executor: Executor) -> None:
+async def test_predict_is_loading_until_every_bundle_was_tried(repository: Repository, executor: Executor) -> None:
     """Before the first look is over, an unknown model may yet come: not found would be a lie."""
     service = PredictService(VersionStore(repository, "predict", predictors.load), executor)
 
@@ -135,7 +135,7 @@ async def test_predict_is_loading_until_it_has_tried_everything(repository: Repo
     assert await service.not_ready_reason() == "models are still being loaded"
 
 
-async def test_a_request_whose_time_is_over_is_not_worked_on(repository: Repository, executor: Executor) -> None:
+async def test_a_request_past_its_deadline_is_not_processed(repository: Repository, executor: Executor) -> None:
     """Every stage looks at the clock before it begins."""
     predict = fake_predict("1")
     preprocess = await preprocess_service(repository, predict, executor)
@@ -173,7 +173,7 @@ async def test_the_newest_pair_is_the_default(repository: Repository, executor: 
     assert (await service.metadata("m")).versions == ("1.1", "1.2", "2.1", "2.2")
 
 
-async def test_a_pair_that_does_not_fit_is_refused_and_says_why(repository: Repository, executor: Executor) -> None:
+async def test_a_pair_that_does_not_fit_is_refused_with_the_reason(repository: Repository, executor: Executor) -> None:
     """Checked before it is live: the index, and a request for it, name the difference."""
     predict = fake_predict("1", features=TensorSpec("features", "FP32", ("batch", 4)))
     service = await preprocess_service(repository, predict, executor)
@@ -185,7 +185,7 @@ async def test_a_pair_that_does_not_fit_is_refused_and_says_why(repository: Repo
     assert "no model is ready" in await service.not_ready_reason()
 
 
-async def test_a_predictor_that_is_loading_makes_its_pairs_wait(repository: Repository, executor: Executor) -> None:
+async def test_pairs_of_a_loading_predictor_are_loading(repository: Repository, executor: Executor) -> None:
     """A pair is as ready as its halves."""
     predict = fake_predict("1")
     predict.states = [ModelState("m", "1", LOADING)]
@@ -237,7 +237,7 @@ async def test_predicts_failures_are_not_blamed_on_the_caller(
     assert (raised.value.model, raised.value.pair) == ("m", "1.1")
 
 
-async def test_wanted_outputs_come_alone_and_in_order(repository: Repository, executor: Executor) -> None:
+async def test_only_requested_outputs_are_returned_in_order(repository: Repository, executor: Executor) -> None:
     """Unknown ones and ones asked for twice are bad input."""
     service = await preprocess_service(repository, fake_predict("1"), executor)
 
@@ -249,7 +249,7 @@ async def test_wanted_outputs_come_alone_and_in_order(repository: Repository, ex
             await service.infer(request(outputs=tuple(map(RequestedOutput, names))))
 
 
-async def test_a_lost_predict_is_reported_and_found_again(repository: Repository, executor: Executor) -> None:
+async def test_an_unreachable_predict_is_reported_and_reconnected(repository: Repository, executor: Executor) -> None:
     """Not ready while predict is away; requests are still tried, since it may be back before the next look."""
     predict = fake_predict("1")
     service = await preprocess_service(repository, predict, executor)
@@ -271,7 +271,7 @@ async def test_a_lost_predict_is_reported_and_found_again(repository: Repository
     assert await service.not_ready_reason() == ""
 
 
-async def test_an_unexpected_exception_names_its_stage_even_fused(repository: Repository) -> None:
+async def test_an_unexpected_exception_names_its_stage_when_fused_too(repository: Repository) -> None:
     """Without a wire between them, the stages still tell whose fault it was."""
 
     class Broken(Executor):
@@ -301,7 +301,7 @@ async def test_the_proxy_checks_a_request_before_it_sends_it() -> None:
     assert backend.requests == []
 
 
-async def test_the_proxy_passes_narrower_numbers_on_as_they_are() -> None:
+async def test_the_proxy_forwards_narrower_numbers_unchanged() -> None:
     """Widening is the preprocessor's business; the edge moves bytes."""
     backend = FakeInference(signature("m", [TensorSpec("features", "FP64", ("batch", 3))], version="1.1"))
     proxy = ProxyService(backend)
@@ -312,7 +312,7 @@ async def test_the_proxy_passes_narrower_numbers_on_as_they_are() -> None:
     assert backend.requests[0].inputs[0].datatype == "FP32"
 
 
-async def test_the_proxy_asks_for_each_signature_once() -> None:
+async def test_the_proxy_fetches_each_signature_once() -> None:
     """A published version never changes, so what is known of a ready pair is kept, and dropped when the pair goes."""
     asked: list[str] = []
 
@@ -334,7 +334,7 @@ async def test_the_proxy_asks_for_each_signature_once() -> None:
     assert asked == ["1.1", "1.1"]
 
 
-async def test_the_proxy_says_what_the_stage_behind_says_when_there_are_no_models() -> None:
+async def test_without_models_the_proxy_gives_the_reason_of_preprocess() -> None:
     """Why nothing is ready is told at the edge too."""
     backend = FakeInference(not_ready="models are still being loaded")
     proxy = ProxyService(backend)
@@ -346,7 +346,7 @@ async def test_the_proxy_says_what_the_stage_behind_says_when_there_are_no_model
         await proxy.infer(request())
 
 
-async def test_a_tensor_that_lies_about_its_length_is_bad_input(repository: Repository, executor: Executor) -> None:
+async def test_a_tensor_with_a_wrong_length_is_invalid_input(repository: Repository, executor: Executor) -> None:
     """Also at preprocess, which stands alone."""
     service = await preprocess_service(repository, fake_predict("1"), executor)
     lying = InferRequest("m", (Tensor("features", "FP64", (2, 3), b"\x00" * 47),))

@@ -52,7 +52,7 @@ def image(n_rows: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("widen", [True, False])
 @pytest.mark.parametrize("n_rows", [0, 1, 7])
-def test_inputs_of_the_signature_pass_in_any_order(widen, n_rows):
+def test_inputs_of_the_signature_are_accepted_in_any_order(widen, n_rows):
     """The order of inputs means nothing; a batch may have any number of rows, none included."""
     check_inputs(SPECS, [age(n_rows), image(n_rows)], widen=widen)
     check_inputs(SPECS, [image(n_rows), age(n_rows)], widen=widen)
@@ -81,7 +81,7 @@ def test_inputs_of_the_signature_pass_in_any_order(widen, n_rows):
         ([Tensor("age", "FP64", (2, 1), bytes(15)), image()], 'input "age": FP64 of shape [2, 1] needs 16 bytes, got 15'),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(inputs, message, widen):
+def test_inputs_that_do_not_fit_are_refused_by_name(inputs, message, widen):
     """The message names the input, what was expected and what came (I-09, I-19)."""
     with pytest.raises(InvalidInput) as caught:
         check_inputs(SPECS, inputs, widen=widen)
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_by_name(inputs, message, widen):
     ],
     ids=["name", "datatype", "shape"],
 )
-def test_a_message_stays_short(tensor):
+def test_an_error_message_is_short(tensor):
     """A message travels in trailing metadata, which is small; what came is shown only in part."""
     with pytest.raises(InvalidInput) as caught:
         check_inputs([AGE], [tensor], widen=True)
@@ -106,7 +106,7 @@ def test_a_message_stays_short(tensor):
     assert len(caught.value.message) < 200
 
 
-def test_many_missing_inputs_are_listed_in_part():
+def test_only_some_of_many_missing_inputs_are_listed():
     """Twenty names help, a thousand do not."""
     specs = [TensorSpec(f"x{number}", "FP32", ("batch", 1)) for number in range(1000)]
 
@@ -131,7 +131,7 @@ def test_only_free_leading_dimensions_are_a_batch():
 
 
 @pytest.mark.parametrize("free", ["length", -1])
-def test_a_free_dimension_takes_any_size(free):
+def test_a_free_dimension_accepts_any_size(free):
     """By name in our manifests, as -1 in other servers' metadata."""
     spec = TensorSpec("x", "FP32", ("batch", free))
 
@@ -140,27 +140,27 @@ def test_a_free_dimension_takes_any_size(free):
 
 
 @pytest.mark.parametrize("declared", NUMBERS)
-def test_numbers_widen_as_numpy_says_is_safe(declared):
+def test_numbers_widen_by_numpys_safe_casting(declared):
     """A preprocessor takes a narrower datatype where numpy casts it under the rule "safe", and no other."""
     taken = {sent for sent in ALL if accepts(declared, sent) and sent != "BF16"}
 
     assert taken == {sent for sent in NUMBERS if np.can_cast(DTYPES[sent], DTYPES[declared], "safe")}
 
 
-def test_bf16_widens_to_the_floats_that_hold_it():
+def test_bf16_widens_to_fp32_and_fp64():
     """numpy has no such dtype: float32 has BF16's exponent and more digits, float16 has neither enough."""
     assert [declared for declared in ALL if accepts(declared, "BF16")] == ["BF16", "FP32", "FP64"]
     assert [sent for sent in ALL if accepts("BF16", sent)] == ["BF16"]
 
 
 @pytest.mark.parametrize("declared", ["BOOL", "BYTES"])
-def test_what_is_no_number_is_taken_as_it_is_declared(declared):
+def test_datatypes_other_than_numbers_are_not_converted(declared):
     """Neither text nor truth is a narrow number."""
     assert [sent for sent in ALL if accepts(declared, sent)] == [declared]
 
 
 @pytest.mark.parametrize("sent", ["INT32", "FP32", "BF16", "UINT8"])
-def test_widening_is_the_preprocessors_alone(sent):
+def test_only_preprocessors_widen(sent):
     """A predictor gets what its signature says and nothing else."""
     check_inputs([AGE], [zeros("age", sent, (2, 1))], widen=True)
 
@@ -169,7 +169,7 @@ def test_widening_is_the_preprocessors_alone(sent):
 
 
 @pytest.mark.parametrize("spec", [AGE, ISLAND], ids=lambda spec: spec.name)
-def test_one_value_a_row_may_come_without_its_inner_dimension(spec):
+def test_one_value_per_row_may_be_sent_without_its_inner_dimension(spec):
     """(batch,) is taken for (batch, 1) by a preprocessor, and counts as the batch."""
     tensor = zeros(spec.name, spec.datatype, (3,))
 
@@ -182,7 +182,7 @@ def test_one_value_a_row_may_come_without_its_inner_dimension(spec):
 
 
 @pytest.mark.parametrize("shape", [("batch", 2), ("batch", 1, 1), ("batch",), (1, 1)])
-def test_only_a_column_may_lose_its_inner_dimension(shape):
+def test_only_a_column_may_omit_its_inner_dimension(shape):
     """Where a row has more than one value, or rows are not free, a missing dimension is a mistake."""
     sent = (3, 1) if shape == ("batch",) else (3,)
 
@@ -206,7 +206,7 @@ def test_an_empty_tensor_has_no_rows(shape):
     check_inputs([spec], [tensor], widen=False)
 
 
-def test_an_empty_tensor_has_the_sizes_that_the_request_gives():
+def test_an_empty_tensor_takes_its_sizes_from_the_request():
     """A name that inputs and outputs share stands for one size; what no input gives is 0."""
     sizes = bound_sizes([TensorSpec("x", "FP32", ("batch", "width"))], [zeros("x", "FP32", (0, 16))])
 
@@ -233,12 +233,12 @@ def test_the_size_of_outputs_is_known_from_the_inputs(shape, datatype, n_bytes):
     assert size.at_least(3, [zeros("x", "FP32", (3, 5))], ["y"]) == n_bytes
 
 
-def test_all_outputs_are_the_answer_when_none_is_asked_for():
+def test_without_requested_outputs_all_are_returned():
     """In the signature's order."""
     assert choose_outputs(SPECS, []) == ["age", "image"]
 
 
-def test_outputs_come_in_the_order_asked_for():
+def test_outputs_are_in_the_requested_order():
     """And only those (I-22)."""
     assert choose_outputs((*SPECS, ISLAND), ["island", "age"]) == ["island", "age"]
 
@@ -251,7 +251,7 @@ def test_outputs_come_in_the_order_asked_for():
         (["n" * 1000], f'unknown output "{"n" * 64}", expected one of "age", "image"'),
     ],
 )
-def test_an_output_that_can_not_be_given_is_refused(wanted, message):
+def test_an_unknown_output_is_refused(wanted, message):
     """Unknown (I-20), or requested twice (I-21)."""
     with pytest.raises(InvalidInput) as caught:
         choose_outputs(SPECS, wanted)
@@ -274,7 +274,7 @@ FEATURES = TensorSpec("features", "FP32", ("batch", 4))
         ([], []),
     ],
 )
-def test_halves_that_fit_differ_in_nothing(outputs, inputs):
+def test_halves_that_fit_have_no_differences(outputs, inputs):
     """Order and the names of dimensions do not matter; a fixed size fits where any is taken."""
     assert fits(outputs, inputs) == []
 
@@ -364,7 +364,7 @@ def takes(wanted: list[TensorSpec], shapes: dict[str, tuple[int, ...]]) -> bool:
 
 
 @given(sides())
-def test_halves_fit_exactly_if_all_that_may_be_given_is_taken(both):
+def test_halves_fit_if_every_possible_output_is_accepted(both):
     """Named dimensions are sizes that vary, and one name is one size."""
     outputs, inputs = both
     shapes = {spec.name: tuple(SIZES.get(size, size) for size in spec.shape) for spec in outputs}
@@ -372,7 +372,7 @@ def test_halves_fit_exactly_if_all_that_may_be_given_is_taken(both):
     assert (fits(outputs, inputs) == []) == takes(inputs, shapes)
 
 
-def test_one_name_in_two_places_is_one_size():
+def test_a_named_dimension_has_one_size():
     """The one that is not equal is named, with what it is elsewhere."""
     outputs = [TensorSpec("a", "FP32", ("batch", 3)), TensorSpec("b", "FP32", ("batch", "n"))]
     inputs = [TensorSpec("a", "FP32", ("batch", "k")), TensorSpec("b", "FP32", ("batch", "k"))]
@@ -380,7 +380,7 @@ def test_one_name_in_two_places_is_one_size():
     assert fits(outputs, inputs) == ['"b": expected "k" (3 elsewhere) in dimension 1, the preprocessor produces n']
 
 
-def test_an_answer_that_keeps_the_promise_passes():
+def test_an_answer_that_fits_the_signature_passes():
     """In any order; what nobody asked for does not matter."""
     check_outputs(SPECS, [image(3), age(3), zeros("more", "FP32", (1,))], 3)
 
@@ -397,7 +397,7 @@ def test_an_answer_that_keeps_the_promise_passes():
         ([zeros("age", "FP32", (3, 1)), image(3)], 'output "age": expected FP64 [3, 1], got FP32 [3, 1]'),
     ],
 )
-def test_a_stage_that_breaks_its_promise_is_a_mismatch(outputs, message):
+def test_an_answer_that_contradicts_the_signature_is_a_mismatch(outputs, message):
     """Never the caller's fault, who would otherwise get another's rows, too few, or other numbers."""
     with pytest.raises(PairMismatch) as caught:
         check_outputs(SPECS, outputs, 3)
@@ -409,14 +409,14 @@ def test_a_stage_that_breaks_its_promise_is_a_mismatch(outputs, message):
     "tensor",
     [Tensor("age", "FP64", (3, 1), bytes(23)), Tensor("age", "FP64", (3, 1), bytes(32)), Tensor("age", "FP64", (3, 1), b"")],
 )
-def test_an_answer_whose_bytes_are_not_its_shape_is_a_mismatch(tensor):
+def test_an_answer_whose_bytes_contradict_its_shape_is_a_mismatch(tensor):
     """A stage that sends other bytes than it says breaks its promise as well; unchecked, the caller would be blamed for it."""
     with pytest.raises(PairMismatch, match='output "age"'):
         check_outputs([AGE], [tensor], 3)
 
 
 @pytest.mark.parametrize("spec", [TensorSpec("x", "FP32", ("batch", "n")), TensorSpec("x", "FP32", ("batch", -1))])
-def test_an_answers_free_dimensions_take_any_size(spec):
+def test_free_dimensions_of_an_answer_accept_any_size(spec):
     """All but the batch."""
     check_outputs([spec], [zeros("x", "FP32", (2, 9))], 2)
 
@@ -436,7 +436,7 @@ def test_an_integer_that_a_double_would_round_is_refused(datatype, value, shape)
 
 
 @pytest.mark.parametrize("value", [2**53, 2**53 - 1, 2**60, 0])
-def test_an_integer_that_a_double_holds_is_widened(value):
+def test_an_integer_that_is_exact_in_a_double_is_widened(value):
     """Large ones too, where they are multiples of a power of two."""
     tensor = Tensor("x", "INT64", (1, 1), np.array([value], dtype="<i8").tobytes())
 

@@ -40,7 +40,7 @@ def test_the_datatypes_are_those_of_the_protocol():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_datatype_knows_what_it_is(name):
+def test_datatypes_have_these_properties(name):
     """Integers, floats and the rest are told apart by the table, not by letters in names."""
     found = datatype_of(WHAT, name)
 
@@ -57,7 +57,7 @@ def test_an_unknown_datatype_is_refused_with_the_known_ones(name):
     assert caught.value.message == f'input "age": unknown datatype "{name}", expected one of {", ".join(ALL)}'
 
 
-def test_a_message_does_not_repeat_an_endless_name():
+def test_an_error_message_truncates_long_names():
     """What a caller sends comes back in a message only as far as it helps."""
     with pytest.raises(InvalidInput) as caught:
         datatype_of(WHAT, "x" * 100_000)
@@ -92,7 +92,7 @@ def test_elements_are_the_product_of_the_shape(shape, count):
         ((16, 2**60 + 2), InvalidInput, f'input "age": shape [16, {2**60 + 2}] has more than 2147483648 elements'),
     ],
 )
-def test_a_shape_that_no_tensor_has_is_refused(shape, kind, message):
+def test_an_impossible_shape_is_refused(shape, kind, message):
     """Before anything is allocated, and without arithmetic that wraps."""
     with pytest.raises(SplitserveError) as caught:
         n_elements(WHAT, shape)
@@ -132,7 +132,7 @@ def test_a_byte_more_or_less_is_refused(tensor, difference):
         (b"", "shape [2] needs 2 BYTES elements, got 0"),
     ],
 )
-def test_bytes_whose_lengths_lie_are_refused(raw, message):
+def test_bytes_with_wrong_length_prefixes_are_refused(raw, message):
     """A length that is cut off, points beyond the end, or leaves another number of elements than the shape has (G-10)."""
     with pytest.raises(InvalidInput) as caught:
         validate(WHAT, Tensor("age", "BYTES", (2,), raw))
@@ -141,7 +141,7 @@ def test_bytes_whose_lengths_lie_are_refused(raw, message):
 
 
 @given(st.binary(max_size=40), st.integers(0, 4))
-def test_no_bytes_crash_the_check_of_bytes(raw, count):
+def test_arbitrary_bytes_never_crash_the_check(raw, count):
     """Whatever the bytes are, they are either the shape's elements or refused as input."""
     tensor = Tensor("age", "BYTES", (count,), raw)
 
@@ -174,7 +174,7 @@ def test_an_element_of_bytes_follows_its_length():
     assert encode_bytes([b"ab", b""]) == b"\x02\x00\x00\x00ab\x00\x00\x00\x00"
 
 
-def test_a_length_that_lies_is_found_while_decoding():
+def test_a_wrong_length_prefix_is_found_while_decoding():
     """The error names the tensor."""
     with pytest.raises(InvalidInput, match='tensor "age": the BYTES element at byte 4 exceeds the 5 bytes of the tensor'):
         decode_bytes(Tensor("age", "BYTES", (1,), b"\x09\x00\x00\x00a"))
@@ -182,7 +182,7 @@ def test_a_length_that_lies_is_found_while_decoding():
 
 @pytest.mark.parametrize("name", PYTHON_HAS)
 @given(data=st.data())
-def test_python_values_survive_packing(name, data):
+def test_packing_then_unpacking_gives_the_same_values(name, data):
     """What is packed comes out again as the same values of the same types, NaN, infinities and -0.0 included."""
     values = data.draw(st.lists(python_values(name), max_size=MAX_ELEMENTS))
 
@@ -221,7 +221,7 @@ def test_numbers_are_little_endian(name, letter):
 
 
 @pytest.mark.parametrize(("name"), INTEGERS)
-def test_the_ends_of_an_integer_fit_and_the_next_ones_do_not(name):
+def test_integers_are_accepted_exactly_within_their_range(name):
     """Nothing wraps (I-11). The message says which element, and what would have fitted."""
     datatype = DATATYPES[name]
     bits = 8 * datatype.itemsize
@@ -263,7 +263,7 @@ def test_the_ends_of_an_integer_fit_and_the_next_ones_do_not(name):
         ("FP64", [1.0]),
     ],
 )
-def test_a_value_of_another_kind_is_refused_not_converted(name, value):
+def test_a_value_of_another_type_is_refused_not_converted(name, value):
     """A conversion would change what the caller meant; the first element that does not fit is named."""
     good = {"BOOL": True, "BYTES": b"", "FP16": 1.0, "FP32": 1.0, "FP64": 1.0}.get(name, 1)
 
@@ -276,12 +276,12 @@ def test_booleans_may_be_written_as_0_and_1():
     assert pack(WHAT, DATATYPES["BOOL"], [0, 1, False, True]) == b"\x00\x01\x00\x01"
 
 
-def test_integers_may_stand_for_floats():
+def test_integers_are_accepted_for_floats():
     """JSON writers drop the point of a whole number."""
     assert pack(WHAT, DATATYPES["FP32"], [2, -1]) == struct.pack("<2f", 2.0, -1.0)
 
 
-def test_bf16_has_no_python_numbers():
+def test_bf16_cannot_be_packed_from_python_numbers():
     """It travels as raw bytes only."""
     with pytest.raises(InvalidInput, match='"age": BF16 is supported as raw bytes only'):
         unpack(Tensor("age", "BF16", (1,), b"\x80\x3f"))

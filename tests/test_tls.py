@@ -102,7 +102,7 @@ async def test_calls_cross_a_hop_over_tls(files: Files) -> None:
 
 @on_both_engines
 @pytest.mark.parametrize("case", ["plain text", "no certificate", "certificate of a stranger", "stranger's server"])
-async def test_a_grpc_caller_who_should_not_gets_nothing(files: Files, foreign: Files, case: str) -> None:
+async def test_an_untrusted_grpc_caller_is_refused(files: Files, foreign: Files, case: str) -> None:
     """Every way in but the right one ends in the handshake, and nothing reaches the service."""
     callers = {
         "plain text": None,
@@ -120,7 +120,7 @@ async def test_a_grpc_caller_who_should_not_gets_nothing(files: Files, foreign: 
 
 
 @pytest.mark.parametrize("case", ["no certificate", "certificate of a stranger", "stranger's server", "old TLS"])
-async def test_a_rest_caller_who_should_not_gets_nothing(files: Files, foreign: Files, case: str) -> None:
+async def test_an_untrusted_rest_caller_is_refused(files: Files, foreign: Files, case: str) -> None:
     """As over gRPC."""
     callers = {
         "no certificate": files.trusting,
@@ -173,7 +173,7 @@ async def test_new_files_serve_new_handshakes_over_grpc(tmp_path: Path, files: F
                 await infer(address, caller)
 
 
-async def test_files_that_do_not_fit_are_not_taken(tmp_path: Path, files: Files, foreign: Files) -> None:
+async def test_mismatched_certificate_files_are_not_used(tmp_path: Path, files: Files, foreign: Files) -> None:
     """A certificate that came before its key leaves the server with what it had."""
     async with serving(FakeInference(ECHO), tls=files.mutual) as address, rest(files.mutual) as url:
         caller = copy(files, tmp_path / "caller").client
@@ -185,7 +185,7 @@ async def test_files_that_do_not_fit_are_not_taken(tmp_path: Path, files: Files,
 
 
 @on_both_engines
-async def test_certificates_change_under_load_and_nothing_fails(
+async def test_certificates_are_renewed_under_load_without_a_failed_call(
     files: Files, stranger: trustme.CA, authority: trustme.CA
 ) -> None:
     """First both authorities are trusted, then certificates are of the new one, then only it is trusted; every call is answered,
@@ -217,7 +217,7 @@ async def test_certificates_change_under_load_and_nothing_fails(
     assert count == 100
 
 
-async def test_a_channel_shows_its_new_certificate(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
+async def test_a_channel_presents_its_new_certificate(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
     """A caller whose files change is let in by a server that takes the new ones only."""
     new = write(tmp_path / "new", stranger)
     caller = write(tmp_path / "caller", trustme.CA())
@@ -233,7 +233,7 @@ async def test_a_channel_shows_its_new_certificate(tmp_path: Path, files: Files,
         assert (await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))).outputs == (X,)
 
 
-async def test_a_stream_is_opened_again_while_the_files_can_not_be_used(files: Files) -> None:
+async def test_a_stream_is_reopened_while_the_files_are_invalid(files: Files) -> None:
     """What they said before holds until they say something new, for a stream as for a channel."""
     metadata = ServerMetadata("test", "0")
     config = GrpcConfig(stage="predict", metadata=metadata, max_message_bytes=10_000, tls=files.mutual)
@@ -252,7 +252,7 @@ async def test_a_stream_is_opened_again_while_the_files_can_not_be_used(files: F
         assert (await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(20)))).outputs == (X,)
 
 
-async def test_a_name_other_than_the_address_is_asked_for(tmp_path: Path, authority: trustme.CA) -> None:
+async def test_the_server_name_may_differ_from_the_address(tmp_path: Path, authority: trustme.CA) -> None:
     """A certificate that has the service's name only is accepted by those who were told the name."""
     named = write(tmp_path / "named", authority, names=("predict",))
     async with serving(FakeInference(ECHO), tls=named.server) as address:
@@ -282,7 +282,7 @@ async def test_commands_probe_and_client_find_their_files(monkeypatch: pytest.Mo
         assert "NOT" not in await asyncio.to_thread(probe.problem, address, probe.TAKES_CALLS)
 
 
-def test_commands_stop_at_files_that_can_not_be_used(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_refuse_invalid_tls_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A line that names the variables, and status 2."""
     monkeypatch.setenv("SPLITSERVE_CA_FILE", "/nowhere.pem")
 
@@ -295,7 +295,7 @@ def test_commands_stop_at_files_that_can_not_be_used(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("url", "message"), [("http://", "expected a host"), ("http://127.0.0.1:1", "is plain text, but tls")])
-def test_a_command_stops_at_an_address_that_can_not_be_used(
+def test_a_command_refuses_an_invalid_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: Files, url: str, message: str
 ) -> None:
     """A token must not cross the network in plain text because somebody forgot an s."""
@@ -308,7 +308,7 @@ def test_a_command_stops_at_an_address_that_can_not_be_used(
     assert message in capsys.readouterr().err
 
 
-def test_settings_give_the_files(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
+def test_settings_name_the_tls_files(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
     """Of the listeners and of the channel to the next service."""
     for name, path in (("TLS_CERT", files.cert), ("TLS_KEY", files.key), ("TLS_CLIENT_CA", files.ca), ("NEXT_CA", files.ca)):
         monkeypatch.setenv(f"PROXY_{name}_FILE", path)
@@ -336,7 +336,7 @@ def test_settings_give_the_files(monkeypatch: pytest.MonkeyPatch, files: Files) 
         ({"NEXT_CA_FILE": "nowhere"}, "NEXT_CA_FILE"),
     ],
 )
-def test_files_that_can_not_be_used_end_the_process(
+def test_invalid_tls_files_stop_the_process(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,

@@ -73,7 +73,7 @@ def pipeline() -> Any:
     return make_pipeline(DecodeImage(), ResizeImage(2, crop=1.0), NormaliseImage((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
 
 
-def test_a_png_becomes_the_pixels_that_it_was_made_of():
+def test_a_png_is_decoded_exactly():
     """A PNG is lossless: what comes out is what went in, as uint8 RGB."""
     picture = noise()
 
@@ -83,7 +83,7 @@ def test_a_png_becomes_the_pixels_that_it_was_made_of():
     np.testing.assert_array_equal(decoded, picture)
 
 
-def test_a_jpeg_becomes_nearly_the_pixels_that_it_was_made_of():
+def test_a_jpeg_is_decoded_approximately():
     """A JPEG of one colour comes back as that colour, but for rounding."""
     picture = np.full((HEIGHT, WIDTH, 3), (200, 100, 50), dtype=np.uint8)
 
@@ -111,7 +111,7 @@ def test_pictures_of_one_size_stay_an_array_of_pictures():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
-def test_every_kind_of_png_becomes_rgb(mode: str):
+def test_every_type_of_png_becomes_rgb(mode: str):
     """Black and white, grey, palette and transparent files all become three channels."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white").convert(mode)
 
@@ -155,7 +155,7 @@ def test_colours_of_16_bits_are_scaled_to_8():
 
 
 @pytest.mark.parametrize(("mode", "colour"), [("L", (90, 90, 90)), ("CMYK", (200, 100, 50))])
-def test_every_kind_of_jpeg_becomes_rgb(mode: str, colour: tuple[int, int, int]):
+def test_every_type_of_jpeg_becomes_rgb(mode: str, colour: tuple[int, int, int]):
     """Grey and printers' JPEG files become three channels of the same colour."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), colour).convert(mode)
 
@@ -178,7 +178,7 @@ UPRIGHT = {
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_a_picture_is_turned_upright(orientation: int):
+def test_the_exif_orientation_of_a_png_is_applied(orientation: int):
     """Phones store pixels as the sensor lies and say in EXIF how to turn them."""
     stored = noise()
 
@@ -187,7 +187,7 @@ def test_a_picture_is_turned_upright(orientation: int):
     np.testing.assert_array_equal(decoded, UPRIGHT[orientation](stored))
 
 
-def test_a_jpeg_is_turned_upright_too():
+def test_the_exif_orientation_of_a_jpeg_is_applied():
     """The orientation counts in both formats."""
     (decoded,) = decode(encode(noise(), "JPEG", exif=exif(6)))
 
@@ -195,7 +195,7 @@ def test_a_jpeg_is_turned_upright_too():
 
 
 @pytest.mark.parametrize("block", [exif(0), exif(9), b"Exif\0\0not TIFF"])
-def test_an_orientation_that_says_nothing_is_ignored(block: bytes):
+def test_an_invalid_orientation_is_ignored(block: bytes):
     """A picture whose EXIF block is wrong or damaged is decoded as it is stored."""
     (decoded,) = decode(encode(noise(), exif=block))
 
@@ -225,7 +225,7 @@ def test_a_file_with_a_wrong_checksum_is_refused():
     [b"", b"hello", encode(noise(), "GIF"), encode(noise(), "BMP"), encode(noise(), "TIFF"), "text", None],
     ids=["empty", "words", "gif", "bmp", "tiff", "str", "none"],
 )
-def test_what_is_neither_jpeg_nor_png_is_refused(file: object):
+def test_other_image_formats_are_refused(file: object):
     """Formats that were not asked for are not parsed, even if Pillow could."""
     with pytest.raises(ValueError, match="image 0 is not a JPEG or PNG file"):
         decode(file)
@@ -241,7 +241,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(form: str,
         decode(file[: len(file) * 3 // 4])
 
 
-def test_a_picture_of_as_many_pixels_as_allowed_is_taken(monkeypatch: pytest.MonkeyPatch):
+def test_a_picture_at_the_pixel_limit_is_accepted(monkeypatch: pytest.MonkeyPatch):
     """The limit itself is allowed."""
     monkeypatch.setattr(transformers, "MAX_PIXELS", HEIGHT * WIDTH)
 
@@ -265,7 +265,7 @@ def test_pictures_of_too_many_pixels_together_are_refused(monkeypatch: pytest.Mo
         decode(file, file, file)
 
 
-def test_a_lack_of_memory_is_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch):
+def test_out_of_memory_is_not_reported_as_a_bad_file(monkeypatch: pytest.MonkeyPatch):
     """It says something of this machine, so it is no ValueError, which would be the caller's error."""
 
     def load(image: Image.Image) -> None:
@@ -299,7 +299,7 @@ def test_a_damaged_file_gives_a_picture_or_a_value_error(form: str, changes: lis
     assert decoded.shape[2:] == (3,)
 
 
-def test_the_middle_square_is_taken():
+def test_the_centre_is_cropped():
     """The square takes its part of the shorter side; where it is as large as the result its pixels are unchanged."""
     wide = noise(8, 12)
 
@@ -309,7 +309,7 @@ def test_the_middle_square_is_taken():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (3, 2), (640, 480)])
-def test_a_picture_of_any_size_is_brought_to_the_same(shape: tuple[int, int]):
+def test_pictures_of_any_size_are_resized_to_the_same(shape: tuple[int, int]):
     """A picture smaller than the square is enlarged; one colour stays that colour."""
     picture = np.full((*shape, 3), (10, 20, 30), dtype=np.uint8)
 
@@ -342,7 +342,7 @@ def test_pixels_are_normalised_by_channel():
     np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_mean_counts_for_all_channels():
+def test_one_mean_applies_to_all_channels():
     """EfficientNet-Lite's mean and deviation bring a pixel to (pixel - 127) / 128."""
     pictures = np.array([0, 127, 255], dtype=np.uint8).reshape(1, 1, 1, 3)
 
@@ -371,7 +371,7 @@ def test_a_clone_has_the_same_parameters(transformer: Any):
 
 
 @pytest.mark.parametrize("transformer", TRANSFORMERS, ids=lambda each: type(each).__name__)
-def test_nothing_has_to_be_fitted(transformer: Any):
+def test_no_fit_is_needed(transformer: Any):
     """They learn nothing, so they can be published without a call of fit; fit gives the transformer itself."""
     check_is_fitted(transformer)
 
@@ -387,7 +387,7 @@ def test_a_transformer_is_loaded_without_being_trusted_by_name(transformer: Any)
     assert loaded.get_params() == transformer.get_params()
 
 
-def test_a_global_wish_for_frames_changes_nothing(pipeline: Any):
+def test_the_global_pandas_output_setting_has_no_effect(pipeline: Any):
     """Images have no column names: scikit-learn's transform_output leaves them arrays."""
     with sklearn.config_context(transform_output="pandas"):
         pixels = pipeline.fit_transform(rows(encode(noise())))

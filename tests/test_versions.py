@@ -46,14 +46,14 @@ def test_a_pair_is_two_numbers(preprocessor, predictor):
     assert str(pair) == f"{preprocessor}.{predictor}"
 
 
-def test_no_version_leaves_the_choice_to_the_service():
+def test_without_a_version_the_service_chooses():
     """Absent is empty on the wire."""
     assert parse_version("penguins", "") is None
     assert parse_pair("penguins", "") is None
 
 
 @pytest.mark.parametrize("version", NO_NUMBERS)
-def test_what_is_no_number_is_not_found(version):
+def test_a_version_that_is_not_a_number_is_not_found(version):
     """Never ignored, never rounded to one that exists (D14)."""
     with pytest.raises(NotFound) as caught:
         parse_version("penguins", version)
@@ -82,7 +82,7 @@ def test_what_is_no_number_is_not_found(version):
         *(f"1.{bad}" for bad in NO_NUMBERS if bad != "0"),
     ],
 )
-def test_what_is_no_pair_is_not_found(version):
+def test_a_version_that_is_not_a_pair_is_not_found(version):
     """And how a pair is written is said."""
     with pytest.raises(NotFound) as caught:
         parse_pair("penguins", version)
@@ -104,14 +104,14 @@ def test_the_newest_pair_is_the_greatest():
     assert sorted(pairs) == [Pair(1, 9), Pair(1, 10), Pair(2, 1), Pair(10, 1)]
 
 
-def test_an_unknown_model_is_told_in_words_that_clients_match():
+def test_the_message_for_an_unknown_model_is_the_one_that_clients_match():
     """Four programs of tritonclient compare the beginning (D10); an endless name is cut."""
     assert unknown_model("x") == "Request for unknown model: 'x' is not found"
     assert unknown_model("x" * 1000) == f"Request for unknown model: '{'x' * 128}' is not found"
 
 
 @pytest.mark.parametrize("parse", [parse_version, parse_pair])
-def test_a_model_name_is_cut_to_what_a_header_holds(parse):
+def test_a_model_name_is_truncated_to_fit_a_header(parse):
     """It comes from the caller and goes into trailing metadata."""
     with pytest.raises(NotFound) as caught:
         parse("m" * 1000, "x")

@@ -102,7 +102,7 @@ MANY = dict.fromkeys(("fast", "calls that cost"), pytest.mark.heavy)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=MANY.get(kind, ())) for kind in STAGES])
-def test_at_three_times_what_can_be_done_as_much_is_done_as_ever(kind: str) -> None:
+def test_at_three_times_the_capacity_throughput_does_not_drop(kind: str) -> None:
     """Nine tenths of the peak at least, refusals come at once, and the wait of those that are taken is bounded."""
     call_s, row_s, n_cores, limits = STAGES[kind]
     seconds = max(6.0, 400 * row_s, 40 * call_s)
@@ -131,7 +131,7 @@ def test_at_three_times_what_can_be_done_as_much_is_done_as_ever(kind: str) -> N
 
 @pytest.mark.parametrize("n_callers", [1, 64, 256])
 @pytest.mark.parametrize("kind", ["fast", "calls that cost"])
-def test_who_waits_to_be_merged_is_not_refused(kind: str, n_callers: int) -> None:
+def test_requests_that_wait_to_be_merged_are_not_refused(kind: str, n_callers: int) -> None:
     """A few hundred callers that ask again and again queue up for each call, and that is no overload."""
     call_s, row_s, n_cores, limits = STAGES[kind]
 
@@ -165,7 +165,7 @@ def test_a_stage_that_recovers_is_used_again() -> None:
     run(main())
 
 
-def test_no_limit_where_none_is_wanted() -> None:
+def test_without_a_maximum_wait_there_is_no_adaptive_limit() -> None:
     """``max_queue_wait_ms`` 0: as many as there is room for wait as long as they have to."""
 
     async def main() -> None:
@@ -178,7 +178,7 @@ def test_no_limit_where_none_is_wanted() -> None:
     run(main())
 
 
-def test_who_would_be_too_late_is_refused_at_once() -> None:
+def test_a_request_that_would_miss_its_deadline_is_refused_at_once() -> None:
     """Where requests queue up, one whose turn comes after its deadline is told so while there is time to go elsewhere."""
 
     async def main() -> None:
@@ -200,7 +200,7 @@ def test_who_would_be_too_late_is_refused_at_once() -> None:
     run(main())
 
 
-def test_refusals_further_on_lower_the_limit() -> None:
+def test_refusals_by_the_next_stage_lower_the_limit() -> None:
     """A stage behind that says it is overloaded gets less."""
 
     async def main() -> float:
@@ -215,7 +215,7 @@ def test_refusals_further_on_lower_the_limit() -> None:
     assert run(main()) == pytest.approx(FIRST_LIMIT * 0.9**20)
 
 
-def test_the_least_urgent_is_refused_first() -> None:
+def test_the_lowest_priority_is_refused_first() -> None:
     """One that waits gives way to one of higher priority, the last of the lowest first; equals stay where they are."""
 
     async def main() -> None:
@@ -240,7 +240,7 @@ def test_the_least_urgent_is_refused_first() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0, 3)), min_size=1, max_size=40), st.integers(1, 4))
-def test_nobody_is_refused_while_a_less_urgent_one_waits(arrivals: list[tuple[int, float]], queue_size: int) -> None:
+def test_no_request_is_refused_while_one_of_lower_priority_waits(arrivals: list[tuple[int, float]], queue_size: int) -> None:
     """Whatever arrives when: at the moment of a refusal all who wait are at least as urgent."""
 
     async def main() -> None:
@@ -267,7 +267,7 @@ def test_nobody_is_refused_while_a_less_urgent_one_waits(arrivals: list[tuple[in
 
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 100), st.floats(0, 1)), max_size=200))
-def test_the_limit_is_bounded_by_what_was_there(samples: list[tuple[int, float, float, float]]) -> None:
+def test_the_limit_is_bounded_by_the_observed_occupancy(samples: list[tuple[int, float, float, float]]) -> None:
     """Never below what keeps a stage busy, and never above a multiple of what there really was."""
     limit = AdaptiveLimit(ALLOWED_S)
 
@@ -279,7 +279,7 @@ def test_the_limit_is_bounded_by_what_was_there(samples: list[tuple[int, float, 
 
 
 @given(st.floats(0.5, 1000))
-def test_the_limit_is_what_is_answered_in_the_time_allowed(rate: float) -> None:
+def test_the_limit_is_what_can_be_answered_within_the_maximum_wait(rate: float) -> None:
     """By Little's law: at so many answers a second as many may be there as are answered while the wait lasts."""
     limit = AdaptiveLimit(ALLOWED_S)
     alone_s = 1 / rate
@@ -302,7 +302,7 @@ def test_a_limit_that_is_not_used_is_kept() -> None:
     assert limit.limit == FIRST_LIMIT
 
 
-def test_one_call_that_was_held_up_costs_little() -> None:
+def test_one_slow_call_lowers_the_limit_only_a_little() -> None:
     """A pause of the machine is no overload."""
     limit = AdaptiveLimit(ALLOWED_S)
     limit.learn(256, 0.01, 0.01, 0.01)
@@ -313,7 +313,7 @@ def test_one_call_that_was_held_up_costs_little() -> None:
     assert limit.limit >= 0.8 * before
 
 
-def test_the_least_urgent_is_found() -> None:
+def test_the_lowest_priority_is_found() -> None:
     """The lowest priority, and of those who have it the last."""
     waiting: Preemptible[str] = Preemptible()
     for name, priority in (("a", 2), ("b", 9), ("c", 9)):

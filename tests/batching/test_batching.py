@@ -96,7 +96,7 @@ async def outcomes(batcher: Batcher, requests: Sequence[InferRequest]) -> list[A
     return list(await asyncio.gather(*(outcome(batcher.infer(request)) for request in requests)))
 
 
-def test_nobody_waits_for_a_timer() -> None:
+def test_no_request_waits_for_a_timer() -> None:
     """A request that finds nothing under way goes out at once."""
 
     async def main() -> None:
@@ -110,7 +110,7 @@ def test_nobody_waits_for_a_timer() -> None:
     run(main())
 
 
-def test_what_arrives_meanwhile_goes_out_merged() -> None:
+def test_requests_that_arrive_during_a_call_are_merged_into_the_next() -> None:
     """While a call is under way others wait, and are the next call together; each gets its own rows."""
 
     async def main() -> None:
@@ -154,7 +154,7 @@ def test_the_answer_keeps_each_callers_id() -> None:
     ],
     ids=["name", "outputs", "parameters", "version", "model", "shape", "datatype"],
 )
-def test_only_what_is_alike_is_merged(other: InferRequest) -> None:
+def test_only_compatible_requests_are_merged(other: InferRequest) -> None:
     """Requests that differ in anything but their rows never share a call."""
 
     async def main() -> None:
@@ -167,7 +167,7 @@ def test_only_what_is_alike_is_merged(other: InferRequest) -> None:
     run(main())
 
 
-def test_what_can_not_be_merged_is_sent_alone() -> None:
+def test_requests_that_cannot_be_merged_are_sent_alone() -> None:
     """A signature without a free leading dimension: one call a request, one after the other."""
 
     async def main() -> None:
@@ -231,7 +231,7 @@ def test_a_full_queue_refuses_at_once() -> None:
     run(main())
 
 
-def test_who_leaves_makes_room_in_the_queue() -> None:
+def test_a_cancelled_request_frees_its_place_in_the_queue() -> None:
     """A cancelled request does not count any more, and its rows are not sent."""
 
     async def main() -> None:
@@ -252,7 +252,7 @@ def test_who_leaves_makes_room_in_the_queue() -> None:
     run(main())
 
 
-def test_a_call_that_nobody_waits_for_is_given_up() -> None:
+def test_a_call_without_waiting_callers_is_cancelled() -> None:
     """When all of its callers have left, what is under way makes room for others."""
 
     async def main() -> None:
@@ -295,7 +295,7 @@ def test_each_request_is_answered_by_its_own_deadline() -> None:
     run(main())
 
 
-def test_what_expired_while_it_waited_is_not_sent() -> None:
+def test_a_request_that_expired_in_the_queue_is_not_sent() -> None:
     """Its rows would be for nobody."""
 
     async def main() -> None:
@@ -348,7 +348,7 @@ def test_an_unreachable_backend_is_not_called_for_each_request() -> None:
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_nobody_gets_another_ones_rows(change: int) -> None:
+def test_no_caller_gets_another_callers_rows(change: int) -> None:
     """An answer that is short or long by a row is nobody's answer."""
 
     async def main() -> None:
@@ -386,7 +386,7 @@ def test_a_delay_lets_others_join() -> None:
     run(main())
 
 
-def test_each_replica_has_its_calls_under_way() -> None:
+def test_every_replica_has_calls_in_flight() -> None:
     """What may be under way grows and shrinks with the replicas there are."""
 
     async def main() -> None:
@@ -401,7 +401,7 @@ def test_each_replica_has_its_calls_under_way() -> None:
 
 
 @pytest.mark.parametrize(("max_batch_size", "at_most"), [(2, 8), (100, 1)])
-def test_a_call_that_is_full_keeps_nobody_waiting(max_batch_size: int, at_most: int) -> None:
+def test_a_full_call_does_not_block_the_next(max_batch_size: int, at_most: int) -> None:
     """Waiting for it would fill no other call better; what has room is waited for."""
 
     async def main() -> None:
@@ -414,7 +414,7 @@ def test_a_call_that_is_full_keeps_nobody_waiting(max_batch_size: int, at_most: 
     run(main())
 
 
-def test_slow_rows_go_side_by_side() -> None:
+def test_slow_rows_are_sent_in_concurrent_calls() -> None:
     """Where rows cost more than calls, merging saves nothing and calls overlap."""
 
     async def main() -> None:
@@ -478,7 +478,7 @@ def test_a_call_that_hangs_does_not_keep_the_others_waiting() -> None:
     run(main())
 
 
-def test_closing_answers_everybody() -> None:
+def test_closing_answers_every_request() -> None:
     """Who waits when it is closed gets an error."""
 
     async def main() -> None:
@@ -493,7 +493,7 @@ def test_closing_answers_everybody() -> None:
     run(main())
 
 
-def test_who_begins_is_told_once_and_later() -> None:
+def test_the_callback_is_called_once_and_after_begin_has_returned() -> None:
     """Never while it begins: the answer or the error, and nothing after that."""
 
     async def main() -> None:
@@ -511,7 +511,7 @@ def test_who_begins_is_told_once_and_later() -> None:
     run(main())
 
 
-def test_who_has_left_is_not_told() -> None:
+def test_the_callback_of_a_cancelled_request_is_not_called() -> None:
     """Neither of an answer nor of an error; a call for nobody is given up, and who waits is not sent."""
 
     async def main() -> None:
@@ -532,7 +532,7 @@ def test_who_has_left_is_not_told() -> None:
     run(main())
 
 
-def test_who_fails_when_told_keeps_nobody_from_being_told() -> None:
+def test_an_exception_in_a_callback_does_not_affect_other_callbacks() -> None:
     """The event loop's handler hears of it, as of any callback that fails."""
 
     async def main() -> None:
@@ -555,7 +555,7 @@ def test_who_fails_when_told_keeps_nobody_from_being_told() -> None:
     run(main())
 
 
-def test_who_is_told_may_begin_again() -> None:
+def test_a_callback_may_begin_another_request() -> None:
     """From within the callback, whether it was told of an answer or sent away for another; the queue's bound holds meanwhile."""
 
     async def main() -> None:
@@ -588,7 +588,7 @@ def test_who_is_told_may_begin_again() -> None:
     run(main())
 
 
-def test_telling_is_no_part_of_a_call() -> None:
+def test_the_time_of_callbacks_is_not_part_of_a_call() -> None:
     """How long a call takes decides how many go side by side; who is slow to take an answer makes no call slow."""
 
     async def main() -> None:
@@ -615,7 +615,7 @@ def test_telling_is_no_part_of_a_call() -> None:
     run(main())
 
 
-def test_what_is_over_leaves_nothing_to_collect() -> None:
+def test_finished_requests_leave_no_reference_cycles() -> None:
     """No circles of objects: memory is free when a call has ended, not when the collector finds time."""
 
     async def main() -> None:
@@ -633,7 +633,7 @@ def test_what_is_over_leaves_nothing_to_collect() -> None:
     run(main())
 
 
-def test_each_request_is_counted_as_what_it_came_to() -> None:
+def test_each_request_is_counted_by_its_outcome() -> None:
     """Answered or not, however many share its call; how long it took is the sum of its parts."""
 
     async def main() -> None:
@@ -658,7 +658,7 @@ def test_each_request_is_counted_as_what_it_came_to() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1), max_size=4), min_size=1, max_size=6))
-def test_what_is_merged_and_split_is_what_it_was(parts: list[list[int]]) -> None:
+def test_merging_and_splitting_is_the_identity(parts: list[list[int]]) -> None:
     """Joining rows and cutting them again gives each its own."""
     merged = merge([row_request(part) for part in parts])
 

@@ -50,12 +50,12 @@ H2LOAD_LOG = (
     ("values", "percent", "expected"),
     [([7.0], 50, 7.0), ([1.0, 2.0, 3.0, 4.0], 50, 2.0), (list(range(1, 101)), 99, 99), (list(range(1, 1001)), 99.9, 999)],
 )
-def test_a_percentile_is_a_value_that_was_seen(values, percent, expected):
+def test_a_percentile_is_a_measured_value(values, percent, expected):
     """Nearest rank: the least value that at least so many percent do not exceed."""
     assert latencies.percentile(values, percent) == expected
 
 
-def test_a_load_without_answers_is_no_load():
+def test_a_load_without_answers_is_an_error():
     """No answer at all is a failure of the run, not a latency of zero."""
     with pytest.raises(BenchmarkError, match="no answer"):
         latencies.of_latencies([], seconds=1.0)
@@ -96,7 +96,7 @@ def test_statuses_other_than_200_are_failures():
     assert (load.n_requests, load.n_failed, load.p99_ms) == (3, 1, 3.0)
 
 
-def test_arrivals_have_the_rate_that_was_asked_for():
+def test_arrivals_have_the_requested_rate():
     """Random but the same every time, ascending, and as many as the rate says, within its spread."""
     times = poisson(1000, 4.0)
 
@@ -244,7 +244,7 @@ async def test_the_stream_client_refuses_wrong_answers():
             await stream_client.run(address, halves(8), 8, seconds=0.1)
 
 
-async def test_the_stream_client_says_when_the_server_has_no_stream():
+async def test_the_stream_client_reports_a_server_without_streams():
     """A stream that the server ends is an error, not an answer that does not come."""
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")

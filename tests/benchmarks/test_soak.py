@@ -19,7 +19,7 @@ def samples(pss_mb: Callable[[float], float], n_fds: Callable[[float], int]) -> 
     return [Sample(at_s, {"proxy": pss_mb(at_s)}, {"proxy": n_fds(at_s)}) for at_s in np.arange(0.0, SECONDS, 5.0).tolist()]
 
 
-def test_what_is_taken_while_warming_up_is_no_growth() -> None:
+def test_memory_allocated_during_warm_up_is_no_growth() -> None:
     """Only the second and the last third of the time are compared."""
     (verdict,) = judge(samples(lambda at_s: min(50 + at_s, 200), lambda _: 30), SECONDS)
 
@@ -35,7 +35,7 @@ def test_memory_that_grows_slowly_is_found() -> None:
     assert verdict.growth_mb_per_min == pytest.approx(1.2)
 
 
-def test_descriptors_that_come_and_go_are_no_leak_and_those_that_stay_are() -> None:
+def test_only_file_descriptors_that_stay_open_are_a_leak() -> None:
     """The least of each third counts: connections of a busy moment are closed again."""
     (busy,) = judge(samples(lambda _: 100, lambda at_s: 30 + 40 * (at_s % 50 == 0)), SECONDS)
     (leaking,) = judge(samples(lambda _: 100, lambda at_s: 30 + int(at_s / 40)), SECONDS)

@@ -61,7 +61,9 @@ def test_no_rows_make_an_empty_frame() -> None:
         ({"a": np.zeros(1)}, {"b": ["one"]}, "expected some of the outputs"),
     ],
 )
-def test_what_makes_no_table_is_refused(outputs: dict[str, np.ndarray], names: dict[str, list[str]], message: str) -> None:
+def test_outputs_that_do_not_form_a_table_are_refused(
+    outputs: dict[str, np.ndarray], names: dict[str, list[str]], message: str
+) -> None:
     """The output is named."""
     with pytest.raises(ValueError, match=message):
         frame_of(names, **outputs)

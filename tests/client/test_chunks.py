@@ -25,7 +25,7 @@ def test_every_row_is_in_one_chunk_in_order(n_rows: int, chunk_rows: int) -> Non
 
 
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=30), st.integers(1, 8))
-def test_what_is_cut_and_joined_is_the_whole(texts: list[str], chunk_rows: int) -> None:
+def test_chunks_joined_are_the_original(texts: list[str], chunk_rows: int) -> None:
     """Of whatever shape and datatype."""
     columns = to_columns({"t": texts, "x": np.arange(len(texts) * 6).reshape(-1, 3, 2)}, None)
     chunks = cut(columns, chunk_rows)

@@ -91,7 +91,7 @@ async def test_version_outputs_and_parameters_are_sent(way: Way) -> None:
     assert request.parameters["priority"] == 1
 
 
-async def test_the_server_and_its_models_can_be_asked_about(way: Way, service: FakeInference) -> None:
+async def test_server_and_model_metadata_can_be_queried(way: Way, service: FakeInference) -> None:
     """Health, metadata, and every version with its state."""
     async with way.to(service) as client:
         assert await client.is_live()
@@ -126,7 +126,7 @@ async def test_every_error_arrives_as_what_it_was(way: Way, kind: type[Splitserv
     assert raised.value.metadata == {"stage": "far", "model": "echo", "pair": "1.1"}
 
 
-async def test_without_a_signature_the_values_say_what_they_are(way: Way, service: FakeInference) -> None:
+async def test_without_a_signature_the_datatypes_follow_from_the_values(way: Way, service: FakeInference) -> None:
     """A server that knows none may infer all the same; what it cannot, it says itself."""
     async with way.to(service) as client:
         answer = await client.infer("other", {"x": [[1, 2]], "t": ["a"]})
@@ -137,7 +137,7 @@ async def test_without_a_signature_the_values_say_what_they_are(way: Way, servic
     assert answer["x"].dtype == np.int64
 
 
-async def test_a_server_that_is_not_there_is_unavailable(way: Way) -> None:
+async def test_an_unreachable_server_is_unavailable(way: Way) -> None:
     """Whatever is asked of it."""
     async with way.at("http://127.0.0.1:1" if way.is_rest else "127.0.0.1:1", max_attempts=2) as client:
         with pytest.raises(Unavailable, match="cannot be reached"):
@@ -155,14 +155,14 @@ class Stuck(FakeInference):
         raise AssertionError
 
 
-async def test_an_answer_that_takes_too_long_is_out_of_time(way: Way) -> None:
+async def test_an_answer_after_the_timeout_is_deadline_exceeded(way: Way) -> None:
     """The client's patience is the call's, unless the call has its own."""
     async with way.to(Stuck(ONLY_X), timeout_s=20) as client:
         with pytest.raises(DeadlineExceeded):
             await client.infer("echo", np.ones((1, 2)), timeout_s=0.2)
 
 
-async def test_the_deadline_crosses_as_what_remains(grpc_way: Way) -> None:
+async def test_the_remaining_time_is_sent_as_the_timeout(grpc_way: Way) -> None:
     """The service never has more time than the caller."""
     service = FakeInference(ONLY_X)
 
@@ -172,7 +172,7 @@ async def test_the_deadline_crosses_as_what_remains(grpc_way: Way) -> None:
     assert 0 < remaining_s(service.requests[0].deadline) <= 20
 
 
-async def test_what_reached_no_model_is_sent_again(grpc_way: Way) -> None:
+async def test_requests_that_reached_no_model_are_retried(grpc_way: Way) -> None:
     """UNAVAILABLE, a few times: the caller does not notice."""
     service = FakeInference(ONLY_X, answer=raising(Unavailable("not now"), times=2))
 
@@ -184,7 +184,7 @@ async def test_what_reached_no_model_is_sent_again(grpc_way: Way) -> None:
 
 
 @pytest.mark.parametrize("error", [InvalidInput("bad"), Overloaded("full"), Unavailable("tried already", stage="far")])
-async def test_what_a_retry_can_not_help_is_sent_once(grpc_way: Way, error: SplitserveError) -> None:
+async def test_errors_that_are_not_retryable_are_not_retried(grpc_way: Way, error: SplitserveError) -> None:
     """Nor is a request for which the server says so, with a negative pushback."""
     service = FakeInference(ONLY_X, answer=raising(error))
 
@@ -215,7 +215,7 @@ def picky(request: InferRequest) -> InferResponse:
     return InferResponse(request.model, "1", request.inputs)
 
 
-async def test_an_answer_that_is_broken_is_not_the_callers_fault(way: Way) -> None:
+async def test_a_malformed_answer_is_not_the_callers_fault(way: Way) -> None:
     """Bytes that are not what the datatype and the shape say."""
     broken = InferResponse("echo", "1", (Tensor("x", "FP32", (1, 2), b"\x00"),))
 
@@ -236,7 +236,7 @@ N_ROWS = 103
 ROWS = np.arange(2 * N_ROWS, dtype=np.float32).reshape(N_ROWS, 2)
 
 
-async def test_a_large_table_goes_out_in_chunks_and_comes_back_in_order(way: Way) -> None:
+async def test_a_large_table_is_sent_in_chunks_and_answered_in_order(way: Way) -> None:
     """All to the version that answered the first, each with its rows; the caller hears how far it is."""
     service = FakeInference(ONLY_X)
     heard: list[tuple[int, int]] = []
@@ -277,7 +277,7 @@ async def test_a_frame_is_cut_by_its_bytes(way: Way) -> None:
     assert all(len(request.inputs[0].raw) <= 2**20 for request in service.requests)
 
 
-async def test_what_may_be_no_table_is_sent_whole(way: Way) -> None:
+async def test_inputs_that_may_not_be_a_table_are_not_chunked(way: Way) -> None:
     """A model whose signature has a fixed leading dimension answers for the whole."""
     service = FakeInference(signature("echo", [TensorSpec("x", "FP32", (600_000,))], version="1"))
 
@@ -330,7 +330,7 @@ class Bounded(FakeInference):
         return response
 
 
-async def test_as_many_chunks_are_under_way_as_was_said(way: Way) -> None:
+async def test_the_number_of_chunks_in_flight_is_as_configured(way: Way) -> None:
     """Not fewer, or the server would idle, and not more."""
     service = Bounded(expected=3)
 
@@ -340,7 +340,7 @@ async def test_as_many_chunks_are_under_way_as_was_said(way: Way) -> None:
     assert service.n_most == 3
 
 
-async def test_chunks_under_way_are_cancelled_when_one_fails(grpc_way: Way) -> None:
+async def test_chunks_in_flight_are_cancelled_when_one_fails(grpc_way: Way) -> None:
     """The caller does not wait for what is of no use to it."""
 
     class OneFails(FakeInference):
@@ -357,7 +357,7 @@ async def test_chunks_under_way_are_cancelled_when_one_fails(grpc_way: Way) -> N
             await client.infer("echo", ROWS, chunk_rows=40, concurrency=2)
 
 
-async def test_other_rows_than_were_sent_are_a_mismatch(way: Way) -> None:
+async def test_an_answer_with_another_number_of_rows_is_a_mismatch(way: Way) -> None:
     """A caller never sees another's row."""
 
     def answer(request: InferRequest) -> InferResponse:
@@ -378,7 +378,7 @@ async def test_one_client_serves_many_threads(way: Way) -> None:
     np.testing.assert_array_equal(np.concatenate([answer["x"] for answer in answers]), ROWS[:20])
 
 
-async def test_a_bar_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_progress_bar_is_shown_on_request(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With rich, which the commands bring."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     async with Way(is_rest=False, is_async=True).to(FakeInference(ONLY_X)) as client:
@@ -395,7 +395,7 @@ async def test_a_bar_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str],
         ({"timeout_s": 0}, "timeout_s: expected more than 0 seconds, got 0"),
     ],
 )
-async def test_options_that_make_no_sense_are_named(way: Way, options: dict[str, Any], message: str) -> None:
+async def test_invalid_options_are_named(way: Way, options: dict[str, Any], message: str) -> None:
     """Before anything is sent."""
     async with way.at("http://127.0.0.1:1" if way.is_rest else "127.0.0.1:1") as client:
         with pytest.raises(ValueError, match=message):

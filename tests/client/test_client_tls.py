@@ -76,7 +76,7 @@ async def serving(authority: Authority, way: Way, *, asks_clients: bool) -> Asyn
         await server.stop(None)
 
 
-async def test_a_trusted_server_is_talked_to(way: Way, authority: Authority) -> None:
+async def test_a_trusted_server_is_called(way: Way, authority: Authority) -> None:
     """Its certificate is signed by the authority that was given."""
     async with serving(authority, way, asks_clients=False) as url, way.at(url, tls=authority.tls, token="secret") as client:
         assert await client.is_live()
@@ -89,13 +89,13 @@ async def test_a_server_that_is_not_trusted_is_unavailable_at_once(way: Way, aut
             await client.is_live()
 
 
-async def test_a_client_shows_its_certificate(way: Way, authority: Authority) -> None:
+async def test_a_client_presents_its_certificate(way: Way, authority: Authority) -> None:
     """To a server that asks for one."""
     async with serving(authority, way, asks_clients=True) as url, way.at(url, tls=authority.tls_with_client) as client:
         assert await client.is_live()
 
 
-async def test_a_client_without_a_certificate_is_turned_away(way: Way, authority: Authority) -> None:
+async def test_a_client_without_a_certificate_is_refused(way: Way, authority: Authority) -> None:
     """By a server that asks for one."""
     async with serving(authority, way, asks_clients=True) as url, way.at(url, tls=authority.tls, max_attempts=1) as client:
         with pytest.raises(Unavailable):

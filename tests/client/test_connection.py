@@ -28,7 +28,7 @@ def connect(url: str, tls: TLS | None = None) -> ConnectionOptions:
         ("unix:///run/proxy.sock", "unix:///run/proxy.sock", False, False),
     ],
 )
-def test_the_url_says_what_is_spoken(url: str, target: str, is_rest: bool, is_secure: bool) -> None:
+def test_the_url_determines_the_protocol(url: str, target: str, is_rest: bool, is_secure: bool) -> None:
     """http and https are REST; all else is gRPC, with its own names."""
     found = connect(url)
 

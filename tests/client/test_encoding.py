@@ -60,7 +60,7 @@ CONVERTED: dict[str, tuple[Any, str | None, list[Any]]] = {
 
 
 @pytest.mark.parametrize("case", CONVERTED)
-def test_values_become_what_the_signature_says(case: str) -> None:
+def test_values_are_converted_to_the_datatypes_of_the_signature(case: str) -> None:
     """Where that keeps them; a missing value is NaN, or the empty text."""
     values, datatype, expected = CONVERTED[case]
 
@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_values_that_would_change_are_refused(case: str) -> None:
+def test_values_that_a_conversion_would_change_are_refused(case: str) -> None:
     """The input is named, and what was expected and what came."""
     values, datatype, message = REFUSED[case]
 
@@ -98,7 +98,7 @@ def test_values_that_would_change_are_refused(case: str) -> None:
 
 
 @given(st.lists(st.one_of(st.integers(-(2**63), 2**64 - 1), st.floats(), st.booleans()), max_size=5), st.data())
-def test_no_value_changes_on_its_way(values: list[Any], data: st.DataObject) -> None:
+def test_encoding_changes_no_value(values: list[Any], data: st.DataObject) -> None:
     """Whatever the numbers and the datatype: they arrive, rounded if it is a float's, or are refused."""
     datatype = data.draw(st.sampled_from([*INTEGERS, *FLOATS, "BOOL"]))
     try:

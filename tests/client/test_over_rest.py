@@ -16,7 +16,7 @@ from tests.client.ways import Way
 @pytest.mark.parametrize(
     "failure", [RESET, http(503, {"error": "draining"}), http(502, body=b"<html>"), http(503, {}, retry_after="0")]
 )
-async def test_what_reached_no_model_is_sent_again(rest: Way, failure: bytes) -> None:
+async def test_requests_that_reached_no_model_are_retried(rest: Way, failure: bytes) -> None:
     """503, and a connection that is closed before any answer."""
     async with scripted(failure, failure, answer(1)) as server, rest.at(server.url) as client:
         result = await client.infer("echo", X)
@@ -34,7 +34,7 @@ async def test_what_reached_no_model_is_sent_again(rest: Way, failure: bytes) ->
     ],
     ids=["bad input", "told to wait beyond the deadline", "cut off in the middle"],
 )
-async def test_what_a_retry_can_not_help_is_sent_once(rest: Way, failure: bytes, kind: type[Exception]) -> None:
+async def test_errors_that_are_not_retryable_are_not_retried(rest: Way, failure: bytes, kind: type[Exception]) -> None:
     """Nor what was answered already, if only in part."""
     async with scripted(failure) as server, rest.at(server.url) as client:
         with pytest.raises(kind):
@@ -59,7 +59,7 @@ async def test_token_headers_and_deadline_are_sent(rest: Way) -> None:
     assert first.headers["accept-encoding"] == "identity"
 
 
-async def test_bodies_are_compressed_both_ways_when_asked_for(rest: Way) -> None:
+async def test_bodies_are_compressed_both_ways_on_request(rest: Way) -> None:
     """The header's length is of what was compressed."""
     compressed = gzip.compress(answer(1).partition(b"\r\n\r\n")[2])
     reply = http(200, body=compressed, content_encoding="gzip")
@@ -90,14 +90,14 @@ async def test_messages_have_a_limit_both_ways(rest: Way) -> None:
     assert len(server.asked) == 1
 
 
-async def test_an_answer_that_trickles_is_out_of_time(rest: Way) -> None:
+async def test_an_answer_that_trickles_is_deadline_exceeded(rest: Way) -> None:
     """The deadline is of the whole, not of its parts."""
     async with scripted(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{") as server, rest.at(server.url) as client:
         with pytest.raises(DeadlineExceeded):
             await client.infer("echo", X, timeout_s=0.3)
 
 
-async def test_a_server_behind_a_path_is_reached(rest: Way) -> None:
+async def test_a_server_below_a_path_is_reached(rest: Way) -> None:
     """As behind an ingress."""
     async with scripted(answer(1)) as server, rest.at(f"{server.url}/behind/a") as client:
         await client.is_live()
@@ -105,7 +105,7 @@ async def test_a_server_behind_a_path_is_reached(rest: Way) -> None:
     assert server.asked[0].path == "/behind/a/v2/health/live"
 
 
-async def test_chunks_not_yet_sent_are_not_sent_when_one_fails(rest: Way) -> None:
+async def test_after_a_failed_chunk_no_more_are_sent(rest: Way) -> None:
     """The rows are named."""
     rows = {"x": np.zeros((100, 2), np.float32)}
 

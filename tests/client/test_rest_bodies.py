@@ -52,7 +52,7 @@ def test_answers_in_json_are_read_too(outputs: list[Tensor]) -> None:
     assert rest_bodies.decode_response(body, len(body)) == response
 
 
-def test_fields_that_other_makers_leave_out_or_null_are_taken() -> None:
+def test_fields_that_other_servers_omit_or_set_to_null_are_accepted() -> None:
     """The protocol asks for outputs only."""
     body = b'{"model_name":"m","model_version":null,"id":null,"parameters":null,"outputs":[],"more":1}'
 
@@ -72,7 +72,7 @@ def test_fields_that_other_makers_leave_out_or_null_are_taken() -> None:
         (b'{"outputs":[]}', {"inference-header-content-length": "x"}),
     ],
 )
-def test_an_answer_that_is_none_is_a_mismatch(body: bytes, headers: dict[str, str]) -> None:
+def test_a_body_that_is_not_an_answer_is_a_mismatch(body: bytes, headers: dict[str, str]) -> None:
     """Never the caller's bad input, and never a retry."""
     with pytest.raises(Failed) as raised:
         rest_bodies.decode(INFER, 200, headers, body)
@@ -97,7 +97,7 @@ def test_an_answer_that_is_none_is_a_mismatch(body: bytes, headers: dict[str, st
         (301, None, Internal, "HTTP status 301"),
     ],
 )
-def test_other_makers_errors_are_told_by_their_status(status: int, body: Any, kind: type[Exception], message: str) -> None:
+def test_errors_of_other_servers_are_classified_by_status(status: int, body: Any, kind: type[Exception], message: str) -> None:
     """A reason, where there is one, decides."""
     with pytest.raises(Failed, match=message) as raised:
         rest_bodies.decode(INFER, status, {}, msgspec.json.encode(body))

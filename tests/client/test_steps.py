@@ -62,7 +62,7 @@ def test_pauses_are_random() -> None:
     assert bounds == [(0.5, 1)]
 
 
-def test_the_server_says_how_long_to_wait() -> None:
+def test_the_servers_push_back_is_honoured() -> None:
     """Retry-After and pushback take the place of our own pause, and are never shortened."""
     world = World(gone(retry_after_s=7))
 
@@ -81,7 +81,7 @@ def test_attempts_are_bounded() -> None:
     assert len(world.sent) == 3
 
 
-def test_what_a_retry_can_not_help_is_not_retried() -> None:
+def test_an_attempt_that_is_not_retryable_ends_the_call() -> None:
     """The transport knows which failures those are."""
     world = World(Failed(InvalidInput("bad")))
 
@@ -91,7 +91,7 @@ def test_what_a_retry_can_not_help_is_not_retried() -> None:
     assert len(world.sent) == 1
 
 
-def test_nobody_waits_beyond_the_deadline() -> None:
+def test_no_pause_extends_beyond_the_deadline() -> None:
     """An attempt that could only begin too late is not waited for: the failure is told at once."""
     world = World(gone(retry_after_s=10))
 
@@ -101,7 +101,7 @@ def test_nobody_waits_beyond_the_deadline() -> None:
     assert world.now == 100
 
 
-def test_out_of_time_before_the_first_attempt_sends_nothing() -> None:
+def test_a_deadline_that_passed_before_the_first_attempt_sends_nothing() -> None:
     """Work for nobody is not begun."""
     world = World()
 
@@ -111,7 +111,7 @@ def test_out_of_time_before_the_first_attempt_sends_nothing() -> None:
     assert world.sent == []
 
 
-def test_the_budget_ends_retries_of_a_server_that_only_fails() -> None:
+def test_the_budget_stops_retries_to_a_server_that_only_fails() -> None:
     """Half of the tokens are for retries; from then on every call is one attempt."""
     retries, sent = plain(5), 0
     for _ in range(100):

@@ -117,7 +117,7 @@ def running(command: list[str | Path], port: int, folder: Path) -> Iterator[str]
     ("server", "version", "pair"), [(mlserver, "", "1.0"), (mlserver, "3", "1.3"), (kserve, "", "1.0")],
     ids=["mlserver", "mlserver with a version", "kserve"],
 )  # fmt: skip
-def test_another_makers_server_in_the_place_of_predict(
+def test_other_servers_can_replace_predict(
     demos: Demos, expected: dict[str, np.ndarray[Any, Any]], tmp_path: Path, server: Any, version: str, pair: str
 ) -> None:
     """It has no manifest of ours, no health service and no stream; its metadata is what the preprocessor is checked against."""

@@ -49,7 +49,7 @@ def test_an_image_holds_its_half_of_the_chosen_models(baked: Stack, service: str
     assert "Read-only file system" in written.stderr
 
 
-def test_what_is_in_the_images_is_checked_and_served(baked: Stack, models: dict[str, Model]) -> None:
+def test_bundles_in_images_are_checked_and_served(baked: Stack, models: dict[str, Model]) -> None:
     """As from a mounted folder: what is whole answers, what is damaged says what is wrong with it."""
     wait_until(lambda: httpx.get(f"{baked.http}/v2/models/breast-cancer/ready").is_success, "ready")
     rows = models["breast-cancer"].rows[:5]

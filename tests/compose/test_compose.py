@@ -65,7 +65,7 @@ def test_a_container_has_no_rights(stack: Stack, service: str) -> None:
 
 
 @pytest.mark.parametrize("service", ["preprocess", "predict"])
-def test_models_can_not_be_written(stack: Stack, service: str) -> None:
+def test_models_are_mounted_read_only(stack: Stack, service: str) -> None:
     """A service reads the model repository and no more."""
     written = stack.container(service).try_python("-c", "open('/models/file', 'w')")
 
@@ -117,7 +117,7 @@ def test_every_line_that_a_service_writes_is_json(stack: Stack, service: str) ->
         assert json.loads(line)["event"]
 
 
-def test_health_is_a_service_s_own_and_readiness_is_everyone_s(stack: Stack, models: dict[str, Model]) -> None:
+def test_liveness_is_of_one_service_and_readiness_of_all_stages(stack: Stack, models: dict[str, Model]) -> None:
     """With predict away the others are not to blame, so nothing may restart them; but nobody should send requests."""
     healthy, ready = ["127.0.0.1:8001"], ["127.0.0.1:8001", "--ready"]
     proxy = stack.container("proxy")

@@ -65,7 +65,7 @@ def wait_for_work(containers: Sequence[Container]) -> None:
 
 
 @pytest.mark.parametrize("service", STAGES)
-def test_a_replica_that_is_killed_is_not_missed(doubled: Stack, load: SteadyLoad, service: str) -> None:
+def test_killing_a_replica_fails_no_call(doubled: Stack, load: SteadyLoad, service: str) -> None:
     """SIGKILL: what it had is tried on the other one; docker starts it again, and it gets its part."""
     killed = doubled.containers(service)[0]
 
@@ -92,7 +92,7 @@ def test_a_replica_that_is_frozen_is_not_waited_for(doubled: Stack, load: Steady
 
 
 @pytest.mark.parametrize(("service", "how"), [("preprocess", "cut_off"), ("predict", "cut_off"), ("preprocess", "disconnected")])
-def test_a_replica_without_a_network_is_not_missed_for_long(doubled: Stack, load: SteadyLoad, service: str, how: str) -> None:
+def test_a_replica_without_a_network_is_avoided_within_seconds(doubled: Stack, load: SteadyLoad, service: str, how: str) -> None:
     """Packets that vanish, or an interface that does: nothing fails or outlasts its deadline, and it works once it is mended."""
     lost = doubled.containers(service)[0]
 
@@ -105,7 +105,7 @@ def test_a_replica_without_a_network_is_not_missed_for_long(doubled: Stack, load
 
 
 @pytest.mark.parametrize("service", STAGES)
-def test_a_replica_at_a_bad_line_delays_and_fails_nothing(doubled: Stack, load: SteadyLoad, service: str) -> None:
+def test_a_replica_on_a_lossy_network_delays_and_fails_no_call(doubled: Stack, load: SteadyLoad, service: str) -> None:
     """Late and lost packets: a call may take long, but it comes back within its deadline."""
     with doubled.containers(service)[0].slowed():
         load.wait_for(200)
@@ -114,7 +114,7 @@ def test_a_replica_at_a_bad_line_delays_and_fails_nothing(doubled: Stack, load: 
     assert [outcome for outcome in load.outcomes if outcome.seconds > TIMEOUT_S + SLACK_S] == []
 
 
-def test_a_new_replica_gets_its_part_and_leaves_without_a_loss(doubled: Stack, load: SteadyLoad) -> None:
+def test_a_new_replica_gets_its_share_and_is_removed_without_a_failed_call(doubled: Stack, load: SteadyLoad) -> None:
     """Scaled out, it has at least 0.7 of a fair share within 30 s; scaled in, nobody misses it."""
     before = {container.identity for container in replicas(doubled)}
     doubled.up(**TWO | {"preprocess": 3, "predict": 3})
@@ -138,7 +138,7 @@ def share_of(container: Container, stack: Stack, load: SteadyLoad) -> float:
     return counts[container.identity] / (sum(counts.values()) or 1)
 
 
-def test_a_rolling_restart_of_everything_loses_nothing(doubled: Stack, references: dict[str, Reference]) -> None:
+def test_a_rolling_restart_fails_no_call(doubled: Stack, references: dict[str, Reference]) -> None:
     """SIGTERM, drained, started again, one after the other, proxies too: clients that know all proxies see no failure."""
     with SteadyLoad(grpc_urls(doubled), references) as load:
         for container in replicas(doubled, "predict", "preprocess", "proxy"):

@@ -51,9 +51,7 @@ def fetching(docker: str, project: str, own_repository: Path, models: dict[str, 
         yield running
 
 
-def test_what_is_served_is_served_on_while_the_cache_is_full(
-    fetching: Stack, own_repository: Path, models: dict[str, Model]
-) -> None:
+def test_loaded_models_serve_while_the_cache_is_full(fetching: Stack, own_repository: Path, models: dict[str, Model]) -> None:
     """A version for which there is no room says so, and comes when there is; nobody else notices."""
     model = models[NAME]
     predict = fetching.container("predict")

@@ -55,7 +55,9 @@ def matrix(docker: str, repository: Path, *images: str) -> tuple[int, dict[str, 
     return answer.returncode, json.loads(answer.stdout), answer.stderr
 
 
-def test_images_try_what_they_serve_and_are_joined(docker: str, stack: Stack, repository: Path, old_image: str) -> None:
+def test_images_check_what_they_serve_and_the_results_are_combined(
+    docker: str, stack: Stack, repository: Path, old_image: str
+) -> None:
     """Each image tries its own half; a pair is admitted in two of them together, and not where scikit-learn is another."""
     new, predict = f"{stack.project}-preprocess", f"{stack.project}-predict"
 

@@ -98,7 +98,7 @@ async def test_every_method_of_the_protocol_is_there(system: Served) -> None:
 
 @lines("D9")
 @pytest.mark.parametrize(("name", "version"), [("nope", ""), ("echo", "9.9"), ("echo", "abc")])
-async def test_what_does_not_exist_is_not_ready(system: Served, name: str, version: str) -> None:
+async def test_an_unknown_model_is_not_ready(system: Served, name: str, version: str) -> None:
     """An answer, not an error."""
     answer = await system.call("ModelReady", pb.ModelReadyRequest(name=name, version=version))
 
@@ -126,7 +126,7 @@ async def test_typed_and_raw_contents_mean_the_same(system: Served, datatype: st
 
 @lines("G-08")
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
-async def test_half_precision_travels_raw_only(system: Served, datatype: str) -> None:
+async def test_half_precision_is_raw_only(system: Served, datatype: str) -> None:
     """It has no field of its own."""
     model = f"identity_{datatype.lower()}"
 
@@ -180,7 +180,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("request_", MALFORMED)
-async def test_what_is_malformed_is_an_invalid_argument(system: Served, request_: Any) -> None:
+async def test_malformed_requests_are_invalid_argument(system: Served, request_: Any) -> None:
     """Every mistake of a caller; the message says nothing of our classes; the next call is answered."""
     code, message = await status_of(system, "ModelInfer", request_)
 
@@ -201,7 +201,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("method", "request_"), UNKNOWN)
-async def test_what_does_not_exist_is_not_found(system: Served, method: str, request_: Any) -> None:
+async def test_unknown_models_and_versions_are_not_found(system: Served, method: str, request_: Any) -> None:
     """In the words that clients match (D10)."""
     code, message = await status_of(system, method, request_)
 
@@ -210,7 +210,7 @@ async def test_what_does_not_exist_is_not_found(system: Served, method: str, req
 
 
 @lines("G-12")
-async def test_only_the_outputs_asked_for_are_given(system: Served) -> None:
+async def test_only_requested_outputs_are_returned(system: Served) -> None:
     """In the order asked for."""
     raw = b"\x01\x00\x00\x00" * 4
     tensors = [pb.ModelInferRequest.InferInputTensor(name=name, datatype="INT32", shape=[1, 4]) for name in ("INPUT0", "INPUT1")]
@@ -250,7 +250,7 @@ async def test_a_message_above_the_limit_is_refused(system: Served) -> None:
 
 
 @lines("G-16", "1.3 schedule_policy")
-async def test_the_earliest_of_all_deadlines_counts(system: Served) -> None:
+async def test_the_earliest_of_all_deadlines_applies(system: Served) -> None:
     """The call's, or the parameter's, or the default; the parameter is not sent on."""
     await system.call("ModelInfer", infer_request("echo", ONE_AND_TWO), timeout=9)
     await system.call("ModelInfer", with_parameter("timeout", "int64_param", 5_000_000), timeout=9)
@@ -266,7 +266,7 @@ async def test_the_earliest_of_all_deadlines_counts(system: Served) -> None:
 
 
 @lines("D15", "D16")
-async def test_parameters_of_every_kind_are_taken(system: Served) -> None:
+async def test_parameters_of_every_type_are_accepted(system: Served) -> None:
     """Reserved ones of others are no hindrance, and one without a value is none."""
     request = with_parameter("triton_enable_empty_final_response", "bool_param", True)
     request.parameters["priority"].uint64_param = 1
@@ -282,7 +282,7 @@ async def test_parameters_of_every_kind_are_taken(system: Served) -> None:
 
 
 @lines("G-17")
-async def test_fields_that_are_not_known_are_skipped(system: Served) -> None:
+async def test_unknown_message_fields_are_skipped(system: Served) -> None:
     """A client may be newer than we are."""
     unknown = b"\xaa\x06\x03abc"  # field 101
 
@@ -329,7 +329,7 @@ async def test_tools_without_proto_files_find_every_method(system: Served, versi
 
 @lines("G-20")
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-async def test_compressed_messages_are_taken(system: Served, compression: grpc.Compression) -> None:
+async def test_compressed_messages_are_accepted(system: Served, compression: grpc.Compression) -> None:
     """Both algorithms that gRPC has."""
     answer = await system.call("ModelInfer", infer_request("echo", bytes(8000), shape=[1000, 2]), compression=compression)
 
@@ -337,7 +337,7 @@ async def test_compressed_messages_are_taken(system: Served, compression: grpc.C
 
 
 @lines("G-21")
-async def test_metadata_of_any_name_is_no_hindrance(system: Served) -> None:
+async def test_unknown_metadata_is_ignored(system: Served) -> None:
     """Nor keepalive pings."""
     options = [("grpc.keepalive_time_ms", 1000), ("grpc.keepalive_permit_without_calls", 1)]
     async with grpc.aio.insecure_channel(f"127.0.0.1:{system.faces.grpc.port}", options=options) as channel:
@@ -377,7 +377,7 @@ async def test_statistics_are_the_same_as_over_rest() -> None:
 
 
 @lines("1.3 classification")
-async def test_the_best_classes_are_given_by_value_and_index(system: Served) -> None:
+async def test_the_top_classes_are_returned_as_value_and_index(system: Served) -> None:
     """As BYTES, greatest first."""
     request = infer_request("echo", ONE_AND_TWO, outputs=["x"])
     request.outputs[0].parameters["classification"].int64_param = 1
@@ -390,7 +390,7 @@ async def test_the_best_classes_are_given_by_value_and_index(system: Served) -> 
 
 
 @lines("D17")
-async def test_a_model_to_load_may_stand_where_kserves_clients_put_it() -> None:
+async def test_a_model_to_load_may_be_named_in_kserves_field() -> None:
     """In the first field; where control is not allowed, it is refused."""
     request = pb.RepositoryModelLoadRequest(repository_name="echo")
     async with served(allow_repository_control=True) as system:
@@ -407,7 +407,7 @@ async def test_a_model_to_load_may_stand_where_kserves_clients_put_it() -> None:
 
 
 @lines("D18", "1.3 ModelStreamInfer")
-async def test_a_failure_on_a_stream_is_an_answer(system: Served) -> None:
+async def test_an_error_on_a_stream_is_a_message(system: Served) -> None:
     """With the id of its request; the stream goes on. Callers that set no timeout get the default one."""
     call = system.channel.stream_stream(
         f"/{SERVICE}/ModelStreamInfer",
@@ -425,7 +425,7 @@ async def test_a_failure_on_a_stream_is_an_answer(system: Served) -> None:
 
 
 @lines("2 unknown method")
-async def test_a_method_that_is_not_offered_says_so(system: Served) -> None:
+async def test_an_unsupported_method_is_unimplemented(system: Served) -> None:
     """Shared memory, tracing and logging of others' extensions."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await system.channel.unary_unary(f"/{SERVICE}/SystemSharedMemoryRegister")(b"")

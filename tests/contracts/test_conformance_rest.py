@@ -79,7 +79,7 @@ QUESTIONS = [
 
 @lines("D1")
 @pytest.mark.parametrize(("path", "content"), QUESTIONS)
-async def test_health_is_told_in_a_body_too(system: Served, path: str, content: Any) -> None:
+async def test_health_is_in_the_body_too(system: Served, path: str, content: Any) -> None:
     """Some clients read the status, others the JSON (D1)."""
     answer = await system.rest.get(path)
 
@@ -88,7 +88,7 @@ async def test_health_is_told_in_a_body_too(system: Served, path: str, content: 
 
 @lines("R-03", "D20")
 @pytest.mark.parametrize("path", ["/v2", "/v2/"])
-async def test_the_server_tells_its_extensions(system: Served, path: str) -> None:
+async def test_server_metadata_lists_extensions(system: Served, path: str) -> None:
     """Name, version and what works, with and without a slash, never a redirect."""
     answer = await system.rest.get(path)
 
@@ -105,7 +105,7 @@ async def test_the_server_tells_its_extensions(system: Served, path: str) -> Non
 
 
 @lines("R-04")
-async def test_metadata_shows_the_batch_as_any_size(system: Served) -> None:
+async def test_metadata_shows_the_batch_dimension_as_minus_one(system: Served) -> None:
     """-1 stands for it; the name, versions and platform are there."""
     answer = await system.rest.get("/v2/models/simple")
 
@@ -120,7 +120,7 @@ async def test_metadata_shows_the_batch_as_any_size(system: Served) -> None:
 
 
 @lines("R-05", "D2")
-async def test_what_is_not_ready_is_503() -> None:
+async def test_not_ready_is_503() -> None:
     """Load balancers understand it; the reason is in the body."""
     async with served() as system:
         system.backend.states[:] = [ModelState("echo", "2.1", UNAVAILABLE, "damaged")]
@@ -150,7 +150,7 @@ REFUSED = [
 
 @lines("D3")
 @pytest.mark.parametrize(("method", "path", "options", "status"), REFUSED)
-async def test_a_refusal_has_the_protocols_form(
+async def test_an_error_has_the_protocols_form(
     system: Served, method: str, path: str, options: dict[str, Any], status: int
 ) -> None:
     """``{"error": "…"}`` with every status, and the content type that clients compare (D3)."""
@@ -162,7 +162,7 @@ async def test_a_refusal_has_the_protocols_form(
 
 
 @lines("D10")
-async def test_an_unknown_model_is_told_in_words_that_clients_match(system: Served) -> None:
+async def test_the_message_for_an_unknown_model_is_the_one_that_clients_match(system: Served) -> None:
     """tritonclient's programs compare the beginning."""
     answer = await system.rest.post("/v2/models/nope/infer", json={"inputs": [ROW]})
 
@@ -250,7 +250,7 @@ MALFORMED = [
 
 @lines("D4")
 @pytest.mark.parametrize(("path", "body"), MALFORMED)
-async def test_what_is_malformed_is_400(system: Served, path: str, body: Any) -> None:
+async def test_malformed_requests_are_400(system: Served, path: str, body: Any) -> None:
     """Every mistake of a caller, never 422 or 5xx (D4); the next request is answered."""
     answer = await system.rest.post(path, content=body if isinstance(body, bytes) else json.dumps(body).encode())
 
@@ -259,7 +259,7 @@ async def test_what_is_malformed_is_400(system: Served, path: str, body: Any) ->
 
 
 @lines("I-09")
-async def test_another_datatype_is_told_with_both_names(system: Served) -> None:
+async def test_a_datatype_mismatch_names_both_datatypes(system: Served) -> None:
     """What was expected and what came."""
     path, body = with_input(datatype="INT64", data=[1, 2])
 
@@ -292,7 +292,7 @@ TAKEN = [
 
 
 @pytest.mark.parametrize(("path", "body", "data"), TAKEN)
-async def test_what_is_well_formed_is_answered(system: Served, path: str, body: Any, data: list[Any]) -> None:
+async def test_well_formed_requests_are_answered(system: Served, path: str, body: Any, data: list[Any]) -> None:
     """The values come back, flat and row-major; nothing that is empty or null is in the answer (D6, D7)."""
     answer = await system.rest.post(path, json=body)
 
@@ -303,7 +303,7 @@ async def test_what_is_well_formed_is_answered(system: Served, path: str, body: 
 
 
 @lines("D12")
-async def test_bare_tokens_for_numbers_that_are_none_are_taken(system: Served) -> None:
+async def test_bare_nan_and_infinity_are_accepted(system: Served) -> None:
     """Python's own writer puts them."""
     body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [NaN, -Infinity]}]}'
 
@@ -313,7 +313,7 @@ async def test_bare_tokens_for_numbers_that_are_none_are_taken(system: Served) -
 
 
 @lines("D11")
-async def test_numbers_that_are_none_are_null_and_counted(system: Served) -> None:
+async def test_non_finite_outputs_are_null_and_counted(system: Served) -> None:
     """A strict parser reads the answer; the exact values come as binary data."""
     answer = await system.rest.post(INFER, json={"inputs": [{**ROW, "data": ["NaN", 1.0]}]})
 
@@ -323,7 +323,7 @@ async def test_numbers_that_are_none_are_null_and_counted(system: Served) -> Non
 
 
 @lines("D6", "D8")
-async def test_the_id_comes_back_and_the_version_is_the_one_used(system: Served) -> None:
+async def test_the_id_is_echoed_and_the_version_is_the_one_used(system: Served) -> None:
     """The newest pair if none is named."""
     newest = await system.rest.post(INFER, json={"id": "7", "inputs": [ROW]})
     named = await system.rest.post("/v2/models/echo/versions/1.1/infer", json={"inputs": [ROW]})
@@ -333,7 +333,7 @@ async def test_the_id_comes_back_and_the_version_is_the_one_used(system: Served)
 
 
 @lines("D7")
-async def test_what_is_absent_is_left_out(system: Served) -> None:
+async def test_absent_fields_are_omitted(system: Served) -> None:
     """No null and nothing empty: strict clients would refuse it."""
     answer = await system.rest.post(INFER, json={"id": "", "inputs": [ROW]})
 
@@ -342,7 +342,7 @@ async def test_what_is_absent_is_left_out(system: Served) -> None:
 
 
 @lines("I-22")
-async def test_only_the_outputs_asked_for_are_given_in_that_order(system: Served) -> None:
+async def test_only_requested_outputs_are_returned_in_that_order(system: Served) -> None:
     """One, or several the other way round."""
     answers = [
         await system.rest.post("/v2/models/simple/infer", json={**SIMPLE, "outputs": [{"name": name} for name in names]})
@@ -355,7 +355,7 @@ async def test_only_the_outputs_asked_for_are_given_in_that_order(system: Served
 
 
 @lines("I-17")
-async def test_bytes_that_are_no_text_are_for_binary_answers(system: Served) -> None:
+async def test_bytes_that_are_not_utf_8_need_a_binary_answer(system: Served) -> None:
     """The message tells the way out, and it works."""
     refused = await system.rest.post("/v2/models/weird/infer", json={"inputs": [ROW]})
     given = await system.rest.post("/v2/models/weird/infer", json={"inputs": [ROW], "parameters": {"binary_data_output": True}})
@@ -366,7 +366,7 @@ async def test_bytes_that_are_no_text_are_for_binary_answers(system: Served) -> 
 
 
 @lines("I-26")
-async def test_of_a_key_given_twice_the_last_counts(system: Served) -> None:
+async def test_the_last_of_duplicate_keys_counts(system: Served) -> None:
     """As most parsers have it."""
     answer = await system.rest.post(INFER, content=json.dumps({"inputs": [ROW]})[:-1].encode() + b', "id": "a", "id": "b"}')
 
@@ -390,7 +390,7 @@ async def test_the_content_type_does_not_matter(system: Served, content_type: st
     [("gzip", gzip.compress), ("deflate", zlib.compress), ("deflate", lambda body: zlib.compress(body, wbits=-15))],
     ids=["gzip", "deflate", "bare deflate"],
 )
-async def test_compressed_bodies_are_taken(system: Served, encoding: str, compress: Any) -> None:
+async def test_compressed_bodies_are_accepted(system: Served, encoding: str, compress: Any) -> None:
     """Both encodings, deflate also without its frame, as some send it."""
     body = compress(json.dumps({"inputs": [ROW]}).encode())
 
@@ -421,7 +421,7 @@ async def test_a_damaged_or_enormous_compressed_body_is_refused(system: Served, 
 
 @lines("I-31", "B-11")
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-async def test_long_answers_are_compressed_for_those_who_take_it(system: Served, encoding: str) -> None:
+async def test_long_answers_are_compressed_if_the_client_accepts_it(system: Served, encoding: str) -> None:
     """The length of the JSON counts bytes before compression; short answers stay as they are."""
     rows = 1000
     wish = {"inputs": [{**ROW, "shape": [rows, 2], "data": [1.5] * (2 * rows)}], "parameters": {"binary_data_output": True}}
@@ -436,7 +436,7 @@ async def test_long_answers_are_compressed_for_those_who_take_it(system: Served,
 
 
 @lines("I-31")
-async def test_nothing_is_compressed_for_those_who_do_not_take_it(system: Served) -> None:
+async def test_answers_are_not_compressed_unless_the_client_accepts_it(system: Served) -> None:
     """A weight of 0 says no."""
     wish = {"inputs": [{**ROW, "shape": [1000, 2], "data": [1.5] * 2000}]}
 
@@ -446,7 +446,7 @@ async def test_nothing_is_compressed_for_those_who_do_not_take_it(system: Served
 
 
 @lines("I-32")
-async def test_a_client_may_ask_before_it_sends_the_body(system: Served) -> None:
+async def test_expect_100_continue_is_answered(system: Served) -> None:
     """``Expect: 100-continue``, as curl does for long bodies."""
     body = json.dumps({"inputs": [ROW]}).encode()
     head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -463,7 +463,7 @@ async def test_a_client_may_ask_before_it_sends_the_body(system: Served) -> None
 
 
 @lines("I-32")
-async def test_a_body_may_come_in_chunks(system: Served) -> None:
+async def test_a_body_may_be_chunked(system: Served) -> None:
     """Without a length."""
 
     async def chunks() -> Any:
@@ -476,7 +476,7 @@ async def test_a_body_may_come_in_chunks(system: Served) -> None:
 
 
 @lines("B-01", "B-02")
-async def test_binary_and_json_inputs_go_together(system: Served) -> None:
+async def test_binary_and_json_inputs_may_be_mixed(system: Served) -> None:
     """What is binary follows the JSON in the order of the inputs that are."""
     first, second = SIMPLE["inputs"]
     head = {"inputs": [first, {"name": "INPUT1", **FOUR, "parameters": {"binary_data_size": 16}}]}
@@ -488,7 +488,7 @@ async def test_binary_and_json_inputs_go_together(system: Served) -> None:
 
 
 @lines("B-03")
-async def test_binary_and_json_outputs_go_together(system: Served) -> None:
+async def test_binary_and_json_outputs_may_be_mixed(system: Served) -> None:
     """Each as it was asked for; the header and the content type tell of binary ones."""
     wanted = [{"name": "OUTPUT0"}, {"name": "OUTPUT1", "parameters": {"binary_data": True}}]
 
@@ -503,7 +503,7 @@ async def test_binary_and_json_outputs_go_together(system: Served) -> None:
 
 
 @lines("B-04")
-async def test_all_outputs_are_binary_if_asked_so_but_for_those_that_are_not(system: Served) -> None:
+async def test_binary_data_output_applies_to_all_outputs_but_the_exceptions(system: Served) -> None:
     """``binary_data: false`` of one output counts more."""
     wish = {**SIMPLE, "parameters": {"binary_data_output": True}}
     one_not = {**wish, "outputs": [{"name": "OUTPUT0", "parameters": {"binary_data": False}}, {"name": "OUTPUT1"}]}
@@ -532,7 +532,7 @@ RAW = [
 
 
 @pytest.mark.parametrize(("model", "body", "shape"), RAW)
-async def test_a_body_may_be_the_only_input_itself(system: Served, model: str, body: bytes, shape: list[int]) -> None:
+async def test_a_raw_body_may_be_the_only_input(system: Served, model: str, body: bytes, shape: list[int]) -> None:
     """Length 0 says that there is no JSON: one row; the answer is binary."""
     answer = await system.rest.post(f"/v2/models/{model}/infer", content=body, headers={"Inference-Header-Content-Length": "0"})
 
@@ -551,7 +551,7 @@ RAW_REFUSED = [
 
 
 @pytest.mark.parametrize(("model", "body"), RAW_REFUSED)
-async def test_a_body_that_can_not_be_the_input_is_refused(system: Served, model: str, body: bytes) -> None:
+async def test_a_raw_body_that_does_not_fit_the_input_is_refused(system: Served, model: str, body: bytes) -> None:
     """Several inputs, several dimensions to guess, or a size that does not fill the shape."""
     answer = await system.rest.post(f"/v2/models/{model}/infer", content=body, headers={"Inference-Header-Content-Length": "0"})
 
@@ -657,7 +657,7 @@ async def test_statistics_count_rows_runs_and_failures() -> None:
 
 
 @lines("1.3 classification")
-async def test_the_best_classes_are_given_by_value_and_index(system: Served) -> None:
+async def test_the_top_classes_are_returned_as_value_and_index(system: Served) -> None:
     """Greatest first; whole numbers plain, others with six decimals."""
     whole = {**SIMPLE, "outputs": [{"name": "OUTPUT1", "parameters": {"classification": 2}}]}
     other = {"inputs": [ROW], "outputs": [{"name": "x", "parameters": {"classification": 9}}]}
@@ -670,7 +670,7 @@ async def test_the_best_classes_are_given_by_value_and_index(system: Served) -> 
 
 
 @lines("1.3 schedule_policy")
-async def test_the_earliest_of_all_deadlines_counts(system: Served) -> None:
+async def test_the_earliest_of_all_deadlines_applies(system: Served) -> None:
     """Of the header, in seconds, and the parameter, in microseconds; the header never beyond the maximum."""
     wish = {"inputs": [ROW]}
     await system.rest.post(INFER, json=wish, headers={"Request-Timeout": "9"})
@@ -685,7 +685,7 @@ async def test_the_earliest_of_all_deadlines_counts(system: Served) -> None:
 
 @lines("1.3 schedule_policy")
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon", "1e3", ""])
-async def test_a_timeout_that_is_none_is_refused(system: Served, seconds: str) -> None:
+async def test_an_invalid_timeout_is_refused(system: Served, seconds: str) -> None:
     """Rather than taken for another."""
     answer = await system.rest.post(INFER, json={"inputs": [ROW]}, headers={"Request-Timeout": seconds})
 
@@ -693,7 +693,7 @@ async def test_a_timeout_that_is_none_is_refused(system: Served, seconds: str) -
 
 
 @lines("1.1 504")
-async def test_out_of_time_is_504(system: Served) -> None:
+async def test_deadline_exceeded_is_504(system: Served) -> None:
     """A request whose time is over is not sent on."""
     answer = await system.rest.post(INFER, json={"inputs": [ROW], "parameters": {"timeout": 1}})
 
@@ -742,7 +742,7 @@ async def test_the_v1_form_is_answered(system: Served, model: str, body: Any, co
 
 @lines("3")
 @pytest.mark.parametrize("path", ["/v1/models/echo%3Apredict", "/v1/models/echo/versions/1.1:predict"])
-async def test_the_v1_path_is_known_in_every_spelling(system: Served, path: str) -> None:
+async def test_the_v1_path_is_served_in_every_spelling(system: Served, path: str) -> None:
     """The colon may be encoded, a version named."""
     answer = await system.rest.post(path, json={"instances": [[1, 2]]})
 
@@ -763,7 +763,7 @@ V1_REFUSED = [
 
 
 @pytest.mark.parametrize(("model", "body", "status"), V1_REFUSED)
-async def test_what_is_wrong_in_the_v1_form_is_told(system: Served, model: str, body: bytes, status: int) -> None:
+async def test_errors_in_the_v1_form_are_named(system: Served, model: str, body: bytes, status: int) -> None:
     """With the same form of error."""
     answer = await system.rest.post(f"/v1/models/{model}:predict", content=body)
 
@@ -771,7 +771,7 @@ async def test_what_is_wrong_in_the_v1_form_is_told(system: Served, model: str, 
 
 
 @lines("3")
-async def test_the_v1_questions_are_answered(system: Served) -> None:
+async def test_v1_status_and_the_list_of_models_are_answered(system: Served) -> None:
     """For KServe's clients, which read ``ready``, and TensorFlow Serving's, which read the versions' states."""
     alive, models = await system.rest.get("/"), await system.rest.get("/v1/models")
     status, explained = await system.rest.get("/v1/models/echo"), await system.rest.post("/v1/models/echo:explain")
@@ -789,7 +789,7 @@ async def test_the_v1_questions_are_answered(system: Served) -> None:
 
 @lines("3")
 @pytest.mark.parametrize("path", ["/v1/models/simple/metadata", "/v1/models/simple/versions/1.1/metadata"])
-async def test_the_v1_metadata_is_as_tensorflow_serving_tells_it(system: Served, path: str) -> None:
+async def test_the_v1_metadata_is_in_the_form_of_tensorflow_serving(system: Served, path: str) -> None:
     """Numbers of 64 bits are text in protobuf's JSON."""
     answer = await system.rest.get(path)
 

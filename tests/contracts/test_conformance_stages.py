@@ -155,7 +155,7 @@ async def test_typed_and_raw_contents_mean_the_same(stage: Stage, datatype: str)
 
 
 @lines("stage G-08")
-async def test_half_precision_travels_raw_only(stage: Stage) -> None:
+async def test_half_precision_is_raw_only(stage: Stage) -> None:
     """It has no field of its own."""
     raw = await stage.call("ModelInfer", request("identity_fp16", b"\x00\x3c\x00\x40", datatype="FP16"))
     code, _ = await stage.refusal("ModelInfer", request("identity_fp16", datatype="FP16", contents={"fp32_contents": [1, 2]}))
@@ -191,7 +191,7 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("request_", MALFORMED)
-async def test_what_is_malformed_is_an_invalid_argument(stage: Stage, request_: Any) -> None:
+async def test_malformed_requests_are_invalid_argument(stage: Stage, request_: Any) -> None:
     """Found where it is sent to, and said so."""
     code, message = await stage.refusal("ModelInfer", request_)
 
@@ -211,7 +211,7 @@ NOT_FOUND = [
 
 
 @pytest.mark.parametrize(("method", "request_"), NOT_FOUND)
-async def test_what_does_not_exist_is_not_found(stage: Stage, method: str, request_: Any) -> None:
+async def test_unknown_models_and_versions_are_not_found(stage: Stage, method: str, request_: Any) -> None:
     """In the words that clients match."""
     code, message = await stage.refusal(method, request_)
 
@@ -220,7 +220,7 @@ async def test_what_does_not_exist_is_not_found(stage: Stage, method: str, reque
 
 
 @lines("stage G-12", "stage G-13")
-async def test_the_outputs_asked_for_come_from_the_version_asked_for(stage: Stage) -> None:
+async def test_the_requested_version_returns_the_requested_outputs(stage: Stage) -> None:
     """In the order asked for; the id comes back."""
     answer = await stage.call("ModelInfer", simple("OUTPUT1", "OUTPUT0", model_version=stage.version, id="7"))
 
@@ -239,7 +239,7 @@ async def test_a_message_above_the_limit_is_refused(stage: Stage) -> None:
 
 
 @lines("stage G-16")
-async def test_what_is_out_of_time_is_not_begun(stage: Stage) -> None:
+async def test_a_request_past_its_deadline_is_not_begun(stage: Stage) -> None:
     """Whose timeout is over when the request has arrived."""
     code, _ = await stage.refusal("ModelInfer", simple(parameters={"timeout": pb.InferParameter(int64_param=1)}))
 
@@ -262,7 +262,7 @@ async def test_probes_are_answered(stage: Stage, name: str) -> None:
 
 @lines("stage G-20")
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-async def test_compressed_messages_are_taken(stage: Stage, compression: grpc.Compression) -> None:
+async def test_compressed_messages_are_accepted(stage: Stage, compression: grpc.Compression) -> None:
     """Of both kinds that grpc has."""
     answer = await stage.call("ModelInfer", simple(), compression=compression)
 
@@ -285,7 +285,7 @@ async def test_configuration_statistics_and_classes_are_given(stage: Stage) -> N
 
 
 @lines("stage 1.3")
-async def test_a_failure_on_a_stream_is_an_answer(stage: Stage) -> None:
+async def test_an_error_on_a_stream_is_a_message(stage: Stage) -> None:
     """And the stream goes on."""
     stream = stage.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
     requests = [request("nope", ONE_AND_TWO, id="bad"), simple(id="good")]
@@ -300,7 +300,7 @@ async def test_a_failure_on_a_stream_is_an_answer(stage: Stage) -> None:
 
 
 @lines("stage 2 unknown method")
-async def test_a_method_that_is_not_offered_says_so(stage: Stage) -> None:
+async def test_an_unsupported_method_is_unimplemented(stage: Stage) -> None:
     """UNIMPLEMENTED."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await stage.channel.unary_unary(f"/{SERVICE}/TraceSetting")(b"")

@@ -61,7 +61,7 @@ def test_every_status_that_an_inference_can_have_is_documented() -> None:
         assert responses == expected | {"200", "415"}
 
 
-def test_what_needs_a_token_says_so() -> None:
+def test_operations_that_need_a_token_are_marked() -> None:
     """All but what anyone may ask: health, and what the server is."""
     document_ = document("0", asks_for_tokens=True)
 

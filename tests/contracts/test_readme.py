@@ -61,14 +61,14 @@ def test_the_readme_has_the_examples_that_are_tested() -> None:
 
 
 @pytest.mark.parametrize("index", range(len(EXPECTED)), ids=[name for name, _ in EXPECTED])
-def test_an_example_of_the_readme_works_as_it_stands(system: System, folder: Path, index: int) -> None:
+def test_an_example_of_the_readme_works_unchanged(system: System, folder: Path, index: int) -> None:
     """Pasted by a new user, it answers."""
     printed = run(system, folder, *BLOCKS[index])
 
     assert EXPECTED[index][1] in printed
 
 
-def test_what_is_published_while_the_system_runs_can_be_called(system: System, folder: Path) -> None:
+def test_a_model_published_while_the_system_runs_can_be_called(system: System, folder: Path) -> None:
     """Within seconds, as the README says."""
     if not (folder / "models" / "wine").exists():
         run(system, folder, *BLOCKS[-1])
@@ -76,7 +76,7 @@ def test_what_is_published_while_the_system_runs_can_be_called(system: System, f
     wait_until(lambda: system.rest("/v2/models/wine/ready")[0] == 200, "the published model")
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
+def test_every_link_to_a_file_resolves() -> None:
     """Relative links of the README and the documents."""
     pages = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     pages += sorted((ROOT / "docs").rglob("*.md"))

@@ -36,7 +36,7 @@ async def test_the_document_is_exact(system: Served, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["open-sesame", "wrong"])
-async def test_the_document_is_exact_where_callers_must_show_tokens(tmp_path: Path, token: str) -> None:
+async def test_the_document_is_exact_with_authentication(tmp_path: Path, token: str) -> None:
     """With those of a caller who may call one model, and with a wrong one."""
     policy = {"tokens": [{"name": "one", "sha256": hashlib.sha256(b"open-sesame").hexdigest(), "models": ["echo"]}]}
     (tmp_path / "auth.json").write_text(json.dumps(policy))

@@ -79,7 +79,7 @@ def test_every_field_is_where_other_clients_have_it():
 
 
 @pytest.mark.line("D19")
-def test_the_newer_field_is_not_taken_by_another():
+def test_the_number_of_the_newer_field_is_unused_elsewhere():
     """Where we have `properties`, tritonclient has nothing: what it does not know it skips."""
     theirs = {facts[0] for name, facts in fields(THEIRS).items() if name.startswith(".inference.ModelMetadataResponse.")}
 

@@ -100,7 +100,7 @@ def plain(line: str) -> str:
     return re.sub(r"\d+(\.\d+)*(e-\d+)?", "N", line)
 
 
-def test_every_message_of_the_guide_is_what_users_see(told: str) -> None:
+def test_every_message_in_the_guide_is_an_actual_message(told: str) -> None:
     """The tour's are in blocks of text, and tests/system/test_tour.py sees to them."""
     section = GUIDE.read_text().partition("## Messages")[2]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)

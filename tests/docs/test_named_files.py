@@ -16,7 +16,7 @@ FILE = re.compile(r"`((?:splitserve|[a-z]+_service|proxy|protos|tests|docs|deplo
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_file_that_is_named_is_there(page: Path) -> None:
+def test_every_named_file_exists(page: Path) -> None:
     """A path in backticks, from the root of the repository."""
     missing = [name for name in FILE.findall(page.read_text()) if not (ROOT / name).exists()]
 

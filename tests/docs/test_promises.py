@@ -24,13 +24,13 @@ def rows(page: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_row_is_there(page: str) -> None:
+def test_no_row_is_missing(page: str) -> None:
     """Each attack and each promise has its row, in order."""
     assert list(rows(page)) == PAGES[page]
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_row_names_a_test_or_says_why_not(page: str) -> None:
+def test_every_row_names_a_test_or_gives_a_reason(page: str) -> None:
     """What is kept by no test yet says so."""
     unkept = [
         row
@@ -42,7 +42,7 @@ def test_every_row_names_a_test_or_says_why_not(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", [*PAGES, "security.md"])
-def test_every_test_that_is_named_is_there(page: str) -> None:
+def test_every_named_test_exists(page: str) -> None:
     """By file and name."""
     links = LINK.findall((ROOT / "docs" / page).read_text())
 

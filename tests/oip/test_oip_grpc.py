@@ -241,7 +241,7 @@ def test_typed_contents_that_do_not_fit_are_refused(datatype, contents, message)
 
 
 @pytest.mark.parametrize("values", [[1], [1, 2, 3]])
-def test_a_typed_count_that_is_not_the_shapes_is_found(values):
+def test_a_count_of_typed_contents_that_contradicts_the_shape_is_refused(values):
     """Packed, the contents have another size than the shape says (G-06)."""
     request = protobuf.decode_request(typed_request("INT32", (2,), int_contents=values))
 
@@ -249,7 +249,7 @@ def test_a_typed_count_that_is_not_the_shapes_is_found(values):
         validate('input "age"', request.inputs[0])
 
 
-def test_no_contents_are_no_elements():
+def test_absent_contents_are_zero_elements():
     """An empty tensor has nothing to say in any field; FP16 has no field to say it in."""
     for datatype in (*FIELDS, "FP16", "BF16"):
         request = protobuf.decode_request(typed_request(datatype, (0,)))
@@ -297,7 +297,7 @@ def test_every_output_has_one_raw_content(n_raw):
 
 
 @pytest.mark.parametrize(("value", "field"), PARAMETERS)
-def test_a_parameter_goes_into_the_field_of_its_type(value, field):
+def test_a_parameter_is_encoded_in_the_field_of_its_type(value, field):
     """A boolean is no integer, a whole number that came as a float stays one, what int64 cannot hold is uint64 (D16)."""
     message = protobuf.encode_request(InferRequest("m", (), parameters={"key": value}))
 
@@ -323,7 +323,7 @@ def test_unknown_fields_are_skipped():
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", REQUEST_BYTES[:-1], b"\x0a\x02\xff\xfe"], ids=["junk", "cut", "not UTF-8"])
-def test_bytes_that_are_no_message_are_bad_input(data):
+def test_bytes_that_are_not_a_message_are_invalid_input(data):
     """The caller's mistake, without a word about classes (G-14)."""
     with pytest.raises(InvalidInput, match=r"^the request is not a inference\.ModelInferRequest$"):
         protobuf.parse(pb.ModelInferRequest, data)
@@ -358,7 +358,7 @@ def test_the_index_is_the_same_after_the_wire():
     assert protobuf.decode_index(pb.RepositoryIndexResponse.FromString(message.SerializeToString())) == states
 
 
-def test_a_server_says_who_it_is():
+def test_server_metadata_has_name_and_version():
     """Name, version, extensions."""
     message = protobuf.encode_server_metadata(ServerMetadata("splitserve", "1.0", ("binary_tensor_data",)))
 

@@ -77,7 +77,7 @@ def refusal(data: bytes, header_length: int | None = None) -> str:
 # --- requests: JSON
 
 
-def test_the_values_tried_are_of_every_datatype_that_has_a_json_form():
+def test_the_tested_values_cover_every_datatype_with_a_json_form():
     """So that a new datatype is not forgotten below."""
     assert set(VALUES) == set(JSON_ABLE)
 
@@ -104,7 +104,7 @@ def test_scalars_and_empty_tensors_have_data_too(shape, data):
     assert unpack(tensor) == [5] * math.prod(shape)
 
 
-def test_a_request_says_what_it_wants():
+def test_a_request_has_outputs_id_and_parameters():
     """Model and version from the path, the rest from the body."""
     data = body(
         entry(data=[1]),
@@ -130,7 +130,7 @@ def test_absent_null_and_empty_mean_the_same(fields):
     assert (request.id, request.parameters, request.outputs, request.deadline) == ("", {}, (), NO_DEADLINE)
 
 
-def test_what_is_not_known_is_ignored():
+def test_unknown_json_fields_are_ignored():
     """Unknown fields at every level (I-30), unknown parameters (D15)."""
     known = entry(data=[1])
     data = body({**known, "layout": "NCHW"}, model_name="other", outputs=[{"name": "y", "x": 1}], parameters={"triton_x": True})
@@ -140,7 +140,7 @@ def test_what_is_not_known_is_ignored():
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 @pytest.mark.parametrize("datatype", ["FP32", "FP64"])
-def test_numbers_that_json_lacks_may_be_bare_or_text(datatype, number):
+def test_nan_and_infinity_may_be_bare_or_strings(datatype, number):
     """Python's and RapidJSON's writers put the bare token, careful clients the same as text (D12)."""
     expected = raw_of(datatype, [1.5, float(number)])
 
@@ -191,7 +191,7 @@ def test_null_is_empty_for_bytes():
         ("BYTES", 1.5),
     ],
 )
-def test_a_value_of_another_kind_is_refused(datatype, value):
+def test_a_value_of_another_type_is_refused(datatype, value):
     """Nothing is truncated, wrapped or guessed; the message names the input, the element and the datatype."""
     message = refusal(body(entry(datatype, [3], data=[VALUES[datatype][0], value, VALUES[datatype][1]])))
 
@@ -239,13 +239,13 @@ def test_an_unknown_datatype_is_refused(datatype):
         ([2], True, "expected data to be a list, got a boolean"),
     ],
 )
-def test_data_that_is_not_the_shape_is_refused(shape, data, message):
+def test_data_that_contradicts_the_shape_is_refused(shape, data, message):
     """Ragged, too few, too many (I-02), nested otherwise than the shape says though the count is right (I-03)."""
     assert refusal(body(entry("FP32", shape, data=data))) == f'input "x": {message}'
 
 
 @pytest.mark.parametrize("size", [-1, 1.5, 2.0, "1", None, True, [1]])
-def test_a_dimension_is_a_number_that_counts(size):
+def test_a_dimension_is_a_non_negative_integer(size):
     """Not negative, no fraction, no text (I-04)."""
     refusal(body(entry("FP32", [size], data=[1.0])))
 
@@ -254,13 +254,13 @@ def test_a_dimension_is_a_number_that_counts(size):
     "shape", [[16, 2**60 + 2], [2**31 + 1], [2**70], [1] * 17], ids=["wraps", "large", "beyond int64", "rank"]
 )
 @pytest.mark.parametrize("fields", [{"data": [1] * 32}, {"parameters": {"binary_data_size": 0}}], ids=["data", "binary"])
-def test_a_shape_that_no_tensor_has_is_refused(shape, fields):
+def test_an_impossible_shape_is_refused(shape, fields):
     """Before any allocation, by arithmetic that does not wrap (I-07), however the elements come."""
     with pytest.raises(InvalidInput, match='input "x"'):
         decode(body(entry("FP32", shape, **fields)))
 
 
-def test_a_dimension_that_the_wire_can_not_carry_is_refused():
+def test_a_dimension_beyond_int64_is_refused():
     """A shape with a 0 has no elements, and still each dimension must be an int64 for the next stage."""
     with pytest.raises(SplitserveError):
         decode(body(entry("FP32", [0, 2**70], data=[])))
@@ -320,7 +320,7 @@ def test_an_input_without_elements_is_refused(fields):
         b'{"inputs": [], "id": "\xff", "x": NaN}',
     ],
 )
-def test_a_body_that_is_no_request_is_refused(data):
+def test_a_body_that_is_not_a_request_is_refused(data):
     """Always as the caller's mistake (I-23, I-25), with a message about the body."""
     assert refusal(data).startswith(("the request body", "Inference-Header-Content-Length"))
 
@@ -340,7 +340,7 @@ def test_parameters_are_text_numbers_and_booleans(level, parameters):
 
 @pytest.mark.parametrize("number", [2**64, -(2**63) - 1])
 @pytest.mark.parametrize("level", ["request", "output"])
-def test_a_parameter_that_the_wire_can_not_carry_is_refused(level, number):
+def test_a_parameter_beyond_int64_is_refused(level, number):
     """The next stage gets it as int64 or uint64 (D16): a larger number is the caller's mistake, not an accident there."""
     wanted = [{"name": "y", "parameters": {"a": number} if level == "output" else {}}]
 
@@ -360,7 +360,7 @@ def test_a_parameter_that_the_wire_can_not_carry_is_refused(level, number):
     ],
     ids=["lists", "unknown", "objects", "data", "data with NaN", "unknown with NaN", "200 deep"],
 )
-def test_deep_nesting_is_an_error_and_no_crash(data):
+def test_deep_nesting_is_an_error_not_a_crash(data):
     """However deep, wherever it stands (I-27)."""
     refusal(data)
 
@@ -394,7 +394,7 @@ def test_a_surrogate_written_as_bytes_is_refused():
         refusal(b'{"inputs": [], "id": "\xed\xa0\x80"' + tail + b"}")
 
 
-def test_plain_json_takes_the_bare_tokens_too():
+def test_plain_json_accepts_bare_nan_and_infinity():
     """The V1 form decodes without a type."""
     assert rest.decode_json(b'{"a": [1, "b"]}') == {"a": [1, "b"]}
     assert repr(rest.decode_json(b"[NaN, Infinity, -Infinity]")) == "[nan, inf, -inf]"
@@ -447,7 +447,7 @@ def test_an_empty_tensor_may_be_binary():
 
 
 @pytest.mark.parametrize("difference", [-10_000, -1, 1, 10_000])
-def test_a_header_length_that_is_not_the_jsons_is_refused(difference):
+def test_a_header_length_that_does_not_end_the_json_is_refused(difference):
     """Before the body, beyond it, in the middle of the JSON (B-07)."""
     data = body(entry(data=[1]))
 
@@ -468,14 +468,14 @@ def test_a_binary_size_that_the_body_does_not_have_is_refused(size):
     assert refusal(head + NUMBERS, len(head)) == f'input "x": binary_data_size is {size}, 8 bytes remain of the body'
 
 
-def test_bytes_behind_the_last_tensor_are_refused():
+def test_bytes_after_the_last_tensor_are_refused():
     """The sizes account for the whole tail (B-08)."""
     head = body(binary("FP32", [2], 8))
 
     assert refusal(head + NUMBERS + b"abc", len(head)) == "3 bytes of the body remain after the binary tensors"
 
 
-def test_a_tail_that_no_tensor_claims_is_refused():
+def test_binary_data_that_belongs_to_no_tensor_is_refused():
     """With inputs in JSON only, there is nothing that it could be."""
     head = body(entry(data=[1]))
 
@@ -513,7 +513,7 @@ def as_json(tensor: Tensor) -> list[Any]:
 
 
 @given(tensors(JSON_ABLE, text_only=True))
-def test_what_came_in_json_leaves_in_json(tensor):
+def test_a_json_request_gets_a_json_answer(tensor):
     """Each value is the same after JSON -> tensor -> JSON, but for numbers that JSON lacks."""
     sent = as_json(tensor)
     data = body(entry(tensor.datatype, list(tensor.shape), tensor.name, data=sent))
@@ -539,7 +539,7 @@ def test_nested_data_is_the_flat_data(tensor):
     assert decode(body(entry(tensor.datatype, list(tensor.shape), tensor.name, data=data))) == decode(flat)
 
 
-def test_an_answer_names_what_answered():
+def test_an_answer_names_the_model_and_version():
     """Model, the version that was really used (D8), the caller's id, parameters."""
     answer = encode(Tensor("y", "INT8", (2,), b"\x01\x02"), id="r1", parameters={"cost": 0.5})
 
@@ -552,13 +552,13 @@ def test_an_answer_names_what_answered():
     }
 
 
-def test_what_is_not_there_is_left_out():
+def test_absent_fields_of_an_answer_are_omitted():
     """No null, no empty id, no empty parameters (D6, D7)."""
     assert encode(Tensor("y", "INT8", (2,), b"\x01\x02")).keys() == {"model_name", "model_version", "outputs"}
 
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP64"])
-def test_numbers_that_json_lacks_are_null_and_counted(datatype):
+def test_nan_and_infinity_are_null_and_counted(datatype):
     """Strict parsers cannot read the bare tokens (D11)."""
     tensor = Tensor("y", datatype, (4,), np.array([np.nan, 1.5, np.inf, -np.inf], dtype=DTYPES[datatype]).tobytes())
 
@@ -597,7 +597,7 @@ TEXT = Tensor("text", "BYTES", (2,), WORDS)
         ({"binary_data_output": True}, {"floats": {"other": False}, "text": {}}, ["floats", "text"]),
     ],
 )
-def test_an_output_is_binary_if_it_was_asked_for_so(parameters, outputs, is_binary):
+def test_an_output_is_binary_on_request(parameters, outputs, is_binary):
     """By its own parameter, or else by the request's (B-03, B-04)."""
     asked = InferRequest(
         "m", (), parameters=parameters, outputs=tuple(RequestedOutput(name, facts) for name, facts in outputs.items())
@@ -645,7 +645,7 @@ def test_a_binary_answer_is_a_binary_request(tensor):
         (Tensor("y", "BF16", (1,), bytes(2)), 'output "y": BF16 has no JSON form, request binary_data for it'),
     ],
 )
-def test_an_output_without_a_json_form_says_how_to_get_it(tensor, message):
+def test_an_output_without_a_json_form_is_refused_with_a_hint(tensor, message):
     """The hint is the way out (I-10, I-17)."""
     with pytest.raises(InvalidInput) as caught:
         encode(tensor)
@@ -673,7 +673,7 @@ def test_metadata_has_the_protocols_shapes():
 
 
 @pytest.mark.parametrize("text", ["9007199254740992.0", "9007199254740993.0", "1234567890123456789.0", "-9007199254740993.0"])
-def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text):
+def test_a_float_beyond_exact_integers_is_refused(text):
     """2^53 + 1 and 2^53 are the same double: which of the two was written cannot be told."""
     data = b'{"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [%b]}]}' % text.encode()
 
@@ -681,7 +681,7 @@ def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text):
 
 
 @pytest.mark.parametrize("number", [2**53 - 1, 1 - 2**53])
-def test_a_float_that_is_exactly_an_integer_is_one(number):
+def test_an_integral_float_is_accepted_as_an_integer(number):
     """JSON has one kind of number; 1.0 is the integer 1."""
     data = b'{"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [%d.0]}]}' % number
 

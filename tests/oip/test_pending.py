@@ -25,7 +25,7 @@ async def test_a_task_calls_back_with_its_result_or_its_error() -> None:
     assert [await outcomes.get(), await outcomes.get()] == [1, error]
 
 
-async def test_a_request_that_is_cancelled_before_it_began_leaves_nothing() -> None:
+async def test_a_task_cancelled_before_its_first_step_is_cleaned_up() -> None:
     """No callback, and no coroutine that nobody has awaited, which Python warns of."""
     outcomes: list[Exception | None] = []
 

@@ -78,13 +78,13 @@ def test_records_and_rows_are_the_same_request(instances):
 @pytest.mark.parametrize(
     "instances", [["a", "b"], [["a"], ["b"]], [{"file": "a"}, {"file": "b"}], [{"file": ["a"]}, {"file": ["b"]}]]
 )
-def test_a_model_with_one_column_takes_bare_values(instances):
+def test_a_model_with_one_column_accepts_bare_values(instances):
     """The values of its only input need no list and no name."""
     assert decode(instances, FILES) == (Tensor("file", "BYTES", (2, 1), encode_bytes([b"a", b"b"])),)
 
 
 @pytest.mark.parametrize("instances", [[1.5, 2.5], [{"x": 1.5}, {"x": 2.5}]])
-def test_an_input_without_inner_dimensions_takes_bare_values(instances):
+def test_an_input_without_inner_dimensions_accepts_bare_values(instances):
     """A row of (batch,) is one value."""
     raw = np.array([1.5, 2.5], dtype="<f4").tobytes()
 
@@ -124,7 +124,7 @@ def test_no_instances_are_no_rows(metadata, shapes):
     assert [tensor.shape for tensor in decode([], metadata)] == shapes
 
 
-def test_a_size_that_varies_is_the_first_instances():
+def test_a_free_dimension_is_that_of_the_first_instance():
     """The others have to agree."""
     metadata = model(TensorSpec("x", "UINT8", ("batch", "height", "width")))
 
@@ -134,24 +134,24 @@ def test_a_size_that_varies_is_the_first_instances():
 
 
 @pytest.mark.parametrize("file", [{"b64": "/wA="}, {"file": {"b64": "/wA="}}, {"file": [{"b64": "/wA="}]}, [{"b64": "/wA="}]])
-def test_b64_stands_for_bytes_that_are_no_text(file):
+def test_b64_encodes_bytes_that_are_not_utf_8(file):
     """As TensorFlow Serving writes them, named or not."""
     assert decode([file], FILES) == (Tensor("file", "BYTES", (1, 1), encode_bytes([b"\xff\x00"])),)
 
 
 @pytest.mark.parametrize("value", [{"b64": "!"}, {"b64": "YQ"}, {"b64": 5}, {"b64": None}, {"b64": "\N{EURO SIGN}"}])
-def test_what_is_not_base64_is_refused(value):
+def test_invalid_base64_is_refused(value):
     """Nothing is skipped or padded."""
     assert refusal([value], FILES) == 'input "file": expected text or {"b64": "base64 text"}'
 
 
 @pytest.mark.parametrize("value", [{"other": "YQ=="}, {}])
-def test_an_object_that_is_not_base64_is_refused(value):
+def test_an_object_without_b64_is_refused(value):
     """Inside a record, where it cannot be a record itself."""
     assert refusal([{"file": value}], FILES) == 'input "file": expected text or {"b64": "base64 text"}'
 
 
-def test_null_is_what_it_is_in_the_v2_form():
+def test_null_means_the_same_as_in_v2():
     """NaN for floats, an empty string for text, an error for integers."""
     bill, island = decode([{"year": 2007, "bill": None, "island": None}], PENGUINS)[1:]
 
@@ -161,7 +161,7 @@ def test_null_is_what_it_is_in_the_v2_form():
 
 
 @pytest.mark.parametrize("datatype", INTEGERS)
-def test_a_whole_number_may_have_a_point(datatype):
+def test_an_integer_may_be_written_with_a_decimal_point(datatype):
     """pandas writes a column of integers so where one was missing; a fraction is refused."""
     (tensor,) = decode([100.0, 7], model(column("year", datatype)))
 
@@ -185,7 +185,7 @@ def test_a_whole_number_may_have_a_point(datatype):
         ("INT64", {"b64": "YQ=="}),
     ],
 )
-def test_a_value_that_is_not_of_the_signature_is_refused(datatype, value):
+def test_a_value_that_contradicts_the_signature_is_refused(datatype, value):
     """Named by input and element, as in the V2 form."""
     assert refusal([{"x": value}], model(column("x", datatype))).startswith(f'input "x": element 0 is not a {datatype}')
 
@@ -228,14 +228,14 @@ def test_a_body_without_instances_is_refused(body):
         v1.decode_request(body, PAIRS, "1.2")
 
 
-def test_bare_nan_is_taken():
+def test_bare_nan_is_accepted():
     """Python's writer puts it (D12)."""
     request = v1.decode_request(b'{"instances": [[NaN, 1]]}', PAIRS, "1.2").request
 
     assert list(map(repr, unpack(request.inputs[0]))) == ["nan", "1.0"]
 
 
-def test_python_values_are_instances_too():
+def test_python_objects_are_accepted_as_instances():
     """The command line has them without a body."""
     request = v1.from_instances([[1, 2]], PAIRS)
 
@@ -256,7 +256,7 @@ def test_one_output_is_the_prediction():
     assert predictions(PROBABILITIES) == {"predictions": [[0.25, 0.75], [1.0, 0.0]]}
 
 
-def test_several_outputs_are_an_object_a_row():
+def test_several_outputs_are_one_object_per_row():
     """By output name, in the model's order."""
     answer = predictions(PROBABILITIES, LABELS)
 
@@ -298,14 +298,14 @@ def test_rows_without_values_stay_rows():
     }
 
 
-def test_an_output_that_is_no_text_says_how_to_get_it():
+def test_an_output_that_is_not_utf_8_is_refused_with_a_hint():
     """V1 has no form for it."""
     with pytest.raises(InvalidInput, match='output "label": an element is not UTF-8 text'):
         predictions(Tensor("label", "BYTES", (1,), encode_bytes([b"\xff"])))
 
 
 @pytest.mark.parametrize("text", ["9007199254740992.0", "9007199254740993.0", "1234567890123456789.0"])
-def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text: str) -> None:
+def test_a_float_beyond_exact_integers_is_refused(text: str) -> None:
     """As in V2: the integer that was meant is lost."""
     for instances in (b"[%b]", b'[{"year": %b}]', b"[[%b]]"):
         data = b'{"instances": %b}' % (instances % text.encode())
@@ -314,7 +314,7 @@ def test_a_float_that_another_integer_may_have_been_rounded_to_is_refused(text: 
             v1.decode_request(data, model(column("year", "INT64")), "1.2")
 
 
-def test_a_float_that_is_exactly_an_integer_is_one() -> None:
+def test_an_integral_float_is_accepted_as_an_integer() -> None:
     """Up to 2^53 - 1 no other integer is rounded to it."""
     asked = v1.decode_request(b'{"instances": [9007199254740991.0]}', model(column("year", "INT64")), "1.2")
 

@@ -28,7 +28,7 @@ def bomb(encoding: str) -> bytes:
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-async def test_a_bomb_is_inflated_to_the_limit_and_no_further(edge: Edge, encoding: str) -> None:
+async def test_a_decompression_bomb_is_inflated_up_to_the_limit_only(edge: Edge, encoding: str) -> None:
     """A04: refused as too large, and never held: memory grows by a few limits, not by what it claims."""
     body = bomb(encoding)
     assert len(body) < BODY_LIMIT
@@ -43,7 +43,7 @@ async def test_a_bomb_is_inflated_to_the_limit_and_no_further(edge: Edge, encodi
     await edge.check_unharmed()
 
 
-async def test_what_is_packed_twice_is_unpacked_once(edge: Edge) -> None:
+async def test_double_compression_is_decompressed_once(edge: Edge) -> None:
     """A04: inside is no JSON, and nobody goes on unpacking."""
     status, _, _ = await edge.post(gzip.compress(gzip.compress(GOOD)), INFER, "Content-Encoding: gzip")
 
@@ -62,7 +62,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-async def test_what_is_not_the_encoding_that_it_says_is_malformed(edge: Edge, case: str) -> None:
+async def test_a_body_that_contradicts_its_content_encoding_is_malformed(edge: Edge, case: str) -> None:
     """A05."""
     status, _, answer = await edge.post(BROKEN[case], INFER, "Content-Encoding: gzip")
 
@@ -71,7 +71,7 @@ async def test_what_is_not_the_encoding_that_it_says_is_malformed(edge: Edge, ca
     assert (await edge.post(gzip.compress(GOOD), INFER, "Content-Encoding: gzip"))[0] == 200
 
 
-async def test_of_a_body_without_an_end_no_more_is_held_than_the_limit(edge: Edge) -> None:
+async def test_an_endless_body_is_buffered_up_to_the_limit_only(edge: Edge) -> None:
     """A02: chunks that never end are cut off at the limit."""
     start = request("POST", INFER, "Transfer-Encoding: chunked")
     chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
@@ -86,7 +86,7 @@ async def test_of_a_body_without_an_end_no_more_is_held_than_the_limit(edge: Edg
     await edge.check_unharmed()
 
 
-async def test_chunks_of_a_byte_cost_no_more_than_their_bytes(edge: Edge) -> None:
+async def test_one_byte_chunks_cost_no_more_memory_than_their_bytes(edge: Edge) -> None:
     """A03: as many tiny chunks as may come are one body, and are held as one."""
     body = GOOD + b" " * 50_000
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"

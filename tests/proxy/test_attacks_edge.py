@@ -57,7 +57,7 @@ async def status(url: str, context: ssl.SSLContext) -> int:
 
 
 @pytest.mark.parametrize("case", ["expired", "not yet valid", "signed by itself"])
-async def test_a_certificate_that_does_not_hold_opens_nothing(case: str, ca: trustme.CA, files: Files) -> None:
+async def test_an_invalid_client_certificate_is_refused(case: str, ca: trustme.CA, files: Files) -> None:
     """F06: by its time or by who signed it; and one that holds is let in."""
     now = datetime.datetime.now(datetime.UTC)
     day = datetime.timedelta(days=1)
@@ -80,7 +80,7 @@ async def test_a_certificate_that_does_not_hold_opens_nothing(case: str, ca: tru
                 await channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"", timeout=5)
 
 
-async def test_handshakes_that_do_not_go_on_hold_nobody_up(files: Files, ca: trustme.CA) -> None:
+async def test_stalled_handshakes_block_no_other_connection(files: Files, ca: trustme.CA) -> None:
     """F06: 200 connections that begin TLS and say no more, and others are served meanwhile."""
     async with served(**mutual(files)) as system:
         port = system.faces.http.port
@@ -94,7 +94,7 @@ async def test_handshakes_that_do_not_go_on_hold_nobody_up(files: Files, ca: tru
 
 
 @pytest.mark.parametrize("ciphers", ["NULL:eNULL", "aNULL", "RC4:DES:3DES:EXPORT", "MD5"])
-async def test_weak_ciphers_are_not_spoken(ciphers: str, files: Files, ca: trustme.CA) -> None:
+async def test_weak_ciphers_are_refused(ciphers: str, files: Files, ca: trustme.CA) -> None:
     """F06: whoever offers nothing else is refused, or cannot even offer it."""
     context = shows(files, ca.issue_cert("c.example"))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -116,7 +116,7 @@ def test_no_setting_holds_a_secret(kind: Any) -> None:
     assert "File with a public key" in PredictSettings.model_fields["model_signature_key"].description
 
 
-def test_a_key_is_in_no_message(tmp_path: Path, files: Files) -> None:
+def test_private_keys_appear_in_no_message(tmp_path: Path, files: Files) -> None:
     """F08: what is wrong with a file is told by its path."""
     key = Path(files.key).read_text()
     replace(files.key, key.replace("A", "B").encode())
@@ -128,7 +128,7 @@ def test_a_key_is_in_no_message(tmp_path: Path, files: Files) -> None:
     assert not any(line in shown for line in key.splitlines() if "PRIVATE" not in line)
 
 
-async def test_names_that_are_made_up_are_not_counted(tmp_path: Path) -> None:
+async def test_unknown_model_names_are_not_counted(tmp_path: Path) -> None:
     """G07: counters and queues are those of pairs that are there, whatever callers name."""
     async with served() as system:
         for index in range(20):
@@ -151,7 +151,7 @@ async def test_names_that_are_made_up_are_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/metrics", "/debug", "/v2/debug", "/redoc", "/debug/pprof", "/v2/logging", "/console", "/.env", "/server-status"]
 )
-async def test_there_is_no_page_of_the_inside(path: str) -> None:
+async def test_internals_are_served_on_no_path(path: str) -> None:
     """H04: neither counters nor a console; what pages there are, /docs and /openapi.json, name nothing of this host."""
     async with served() as system:
         assert (await system.rest.get(path)).status_code == 404

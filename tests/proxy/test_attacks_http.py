@@ -199,7 +199,7 @@ BODIES: dict[str, tuple[str, bytes, set[int]]] = {
 
 
 @pytest.mark.parametrize("row", BODIES)
-async def test_a_body_that_means_harm(edge: Edge, row: str) -> None:
+async def test_a_malicious_body_is_refused(edge: Edge, row: str) -> None:
     """A status of the caller's, words that tell nothing of the inside and echo little, and service as before."""
     path, body, expected = BODIES[row]
 
@@ -280,7 +280,7 @@ FRAMES: dict[str, tuple[bytes, set[int]]] = {
 
 
 @pytest.mark.parametrize("row", FRAMES)
-async def test_a_frame_that_means_harm(edge: Edge, row: str) -> None:
+async def test_malicious_http_framing_is_refused(edge: Edge, row: str) -> None:
     """Refused before any application sees it, with the connection closed where what follows could be taken for a request."""
     data, expected = FRAMES[row]
 
@@ -294,7 +294,7 @@ async def test_a_frame_that_means_harm(edge: Edge, row: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["-1", "0", "99999999999", "1e3", "0x10", "+5", "5 5", "٣", "x", "5", str(len(GOOD) + 1)])
-async def test_a_header_length_that_lies(edge: Edge, value: str) -> None:
+async def test_a_wrong_header_length_is_refused(edge: Edge, value: str) -> None:
     """B08: no number, none of this body, or one that cuts the JSON in half."""
     head = request("POST", INFER, f"Content-Length: {len(GOOD)}").decode("latin-1")[:-2]
     raw = head.encode("latin-1") + f"Inference-Header-Content-Length: {value}\r\n\r\n".encode() + GOOD
@@ -316,7 +316,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_a_path_leads_to_a_model_or_nowhere(edge: Edge, path: str) -> None:
+async def test_a_path_cannot_escape_its_route(edge: Edge, path: str) -> None:
     """A14, F01: not found or malformed, and never a file, an administrator's path or another spelling of a model."""
     status, _, answer = await edge.post(GOOD, path)
 
@@ -330,7 +330,7 @@ async def test_a_path_leads_to_a_model_or_nowhere(edge: Edge, path: str) -> None
 @pytest.mark.parametrize(
     ("encoding", "expected"), [("br", {415}), ("zstd", {415}), ("gzip, gzip", {415}), ("x" * 1000, {415}), ("gzip", {400, 415})]
 )
-async def test_a_body_in_another_encoding(edge: Edge, encoding: str, expected: set[int]) -> None:
+async def test_an_unsupported_encoding_is_refused(edge: Edge, encoding: str, expected: set[int]) -> None:
     """A04, A05: refused, or malformed if it is not what it says."""
     status, _, _ = await edge.post(GOOD, INFER, f"Content-Encoding: {encoding}")
 
@@ -346,7 +346,7 @@ async def test_forms_are_not_parsed(edge: Edge) -> None:
     assert status in (400, 415)
 
 
-async def test_there_is_no_leave_for_other_origins(edge: Edge) -> None:
+async def test_there_are_no_cors_headers(edge: Edge) -> None:
     """A15, F04: no CORS header at all, whatever a page asks."""
     for data in (
         request("OPTIONS", INFER, "Origin: http://evil", "Access-Control-Request-Method: POST"),
@@ -356,7 +356,7 @@ async def test_there_is_no_leave_for_other_origins(edge: Edge) -> None:
         assert not [name for name in headers if name.startswith("access-control")]
 
 
-async def test_headers_go_no_further(edge: Edge) -> None:
+async def test_headers_are_not_forwarded(edge: Edge) -> None:
     """B09: what a client puts into headers does not reach the service behind, by whatever name."""
     headers = ["X-Forwarded-For: 1.1.1.1", "X_Request_Id: a", "grpc-timeout: 1n", "TE: trailers", "X-Request-Id: " + "a" * 10_000]
 
@@ -394,7 +394,7 @@ async def test_trailers_are_dropped(edge: Edge) -> None:
     ],
     ids=["URL", "headers", "header bytes", "chunks"],
 )  # fmt: skip
-async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: dict[str, int], data_of: Any, refused: int) -> None:
+async def test_a_request_at_a_limit_is_accepted_and_beyond_it_refused(limit: dict[str, int], data_of: Any, refused: int) -> None:
     """What is exactly as large as allowed is answered; one more is refused with HTTP's status for it."""
     async with edge_with(**limit) as edge:
         assert (await edge.send(data_of(0)))[0] == 200
@@ -402,7 +402,7 @@ async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: dict[str, int]
         assert (status, headers["connection"]) == (refused, "close")
 
 
-async def test_a_body_may_reach_the_limit_and_not_pass_it(edge: Edge) -> None:
+async def test_a_body_at_the_limit_is_accepted_and_beyond_it_refused(edge: Edge) -> None:
     """Announced or in chunks."""
     full = GOOD + b" " * (BODY_LIMIT - len(GOOD))
 
@@ -429,7 +429,7 @@ async def test_a_body_may_reach_the_limit_and_not_pass_it(edge: Edge) -> None:
         ),
     ],
 )
-async def test_a_message_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: int) -> None:
+async def test_a_message_at_a_limit_is_accepted_and_beyond_it_refused(limit: str, message_of: Any, refused: int) -> None:
     """As far as limits go; whether the model takes it is another question."""
     async with edge_with(request=RequestLimits(**{limit: 3})) as edge:
         path = "/v2/models/texts/infer" if "element" in limit else INFER
@@ -440,7 +440,7 @@ async def test_a_message_may_reach_a_limit_and_not_pass_it(limit: str, message_o
     assert (status, b"the limit is 3" in answer) == (refused, True)
 
 
-async def test_json_may_be_nested_to_a_depth(edge: Edge) -> None:
+async def test_json_nesting_is_limited(edge: Edge) -> None:
     """64 deep is read, 65 is refused, be it in a part that means nothing; brackets in texts are no nesting."""
 
     def nested(depth: int) -> bytes:
@@ -453,13 +453,13 @@ async def test_json_may_be_nested_to_a_depth(edge: Edge) -> None:
     assert (await edge.post(texts))[0] == 200
 
 
-async def test_a_name_has_128_characters_at_most(edge: Edge) -> None:
+async def test_model_names_are_limited_to_128_characters(edge: Edge) -> None:
     """E08: longer ones are malformed, others just not there."""
     assert (await edge.post(GOOD, f"/v2/models/{'m' * 128}/infer"))[0] == 404
     assert (await edge.post(GOOD, f"/v2/models/{'m' * 129}/infer"))[0] == 400
 
 
-async def test_connections_are_counted() -> None:
+async def test_connections_are_limited() -> None:
     """G02: one past the limit is told so and closed; when one has ended, another may come."""
     async with edge_with(max_connections=3) as edge:
         held = [await edge.open() for _ in range(3)]
@@ -482,7 +482,7 @@ async def test_connections_are_counted() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
-async def test_headers_have_to_arrive_in_time(sent: bytes) -> None:
+async def test_headers_that_arrive_too_slowly_end_the_connection(sent: bytes) -> None:
     """G01: a client that sends nothing, or half of a head, is told so and closed; others are served meanwhile."""
     async with edge_with(header_timeout_s=0.2) as edge:
         answers = await asyncio.gather(*(edge.send(sent) for _ in range(50)), edge.check_unharmed())
@@ -490,7 +490,7 @@ async def test_headers_have_to_arrive_in_time(sent: bytes) -> None:
     assert {answer[0] for answer in answers[:-1] if answer} == {408}
 
 
-async def test_headers_have_to_arrive_in_time_on_a_connection_that_is_kept() -> None:
+async def test_headers_that_arrive_too_slowly_end_a_kept_alive_connection() -> None:
     """A blank line after an answer does not hold a connection open."""
     async with edge_with(header_timeout_s=0.2) as edge, asyncio.timeout(20):
         reader, writer = await edge.open()
@@ -504,7 +504,7 @@ async def test_headers_have_to_arrive_in_time_on_a_connection_that_is_kept() -> 
         writer.close()
 
 
-async def test_a_body_has_to_arrive_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_below_the_minimum_rate_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """G01: what comes slower than the floor is told so and closed, and its request never reaches the service."""
     monkeypatch.setattr(http1, "BODY_GRACE_S", 0.1)
     async with edge_with() as edge:
@@ -525,7 +525,7 @@ async def test_idle_connections_are_closed() -> None:
         writer.close()
 
 
-async def test_an_answer_has_to_be_taken() -> None:
+async def test_a_client_that_does_not_read_is_disconnected() -> None:
     """G01: a reader that takes nothing of a large answer loses its connection, and the server the buffer."""
     large = bytes(50_000_000)
     async with edge_with(write_timeout_s=0.2) as edge, asyncio.timeout(30):
@@ -542,7 +542,7 @@ async def test_an_answer_has_to_be_taken() -> None:
         writer.transport.abort()
 
 
-async def test_callers_who_leave_leave_nothing(edge: Edge) -> None:
+async def test_disconnecting_callers_leave_nothing_behind(edge: Edge) -> None:
     """P-33, G06: half a body and gone; nothing of it is inferred, no task and no connection stays."""
 
     async def leave() -> None:
@@ -569,7 +569,7 @@ async def test_a_flood_of_bad_requests_is_not_logged(edge: Edge, capsys: pytest.
     assert "Invalid" not in out.out + out.err
 
 
-async def test_what_a_caller_sends_makes_one_line(edge: Edge, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_caller_input_cannot_inject_log_lines(edge: Edge, capsys: pytest.CaptureFixture[str]) -> None:
     """H01: line breaks and escapes in names are escaped in the log, and long ones cut."""
     capsys.readouterr()
 

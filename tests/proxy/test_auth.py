@@ -183,7 +183,7 @@ TABLE: dict[str, tuple[int, int, int, int, int]] = {
 
 
 @pytest.mark.parametrize("action", TABLE)
-async def test_both_doors_decide_by_one_table(doors: Doors, action: str) -> None:
+async def test_both_faces_enforce_the_same_access_table(doors: Doors, action: str) -> None:
     """Who is nobody gets 401, who may not 403, over REST and gRPC alike; a model that there is not is no different from one
     that the caller may not call; liveness and readiness are anyone's."""
     (method, path, content), (call, message) = ACTIONS[action]
@@ -210,7 +210,7 @@ async def test_both_doors_decide_by_one_table(doors: Doors, action: str) -> None
         ("HEAD", "/v2/models/secret"),
     ],
 )
-async def test_no_other_path_leads_past_it(doors: Doors, method: str, path: str) -> None:
+async def test_no_path_bypasses_the_access_check(doors: Doors, method: str, path: str) -> None:
     """Whatever is not named as open asks for credentials, and then for the right ones."""
     body = ROW if "infer" in path else {"instances": [1]} if method == "POST" else None
 
@@ -223,7 +223,7 @@ async def test_no_other_path_leads_past_it(doors: Doors, method: str, path: str)
     "path", ["/v2/../v2/repository/index", "//v2/repository/index", "/V2/repository/index", "/v2/repository/index/",
              "/v2/repository/models/%2e%2e/load", "/v2%2frepository%2findex"],
 )  # fmt: skip
-async def test_a_path_written_otherwise_leads_nowhere_else(doors: Doors, path: str) -> None:
+async def test_another_spelling_of_a_path_does_not_bypass_the_access_check(doors: Doors, path: str) -> None:
     """Not found, or refused; never done."""
     answer = await doors.rest("POST", path, content=b"{}")
 
@@ -231,14 +231,14 @@ async def test_a_path_written_otherwise_leads_nowhere_else(doors: Doors, path: s
     assert doors.backend.controlled == []
 
 
-async def test_the_index_shows_a_caller_its_models(doors: Doors) -> None:
+async def test_the_index_lists_only_models_that_the_caller_may_call(doors: Doors) -> None:
     """An operator sees all of them."""
     names = {token: (await doors.rest("GET", "/v2/models", token)).json()["models"] for token in (USER, ADMIN)}
 
     assert names == {USER: ["open-1"], ADMIN: ["open-1", "secret"]}
 
 
-async def test_refusals_say_how_to_ask_and_nothing_else(doors: Doors) -> None:
+async def test_access_errors_reveal_only_how_to_authenticate(doors: Doors) -> None:
     """RFC 6750's challenge; the same words for every wrong token."""
     missing = await doors.rest("GET", "/v2/models")
     forbidden = await doors.rest("GET", "/v2/models/secret", USER)
@@ -264,7 +264,7 @@ async def test_refusals_say_how_to_ask_and_nothing_else(doors: Doors) -> None:
         [("authorization", "Bearer \xff\xfe")],
     ],
 )
-async def test_credentials_in_another_form_are_wrong(doors: Doors, headers: list[tuple[str, str]]) -> None:
+async def test_credentials_of_another_scheme_are_refused(doors: Doors, headers: list[tuple[str, str]]) -> None:
     """One header, the scheme Bearer, a token of at most 8 KiB."""
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
 
@@ -273,12 +273,12 @@ async def test_credentials_in_another_form_are_wrong(doors: Doors, headers: list
     assert answer.status_code == 401
 
 
-async def test_a_token_in_the_url_is_no_token(doors: Doors) -> None:
+async def test_a_token_in_the_url_is_ignored(doors: Doors) -> None:
     """URLs end up in logs."""
     assert (await doors.rest("GET", f"/v2/models?access_token={BOTH}")).status_code == 401
 
 
-async def test_a_body_is_not_read_for_nobody(doors: Doors) -> None:
+async def test_without_credentials_the_body_is_not_read(doors: Doors) -> None:
     """Who has no credentials is refused before what it sends is looked at."""
     assert (await doors.rest("POST", "/v2/models/open-1/infer", content=b"no JSON")).status_code == 401
     answer = await doors.grpc("ModelInfer", pb.ModelInferRequest(model_name="open-1"))
@@ -286,7 +286,7 @@ async def test_a_body_is_not_read_for_nobody(doors: Doors) -> None:
     assert doors.backend.requests == []
 
 
-async def test_readiness_names_no_models_to_nobody(doors: Doors) -> None:
+async def test_without_credentials_readiness_names_no_models(doors: Doors) -> None:
     """The reason is for callers with credentials, and for the log."""
     doors.backend.not_ready = ""
     doors.backend.states[:] = []
@@ -299,7 +299,7 @@ async def test_readiness_names_no_models_to_nobody(doors: Doors) -> None:
     assert somebody.json()["error"] != "not ready"
 
 
-async def test_operators_act_through_clients_and_not_through_web_pages(doors: Doors) -> None:
+async def test_web_pages_cannot_load_and_unload(doors: Doors) -> None:
     """A browser says where a page is from; no page may load or unload."""
     answer = await doors.rest("POST", "/v2/repository/models/open-1/load", ADMIN, headers={"origin": "http://evil"}, json={})
 
@@ -364,7 +364,7 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
         "no claims",
     ],
 )
-async def test_a_jwt_that_does_not_hold_is_refused(auth_file: Path, token: str) -> None:
+async def test_an_invalid_jwt_is_refused(auth_file: Path, token: str) -> None:
     """Expired, for others, by others, with another algorithm, unsigned, or no JWT."""
     with pytest.raises(Unauthenticated):
         await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {token}")
@@ -373,7 +373,7 @@ async def test_a_jwt_that_does_not_hold_is_refused(auth_file: Path, token: str) 
 @pytest.mark.parametrize(
     ("key", "algorithm"), [(ec.generate_private_key(ec.SECP256R1()), "ES256"), (ed25519.Ed25519PrivateKey.generate(), "EdDSA")]
 )
-async def test_other_kinds_of_keys_are_taken(auth_file: Path, key: Any, algorithm: str) -> None:
+async def test_keys_of_other_algorithms_are_accepted(auth_file: Path, key: Any, algorithm: str) -> None:
     """Elliptic curves and Edwards curves, besides RSA."""
     (auth_file.parent / "keys.json").write_text(key_set(k=key))
 
@@ -382,7 +382,7 @@ async def test_other_kinds_of_keys_are_taken(auth_file: Path, key: Any, algorith
     assert caller.name == "team-a"
 
 
-async def test_a_jwt_is_checked_once_in_a_while(monkeypatch: pytest.MonkeyPatch, auth_file: Path) -> None:
+async def test_a_verified_jwt_is_cached_for_a_while(monkeypatch: pytest.MonkeyPatch, auth_file: Path) -> None:
     """What was checked is remembered, but never beyond its expiry, nor beyond a change of the file."""
     checks = 0
     decode = jwt.decode
@@ -409,7 +409,7 @@ async def test_a_jwt_is_checked_once_in_a_while(monkeypatch: pytest.MonkeyPatch,
     assert checks == 3
 
 
-async def test_a_file_that_changes_is_read(doors: Doors, auth_file: Path) -> None:
+async def test_a_changed_authorization_file_is_reloaded(doors: Doors, auth_file: Path) -> None:
     """A token that is taken out opens nothing any more, a new one does; a broken file changes nothing."""
     assert (await doors.rest("GET", "/v2/models", USER)).status_code == 200
 
@@ -464,7 +464,7 @@ def with_url(auth_file: Path, url: str) -> BearerAuthenticator:
     return BearerAuthenticator(str(auth_file))
 
 
-async def test_keys_come_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: Path, key_server: KeyServer) -> None:
+async def test_keys_are_fetched_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: Path, key_server: KeyServer) -> None:
     """A key that is not known is looked for there, but not with every token that names one."""
     authenticator = with_url(auth_file, key_server.url)
     await caller_of(authenticator, f"Bearer {signed()}")
@@ -483,7 +483,7 @@ async def test_keys_come_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: 
     assert key_server.n_asked == 2
 
 
-async def test_keys_that_can_not_be_fetched_are_not_the_callers_fault(auth_file: Path) -> None:
+async def test_keys_that_cannot_be_fetched_are_not_the_callers_fault(auth_file: Path) -> None:
     """UNAVAILABLE, which clients retry; 401 would tell them to get another token."""
     async with opened(auth_file) as doors:
         assert doors.faces.authenticator is not None
@@ -510,7 +510,7 @@ async def test_keys_that_can_not_be_fetched_are_not_the_callers_fault(auth_file:
         (json.dumps({"jwt": {**JWT, "jwks": "nowhere.json"}}), "nowhere.json"),
     ],
 )
-def test_a_file_that_can_not_be_used_ends_the_process(
+def test_an_invalid_authorization_file_stops_the_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], auth_file: Path, content: str, said: str
 ) -> None:
     """Before anything is bound, naming the setting and what is wrong."""
@@ -542,7 +542,7 @@ async def test_neither_tokens_nor_payloads_are_logged(doors: Doors, capsys: pyte
         assert private not in written
 
 
-async def test_a_caller_that_is_known_is_served_without_a_task(doors: Doors) -> None:
+async def test_a_recognised_caller_is_served_without_a_task(doors: Doors) -> None:
     """A listed token, and a JWT that was verified, take the path of requests that nobody is asked for: no task waits for one."""
     released = asyncio.Event()
     answer = doors.backend.infer

@@ -23,7 +23,7 @@ from tests.system.models import affine_model
 ROW = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
 
 
-async def test_loading_and_unloading_all_at_once_leaves_a_whole_state(tmp_path: Path) -> None:
+async def test_concurrent_loading_and_unloading_leaves_a_consistent_state(tmp_path: Path) -> None:
     """P-26: 200 wishes for one model, several at a time: each is done or says that there is none, and the last one holds."""
     publish_predictor(affine_model(3, 1, 0), np.ones((2, 3), np.float32), name="m", repository=tmp_path)
     store = VersionStore(Repository(tmp_path), "predict", predictor.load)
@@ -44,7 +44,7 @@ async def test_loading_and_unloading_all_at_once_leaves_a_whole_state(tmp_path: 
     store.close()
 
 
-async def test_a_clock_that_is_set_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_setting_the_system_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """P-34: an hour forth and back between any two looks: deadlines, queues and counters go by the clock that only runs."""
     async with served() as system:
         real = time.time

@@ -79,7 +79,7 @@ async def client_of(app: RestApp) -> AsyncIterator[httpx.AsyncClient]:
         ),
     ],
 )
-async def test_what_can_be_asked_is_answered(client: httpx.AsyncClient, path: str, content: Any) -> None:
+async def test_every_get_route_is_answered(client: httpx.AsyncClient, path: str, content: Any) -> None:
     """Every question of the protocol has its path; a query string is no hindrance."""
     answer = await client.get(path)
 
@@ -108,7 +108,7 @@ async def test_an_inference_is_bound_to_a_pair_and_answered(client: httpx.AsyncC
     assert backend.requests[0].version == "1.1"
 
 
-async def test_binary_tensors_go_in_and_out(client: httpx.AsyncClient) -> None:
+async def test_binary_tensors_are_accepted_and_returned(client: httpx.AsyncClient) -> None:
     """The JSON's length is in the header, in both directions; the bytes are the tensor's."""
     raw = np.array([[1.5, -2]], np.float32).tobytes()
     head = json.dumps(
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-async def test_what_is_wrong_is_told_in_the_protocols_form(client: httpx.AsyncClient, case: str) -> None:
+async def test_errors_have_the_protocols_form(client: httpx.AsyncClient, case: str) -> None:
     """Every refusal has ``{"error": …}``, and the content type that clients compare."""
     method, path, options, status, message = REFUSED[case]
 
@@ -176,7 +176,7 @@ async def test_what_is_wrong_is_told_in_the_protocols_form(client: httpx.AsyncCl
     assert answer.headers["content-type"] == "application/json"
 
 
-async def test_the_index_tells_every_versions_state(client: httpx.AsyncClient) -> None:
+async def test_the_index_lists_the_state_of_every_version(client: httpx.AsyncClient) -> None:
     """With the reason; only what is ready if asked so."""
     entry = {"name": "echo", "version": "1.1", "state": "READY", "reason": ""}
 
@@ -186,7 +186,7 @@ async def test_the_index_tells_every_versions_state(client: httpx.AsyncClient) -
     assert everything.json() == ready.json() == [entry]
 
 
-async def test_models_are_controlled_only_where_it_is_allowed(client: httpx.AsyncClient, backend: FakeInference) -> None:
+async def test_models_are_loaded_and_unloaded_only_where_allowed(client: httpx.AsyncClient, backend: FakeInference) -> None:
     """By default nobody can load or unload; what is loaded is never the caller's to say."""
     service = ProxyService(backend)
     await service.refresh()
@@ -206,7 +206,7 @@ async def test_models_are_controlled_only_where_it_is_allowed(client: httpx.Asyn
     assert config.status_code == 400
 
 
-async def test_a_wrong_method_is_told_the_right_ones(client: httpx.AsyncClient) -> None:
+async def test_a_wrong_method_is_405_with_allow(client: httpx.AsyncClient) -> None:
     """405 comes with Allow."""
     infer = await client.get("/v2/models/echo/infer")
     live = await client.post("/v2/health/live")
@@ -268,7 +268,7 @@ async def answer_to(error: Exception) -> httpx.Response:
         return await client.post("/v2/models/echo/infer", json={"inputs": [ROW]})
 
 
-async def test_an_error_of_a_stage_behind_keeps_its_meaning() -> None:
+async def test_an_error_of_a_later_stage_keeps_its_status() -> None:
     """Status, reason, stage, model and pair come through; what may be retried says when."""
     overloaded = await answer_to(Overloaded("full", stage="predict"))
     mismatch = await answer_to(PairMismatch("broken", stage="preprocess"))
@@ -294,7 +294,7 @@ async def test_an_unexpected_exception_is_not_shown() -> None:
     assert "secret" not in answer.text
 
 
-async def test_an_output_without_a_json_form_is_refused_with_the_way_out() -> None:
+async def test_an_output_without_a_json_form_suggests_binary() -> None:
     """FP16 and bytes that are not text need the binary form."""
 
     def answer(request: InferRequest) -> InferResponse:
@@ -311,7 +311,7 @@ async def test_an_output_without_a_json_form_is_refused_with_the_way_out() -> No
     assert "binary_data" in refused.json()["error"]
 
 
-async def test_the_page_and_the_document_come_without_any_other_host(client: httpx.AsyncClient) -> None:
+async def test_the_page_and_the_document_need_no_other_host(client: httpx.AsyncClient) -> None:
     """The API's page works offline: it names no other address."""
     page = await client.get("/docs")
     document = await client.get("/openapi.json")
@@ -351,7 +351,7 @@ async def test_a_predictors_number_alone_is_its_newest_pair(
 
 
 @pytest.mark.parametrize("asked", ["3", "3.1"])
-async def test_an_unknown_version_is_answered_with_those_that_there_are(
+async def test_the_error_for_an_unknown_version_lists_the_existing_ones(
     versions: tuple[httpx.AsyncClient, FakeInference], asked: str
 ) -> None:
     """The newest first, so that a wrong pin can be mended from the message."""

@@ -86,7 +86,7 @@ def first_value(body: bytes) -> float:
     return value
 
 
-async def test_requests_that_wait_have_no_tasks(front: Front) -> None:
+async def test_waiting_requests_have_no_tasks(front: Front) -> None:
     """However many wait for their call, there is a task for the call only."""
     before = len(asyncio.all_tasks())
     first, writer = await front.waiting()
@@ -106,7 +106,7 @@ async def test_requests_that_wait_have_no_tasks(front: Front) -> None:
         each.close()
 
 
-async def test_who_leaves_is_not_waited_for(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_disconnected_caller_is_not_waited_for(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
     """P-33: the rows of a caller who left are not sent, the call that only he waited for is given up, and a line says so."""
     _, first = await front.waiting()
     _, second = await front.open()
@@ -124,7 +124,7 @@ async def test_who_leaves_is_not_waited_for(front: Front, capsys: pytest.Capture
     assert (counts.success.count, counts.fail.count) == (0, 2)
 
 
-async def test_answers_come_in_the_order_of_the_requests(front: Front) -> None:
+async def test_pipelined_requests_are_answered_in_order(front: Front) -> None:
     """One connection's requests are answered one after the other, whichever way each is answered."""
     front.backend.released.set()
     reader, writer = await front.open()
@@ -147,7 +147,7 @@ async def test_answers_come_in_the_order_of_the_requests(front: Front) -> None:
     writer.close()
 
 
-async def test_a_thousand_requests_in_one_piece_are_answered(front: Front) -> None:
+async def test_a_thousand_pipelined_requests_are_answered(front: Front) -> None:
     """What is answered at once is answered one by one, however much of it there is."""
     reader, writer = await front.open()
 
@@ -158,7 +158,7 @@ async def test_a_thousand_requests_in_one_piece_are_answered(front: Front) -> No
     writer.close()
 
 
-async def test_a_mistake_in_an_answer_is_a_500_that_is_logged(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_an_error_while_encoding_an_answer_is_a_logged_500(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
     """What goes wrong where no task waits is told as anywhere else, and the others in the call get their answers."""
     no_shape = Tensor("y", "FP32", (1, 1), b"123")  # not a whole number
     front.backend._answer = lambda asked: InferResponse("echo", "1.1", (no_shape,))
@@ -175,7 +175,7 @@ async def test_a_mistake_in_an_answer_is_a_500_that_is_logged(front: Front, caps
     writer.close()
 
 
-async def test_an_error_tells_where_it_happened(front: Front) -> None:
+async def test_an_error_names_stage_model_and_pair(front: Front) -> None:
     """Stage, model and pair, as of an inference that is awaited."""
 
     def fail(_: InferRequest) -> InferResponse:
@@ -193,7 +193,7 @@ async def test_an_error_tells_where_it_happened(front: Front) -> None:
     writer.close()
 
 
-async def test_a_deadline_that_passes_is_told(front: Front) -> None:
+async def test_a_request_whose_deadline_passes_is_answered_504(front: Front) -> None:
     """P-15: while its call is under way, and while it waits for one; the others are still answered."""
     first = await front.open()
     first[1].write(infer(1, headers=("Request-Timeout: 0.05",)))
@@ -211,7 +211,7 @@ async def test_a_deadline_that_passes_is_told(front: Front) -> None:
         writer.close()
 
 
-async def test_draining_waits_for_what_is_under_way(front: Front) -> None:
+async def test_draining_waits_for_requests_in_flight(front: Front) -> None:
     """The answer is given, and the connection closed behind it."""
     reader, writer = await front.waiting()
     draining = asyncio.create_task(front.face.drain())
@@ -228,7 +228,7 @@ async def test_draining_waits_for_what_is_under_way(front: Front) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5000])
-async def test_a_long_answer_is_compressed_where_that_is_taken(front: Front, rows: int) -> None:
+async def test_a_long_answer_is_compressed_if_accepted(front: Front, rows: int) -> None:
     """As any other answer; a short one is not worth it."""
     front.backend.released.set()
     reader, writer = await front.open()
@@ -241,7 +241,7 @@ async def test_a_long_answer_is_compressed_where_that_is_taken(front: Front, row
     writer.close()
 
 
-async def test_what_is_answered_gives_its_bytes_back() -> None:
+async def test_answered_requests_release_their_bytes() -> None:
     """However a request ends, what it held of the bytes that all may is free again."""
     async with serving_held() as front:
         budget = front.face._listener.budget

@@ -32,7 +32,7 @@ Wanted = pb.ModelInferRequest.InferRequestedOutputTensor
 FLAG = pb.InferParameter(bool_param=True)
 
 
-def test_the_limits_that_ship() -> None:
+def test_the_default_limits_are_these() -> None:
     """In literals, as docs/security.md has them."""
     proxy = settings.read(ProxySettings)
 
@@ -52,7 +52,7 @@ def test_the_limits_that_ship() -> None:
 
 
 @pytest.mark.parametrize("kind", [PreprocessSettings, PredictSettings])
-def test_the_other_services_have_the_same(kind: Any) -> None:
+def test_other_services_have_the_same_default_limits(kind: Any) -> None:
     """Whoever reaches them directly meets no wider limits."""
     own, proxy = settings.read(kind), settings.read(ProxySettings)
 
@@ -93,7 +93,7 @@ LIMITS: dict[str, tuple[dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-async def test_a_request_on_a_stream_may_reach_a_limit_and_not_pass_it(limit: str) -> None:
+async def test_a_request_on_a_stream_at_a_limit_is_accepted_and_beyond_it_refused(limit: str) -> None:
     """One past it gets the same words as a unary call, and the stream goes on."""
     options, changes, words = LIMITS[limit]
     async with served(**options) as system:
@@ -153,7 +153,7 @@ async def test_bytes_in_flight_are_counted_over_all_faces() -> None:
 
 
 @pytest.mark.parametrize("face", ["REST", "gRPC", "stream"])
-async def test_a_deadline_may_reach_the_limit_and_not_pass_it(face: str) -> None:
+async def test_a_deadline_is_clamped_to_the_maximum_timeout(face: str) -> None:
     """What asks for longer gets the longest; on a stream, whose messages have no deadline of their own, the default."""
     async with served(max_timeout_s=100, default_timeout_s=50) as system:
         for asked, given in ((99, 99), (101, 100), (10**6, 100)):

@@ -66,7 +66,7 @@ def message(**parameters: int) -> bytes:
     return bytes(request.SerializeToString())
 
 
-async def test_rest_says_429_and_when_to_come_back() -> None:
+async def test_rest_answers_429_with_retry_after() -> None:
     """P-13: at once, while what is under way is still held; the model never sees it."""
     async with full() as (system, backend, _):
         answer = await over_rest(system, priority=5)
@@ -77,7 +77,7 @@ async def test_rest_says_429_and_when_to_come_back() -> None:
         assert not backend.released.is_set()
 
 
-async def test_grpc_says_resource_exhausted_and_when_to_come_back() -> None:
+async def test_grpc_answers_resource_exhausted_with_push_back() -> None:
     """P-13, F12: with pushback, so that gRPC's own retries wait too."""
     async with full() as (system, backend, _):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -88,7 +88,7 @@ async def test_grpc_says_resource_exhausted_and_when_to_come_back() -> None:
         assert not backend.released.is_set()
 
 
-async def test_a_stream_says_it_in_a_message_and_goes_on() -> None:
+async def test_a_stream_answers_overload_in_a_message_and_stays_open() -> None:
     """P-13: the next message on the same stream is answered."""
     async with full() as (system, backend, _):
         stream = system.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
@@ -105,7 +105,7 @@ async def test_a_stream_says_it_in_a_message_and_goes_on() -> None:
     assert answer.error_message == ""
 
 
-async def test_the_more_urgent_takes_the_place_of_one_that_waits() -> None:
+async def test_a_request_of_higher_priority_replaces_one_that_waits() -> None:
     """`priority`: without one a request is of the highest; who gives way is told 429."""
     async with full() as (system, backend, calls):
         urgent = asyncio.create_task(over_rest(system))
@@ -117,7 +117,7 @@ async def test_the_more_urgent_takes_the_place_of_one_that_waits() -> None:
         assert (await urgent).status_code == 200
 
 
-async def test_priority_goes_no_further_and_hinders_no_merging() -> None:
+async def test_priority_is_not_forwarded_and_does_not_prevent_merging() -> None:
     """Requests of different priorities are one call."""
     backend = Held()
     async with served(service=ProxyService(backend), backend=backend) as system:

@@ -72,7 +72,7 @@ class Described(Other):
 
 @pytest.mark.parametrize("refusal", [Unsupported("no index"), PermissionDenied("not for you")])
 @pytest.mark.parametrize(("versions", "found"), [((), ["0"]), (("v1", "0"), ["0"]), (("1", "3"), ["1", "3"])])
-async def test_where_there_is_no_index_each_model_is_asked_for(
+async def test_without_an_index_each_model_is_queried(
     refusal: SplitserveError, versions: tuple[str, ...], found: list[str]
 ) -> None:
     """Versions that are numbers are those; any others are the one that the server takes by itself."""
@@ -84,7 +84,7 @@ async def test_where_there_is_no_index_each_model_is_asked_for(
     assert states == [ModelState("m", version, READY) for version in found]
 
 
-async def test_a_model_that_is_not_ready_there_is_not_ready_here() -> None:
+async def test_a_model_that_is_not_ready_at_the_server_is_not_ready() -> None:
     """And whose word that is, is said."""
     server = Described()
     server.is_model_ready = False
@@ -104,7 +104,7 @@ async def test_a_model_that_is_not_ready_there_is_not_ready_here() -> None:
         ([("1", "UNAVAILABLE")], [("1", UNAVAILABLE, "")]),
     ],
 )
-async def test_an_index_is_read_however_it_is_written(theirs: list[tuple[str, str]], ours: list[tuple[str, str, str]]) -> None:
+async def test_an_index_is_read_in_every_known_form(theirs: list[tuple[str, str]], ours: list[tuple[str, str, str]]) -> None:
     """MLServer writes the names of its enum, and leaves out the version that it does not have."""
     server = FakeInference()
     server.states = [ModelState("m", *state) for state in theirs]
@@ -126,7 +126,7 @@ async def test_a_version_without_a_number_is_left_to_the_server() -> None:
     assert (await any_server.metadata("m", "0")).name == "m"
 
 
-async def test_a_server_that_takes_no_requests_to_load_is_asked_in_vain_and_no_harm_is_done() -> None:
+async def test_a_server_that_refuses_load_requests_is_tolerated() -> None:
     """It loads by itself."""
     await AnyServer(Other(), models=list).load("m")
 
@@ -219,7 +219,7 @@ def request() -> InferRequest:
 
 
 @pytest.mark.parametrize("answer", [raw, typed])
-async def test_any_server_of_the_protocol_can_stand_in_for_predict(tmp_path: Path, executor: Executor, answer: Answer) -> None:
+async def test_any_server_of_the_protocol_can_replace_predict(tmp_path: Path, executor: Executor, answer: Answer) -> None:
     """Its metadata is checked against the preprocessor; calls are unary; the pair says that its version has no number."""
     async with bare_server(answer) as target, preprocess(target, tmp_path, executor) as service:
         response = await service.infer(request())
@@ -239,7 +239,7 @@ async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, e
             await service.infer(request())
 
 
-async def test_a_server_that_says_nothing_of_its_model_is_refused(tmp_path: Path, executor: Executor) -> None:
+async def test_a_server_without_a_signature_is_refused(tmp_path: Path, executor: Executor) -> None:
     """A fit that cannot be checked is none; what is to be done is said."""
     async with bare_server(raw, is_described=False) as target, preprocess(target, tmp_path, executor) as service:
         with pytest.raises(Unavailable, match="does not say what the model takes and gives: declare it there"):
@@ -247,7 +247,7 @@ async def test_a_server_that_says_nothing_of_its_model_is_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["ModelMetadata", "ModelInfer"])
-async def test_an_answer_that_is_no_message_of_the_protocol_is_told(method: str) -> None:
+async def test_a_malformed_message_of_the_server_is_reported(method: str) -> None:
     """MLServer, for one, has another type in the field where the standard has the properties of a model."""
 
     async def broken(data: bytes, context: Any) -> bytes:
@@ -261,7 +261,7 @@ async def test_an_answer_that_is_no_message_of_the_protocol_is_told(method: str)
             await (remote.metadata("m") if method == "ModelMetadata" else remote.infer(request()))
 
 
-async def test_a_signature_that_changes_under_an_unnamed_version_is_seen(tmp_path: Path, executor: Executor) -> None:
+async def test_a_changed_signature_of_an_unnamed_version_is_detected(tmp_path: Path, executor: Executor) -> None:
     """Only versions with a number are known never to change."""
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
     store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load)
@@ -279,7 +279,7 @@ async def test_a_signature_that_changes_under_an_unnamed_version_is_seen(tmp_pat
     assert [(state.version, state.state) for state in await service.index()] == [("1.0", UNAVAILABLE)]
 
 
-async def test_the_proxy_asks_again_for_what_may_have_changed() -> None:
+async def test_the_proxy_fetches_signatures_of_unnamed_versions_again() -> None:
     """It keeps the signatures of pairs whose halves have numbers."""
     asked: list[str] = []
 

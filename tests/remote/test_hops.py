@@ -43,7 +43,7 @@ class Sending(RemoteInference):
 
 
 @pytest.mark.parametrize("timeout_s", [0.05, 20.0])
-async def test_each_hop_keeps_some_of_the_time_back(timeout_s: float) -> None:
+async def test_each_hop_reserves_part_of_the_remaining_time(timeout_s: float) -> None:
     """P-15: the next stage gets what remains, less a reserve in which its answer or its error comes home."""
     remote = Sending("127.0.0.1:1", stage="predict")
     asked = request(timeout_s)
@@ -56,7 +56,7 @@ async def test_each_hop_keeps_some_of_the_time_back(timeout_s: float) -> None:
     assert sent.deadline > asked.deadline - timeout_s / 2
 
 
-async def test_without_a_deadline_nothing_is_kept_back() -> None:
+async def test_without_a_deadline_there_is_no_reserve() -> None:
     """There is none to be kept."""
     remote = Sending("127.0.0.1:1", stage="predict")
 
@@ -65,7 +65,7 @@ async def test_without_a_deadline_nothing_is_kept_back() -> None:
     assert remote.sent[0].deadline == NO_DEADLINE
 
 
-async def test_what_can_not_be_done_in_time_is_not_sent() -> None:
+async def test_a_request_without_enough_time_left_is_not_sent() -> None:
     """P-15: with next to nothing left the call is refused here."""
     behind = FakeInference(ECHO)
     async with serving(behind) as address, RemoteInference(address, stage="predict") as remote:
@@ -76,7 +76,7 @@ async def test_what_can_not_be_done_in_time_is_not_sent() -> None:
     assert behind.requests == []
 
 
-async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
+async def test_the_proxy_gives_the_reason_why_a_stage_is_not_ready() -> None:
     """A stage that takes no calls yet says why, and the proxy passes that on rather than that nobody is there."""
     behind = FakeInference(ECHO, not_ready=LOADING)
     behind.is_loaded = False
@@ -100,7 +100,7 @@ async def test_why_a_stage_is_not_ready_is_told_through_the_proxy() -> None:
         await proxy.infer(request(20))
 
 
-async def test_where_nobody_is_that_is_said() -> None:
+async def test_an_unreachable_stage_is_named() -> None:
     """A stage that is gone has no reason to give."""
     async with RemoteInference("127.0.0.1:1", stage="preprocess", wait_s=0.1) as remote:
         proxy = ProxyService(remote)
@@ -110,7 +110,7 @@ async def test_where_nobody_is_that_is_said() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=5), max_size=20))
-def test_bytes_are_given_back_whatever_becomes_of_a_request(wishes: list[list[int]]) -> None:
+def test_bytes_are_released_whatever_the_outcome(wishes: list[list[int]]) -> None:
     """Never more than the budget is held, and nothing when all are gone."""
     budget = ByteBudget(100)
 

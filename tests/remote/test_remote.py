@@ -84,7 +84,7 @@ over_both = pytest.mark.parametrize("over", ["stream", "unary"])
 
 
 @over_both
-async def test_a_request_crosses_unchanged(over: str) -> None:
+async def test_a_request_crosses_the_hop_unchanged(over: str) -> None:
     """Tensors, version, parameters, wanted outputs; what remains of the deadline; the caller's id on the answer."""
     service = FakeInference(ECHO)
     async with face(service) as server, connected(Name(server), over=over) as remote:
@@ -129,7 +129,7 @@ async def test_on_a_stream_an_unexpected_exception_is_internal_and_not_shown() -
     assert (raised.value.message, raised.value.stage) == ("internal error", "predict")
 
 
-async def test_many_calls_share_a_stream_and_are_answered_as_they_are_ready() -> None:
+async def test_many_calls_share_a_stream_and_are_answered_out_of_order() -> None:
     """A call that takes long does not keep others on the same stream waiting."""
     service = Gated()
     async with face(service) as server, connected(Name(server)) as remote:
@@ -148,7 +148,7 @@ async def test_many_calls_share_a_stream_and_are_answered_as_they_are_ready() ->
 
 
 @over_both
-async def test_who_leaves_early_does_not_disturb_the_others(over: str) -> None:
+async def test_a_cancelled_call_does_not_affect_the_others(over: str) -> None:
     """A deadline that passes ends one call and not the stream."""
     service = Gated()
     async with face(service) as server, connected(Name(server), over=over) as remote:
@@ -190,7 +190,7 @@ async def test_a_server_without_the_stream_gets_unary_calls() -> None:
 
 
 @over_both
-async def test_an_answer_that_is_broken_is_the_stages_fault(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_malformed_answer_is_the_stages_fault(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw contents that are too few are a mismatch, never the caller's bad input."""
     fill = protobuf._fill_response
 
@@ -219,7 +219,7 @@ async def test_the_idle_replica_gets_the_next_call(over: str) -> None:
 
 
 @over_both
-async def test_what_is_in_flight_when_a_replica_dies_is_tried_on_another(over: str) -> None:
+async def test_calls_in_flight_when_a_replica_dies_are_retried_on_another(over: str) -> None:
     """Nobody notices."""
     services = [Gated(), Gated()]
     async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
@@ -234,7 +234,7 @@ async def test_what_is_in_flight_when_a_replica_dies_is_tried_on_another(over: s
 
 
 @over_both
-async def test_a_replica_that_drains_answers_what_it_has_and_gets_no_more(over: str) -> None:
+async def test_a_draining_replica_answers_calls_in_flight_and_gets_no_more(over: str) -> None:
     """In its grace the calls in flight end; the stream ends with them and does not hold the stop up."""
     services = [Gated(), FakeInference(ECHO)]
     draining_one = face(services[0], drain_delay_s=0.3, grace_s=PATIENCE_S)
@@ -254,7 +254,7 @@ async def test_a_replica_that_drains_answers_what_it_has_and_gets_no_more(over: 
     assert len(services[0].requests) == 1
 
 
-async def test_a_replica_that_hangs_is_not_waited_for_where_there_is_another() -> None:
+async def test_a_replica_that_hangs_is_hedged_on_another() -> None:
     """After a while the other one is asked as well, and its answer counts."""
     services = [Gated(), Gated()]
     async with (
@@ -270,7 +270,7 @@ async def test_a_replica_that_hangs_is_not_waited_for_where_there_is_another() -
         assert (await call).outputs == (X,)
 
 
-async def test_replicas_that_come_and_go_are_followed() -> None:
+async def test_added_and_removed_replicas_are_discovered() -> None:
     """A new address gets calls, one that is gone gets none."""
     services = [FakeInference(ECHO), FakeInference(ECHO)]
     async with face(services[0]) as one, face(services[1]) as two:
@@ -289,7 +289,7 @@ async def test_replicas_that_come_and_go_are_followed() -> None:
             assert len(services[0].requests) == n_before
 
 
-async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
+async def test_a_restarted_service_is_reconnected_with_its_stream() -> None:
     """A stream that its server has ended is opened again, on the same address."""
     async with face(FakeInference(ECHO)) as first:
         port = first.port
@@ -304,7 +304,7 @@ async def test_a_service_that_comes_back_is_found_with_its_stream() -> None:
 
 
 @over_both
-async def test_connections_that_retire_fail_nobody(over: str) -> None:
+async def test_connections_that_reach_their_maximum_age_fail_no_call(over: str) -> None:
     """Servers end connections for their age: what is under way is answered, and what follows takes new ones."""
     service = Gated()
     async with face(service) as server, connected(Name(server), over=over) as remote:
@@ -324,7 +324,7 @@ async def test_connections_that_retire_fail_nobody(over: str) -> None:
         await until(lambda: remote.n_streams == (over == "stream"))
 
 
-async def test_without_any_replica_a_call_waits_a_little_and_fails() -> None:
+async def test_without_any_replica_a_call_fails_after_a_short_wait() -> None:
     """A restart is bridged; an outage is told, without an address."""
     async with face(FakeInference(ECHO)) as server:
         name = Name()
@@ -338,7 +338,7 @@ async def test_without_any_replica_a_call_waits_a_little_and_fails() -> None:
             assert (await waiting).outputs == (X,)
 
 
-async def test_what_failed_further_on_is_not_tried_again_here() -> None:
+async def test_errors_of_a_later_stage_are_not_retried_here() -> None:
     """The stage that called it has done so already: attempts do not multiply along the hops."""
 
     def fail(_: InferRequest) -> InferResponse:
@@ -366,7 +366,7 @@ async def test_models_are_loaded_on_every_replica() -> None:
     assert [service.controlled for service in services] == [[("load", "echo"), ("unload", "echo")]] * 2
 
 
-def test_retries_are_a_share_of_what_succeeds() -> None:
+def test_retries_are_limited_to_a_share_of_successes() -> None:
     """In an outage they end; they come back with the successes."""
     budget = RetryBudget()
 

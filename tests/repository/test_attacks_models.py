@@ -82,7 +82,7 @@ MODELS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_graph_that_can_not_be_run_is_refused_with_a_reason(case: str) -> None:
+def test_a_graph_that_cannot_run_is_refused_with_the_reason(case: str) -> None:
     """E04: a `BundleError` as it loads; the process lives."""
     with pytest.raises(BundleError, match=r"model\.onnx"):
         Predictor(MODELS[case]())
@@ -108,7 +108,7 @@ class Canary:
 
 @pytest.mark.parametrize("half", ["preprocess", "predict"])
 @pytest.mark.parametrize("form", ["plain", "gz", "xz", "numpy"])
-def test_a_pickle_under_another_name_is_not_run(half: Kind, form: str, tmp_path: Path) -> None:
+def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, tmp_path: Path) -> None:
     """E05: in the place of the transforms, the model or the golden samples, plain, compressed or as an array of objects."""
     canary = tmp_path / "canary"
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
@@ -142,7 +142,7 @@ def redigest(folder: Path, name: str) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_what_changes_between_two_looks_is_what_was_checked(tmp_path: Path) -> None:
+def test_the_checked_bytes_are_the_loaded_bytes(tmp_path: Path) -> None:
     """E02: a file that is exchanged after it was read changes nothing: the bytes that were checked are those that are used."""
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     path = tmp_path / "m" / "predict" / "1" / "model.onnx"
@@ -160,7 +160,7 @@ def test_what_changes_between_two_looks_is_what_was_checked(tmp_path: Path) -> N
         load_bundle(Repository(tmp_path), BundleKey("m", "predict", 1), predictor.load)
 
 
-def test_a_file_that_has_no_bytes_for_its_size_is_refused(tmp_path: Path) -> None:
+def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
     """E02: ten gigabytes of nothing are not read."""
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     path = tmp_path / "m" / "predict" / "1" / "model.onnx"
@@ -171,7 +171,7 @@ def test_a_file_that_has_no_bytes_for_its_size_is_refused(tmp_path: Path) -> Non
         load_bundle(Repository(tmp_path), BundleKey("m", "predict", 1), predictor.load)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
     """E02: a pipe, which would never end to be read."""
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     path = tmp_path / "m" / "predict" / "1" / "model.onnx"
@@ -182,7 +182,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         load_bundle(Repository(tmp_path), BundleKey("m", "predict", 1), predictor.load)
 
 
-def test_transforms_with_a_parameter_that_is_no_number_are_refused(tmp_path: Path) -> None:
+def test_transforms_with_nan_parameters_are_refused(tmp_path: Path) -> None:
     """E07: NaN in what was fitted shows in the golden samples, which are then not what was promised."""
     scaler = StandardScaler().fit(ROWS)
     publish_preprocessor(scaler, ROWS, name="m", repository=tmp_path)

@@ -83,7 +83,7 @@ def test_an_empty_file_is_a_file(cache: Cache) -> None:
     assert cache.read(NAME, digest_of(b"")) == b""
 
 
-def test_a_download_that_breaks_off_goes_on_at_once(cache: Cache) -> None:
+def test_an_interrupted_download_resumes_at_once(cache: Cache) -> None:
     """From the byte where it broke off, as long as each try brings something."""
     source = Source(breaks_after=[100, 200])
 
@@ -93,7 +93,7 @@ def test_a_download_that_breaks_off_goes_on_at_once(cache: Cache) -> None:
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_a_download_that_brings_nothing_is_not_tried_at_once(cache: Cache) -> None:
+def test_a_download_without_progress_is_not_retried_at_once(cache: Cache) -> None:
     """Whoever wants the file waits before the next try; what came is kept for it, and another process goes on with it."""
     source = Source(breaks_after=[100, 0])
 
@@ -105,7 +105,7 @@ def test_a_download_that_brings_nothing_is_not_tried_at_once(cache: Cache) -> No
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_a_download_that_breaks_off_again_and_again_ends(cache: Cache) -> None:
+def test_a_download_that_is_interrupted_repeatedly_fails(cache: Cache) -> None:
     """It is tried a number of times in a row, and then by whoever wants the file."""
     source = Source(breaks_after=[1] * 100)
 
@@ -120,7 +120,7 @@ def test_a_download_that_breaks_off_again_and_again_ends(cache: Cache) -> None:
     [CONTENT[:-1] + b"!", CONTENT[:-1], b""],
     ids=["another byte", "truncated", "empty"],
 )
-def test_wrong_content_is_refused_by_name_and_thrown_away(cache: Cache, content: bytes) -> None:
+def test_wrong_content_is_refused_by_name_and_deleted(cache: Cache, content: bytes) -> None:
     """The next fetch begins anew."""
     with pytest.raises(WrongContent) as caught:
         cache.fetch(NAME, DIGEST, Source(content))
@@ -135,7 +135,7 @@ def test_wrong_content_is_refused_by_name_and_thrown_away(cache: Cache, content:
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_no_more_is_written_than_the_file_may_have(cache: Cache) -> None:
+def test_no_more_bytes_are_written_than_the_manifest_lists(cache: Cache) -> None:
     """A source that never ends fills no disk."""
 
     def endless(offset: int) -> Iterator[bytes]:
@@ -149,7 +149,7 @@ def test_no_more_is_written_than_the_file_may_have(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("leftover", "offset"), [(CONTENT[:10], 10), (CONTENT + b"more", 0)], ids=["a part", "more than the file has"]
 )
-def test_what_a_dead_process_left_is_gone_on_with(cache: Cache, leftover: bytes, offset: int) -> None:
+def test_a_partial_file_of_a_dead_process_is_resumed(cache: Cache, leftover: bytes, offset: int) -> None:
     """Unless it is too long to be a part of the file."""
     partial(cache, leftover)
     source = Source()
@@ -160,7 +160,7 @@ def test_what_a_dead_process_left_is_gone_on_with(cache: Cache, leftover: bytes,
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_what_a_dead_process_left_may_be_wrong(cache: Cache) -> None:
+def test_a_wrong_partial_file_of_a_dead_process_is_fetched_again(cache: Cache) -> None:
     """Then the file is found to be wrong, and the next fetch begins anew."""
     partial(cache, b"?" * 10)
 
@@ -171,7 +171,7 @@ def test_what_a_dead_process_left_may_be_wrong(cache: Cache) -> None:
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_a_file_that_was_damaged_later_is_found_out(cache: Cache) -> None:
+def test_a_cached_file_that_was_damaged_is_detected(cache: Cache) -> None:
     """As it is read; of one whose size is wrong this is seen before."""
     cache.fetch(NAME, DIGEST, Source())
     blob(cache).write_bytes(CONTENT[:-1] + b"!")
@@ -186,7 +186,7 @@ def test_a_file_that_was_damaged_later_is_found_out(cache: Cache) -> None:
     assert cache.read(NAME, DIGEST) == CONTENT
 
 
-def test_of_many_who_want_a_file_one_fetches_it(cache: Cache) -> None:
+def test_concurrent_requests_for_a_file_fetch_it_once(cache: Cache) -> None:
     """The others wait and then find it."""
     go_on, all_there = threading.Event(), threading.Barrier(4)
     source = Source()
@@ -220,13 +220,13 @@ def somebody_elses(cache: Cache) -> Iterator[Path]:
         yield path
 
 
-def test_who_holds_a_file_and_makes_no_progress_is_waited_for_so_long(cache: Cache, somebody_elses: Path) -> None:
+def test_waiting_for_another_download_without_progress_times_out(cache: Cache, somebody_elses: Path) -> None:
     """The message says why nothing is fetched."""
     with pytest.raises(NotFetched, match=r"^model\.onnx: another process is fetching it and made no progress for 0 s$"):
         Cache(cache.folder, patience_s=0).fetch(NAME, DIGEST, Source())
 
 
-def test_nobody_is_waited_for_when_the_service_stops(cache: Cache, somebody_elses: Path) -> None:
+def test_stopping_the_service_ends_the_wait_for_a_download(cache: Cache, somebody_elses: Path) -> None:
     """However patient it was."""
     patient = Cache(cache.folder, patience_s=3600)
     patient.close()
@@ -235,7 +235,7 @@ def test_nobody_is_waited_for_when_the_service_stops(cache: Cache, somebody_else
         patient.fetch(NAME, DIGEST, Source())
 
 
-def test_without_room_nothing_is_begun(cache: Cache) -> None:
+def test_without_disk_space_no_download_begins(cache: Cache) -> None:
     """The message says how much is missing, and where."""
     source = Source()
     small = Cache(cache.folder, free_bytes=lambda folder: 1000)
@@ -256,7 +256,7 @@ WRITES: dict[str, Callable[[Cache], object]] = {
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, write: str) -> None:
+def test_the_error_for_an_unwritable_cache_names_the_way_out(tmp_path: Path, write: str) -> None:
     """Here a file is where the folder should be."""
     (tmp_path / "cache").write_bytes(b"")
 
@@ -264,7 +264,7 @@ def test_a_cache_that_can_not_be_written_says_what_to_do(tmp_path: Path, write: 
         WRITES[write](Cache(tmp_path / "cache"))
 
 
-def test_a_disk_that_is_full_says_so(cache: Cache) -> None:
+def test_a_full_disk_is_reported(cache: Cache) -> None:
     """Whatever was written before."""
 
     def download(offset: int) -> Iterator[bytes]:
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_says_so(cache: Cache) -> None:
         cache.fetch(NAME, DIGEST, download)
 
 
-def test_what_came_from_a_path_is_known_while_its_validator_is_the_same(cache: Cache) -> None:
+def test_a_cached_path_is_valid_while_its_validator_is_unchanged(cache: Cache) -> None:
     """A change, or a note that cannot be read, means that nothing is known."""
     digest = cache.add(b"{}")
     cache.remember("s3://bucket/m/route.json", "etag 1", digest)
@@ -290,7 +290,7 @@ def test_what_came_from_a_path_is_known_while_its_validator_is_the_same(cache: C
     assert again.recall("s3://bucket/m/route.json", "etag 1") is None
 
 
-def test_placed_files_are_what_was_placed_last(cache: Cache) -> None:
+def test_placed_files_are_the_most_recent_ones(cache: Cache) -> None:
     """And are gone when there is nothing to place."""
     first = cache.place("m/predict/1/model.sig", b"one")
     cache.place("m/predict/1/model.sig", b"two")
@@ -302,7 +302,7 @@ def test_placed_files_are_what_was_placed_last(cache: Cache) -> None:
     assert not first.exists()
 
 
-def test_leftovers_are_swept_once_they_are_old_and_nobody_has_them(cache: Cache) -> None:
+def test_old_unused_leftovers_are_removed(cache: Cache) -> None:
     """Those that somebody may go on with stay."""
     old = partial(cache, b"old")
     new, held = old.with_name("new"), old.with_name("held")
@@ -318,12 +318,12 @@ def test_leftovers_are_swept_once_they_are_old_and_nobody_has_them(cache: Cache)
     assert files_below(cache.folder) == ["partial/held", "partial/new"]
 
 
-def test_a_sweep_of_nothing_is_fine(cache: Cache) -> None:
+def test_sweeping_an_empty_cache_succeeds(cache: Cache) -> None:
     """The folder need not be there yet."""
     cache.sweep()
 
 
-def test_the_cache_is_the_users_own_unless_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the cache folder of the account, or where that cannot be written, a folder in the one for temporary files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

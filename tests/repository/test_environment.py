@@ -61,12 +61,12 @@ def test_a_mismatch_names_both_versions_and_the_rule() -> None:
     assert str(found) == "published with scikit-learn 1.8.0, this service runs 1.9.1 (required: the same minor version)"
 
 
-def test_a_predictor_needs_no_library_but_what_its_model_says() -> None:
+def test_a_predictor_needs_only_the_libraries_of_its_model() -> None:
     """What was used to make an ONNX file does not matter to running it."""
     assert mismatches("predict", {"onnxruntime": "0.1", "numpy": "1.0"}) == []
 
 
-def test_what_is_observed_is_what_is_installed() -> None:
+def test_observed_versions_are_the_installed_ones() -> None:
     """Packages that are not there are left out."""
     found = observe(["numpy", "no-such-package"])
 
@@ -84,12 +84,12 @@ def test_what_is_observed_is_what_is_installed() -> None:
         (99, {"": 999, "ai.onnx.ml": 99}, 3),
     ],
 )
-def test_onnx_versions_are_asked_of_the_runtime(ir_version: int, opsets: dict[str, int], n_problems: int) -> None:
+def test_onnx_versions_are_those_of_the_runtime(ir_version: int, opsets: dict[str, int], n_problems: int) -> None:
     """Each one that it does not take is named."""
     assert len(onnx_support.problems(ir_version, opsets)) == n_problems
 
 
-def test_the_highest_version_that_is_taken_is_named() -> None:
+def test_the_highest_accepted_version_is_named() -> None:
     """It is taken itself, and the next one is not."""
     (problem,) = onnx_support.problems(8, {"": 999})
 

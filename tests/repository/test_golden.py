@@ -49,7 +49,7 @@ GOLDEN = Golden((floats([[1.5], [2.5]], "age"),), (floats([1.0, 2.0]),))
 INPUTS, OUTPUTS = [spec_of(GOLDEN.inputs[0])], [spec_of(GOLDEN.outputs[0])]
 
 
-def test_samples_come_in_the_order_of_the_signature():
+def test_samples_are_in_the_order_of_the_signature():
     """The file has names, not places."""
     first, second = floats([1.0], "a"), floats([2.0], "b")
 
@@ -62,7 +62,7 @@ def test_samples_come_in_the_order_of_the_signature():
     ("inputs", "outputs"),
     [([*INPUTS, TensorSpec("size", "FP32", ("batch", 1))], []), ([], [TensorSpec("age", "FP64", ("batch", 1))])],
 )
-def test_a_tensor_that_is_not_in_the_file_is_named(inputs, outputs):
+def test_a_missing_tensor_is_named(inputs, outputs):
     """Inputs are not looked for among outputs."""
     missing = "inputs/size" if inputs else "outputs/age"
 
@@ -100,13 +100,13 @@ def an_npy(array: np.ndarray) -> bytes:
     ],
     ids=["empty", "junk", "cut", "half", "pickle", "npy", "empty zip", "no arrays", "no npy", "objects"],
 )
-def test_what_is_no_such_file_is_refused(data):
+def test_an_invalid_golden_file_is_refused(data):
     """Whatever it is, the bundle is what is wrong."""
     with pytest.raises(BundleError, match=r"^golden\.npz: "):
         decode(data, INPUTS, OUTPUTS)
 
 
-def test_no_samples_show_nothing():
+def test_no_samples_have_no_difference():
     """A bundle without any would agree with whatever it is made of."""
     spec = TensorSpec("x", "FP64", ("batch",))
     empty = from_array("x", np.empty((0,)))
@@ -144,7 +144,7 @@ def test_no_object_in_the_file_is_unpickled(tmp_path):
     assert canary.exists()
 
 
-def test_no_damage_leads_to_another_error():
+def test_every_damage_raises_the_documented_error():
     """A byte that is wrong is unnoticed or the bundle's fault, wherever it is in the file."""
     good = encode(GOLDEN)
 
@@ -158,7 +158,7 @@ def test_no_damage_leads_to_another_error():
 
 
 @given(tensors())
-def test_an_answer_that_is_the_same_differs_nowhere(tensor):
+def test_equal_answers_have_no_difference(tensor):
     """NaN equals NaN, every infinity itself, and nothing is needed of a tensor without elements."""
     assert worst_difference([tensor], [tensor], EXACT) is None
 
@@ -186,7 +186,7 @@ def test_the_worst_of_several_outputs_is_found(order):
     assert worst.tensor == "b"
 
 
-def test_the_worst_is_the_farthest_beyond_its_tolerance():
+def test_the_worst_element_exceeds_its_tolerance_the_most():
     """Not the one that differs most."""
     tolerances = {"rough": Tolerance(atol=1.0)}
 
@@ -212,7 +212,7 @@ def test_the_worst_is_the_farthest_beyond_its_tolerance():
         (Tolerance(rtol=1.0), np.inf, np.inf),
     ],
 )
-def test_the_tolerance_itself_is_tolerated(tolerance, expected, got):
+def test_a_difference_equal_to_the_tolerance_passes(tolerance, expected, got):
     """``atol + rtol * abs(expected)``, on either side."""
     assert worst_difference([floats([expected])], [floats([got])], {"y": tolerance}) is None
 
@@ -235,7 +235,7 @@ def test_the_tolerance_itself_is_tolerated(tolerance, expected, got):
         (Tolerance(rtol=0.1), 1e308, -1.7e308),
     ],
 )
-def test_what_is_beyond_the_tolerance_is_found(tolerance, expected, got):
+def test_a_difference_beyond_the_tolerance_is_found(tolerance, expected, got):
     """By however little, and where numbers cannot be subtracted too."""
     worst = worst_difference([floats([0.0, expected])], [floats([0.0, got])], {"y": tolerance})
 
@@ -265,7 +265,7 @@ def test_all_floats_have_tolerances(datatype):
         (Tensor("y", "BYTES", (1,), encode_bytes([b"a"])), Tensor("y", "BYTES", (1,), encode_bytes([b"b"]))),
     ],
 )
-def test_what_is_no_float_is_exact(want, have):
+def test_other_datatypes_than_floats_are_compared_exactly(want, have):
     """Whatever tolerance the manifest has for it."""
     worst = worst_difference([want], [have], {"y": Tolerance(rtol=1e6, atol=1e6)})
 
@@ -283,13 +283,13 @@ def test_what_is_no_float_is_exact(want, have):
         ([floats([1.0])], "FP64 [1]"),
     ],
 )
-def test_an_answer_of_another_form_is_the_worst_difference(have, got):
+def test_an_answer_of_another_shape_is_the_worst_difference(have, got):
     """A tensor that is missing, of another datatype or of another shape, even if its numbers agree."""
     worst = worst_difference([floats([9.0], "z"), floats([1.0, 2.0])], [floats([0.0], "z"), *have], {"y": Tolerance(atol=9)})
 
     assert worst == Difference("y", 0, (), "FP64 [2]", got)
 
 
-def test_a_scalar_is_compared_too():
+def test_scalars_are_compared():
     """It has no index."""
     assert worst_difference([floats(1.0)], [floats(2.0)], EXACT) == Difference("y", 0, (), "1.0", "2.0")

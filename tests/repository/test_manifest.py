@@ -83,7 +83,7 @@ def test_the_files_of_a_bundle_have_these_names():
     assert names == ("manifest.json", "golden.npz", "pipeline.skops", "model.onnx")
 
 
-def test_what_is_not_said_is_left_out():
+def test_defaults_are_omitted():
     """A predictor's manifest has nothing of a preprocessor's."""
     small = manifest.decode(without(*OPTIONAL))
 
@@ -91,7 +91,7 @@ def test_what_is_not_said_is_left_out():
     assert json.loads(manifest.encode(small)) == json.loads(without(*OPTIONAL))
 
 
-def test_a_manifest_is_for_people_too():
+def test_a_manifest_is_indented():
     """Indented."""
     assert manifest.encode(FULL).startswith(b'{\n  "schema_version": 1,\n')
 
@@ -156,7 +156,7 @@ def test_a_field_of_another_type_is_refused(data):
     ],
     ids=["empty", "null", "list", "brace", "cut", "junk behind", "no text", "name is no UTF-8", "deep", "zip"],
 )
-def test_what_is_no_manifest_is_refused(data):
+def test_a_file_that_is_not_a_manifest_is_refused(data):
     """Always as the bundle's fault, with the file's name."""
     with pytest.raises(BundleError, match=r"^manifest\.json: "):
         manifest.decode(data)
@@ -171,7 +171,7 @@ def test_a_model_name_is_a_plain_word(name):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "-x", "_x", "a/b", "a b", "a\n", "é", "a:b", "X" * 129, "../x", "a\\b"]
 )
-def test_a_name_that_would_mean_something_is_none(name):
+def test_a_name_with_special_characters_is_refused(name):
     """To a shell, a file system or a URL."""
     assert not MODEL_NAME.fullmatch(name)
 
@@ -204,7 +204,7 @@ for thread in threads:
 
 
 @pytest.mark.heavy
-def test_the_first_manifests_may_be_read_side_by_side():
+def test_manifests_may_be_read_concurrently():
     """Models load in threads. One run in three crashed while the first decoder was made by whoever came first."""
     codes = [
         subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], input=manifest.encode(FULL), check=False, timeout=60).returncode

@@ -155,7 +155,7 @@ def test_a_restart_fetches_nothing(filled: ObjectStore, open_source: Callable[..
     assert filled.fetched() == []
 
 
-def test_what_is_new_is_seen_at_the_next_look(
+def test_new_bundles_are_seen_at_the_next_poll(
     filled: ObjectStore, repository: Repository, open_source: Callable[..., RemoteRepository]
 ) -> None:
     """A bundle, and a route that changed; nothing else is fetched again."""
@@ -175,7 +175,7 @@ def test_what_is_new_is_seen_at_the_next_look(
     assert filled.fetched() == ["/models/prod/m/route.json"]
 
 
-def test_a_bucket_that_is_not_there_says_so_until_it_is(store: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:
+def test_a_missing_bucket_is_reported_until_it_exists(store: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:
     """The same source finds it then; an empty one is a repository without models."""
     source = open_source()
 
@@ -187,7 +187,7 @@ def test_a_bucket_that_is_not_there_says_so_until_it_is(store: ObjectStore, open
     assert list(source.bundles()) == []
 
 
-def test_who_is_not_let_in_is_told(
+def test_denied_access_is_reported(
     filled: ObjectStore, open_source: Callable[..., RemoteRepository], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the server's own words."""
@@ -197,7 +197,7 @@ def test_who_is_not_let_in_is_told(
         open_source().bundles()
 
 
-def test_without_credentials_nothing_is_tried(
+def test_without_credentials_no_request_is_sent(
     filled: ObjectStore, open_source: Callable[..., RemoteRepository], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The package says where it looked in vain."""
@@ -210,7 +210,7 @@ def test_without_credentials_nothing_is_tried(
         open_source().bundles()
 
 
-def test_a_server_that_is_gone_is_waited_for_so_long(
+def test_an_unreachable_server_times_out(
     open_source: Callable[..., RemoteRepository], store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The package tries again and again on its own account: the timeout is for all of it."""
@@ -225,7 +225,7 @@ def test_a_server_that_is_gone_is_waited_for_so_long(
     [CONTENT[:-1] + b"!", CONTENT[:-1], b"", b"another"],
     ids=["another byte", "truncated", "empty", "swapped"],
 )
-def test_an_object_that_is_not_what_was_published_is_refused_by_name(
+def test_an_object_with_a_wrong_digest_is_refused_by_name(
     filled: ObjectStore, open_source: Callable[..., RemoteRepository], content: bytes
 ) -> None:
     """After it was fetched once more."""
@@ -251,7 +251,7 @@ def gateway(filled: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ga
 
 
 @pytest.mark.parametrize("faults", [[cut], [flip], [status(500)], [cut, flip]], ids=["cut", "wrong byte", "500", "both"])
-def test_a_store_with_its_moods_is_good_enough(
+def test_an_unreliable_object_store_is_tolerated(
     gateway: Gateway, open_source: Callable[..., RemoteRepository], faults: list[Fault]
 ) -> None:
     """Cut off in the middle, a wrong byte: it is asked again, perhaps by the next try, and what is loaded is right."""
@@ -275,7 +275,7 @@ def test_a_store_with_its_moods_is_good_enough(
     ],
     ids=["503", "403", "cut", "stall"],
 )
-def test_a_store_that_fails_says_why_and_may_be_tried_again(
+def test_a_failing_store_is_reported_and_retryable(
     gateway: Gateway, open_source: Callable[..., RemoteRepository], fault: Fault, message: str
 ) -> None:
     """The next try succeeds."""
@@ -288,7 +288,7 @@ def test_a_store_that_fails_says_why_and_may_be_tried_again(
     assert fetch_bundle(open_source(), KEY).read("model.onnx") == CONTENT
 
 
-def test_an_object_that_is_missing_may_come_later(filled: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:
+def test_a_missing_object_is_retryable(filled: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:
     """Copies to a bucket are made file by file."""
     source = open_source()
     filled.client.delete_object(Bucket="models", Key=MODEL)

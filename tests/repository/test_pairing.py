@@ -100,7 +100,7 @@ def test_vocabularies_count_where_names_do_not_show_them(one: Any, other: Any) -
     ],
     ids=["parts", "columns", "union", "slice"],
 )
-def test_without_names_the_order_of_what_goes_in_counts(one: Any, other: Any) -> None:
+def test_without_names_the_order_of_inputs_counts(one: Any, other: Any) -> None:
     """A function has no names to tell; the columns that it gets have. It is the same after it was written and read."""
     frame = pd.DataFrame({"size": [1.0, 2.0], "weight": [3.0, 5.0]})
     first, second = (meaning_of(clone(each).fit(frame)) for each in (one, other))
@@ -111,14 +111,14 @@ def test_without_names_the_order_of_what_goes_in_counts(one: Any, other: Any) ->
     assert meaning_of(sklearn_pipeline.load(sklearn_pipeline.dump(fitted))) == first
 
 
-def test_what_was_learnt_of_numbers_does_not_count() -> None:
+def test_learnt_numbers_do_not_count() -> None:
     """A scaler that was fitted again on newer data fits the same predictor."""
     rows = np.arange(6.0).reshape(3, 2)
 
     assert meaning_of(StandardScaler().fit(rows)) == meaning_of(StandardScaler().fit(rows * 2))
 
 
-def test_transforms_that_can_not_tell_have_no_fingerprint() -> None:
+def test_transforms_without_known_features_have_no_fingerprint() -> None:
     """Nothing is compared then."""
     assert meaning_of(FunctionTransformer()) == NO_MEANING
     assert NO_MEANING.fingerprint == ""
@@ -153,7 +153,7 @@ def manifest(**fields: Any) -> Manifest:
         ),
     ],
 )
-def test_another_meaning_is_named_if_both_sides_tell(
+def test_another_meaning_is_named_if_both_halves_declare_one(
     mine: dict[str, Any], fingerprint: str, names: tuple[str, ...], message: str
 ) -> None:
     """The first feature that differs, where the names are known."""
@@ -178,7 +178,7 @@ def test_what_a_predictor_was_trained_on_crosses_the_wire(names: tuple[str, ...]
 
 
 @pytest.mark.parametrize("nonsense", ["", "x", "{}", "[1]"])
-def test_another_makers_properties_need_not_mean_this(nonsense: str) -> None:
+def test_properties_of_other_servers_are_not_misread(nonsense: str) -> None:
     """What is no list of names is none."""
     assert heard_meaning({FEATURE_NAMES: nonsense}) == ("", ())
 
@@ -195,7 +195,7 @@ def test_a_manifest_may_map_names() -> None:
     assert sent_specs(manifest(names={"features": "input_1"}))[0].name == "input_1"
 
 
-def test_published_halves_carry_what_they_mean(tmp_path: Path) -> None:
+def test_published_halves_declare_their_meaning(tmp_path: Path) -> None:
     """Both halves of a pipeline the same; a predictor of one's own if it is told."""
     pipeline = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, [0, 1] * 6)
     publish(pipeline, FRAME, name="m", repository=tmp_path)

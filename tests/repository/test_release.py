@@ -39,7 +39,7 @@ def sequence_of(found: Release | None) -> int:
     return found.sequence if found else 0
 
 
-def test_what_is_written_is_read_again():
+def test_a_record_is_read_as_it_was_written():
     written = manifest(compared=Compared(10, {"ties": 2}, (1, 7), {"label": 0.0}), tolerances={"label": Tolerance(0.1, 0.2)})
 
     read = decode(encode(written), written.key)
@@ -49,7 +49,7 @@ def test_what_is_written_is_read_again():
 
 
 @given(st.data())
-def test_any_byte_that_is_changed_is_seen(data):
+def test_any_changed_byte_is_detected(data):
     """A release's own manifest is protected against accidents by its digest."""
     encoded = bytearray(encode(manifest(tolerances={"label": Tolerance(0.1, 0.2)})))
     at = data.draw(st.integers(0, len(encoded) - 1))
@@ -99,7 +99,7 @@ def test_the_name_of_a_folder_gives_order_and_pair(name):
 
 
 @pytest.mark.parametrize("name", ["1-1.1", "0000-1.1", "00012-1.1", "0001-1", "0001-0.1", ".0001-1.1", "0001-1.1x", "x"])
-def test_other_folders_are_no_records(name):
+def test_other_folders_are_not_records(name):
     assert parse_folder_name("wine", name) is None
 
 
@@ -151,13 +151,13 @@ def test_after_a_rollback_a_new_release_rolls_back_to_what_the_rollback_chose():
     assert sequence_of(History(records).rollback_target()) == 3
 
 
-def test_what_was_rolled_away_from_and_released_again_is_a_target_again():
+def test_a_pair_released_again_after_a_rollback_is_a_target_again():
     records = [release(1, "1.1"), release(2, "2.2"), release(3, "1.1", rolls_back=2), release(4, "2.2"), release(5, "3.3")]
 
     assert sequence_of(History(records).rollback_target()) == 4
 
 
-def test_rollback_skips_what_was_withdrawn():
+def test_rollback_skips_withdrawn_releases():
     records = [release(1, "1.1"), release(2, "2.2"), release(3, "2.2", withdraws=2), release(4, "3.3")]
 
     assert sequence_of(History(records).rollback_target()) == 1

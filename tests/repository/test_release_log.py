@@ -44,7 +44,7 @@ def test_records_are_numbered_in_order(tmp_path):
     assert (folder / "golden.npz").read_bytes() == b"rows"
 
 
-def test_nothing_but_records_is_left_behind(tmp_path):
+def test_only_records_are_left_behind(tmp_path):
     append(tmp_path, MODEL, record())
 
     assert names(tmp_path / MODEL / "releases") == ["0001-1.1"]
@@ -58,14 +58,14 @@ def test_several_publishers_never_get_the_same_number(tmp_path):
     assert [key.sequence for key in listing(tmp_path, MODEL)] == sorted(numbers)
 
 
-def test_a_number_whose_publisher_was_killed_is_passed_over(tmp_path):
+def test_the_number_of_a_killed_publisher_is_skipped(tmp_path):
     (tmp_path / MODEL / "releases").mkdir(parents=True)
     (tmp_path / MODEL / "releases" / ".0001").touch()
 
     assert append(tmp_path, MODEL, record()).sequence == 2
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_no_record(tmp_path):
     def fail(sequence: int):
         raise BundleError("not this one")
 
@@ -75,7 +75,7 @@ def test_what_fails_leaves_nothing(tmp_path):
     assert names(tmp_path / MODEL / "releases") == []
 
 
-def test_a_folder_is_never_written_over(tmp_path):
+def test_an_existing_folder_is_never_overwritten(tmp_path):
     write_folder(tmp_path / "1", {"a": b"first"})
 
     with pytest.raises(FileExistsError):
@@ -85,7 +85,7 @@ def test_a_folder_is_never_written_over(tmp_path):
     assert names(tmp_path) == ["1"]
 
 
-def test_a_folder_that_appears_while_another_is_written_is_never_written_over(tmp_path, monkeypatch):
+def test_a_folder_that_appears_during_a_write_is_never_overwritten(tmp_path, monkeypatch):
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: False if path.name == "1" else exists(path))
     (tmp_path / "1").mkdir()
@@ -106,14 +106,14 @@ def leave_scratch(root: Path, *, age_s: float) -> Path:
     return scratch
 
 
-def test_what_a_killed_publisher_left_is_removed_after_an_hour(tmp_path):
+def test_leftovers_of_a_killed_publisher_are_removed_after_an_hour(tmp_path):
     scratch = leave_scratch(tmp_path, age_s=SCRATCH_AGE_S + 1)
 
     with publishing(tmp_path, MODEL):
         assert not scratch.exists()
 
 
-def test_what_is_younger_is_kept(tmp_path):
+def test_recent_leftovers_are_kept(tmp_path):
     scratch = leave_scratch(tmp_path, age_s=SCRATCH_AGE_S - 60)
 
     with publishing(tmp_path, MODEL):
@@ -139,7 +139,7 @@ def test_a_repository_that_cannot_be_written_is_named(tmp_path):
         append(tmp_path, MODEL, record())
 
 
-def test_the_lock_is_no_model_and_no_bundle(tmp_path):
+def test_the_lock_file_is_not_listed_as_a_model_or_bundle(tmp_path):
     with publishing(tmp_path, MODEL):
         assert (tmp_path / MODEL / LOCK_FILE).is_file()
     assert listing(tmp_path, MODEL) == []

@@ -114,7 +114,7 @@ def source(request: pytest.FixtureRequest, published: Repository, tmp_path: Path
     yield from opened(published.root, tmp_path)
 
 
-def test_every_source_gives_out_the_same_releases(source: BundleSource) -> None:
+def test_every_source_lists_the_same_releases(source: BundleSource) -> None:
     """Records by sequence, their manifests, their golden samples by digest, and the route."""
     bundles = list(source.bundles())
     keys = source.releases("m")
@@ -181,7 +181,7 @@ def test_a_broken_record_is_named_and_does_not_count(published: Repository) -> N
     assert reader.problems["m"][0].startswith("m/releases/0001-1.1: manifest.json: its bytes are not those of its digest")
 
 
-def test_a_record_that_becomes_unreadable_counts_on(published: Repository) -> None:
+def test_a_record_that_becomes_unreadable_still_counts(published: Repository) -> None:
     """It was valid once: an accident with its file withdraws nothing, and restores nothing that it withdrew."""
     reader = ReleaseReader(published)
     reader.history("m")
@@ -195,7 +195,7 @@ def test_a_record_that_becomes_unreadable_counts_on(published: Repository) -> No
     assert len(reader.problems["m"]) == 3
 
 
-def test_a_folder_without_a_manifest_is_no_record_yet(published: Repository) -> None:
+def test_a_folder_without_a_manifest_is_not_a_record(published: Repository) -> None:
     """A copy in progress has the folder before the file."""
     (published.root / "m" / "releases" / "0009-1.1").mkdir()
 
@@ -221,7 +221,7 @@ def test_a_folder_that_does_not_exist_cannot_be_listed(tmp_path: Path) -> None:
         list(LocalFolder(tmp_path / "nowhere").bundles())
 
 
-def test_releases_and_routes_are_signed_too(published: Repository, tmp_path: Path) -> None:
+def test_releases_and_routes_are_signed(published: Repository, tmp_path: Path) -> None:
     """What is not signed does not count; a signature changes no digest; a route's signature is good for its model only."""
     keys = make_keys(tmp_path)
     source = signed_by(str(keys.public), published)
@@ -264,7 +264,7 @@ def test_a_signed_release_that_was_changed_is_refused(published: Repository, tmp
         signed_by(str(keys.public), published).open_release(KEY)
 
 
-def test_signed_releases_come_from_a_web_server(published: Repository, tmp_path: Path) -> None:
+def test_signed_releases_are_read_from_a_web_server(published: Repository, tmp_path: Path) -> None:
     """Signatures are in the index."""
     keys = make_keys(tmp_path)
     sign(published.root, keys.private, [])

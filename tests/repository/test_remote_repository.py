@@ -108,7 +108,7 @@ def test_a_bundle_is_read_as_it_was_written(source: RemoteRepository) -> None:
         bundle.read("model.sig")
 
 
-def test_only_what_is_wanted_is_fetched(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
+def test_only_selected_bundles_are_fetched(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
     """Nothing of models that are not served, no files of bundles that are only looked at."""
     source = open_source(server.url, selection=Selection(frozenset({"m"})))
     (server.folder / "other" / "route.json").write_bytes(b"broken")
@@ -138,7 +138,7 @@ def test_a_restart_fetches_nothing(server: FileServer, open_source: Callable[...
     assert server.requests == [("index.json", 0)]
 
 
-def test_a_connection_that_is_cut_is_gone_on_with(server: FileServer, source: RemoteRepository) -> None:
+def test_an_interrupted_connection_is_resumed(server: FileServer, source: RemoteRepository) -> None:
     """From the last whole piece, without a word."""
     server.fail(MODEL, nothing, nothing, cut)
 
@@ -150,7 +150,7 @@ def test_a_connection_that_is_cut_is_gone_on_with(server: FileServer, source: Re
     assert any(asked.count(start) == 2 for start in (100, 200, 300))
 
 
-def test_a_download_goes_on_after_a_restart(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
+def test_a_download_resumes_after_a_restart(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
     """What a process fetched before it gave up is not fetched again."""
     server.fail(MODEL, nothing, *[status(503)] * 100)
     with pytest.raises(NotFetched, match="HTTP status 503"):
@@ -174,7 +174,7 @@ def test_a_download_goes_on_after_a_restart(server: FileServer, open_source: Cal
     ],
     ids=["503", "403", "404", "cut"],
 )
-def test_what_can_not_be_fetched_says_why_and_may_be_tried_again(
+def test_a_failed_download_is_reported_and_retryable(
     server: FileServer, source: RemoteRepository, fault: Fault, message: str
 ) -> None:
     """The class says that another try may help; the next one succeeds."""
@@ -195,7 +195,7 @@ def test_a_stalled_connection_ends_with_the_timeout(server: FileServer, open_sou
         fetch_bundle(source, KEY)
 
 
-def test_a_stop_ends_what_is_under_way(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
+def test_stopping_ends_downloads_in_progress(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
     """Nobody waits for a stalled connection to time out."""
     source = open_source(server.url, timeout_s=3600)
     stalled, problems = threading.Event(), []
@@ -223,7 +223,7 @@ def test_a_stop_ends_what_is_under_way(server: FileServer, open_source: Callable
         source.bundles()
 
 
-def test_a_wrong_byte_is_found_and_fetched_once_more(server: FileServer, source: RemoteRepository) -> None:
+def test_a_wrong_byte_is_detected_and_fetched_again(server: FileServer, source: RemoteRepository) -> None:
     """The second try is right."""
     server.fail("m/predict/1/golden.npz", flip)
 
@@ -243,9 +243,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_file_that_is_not_what_was_published_is_refused_by_name(
-    server: FileServer, source: RemoteRepository, case: str
-) -> None:
+def test_a_file_with_a_wrong_digest_is_refused_by_name(server: FileServer, source: RemoteRepository, case: str) -> None:
     """After it was fetched once more; the class says that another try will not help."""
     (server.folder / MODEL).write_bytes(BAD[case])
 
@@ -259,7 +257,7 @@ def test_a_file_that_is_not_what_was_published_is_refused_by_name(
     assert server.asked(MODEL).count(0) == 2
 
 
-def test_a_file_that_is_longer_is_cut_off_and_right(server: FileServer, source: RemoteRepository) -> None:
+def test_bytes_beyond_the_size_in_the_manifest_are_ignored(server: FileServer, source: RemoteRepository) -> None:
     """What was published is there; what follows it is never asked for."""
     (server.folder / MODEL).write_bytes(FILES["model.onnx"] + b"more")
 
@@ -278,7 +276,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(
     assert server.asked("m/predict/1/golden.npz") == [0, 0]
 
 
-def test_a_server_without_ranges_is_good_enough(server: FileServer, source: RemoteRepository) -> None:
+def test_a_server_without_range_requests_is_supported(server: FileServer, source: RemoteRepository) -> None:
     """It sends the whole file, also to whoever has a part of it already."""
     server.fail(MODEL, nothing, *[status(503)] * 100)
     with pytest.raises(NotFetched):
@@ -293,7 +291,7 @@ def test_a_server_without_ranges_is_good_enough(server: FileServer, source: Remo
     assert len(server.asked(MODEL)) == 1
 
 
-def test_a_new_bundle_and_another_route_are_seen_at_the_next_look(
+def test_a_new_bundle_and_a_changed_route_are_seen_at_the_next_poll(
     server: FileServer, published: Repository, source: RemoteRepository
 ) -> None:
     """Once the index says so."""
@@ -310,7 +308,7 @@ def test_a_new_bundle_and_another_route_are_seen_at_the_next_look(
     assert fetch_bundle(source, BundleKey("m", "predict", 2)).manifest.version == 2
 
 
-def test_a_manifest_that_is_not_the_indexs_is_refused(server: FileServer, source: RemoteRepository) -> None:
+def test_a_manifest_that_contradicts_the_index_is_refused(server: FileServer, source: RemoteRepository) -> None:
     """Whoever can change files on the server cannot change what is served, without the index."""
     manifest = server.folder / MANIFEST
     manifest.write_bytes(manifest.read_bytes().replace(b'"created": ""', b'"created": "?"'))
@@ -319,7 +317,7 @@ def test_a_manifest_that_is_not_the_indexs_is_refused(server: FileServer, source
         fetch_bundle(source, KEY)
 
 
-def test_a_bundle_that_is_not_listed_can_not_be_had(source: RemoteRepository, server: FileServer) -> None:
+def test_an_unlisted_bundle_is_not_found(source: RemoteRepository, server: FileServer) -> None:
     """It may be listed later."""
     with pytest.raises(NotFetched) as caught:
         fetch_bundle(source, BundleKey("m", "predict", 7))
@@ -327,7 +325,7 @@ def test_a_bundle_that_is_not_listed_can_not_be_had(source: RemoteRepository, se
     assert str(caught.value) == f"m/predict/7: {server.url} does not list it"
 
 
-def test_the_signature_is_beside_the_manifest(
+def test_the_signature_is_in_the_folder_of_the_manifest(
     server: FileServer, published: Repository, open_source: Callable[..., RemoteRepository]
 ) -> None:
     """In the bundle's folder, as long as the repository has it."""
@@ -345,7 +343,7 @@ def test_the_signature_is_beside_the_manifest(
     assert not (second.folder / "model.sig").exists()
 
 
-def test_a_server_without_an_index_says_how_to_make_one(server: FileServer, source: RemoteRepository) -> None:
+def test_the_error_for_a_missing_index_says_how_to_make_one(server: FileServer, source: RemoteRepository) -> None:
     """It may be written later."""
     (server.folder / "index.json").unlink()
 
@@ -355,7 +353,7 @@ def test_a_server_without_an_index_says_how_to_make_one(server: FileServer, sour
     assert str(caught.value) == f'{server.url}: index.json: not found; "splitserve index" writes it'
 
 
-def test_an_index_that_is_none_says_where_it_is(server: FileServer, source: RemoteRepository) -> None:
+def test_an_invalid_index_is_named_by_its_url(server: FileServer, source: RemoteRepository) -> None:
     """A server may answer anything."""
     (server.folder / "index.json").write_bytes(b"<html>")
 
@@ -371,13 +369,13 @@ def test_a_broken_route_names_its_model(server: FileServer, published: Repositor
         source.route("m")
 
 
-def test_a_host_that_is_not_there_says_so(open_source: Callable[..., RemoteRepository]) -> None:
+def test_an_unreachable_host_is_reported(open_source: Callable[..., RemoteRepository]) -> None:
     """With the package's own words."""
     with pytest.raises(NotFetched, match=r"^http://127\.0\.0\.1:9: index\.json: ClientConnectorError: Cannot connect to host"):
         open_source("http://127.0.0.1:9").bundles()
 
 
-def test_a_password_is_in_no_message(open_source: Callable[..., RemoteRepository]) -> None:
+def test_passwords_appear_in_no_message(open_source: Callable[..., RemoteRepository]) -> None:
     """The server gets it, the log does not."""
     with pytest.raises(NotFetched) as caught:
         open_source("http://user:secret@127.0.0.1:9/models/").bundles()
@@ -407,7 +405,7 @@ def test_a_bucket_is_listed(bucket: str, open_source: Callable[..., RemoteReposi
     assert list(open_source("memory://bucket/elsewhere").bundles()) == []
 
 
-def test_what_is_too_large_for_a_manifest_is_refused(bucket: str, open_source: Callable[..., RemoteRepository]) -> None:
+def test_an_oversized_manifest_is_refused(bucket: str, open_source: Callable[..., RemoteRepository]) -> None:
     """It is not read to its end."""
     import fsspec
 
@@ -425,7 +423,7 @@ def test_what_is_too_large_for_a_manifest_is_refused(bucket: str, open_source: C
         ("https:///", r"^https:///: expected a host after https://, got none$"),
     ],
 )
-def test_a_url_that_can_not_be_read_is_refused_at_once(where: str, message: str) -> None:
+def test_an_unsupported_url_is_refused_at_once(where: str, message: str) -> None:
     """Before anything is started."""
     with pytest.raises(ValueError, match=message):
         source_of(where)
@@ -440,7 +438,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sources.check("./models")
 
 
-def test_a_folder_is_a_folder(tmp_path: Path) -> None:
+def test_a_local_path_is_read_directly(tmp_path: Path) -> None:
     """With or without a scheme."""
     for where in (tmp_path, str(tmp_path), f"file://{tmp_path}"):
         source = source_of(where)
@@ -449,7 +447,7 @@ def test_a_folder_is_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_a_folder_needs_nothing_of_what_a_url_needs() -> None:
+def test_a_local_path_needs_no_url_packages() -> None:
     """A service with a folder starts as fast as before."""
     check = (
         "import sys; from splitserve.repository.sources import source_of; source_of('./models');"

@@ -86,7 +86,7 @@ def test_a_published_version_never_changes(repository):
     assert repository.open(KEY).read("pipeline.skops") == b"fitted"
 
 
-def test_a_write_that_fails_leaves_nothing(repository):
+def test_a_failed_write_leaves_nothing_behind(repository):
     """Not even for a moment under the bundle's name: what was begun goes with the error."""
     with pytest.raises(BundleError, match=r"^penguins/preprocess/1: cannot be written: No such file or directory$"):
         repository.write(manifest_of(), {**FILES, "no-such-folder/file": b""})
@@ -95,7 +95,7 @@ def test_a_write_that_fails_leaves_nothing(repository):
     assert list(repository.bundles()) == []
 
 
-def test_a_write_that_is_interrupted_leaves_nothing(repository):
+def test_an_interrupted_write_leaves_nothing_behind(repository):
     """Whatever ends it, it ends the scratch folder too."""
 
     class Interrupted(UserDict):
@@ -108,7 +108,7 @@ def test_a_write_that_is_interrupted_leaves_nothing(repository):
     assert everything_below(repository.root) == ["penguins", "penguins/preprocess"]
 
 
-def test_a_repository_that_can_not_be_written_says_so(tmp_path):
+def test_an_unwritable_repository_is_reported(tmp_path):
     """A file is where the folder should be."""
     (tmp_path / "models").write_text("not a folder")
 
@@ -116,7 +116,7 @@ def test_a_repository_that_can_not_be_written_says_so(tmp_path):
         publish(Repository(tmp_path / "models"))
 
 
-def test_what_a_writer_left_behind_is_passed_over(repository):
+def test_leftovers_of_a_writer_are_ignored(repository):
     """A process that was killed while it wrote leaves a folder under a temporary name; readers and writers do not mind."""
     leftover = repository.root / "penguins/preprocess/.1-abc"
     leftover.mkdir(parents=True)
@@ -129,7 +129,7 @@ def test_what_a_writer_left_behind_is_passed_over(repository):
     assert list(repository.bundles()) == [KEY]
 
 
-def test_bundles_come_by_model_kind_and_version(repository):
+def test_bundles_are_sorted_by_model_kind_and_version(repository):
     """Versions as numbers; a half of a model is there without the other."""
     keys = [
         BundleKey("digits", "predict", 1),
@@ -167,7 +167,7 @@ def test_bundles_come_by_model_kind_and_version(repository):
         "lost+found/preprocess/1",
     ],
 )
-def test_a_folder_with_another_name_is_passed_over(repository, folder):
+def test_a_folder_with_another_name_is_ignored(repository, folder):
     """What is no model, kind or version is somebody else's."""
     (repository.root / folder).mkdir(parents=True)
 
@@ -176,7 +176,7 @@ def test_a_folder_with_another_name_is_passed_over(repository, folder):
 
 
 @pytest.mark.parametrize("file", ["penguins", "penguins/preprocess", "penguins/preprocess/1"])
-def test_a_file_in_place_of_a_folder_is_passed_over(repository, file):
+def test_a_file_in_place_of_a_folder_is_ignored(repository, file):
     """At every level."""
     path = repository.root / file
     path.parent.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_a_file_in_place_of_a_folder_is_passed_over(repository, file):
     assert list(repository.bundles()) == []
 
 
-def test_a_repository_that_is_not_there_is_empty(repository):
+def test_a_missing_repository_is_empty(repository):
     """It may be mounted later."""
     assert list(repository.bundles()) == []
     assert repository.models() == []
@@ -193,7 +193,7 @@ def test_a_repository_that_is_not_there_is_empty(repository):
     assert repository.next_version("penguins", "predict") == 1
 
 
-def test_a_bundle_that_is_not_there_says_so(repository):
+def test_a_missing_bundle_is_named(repository):
     """The system's reason, without the path of the host."""
     with pytest.raises(BundleError) as caught:
         repository.open(KEY)
@@ -212,7 +212,7 @@ def test_a_bundle_that_is_not_there_says_so(repository):
     ],
     ids=["damaged", "truncated", "longer", "empty", "missing"],
 )
-def test_a_file_that_is_not_what_was_written_is_refused(repository, content, message):
+def test_a_file_with_a_wrong_digest_is_refused(repository, content, message):
     """By its size, its digest or its absence; the other files are as good as before."""
     file = publish(repository).folder / "pipeline.skops"
     file.unlink() if content is None else file.write_bytes(content)
@@ -225,7 +225,7 @@ def test_a_file_that_is_not_what_was_written_is_refused(repository, content, mes
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "manifest.json", "../1/golden.npz"])
-def test_only_what_the_manifest_lists_is_read(repository, name):
+def test_only_files_that_the_manifest_lists_are_read(repository, name):
     """Anything else was never checked."""
     bundle = publish(repository)
 
@@ -261,7 +261,7 @@ def test_another_bundles_manifest_is_refused(repository, there):
         ({"surprise": True}, r"manifest\.json: .*`surprise`.*"),
     ],
 )
-def test_a_manifest_that_is_not_understood_is_refused(repository, change, message):
+def test_an_invalid_manifest_is_refused(repository, change, message):
     """Of another schema version, or with a field that is not known."""
     file = publish(repository).folder / "manifest.json"
     file.write_bytes(msgspec.json.encode({**msgspec.json.decode(file.read_bytes()), **change}))
@@ -279,7 +279,7 @@ def rewritten(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "name", ["../2/golden.npz", "/etc/passwd", "a/b", "..", ".hidden", "", "a" * 129, "a\0b", "a\n", "manifest.json", "model.sig"]
 )
-def test_a_manifest_can_not_name_a_file_elsewhere(repository, name):
+def test_a_manifest_cannot_name_a_file_outside_its_bundle(repository, name):
     """One grammar for names: nothing that is read or fetched lies outside of the bundle's folder."""
     folder = publish(repository).folder
     rewritten(folder, files={name: {"sha256": "0" * 64, "size": 1}})
@@ -296,7 +296,7 @@ def test_a_manifest_can_not_name_a_file_elsewhere(repository, name):
         ({"sha256": "0" * 64, "size": 4 * 1024**3 + 1}, "its files have 4294967297 bytes; the limit is 4294967296"),
     ],
 )
-def test_a_manifest_can_not_promise_what_nobody_wants(repository, digest, message):
+def test_a_manifest_cannot_have_invalid_digests_or_sizes(repository, digest, message):
     """Digests are names in caches; sizes are what is read."""
     rewritten(publish(repository).folder, files={"golden.npz": digest})
 
@@ -304,7 +304,7 @@ def test_a_manifest_can_not_promise_what_nobody_wants(repository, digest, messag
         repository.open(KEY)
 
 
-def test_a_signature_can_not_name_a_tensor_twice(repository):
+def test_a_signature_cannot_name_a_tensor_twice(repository):
     """Each is one array in the file of golden samples, and would be read as often as it is named."""
     spec = {"name": "x", "datatype": "FP32", "shape": ["batch", 1]}
     rewritten(publish(repository).folder, inputs=[spec, spec])
@@ -324,7 +324,7 @@ def test_a_signature_can_not_name_a_tensor_twice(repository):
     ],
     ids=["link", "dangling link", "pipe", "folder"],
 )
-def test_what_is_no_plain_file_is_not_read(repository, name, make, message):
+def test_only_regular_files_are_read(repository, name, make, message):
     """A link leads out of the folder, a pipe would be waited for."""
     file = publish(repository).folder / name
     file.unlink()
@@ -334,7 +334,7 @@ def test_what_is_no_plain_file_is_not_read(repository, name, make, message):
         repository.open(KEY).read(name)
 
 
-def test_a_manifest_has_a_largest_size(repository):
+def test_the_size_of_a_manifest_is_limited(repository):
     """Of a larger one nothing is read; the file here has a terabyte of nothing."""
     with (publish(repository).folder / "manifest.json").open("wb") as sparse:
         sparse.truncate(2**40)
@@ -343,7 +343,7 @@ def test_a_manifest_has_a_largest_size(repository):
         repository.open(KEY)
 
 
-def test_of_a_file_with_another_size_nothing_is_read(repository):
+def test_a_file_of_another_size_is_not_read(repository):
     """However large it has become."""
     bundle = publish(repository)
     with (bundle.folder / "golden.npz").open("wb") as sparse:
@@ -367,7 +367,7 @@ def test_loading_names_the_bundle(repository):
         load_bundle(repository, BundleKey("digits", "predict", 3), refuse)
 
 
-def test_a_bundle_can_be_taken_back(repository):
+def test_a_written_bundle_can_be_removed(repository):
     """As if it had never been; one that is not there can be taken back too."""
     publish(repository)
     other = publish(repository, BundleKey("penguins", "preprocess", 2))
@@ -408,7 +408,7 @@ def test_a_stamp_changes_when_a_file_does(repository: Repository) -> None:
     assert repository.stamp(BundleKey("penguins", "preprocess", 2)) == ""
 
 
-def test_what_is_not_there_yet_may_come(repository: Repository) -> None:
+def test_a_missing_file_is_retryable(repository: Repository) -> None:
     """Whoever copies a bundle does so file by file: its manifest, or another file, may be on its way."""
     bundle = publish(repository)
     (bundle.folder / "golden.npz").unlink()

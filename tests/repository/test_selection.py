@@ -29,7 +29,7 @@ def test_policies_are_by_model(text: str, policies: dict[str, VersionPolicy]) ->
 
 
 @pytest.mark.parametrize("text", ["latest", "latest:0", "newest", "1", "1.x", "../m=all", "latest:2; =all", "m=;all"])
-def test_a_policy_that_is_not_understood_is_named(text: str) -> None:
+def test_an_invalid_version_policy_is_named(text: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(ValueError, match='"'):
         parse_policies(text)
@@ -57,7 +57,7 @@ def test_models_are_a_list_or_all() -> None:
         (set(), set(), set(), 2, set()),
     ],
 )
-def test_refused_versions_take_no_ones_place(
+def test_refused_versions_do_not_count_for_latest(
     published: set[int], refused: set[int], pins: set[int], n_latest: int | None, expected: set[int]
 ) -> None:
     """The newest that can be served, and what is pinned if it exists."""

@@ -51,7 +51,7 @@ def check(repository: Repository, keys: Keys, key: BundleKey = KEY) -> Bundle:
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()], ids=lambda curve: curve.name)
-def test_what_was_signed_is_given_out(repository: Repository, tmp_path: Path, curve: Any) -> None:
+def test_signed_bundles_are_accepted(repository: Repository, tmp_path: Path, curve: Any) -> None:
     """With the counterpart of the key, on any of the curves; every file is there."""
     keys = make_keys(tmp_path, key=ec.generate_private_key(curve))
     signature = Signer(keys.private).sign(repository.open(KEY))
@@ -62,7 +62,7 @@ def test_what_was_signed_is_given_out(repository: Repository, tmp_path: Path, cu
     assert bundle.read("golden.npz") == b"samples"
 
 
-def test_without_a_key_signatures_do_not_matter(repository: Repository, signed: Bundle) -> None:
+def test_without_a_key_signatures_are_ignored(repository: Repository, signed: Bundle) -> None:
     """A signed bundle is a bundle; a wrong signature says nothing to who does not ask."""
     (signed.folder / SIGNATURE_FILE).write_bytes(b"junk")
 
@@ -70,7 +70,7 @@ def test_without_a_key_signatures_do_not_matter(repository: Repository, signed: 
     assert repository.open(KEY).read("golden.npz") == b"samples"
 
 
-def test_what_is_not_signed_may_be_later(repository: Repository, keys: Keys) -> None:
+def test_an_unsigned_bundle_is_retryable(repository: Repository, keys: Keys) -> None:
     """It is refused for now, with the command that helps, and read once it is signed."""
     with pytest.raises(NotSigned, match=r'^not signed; "splitserve sign" adds model\.sig$') as raised:
         check(repository, keys)
@@ -163,7 +163,7 @@ def changed_payload(bundle: Bundle) -> bytes:
     ],
     ids=["empty", "junk", "no text", "no signature", "deep", "no envelope", "null", "cut", "changed"],
 )
-def test_what_is_no_signature_is_the_bundles_fault(repository: Repository, signed: Bundle, keys: Keys, forge: Any) -> None:
+def test_an_invalid_signature_file_is_refused(repository: Repository, signed: Bundle, keys: Keys, forge: Any) -> None:
     """Whatever model-signing happens to raise."""
     (signed.folder / SIGNATURE_FILE).write_bytes(forge(signed))
 
@@ -171,7 +171,7 @@ def test_what_is_no_signature_is_the_bundles_fault(repository: Repository, signe
         check(repository, keys)
 
 
-def test_a_signature_that_is_no_plain_file_is_not_read(repository: Repository, keys: Keys) -> None:
+def test_a_signature_that_is_not_a_regular_file_is_not_read(repository: Repository, keys: Keys) -> None:
     """A pipe would be waited for, a link leads out of the repository, a large file fills the memory."""
     file = repository.folder(KEY) / SIGNATURE_FILE
     for make, message in (
@@ -189,7 +189,7 @@ def test_a_signature_that_is_no_plain_file_is_not_read(repository: Repository, k
         check(repository, keys)
 
 
-def test_a_manifest_can_not_list_the_signature(repository: Repository) -> None:
+def test_a_manifest_cannot_list_the_signature(repository: Repository) -> None:
     """It is made after the manifest."""
     written = repository.write(manifest_of(BundleKey("a", "predict", 1)), {"model.sig": b"x"})
 
@@ -202,7 +202,7 @@ def model_signing(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.heavy
-def test_model_signings_own_command_takes_our_signatures(signed: Bundle, keys: Keys) -> None:
+def test_the_model_signing_command_accepts_our_signatures(signed: Bundle, keys: Keys) -> None:
     """Nobody needs splitserve to check one."""
     command = ("verify", "key", "--signature", signed.folder / SIGNATURE_FILE, "--public_key", keys.public, signed.folder)
 
@@ -215,7 +215,7 @@ def test_model_signings_own_command_takes_our_signatures(signed: Bundle, keys: K
 
 
 @pytest.mark.heavy
-def test_we_take_the_signatures_of_model_signings_own_command(repository: Repository, keys: Keys) -> None:
+def test_we_accept_signatures_of_the_model_signing_command(repository: Repository, keys: Keys) -> None:
     """Nor to make one."""
     folder = repository.folder(KEY)
     made = model_signing("sign", "key", "--signature", folder / SIGNATURE_FILE, "--private_key", keys.private, folder)
@@ -247,7 +247,7 @@ def test_a_signature_of_more_files_than_there_are_is_refused(repository: Reposit
         check(repository, keys)
 
 
-def test_nothing_damaged_is_signed(repository: Repository, keys: Keys) -> None:
+def test_a_damaged_bundle_is_not_signed(repository: Repository, keys: Keys) -> None:
     """Signing reads every file first; the signature that was there stays."""
     bundle = repository.open(KEY)
     Signer(keys.private).sign(bundle)
@@ -261,7 +261,7 @@ def test_nothing_damaged_is_signed(repository: Repository, keys: Keys) -> None:
     assert sorted(path.name for path in bundle.folder.parent.iterdir()) == ["1"]
 
 
-def test_a_key_that_can_not_be_used_is_named(tmp_path: Path) -> None:
+def test_an_invalid_key_is_named(tmp_path: Path) -> None:
     """At once, not when the first bundle comes."""
     rsa_key = make_keys(tmp_path, "rsa", rsa.generate_private_key(public_exponent=65537, key_size=2048))
     other_curve = make_keys(tmp_path, "curve", ec.generate_private_key(ec.SECP256K1()))

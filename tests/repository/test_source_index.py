@@ -46,7 +46,7 @@ def digest_of(path: Path) -> FileDigest:
     return FileDigest(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
 
 
-def test_an_index_says_what_a_listing_would(repository: Repository) -> None:
+def test_an_index_equals_a_listing(repository: Repository) -> None:
     """The digests of manifests and routes; it is read as it was written."""
     found, problems = index.build(repository)
     path = index.write(repository.root, found)
@@ -60,7 +60,7 @@ def test_an_index_says_what_a_listing_would(repository: Repository) -> None:
     assert [each.name for each in repository.root.iterdir() if each.is_file()] == ["index.json"]
 
 
-def test_a_signature_is_listed_too(repository: Repository) -> None:
+def test_the_index_lists_signatures(repository: Repository) -> None:
     """It may be added to a bundle that is listed already."""
     signature = repository.folder(KEY) / "model.sig"
     signature.write_bytes(b"{}")
@@ -90,7 +90,7 @@ def test_a_broken_route_is_left_out_and_named(repository: Repository) -> None:
     assert problems[0].startswith("m: route.json: ")
 
 
-def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository) -> None:
+def test_an_unwritable_index_leaves_nothing_behind(repository: Repository) -> None:
     """Not even the scratch file."""
     (repository.root / "index.json").mkdir()
 
@@ -118,7 +118,7 @@ def test_an_index_that_can_not_be_written_leaves_nothing(repository: Repository)
         ({"routes": {"m": {"sha256": "0" * 64, "size": 2**40}}}, "m has 1099511627776 bytes; the limit is 16777216"),
     ],
 )
-def test_an_index_that_can_not_be_relied_on_is_refused(change: dict[str, Any], message: str) -> None:
+def test_an_inconsistent_index_is_refused(change: dict[str, Any], message: str) -> None:
     """What is in it becomes paths and sizes."""
     data = msgspec.json.encode({"schema_version": 2, "bundles": {"m/predict/1": DIGEST}, **change})
 
@@ -130,7 +130,7 @@ def test_an_index_that_can_not_be_relied_on_is_refused(change: dict[str, Any], m
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>", b"[]", b"\xff", b"[" * 100_000])
-def test_what_is_no_index_is_refused(data: bytes) -> None:
+def test_a_file_that_is_not_an_index_is_refused(data: bytes) -> None:
     """A server may answer anything."""
     with pytest.raises(BundleError, match=r"^index\.json: "):
         index.decode(data)

@@ -75,7 +75,7 @@ VALUES = [np.nan, np.inf, -np.inf, 5e-324, 1e308, -1e308, -1.0, 0.0, -0.0]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-async def test_every_number_gets_an_answer_or_a_reason(transform: str, tmp_path: Path, executor: Executor) -> None:
+async def test_every_number_is_answered_or_refused_with_a_reason(transform: str, tmp_path: Path, executor: Executor) -> None:
     """D07: an answer or a 400, never a 500, and no line of numpy's for each request. What is not a number stays none."""
     publish_preprocessor(TRANSFORMS[transform](), SCALED, name="m", repository=tmp_path)
     publish_predictor(affine_model(N, 1, 0), SCALED.astype(np.float32), name="m", repository=tmp_path)
@@ -90,7 +90,7 @@ async def test_every_number_gets_an_answer_or_a_reason(transform: str, tmp_path:
                 assert answer.outputs[0].shape == (1, N)
 
 
-async def test_more_rows_than_are_merged_are_one_call(tmp_path: Path, executor: Executor) -> None:
+async def test_a_request_larger_than_a_merged_call_is_one_call(tmp_path: Path, executor: Executor) -> None:
     """D11: ``max_batch_size`` bounds what is merged; what is larger by itself, below the limit of rows, goes out as it is."""
     publish_preprocessor(StandardScaler().fit(SCALED), SCALED, name="m", repository=tmp_path)
     publish_predictor(affine_model(N, 1, 0), SCALED.astype(np.float32), name="m", repository=tmp_path)
@@ -101,7 +101,7 @@ async def test_more_rows_than_are_merged_are_one_call(tmp_path: Path, executor: 
     assert many.outputs[0].shape == (1000, N)
 
 
-async def test_inputs_of_different_numbers_of_rows_are_malformed(tmp_path: Path, executor: Executor) -> None:
+async def test_inputs_with_different_numbers_of_rows_are_malformed(tmp_path: Path, executor: Executor) -> None:
     """D11: whichever of the columns is longer."""
     table = pd.DataFrame({"a": [1.0, 2.0], "b": [3.0, 4.0]})
     publish_preprocessor(make_column_transformer((StandardScaler(), ["a", "b"])).fit(table), table, name="m", repository=tmp_path)
@@ -129,7 +129,7 @@ async def test_a_poisoned_row_fails_its_own_request_only(tmp_path: Path, executo
     assert [to_array(answer.outputs[0]).tolist() for answer in good] == expected[:7] + expected[8:]
 
 
-async def test_a_run_that_nobody_waits_for_is_ended(tmp_path: Path, executor: Executor) -> None:
+async def test_a_run_without_waiting_callers_is_cancelled(tmp_path: Path, executor: Executor) -> None:
     """G05: a model that runs for minutes is stopped when its caller's time is over, and its thread serves others."""
     zeros = np.zeros((1, N), np.float32)
     publish_predictor(slow_model(N, n_rounds=10_000_000), zeros, name="slow", repository=tmp_path)
@@ -146,7 +146,7 @@ async def test_a_run_that_nobody_waits_for_is_ended(tmp_path: Path, executor: Ex
     assert to_array(answer.outputs[0]).tolist() == zeros.tolist()
 
 
-async def test_a_transform_that_takes_long_keeps_nobody_from_being_told(executor: Executor) -> None:
+async def test_a_slow_transform_delays_no_other_answer(executor: Executor) -> None:
     """D13: a document that a pattern never ends on cannot be stopped, it holds a thread; whoever waits is let go."""
     released = threading.Event()
     compute = Compute(executor)
@@ -162,7 +162,7 @@ async def test_a_transform_that_takes_long_keeps_nobody_from_being_told(executor
     assert await stuck
 
 
-def test_threads_are_as_many_as_the_settings_say() -> None:
+def test_the_number_of_threads_is_as_configured() -> None:
     """G09: a run uses one thread unless told, and none that it could multiply with the workers."""
     model = Predictor(affine_model(N, 1, 0))
 

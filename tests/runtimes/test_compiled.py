@@ -42,12 +42,12 @@ def test_mixed_columns_with_gaps_are_compiled(bundle):
 
 
 @pytest.mark.parametrize(("choice", "runtime"), [("auto", "plan"), ("onnx", "onnx"), ("sklearn", "plan")])
-def test_the_choice_decides(bundle, choice, runtime):
+def test_the_runtime_setting_decides(bundle, choice, runtime):
     """``auto`` takes what costs least: a plan, else the compiled form where ONNX Runtime is installed."""
     assert preprocessor.load(bundle, runtime=choice).runtime == runtime
 
 
-def test_both_forms_give_the_same(bundle):
+def test_the_compiled_form_equals_scikit_learn(bundle):
     """Missing values, an unseen category."""
     rows = pd.DataFrame({"length": [np.nan, 1.0], "year": [1, 2], "sex": ["", "never seen"]})
     inputs = to_tensors(bundle.manifest.rows, bundle.manifest.inputs, rows)
@@ -58,7 +58,7 @@ def test_both_forms_give_the_same(bundle):
 
 
 @pytest.mark.parametrize("choice", ["onnx", "sklearn"])
-def test_infinite_numbers_are_refused_by_both(bundle, choice):
+def test_infinite_numbers_are_refused_by_both_forms(bundle, choice):
     """As scikit-learn refuses them."""
     inputs = to_tensors(bundle.manifest.rows, bundle.manifest.inputs, FRAME[:1].assign(length=np.inf))
 
@@ -67,7 +67,7 @@ def test_infinite_numbers_are_refused_by_both(bundle, choice):
 
 
 @pytest.mark.parametrize(("is_installed", "runtime"), [(True, "onnx"), (False, "sklearn")])
-def test_without_a_plan_auto_takes_the_compiled_form_if_it_can(is_installed, runtime, tmp_path, monkeypatch):
+def test_without_a_plan_auto_uses_the_compiled_form_if_possible(is_installed, runtime, tmp_path, monkeypatch):
     """ONNX Runtime is an optional part of preprocess."""
     rows = np.random.default_rng(0).normal(size=(20, 3))
     found = publish_preprocessor(RobustScaler().fit(rows), rows, name="robust", repository=tmp_path)
@@ -84,7 +84,7 @@ def test_without_a_plan_auto_takes_the_compiled_form_if_it_can(is_installed, run
         (make_column_transformer((OneHotEncoder(), ["sex"])).fit(FRAME), "reject a row that the"),
     ],
 )
-def test_what_is_not_proven_is_not_compiled(transformer, reason, tmp_path):
+def test_an_unverified_compiled_form_is_not_published(transformer, reason, tmp_path):
     """The manifest says why; who insists on the compiled form is refused with that, others are served by scikit-learn."""
     frame = (
         FRAME if "columns" in type(transformer).__name__.lower() or hasattr(transformer, "transformers_") else FRAME[["length"]]

@@ -76,13 +76,13 @@ def test_weights_in_another_file_are_refused(make: Callable[[], onnx.ModelProto]
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_it_does_not_matter_which_file(place: str) -> None:
+def test_external_data_is_refused_whatever_the_file(place: str) -> None:
     """Nothing is looked up, so nothing can lead out of the bundle's folder."""
     with pytest.raises(BundleError, match="expected all weights in this file"):
         Predictor(with_initializer(outside(place)).SerializeToString())
 
 
-def test_a_location_that_is_said_twice_is_refused() -> None:
+def test_a_duplicate_location_is_refused() -> None:
     """Whichever would count."""
     tensor = outside("../one.bin")
     tensor.external_data.add(key="location", value="two.bin")
@@ -91,7 +91,7 @@ def test_a_location_that_is_said_twice_is_refused() -> None:
         refuse_external_data(with_initializer(tensor).SerializeToString())
 
 
-def test_a_model_that_only_has_the_word_in_it_is_a_model() -> None:
+def test_a_model_that_merely_contains_the_word_is_accepted() -> None:
     """A name or a text may be "location"."""
     model = onnx.load_from_string(softmax_model(3))
     model.doc_string = "location"
@@ -102,13 +102,13 @@ def test_a_model_that_only_has_the_word_in_it_is_a_model() -> None:
 
 
 @pytest.mark.parametrize("data", [b"location", b"\x3a\xff\xff\xff\x7flocation"])
-def test_what_is_no_model_is_refused(data: bytes) -> None:
+def test_a_file_that_is_not_onnx_is_refused(data: bytes) -> None:
     """As the bundle's fault."""
     with pytest.raises(BundleError, match=r"^model\.onnx: "):
         Predictor(data)
 
 
-def test_the_runtime_would_not_find_a_file_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_runtime_cannot_find_external_files_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a tensor escaped the search: the folder that ONNX Runtime looks in is not the one that the process runs in."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.bin").write_bytes(np.ones((3, 2), np.float32).tobytes())

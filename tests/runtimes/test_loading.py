@@ -111,7 +111,7 @@ def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, m
 
 
 @pytest.mark.parametrize("nonsense", ["9" * 5000, "-1", "", "seventeen", "1.5"])
-def test_versions_that_are_no_numbers_are_left_to_the_runtime(model: Bundle, nonsense: str) -> None:
+def test_versions_that_are_not_numbers_are_left_to_the_runtime(model: Bundle, nonsense: str) -> None:
     """It reads those in the model itself."""
     repository = changed(
         model,
@@ -126,7 +126,7 @@ def with_a_pattern() -> FunctionTransformer:
     return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
 
 
-def test_a_pickle_is_written_and_read_only_by_explicit_wish(tmp_path: Path) -> None:
+def test_a_pickle_is_written_and_read_only_if_explicitly_allowed(tmp_path: Path) -> None:
     """Twice: who publishes has to ask for it, and who serves."""
     with pytest.raises(PublishError, match="allow_pickle=True"):
         publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, trusted_modules=["re"])
@@ -141,7 +141,7 @@ def test_a_pickle_is_written_and_read_only_by_explicit_wish(tmp_path: Path) -> N
     assert any("a pickle, which can run any code" in warning for warning in loaded.warnings)
 
 
-def test_what_skops_can_hold_is_never_pickled(tmp_path: Path) -> None:
+def test_pipelines_that_skops_supports_are_never_pickled(tmp_path: Path) -> None:
     """The wish to allow a pickle is not a wish for one."""
     bundle = publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path, allow_pickle=True)
 

@@ -221,7 +221,7 @@ def test_known_transforms_have_a_plan(name):
 @pytest.mark.parametrize("name", PLANNED)
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_plan_gives_the_same_bits_and_refuses_the_same(name, data):
+def test_a_plan_equals_scikit_learn_bit_for_bit_and_refuses_the_same(name, data):
     """Whatever comes: NaN, infinities, extremes, unseen categories, empty text, missing values."""
     half, like = half_of(name), PLANNED[name][1]
     rows = data.draw(frames(like) if isinstance(like, pd.DataFrame) else arrays(like))
@@ -231,7 +231,7 @@ def test_a_plan_gives_the_same_bits_and_refuses_the_same(name, data):
 
 
 @pytest.mark.parametrize("name", UNPLANNED)
-def test_what_is_not_known_has_no_plan(name):
+def test_unknown_transforms_have_no_plan(name):
     """A parameter, a class or a dtype whose effect a plan does not repeat: the transforms are called as they are."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def test_a_plan_that_differs_is_dropped():
     assert found.runtime == "sklearn"
 
 
-def test_inputs_may_come_in_any_order_and_narrower():
+def test_inputs_may_be_in_any_order_and_narrower():
     """A plan takes what the signature takes."""
     half = half_of("the demo's columns")
     inputs = {tensor.name: tensor for tensor in half.golden.inputs}
@@ -265,7 +265,7 @@ def test_inputs_may_come_in_any_order_and_narrower():
 
 
 @pytest.mark.parametrize("raw", [b"\x04\x00\x00\x00aut", b"\x04\x00\x00", b"", b"\x02\x00\x00\x00\xff\xfe"])
-def test_bytes_that_are_no_text_are_refused_by_name(raw):
+def test_bytes_that_are_not_utf_8_are_refused_by_name(raw):
     """They are decoded only once, and refused with the input's name."""
     half = half_of("the demo's columns")
     one = Golden(to_tensors(half.rows, half.manifest.inputs, FRAME[:1]), ())

@@ -74,7 +74,7 @@ def test_no_rows_are_answered_with_no_rows():
     assert [tensor.shape for tensor in answer] == [(0, 3), (0,)]
 
 
-def test_other_outputs_pass_through_behind_the_made_ones():
+def test_other_outputs_pass_through_after_the_computed_ones():
     """Untouched, in their order."""
     before, after = from_array("a", np.zeros((1, 2))), from_array("b", np.ones((1, 2)))
 
@@ -86,7 +86,7 @@ def test_other_outputs_pass_through_behind_the_made_ones():
 
 @pytest.mark.parametrize("outputs", [[SCORES], [MORE, SCORES], [SCORES, MORE]])
 @pytest.mark.parametrize("n_rows", [0, 1, 4])
-def test_the_answer_is_what_the_signature_says(outputs, n_rows):
+def test_the_answer_matches_the_signature(outputs, n_rows):
     """What is promised for a predictor is what `apply` gives for it."""
     specs = output_specs(STEP, outputs)
     sent = [from_array(spec.name, np.ones((n_rows, spec.shape[1]), dtype="f4")) for spec in outputs]
@@ -138,12 +138,12 @@ def test_the_signature_replaces_the_scores():
         ),
     ],
 )
-def test_a_predictor_that_the_step_does_not_fit_is_told(outputs, difference):
+def test_a_predictor_that_the_postprocess_step_does_not_fit_is_refused(outputs, difference):
     """Before the pair is live, not with its first request."""
     assert differences(STEP, LABELS, outputs) == [difference]
 
 
-def test_scores_may_be_called_as_what_they_become():
+def test_scores_may_have_the_name_of_an_output():
     """They are replaced, so the name is free."""
     step = Postprocess("probabilities", "none")
     outputs = [TensorSpec("probabilities", "FP32", ("batch", 3))]
@@ -159,7 +159,7 @@ def test_scores_of_either_precision_fit():
 
 
 @pytest.mark.parametrize("name", ["label", "probabilities"])
-def test_an_output_of_a_name_that_the_step_makes_does_not_fit(name):
+def test_an_output_with_the_name_of_a_computed_one_is_refused(name):
     """An answer cannot have two tensors of one name: one would take the other's place."""
     outputs = [SCORES, TensorSpec(name, "INT64", ("batch",))]
 

@@ -54,7 +54,7 @@ def test_no_rows_of_an_enormous_width_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rows_are_answered_as_ever(rows: int) -> None:
+def test_rows_are_answered_as_before(rows: int) -> None:
     """The same model, with rows."""
     x = Tensor("x", "FP32", (rows, 2), bytes(8 * rows))
 

@@ -95,7 +95,7 @@ def test_a_frame_is_the_same_after_the_wire(data):
     assert_same(over_the_wire(frame), frame)
 
 
-def test_a_frame_is_written_down_as_this():
+def test_a_frame_has_this_json_schema():
     """Each column an input of the signature, (batch, 1), with what is needed to build it again."""
     frame = pd.DataFrame(
         {
@@ -136,7 +136,7 @@ def test_a_missing_text_is_empty_on_the_wire():
 
 
 @pytest.mark.parametrize("dtype", ["str", "object"])
-def test_an_empty_text_stays_one_where_it_is_a_value(dtype):
+def test_an_empty_string_that_training_had_is_a_value(dtype):
     """If the training data has "" it means "", even where something is missing too."""
     frame = pd.DataFrame({"island": pd.Series(["Dream", "", NAN], dtype=dtype)})
 
@@ -146,7 +146,7 @@ def test_an_empty_text_stays_one_where_it_is_a_value(dtype):
     assert over_the_wire(frame)["island"].tolist() == ["Dream", "", ""]
 
 
-def test_an_empty_text_stays_one_where_nothing_is_missing():
+def test_an_empty_string_is_a_value_where_training_had_no_missing_values():
     """Training never saw a missing value: the transform would not know one."""
     frame = pd.DataFrame({"island": ["Dream", "Biscoe"]})
     rows, specs = observe(frame, "x")
@@ -185,7 +185,7 @@ def test_narrower_numbers_become_the_training_datas():
 
 
 @pytest.mark.parametrize("column", [[1.5, 2.5], ["a", "b"]])
-def test_a_column_may_come_without_its_inner_dimension(column):
+def test_a_column_may_be_sent_without_its_inner_dimension(column):
     """(batch,) is the same column."""
     frame = pd.DataFrame({"x": column})
     rows, specs = observe(frame, "x")
@@ -196,7 +196,7 @@ def test_a_column_may_come_without_its_inner_dimension(column):
     assert_same(to_rows(rows, specs, [flat]), frame)
 
 
-def test_no_rows_are_a_frame_too():
+def test_no_rows_become_an_empty_frame():
     """With every column and its dtype."""
     frame = pd.DataFrame({"age": [1.5], "island": ["Dream"], "size": pd.Categorical(["s"])})
     rows, specs = observe(frame, "x")
@@ -221,7 +221,7 @@ def test_no_rows_are_a_frame_too():
     ],
     ids=lambda column: str(column.dtype),
 )
-def test_a_dtype_that_the_wire_lacks_is_refused_by_column(column):
+def test_a_dtype_without_a_datatype_is_refused_by_column(column):
     """With a way out."""
     with pytest.raises(UnsupportedRows) as caught:
         observe(pd.DataFrame({"good": [1.0] * len(column), "bad": column}), "x")
@@ -240,7 +240,7 @@ def test_a_dtype_that_the_wire_lacks_is_refused_by_column(column):
         (pd.Series([1, 2]).astype("category"), "int"),
     ],
 )
-def test_objects_that_are_no_text_are_refused_by_column(column, found):
+def test_objects_that_are_not_text_are_refused_by_column(column, found):
     """The wire has one kind of element; which is meant is not guessed."""
     with pytest.raises(UnsupportedRows) as caught:
         observe(pd.DataFrame({"bad": column}), "x")
@@ -255,7 +255,7 @@ def test_objects_that_are_no_text_are_refused_by_column(column, found):
     [["a", "a"], [0, 1], ["a", 1], [("a", "b"), ("a", "c")], pd.MultiIndex.from_tuples([("a", "b"), ("a", "c")])],
     ids=["twice", "numbers", "mixed", "tuples", "levels"],
 )
-def test_columns_whose_names_the_wire_can_not_carry_are_refused(columns):
+def test_columns_whose_names_cannot_be_encoded_are_refused(columns):
     """An input has one name, and it is text: a transform fitted on column 0 would not find "0"."""
     frame = pd.DataFrame([[1.5, 2.5]])
     frame.columns = columns
@@ -266,7 +266,7 @@ def test_columns_whose_names_the_wire_can_not_carry_are_refused(columns):
 
 @pytest.mark.parametrize("text", [b"\xff", b"a\xff"])
 @pytest.mark.parametrize("data", [pd.DataFrame({"x": ["a"]}), pd.DataFrame({"x": ["a"]}, dtype="category"), np.array(["a"])])
-def test_text_that_is_not_utf_8_is_the_callers_mistake(data, text):
+def test_text_that_is_not_utf_8_is_invalid_input(data, text):
     """Named by its input."""
     rows, specs = observe(data, "x")
 
@@ -312,7 +312,7 @@ def test_an_array_is_the_same_after_the_wire(kind):
         (np.array([[b"\xff"], [b""]], dtype="object"), [[b"\xff"], [b""]]),
     ],
 )
-def test_an_array_of_text_or_bytes_comes_back_as_objects(array, elements):
+def test_an_array_of_text_or_bytes_becomes_an_object_array(array, elements):
     """Of any rank: text as text, bytes as bytes, what is missing as what it was."""
     found = over_the_wire(array)
 
@@ -341,13 +341,13 @@ def test_an_array_of_text_or_bytes_comes_back_as_objects(array, elements):
         ),
     ],
 )
-def test_an_array_is_written_down_as_this(array, rows, spec):
+def test_an_array_has_this_json_schema(array, rows, spec):
     """One input of the name given; rows of a single value are (batch, 1)."""
     assert observe(array, "image") == (rows, (spec,))
 
 
 @pytest.mark.parametrize("array", [np.array([[1.5], [2.5]]), np.array([["a"], ["b"]]), np.array([1.5, 2.5])])
-def test_an_array_of_one_value_a_row_may_come_without_its_inner_dimension(array):
+def test_an_array_of_one_value_per_row_may_be_sent_without_its_inner_dimension(array):
     """The signature's check takes (batch,); the transform gets the rank that it was fitted on."""
     rows, specs = observe(array, "x")
     (tensor,) = to_tensors(rows, specs, array)
@@ -367,7 +367,7 @@ def test_a_narrower_array_becomes_the_training_datas():
 
 
 @pytest.mark.parametrize("dtype", ["complex128", "datetime64[D]", "timedelta64[s]", "longdouble", "i4,f4"])
-def test_an_array_that_the_wire_lacks_is_refused(dtype):
+def test_an_array_without_a_datatype_is_refused(dtype):
     """By the input's name."""
     with pytest.raises(UnsupportedRows, match='^"image": dtype .* cannot be sent$'):
         observe(np.zeros((2, 2), dtype=dtype), "image")
@@ -405,6 +405,6 @@ def test_an_array_of_bytes_with_a_missing_one_is_refused(missing):
         (b"", False),
     ],
 )
-def test_what_is_missing(value, answer):
+def test_missing_values_are_these(value, answer):
     """None, NaN and pandas' own; never an empty or a false value."""
     assert is_missing(value) is answer

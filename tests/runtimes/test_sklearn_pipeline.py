@@ -137,7 +137,7 @@ def test_transforms_are_the_same_after_the_file(transformer):
         "method",
     ],
 )
-def test_a_function_is_not_trusted_for_where_it_comes_from(function):
+def test_a_function_is_not_trusted_by_its_module(function):
     """numpy alone has functions that run text as code or read any file; only ufuncs compute and nothing else."""
     data = dump(FunctionTransformer(function))
 
@@ -161,7 +161,7 @@ def test_an_unknown_type_is_refused_by_its_name(own):
 
 
 @pytest.mark.parametrize("trusted", ["acme.steps", "acme"])
-def test_a_module_that_is_named_is_trusted(own, trusted):
+def test_a_named_module_is_trusted(own, trusted):
     """Itself or a package above it, with all that is in it."""
     data = dump(make_pipeline(own.Doubler(), FunctionTransformer(own.double)).fit(NUMBERS))
 
@@ -171,7 +171,7 @@ def test_a_module_that_is_named_is_trusted(own, trusted):
 @pytest.mark.parametrize(
     "trusted", ["", "acm", "acme.", "acme.step", "acme.steps.Doubler", "acme.steps.more", "steps", "other", "*"]
 )
-def test_a_name_that_only_resembles_the_module_is_not_it(own, trusted):
+def test_a_name_that_only_resembles_a_trusted_module_is_not_trusted(own, trusted):
     """Neither a beginning of it nor something below it."""
     with pytest.raises(BundleError, match=r"acme\.steps\.Doubler"):
         load(dump(own.Doubler()), [trusted])
@@ -231,7 +231,7 @@ def a_zip(**members: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", dump(Flatten())[:-30]], ids=["empty", "junk", "cut"])
-def test_what_is_no_zip_is_refused(data):
+def test_a_file_that_is_not_a_zip_is_refused(data):
     """Before anything looks into it."""
     with pytest.raises(BundleError, match=r"^pipeline\.skops: not a skops file$"):
         load(data)
@@ -251,7 +251,7 @@ def test_what_is_no_zip_is_refused(data):
     ],
     ids=["empty", "no schema", "no JSON", "no object", "list", "deep", "loader", "wrong type"],
 )
-def test_a_zip_that_is_no_skops_file_is_the_bundles_fault(data):
+def test_a_zip_that_is_not_a_skops_file_is_refused(data):
     """Whatever skops happens to raise."""
     with pytest.raises(BundleError, match=r"^pipeline\.skops: "):
         load(data)

@@ -125,7 +125,7 @@ ROWS: dict[str, tuple[bytes, set[grpc.StatusCode]]] = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-async def test_a_message_that_means_harm(row: str) -> None:
+async def test_a_malicious_message_is_refused(row: str) -> None:
     """A status of the caller's, words that tell nothing of the inside and echo little, and service as before."""
     data, expected = ROWS[row]
 
@@ -138,7 +138,7 @@ async def test_a_message_that_means_harm(row: str) -> None:
         assert await ask(channel, message()) == (CODES.OK, "")
 
 
-async def test_a_message_may_reach_the_limit_and_not_pass_it() -> None:
+async def test_a_message_at_the_size_limit_is_accepted_and_beyond_it_refused() -> None:
     """C03."""
     async with face() as (channel, service):
         bare = delimited(1000, bytes(MESSAGE_LIMIT - len(message()) - 10))
@@ -166,7 +166,9 @@ async def test_a_message_may_reach_the_limit_and_not_pass_it() -> None:
          CODES.RESOURCE_EXHAUSTED),
     ],
 )  # fmt: skip
-async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: str, message_of: Any, refused: grpc.StatusCode) -> None:
+async def test_a_request_at_a_limit_is_accepted_and_beyond_it_refused(
+    limit: str, message_of: Any, refused: grpc.StatusCode
+) -> None:
     """As far as limits go; whether the model takes it is another question."""
     async with face(request_limits=RequestLimits(**{limit: 3})) as (channel, _):
         _, allowed = await ask(channel, message(**message_of(0)))
@@ -176,7 +178,7 @@ async def test_a_request_may_reach_a_limit_and_not_pass_it(limit: str, message_o
     assert (code, "the limit is 3 (max_" in details) == (refused, True)
 
 
-async def test_compressed_messages_are_bounded_as_they_unfold() -> None:
+async def test_decompression_of_messages_is_bounded() -> None:
     """C02: a bomb is refused at the limit of the message that it unfolds to."""
     bomb = delimited(1000, bytes(50_000_000))
     async with face() as (channel, _):
@@ -186,7 +188,7 @@ async def test_compressed_messages_are_bounded_as_they_unfold() -> None:
         assert await ask(channel, message(), compression=grpc.Compression.Gzip) == (CODES.OK, "")
 
 
-async def test_metadata_is_bounded() -> None:
+async def test_metadata_is_limited() -> None:
     """C04: too much of it is refused, and the connection lives."""
     async with face() as (channel, _):
         assert await ask(channel, message(), metadata=(("a", "x" * 15_000),)) == (CODES.OK, "")
@@ -196,7 +198,7 @@ async def test_metadata_is_bounded() -> None:
         assert await ask(channel, message()) == (CODES.OK, "")
 
 
-async def test_connections_are_counted() -> None:
+async def test_connections_are_limited() -> None:
     """G02: one past the limit is closed, those before are served on."""
     async with serving(FakeInference(ECHO), connection_limits=ServerLimits(max_connections=2)) as address:
         own = [("grpc.use_local_subchannel_pool", 1)]
@@ -214,7 +216,7 @@ async def test_connections_are_counted() -> None:
     ["/inference.GRPCInferenceService/SystemSharedMemoryRegister", "/inference.GRPCInferenceService/LogSettings",
      "/inference.GRPCInferenceService/TraceSetting", "/grpc.channelz.v1.Channelz/GetServers", "/nothing/Nothing", "/"],
 )  # fmt: skip
-async def test_there_is_no_other_method(name: str) -> None:
+async def test_unknown_methods_are_unimplemented(name: str) -> None:
     """C08: neither one that writes files or maps memory, nor one that shows connections."""
     async with face() as (channel, _):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -267,7 +269,7 @@ FLOODS = {
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-async def test_a_flood_of_frames_harms_nobody_else(flood: str) -> None:
+async def test_a_flood_of_frames_affects_no_other_connection(flood: str) -> None:
     """C05: while one connection is flooded, calls on another are answered, and the service sees none of it."""
     service = Checking(ECHO)
     async with serving(service) as address, grpc.aio.insecure_channel(address) as channel, asyncio.timeout(60):
@@ -291,7 +293,7 @@ async def _drain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         pass
 
 
-async def test_control_names_a_model_or_nothing() -> None:
+async def test_control_requests_name_a_model_only() -> None:
     """A14, E09: no name that could be a path, and no parameters from which something would be fetched."""
     async with face() as (channel, service):
         for name in ("..", "../x", "a/b", "", "a\0b", "s3://169.254.169.254/x", "m" * 129, "con ", "naïve"):
@@ -302,7 +304,7 @@ async def test_control_names_a_model_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("timeout", ["99999999H", "-1S", "0n", "x", "1", "", "1" * 20 + "S"])
-async def test_a_timeout_that_is_none_harms_nobody(timeout: str) -> None:
+async def test_an_invalid_timeout_affects_no_other_call(timeout: str) -> None:
     """C04: what cannot be read as a timeout, or lies beyond all limits, ends in a status; the deadline is clamped."""
     async with face(max_timeout_s=100) as (channel, service), asyncio.timeout(30):
         code, _ = await ask(channel, message(), metadata=(("grpc-timeout", timeout),), timeout=None)
@@ -312,7 +314,7 @@ async def test_a_timeout_that_is_none_harms_nobody(timeout: str) -> None:
         assert await ask(channel, message(), timeout=20) == (CODES.OK, "")
 
 
-async def test_much_metadata_harms_nobody() -> None:
+async def test_too_much_metadata_affects_no_other_call() -> None:
     """C04: a thousand keys are too many; bytes that are no base64 are not looked at."""
     async with face() as (channel, _):
         code, _ = await ask(channel, message(), metadata=tuple((f"k{i}", "v") for i in range(1000)))
@@ -324,7 +326,7 @@ async def test_much_metadata_harms_nobody() -> None:
 # Streams.
 
 
-async def test_a_stream_that_says_nothing_holds_nobody_up() -> None:
+async def test_an_idle_stream_delays_no_other_call() -> None:
     """C10: clients that open streams and never write, beside one that is served."""
     async with face() as (channel, _):
         silent = [channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")() for _ in range(50)]

@@ -36,7 +36,7 @@ def compute(owner: Owner) -> Iterator[Compute]:
 SHORT, LONG = INLINE_S / 10, INLINE_S * 10
 
 
-async def test_what_is_not_known_runs_in_a_thread_and_what_is_short_in_the_loop(compute: Compute, owner: Owner) -> None:
+async def test_unmeasured_work_runs_in_a_thread_and_short_work_in_the_loop(compute: Compute, owner: Owner) -> None:
     """The first call of a size is the one that might be long."""
     first = await compute.run(owner, 1, owner.work, SHORT)
     second = await compute.run(owner, 1, owner.work, SHORT)
@@ -44,7 +44,7 @@ async def test_what_is_not_known_runs_in_a_thread_and_what_is_short_in_the_loop(
     assert (first, second) == (False, True)
 
 
-async def test_sizes_are_known_apart(compute: Compute, owner: Owner) -> None:
+async def test_durations_are_measured_by_size(compute: Compute, owner: Owner) -> None:
     """That one row is quick says nothing of a thousand."""
     await compute.run(owner, 1, owner.work, SHORT)
 
@@ -53,7 +53,7 @@ async def test_sizes_are_known_apart(compute: Compute, owner: Owner) -> None:
     assert await compute.run(owner, 1, owner.work, SHORT)
 
 
-async def test_what_has_become_slow_leaves_the_loop(compute: Compute, owner: Owner) -> None:
+async def test_work_that_becomes_slow_moves_to_a_thread(compute: Compute, owner: Owner) -> None:
     """One long call is enough."""
     await compute.run(owner, 1, owner.work, SHORT)
     await compute.run(owner, 1, owner.work, LONG)

@@ -71,7 +71,7 @@ async def test_a_request_crosses_the_hop_unchanged(service: FakeInference) -> No
     assert service.requests[0].inputs == (X,)
 
 
-async def test_the_deadline_crosses_as_what_remains(service: FakeInference) -> None:
+async def test_the_remaining_time_is_sent_as_the_timeout(service: FakeInference) -> None:
     """The service behind never has more time than the caller."""
     async with serving(service) as address, RemoteInference(address, stage="predict") as remote:
         await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(20)))
@@ -79,7 +79,7 @@ async def test_the_deadline_crosses_as_what_remains(service: FakeInference) -> N
     assert 0 < remaining_s(service.requests[0].deadline) <= 20
 
 
-async def test_a_request_out_of_time_is_not_sent(service: FakeInference) -> None:
+async def test_a_request_past_its_deadline_is_not_sent(service: FakeInference) -> None:
     """Work for nobody is not begun."""
     async with serving(service) as address, RemoteInference(address, stage="predict") as remote:
         with pytest.raises(DeadlineExceeded):
@@ -122,7 +122,7 @@ async def test_an_unexpected_exception_is_internal_and_not_shown() -> None:
     assert (raised.value.message, raised.value.stage) == ("internal error", "preprocess")
 
 
-async def test_a_far_end_that_is_not_there_is_unavailable_without_its_address() -> None:
+async def test_an_unreachable_peer_is_unavailable_without_its_address() -> None:
     """The stage is named, the address is not."""
     async with RemoteInference("127.0.0.1:1", stage="predict") as remote:
         with pytest.raises(Unavailable) as raised:
@@ -132,7 +132,7 @@ async def test_a_far_end_that_is_not_there_is_unavailable_without_its_address() 
     assert raised.value.stage == "predict"
 
 
-async def test_an_answer_that_takes_too_long_is_out_of_time() -> None:
+async def test_an_answer_after_the_timeout_is_deadline_exceeded() -> None:
     """The caller does not wait beyond its deadline, whatever the peer does."""
     forever = asyncio.Event()
 
@@ -146,7 +146,7 @@ async def test_an_answer_that_takes_too_long_is_out_of_time() -> None:
             await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(0.2)))
 
 
-async def test_an_answer_that_is_broken_is_the_stages_fault() -> None:
+async def test_a_malformed_answer_is_the_stages_fault() -> None:
     """Outputs without their contents are a mismatch, never the caller's bad input."""
 
     def answer(data: bytes, context: Any) -> bytes:
@@ -166,7 +166,7 @@ async def test_an_answer_that_is_broken_is_the_stages_fault() -> None:
         await server.stop(None)
 
 
-async def test_bytes_that_are_no_message_are_bad_input(channel: grpc.aio.Channel) -> None:
+async def test_bytes_that_are_not_a_message_are_invalid_input(channel: grpc.aio.Channel) -> None:
     """INVALID_ARGUMENT with the message's name, not UNKNOWN with a class of ours."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await ask(channel, "ModelInfer", b"\xff\xff\xff")
@@ -175,7 +175,7 @@ async def test_bytes_that_are_no_message_are_bad_input(channel: grpc.aio.Channel
     assert raised.value.details() == "the request is not a inference.ModelInferRequest"
 
 
-async def test_the_questions_of_the_protocol_are_answered(channel: grpc.aio.Channel, service: FakeInference) -> None:
+async def test_metadata_methods_of_the_protocol_are_answered(channel: grpc.aio.Channel, service: FakeInference) -> None:
     """Live, ready, metadata of server and model, index."""
     service.states.append(ModelState("other", "3", UNAVAILABLE, "damaged"))
 
@@ -202,7 +202,7 @@ async def test_the_questions_of_the_protocol_are_answered(channel: grpc.aio.Chan
 @pytest.mark.parametrize(
     ("name", "version", "is_ready"), [("echo", "", True), ("echo", "1", True), ("echo", "2", False), ("nope", "", False)]
 )
-async def test_model_ready_is_no_error_for_an_unknown_model(
+async def test_model_ready_of_an_unknown_model_is_not_an_error(
     channel: grpc.aio.Channel, name: str, version: str, is_ready: bool
 ) -> None:
     """An unknown model is not ready, which clients take as "no"."""
@@ -223,7 +223,7 @@ async def test_model_ready_is_no_error_for_an_unknown_model(
         ("nope", "", "Request for unknown model: 'nope' is not found"),
     ],
 )
-async def test_model_ready_says_why_not(
+async def test_model_ready_gives_the_reason(
     channel: grpc.aio.Channel, service: FakeInference, name: str, version: str, reason: str | None
 ) -> None:
     """In the trailing metadata, since its message has a truth value and nothing else."""
@@ -253,7 +253,7 @@ async def until_health_is(channel: grpc.aio.Channel, name: str, status: int) -> 
                 return
 
 
-async def test_health_tells_ready_from_taking_calls(channel: grpc.aio.Channel, service: FakeInference) -> None:
+async def test_health_distinguishes_ready_from_accepting_calls(channel: grpc.aio.Channel, service: FakeInference) -> None:
     """``""`` follows readiness; the service's name says that calls are taken, ready or not."""
     serving_status, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     await until_health_is(channel, "", serving_status)
@@ -264,7 +264,7 @@ async def test_health_tells_ready_from_taking_calls(channel: grpc.aio.Channel, s
     await until_health_is(channel, SERVICE, serving_status)
 
 
-async def test_who_watches_is_told_though_another_has_left(channel: grpc.aio.Channel, service: FakeInference) -> None:
+async def test_watchers_are_notified_after_another_has_disconnected(channel: grpc.aio.Channel, service: FakeInference) -> None:
     """A client that leaves ends its own watch. (grpcio's own servicer then told the others no more.)"""
     stub = health_pb2_grpc.HealthStub(channel)
     status = health_pb2.HealthCheckResponse
@@ -282,7 +282,7 @@ async def test_who_watches_is_told_though_another_has_left(channel: grpc.aio.Cha
         staying.cancel()
 
 
-async def test_reflection_shows_our_messages_beside_health(channel: grpc.aio.Channel) -> None:
+async def test_reflection_lists_the_protocol_and_health(channel: grpc.aio.Channel) -> None:
     """Tools without .proto files find the service and its messages."""
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
@@ -297,7 +297,7 @@ async def test_reflection_shows_our_messages_beside_health(channel: grpc.aio.Cha
     assert b"ModelInferRequest" in answers[1].file_descriptor_response.file_descriptor_proto[0]
 
 
-async def test_models_are_controlled_only_where_it_is_allowed(service: FakeInference) -> None:
+async def test_models_are_loaded_and_unloaded_only_where_allowed(service: FakeInference) -> None:
     """The model may stand where KServe's clients put it; parameters are refused."""
     named = pb.RepositoryModelLoadRequest(model_name="echo").SerializeToString()
     kserve = pb.RepositoryModelUnloadRequest(repository_name="echo").SerializeToString()
@@ -322,7 +322,9 @@ async def test_models_are_controlled_only_where_it_is_allowed(service: FakeInfer
     ("stage_of_error", "retry_after_s", "pushback"),
     [("predict", 0.0, None), ("further", 0.0, "-1"), ("predict", 1.5, "1500"), ("further", 1.5, "1500")],
 )
-async def test_a_retry_is_told_when_it_can_help(stage_of_error: str, retry_after_s: float, pushback: str | None) -> None:
+async def test_push_back_is_sent_only_if_a_retry_can_help(
+    stage_of_error: str, retry_after_s: float, pushback: str | None
+) -> None:
     """Between stages another replica may be tried at once, but not for what failed further on; at the edge after a while."""
     service = FakeInference(ECHO, answer=raising(Unavailable("gone", stage=stage_of_error)))
     message = pb.ModelInferRequest(model_name="echo").SerializeToString()
@@ -366,7 +368,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 
 
 @pytest.mark.parametrize("engine", ["own"], indirect=True)  # grpcio decides by rules of its own when it pings
-async def test_a_client_that_gives_no_sign_of_life_is_let_go(service: FakeInference) -> None:
+async def test_a_client_that_does_not_acknowledge_keepalive_is_disconnected(service: FakeInference) -> None:
     """Its machine may be gone: the connection is closed, so that it cannot hold up a drain."""
     async with serving(service, connection_limits=ServerLimits(keepalive_time_s=0.2, keepalive_timeout_s=0.2)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))

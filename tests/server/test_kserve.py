@@ -26,7 +26,7 @@ CONTROLLERS = ["--model_name", "penguins", "--predictor_host", "penguins-predict
 """What KServe's controller adds."""
 
 
-def test_what_the_controller_adds_to_a_transformer_is_enough() -> None:
+def test_the_controllers_arguments_suffice_for_a_transformer() -> None:
     """The model is the one served; predict is at all addresses of the predictor's name, at KServe's port for gRPC."""
     config = preprocess_service.settings.read(CONTROLLERS)
 
@@ -80,7 +80,7 @@ def test_a_wrong_argument_ends_the_process_naming_it(
     assert message.lower() in capsys.readouterr().err.lower()
 
 
-def test_predict_is_called_over_tls_when_kserve_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_predict_is_called_over_tls_with_predictor_use_ssl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the authorities that the settings name, and at the port for TLS."""
     monkeypatch.setenv("PREPROCESS_NEXT_CA_FILE", certificates.write(tmp_path, trustme.CA()).ca)
 
@@ -90,14 +90,14 @@ def test_predict_is_called_over_tls_when_kserve_says_so(monkeypatch: pytest.Monk
     assert config.next_tls is not None
 
 
-def test_unknown_arguments_are_passed_over_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_are_ignored_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     """As by KServe's own servers; a newer controller may give more."""
     preprocess_service.settings.read([*CONTROLLERS, "--new_option", "3"])
 
     assert capsys.readouterr().err == "ignoring unknown arguments: --new_option 3\n"
 
 
-def test_the_manifests_give_what_the_services_understand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_manifests_arguments_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments, ports and variables of deploy/kserve, with what the controller adds."""
     service = yaml.safe_load(Path("deploy/kserve/inference-service.yaml").read_text())
     runtime = yaml.safe_load(Path("deploy/kserve/serving-runtime.yaml").read_text())
@@ -166,7 +166,7 @@ def test_a_mounted_folder_may_be_one_bundle(repository: Path, tmp_path: Path) ->
     assert source.open(BundleKey("m", "predict", 2)).read("model.onnx")
 
 
-def test_a_new_version_with_a_broken_manifest_takes_no_other_down(repository: Path, tmp_path: Path) -> None:
+def test_a_new_version_with_a_broken_manifest_affects_no_other(repository: Path, tmp_path: Path) -> None:
     """The model's name is that of a manifest that can be read."""
     (repository / "m" / "predict" / "1" / "manifest.json").write_text("{")
     (repository / "m" / "preprocess" / "1" / "manifest.json").write_text("{")
@@ -187,7 +187,7 @@ def test_a_mounted_folder_may_be_filled_late(repository: Path, tmp_path: Path) -
     assert len(list(source.bundles())) == 3
 
 
-def test_a_mounted_bundle_whose_manifest_is_broken_is_told(tmp_path: Path) -> None:
+def test_a_mounted_bundle_with_a_broken_manifest_is_reported(tmp_path: Path) -> None:
     """As the state of the repository, since nobody can say which bundle it was to be."""
     (tmp_path / "manifest.json").write_text("{}")
 

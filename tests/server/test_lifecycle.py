@@ -23,7 +23,7 @@ class Followed:
         return "not yet" if len(self.looked_at) < 3 else ""
 
 
-def test_what_can_not_serve_yet_looks_more_often() -> None:
+def test_a_service_that_is_not_ready_refreshes_more_often() -> None:
     """Once it can, looks come at their interval, whether they succeed or not."""
 
     async def main() -> None:

@@ -46,7 +46,7 @@ def test_one_variable_chooses_the_grpc_engine_of_every_service(monkeypatch: pyte
         ("PROXY_DEFAULT_TIMEOUT_S", "x"),
     ],
 )
-def test_a_wrong_value_ends_the_process_naming_the_variable(
+def test_a_wrong_value_stops_the_process_naming_the_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variable: str, value: str
 ) -> None:
     """Exit status 2 and one line."""
@@ -60,7 +60,7 @@ def test_a_wrong_value_ends_the_process_naming_the_variable(
 
 
 @pytest.mark.parametrize("kind", [PredictSettings, PreprocessSettings])
-def test_a_key_that_can_not_be_used_ends_the_process_naming_the_variable(
+def test_an_invalid_key_stops_the_process_naming_the_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[settings.ServiceSettings]
 ) -> None:
     """A service that is to refuse unsigned bundles must not come up without knowing how."""
@@ -75,13 +75,13 @@ def test_a_key_that_can_not_be_used_ends_the_process_naming_the_variable(
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_every_setting_says_what_it_means(kind: type[settings.ServiceSettings]) -> None:
+def test_every_setting_is_documented(kind: type[settings.ServiceSettings]) -> None:
     """A field without a docstring is not documented."""
     assert [name for name, field in kind.model_fields.items() if not field.description] == []
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_nothing_listens_beyond_loopback_unless_told(kind: type[settings.ServiceSettings]) -> None:
+def test_services_listen_on_loopback_by_default(kind: type[settings.ServiceSettings]) -> None:
     """No one is asked for credentials, so no one from outside gets in by default."""
     assert settings.read(kind).host == "127.0.0.1"
 
@@ -93,7 +93,7 @@ def test_defaults_are_the_ports_that_clients_expect() -> None:
     assert (proxy.http_port, proxy.grpc_port) == (8000, 8001)
 
 
-def test_limits_of_batching_are_the_models_own_where_it_has_some() -> None:
+def test_batch_limits_can_be_set_by_model() -> None:
     """What is not said of a model is what is said of all."""
     text = "imagenet: max_in_flight=4, max_batch_size=8; penguins:max_queue_delay_ms=2.5"
 
@@ -107,7 +107,7 @@ def test_limits_of_batching_are_the_models_own_where_it_has_some() -> None:
 @pytest.mark.parametrize(
     "text", ["imagenet", "imagenet: size=3", "imagenet: max_batch_size=0", "a b: max_batch_size=1", "x: max_in_flight=y"]
 )
-def test_limits_that_are_not_understood_are_refused(text: str) -> None:
+def test_invalid_batch_limits_are_refused(text: str) -> None:
     """A wrong word is named before anything starts."""
     with pytest.raises(ValidationError, match="batching"):
         ProxySettings(batching=text)

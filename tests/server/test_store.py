@@ -92,7 +92,7 @@ def held(store: VersionStore[Any], state: str = READY) -> list[int]:
     return [version for version, entry in store.catalogue.entries("m").items() if entry.state == state]
 
 
-async def test_the_newest_are_held_and_nothing_is_loaded_twice() -> None:
+async def test_the_newest_versions_are_loaded_once() -> None:
     """A second look at the same source opens nothing."""
     source = FakeSource(1, 2, 3)
     store = store_of(source)
@@ -105,7 +105,7 @@ async def test_the_newest_are_held_and_nothing_is_loaded_twice() -> None:
     assert store.choose("m", None) == (3, "m/predict/3")
 
 
-async def test_a_broken_version_changes_nothing_but_the_report() -> None:
+async def test_a_broken_version_affects_no_other() -> None:
     """It takes no one's place, is not tried again, and says why."""
     source = FakeSource(1, 2)
     store = store_of(source)
@@ -124,7 +124,7 @@ async def test_a_broken_version_changes_nothing_but_the_report() -> None:
         store.choose("m", 3)
 
 
-async def test_what_was_refused_is_tried_again_when_somebody_asks_for_it() -> None:
+async def test_a_refused_bundle_is_retried_on_request() -> None:
     """Whoever has mended what it takes, and nothing in the bundle, says so with `load`."""
     source = FakeSource(1, 2)
     source.failures[2] = BundleError("damaged")
@@ -141,7 +141,7 @@ async def test_what_was_refused_is_tried_again_when_somebody_asks_for_it() -> No
     assert source.opened.count(1) == 1
 
 
-async def test_what_was_refused_is_tried_again_once_its_files_have_changed_and_been_left_alone() -> None:
+async def test_a_refused_bundle_is_retried_once_its_changed_files_are_stable() -> None:
     """Whoever copies a bundle into place file by file may not be done when the first look comes."""
     source = FakeSource(1, 2)
     source.failures[2] = BundleError("model.onnx has 10 bytes, manifest.json says 20")
@@ -163,7 +163,7 @@ async def test_what_was_refused_is_tried_again_once_its_files_have_changed_and_b
     assert held(store) == [1, 2]
 
 
-async def test_a_change_that_mends_nothing_is_tried_once() -> None:
+async def test_a_change_that_fixes_nothing_is_tried_once() -> None:
     """What it was when it was tried last is what counts."""
     source = FakeSource(1)
     source.failures[1] = BundleError("damaged")
@@ -177,7 +177,7 @@ async def test_a_change_that_mends_nothing_is_tried_once() -> None:
     assert source.opened == [1, 1]
 
 
-async def test_what_was_waited_for_and_then_refused_is_not_tried_again_and_again() -> None:
+async def test_a_bundle_that_arrives_late_and_is_refused_is_not_retried_endlessly() -> None:
     """It has come, and is no good."""
     clock, source = Clock(), FakeSource(1)
     source.failures[1] = NotFetched("not there yet")
@@ -193,7 +193,7 @@ async def test_what_was_waited_for_and_then_refused_is_not_tried_again_and_again
     assert store.catalogue.entries("m")[1].reason == "m/predict/1: damaged"
 
 
-async def test_an_unexpected_failure_is_a_report_too() -> None:
+async def test_an_unexpected_error_is_reported_as_a_refusal() -> None:
     """Whatever one bundle does, the others load."""
     source = FakeSource(1, 2)
     source.failures[2] = MemoryError("no more")
@@ -205,7 +205,7 @@ async def test_an_unexpected_failure_is_a_report_too() -> None:
     assert "failed to load; the log has the cause" in store.catalogue.entries("m")[2].reason
 
 
-async def test_at_the_start_older_versions_stand_in_for_broken_ones() -> None:
+async def test_at_start_older_versions_replace_broken_ones() -> None:
     """The service goes down the list until it has as many as it wants."""
     source = FakeSource(1, 2, 3, 4)
     source.failures = {4: BundleError("damaged"), 3: BundleError("damaged")}
@@ -217,7 +217,7 @@ async def test_at_the_start_older_versions_stand_in_for_broken_ones() -> None:
     assert source.opened == [4, 3, 2]
 
 
-async def test_an_old_version_is_let_go_once_nobody_asks_for_it() -> None:
+async def test_an_old_version_is_unloaded_once_it_is_unused() -> None:
     """Loaded first, unloaded after, and not while it is in use."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, "latest:1", clock=clock, delay_s=10)
@@ -240,7 +240,7 @@ async def test_an_old_version_is_let_go_once_nobody_asks_for_it() -> None:
         store.choose("m", 1)
 
 
-async def test_what_a_route_names_is_held() -> None:
+async def test_versions_named_by_a_route_are_kept() -> None:
     """However old it is."""
     source = FakeSource(1, 2, 3, 4)
     source.found_routes = {"m": Route((RoutedPair("7.1"),))}
@@ -251,7 +251,7 @@ async def test_what_a_route_names_is_held() -> None:
     assert held(store) == [1, 4]
 
 
-async def test_a_broken_route_is_reported_once_and_the_one_before_it_counts() -> None:
+async def test_a_broken_route_is_reported_once_and_the_previous_one_applies() -> None:
     """Neither the model nor the others wait for it to be mended."""
     source = FakeSource(1, 2)
     source.keys.add(BundleKey("other", "predict", 1))
@@ -279,7 +279,7 @@ async def test_a_broken_route_is_reported_once_and_the_one_before_it_counts() ->
     assert held(store) == [3]
 
 
-async def test_a_version_that_is_named_and_not_there_says_so_until_it_is() -> None:
+async def test_a_missing_requested_version_is_reported_until_it_exists() -> None:
     """Whether a route or a setting names it; whoever asks for it is told, and the log tells it once."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.7"),))}
@@ -304,7 +304,7 @@ async def test_a_version_that_is_named_and_not_there_says_so_until_it_is() -> No
     assert held(store, UNAVAILABLE) == [8]
 
 
-async def test_a_model_that_is_gone_leaves_no_version_that_is_waited_for() -> None:
+async def test_a_removed_model_leaves_no_awaited_version() -> None:
     """Its route is gone with it."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.7"),))}
@@ -317,7 +317,7 @@ async def test_a_model_that_is_gone_leaves_no_version_that_is_waited_for() -> No
     assert store.catalogue.models() == []
 
 
-async def test_a_predictor_without_a_number_is_not_looked_for() -> None:
+async def test_a_predictor_without_a_number_is_not_awaited() -> None:
     """Another maker's server has it."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.0"),))}
@@ -328,7 +328,7 @@ async def test_a_predictor_without_a_number_is_not_looked_for() -> None:
     assert held(store, UNAVAILABLE) == []
 
 
-async def test_what_is_gone_from_the_source_is_let_go() -> None:
+async def test_bundles_removed_from_the_source_are_unloaded() -> None:
     """After the same delay; a broken one at once."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = BundleError("damaged")
@@ -345,7 +345,7 @@ async def test_what_is_gone_from_the_source_is_let_go() -> None:
     assert store.catalogue.models() == []
 
 
-async def test_what_can_not_be_fetched_is_tried_again_and_again_more_slowly() -> None:
+async def test_a_failed_download_is_retried_with_backoff() -> None:
     """The service is up meanwhile, and says what it waits for."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = NotFetched("connection refused")
@@ -369,7 +369,7 @@ async def test_what_can_not_be_fetched_is_tried_again_and_again_more_slowly() ->
     assert 2 in held(store)
 
 
-async def test_a_source_that_can_not_be_looked_at_is_reported_and_takes_nothing_away() -> None:
+async def test_an_unreadable_source_is_reported_and_unloads_nothing() -> None:
     """What is held is served on; the first look is not over until it succeeds."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, clock=clock)
@@ -387,7 +387,7 @@ async def test_a_source_that_can_not_be_looked_at_is_reported_and_takes_nothing_
     assert (store.is_loaded, held(store)) == (True, [1])
 
 
-async def test_a_source_that_can_not_be_looked_at_is_looked_at_more_and_more_slowly() -> None:
+async def test_an_unreadable_source_is_polled_with_backoff() -> None:
     """After 1, 2, 4 … seconds, and at once when somebody asks for it."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, clock=clock)
@@ -406,7 +406,7 @@ async def test_a_source_that_can_not_be_looked_at_is_looked_at_more_and_more_slo
     assert held(store) == [1]
 
 
-async def test_a_source_with_an_interval_of_its_own_is_not_looked_at_before() -> None:
+async def test_a_source_with_its_own_interval_is_not_polled_earlier() -> None:
     """A listing may cost money. What is due to be tried again is tried all the same."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = NotFetched("connection refused")
@@ -451,7 +451,7 @@ async def test_models_are_fetched_at_the_same_time() -> None:
     assert store.catalogue.ready_versions("m") == store.catalogue.ready_versions("slow") == (1,)
 
 
-async def test_unload_holds_a_model_back_until_load() -> None:
+async def test_an_unloaded_model_is_not_served_until_load() -> None:
     """Looks at the source do not bring it back."""
     source = FakeSource(1)
     store = store_of(source)
@@ -469,7 +469,7 @@ async def test_unload_holds_a_model_back_until_load() -> None:
             await control("nope")
 
 
-async def test_load_looks_at_once() -> None:
+async def test_load_polls_the_source_at_once() -> None:
     """Without waiting for the next look."""
     source = FakeSource(1)
     store = store_of(source)
@@ -481,7 +481,7 @@ async def test_load_looks_at_once() -> None:
     assert held(store) == [1, 2]
 
 
-async def test_a_model_that_is_wanted_by_name_and_is_not_there_is_told_once() -> None:
+async def test_a_missing_requested_model_is_reported_once() -> None:
     """Else a wrong name would look like an empty repository; that others are there is no hindrance."""
     source = FakeSource(1)
     store = VersionStore(source, "predict", str, selection=Selection(models=frozenset({"m", "other"})))

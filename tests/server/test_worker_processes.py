@@ -22,7 +22,7 @@ def test_the_option_is_the_setting(arguments: list[str], monkeypatch: pytest.Mon
     assert os.environ["PROXY_WORKERS"] == "3"
 
 
-def test_a_process_that_shares_no_port_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_workers_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing says otherwise."""
     monkeypatch.delenv(workers.INDEX_VARIABLE, raising=False)
     assert workers.own_place() == (0, 1)
@@ -50,7 +50,7 @@ def test_workers_need_a_port_to_share() -> None:
         ({"cpu.max": "nonsense"}, "0::/", 64),
     ],
 )
-def test_the_limits_of_control_groups_count(
+def test_the_limits_of_control_groups_apply(
     files: dict[str, str], own: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lowest of the process's own group and of all above it; part of a core counts as one."""

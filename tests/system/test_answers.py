@@ -91,7 +91,9 @@ def check(answer: dict[str, np.ndarray], demo: Demo, rows: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("model", "input_name"), [("penguins", ""), ("breast-cancer", "features"), ("digits", "image")])
-def test_every_way_gives_the_answer_of_the_pipeline(system: System, demos: Demos, model: str, input_name: str, way: str) -> None:
+def test_every_interface_gives_the_answer_of_the_pipeline(
+    system: System, demos: Demos, model: str, input_name: str, way: str
+) -> None:
     """Labels are the same and probabilities within 1e-4, with the missing values that the data has."""
     demo = demos.models[model]
     rows = demo.rows[:N_ROWS]
@@ -133,7 +135,7 @@ def test_a_missing_value_is_nan_an_empty_string_or_null(system: System, demos: D
     np.testing.assert_allclose(as_null["predictions"][0]["probabilities"], over_grpc["probabilities"][0], atol=1e-7)
 
 
-def test_float32_columns_are_taken_where_training_had_float64(system: System, demos: Demos) -> None:
+def test_float32_columns_are_accepted_where_training_had_float64(system: System, demos: Demos) -> None:
     """Narrower numbers are widened: clients need not send doubles."""
     demo = demos.models["breast-cancer"]
     rows = demo.rows[:N_ROWS].astype(np.float32)
@@ -151,7 +153,7 @@ def test_no_rows_give_no_answers(system: System) -> None:
     assert answer["label"].shape == (0,)
 
 
-def test_only_the_wanted_outputs_come_back_in_the_order_asked_for(system: System) -> None:
+def test_only_requested_outputs_are_returned_in_the_requested_order(system: System) -> None:
     """Named outputs are the whole answer."""
     with Client(system.grpc) as client:
         answer = client.infer("digits", {"image": np.zeros((1, 8, 8), np.uint8)}, outputs=["probabilities"])

@@ -24,13 +24,13 @@ def labels(python: str | Path, system: System, other: str, first: str) -> set[st
 
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_ours_and_tritonclient_call_from_one_process(system: System, first: str) -> None:
+def test_our_client_and_tritonclient_work_in_one_process(system: System, first: str) -> None:
     """Whichever is imported first, over REST and gRPC, in turn; and they get the same answers."""
     assert len(labels(sys.executable, system, "triton", first)) == 1
 
 
 @pytest.mark.kserve
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_ours_and_kserves_call_from_one_process(system: System, first: str) -> None:
+def test_our_client_and_kserves_work_in_one_process(system: System, first: str) -> None:
     """As with tritonclient; in an environment of its own, which KServe's many dependencies need."""
     assert len(labels(ROOT / ".venv-kserve" / "bin" / "python", system, "kserve", first)) == 1

@@ -41,7 +41,7 @@ def test_every_example_is_tested_and_named_in_the_guide() -> None:
 
 
 @pytest.mark.parametrize("name", PRINTS)
-def test_an_example_works_over_either_transport(url: str, name: str) -> None:
+def test_an_example_works_over_both_transports(url: str, name: str) -> None:
     """It ends well, says nothing on stderr, and prints what it is about."""
     command = [sys.executable, EXAMPLES / f"{name}.py", url]
 

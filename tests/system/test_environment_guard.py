@@ -60,7 +60,7 @@ def wanted_to_publish() -> list[str]:
     return [*project["dependencies"], *project["optional-dependencies"]["publish"]]
 
 
-def test_another_minor_version_is_refused_with_the_ways_out(repository: Path) -> None:
+def test_another_minor_version_is_refused_with_a_hint(repository: Path) -> None:
     """Before anything of it is loaded; the service is up and says so."""
     system = System(repository, is_fused=True).wait_until_settled()
     try:
@@ -74,7 +74,7 @@ def test_another_minor_version_is_refused_with_the_ways_out(repository: Path) ->
     assert "PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH=true" in answer["error"]
 
 
-def test_allowed_the_golden_samples_decide_and_metadata_says_so(repository: Path) -> None:
+def test_if_allowed_golden_samples_decide_and_metadata_has_a_warning(repository: Path) -> None:
     """It serves because it answers as where it was made; nobody is left to guess."""
     system = System(repository, is_fused=True, PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH="true").wait_until_settled()
     try:

@@ -66,7 +66,7 @@ def rows_of(n_features: int) -> dict[str, Any]:
         ("unlabelled", 'the postprocess step: expected a predictor output "nothing", got none'),
     ],
 )
-def test_a_model_that_can_not_be_served_says_why(system: System, model: str, reason: str) -> None:
+def test_the_error_for_a_model_that_cannot_serve_has_the_reason(system: System, model: str, reason: str) -> None:
     """It is known and not ready: 503 and UNAVAILABLE with the reason, on every face; the others serve on."""
     status, answer = system.rest(PREDICT.format(model), rows_of(30))
     ready_status, ready = system.rest(f"/v2/models/{model}/ready")
@@ -131,7 +131,7 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
-def test_a_bad_request_is_told_what_is_wrong_and_by_whom(system: System, case: str) -> None:
+def test_a_bad_request_is_answered_with_reason_and_stage(system: System, case: str) -> None:
     """The message names the thing, what was expected and what came; `stage` the service that found it."""
     path, content, status, message, stage = BAD_REQUESTS[case]
 
@@ -142,7 +142,7 @@ def test_a_bad_request_is_told_what_is_wrong_and_by_whom(system: System, case: s
     assert answer["stage"] == stage
 
 
-def test_over_grpc_the_status_details_say_the_same(system: System) -> None:
+def test_grpc_status_details_have_the_same_facts(system: System) -> None:
     """`google.rpc.ErrorInfo` carries reason, domain, stage, model and pair across the hops."""
     info = error_info(system, np.full((1, 30), np.nan))
     assert (info.reason, info.domain) == ("INVALID_INPUT", "splitserve")
@@ -175,7 +175,7 @@ def test_the_client_raises_the_servers_classes(system: System) -> None:
     assert (raised.value.stage, raised.value.model, raised.value.pair) == ("preprocess", "breast-cancer", "1.1")
 
 
-def test_a_lost_predict_makes_the_others_not_ready_until_it_is_back(demos: Demos) -> None:
+def test_without_predict_the_other_services_are_not_ready(demos: Demos) -> None:
     """Calls fail at once with the stage named, readiness says why, and nothing needs a restart but what was lost."""
     system = System(demos.repository).wait_until_settled()
     try:
@@ -209,7 +209,7 @@ def test_a_wrong_setting_stops_a_service_before_it_listens(demos: Demos) -> None
     assert any(line.startswith("PREDICT_WORKERS: ") for line in process.lines)
 
 
-def test_a_port_that_is_taken_stops_a_service_with_its_name(system: System, demos: Demos) -> None:
+def test_a_port_in_use_stops_a_service_and_is_named(system: System, demos: Demos) -> None:
     """No traceback: a line that says which address."""
     from tests.system.processes import Process
 

@@ -69,7 +69,7 @@ def test_the_command_takes_a_picture(system: System, tmp_path: Path) -> None:
     assert "Egyptian cat" in printed
 
 
-def test_what_is_no_picture_is_bad_input(system: System) -> None:
+def test_bytes_that_are_not_an_image_are_invalid_input(system: System) -> None:
     """The row is named; the service lives on."""
     with Client(system.grpc) as client:
         with pytest.raises(InvalidInput, match="image 1 is not a JPEG or PNG file"):

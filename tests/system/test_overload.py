@@ -99,7 +99,7 @@ class Load:
         return sum(answer.status == 200 and answer.ended < SECONDS for answer in self.answers) / SECONDS
 
 
-async def test_past_saturation_as_much_is_answered_as_before(system: System) -> None:
+async def test_beyond_saturation_throughput_does_not_drop(system: System) -> None:
     """P-12: nine tenths of the peak at least; the others are told 429 while the first are still served; every answer is right.
 
     How long somebody waited is told by how many were answered meanwhile, which does not depend on how fast the machine is.

@@ -125,7 +125,7 @@ def swap(system: System, repository: Path, n_swaps: int) -> list[dict[str, float
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
-def test_swaps_lose_no_request(tmp_path: Path, is_fused: bool) -> None:
+def test_swapping_versions_loses_no_request(tmp_path: Path, is_fused: bool) -> None:
     """New versions are loaded beside the old, then take over."""
     publish(tmp_path, 1)
     with serving(tmp_path, is_fused=is_fused) as system:
@@ -147,7 +147,7 @@ def test_twenty_swaps_in_a_row_lose_no_request_and_no_memory(tmp_path: Path, is_
             assert after - before < (N_SWAPS - third) * ballast_mb / 2, sizes
 
 
-def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> None:
+def test_a_bad_new_version_does_not_affect_the_served_one(tmp_path: Path) -> None:
     """The one that served serves on, and the index says what is wrong with the other."""
     publish(tmp_path, 1)
     with serving(tmp_path) as system:
@@ -169,7 +169,7 @@ def test_a_bad_new_version_changes_nothing_but_the_report(tmp_path: Path) -> Non
         assert "m/predict/2: model.onnx: expected sha256" in states["m 1.2"][1]
 
 
-def test_a_bundle_that_is_copied_into_place_file_by_file_is_served_once_it_is_whole(tmp_path: Path) -> None:
+def test_a_bundle_copied_file_by_file_is_served_once_it_is_complete(tmp_path: Path) -> None:
     """As cp and rsync do it: half of a file, a file under another name, the manifest before the rest."""
     publish(tmp_path / "models", 1)
     publish(tmp_path / "elsewhere", 2)
@@ -189,7 +189,7 @@ def test_a_bundle_that_is_copied_into_place_file_by_file_is_served_once_it_is_wh
         assert index(system)["m 2.2"] == ("READY", "")
 
 
-def test_a_broken_route_keeps_no_model_from_its_new_versions(tmp_path: Path) -> None:
+def test_a_broken_route_does_not_block_new_versions(tmp_path: Path) -> None:
     """The route before it counts; what is wrong is told, and what a route names and is not there."""
     publish(tmp_path, 1)
     route = tmp_path / "m" / "route.json"
@@ -225,7 +225,7 @@ def index_over_grpc(system: System) -> Any:
     return pb.RepositoryIndexResponse.FromString(call(system, "RepositoryIndex", pb.RepositoryIndexRequest())).models
 
 
-def test_reload_and_the_protocols_calls_act_at_once(tmp_path: Path) -> None:
+def test_reload_and_repository_control_act_at_once(tmp_path: Path) -> None:
     """With polling as good as off: the command, and load and unload for operators, over REST and gRPC."""
     command = Path(sys.executable).with_name("splitserve")
     publish(tmp_path, 1)

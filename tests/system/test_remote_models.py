@@ -96,7 +96,7 @@ def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path
     assert store.fetched() == []
 
 
-def test_only_what_is_wanted_is_fetched(tmp_path: Path, store: ObjectStore) -> None:
+def test_only_selected_bundles_are_fetched(tmp_path: Path, store: ObjectStore) -> None:
     """The models that are named, their newest version, and what the route names."""
     for number in (1, 2, 3):
         publish(tmp_path / "models", number)
@@ -118,7 +118,7 @@ def test_only_what_is_wanted_is_fetched(tmp_path: Path, store: ObjectStore) -> N
     }
 
 
-def test_a_damaged_object_is_reported_and_takes_nothing_down(tmp_path: Path, store: ObjectStore) -> None:
+def test_a_damaged_object_is_reported_and_unloads_nothing(tmp_path: Path, store: ObjectStore) -> None:
     """The pair that served serves on; once the object is mended and somebody says so, the new one is served."""
     publish(tmp_path / "models", 1)
     store.client.create_bucket(Bucket="models")
@@ -150,7 +150,7 @@ def refused(system: System, pair: str) -> str:
     return next((str(entry["reason"]) for entry in entries if entry["version"] == pair and entry["state"] == "UNAVAILABLE"), "")
 
 
-def test_a_web_server_with_its_moods_is_good_enough(tmp_path: Path) -> None:
+def test_an_unreliable_web_server_is_tolerated(tmp_path: Path) -> None:
     """Busy, cut off in the middle, a wrong byte: it is all tried again, and what is served is right."""
     root = tmp_path / "models"
     publish(root, 1)
@@ -170,7 +170,7 @@ def test_a_web_server_with_its_moods_is_good_enough(tmp_path: Path) -> None:
     assert waits.keys() == {"m/predict/1", "m/preprocess/1"}
 
 
-def test_a_cache_that_can_not_be_written_is_said_and_waited_for(tmp_path: Path, store: ObjectStore) -> None:
+def test_an_unwritable_cache_is_reported_and_retried(tmp_path: Path, store: ObjectStore) -> None:
     """Whoever mends it need not restart anything."""
     publish(tmp_path / "models", 1)
     store.client.create_bucket(Bucket="models")
@@ -200,7 +200,7 @@ def test_a_stop_does_not_wait_for_a_stalled_download(tmp_path: Path) -> None:
         assert process.stop() == 0
 
 
-def test_a_url_that_nothing_can_read_stops_a_service_before_it_listens() -> None:
+def test_an_unsupported_url_stops_a_service_before_it_listens() -> None:
     """Exit status 2, the variable, and what would do."""
     process = Process("predict_service", {"MODEL_REPOSITORY": "ftp://host/models"})
 

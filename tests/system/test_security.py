@@ -106,7 +106,7 @@ def test_a_call_crosses_all_hops_over_mutual_tls(system: System, files: dict[str
     assert "3133" not in written
 
 
-def test_certificates_are_renewed_under_load_and_nothing_fails(
+def test_certificates_are_renewed_over_all_hops_without_a_failed_call(
     system: System, files: dict[str, Files], authorities: tuple[trustme.CA, trustme.CA]
 ) -> None:
     """P-42: another authority for every service, in the order of docs/security.md: trust both, renew, trust the new one."""

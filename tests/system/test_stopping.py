@@ -124,7 +124,7 @@ def test_a_second_signal_ends_a_service_at_once(folder: Path) -> None:
         assert answer.exception() is not None
 
 
-def test_a_call_that_outlasts_the_grace_is_cut_off(folder: Path) -> None:
+def test_a_call_that_outlasts_the_grace_period_is_cancelled(folder: Path) -> None:
     """A service waits for its calls as long as its grace, and no longer."""
     with gated_system(folder, PROXY_GRACE_S="1") as system, ThreadPoolExecutor() as pool:
         answer = pool.submit(over_grpc, system)

@@ -32,7 +32,7 @@ def plain(line: str) -> str:
     return " ".join(re.sub(r"\d+(\.\d+)*(e-\d+)?", "N", line).split())
 
 
-def test_the_tour_tells_its_story(printed: str) -> None:
+def test_the_tour_runs_to_its_end(printed: str) -> None:
     """Refused, live, damaged: in this order, and no request fails."""
     story = [
         r"rents  1        1\.1   by default  served",

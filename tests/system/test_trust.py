@@ -67,7 +67,7 @@ def publish_halves(repository: Path, name: str, scale: float = 2.0) -> None:
     publish_predictor(affine_model(2, scale, 1.0), ROWS.astype(np.float32), name=name, repository=repository)
 
 
-def test_a_service_with_a_key_loads_what_was_signed_and_nothing_else(tmp_path: Path) -> None:
+def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
     """What is not signed is refused until it is; what another key signed is refused for good."""
     repository = tmp_path / "models"
     ours, others = make_keys(tmp_path), make_keys(tmp_path, "others")
@@ -88,7 +88,7 @@ def test_a_service_with_a_key_loads_what_was_signed_and_nothing_else(tmp_path: P
 
 
 @pytest.mark.parametrize("module", ["predict_service", "preprocess_service", "fused_service"])
-def test_a_key_that_can_not_be_used_stops_a_service_before_it_listens(tmp_path: Path, module: str) -> None:
+def test_an_invalid_key_stops_a_service_before_it_listens(tmp_path: Path, module: str) -> None:
     """With status 2 and the variable, instead of serving what was not asked for or nothing at all."""
     (tmp_path / "key.pem").write_text("no key")
     answer = subprocess.run(

@@ -59,7 +59,7 @@ def up(request: pytest.FixtureRequest, demos: Demos, tmp_path: Path) -> Iterator
         running.process.wait(60)
 
 
-def test_up_says_how_to_call_what_runs_and_stops_it_on_ctrl_c(up: Up) -> None:
+def test_up_prints_an_example_call_and_stops_on_ctrl_c(up: Up) -> None:
     """A table of what runs where, two calls that work as they are pasted, the page of the API; then a clean end."""
     text = up.wait_for("Ctrl-C stops everything.")
 
@@ -78,7 +78,7 @@ def test_up_says_how_to_call_what_runs_and_stops_it_on_ctrl_c(up: Up) -> None:
     assert up.text.rstrip().endswith("stopped")
 
 
-def test_up_ends_when_a_service_ends_by_itself(demos: Demos, tmp_path: Path) -> None:
+def test_up_exits_when_a_service_exits(demos: Demos, tmp_path: Path) -> None:
     """Exit status 1, the service named, and nothing left running."""
     up = Up(demos.repository, tmp_path / "output")
     up.wait_for("Ctrl-C stops everything.")
@@ -91,7 +91,7 @@ def test_up_ends_when_a_service_ends_by_itself(demos: Demos, tmp_path: Path) -> 
     assert not any(up.is_listening())
 
 
-def test_up_says_what_it_waits_for(tmp_path: Path) -> None:
+def test_up_prints_what_it_waits_for(tmp_path: Path) -> None:
     """An empty repository is no error: the services wait for a model to be published."""
     (tmp_path / "models").mkdir()
     up = Up(tmp_path / "models", tmp_path / "output", "--fused")

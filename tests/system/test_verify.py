@@ -52,7 +52,7 @@ def test_a_system_that_serves_what_was_published_passes(system: System, demos: D
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
-def test_a_system_that_serves_something_else_fails(system: System, other: Path, way: str) -> None:
+def test_a_system_that_answers_differently_fails(system: System, other: Path, way: str) -> None:
     """Exit status 1, with the worst difference; the models that are right are told so."""
     result = verify(WAYS[way](system), other, *MODELS)
 
@@ -63,7 +63,7 @@ def test_a_system_that_serves_something_else_fails(system: System, other: Path, 
 
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
-def test_what_the_system_does_not_have_fails_in_a_line(system: System, demos: Demos, way: str) -> None:
+def test_a_missing_pair_fails_in_one_line(system: System, demos: Demos, way: str) -> None:
     """A model, a pair; the rest is verified."""
     model = verify(WAYS[way](system), demos.repository, "nope", "digits")
     pair = verify(WAYS[way](system), demos.repository, "digits", "--version", "7.1")
@@ -77,7 +77,7 @@ def test_what_the_system_does_not_have_fails_in_a_line(system: System, demos: De
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
-def test_a_system_that_is_not_there_fails_in_a_line(demos: Demos, url: str) -> None:
+def test_an_unreachable_system_fails_in_one_line(demos: Demos, url: str) -> None:
     """Not a traceback."""
     result = verify(url, demos.repository, "digits", "--version", "1.1")
 
@@ -86,7 +86,7 @@ def test_a_system_that_is_not_there_fails_in_a_line(demos: Demos, url: str) -> N
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_repository_that_is_not_there_fails_in_a_line(tmp_path: Path) -> None:
+def test_a_missing_repository_fails_in_one_line(tmp_path: Path) -> None:
     """The same."""
     assert verify("127.0.0.1:1", tmp_path / "nowhere").stderr.endswith("nowhere: no such folder\n")
     assert verify("127.0.0.1:1", tmp_path).stderr.startswith("no models found in ")

@@ -84,7 +84,7 @@ def test_every_worker_of_every_service_gets_calls(crowd: Crowd) -> None:
     wait_until(all_have_answered, "an answer by each worker")
 
 
-def test_a_worker_that_dies_is_replaced_and_all_end_together(crowd: Crowd) -> None:
+def test_a_dead_worker_is_restarted_and_all_stop_together(crowd: Crowd) -> None:
     """What is sent meanwhile is answered; a signal to the first process stops all, and it says that all went well.
 
     It stops the processes that the module shares, and so is its last test.
