@@ -190,6 +190,7 @@ def kills(tmp_path: Path, halves: tuple[PreprocessorHalf, PredictorHalf]) -> Ite
         yield root
 
 
+@pytest.mark.heavy
 def test_a_publisher_that_is_killed_anywhere_leaves_the_old_or_the_new_whole(
     tmp_path: Path, halves: tuple[PreprocessorHalf, PredictorHalf]
 ) -> None:

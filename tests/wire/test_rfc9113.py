@@ -431,6 +431,7 @@ async def test_streams_after_the_final_goaway_are_ignored() -> None:
     assert client.transport.is_closed
 
 
+@pytest.mark.heavy
 async def test_window_updates_that_answer_what_we_sent_are_no_flood() -> None:
     """10.5: a peer that acknowledges each DATA frame of 16 KiB on the stream and on the connection, at any speed."""
     client = RawClient(FakeServer())
