@@ -126,6 +126,10 @@ def publish(
             "Write a pickle if skops does not support the transforms; services refuse it by default.",
         ),
     ] = False,
+    golden: Annotated[
+        str,
+        typer.Option(help='What is stored as golden rows: "rows" of the data, "synthetic" ones, or those of a file like --data.'),
+    ] = "rows",
 ) -> None:
     """Publish a model, or half of one, to a model repository."""
     from splitserve.cli.publish import run
@@ -142,6 +146,7 @@ def publish(
         input_name=input_name,
         trusted_modules=trusted_module or [],
         allow_pickle=allow_pickle,
+        golden=golden,
     )
 
 

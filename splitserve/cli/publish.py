@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 import typer
 
-from splitserve.repository.bundle import BundleKey
+from splitserve.repository.bundle import Bundle, BundleKey
 
 _PICKLES = (".joblib", ".pkl", ".pickle")
 
@@ -29,6 +29,7 @@ def run(
     input_name: str,
     trusted_modules: Sequence[str],
     allow_pickle: bool,
+    golden: str,
 ) -> None:
     """Publish the one of pipeline, transformer and onnx that is given; exits 1 with the reason if that fails."""
     if sum(path is not None for path in (pipeline, transformer, onnx)) != 1:
@@ -37,13 +38,17 @@ def run(
         raise typer.BadParameter("--trained-on goes with --onnx")
     try:
         from splitserve.publishing import PublishError, publish, publish_predictor, publish_preprocessor
+        from splitserve.publishing.halves import said_of_golden
     except ImportError as error:
         print(f'publishing needs more packages ({error.name}): pip install "splitserve[publish]"', file=sys.stderr)
         raise typer.Exit(1) from None
     sys.path.insert(0, "")  # so that --trusted-module finds modules of this folder
     common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
     form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle}
+    if onnx is not None and golden != "rows":
+        raise typer.BadParameter("--golden goes with --pipeline or --transformer: the data of --onnx are its golden samples")
     try:
+        form["golden"] = golden if golden in ("rows", "synthetic") else read_data(Path(golden))
         rows = read_data(data)
         if onnx is not None:
             known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
@@ -52,6 +57,7 @@ def run(
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
             bundle = publish_preprocessor(fitted, rows, input_name=input_name, **form, **common)
             _say_written(bundle.key, repository)
+            print(said_of_golden(bundle.manifest.golden, _n_golden(bundle)))
             _warn_of_pickle(bundle.key, repository)
         elif pipeline is not None:
             fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
@@ -83,6 +89,13 @@ def _say_written(key: BundleKey, repository: str) -> None:
     from splitserve.repository.writable import writable
 
     print(f"{key}: {writable(repository).place(key)}")
+
+
+def _n_golden(bundle: Bundle) -> int:
+    from splitserve.repository import golden
+    from splitserve.repository.manifest import GOLDEN_FILE
+
+    return golden.decode(bundle.read(GOLDEN_FILE), bundle.manifest.inputs, bundle.manifest.outputs).inputs[0].n_rows
 
 
 def _warn_of_pickle(key: BundleKey, repository: str) -> None:

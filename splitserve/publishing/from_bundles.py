@@ -21,7 +21,7 @@ from splitserve.publishing.training_data import as_rows
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError
+from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, GoldenRows
 from splitserve.repository.release import Compared, History, Release
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.writable import WritableRepository
@@ -62,6 +62,7 @@ class Proposal(msgspec.Struct, frozen=True):
     _whole: WholeRelease
     _bundles: tuple[Bundle, Bundle]
     _golden: Golden
+    _golden_rows: GoldenRows
 
     @property
     def needs(self) -> str:
@@ -90,6 +91,7 @@ class Proposal(msgspec.Struct, frozen=True):
                     self._golden,
                     proven="halves",
                     compared=Compared(self.n_rows, batch_sizes=BATCH_SIZES),
+                    golden_rows=self._golden_rows,
                     accepted=[self.needs] if self.needs else [],
                 )
         except BundleError as error:
@@ -166,7 +168,9 @@ def propose(
     except SplitserveError as error:
         raise PublishError(f"{model} {pair}: {error.message}") from error
     n_rows = inputs[0].n_rows
-    return Proposal(model, numbers, n_rows, features, compared, source, whole, (first, second), golden)
+    known = first.manifest.golden
+    golden_rows: GoldenRows = "own" if rows is not None and known == "synthetic" else known
+    return Proposal(model, numbers, n_rows, features, compared, source, whole, (first, second), golden, golden_rows)
 
 
 def release(

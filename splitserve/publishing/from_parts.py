@@ -41,6 +41,7 @@ def publish_preprocessor(
     trusted_modules: Sequence[str] = (),
     allow_pickle: bool = False,
     row_wise: bool = True,
+    golden: Any = "rows",
 ) -> Bundle:
     """Publish fitted transforms as a preprocessor.
 
@@ -58,6 +59,7 @@ def publish_preprocessor(
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
         allow_pickle: as for `publish`.
         row_wise: as for `publish`.
+        golden: as for `publish`.
 
     Raises:
         PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
@@ -76,6 +78,7 @@ def publish_preprocessor(
         labels=tuple(map(str, labels)),
         postprocess=postprocess,
         is_row_wise=row_wise,
+        golden=golden,
     )
     return write(repository_at(repository), half, version=version)[0]
 

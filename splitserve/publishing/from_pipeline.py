@@ -17,13 +17,14 @@ from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
 from splitserve.publishing.convert import NotConvertible, to_onnx
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at
+from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
 from splitserve.repository.bundle import BundleKey
+from splitserve.repository.manifest import GoldenRows
 from splitserve.repository.release import Compared
 from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.rows import Rowset, to_tensors
@@ -48,11 +49,14 @@ class Published(msgspec.Struct, frozen=True):
     n_checked: int
     worst_difference: float
     sequence: int
+    golden: GoldenRows = "rows"
+    n_golden: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}; on {self.n_checked} "
-            f"rows the split differs from the original by at most {self.worst_difference:.1e}"
+            f"rows the split differs from the original by at most {self.worst_difference:.1e}; "
+            f"{said_of_golden(self.golden, self.n_golden)}"
         )
 
 
@@ -68,6 +72,7 @@ def publish(
     trusted_modules: Sequence[str] = (),
     allow_pickle: bool = False,
     row_wise: bool = True,
+    golden: Any = "rows",
 ) -> Published:
     """Split a fitted pipeline before its estimator, publish both halves, and release the pair.
 
@@ -77,7 +82,7 @@ def publish(
     Args:
         pipeline: fitted; its last step is the estimator, the steps before it are the transforms.
         X: data of the kind that the pipeline was fitted on, (n_rows, …): a DataFrame or an array. Golden samples are taken from
-            it, so it should show every category and, where clients may send them, missing values.
+            it by default, so it should show every category and, where clients may send them, missing values.
         name: what clients call the model.
         repository: folder or URL of the model repository.
         version: of both halves; the next free number of each by default.
@@ -88,6 +93,8 @@ def publish(
             since that runs any code in it.
         row_wise: prove that the answer for a row does not depend on the other rows of its call. False: it may, and services never
             merge its requests with those of others.
+        golden: what is stored as golden rows: "rows", rows of ``X``; "synthetic", rows drawn from each column's range and
+            categories; or rows of your own, a DataFrame or array like ``X``, of which at most 64 are taken.
 
     Raises:
         PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
@@ -119,6 +126,7 @@ def publish(
             allow_pickle=allow_pickle,
             refuses=_refuses(estimator),
             is_row_wise=row_wise,
+            golden=golden,
         )
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
@@ -135,6 +143,7 @@ def publish(
             rows=preprocessor.golden.inputs,
             is_row_wise=row_wise,
             probed=_features(preprocessor, checked),
+            source=preprocessor.manifest.golden,
         )
         worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
         if not complaint:
@@ -150,6 +159,8 @@ def publish(
                 len(checked),
                 worst,
                 release.sequence,
+                preprocessor.manifest.golden,
+                preprocessor.golden.inputs[0].n_rows,
             )
         complaints.append(f"at {precision}, {complaint}")
     raise PublishError("; ".join(complaints))

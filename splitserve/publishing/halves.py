@@ -18,7 +18,8 @@ from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
 from splitserve.repository.folder import AlreadyPublished
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import BOUNDS, SCHEMA_VERSION, BundleError, Kind, Manifest, Rows, Tolerance
+from splitserve.repository.manifest import BOUNDS, SCHEMA_VERSION, BundleError, GoldenRows, Kind, Manifest, Rows, Tolerance
+from splitserve.repository.releases import MAX_GOLDEN_BYTES
 from splitserve.repository.writable import WritableRepository, writable
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -27,8 +28,6 @@ from splitserve.versions import MODEL_NAME
 N_PROBED = 128
 """At most so many rows are run alone, together, permuted and repeated to prove that each answer depends on its own row alone."""
 
-MAX_GOLDEN_BYTES = 8 * 1024 * 1024
-"""Largest ``golden.npz`` before compression: fewer rows are kept where they are large."""
 
 N_FEATURE_NAMES = 10_000
 
@@ -78,10 +77,19 @@ def new_manifest(
 
 
 def encode_golden(golden: Golden) -> bytes:
+    """The contents of ``golden.npz``.
+
+    Raises:
+        PublishError: larger than `MAX_GOLDEN_BYTES`, which `kept_rows` sees to unless a single row is.
+    """
     try:
-        return goldens.encode(golden)
+        data = goldens.encode(golden)
     except BundleError as error:
         raise PublishError(f"the golden samples are too large: {error}") from error
+    if len(data) > MAX_GOLDEN_BYTES:
+        n_rows = golden.inputs[0].n_rows
+        raise PublishError(f"{n_rows} golden rows have {len(data)} bytes, compressed; the limit is {MAX_GOLDEN_BYTES}")
+    return data
 
 
 def check_row_wise(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> None:
@@ -148,6 +156,16 @@ def _write(repository: WritableRepository, half: PreprocessorHalf | PredictorHal
         except AlreadyPublished:
             if version or repository.next_version(half.manifest.name, half.manifest.kind) <= number:
                 raise
+
+
+def said_of_golden(source: GoldenRows, n_rows: int) -> str:
+    """What a publisher is told about the golden rows that were stored."""
+    what = {
+        "rows": f'{n_rows} rows of X are stored as golden samples (golden="synthetic" stores none)',
+        "own": f"{n_rows} rows of your own are stored as golden samples",
+        "synthetic": f"{n_rows} generated rows are stored as golden samples",
+    }
+    return what[source]
 
 
 def repository_at(where: str | os.PathLike[str]) -> WritableRepository:

@@ -24,7 +24,7 @@ from splitserve.publishing.halves import (
 from splitserve.publishing.proof import tolerances_of
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError
+from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, GoldenRows
 from splitserve.runtimes.meaning import NO_MEANING, Meaning
 from splitserve.runtimes.predictor import Predictor
 from splitserve.signature import BATCH, TensorSpec, check_inputs
@@ -43,6 +43,7 @@ def predictor_half(
     rows: Sequence[Tensor] = (),
     is_row_wise: bool = True,
     probed: Mapping[str, Array] | None = None,
+    source: GoldenRows = "own",
 ) -> PredictorHalf:
     """An ONNX model as a bundle.
 
@@ -56,6 +57,7 @@ def predictor_half(
         rows: raw rows (n_samples, …) that ``sample_inputs`` were made from, if known.
         is_row_wise: prove that each answer depends on its own row alone; False: it need not, and requests are never merged.
         probed: arrays to prove that on, by input name; ``sample_inputs`` by default.
+        source: where ``sample_inputs`` come from.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
@@ -92,6 +94,7 @@ def predictor_half(
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
         is_row_wise=is_row_wise,
+        golden=source,
         is_quantised=is_quantised,
         trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )

@@ -13,6 +13,7 @@ from splitserve.errors import SplitserveError
 from splitserve.publishing import samples
 from splitserve.publishing.compile import compile_transforms
 from splitserve.publishing.errors import PublishError
+from splitserve.publishing.golden_rows import choose
 from splitserve.publishing.halves import (
     N_FEATURE_NAMES,
     N_PROBED,
@@ -56,6 +57,7 @@ def preprocessor_half(
     all_as_floats: bool,
     trusted_modules: Sequence[str],
     allow_pickle: bool = False,
+    golden: Any = "rows",
     **manifest_fields: Any,
 ) -> PreprocessorHalf:
     """Fitted transforms as a bundle.
@@ -70,6 +72,7 @@ def preprocessor_half(
         all_as_floats: convert all features to that datatype.
         trusted_modules: further modules whose types may be in the transforms.
         allow_pickle: write a pickle if skops does not support the transforms.
+        golden: where golden rows come from, as for `publish`.
         manifest_fields: further fields of the manifest.
 
     Raises:
@@ -77,15 +80,18 @@ def preprocessor_half(
     """
     meaning = meaning_of(transformer)
     learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
-    golden_rows = samples.take(data, samples.golden_rows(data, learnt))
-    features = _transform(transformer, golden_rows)
     try:
         rows, inputs = observe(data, input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
+    chosen = choose(golden, data, rows, learnt)
+    golden_rows, source = chosen.rows, chosen.source
+    features = _transform(transformer, golden_rows, "X" if source == "rows" else "golden")
     rows = _settle_missing(rows, transformer, data)
     output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
-    manifest = new_manifest(name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, **manifest_fields)
+    manifest = new_manifest(
+        name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, golden=source, **manifest_fields
+    )
     manifest = msgspec.structs.replace(
         manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
     )
@@ -93,21 +99,21 @@ def preprocessor_half(
     runtime = _load(manifest, file_name, file, trusted_modules)
     try:
         golden_inputs = to_tensors(rows, inputs, golden_rows)
-        golden = Golden(golden_inputs, runtime.transform(golden_inputs))
+        proof = Golden(golden_inputs, runtime.transform(golden_inputs))
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
     direct = from_array(output.name, features, output.datatype)
-    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(golden.outputs))
-    if worst := goldens.worst_difference((direct,), golden.outputs, manifest.tolerances):
+    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(proof.outputs))
+    if worst := goldens.worst_difference((direct,), proof.outputs, manifest.tolerances):
         raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
     if manifest.is_row_wise:
         probed = samples.take(data, samples.spread(len(data), N_PROBED))
         check_row_wise(runtime.transform, to_tensors(rows, inputs, probed))
-    golden = kept_rows(runtime.transform, golden, manifest.tolerances)
-    model, compiled = compile_transforms(transformer, manifest, golden)
+    proof = kept_rows(runtime.transform, proof, manifest.tolerances)
+    model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
-    files = {file_name: file, GOLDEN_FILE: encode_golden(golden), **({COMPILED_FILE: model} if model else {})}
-    return PreprocessorHalf(manifest, files, golden, rows, runtime)
+    files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
+    return PreprocessorHalf(manifest, files, proof, rows, runtime)
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
@@ -124,6 +130,7 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
         "rows": rows,
         "labels": predictor.manifest.labels,
         "is_row_wise": predictor.manifest.is_row_wise,
+        "golden": predictor.manifest.golden,
         "tolerances": {},
     }
     manifest = new_manifest(predictor.manifest.name, "preprocess", specs, specs, ("numpy", "splitserve"), **fields)
@@ -133,11 +140,11 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
     return PreprocessorHalf(manifest, {GOLDEN_FILE: encode_golden(golden)}, golden, rows, runtime)
 
 
-def _transform(transformer: Any, rows: Rowset) -> Array:
+def _transform(transformer: Any, rows: Rowset, name: str) -> Array:
     try:
         return to_dense(transformer.transform(rows))
     except Exception as error:  # a transform may raise anything
-        raise PublishError(f"X does not fit the transforms: {error}") from error
+        raise PublishError(f"{name} does not fit the transforms: {error}") from error
 
 
 def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:

@@ -14,8 +14,8 @@ from splitserve.publishing.proof import stable_rows, tolerances_of
 from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle
 from splitserve.repository.golden import Golden, not_finite_complaint
-from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, Manifest
-from splitserve.repository.release import SCHEMA_VERSION, Compared, GoldenRows, Proof, Release, ReleaseManifest
+from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, GoldenRows, Manifest
+from splitserve.repository.release import SCHEMA_VERSION, Compared, Proof, Release, ReleaseManifest
 from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes.release import WholeRelease
 from splitserve.tensors import Tensor
@@ -59,7 +59,7 @@ def record(
     *,
     proven: Proof,
     compared: Compared,
-    golden_rows: GoldenRows = "rows",
+    golden_rows: GoldenRows,
     accepted: Sequence[str] = (),
 ) -> Release:
     """Append the release of a pair to a model's releases: from then on it serves.
@@ -114,7 +114,6 @@ def write_released(
     version: int | None,
     proven: Proof,
     compared: Compared,
-    golden_rows: GoldenRows = "rows",
 ) -> Release:
     """Write both bundles, then the release that makes the pair serve. Killed at any point, nothing serves in part.
 
@@ -125,7 +124,6 @@ def write_released(
         version: of both; the next free number of each by default.
         proven: how the pair was proven.
         compared: what was compared.
-        golden_rows: where the golden rows come from.
 
     Raises:
         PublishError: the halves do not fit, a version exists, or the repository cannot be written.
@@ -143,7 +141,8 @@ def write_released(
         with repository.publishing(preprocessor.manifest.name):
             first, second = write(repository, preprocessor, predictor, version=version)
             try:
-                return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=golden_rows)
+                source = preprocessor.manifest.golden
+                return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=source)
             except BundleError:
                 for bundle in (first, second):
                     repository.remove(bundle.key)

@@ -22,6 +22,9 @@ SIGNATURE_FILE = "model.sig"
 
 Kind = Literal["preprocess", "predict"]
 
+GoldenRows = Literal["rows", "own", "synthetic"]
+"""Where golden rows come from: the training data, rows that the publisher chose, or generated ones."""
+
 
 class BundleError(Exception):
     """A bundle cannot be read, trusted or run here; the message says which, what is wrong and what to do."""
@@ -119,7 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     ``is_row_wise``: the result for a row does not depend on the other rows of the call. ``is_quantised``: the model computes with
     8 bit integers, so `QUANTISED_BOUND` bounds its tolerances. ``trained_on`` is the signature of the raw rows that the golden
-    samples of a predictor were made from; empty if unknown.
+    samples of a predictor were made from; empty if unknown. ``golden`` is where the golden samples come from.
 
     ``fingerprint`` and ``feature_names`` describe the meaning of the features (`splitserve.runtimes.meaning`): those that a
     preprocessor makes, those that a predictor was trained on. Empty if unknown.
@@ -146,6 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     is_row_wise: bool = True
     is_quantised: bool = False
     trained_on: tuple[TensorSpec, ...] = ()
+    golden: GoldenRows = "rows"
 
 
 class _Versioned(msgspec.Struct):

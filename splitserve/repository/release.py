@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, Tolerance
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, GoldenRows, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.versions import MODEL_NAME, Pair, parse_pair
 
@@ -27,9 +27,6 @@ MAX_SEQUENCE = 999_999_999
 Proof = Literal["pipeline", "halves", "server"]
 """How a release was proven: against the fitted pipeline at publish, by running the halves together, or against a running predict
 server of another maker."""
-
-GoldenRows = Literal["rows", "own", "synthetic"]
-"""Where golden rows come from: the training data, rows that the publisher chose, or generated ones."""
 
 _NAME = re.compile(r"([0-9]{4,9})-([1-9][0-9]{0,8}\.(?:0|[1-9][0-9]{0,8}))")
 _KEY = re.compile(rf"({MODEL_NAME.pattern})/{RELEASES_FOLDER}/({_NAME.pattern})")
