@@ -1,1 +1,1 @@
-"""How fast splitserve is, and beside its peers: ``make bench``, ``make bench-peers``; see README.md here."""
+"""Measures splitserve alone and next to its peers: ``make bench``, ``make bench-peers``; see README.md here."""

@@ -38,14 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     defaults = own.OwnOptions()
     command.add_argument("--models", nargs="+", choices=own.MODELS, default=defaults.models)
     command.add_argument("--protocols", nargs="+", choices=own.PROTOCOLS, default=defaults.protocols)
-    command.add_argument("--concurrency", nargs="+", type=int, default=defaults.concurrency, help="requests under way")
+    command.add_argument("--concurrency", nargs="+", type=int, default=defaults.concurrency, help="requests in flight")
     command.add_argument("--systems", nargs="+", choices=defaults.systems, default=defaults.systems)
     command.add_argument("--rates", nargs="*", type=float, default=defaults.rates, help="of the open loop, parts of the highest")
     command.add_argument("--cold-starts", type=int, default=defaults.n_cold_starts, help="how often; 0: not at all")
     command.add_argument("--imagenet", type=Path, default=defaults.imagenet, help="repository that has the picture model")
     _add_common(command, seconds=defaults.seconds, rounds=defaults.rounds)
 
-    command = commands.add_parser("peers", help="our services beside others, and what must hold")
+    command = commands.add_parser("peers", help="our services compared with others, and the required figures")
     command.set_defaults(run=_peers)
     standard = side_by_side.ComparisonOptions()
     command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser, *, seconds: float, rounds: int) -> None:
     command.add_argument("--seconds", type=float, default=seconds, help=f"of each load (default {seconds:g})")
     command.add_argument("--rounds", type=int, default=rounds, help=f"of which medians are taken (default {rounds})")
-    command.add_argument("--quick", action="store_true", help="to see that it works: numbers mean little")
+    command.add_argument("--quick", action="store_true", help="a quick check that it works; the numbers mean little")
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of our services")
     command.add_argument("--name", help="of the results files")
 

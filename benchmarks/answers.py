@@ -1,4 +1,4 @@
-"""Are the answers right? Asked before anything is measured, many rows at once so that a server that merges rows does so."""
+"""Checks that answers are right, before anything is measured; many rows at once, so that a server that merges rows does so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _N_CALLERS = 16
 _TIMEOUT_S = 30.0
 _CHANNEL_OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
-Ask = Callable[[int], Array | None]
+ComparedOutput = Callable[[int], Array | None]
 """The answer's compared output for a row, by its number."""
 
 
@@ -34,7 +34,7 @@ def post(address: str, model: str, body: Body) -> tuple[int, bytes, int | None]:
 
 
 def is_answering(address: str, model: str, body: Body) -> bool:
-    """Whether this request gets a 200 by now."""
+    """Whether this request is answered with 200."""
     try:
         return post(address, model, body)[0] == 200
     except (OSError, http.client.HTTPException):
@@ -42,7 +42,7 @@ def is_answering(address: str, model: str, body: Body) -> bool:
 
 
 def is_answering_grpc(address: str, workload: Workload) -> bool:
-    """Whether a call is answered without an error by now."""
+    """Whether a call is answered without an error."""
     with grpc.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(UNARY_PATH)
         try:
@@ -85,7 +85,7 @@ def check_grpc(address: str, workload: Workload) -> int:
         return len(call(workload.grpc(0), timeout=_TIMEOUT_S))
 
 
-def _check(workload: Workload, ask: Ask, transport: str) -> None:
+def _check(workload: Workload, ask: ComparedOutput, transport: str) -> None:
     with ThreadPoolExecutor(_N_CALLERS) as callers:
         for index, answer in enumerate(callers.map(ask, range(min(N_ROWS, 8 * len(workload.rows))))):
             if not workload.is_right(index, answer):

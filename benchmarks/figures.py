@@ -67,12 +67,12 @@ class Medians:
         return self._medians.get(Case(system, model, protocol, concurrency))
 
     def rate(self, system: str, model: str = "breast-cancer", protocol: Protocol = "REST JSON") -> float | None:
-        """Requests a second, 64 under way."""
+        """Requests a second, 64 in flight."""
         found = self.of(system, model, protocol, 64)
         return None if found is None else found.load.per_s
 
     def p50_alone_ms(self, system: str) -> float | None:
-        """Over REST, one request under way."""
+        """Over REST, one request in flight."""
         found = self.of(system, "breast-cancer", "REST JSON", 1)
         return None if found is None else found.load.p50_ms
 
@@ -92,7 +92,7 @@ def figures(outcome: Medians) -> list[Figure]:
         Figure("REST, 1 at once: p50 against KServe's", "at most", 0.75, "times", _ratio(p50(SPLIT), p50(KSERVE))),
         Figure("REST, 1 at once: p50", "at most", 1.6, "ms", p50(SPLIT)),
         _times("gRPC calls, 64 at once: requests/s against KServe's", 4, rest(SPLIT, protocol="gRPC unary"), kserve_grpc),
-        _times("gRPC stream, 64 under way, against KServe's calls", 10, rest(SPLIT, protocol="gRPC stream"), kserve_grpc),
+        _times("gRPC stream, 64 in flight, against KServe's calls", 10, rest(SPLIT, protocol="gRPC stream"), kserve_grpc),
         _times("penguins, scikit-learn, against the plain split's", 12, rest(SKLEARN, "penguins"), rest(PLAIN, "penguins")),
         _times("penguins, compiled, against the plain split's", 25, rest(COMPILED, "penguins"), rest(PLAIN, "penguins")),
         _times("split against fused, REST, 64 at once", 0.4, rest(SPLIT), rest(FUSED)),
@@ -105,7 +105,7 @@ def figures(outcome: Medians) -> list[Figure]:
 
 
 def remarks(outcome: Medians) -> dict[str, float | None]:
-    """Ratios that nothing is required of."""
+    """Ratios without a requirement."""
     return {"REST, breast-cancer, 64 at once: requests/s against PyTriton's": _ratio(outcome.rate(SPLIT), outcome.rate(PYTRITON))}
 
 

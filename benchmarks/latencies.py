@@ -34,7 +34,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 def of_latencies(latencies_ms: Sequence[float], *, seconds: float, n_failed: int = 0) -> LoadResult:
     """A load from the latencies of its requests."""
     if not latencies_ms:
-        raise BenchmarkError("the load generator got no answer at all")
+        raise BenchmarkError("the load generator received no answer")
     ordered = sorted(latencies_ms)
     p50, p99, p999 = (percentile(ordered, percent) for percent in (50, 99, 99.9))
     return LoadResult(len(ordered), seconds, n_failed, p50, p99, p999)

@@ -1,7 +1,7 @@
 """Closed-loop load: wrk for REST, h2load for gRPC calls, `benchmarks.stream_client` for the gRPC stream.
 
-Each keeps a number of requests under way and sends the next when one is answered. So under overload they wait with the server
-and see less of its queue than callers would who come when they like; for that there is `benchmarks.open_loop`.
+Each keeps a number of requests in flight and sends the next when one is answered. So under overload they slow down with the
+server, and see less of its queue than independent callers would; for those there is `benchmarks.open_loop`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def missing_tools() -> list[str]:
 
 
 def rest(address: str, model: str, body: Body, *, concurrency: int, seconds: float) -> LoadResult:
-    """Load by wrk, which takes whole seconds only: a connection for each request under way."""
+    """Load by wrk, which takes whole seconds only: a connection for each request in flight."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(body.content)
         file.flush()
@@ -68,7 +68,7 @@ def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: 
         message: a ModelInferRequest.
         answer_bytes: size of the right answer. h2load knows nothing of gRPC's statuses, but an error has no message: if too few
             bytes came, calls have failed.
-        concurrency: calls under way.
+        concurrency: calls in flight.
         seconds: how long.
     """
     n_connections = min(concurrency, MAX_GRPC_CONNECTIONS)
@@ -109,7 +109,7 @@ def _number(pattern: str, output: str) -> float:
 
 
 def grpc_stream(address: str, workload: Workload, *, concurrency: int, seconds: float) -> LoadResult:
-    """Load by `benchmarks.stream_client`, a process of its own: one stream with that many messages under way."""
+    """Load by `benchmarks.stream_client`, a process of its own: one stream with that many messages in flight."""
     command = [sys.executable, "-m", "benchmarks.stream_client", address, str(concurrency), f"{seconds:g}"]
     output = _run(command, seconds, pickle.dumps(workload))
     return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)

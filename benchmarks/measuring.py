@@ -30,7 +30,7 @@ class Case(msgspec.Struct, frozen=True):
 
 
 class Measurement(msgspec.Struct, frozen=True):
-    """What came out. CPU by stage, in microseconds for each request."""
+    """The result. CPU by stage, in microseconds per request."""
 
     case: Case
     load: LoadResult
@@ -55,7 +55,7 @@ def measure(system: RunningSystem, case: Case, workload: Workload, *, seconds: f
         BenchmarkError: no request was answered, or the load generator failed.
     """
     if (case.model, case.protocol) not in system.warm:
-        with suppress(BenchmarkError):  # if it is more than slowness at the start, the load itself says so
+        with suppress(BenchmarkError):  # a persistent failure shows in the load itself
             _load(system, case, workload, WARM_UP_S, answer_bytes)
         system.warm.add((case.model, case.protocol))
     before = system.cpu_s()

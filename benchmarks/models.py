@@ -1,4 +1,4 @@
-"""The models that are measured: trained and published anew, so that the code that is measured has written what it serves."""
+"""The measured models, trained and published for each run, so that the measured code serves bundles that it has written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def publish_demos(repository: Path) -> dict[str, Workload]:
         with threadpool_limits(1):  # on few cores, threads that wait for each other take many times as long
             pipeline, data = train()
         publish(pipeline, data, name=name, repository=repository, input_name=input_name)
-        if name == "digits":  # it is there because a cold start loads it too
+        if name == "digits":  # included because a cold start loads it too
             continue
         sample = _complete(data)
         workloads[name] = Workload(name, _rows(sample, input_name), "probabilities", pipeline.predict_proba(sample))
@@ -55,7 +55,7 @@ def _column(series: Any) -> Array:
 
 
 def publish_tensors(repository: Path) -> dict[str, Workload]:
-    """Models that a picture's tensor passes through: `tensor` gives it back, `tensor-mean` a number for each channel."""
+    """Models that a picture's tensor passes through: `tensor` returns it, `tensor-mean` returns a number for each channel."""
     pixels = np.random.default_rng(0).random((2, *PIXELS_SHAPE), dtype=np.float32)
     made = {
         "tensor": (helper.make_node("Identity", ["features"], ["answer"]), ("batch", *PIXELS_SHAPE), pixels),

@@ -1,9 +1,9 @@
-"""Open-loop load: requests come when they come, whether or not earlier ones have been answered.
+"""Open-loop load: requests arrive on a schedule, whether or not earlier ones have been answered.
 
     python -m benchmarks.open_loop 127.0.0.1:8000 /v2/models/NAME/infer BODY_FILE '[["content-type", "application/json"]]' 1000 5
 
 Arrivals are random (a Poisson process with a fixed seed). A request's latency counts from the moment when it was due, so one
-that had to wait for a free connection, or for this program, is not taken for a fast one ("coordinated omission"). The waiting is
+that had to wait for a free connection, or for this program, is not counted as a fast one ("coordinated omission"). The waiting is
 by select(2), whose time-out is in microseconds; poll and epoll round to milliseconds.
 """
 
@@ -26,11 +26,11 @@ from benchmarks.latencies import LoadResult, of_latencies
 N_CONNECTIONS = 128
 SEED = 0
 DRAIN_S = 5.0
-"""How long after the last arrival answers are waited for; what is open then has failed."""
+"""How long to wait for answers after the last arrival; requests that are open then have failed."""
 
 
 class LoadConnection:
-    """One connection with at most one request under way; the callbacks are httptools'."""
+    """One connection with at most one request in flight; the callbacks are httptools'."""
 
     def __init__(self, host: str, port: int) -> None:
         self.socket = socket.create_connection((host, port))
@@ -61,7 +61,7 @@ class LoadConnection:
 
 
 class OpenLoop:
-    """Sends `request` at times drawn beforehand and collects latencies in ms."""
+    """Sends `request` at times that were drawn before and collects latencies in ms."""
 
     def __init__(self, host: str, port: int, request: bytes) -> None:
         self.latencies_ms: list[float] = []
@@ -154,7 +154,7 @@ def main() -> None:
     start = time.perf_counter()
     loop.run(poisson(float(per_s), float(seconds)))
     loop.close()
-    # The time until the last answer: with a server that cannot keep up it is longer than was asked for.
+    # Until the last answer: longer than requested if the server cannot keep up.
     load: LoadResult = of_latencies(loop.latencies_ms, seconds=time.perf_counter() - start, n_failed=loop.n_failed)
     print(msgspec.json.encode(load).decode())
 

@@ -26,7 +26,7 @@ RATES = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Rates of arrivals, as parts of the highest rate that the closed loop has reached."""
 
 MOST_AT_ONCE = {"tensor": 64, "tensor-mean": 64, "imagenet": 16}
-"""Where more would measure memory, or take longer than the run."""
+"""Models for which more would measure memory bandwidth, or take longer than the run."""
 
 
 class OwnOptions(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ class OwnOptions(msgspec.Struct, frozen=True):
 
 
 class OwnResults:
-    """What has come out so far, and what was not measured."""
+    """Results so far, and what was not measured."""
 
     def __init__(self) -> None:
         self.measurements: list[Measurement] = []
@@ -178,7 +178,7 @@ def _measured(system: RunningSystem, case: Case, workload: Workload, options: Ow
 
 
 def say(result: Measurement) -> None:
-    """A line while the run goes on."""
+    """A progress line."""
     case, load = result.case, result.load
     at_once = f"{case.per_s:.0f}/s due" if case.per_s else f"{case.concurrency} at once"
     failed = f", {load.n_failed} FAILED" if load.n_failed else ""
@@ -190,7 +190,7 @@ def say(result: Measurement) -> None:
 
 
 def cold_start_s(plan: SystemSpec, scratch: Path, n_starts: int) -> float:
-    """Median of the seconds from the start of all processes at once until the edge says that the demo models are ready."""
+    """Median of the seconds from the start of all processes at once until the proxy reports the demo models as ready."""
     times = []
     for _ in range(n_starts):
         with RunningSystem(plan, scratch) as system:

@@ -1,4 +1,4 @@
-"""How the peers are started, each in its own environment, with the settings that its makers advise for throughput."""
+"""How the peers are started, each in its own environment, with the settings that its authors recommend for throughput."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DESCRIPTIONS = {
     PYTRITON: "nvidia-pytriton: a server for the transforms and one for the model, dynamic batching in both (256 rows, no delay)",
     PLAIN: "FastAPI with the transforms in two uvicorn workers (uvloop, httptools, orjson), grpcio on uvloop behind, a call each",
     SINGLE: "FastAPI with both halves in each of two uvicorn workers (uvloop, httptools, orjson, no pydantic models)",
-    HTTP_ECHO: "our HTTP server with nothing behind it but to give the body back: the floor of REST",
-    GRPC_ECHO: "grpcio's asyncio server on uvloop giving bytes back: the floor of gRPC calls",
+    HTTP_ECHO: "our HTTP server with an echo handler: the lower bound of REST",
+    GRPC_ECHO: "grpcio's asyncio server on uvloop with an echo handler: the lower bound of gRPC calls",
 }
 
 
@@ -33,7 +33,7 @@ def _peer(repository: Path, **rest: str) -> dict[str, str]:
 
 def _uvicorn(python: str, app: str, port: int, workers: int) -> tuple[str, ...]:
     options = ["--port", str(port), "--loop", "uvloop", "--http", "httptools", "--no-access-log", "--log-level", "warning"]
-    # A worker that imports for longer than its 5 s by default is ended and begun again, on a slow machine for ever.
+    # By default a worker that takes more than 5 s to import is restarted, on a slow machine endlessly.
     options += ["--workers", str(workers), "--timeout-worker-healthcheck", "120"]
     return (python, "-m", "uvicorn", f"benchmarks.peers.{app}:app", *options)
 

@@ -66,7 +66,7 @@ class RunningSystem:
         self.grpc = plan.grpc
         self.started = 0.0
         self.warm: set[tuple[str, str]] = set()
-        """Models and protocols that it has had load of."""
+        """Models and protocols that have been under load."""
         self._plan = plan
         self._logs = logs
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -136,7 +136,7 @@ class RunningSystem:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to stop; end it and what it has left behind if it does not."""
+    """Stop it; kill it and its descendants if it does not stop."""
     process.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
@@ -154,7 +154,7 @@ def tree(pid: int) -> Iterator[int]:
         children = [
             int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
         ]
-    except OSError:  # it has ended meanwhile
+    except OSError:  # it has ended in between
         return
     for child in children:
         yield from tree(child)

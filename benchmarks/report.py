@@ -77,7 +77,7 @@ def memory_table(pss_mb: Mapping[str, Mapping[str, float]], peak_mb: Mapping[str
 
 
 def write(name: str, machine: Machine, sections: Mapping[str, str], data: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``<name>.md`` and ``<name>.json``; gives the former.
+    """Write ``<name>.md`` and ``<name>.json``; return the former.
 
     Args:
         name: of the files.

@@ -24,7 +24,7 @@ RUNTIME = "PREPROCESS_RUNTIME"
 ECHOES = (HTTP_ECHO, GRPC_ECHO)
 TENSOR_AT_ONCE = 4
 SETTLE_S = 2.0
-"""Over which the CPU time of idle systems is taken."""
+"""Over which the CPU time of idle systems is measured."""
 
 CASES: Mapping[str, tuple[tuple[str, Protocol, int], ...]] = {
     SPLIT: (
@@ -57,7 +57,7 @@ CASES: Mapping[str, tuple[tuple[str, Protocol, int], ...]] = {
     HTTP_ECHO: (("breast-cancer", "REST JSON", 1), ("breast-cancer", "REST JSON", 64)),
     GRPC_ECHO: (("breast-cancer", "gRPC unary", 1), ("breast-cancer", "gRPC unary", 64)),
 }
-"""Model, protocol and requests under way, by system."""
+"""Model, protocol and requests in flight, by system."""
 
 
 class ComparisonOptions(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ class Side:
 
 
 class ComparisonResults:
-    """What has come out so far."""
+    """Results so far."""
 
     def __init__(self) -> None:
         self.rounds: dict[Case, list[Measurement]] = {}
@@ -167,7 +167,7 @@ def run(options: ComparisonOptions, scratch: Path) -> ComparisonResults:
         scratch: a folder for repositories and logs.
 
     Raises:
-        BenchmarkError: one of our systems does not start, or answers wrongly. A peer that does so is left out, and that is said.
+        BenchmarkError: one of our systems does not start, or answers wrongly. A peer that does so is omitted and reported.
     """
     found = ComparisonResults()
     repository = scratch / "demos"
@@ -234,7 +234,7 @@ def _start(
         systems.wait_until_ready(system, list(demos))
         sides.append(_side(system, demos, found))
     for name in options.peers:
-        # Its own stack, so that a peer that fails is stopped at once.
+        # Its own stack, so that a failing peer is stopped at once.
         with ExitStack() as attempt:
             try:
                 system = attempt.enter_context(RunningSystem(PEERS[name](repository), scratch))

@@ -67,7 +67,7 @@ class Growth(msgspec.Struct, frozen=True):
 
 
 class SoakResults(msgspec.Struct, frozen=True):
-    """What a soak has shown."""
+    """The result of a soak."""
 
     seconds: float
     per_s: float
@@ -109,7 +109,7 @@ class SoakResults(msgspec.Struct, frozen=True):
             ("what", "count"),
             [
                 ["requests", str(self.n_requests)],
-                ["of these answered wrongly", str(self.n_wrong)],
+                ["of these with a wrong answer", str(self.n_wrong)],
                 ["of these failed", str(sum(self.failures.values()))],
                 *([f"failed: {what}", str(count)] for what, count in sorted(self.failures.items())),
                 *([f"bad, {what}", str(count)] for what, count in sorted(self.bad.items())),

@@ -1,6 +1,6 @@
-"""Steady load by the Python client, every answer compared: requests go out on a schedule, whatever becomes of the ones before.
+"""Steady load by the Python client, every answer compared: requests are sent on a schedule, whatever the outcome of earlier ones.
 
-Used by the fault tests and by the soak. What is compared with is the pipeline itself, in this process.
+Used by the fault tests and by the soak. Answers are compared with those of the pipeline itself, in this process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 
 class Reference:
-    """Rows to ask about, and what the pipeline that was published says of each.
+    """Rows to send, and the answers of the published pipeline to them.
 
     Args:
         pipeline: fitted, with ``predict`` and ``predict_proba``.
@@ -49,7 +49,7 @@ class Reference:
 
 
 class RequestOutcome(msgspec.Struct, frozen=True):
-    """What became of one request. ``began`` is on the monotonic clock; no ``failure`` and no ``difference``: all is well."""
+    """The outcome of one request. ``began`` is on the monotonic clock; without ``failure`` and ``difference`` it is right."""
 
     url: str
     model: str
@@ -63,11 +63,11 @@ class SteadyLoad:
     """Load while entered, from a thread of its own.
 
     Args:
-        urls: of the edges, asked in turn, with a client each.
+        urls: of the proxies, used in turn, with a client each.
         references: by the model's name.
         per_s: requests a second.
         timeout_s: deadline of each, retries included.
-        tls: certificates for the URLs that want them.
+        tls: certificates for the URLs that require them.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class SteadyLoad:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """No more requests; those under way are waited for."""
+        """Send no more requests, and wait for those in flight."""
         self._is_over.set()
         self._thread.join()
 
@@ -115,7 +115,7 @@ class SteadyLoad:
         return Counter(outcome.failure for outcome in self.failures)
 
     def wait_for(self, n_answers: int, patience_s: float = 60.0) -> None:
-        """Until so many more were answered.
+        """Wait until so many more were answered.
 
         Raises:
             AssertionError: they were not, within ``patience_s``.

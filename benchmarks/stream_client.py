@@ -1,4 +1,4 @@
-"""A client of ModelStreamInfer that costs little: one stream, a number of messages under way, each answer matched by its id.
+"""A client of ModelStreamInfer that costs little: one stream, a number of messages in flight, each answer matched by its id.
 
     python -m benchmarks.stream_client 127.0.0.1:8001 64 5 < pickled-workload
 
@@ -35,12 +35,12 @@ class StreamError(Exception):
 
 
 class StreamClient(asyncio.Protocol):
-    """Keeps a message for each slot under way until `stop`.
+    """Keeps a message per slot in flight until `stop`.
 
     Args:
         authority: the server's address.
         workload: what is asked; each slot has a row, and checks that its answers are that row's.
-        n_slots: messages under way.
+        n_slots: messages in flight.
     """
 
     def __init__(self, authority: str, workload: Workload, n_slots: int) -> None:
@@ -182,7 +182,7 @@ class StreamClient(asyncio.Protocol):
             self.done.set_result(None)
 
     def _check(self, slot: int, answer: pb.ModelInferResponse) -> None:
-        """Bytes that were right once need no second look."""
+        """Bytes that were right once are not decoded again."""
         raws = list(answer.raw_output_contents)
         if raws != self._right.get(slot):
             if not self._workload.is_right(slot, self._workload.from_grpc(answer.SerializeToString())):

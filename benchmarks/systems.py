@@ -51,7 +51,7 @@ def _stage(name: str, module: str, environment: Settings) -> StageProcess:
 
 
 def wait_until_ready(system: RunningSystem, models: Sequence[str]) -> float:
-    """Seconds from the start of the processes until the edge says that every one of these models is ready."""
+    """Seconds from the start of the processes until the proxy reports every one of these models as ready."""
     waiting = list(models)
 
     def are_ready() -> bool:

@@ -1,7 +1,7 @@
 """What one call of a preprocessor, and of its predictor, costs in µs: ``python -m benchmarks.transforms``.
 
 Calls the objects that the services call, in one thread, without a wire: a row of the table is the median over `ROUNDS` rounds, in
-which the cases take turns so that a noisy machine disturbs all alike. ``--only NAME`` measures the cases whose names contain it.
+which the cases alternate, so that a noisy machine affects all alike. ``--only NAME`` measures the cases whose names contain it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from training import demo, imagenet
 N_ROWS = (1, 8, 64, 512)
 ROUNDS = 15
 ROUND_S = 0.02
-"""A case is called for about so long in each round."""
+"""A case is called for about this long in each round."""
 
 SLOW_N_ROWS = 8
 """The most rows that pictures are measured with."""
@@ -137,7 +137,7 @@ def measure(measured: list[TransformCase]) -> dict[tuple[str, int], float]:
 
 
 def _time(call: Callable[[], Any]) -> float:
-    """The µs of one call: CPU time of this thread, so that what else runs here does not count."""
+    """The µs of one call: CPU time of this thread, so that other work on the machine does not count."""
     call()
     start, n_calls = time.thread_time(), 0
     while (spent := time.thread_time() - start) < ROUND_S:

@@ -1,4 +1,4 @@
-"""An environment for each peer, made once, in ``.venv-peers``. What computes has the versions that our services have."""
+"""An environment for each peer, made once, in ``.venv-peers``. Numerical libraries have the same versions as in our services."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPUTE = tuple(f"{name}=={version(name)}" for name in ("scikit-learn", "onnxrun
 
 
 class Environment(NamedTuple):
-    """What a peer runs in."""
+    """The environment of a peer."""
 
     python: str
     packages: tuple[str, ...]

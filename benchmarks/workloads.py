@@ -1,4 +1,4 @@
-"""What is asked: rows for a model in each form of the protocol, and what the original pipeline answers to them."""
+"""Workloads: rows for a model in each form of the protocol, and the original pipeline's answers to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from splitserve.oip.messages import InferRequest
 from splitserve.tensors import Tensor
 
 N_ROWS = 64
-"""Rows that are asked for at once when answers are checked; more than that are merged nowhere near as often."""
+"""Rows that are sent at once when answers are checked."""
 
 JSON_HEADERS = (("content-type", "application/json"),)
 

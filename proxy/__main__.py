@@ -1,4 +1,4 @@
-"""``python -m proxy``: its life, from settings to stop."""
+"""``python -m proxy``: the process, from settings to shutdown."""
 
 from __future__ import annotations
 

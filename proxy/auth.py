@@ -1,6 +1,6 @@
 """Authentication by bearer tokens: listed by their digests in an authorization file, or JWT of an issuer that it names.
 
-The file is docs/security.md's; it and the issuer's keys are read again while the proxy runs.
+docs/security.md describes the file. It and the issuer's keys are reloaded while the proxy runs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ REMEMBERED_S = 60.0
 """How long a verified JWT is cached, if it does not expire earlier."""
 
 WRONG_CREDENTIALS = "the credentials are not valid"
-"""The only message for a bad token: it does not say whether it is unknown, expired, or of another issuer."""
+"""The only message for an invalid token: it does not reveal whether the token is unknown, expired, or of another issuer."""
 
 
-class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ListedToken(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A token by the SHA-256 of its text, in hexadecimal, and the rights of its bearer."""
 
     name: str
@@ -73,21 +73,21 @@ class Issuer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An authorization file."""
 
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[ListedToken, ...] = ()
     jwt: Issuer | None = None
 
 
 def read_policy(path: str) -> Policy:
     """Raises:
     OSError: the file, or the one with the keys, cannot be read.
-    ValueError: says what is wrong in it, and where.
+    ValueError: the file is invalid; the message names the field.
     """
     try:
         policy = msgspec.json.decode(Path(path).read_bytes(), type=Policy)
     except msgspec.DecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     if len({token.sha256 for token in policy.tokens}) < len(policy.tokens):
-        raise ValueError(f"{path}: the same sha256 twice")
+        raise ValueError(f"{path}: expected each token once, got two with the same sha256")
     if policy.jwt:
         _check_issuer(path, policy.jwt)
     return policy
@@ -102,7 +102,7 @@ def _check_issuer(path: str, issuer: Issuer) -> None:
     if "://" not in issuer.jwks:
         read_keys(_beside(path, issuer.jwks))
     elif url.scheme != "https" and not (url.scheme == "http" and url.hostname in ("127.0.0.1", "::1", "localhost")):
-        raise ValueError(f"{path}: jwks: expected an https URL or a path: whoever can change the keys can sign tokens")
+        raise ValueError(f"{path}: jwks: expected an https URL or a path, since anyone who can change the keys can sign tokens")
 
 
 def _beside(path: str, jwks: str) -> str:
@@ -115,7 +115,7 @@ Keys = Mapping[str | None, jwt.PyJWK]
 def read_keys(path: str) -> Keys:
     """Raises:
     OSError: the file cannot be read.
-    ValueError: it is no JSON Web Key Set.
+    ValueError: it is not a JSON Web Key Set.
     """
     return _parse_keys(path, Path(path).read_bytes())
 
@@ -128,22 +128,22 @@ def _parse_keys(source: str, text: bytes) -> Keys:
     return {key.key_id: key for key in keys if key.key_type != "oct"}
 
 
-class _Refetched:
-    """Keys fetched from a URL."""
+class _FetchedKeys:
+    """Keys at a URL, fetched again periodically."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._next_fetch = self._soonest_fetch = time.monotonic()
+        self._next_fetch = self._earliest_fetch = time.monotonic()
         self._fetching = asyncio.Lock()
         self.value: Keys | None = None
 
-    async def has_changed(self, *, is_asked_for: bool = False) -> bool:
-        """Fetch them if they are due, or if ``is_asked_for`` and not just fetched; True if they are new."""
+    async def has_changed(self, *, is_forced: bool = False) -> bool:
+        """Fetch them if they are due, or if ``is_forced`` and `KEYS_RETRY_S` have passed; True if they were fetched."""
         async with self._fetching:
             now = time.monotonic()
-            if now < (self._soonest_fetch if is_asked_for else self._next_fetch):
+            if now < (self._earliest_fetch if is_forced else self._next_fetch):
                 return False
-            self._next_fetch = self._soonest_fetch = now + KEYS_RETRY_S
+            self._next_fetch = self._earliest_fetch = now + KEYS_RETRY_S
             try:
                 keys = _parse_keys(self._url, await asyncio.to_thread(self._fetch))
             except (OSError, ValueError) as error:
@@ -174,7 +174,7 @@ class BearerAuthenticator:
         self._path = path
         self._policy = Watched([path], lambda: read_policy(path))
         self._keys_file: Watched[Keys] | None = None
-        self._keys_url: _Refetched | None = None
+        self._keys_url: _FetchedKeys | None = None
         self._remembered: dict[bytes, tuple[Caller, float]] = {}
         self._take_policy()
 
@@ -194,7 +194,7 @@ class BearerAuthenticator:
         self._keys_file, self._keys_url = None, None
         if issuer := self._policy.value.jwt:
             if "://" in issuer.jwks:
-                self._keys_url = _Refetched(issuer.jwks)
+                self._keys_url = _FetchedKeys(issuer.jwks)
             else:
                 path = _beside(self._path, issuer.jwks)
                 self._keys_file = Watched([path], lambda: read_keys(path))
@@ -250,7 +250,7 @@ class BearerAuthenticator:
 
     async def _key(self, key_id: str | None) -> jwt.PyJWK:
         keys = self._keys()
-        if self._keys_url and (keys is None or key_id not in keys) and await self._keys_url.has_changed(is_asked_for=True):
+        if self._keys_url and (keys is None or key_id not in keys) and await self._keys_url.has_changed(is_forced=True):
             self._remembered.clear()
             keys = self._keys()
         if keys is None:

@@ -38,7 +38,7 @@ class Faces:
 
     @property
     def ports(self) -> dict[str, int]:
-        """Where they listen, by name."""
+        """The ports, by name."""
         return {"http_port": self.http.port, **self.grpc.ports}
 
     async def __aenter__(self) -> Faces:
@@ -58,7 +58,7 @@ class Faces:
         await self._stack.aclose()
 
     async def drain(self) -> None:
-        """Say "not ready", refuse new calls after the delay, let those in flight finish."""
+        """Report "not ready", refuse new calls after the delay, and let those in flight finish."""
         await asyncio.gather(self.http.drain(), self.grpc.drain())
 
 

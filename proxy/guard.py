@@ -16,10 +16,10 @@ from splitserve.versions import Pair
 if TYPE_CHECKING:
     from proxy.service import ProxyService
 
-NO_CREDENTIALS = "credentials are needed: Authorization: Bearer TOKEN"
+NO_CREDENTIALS = "credentials are required: Authorization: Bearer TOKEN"
 
 
-def _known() -> Caller:
+def _authenticated_caller() -> Caller:
     caller = current.get()
     if caller is None or caller is NOBODY:
         raise Unauthenticated(NO_CREDENTIALS)
@@ -27,13 +27,13 @@ def _known() -> Caller:
 
 
 def _check_model(model: str) -> None:
-    if not _known().may_call(model):
-        raise PermissionDenied(f'you may not call a model "{model[:64]}"', model=model[:128])
+    if not _authenticated_caller().may_call(model):
+        raise PermissionDenied(f'no permission to call a model "{model[:64]}"', model=model[:128])
 
 
 def _check_operator() -> None:
-    if not _known().is_operator:
-        raise PermissionDenied("only operators may do this")
+    if not _authenticated_caller().is_operator:
+        raise PermissionDenied("this call requires an operator's credentials")
 
 
 class Guard:
@@ -65,7 +65,7 @@ class Guard:
 
     async def index(self) -> list[ModelState]:
         """The models that the caller may call."""
-        caller = _known()
+        caller = _authenticated_caller()
         return [state for state in await self._service.index() if caller.is_operator or caller.may_call(state.name)]
 
     async def load(self, model: str) -> None:
@@ -77,7 +77,7 @@ class Guard:
         await self._service.unload(model)
 
     async def not_ready_reason(self) -> str:
-        """Allowed to everybody; callers without credentials do not learn the names of models."""
+        """Allowed without credentials, but then without the reason, which names models."""
         reason = await self._service.not_ready_reason()
         return "not ready" if reason and current.get() is NOBODY else reason
 

@@ -15,7 +15,7 @@ from splitserve.server.tls_settings import NextStageTlsSettings
 from splitserve.wire.http1.listener import HttpLimits
 
 RETRY_AFTER_S = 1
-"""How long clients are told to wait before they retry, over REST and gRPC."""
+"""The push-back sent to clients: ``Retry-After`` and ``grpc-retry-pushback-ms``."""
 
 
 class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
@@ -76,7 +76,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
 
     @property
     def grpc_config(self) -> GrpcConfig:
-        """That of the gRPC face: the edge bounds deadlines, and says when to retry."""
+        """That of the gRPC face; unlike inner stages, the proxy limits deadlines and sends push-back."""
         return msgspec.structs.replace(
             super().grpc_config,
             default_timeout_s=self.default_timeout_s,
@@ -86,7 +86,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
 
     @property
     def rest_config(self) -> RestConfig:
-        """That of the REST face."""
+        """Configuration of the REST face."""
         return RestConfig(
             metadata=self.server_metadata,
             host=self.host,
@@ -106,7 +106,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
 
     @property
     def http_limits(self) -> HttpLimits:
-        """Those of REST connections."""
+        """Limits on REST connections."""
         return HttpLimits(
             max_url_bytes=self.max_url_bytes,
             max_header_bytes=self.max_header_bytes,
@@ -123,7 +123,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     @classmethod
     def _check_auth_file(cls, path: str) -> str:
         if path:
-            from proxy.auth import read_policy  # brings cryptography with it
+            from proxy.auth import read_policy  # imports cryptography
 
             try:
                 read_policy(path)

@@ -39,7 +39,7 @@ _HOMES = dict.fromkeys(("TLS", "Answer", "AsyncClient", "Client"), "splitserve.c
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on its first use: the client has no need of scikit-learn, and publishing none of gRPC."""
+    """Import a public name on its first use: the client does not need scikit-learn, nor publishing gRPC."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "splitserve.publishing")), name)

@@ -125,7 +125,7 @@ class Cancelled(SplitserveError):
 
 
 class Unsupported(SplitserveError):
-    """Not supported by this build."""
+    """Not supported."""
 
     grpc_code = "UNIMPLEMENTED"
     http_status = 501
@@ -173,7 +173,7 @@ def from_wire(grpc_code: str, message: str, reason: str = "", metadata: Mapping[
     Args:
         grpc_code: a gRPC status name, e.g. ``"NOT_FOUND"``.
         message: the status message.
-        reason: of the response's ``ErrorInfo``; "" (a server of another maker): the code decides.
+        reason: of the response's ``ErrorInfo``; "" (a third-party server): the code decides.
         metadata: of the response's ``ErrorInfo``.
     """
     facts = metadata or {}

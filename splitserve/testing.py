@@ -16,7 +16,7 @@ from splitserve.signature import TensorSpec
 from splitserve.versions import unknown_model
 
 ENGINE: Engine = "own"
-"""What `serving` speaks gRPC with unless it is told."""
+"""The gRPC server that `serving` uses by default."""
 
 
 class FakeInference:
@@ -24,7 +24,7 @@ class FakeInference:
 
     Args:
         signatures: what is served, each metadata's first version being the one it describes.
-        answer: called with every request, which is kept in `requests`; by default the inputs come back as the outputs.
+        answer: called with every request, which is recorded in `requests`; by default the outputs are the inputs.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class FakeInference:
         return begin_task(self.infer(request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Keep the request, give the answer."""
+        """Record the request and return the answer."""
         self.requests.append(request)
         return self._answer(request)
 
@@ -59,11 +59,11 @@ class FakeInference:
         return list(self.states)
 
     async def load(self, model: str) -> None:
-        """Remember it in `controlled`."""
+        """Record it in `controlled`."""
         self.controlled.append(("load", model))
 
     async def unload(self, model: str) -> None:
-        """Remember it in `controlled`."""
+        """Record it in `controlled`."""
         self.controlled.append(("unload", model))
 
     async def not_ready_reason(self) -> str:

@@ -18,7 +18,7 @@ MAX_PIXELS = 50_000_000
 """A larger picture is refused before it is decoded: a small file can hold a very large one."""
 
 MAX_PIXELS_TOGETHER = 200_000_000
-"""What the pictures of one call may have together; decoded, they take three bytes a pixel."""
+"""Limit on the pixels of all pictures of one call; decoded, each takes three bytes."""
 
 _READERS: dict[bytes, type[ImageFile]] = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
 """By the first bytes of a file. Not `Image.open`: it has a limit of its own, which only warns up to twice its size."""
@@ -32,7 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes an EXIF orientation. Not `ImageOps.exif_transpose`: it writes the EXIF block anew and fails on a damaged one."""
+"""The inverse of each EXIF orientation. Not `ImageOps.exif_transpose`: it rewrites the EXIF block and fails on a damaged one."""
 
 
 class _Stateless(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -56,7 +56,7 @@ class Flatten(_Stateless):
 class DecodeImage(_Stateless):
     """(n, 1) JPEG or PNG files as ``bytes`` -> (n,) objects, each a uint8 array (height, width, 3) of RGB.
 
-    Pictures are turned upright as their EXIF orientation says; transparency and colour profiles are ignored.
+    The EXIF orientation is applied; transparency and colour profiles are ignored.
 
     Raises:
         ValueError: an element is not a JPEG or PNG file or is damaged, or has more than ``MAX_PIXELS`` pixels, or all together
@@ -75,7 +75,7 @@ class DecodeImage(_Stateless):
 
 
 class ResizeImage(_Stateless):
-    """(n,) images of any size -> (n, size, size, 3) uint8: the middle square of each, resampled bicubically.
+    """(n,) images of any size -> (n, size, size, 3) uint8: the central square of each, resampled bicubically.
 
     Args:
         size: height and width of the result, in pixels.
@@ -123,7 +123,7 @@ def _open(file: object, index: int) -> ImageFile:
         raise ValueError(f"image {index} is not a JPEG or PNG file")
     try:
         image = reader(io.BytesIO(data))
-    except Exception as error:  # Pillow raises what its parsers happen to
+    except Exception as error:  # Pillow's parsers raise arbitrary exceptions
         raise _damaged(index) from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"image {index} has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
@@ -155,7 +155,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _upright(picture: Image.Image, file: Image.Image) -> Image.Image:
     try:
         orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block says nothing
+    except Exception:  # a damaged EXIF block is ignored
         return picture
     turn = _UPRIGHT.get(orientation)
     return picture if turn is None else picture.transpose(turn)

@@ -17,7 +17,7 @@ MAX_VERSION = 999_999_999
 """The largest version number, in folders, keys, requests, settings, routes and releases alike."""
 
 UNNAMED = 0
-"""The predictor of a pair where another maker's server has no version numbers: its default."""
+"""The predictor of a pair if a third-party server has no version numbers: its default version."""
 
 
 class Pair(msgspec.Struct, frozen=True, order=True):

@@ -279,7 +279,7 @@ async def test_commands_probe_and_client_find_their_files(monkeypatch: pytest.Mo
         assert await asyncio.to_thread(client_call)
         with closing(command_client(address, timeout_s=10)) as client:
             assert await asyncio.to_thread(client.is_ready)
-        assert "NOT" not in await asyncio.to_thread(probe.problem, address, probe.TAKES_CALLS)
+        assert "NOT" not in await asyncio.to_thread(probe.problem, address, probe.ACCEPTS_CALLS)
 
 
 def test_commands_refuse_invalid_tls_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

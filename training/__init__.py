@@ -1,1 +1,1 @@
-"""What makes and publishes the demo models. No service imports it."""
+"""Trains and publishes the demo models. No service imports it."""

@@ -22,7 +22,7 @@ SEED = 0
 
 
 def penguins() -> tuple[Pipeline, Any]:
-    """Species of penguins: mixed columns (344, 7) with missing values, in which clients may leave gaps too."""
+    """Species of penguins: mixed columns (344, 7) with missing values, which requests may have too."""
     frame = load_penguins()
     species = frame.pop("species")
     numbers = make_pipeline(SimpleImputer(), StandardScaler())

@@ -35,10 +35,10 @@ PICTURES = {"chelsea": "JPEG", "astronaut": "PNG", "camera": "PNG", "coffee": "J
 """Golden samples: pictures that scikit-image ships, and the format that each is sent in. The camera's is grey."""
 
 SHOWN = {"chelsea": "Egyptian cat", "camera": "tripod", "coffee": "espresso"}
-"""What must be the best label, else the pixels are not what the network was trained on."""
+"""Expected labels; others mean that the pixels are not what the network was trained on."""
 
 CROP = 1.0
-"""The whole middle square. EfficientNet-Lite was evaluated on 0.875 of it, where Chelsea is a near tie: of 153 JPEG encodings
+"""The whole central square. EfficientNet-Lite was evaluated on 0.875 of it, where Chelsea is a near tie: of 153 JPEG encodings
 (quality 50 to 100) 92 are an Egyptian cat, the others and the PNG a tiger cat. On the whole square 152 and the PNG
 are Egyptian."""
 
@@ -98,7 +98,7 @@ def check(exported: Exported, pixels: Array) -> None:
     found = {name: exported.labels[best] for name, best in zip(PICTURES, logits.argmax(axis=1), strict=True)}
     for name, label in SHOWN.items():
         if found[name] != label:
-            raise PublishError(f'"{name}" came back as "{found[name]}", expected "{label}"')
+            raise PublishError(f'"{name}" is recognised as "{found[name]}", expected "{label}"')
     print(f"{NAME}: ONNX Runtime differs from torch by at most {worst:.1e}; {found}", flush=True)
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if there := published(arguments.repository):
-        print(f"{' and '.join(map(str, there))}: already published; remove {arguments.repository / NAME} to publish anew")
+        print(f"{' and '.join(map(str, there))}: already published; remove {arguments.repository / NAME} to publish again")
         sys.exit(len(there) < len(KINDS))
     if not arguments.torch_python.exists():
         sys.exit(f'{arguments.torch_python}: not found; "make imagenet" creates it')

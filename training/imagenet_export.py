@@ -40,7 +40,7 @@ def to_onnx(network: Any, images: Any) -> Any:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # that torchvision is not there
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # about missing torchvision
         program = torch.onnx.export(
             network, (images,), input_names=["pixels"], output_names=["logits"], dynamic_shapes=({0: "batch"},), verbose=False
         )

@@ -1,1 +1,1 @@
-"""What others would build of the same two halves. Each program runs in an environment of its own, see `benchmarks.venvs`."""
+"""What others would build from the same two halves. Each program runs in an environment of its own, see `benchmarks.venvs`."""

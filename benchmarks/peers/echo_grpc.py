@@ -1,4 +1,4 @@
-"""The floor of gRPC calls: grpcio's asyncio server on uvloop, and a method that gives the message's bytes back.
+"""The lower bound of gRPC calls: grpcio's asyncio server on uvloop with an echo method.
 
 python -m benchmarks.peers.echo_grpc 9001
 """

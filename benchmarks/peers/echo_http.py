@@ -1,4 +1,4 @@
-"""The floor of REST: our proxy's HTTP server, and behind it nothing but to give the body back.
+"""The lower bound of REST: our proxy's HTTP server with an echo handler.
 
 python -m benchmarks.peers.echo_http 9000
 """

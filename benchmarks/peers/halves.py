@@ -19,7 +19,7 @@ def transformer(repository: str, model: str) -> Any:
 
 
 def session(repository: str, model: str) -> Any:
-    """The model of version 1, with the settings that small models are fastest with: one thread, run where it is called."""
+    """The model of version 1, with the settings that are fastest for small models: one thread, run where it is called."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     path = Path(repository, model, "predict", "1", "model.onnx")

@@ -1,4 +1,4 @@
-"""What is behind `plain_front`: grpcio with uvloop and an ONNX session.
+"""The back end of `plain_front`: grpcio with uvloop and an ONNX session.
 
 REPOSITORY=models python -m benchmarks.peers.plain_back 9001
 """

@@ -21,12 +21,12 @@ app = FastAPI()
 
 @app.post("/v2/models/{model}/infer")
 async def infer(model: str, request: Request) -> Response:
-    """Transform and predict in the event loop: a change of threads costs more than either."""
+    """Transform and predict in the event loop: switching threads costs more than either."""
     inputs = orjson.loads(await request.body())["inputs"]
     outputs = halves.run(SESSIONS[model], halves.features(TRANSFORMERS[model], halves.rows(inputs)))
     return Response(_encode(halves.answer(model, outputs)), media_type="application/json")
 
 
 def _encode(content: object) -> bytes:
-    # Labels are text in arrays of objects, which orjson leaves to us.
+    # orjson does not serialise labels, which are object arrays.
     return orjson.dumps(content, default=lambda array: array.tolist(), option=orjson.OPT_SERIALIZE_NUMPY)

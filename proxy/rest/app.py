@@ -56,7 +56,7 @@ _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
 
 
-class Request(msgspec.Struct):
+class RoutedRequest(msgspec.Struct):
     """An HTTP request for a handler. ``path`` has the named parts of its path; ``body`` is decompressed."""
 
     path: dict[str, str]
@@ -66,7 +66,7 @@ class Request(msgspec.Struct):
 
 
 class Refused(Exception):
-    """A request with a status of HTTP itself: no such path, wrong method, unsupported media type or encoding."""
+    """A request that is refused by the rules of HTTP: unknown path, wrong method, unsupported media type or encoding."""
 
     def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
@@ -74,7 +74,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-Handler = Callable[[Request], Coroutine[Any, Any, HttpResponse]]
+Handler = Callable[[RoutedRequest], Coroutine[Any, Any, HttpResponse]]
 
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
@@ -100,10 +100,10 @@ class RestApp:
             max_timeout_s=config.max_timeout_s,
             failure=self.failure,
         )
-        self._openapi = msgspec.json.encode(document(config.metadata.version, asks_for_tokens=authenticator is not None))
+        self._openapi = msgspec.json.encode(document(config.metadata.version, requires_tokens=authenticator is not None))
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
-        """Set: readiness is false, calls are still answered."""
+        """While it is set, readiness is false and calls are still answered."""
         routes: tuple[tuple[str, dict[str, Handler | type[RestInference]]], ...] = (
             (rf"/v2{_MODEL}/infer", {"POST": RestInference}),
             (rf"/v1{_MODEL}:predict", {"POST": V1Inference}),
@@ -136,7 +136,7 @@ class RestApp:
         """Begin to answer."""
         try:
             handler, path = self._route(incoming.method, incoming.path)
-            encoding = _check_form(incoming)
+            encoding = _body_encoding(incoming)
         except Refused as refused:
             return _refusal(refused)
         if isinstance(handler, type):
@@ -158,7 +158,7 @@ class RestApp:
             deadline = deadline_after(self._rules.timeout_s(incoming))
             await callers.identify(self._rules.authenticator, credentials(incoming), is_open=handler in self._open)
             body = await receive(incoming, encoding, self.config.max_body_bytes)
-            response = await handler(Request(path, incoming, body, deadline))
+            response = await handler(RoutedRequest(path, incoming, body, deadline))
             if may_be_compressed(response, incoming):
                 response = await compressed(response, incoming)
             return response
@@ -181,90 +181,90 @@ class RestApp:
                 return handler, {name: value or "" for name, value in match.groupdict().items()}
         raise Refused(404, "Not Found")
 
-    async def _explain(self, request: Request) -> HttpResponse:
+    async def _explain(self, request: RoutedRequest) -> HttpResponse:
         raise Unsupported("explanations are not supported")
 
-    async def _live(self, request: Request) -> HttpResponse:
+    async def _live(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, {"live": True})
 
-    async def _ready(self, request: Request) -> HttpResponse:
+    async def _ready(self, request: RoutedRequest) -> HttpResponse:
         if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
             raise Unavailable(reason)
         return _json(200, {"ready": True, "live": True})
 
-    async def _server_metadata(self, request: Request) -> HttpResponse:
+    async def _server_metadata(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, self.config.metadata)
 
-    async def _models(self, request: Request) -> HttpResponse:
+    async def _models(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
 
-    async def _model_metadata(self, request: Request) -> HttpResponse:
+    async def _model_metadata(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"])))
 
-    async def _model_ready(self, request: Request) -> HttpResponse:
+    async def _model_ready(self, request: RoutedRequest) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
-        self._service.choose(model, version)  # or the error that says why not
+        self._service.choose(model, version)  # raises if there is none
         states = [state for state in await self._service.index() if state.name == model and is_named(state.version, version)]
         if not any(state.state == READY for state in states):
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
         return _json(200, {"name": model, "ready": True})
 
-    async def _model_status(self, request: Request) -> HttpResponse:
+    async def _model_status(self, request: RoutedRequest) -> HttpResponse:
         """In a form that KServe's and TensorFlow Serving's clients both read."""
         model, version = request.path["model"], request.path["version"]
         ready = await self._model_ready(request)
         states = [state for state in await self._service.index() if state.name == model and is_named(state.version, version)]
         return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
-    async def _v1_metadata(self, request: Request) -> HttpResponse:
+    async def _v1_metadata(self, request: RoutedRequest) -> HttpResponse:
         """In TensorFlow Serving's form."""
         pair, metadata = self._service.choose(request.path["model"], request.path["version"])
         return _json(200, v1.metadata_of(metadata, str(pair)))
 
-    async def _model_config(self, request: Request) -> HttpResponse:
+    async def _model_config(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
 
-    async def _model_statistics(self, request: Request) -> HttpResponse:
+    async def _model_statistics(self, request: RoutedRequest) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
         return _json(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
 
-    async def _all_statistics(self, request: Request) -> HttpResponse:
+    async def _all_statistics(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, {"model_stats": self._service.statistics.report(await self._service.index())})
 
-    async def _repository_index(self, request: Request) -> HttpResponse:
-        wish = rest.decode_json(request.body) if request.body else {}
-        only_ready = isinstance(wish, dict) and wish.get("ready") is True
+    async def _repository_index(self, request: RoutedRequest) -> HttpResponse:
+        options = rest.decode_json(request.body) if request.body else {}
+        only_ready = isinstance(options, dict) and options.get("ready") is True
         states = [state for state in await self._service.index() if state.state == READY or not only_ready]
         return _json(200, states)
 
-    async def _repository_control(self, request: Request) -> HttpResponse:
+    async def _repository_control(self, request: RoutedRequest) -> HttpResponse:
         if not self.config.allow_control:
             raise PermissionDenied("loading and unloading is disabled; ALLOW_REPOSITORY_CONTROL=true enables it")
         if b"origin" in request.incoming.headers:
             # A web page in a browser, which may be inside a network that its author cannot reach.
-            raise PermissionDenied("loading and unloading is not allowed to web pages")
+            raise PermissionDenied("loading and unloading is not allowed for web pages")
         check_model_name(request.path["model"])
-        wish = rest.decode_json(request.body) if request.body else {}
-        parameters = wish.get("parameters", {}) if isinstance(wish, dict) else None
+        options = rest.decode_json(request.body) if request.body else {}
+        parameters = options.get("parameters", {}) if isinstance(options, dict) else None
         if not isinstance(parameters, dict) or parameters.keys() - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not supported: the model repository determines what is loaded")
         act = self._service.load if request.path["action"] == "load" else self._service.unload
         await act(request.path["model"])
         return _json(200, {})
 
-    async def _openapi_document(self, request: Request) -> HttpResponse:
+    async def _openapi_document(self, request: RoutedRequest) -> HttpResponse:
         return HttpResponse(200, self._openapi)
 
-    async def _docs_page(self, request: Request) -> HttpResponse:
+    async def _docs_page(self, request: RoutedRequest) -> HttpResponse:
         return HttpResponse(200, self._page, "text/html; charset=utf-8")
 
-    async def _alive(self, request: Request) -> HttpResponse:
+    async def _alive(self, request: RoutedRequest) -> HttpResponse:
         return _json(200, {"status": "alive"})
 
 
-def _check_form(incoming: HttpRequest) -> str:
-    """The encoding of the body; "" if it has none. Any other content type is accepted: clients send many.
+def _body_encoding(incoming: HttpRequest) -> str:
+    """The encoding of the body; "" if it has none. Other content types are accepted, whatever they are.
 
     Raises:
         Refused: the media type or encoding of the body is not supported.
@@ -278,8 +278,8 @@ def _check_form(incoming: HttpRequest) -> str:
     if encoding == "identity":
         return ""
     if encoding not in compression.ENCODINGS:
-        taken = ", ".join(compression.ENCODINGS)
-        raise Refused(415, f"content-encoding: expected {taken}, got {encoding[:32]}", (("accept-encoding", taken),))
+        supported = ", ".join(compression.ENCODINGS)
+        raise Refused(415, f"content-encoding: expected {supported}, got {encoding[:32]}", (("accept-encoding", supported),))
     return encoding
 
 

@@ -20,34 +20,34 @@ class RestConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 0
-    """0 takes a free one, see `RestFace.port`."""
+    """0: a free one, see `RestFace.port`."""
 
     shares_port: bool = False
-    """With other processes of the service."""
+    """Whether other processes of the service listen on the same port."""
 
     tls: ServerTls | None = None
     """None: plain text."""
 
     max_body_bytes: int = 64 * 1024 * 1024
-    """Largest body taken, compressed or not."""
+    """Largest body accepted, compressed or not."""
 
     default_timeout_s: float = 30.0
     """Deadline of requests that set none."""
 
     max_timeout_s: float = math.inf
-    """Longest deadline that a request may ask for."""
+    """Longest deadline that a request may set."""
 
     retry_after_s: int = 1
-    """How long clients are told to wait before they retry."""
+    """The ``Retry-After`` sent to clients, in seconds."""
 
     allow_control: bool = False
-    """Take requests to load and unload models."""
+    """Accept requests to load and unload models."""
 
     request_limits: RequestLimits = RequestLimits()
     connection_limits: HttpLimits = HttpLimits()
 
     drain_delay_s: float = 0.0
-    """How long to serve on while saying "not ready", once `RestFace.drain` is called."""
+    """How long to keep serving while reporting "not ready", once `RestFace.drain` is called."""
 
     grace_s: float = 30.0
-    """How long calls in flight get to finish after that."""
+    """How long requests in flight may take to finish after that."""

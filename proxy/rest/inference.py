@@ -29,7 +29,7 @@ PathParts = dict[str, str]
 
 
 class PairService(InferenceService, Protocol):
-    """A service that says which pair a request gets."""
+    """A service that binds requests to pairs."""
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """See `proxy.service.ProxyService.choose`."""
@@ -75,7 +75,7 @@ async def receive(incoming: HttpRequest, encoding: str, max_bytes: int) -> bytes
 
     Raises:
         InvalidInput: the body is not of that encoding.
-        TooLarge, Overloaded: it has more bytes than are taken, or than may be held now.
+        TooLarge, Overloaded: its size exceeds the limit of a body, or of the bytes in flight.
     """
     body = await incoming.body.read()
     if encoding and body:
@@ -92,7 +92,7 @@ class RestInference(Inference[HttpResponse]):
         path: has ``model`` and ``version``.
         incoming: the request, whose body may not be complete yet.
         encoding: of the body; "" for none.
-        respond: takes the answer.
+        respond: called with the answer.
     """
 
     __slots__ = ("_body", "_encoding", "_incoming", "_respond", "_rest", "deadline", "request")
@@ -152,9 +152,9 @@ class V1Inference(RestInference):
 
     def _decode_body(self, body: bytes) -> InferRequest:
         pair, metadata = self._rest.service.choose(self.model, self.version)
-        asked = v1.decode_request(body, metadata, str(pair), deadline=self.deadline)
-        self.is_columnar = asked.is_columnar
-        return asked.request
+        decoded = v1.decode_request(body, metadata, str(pair), deadline=self.deadline)
+        self.is_columnar = decoded.is_columnar
+        return decoded.request
 
     def _encode(self, response: InferResponse) -> HttpResponse:
         return HttpResponse(200, v1.encode_response(response, is_columnar=self.is_columnar))

@@ -1,4 +1,4 @@
-"""The OpenAPI document of the REST face: ``openapi.json``, completed by what depends on the service that shows it."""
+"""The OpenAPI document of the REST face: ``openapi.json``, completed with what depends on the service."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Schema = dict[str, Any]
 
 _VERSION: Schema = {"$ref": "#/components/parameters/version"}
 _OPEN = ("/v2", "/v2/health/live", "/v2/health/ready")
-"""What needs no token."""
+"""Paths that need no token."""
 
 
-def document(version: str, *, asks_for_tokens: bool = False) -> Schema:
-    """The document. The file has the paths of a model without a version; each is also there with one.
+def document(version: str, *, requires_tokens: bool = False) -> Schema:
+    """The document. The file has the paths of a model without a version; those with a version are added.
 
     Args:
         version: of splitserve.
-        asks_for_tokens: there is an authorization file, so calls need a token and may be refused.
+        requires_tokens: whether there is an authorization file, so that calls need a token.
     """
     content: Schema = msgspec.json.decode(files("proxy.rest").joinpath("openapi.json").read_bytes())
     content["info"]["version"] = version
@@ -28,14 +28,14 @@ def document(version: str, *, asks_for_tokens: bool = False) -> Schema:
         if "/models/{model}" in path and "repository" not in path:
             versioned = {**item, "parameters": [*item["parameters"], _VERSION]}
             paths[path.replace("{model}", "{model}/versions/{version}")] = versioned
-    if asks_for_tokens:
+    if requires_tokens:
         content["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path in paths.keys() - set(_OPEN):
-            _ask_for_tokens(paths[path])
+            _require_tokens(paths[path])
     return content
 
 
-def _ask_for_tokens(item: Schema) -> None:
+def _require_tokens(item: Schema) -> None:
     """Besides 401 and 403, 503: the keys that tokens are verified with cannot be fetched."""
     for method in item.keys() & {"get", "post"}:
         item[method]["security"] = [{"token": []}]

@@ -55,7 +55,7 @@ SHARED_ERRORS = (
 """Errors that no single request of a batch causes. Any other may be one request's, so that each is tried alone."""
 
 _EXPIRY_INTERVAL_S = 0.005
-"""Deadlines that are no further apart are handled together."""
+"""Deadlines within this interval are handled together."""
 
 _MAX_IDLE_QUEUES = 256
 """Models and versions whose measurements are kept although they have no requests."""
@@ -63,7 +63,7 @@ _MAX_IDLE_QUEUES = 256
 _MAX_ALONE_AT_ONCE = 16
 """Requests of a failed batch that are tried alone at the same time."""
 
-Send = Callable[[InferRequest], Awaitable[InferResponse]]
+SendRequest = Callable[[InferRequest], Awaitable[InferResponse]]
 
 
 class Batcher:
@@ -80,7 +80,7 @@ class Batcher:
 
     def __init__(
         self,
-        send: Send,
+        send: SendRequest,
         limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
         *,
         n_backends: Callable[[], int] = lambda: 1,
@@ -127,7 +127,7 @@ class Batcher:
             on_answer: called once, later, with the response or an error: `DeadlineExceeded`, or what sending raised.
             is_mergeable: whether all inputs and outputs have a leading dimension of independent rows.
             priority: 1 is the highest; under overload, larger numbers are refused first.
-            answer_bytes: that the answer has at least; batches are limited by the larger of their inputs and their answers.
+            answer_bytes: lower bound of the answer's size; batches are limited by the larger of their inputs and answers.
             began_at: point on the clock where work for the request began; now by default.
 
         Raises:
@@ -284,7 +284,7 @@ class Batcher:
         self._calls.discard(call)
         queue.calls.discard(call)
         error = None if call.task.cancelled() else call.task.exception()
-        if error is not None:  # a defect of this module; no caller may wait for ever because of it
+        if error is not None:  # a defect of this module, for which no caller may wait forever
             self._fail(call.requests, Internal("internal error"))
         call.requests.clear()  # breaks a reference cycle, which only the garbage collector would free
         self._dispatch(queue)

@@ -1,6 +1,6 @@
 """What is queued and in flight for a model: compatible requests together, callers in turn, and when a batch may be sent.
 
-Keeps order and counts. Sending batches and answering callers is `splitserve.batching.batcher`'s part.
+Keeps order and counts. `splitserve.batching.batcher` sends batches and answers callers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from splitserve.oip.statistics import ModelStatistics
 MIB = 1024 * 1024
 
 SLOW_ROW_S = 0.002
-"""From this cost of a row on, merging saves little, and concurrent calls keep all stages busy."""
+"""If a row costs at least this, merging saves little, and concurrent calls keep all stages busy."""
 
 ADAPTIVE_IN_FLIGHT = 8
 """Concurrent calls for each backend where rows are slow: enough to keep a few threads of each stage busy."""
@@ -37,8 +37,8 @@ class BatchLimits(msgspec.Struct, frozen=True):
     ``max_queue_size`` limits the queued requests.
     ``max_in_flight`` limits concurrent calls for each backend; 0 adapts: one where a call costs more than its rows; up to
     `ADAPTIVE_IN_FLIGHT` where the rows cost more, and beside calls that are full or take longer than `OVERDUE_S`.
-    ``max_queue_delay_ms`` above 0 keeps a request queued for so long, for others to join, although no call is in flight.
-    ``max_queue_wait_ms`` is how long requests shall be queued at most: the number of accepted requests adapts to it; 0 accepts
+    ``max_queue_delay_ms`` above 0 keeps a request queued for this long although no call is in flight, so that others can join it.
+    ``max_queue_wait_ms`` is the target for the longest wait in the queue: the number of accepted requests adapts to it; 0 accepts
     requests up to ``max_queue_size``.
     """
 
@@ -301,9 +301,9 @@ class QueuedRequest:
         on_cancel: called with this object when the caller cancels.
         compatible: where it is queued.
         queued_at: point on the batcher's clock.
-        began_at: point on the same clock where work for it began, which may be earlier.
+        began_at: point on the same clock where work for it began, which may be before it was queued.
         priority: 1 is the highest.
-        answer_bytes: that its answer has at least.
+        answer_bytes: lower bound of the size of its answer.
     """
 
     __slots__ = (
@@ -352,5 +352,5 @@ class QueuedRequest:
         """Of its inputs or of its answer, whichever is larger."""
 
     def cancel(self) -> None:
-        """Abandon it: the callback is not called any more."""
+        """Abandon it: the callback is not called after this."""
         self._on_cancel(self)

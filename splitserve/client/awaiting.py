@@ -11,7 +11,7 @@ from splitserve.client.answer import Answer
 from splitserve.client.blocking import CONCURRENCY
 from splitserve.client.connection import TLS, AsyncToken, Compression, ConnectionOptions, connection_options
 from splitserve.client.inference import Core, InferCall, Outputs
-from splitserve.client.progress import Progress, Report, reporting
+from splitserve.client.progress import Progress, ReportProgress, reporting
 from splitserve.client.steps import Ask, Send, Steps, run_async
 from splitserve.oip.limits import MAX_MESSAGE_BYTES
 from splitserve.oip.messages import ModelMetadata, ModelState, Parameter, ServerMetadata
@@ -104,7 +104,7 @@ class AsyncClient:
             rest = await self._run_chunks(inference, concurrency, report) if inference.rest else []
         return inference.answer([first, *rest])
 
-    async def _run_chunks(self, inference: InferCall, concurrency: int, report: Report) -> list[Outputs]:
+    async def _run_chunks(self, inference: InferCall, concurrency: int, report: ReportProgress) -> list[Outputs]:
         """The outputs of each chunk, in order. When one fails, no further one is sent, and those in flight are cancelled."""
         parts: dict[range, Outputs] = {}
         queue = iter(inference.rest)

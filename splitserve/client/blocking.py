@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from splitserve.client.answer import Answer
 from splitserve.client.connection import TLS, Compression, ConnectionOptions, Token, connection_options
 from splitserve.client.inference import Core, InferCall, Outputs
-from splitserve.client.progress import Progress, Report, reporting
+from splitserve.client.progress import Progress, ReportProgress, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
 from splitserve.client.stop import Stop
 from splitserve.oip.limits import MAX_MESSAGE_BYTES
@@ -142,7 +142,7 @@ class Client:
             rest = self._run_chunks(inference, concurrency, report) if inference.rest else []
         return inference.answer([first, *rest])
 
-    def _run_chunks(self, inference: InferCall, concurrency: int, report: Report) -> list[Outputs]:
+    def _run_chunks(self, inference: InferCall, concurrency: int, report: ReportProgress) -> list[Outputs]:
         """The outputs of each chunk, in order.
 
         When one fails, no further one is sent; those in flight are cancelled over gRPC and awaited over REST, so that none is in

@@ -126,7 +126,7 @@ class InferCall:
         return self._chunks[-1].stop
 
     def begin(self) -> Steps[Outputs]:
-        """Get the signature, encode the inputs, send the first chunk. A known signature that no longer fits is fetched anew.
+        """Get the signature, encode the inputs, send the first chunk. A known signature that no longer fits is fetched again.
 
         Raises:
             SplitserveError: raised by the server.

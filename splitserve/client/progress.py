@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Report = Callable[[int, int], None]
+ReportProgress = Callable[[int, int], None]
 """Called with the rows answered so far and the total."""
 
-Progress = bool | Report
+Progress = bool | ReportProgress
 
 
 @contextmanager
-def reporting(progress: Progress, model: str) -> Iterator[Report]:
+def reporting(progress: Progress, model: str) -> Iterator[ReportProgress]:
     """The function to report progress to.
 
     Args:
@@ -36,7 +36,7 @@ def _ignore(n_done: int, n_rows: int) -> None:
 
 
 @contextmanager
-def _bar(model: str) -> Iterator[Report]:
+def _bar(model: str) -> Iterator[ReportProgress]:
     try:
         from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
     except ModuleNotFoundError:

@@ -1,7 +1,7 @@
 """The Open Inference Protocol as Python objects: its messages and its verbs, without a transport.
 
 Everything that can be inferred is an `InferenceService`: a predictor host, a preprocess stage in front of one, the proxy in
-front of that, or a stub for one of them behind a channel. The faces (gRPC, REST) serve any of them, so a system is split or
+front of that, or a client of one of them over gRPC. The faces (gRPC, REST) serve any of them, so a system is split or
 fused by composition.
 """
 
@@ -162,7 +162,7 @@ class InferenceService(Protocol):
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the first loading is over, whatever came of it: from then on calls are better sent here than held back."""
+        """Whether the first load has finished, successfully or not: from then on the service accepts calls."""
         ...
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:

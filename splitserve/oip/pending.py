@@ -17,7 +17,7 @@ class Pending(Protocol):
     """A request in progress. An `asyncio.Task` is one."""
 
     def cancel(self) -> object:
-        """Abandon the request: its callback is not called any more. Does nothing once it has been called."""
+        """Abandon the request: its callback is not called after this. No effect once it has been called."""
         ...
 
 

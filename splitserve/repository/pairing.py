@@ -98,7 +98,7 @@ def told_meaning(predictor: Manifest) -> dict[str, str]:
 
 
 def heard_meaning(properties: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Fingerprint and feature names from a predictor's metadata, also another maker's; both empty if it has none."""
+    """Fingerprint and feature names from a predictor's metadata, third-party servers included; both empty if it has none."""
     try:
         names = msgspec.json.decode(properties.get(FEATURE_NAMES, "[]"), type=tuple[str, ...])
     except msgspec.DecodeError:

@@ -26,7 +26,7 @@ MAX_SEQUENCE = 999_999_999
 
 Proof = Literal["pipeline", "halves", "server"]
 """How a release was proven: against the fitted pipeline at publish, by running the halves together, or against a running predict
-server of another maker."""
+third-party server."""
 
 _NAME = re.compile(r"([0-9]{4,9})-([1-9][0-9]{0,8}\.(?:0|[1-9][0-9]{0,8}))")
 _KEY = re.compile(rf"({MODEL_NAME.pattern})/{RELEASES_FOLDER}/({_NAME.pattern})")
@@ -82,7 +82,7 @@ class Compared(msgspec.Struct, frozen=True, omit_defaults=True):
 class ReleaseManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """``manifest.json`` of a release.
 
-    ``preprocessor`` and ``predictor`` are the sha256 of the bundles' manifests. ``predictor`` is "" where another maker's server
+    ``preprocessor`` and ``predictor`` are the sha256 of the bundles' manifests. ``predictor`` is "" where a third-party server
     was proven: its signature is in ``server_inputs`` and ``server_outputs`` then. ``inputs`` and ``outputs`` are the signature
     that clients see. ``is_row_wise``: the answer for a row does not depend on the other rows of the call. ``accepted`` lists what
     the operator accepted explicitly: "changed features", "unknown features".

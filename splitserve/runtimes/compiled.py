@@ -31,7 +31,7 @@ class CompiledTransforms:
     def __init__(self, model: bytes, manifest: Manifest) -> None:
         self._model = Predictor(model)
         self._specs = manifest.inputs
-        self._takes = {spec.name: spec for spec in self._model.inputs}
+        self._accepted = {spec.name: spec for spec in self._model.inputs}
 
     def __call__(self, tensors: Sequence[Tensor]) -> Array:
         """Args:
@@ -41,9 +41,9 @@ class CompiledTransforms:
             InvalidInput: text is not UTF-8, or a number is infinite, which scikit-learn rejects.
         """
         given = [
-            _as_declared(self._takes[spec.name], spec, tensor)
+            _as_declared(self._accepted[spec.name], spec, tensor)
             for spec, tensor in zip(self._specs, tensors, strict=True)
-            if spec.name in self._takes
+            if spec.name in self._accepted
         ]
         return to_array(self._model.infer(given)[0])
 

@@ -19,31 +19,31 @@ def problems(ir_version: int, opsets: Mapping[str, int]) -> list[str]:
         opsets: version by domain, ``""`` being ONNX's own.
     """
     found = []
-    if not _is_taken(ir_version, {"": _SMALL_OPSET}):
-        best = _highest(ir_version, lambda version: _is_taken(version, {"": _SMALL_OPSET}))
-        found.append(f"ONNX IR version {ir_version}, ONNX Runtime {ort.__version__} here takes up to {best}")
+    if not _is_supported(ir_version, {"": _SMALL_OPSET}):
+        best = _highest(ir_version, lambda version: _is_supported(version, {"": _SMALL_OPSET}))
+        found.append(f"ONNX IR version {ir_version}, ONNX Runtime {ort.__version__} here supports up to {best}")
     for domain, opset in opsets.items():
-        if not _takes_opset(domain, opset):
-            best = _highest(opset, partial(_takes_opset, domain))
+        if not _supports_opset(domain, opset):
+            best = _highest(opset, partial(_supports_opset, domain))
             name = domain or "ai.onnx"
-            found.append(f"opset {opset} of {name}, ONNX Runtime {ort.__version__} here takes up to {best}")
+            found.append(f"opset {opset} of {name}, ONNX Runtime {ort.__version__} here supports up to {best}")
     return found
 
 
-def _takes_opset(domain: str, opset: int) -> bool:
-    return _is_taken(_SMALL_IR, {"": opset} if not domain else {"": _SMALL_OPSET, domain: opset})
+def _supports_opset(domain: str, opset: int) -> bool:
+    return _is_supported(_SMALL_IR, {"": opset} if not domain else {"": _SMALL_OPSET, domain: opset})
 
 
-def _highest(beyond: int, is_taken: Callable[[int], bool]) -> int:
+def _highest(beyond: int, is_supported: Callable[[int], bool]) -> int:
     """The highest supported version below ``beyond``."""
     low, high = 0, beyond
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if is_taken(middle) else (low, middle)
+        low, high = (middle, high) if is_supported(middle) else (low, middle)
     return low
 
 
-def _is_taken(ir_version: int, opsets: Mapping[str, int]) -> bool:
+def _is_supported(ir_version: int, opsets: Mapping[str, int]) -> bool:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:

@@ -54,11 +54,11 @@ _DATATYPES = {
 _N_DIGITS_MAX = 10
 
 _MAX_PROBE_ELEMENTS = 1024 * 1024
-"""Of a row that is made up to learn the shape of the outputs. A request without rows may claim any width at no cost."""
+"""Of a row that is generated to learn the shape of the outputs. A request without rows may claim any width at no cost."""
 
 _ONLY_WHAT_WAS_CHECKED = {
     "session.load_model_format": "ONNX",  # not the ORT format, whose contents are not checked here
-    "session.model_external_initializers_file_folder_path": os.devnull,  # below which there can be no file
+    "session.model_external_initializers_file_folder_path": os.devnull,  # below which no file exists
 }
 """Session options: a model is the bytes whose digest was checked, and no other file.
 

@@ -1,7 +1,7 @@
 """The whole of a release in one place: transform, predict, postprocess, without a transport.
 
 Publishing, releasing, the matrix, verification and batch scoring run a pair with it; services run the same three steps with the
-wire in between. It imports neither scikit-learn nor ONNX Runtime: whoever loads the halves has them.
+wire in between. It imports neither scikit-learn nor ONNX Runtime: the caller loads the halves.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class WholeRelease:
 
         Raises:
             InvalidInput: a tensor does not fit the signature, or the transforms refuse a value.
-            PairMismatch: the transforms gave something else than the manifest promises.
+            PairMismatch: the transforms' output contradicts the manifest.
         """
         return self.preprocessor.sent(self.preprocessor.transform(inputs))
 
@@ -74,7 +74,7 @@ class WholeRelease:
 
         Raises:
             InvalidInput: a tensor does not fit the signature, or a stage refuses a value.
-            PairMismatch: a stage gave something else than its manifest promises.
+            PairMismatch: a stage's output contradicts its manifest.
         """
         return self.answer(self.features(inputs))
 
@@ -83,7 +83,7 @@ class WholeRelease:
 
         Raises:
             InvalidInput: the predictor refuses a value.
-            PairMismatch: the predictor gave something else than its signature promises.
+            PairMismatch: the predictor's output contradicts its signature.
         """
         outputs = tuple(self.predictor.infer(features))
         check_outputs(self.predictor.outputs, outputs, features[0].n_rows)

@@ -74,7 +74,7 @@ def dump(transformer: Any) -> bytes:
     """
     try:
         data: bytes = skops.io.dumps(transformer)
-    except Exception as error:  # a part raises what it happens to
+    except Exception as error:  # its parts raise arbitrary exceptions
         raise BundleError(f"skops cannot hold the transforms: {type(error).__name__}: {error}") from error
     return data
 

@@ -16,7 +16,7 @@ from splitserve.server.tls_settings import ListenerTlsSettings
 
 
 class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
-    """What every service that listens for gRPC can be told."""
+    """Settings of every service with a gRPC face."""
 
     stage: ClassVar[str]
     """The service's name, in errors and in its metadata."""
@@ -25,7 +25,7 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
     """Port of the gRPC face."""
 
     grpc_engine: Engine = Field("own", validation_alias=AliasChoices("GRPC_ENGINE"))
-    """What speaks gRPC: own, or grpcio for a peer that our own server does not get along with (docs/interoperation.md)."""
+    """The gRPC server: own, or grpcio for a peer that is not compatible with our own (docs/interoperation.md)."""
 
     @property
     def server_metadata(self) -> ServerMetadata:
@@ -35,7 +35,7 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
 
     @property
     def grpc_config(self) -> GrpcConfig:
-        """That of the gRPC face."""
+        """Configuration of the gRPC face."""
         return GrpcConfig(
             stage=self.stage,
             metadata=self.server_metadata,

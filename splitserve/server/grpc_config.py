@@ -25,19 +25,19 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: int = 0
-    """0 takes a free one, see `GrpcFace.port`."""
+    """0: a free one, see `GrpcFace.port`."""
 
     shares_port: bool = False
-    """With other processes of the service."""
+    """Whether other processes of the service listen on the same port."""
 
     tls: ServerTls | None = None
     """None: plain text."""
 
     engine: Engine = "own"
-    """What speaks gRPC: our own connections, or grpcio."""
+    """The gRPC server: our own, or grpcio's."""
 
     max_message_bytes: int = MAX_MESSAGE_BYTES
-    """Largest message taken or given."""
+    """Largest message received or sent."""
 
     default_timeout_s: float = 0.0
     """Deadline of calls that have none; 0: none."""
@@ -46,18 +46,18 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest deadline that a call may have."""
 
     retry_after_s: float = 0.0
-    """At the edge: how long clients are told to wait before they retry. 0 between services: a caller may try another replica
-    at once, but not for what failed further on, which was retried there."""
+    """At the proxy: the push-back sent to clients. 0 between services: a caller may try another replica at once, except for
+    errors of a later stage, which were retried there."""
 
     allow_control: bool = False
-    """Take requests to load and unload models."""
+    """Accept requests to load and unload models."""
 
     request_limits: RequestLimits = RequestLimits()
     connection_limits: ServerLimits = ServerLimits()
     """``max_message_bytes`` above replaces its own."""
 
     drain_delay_s: float = 0.0
-    """How long to serve on while saying "not ready", once `GrpcFace.drain` is called."""
+    """How long to keep serving while reporting "not ready", once `GrpcFace.drain` is called."""
 
     grace_s: float = 30.0
-    """How long calls in flight get to finish after that."""
+    """How long calls in flight may take to finish after that."""

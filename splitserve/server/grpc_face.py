@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ from splitserve.server.infer_stream import InferStreams
 from splitserve.server.inference import InferenceRules
 from splitserve.server.tls import following_ssl_context
 from splitserve.wire.byte_budget import ByteBudget
-from splitserve.wire.grpc.call import MethodHandler, ServerCall
+from splitserve.wire.grpc.call import MethodHandler, ServerCall, UnaryHandler
 from splitserve.wire.grpc.messages import CallError, status_code
 from splitserve.wire.grpc.server import GrpcServer
 from splitserve.wire.listening import listen
@@ -54,14 +53,12 @@ _MAX_REASON_LENGTH = 1000
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """Methods that need no credentials; grpc.health.v1 and reflection need none either."""
 
-Answer = Callable[[bytes, ServerCall], Awaitable[bytes]]
-
 
 class GrpcFace:
     """A gRPC server in front of a service; an async context manager that listens while it is entered.
 
-    Health: ``""`` is SERVING while something can be inferred, ``inference.GRPCInferenceService`` while calls are taken: from the
-    end of the first loading until draining begins.
+    Health: ``""`` is SERVING while at least one model can be inferred, ``inference.GRPCInferenceService`` while calls are
+    accepted: from the end of the first load until draining begins.
 
     Args:
         service: to serve.
@@ -148,9 +145,9 @@ class GrpcFace:
     async def _set_health(self) -> None:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
         self._report(reason)
-        takes_calls = not self._is_draining and self._service.is_loaded
+        accepts_calls = not self._is_draining and self._service.is_loaded
         self._health.set("", not reason)
-        self._health.set(protobuf.SERVICE, takes_calls)
+        self._health.set(protobuf.SERVICE, accepts_calls)
 
     def _report(self, reason: str) -> None:
         """Log when readiness or its reason changes."""
@@ -164,7 +161,7 @@ class GrpcFace:
                 self._log.info("ready")
 
     def _methods(self) -> dict[str, MethodHandler]:
-        answers: dict[str, Answer] = {
+        handlers: dict[str, UnaryHandler] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
             "ModelReady": self._model_ready,
@@ -180,22 +177,22 @@ class GrpcFace:
             f"/{protobuf.SERVICE}/ModelInfer": MethodHandler(begin=self._inferences.begin),
             f"/{protobuf.SERVICE}/ModelStreamInfer": MethodHandler(streaming=self._streams.serve),
             **{
-                f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=self._answering(answer, name in _OPEN))
-                for name, answer in answers.items()
+                f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=self._authenticated(handler, name in _OPEN))
+                for name, handler in handlers.items()
             },
             **self._health.methods,
             **reflection.methods((protobuf.SERVICE, health.SERVICE), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)),
         }
 
-    def _answering(self, answer: Answer, is_open: bool) -> Answer:
-        """The handler, after the caller has been identified if there is an authenticator."""
+    def _authenticated(self, handler: UnaryHandler, is_open: bool) -> UnaryHandler:
+        """The handler, preceded by the identification of the caller if there is an authenticator."""
         authenticator = self._authenticator
         if authenticator is None:
-            return answer
+            return handler
 
         async def serve(data: bytes, call: ServerCall) -> bytes:
             await callers.identify(authenticator, credentials(call), is_open=is_open)
-            return await answer(data, call)
+            return await handler(data, call)
 
         return serve
 
@@ -220,14 +217,14 @@ class GrpcFace:
 
     async def _server_ready(self, data: bytes, call: ServerCall) -> bytes:
         reason = "draining" if self._is_draining else await self._service.not_ready_reason()
-        _tell(call, reason)
+        _set_reason(call, reason)
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
     async def _model_ready(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelReadyRequest, data)
         states = await self._service.index()
         reason = "draining" if self._is_draining else why_model_not_ready(states, request.name, request.version)
-        _tell(call, reason)
+        _set_reason(call, reason)
         return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 
     async def _server_metadata(self, data: bytes, call: ServerCall) -> bytes:
@@ -287,7 +284,7 @@ class GrpcFace:
         return deadline_after(default_s) if default_s else NO_DEADLINE
 
 
-def _tell(call: ServerCall, reason: str) -> None:
+def _set_reason(call: ServerCall, reason: str) -> None:
     """Send the reason of "not ready" as trailing metadata: the protocol's message has no field for it."""
     if reason:
         call.trailing_metadata = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)

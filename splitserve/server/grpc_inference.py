@@ -25,8 +25,8 @@ class GrpcInferences:
 
     Args:
         rules: what is the same for all.
-        deadline: of a request whose caller leaves so many seconds, or none.
-        named: the error that a caller is told.
+        deadline: the deadline of a call with so many seconds left; None: it has none.
+        named: the error for the caller.
         budget: of the bytes that messages on streams hold.
         max_message_bytes: the largest answer.
     """
@@ -50,7 +50,8 @@ class GrpcInferences:
         """The answer itself.
 
         Raises:
-            TooLarge: no message can hold it. What a signature tells was refused before; text, for one, is known only now.
+            TooLarge: it exceeds the limit of a message. Where the signature shows that, it was refused before; sizes of text, for
+                example, are known only now.
         """
         if len(answer) > self._max_message_bytes:
             raise TooLarge(
@@ -69,7 +70,7 @@ class GrpcInferences:
         return inference
 
     def begin_on_stream(self, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> Pending | None:
-        """Begin the inference of a message on a stream, where an error is an answer too. Raises nothing."""
+        """Begin the inference of a message on a stream, where errors are messages too. Raises nothing."""
         inference = _StreamInference(self, data, call, answer)
         try:
             inference.reservation.reserve(len(data))
@@ -93,7 +94,7 @@ class _GrpcInference(Inference[bytes]):
         return credentials(self._call)
 
     def _parse(self) -> Any:
-        data, self._data = self._data, b""  # large, and held for as long as the request
+        data, self._data = self._data, b""  # do not hold the bytes for as long as the request
         message = protobuf.parse(pb.ModelInferRequest, data)
         self.model = message.model_name
         return message

@@ -1,7 +1,7 @@
 """A method table served by grpc.aio in place of our own connections: ``GRPC_ENGINE=grpcio``.
 
-For a peer that our own server does not get along with, and as the reference for its behaviour. It costs several times the CPU per
-call, and grpcio's own rules hold for what a connection may send.
+For a peer that is not compatible with our own server, and as the reference for its behaviour. It costs several times the CPU per
+call, and grpcio's own limits on connections apply.
 """
 
 from __future__ import annotations

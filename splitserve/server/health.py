@@ -28,7 +28,7 @@ class Health:
 
     @property
     def methods(self) -> Mapping[str, MethodHandler]:
-        """Those of the protocol, by their paths."""
+        """The handlers of the protocol's methods, by path."""
         return {
             f"/{SERVICE}/Check": MethodHandler(unary=self._check),
             f"/{SERVICE}/Watch": MethodHandler(streaming=self._watch),
@@ -50,21 +50,21 @@ class Health:
         self._changed = asyncio.Event()
 
     async def _check(self, data: bytes, call: ServerCall) -> bytes:
-        service = _asked_for(data)
+        service = _service_in(data)
         if service not in self._is_serving:
-            raise CallError("NOT_FOUND", f'there is no service "{service[:64]}"')
+            raise CallError("NOT_FOUND", f'unknown service "{service[:64]}"')
         answer: bytes = self._answer(service).SerializeToString()
         return answer
 
     async def _watch(self, call: ServerCall) -> None:
-        service = _asked_for(await call.read() or b"")
-        told: bytes | None = None
+        service = _service_in(await call.read() or b"")
+        sent: bytes | None = None
         while True:
             changed = self._changed
             now = self._answer(service).SerializeToString()
-            if now != told:
+            if now != sent:
                 await call.write(now)
-                told = now
+                sent = now
             if self._is_over:
                 return
             await changed.wait()
@@ -76,7 +76,7 @@ class Health:
         return response(status=response.SERVING if self._is_serving[service] else response.NOT_SERVING)
 
 
-def _asked_for(data: bytes) -> str:
+def _service_in(data: bytes) -> str:
     try:
         service: str = health_pb2.HealthCheckRequest.FromString(data).service
     except DecodeError:

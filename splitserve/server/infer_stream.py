@@ -1,6 +1,7 @@
 """Server side of ``ModelStreamInfer``: many requests in flight on one stream, each answered when it is done.
 
-Answers carry the ids of their requests, and come as they are ready. A failure is an answer too: the stream goes on.
+Answers carry the ids of their requests and are sent as they are ready, in any order. An error is a message too, and does not end
+the stream.
 """
 
 from __future__ import annotations

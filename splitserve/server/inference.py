@@ -1,13 +1,13 @@
 """The one path that an inference takes through a face, whatever the protocol.
 
-1. Credentials are checked: at once where they are known, otherwise in a task.
-2. The request is received: gRPC messages and most HTTP bodies are there already; for the others the same task waits.
-3. It is decoded, checked against the limits of requests, and begun at the service (`InferenceService.begin`); outputs that are
-   wanted as classes become those (`oip.classification`).
-4. The service calls back with the answer or the error: it is encoded, logged in one line, and sent.
+1. Credentials are checked: at once if they are listed or cached, otherwise in a task.
+2. The request is received: gRPC messages and most HTTP bodies are complete already; for the others the same task waits.
+3. It is decoded, checked against the limits of requests, and begun at the service (`InferenceService.begin`). Requested
+   classifications are applied to the answer (`oip.classification`).
+4. The service calls back with the answer or the error, which is encoded, logged in one line, and sent.
 
-A protocol is a subclass with its own ``_decode``, ``_encode``, ``_deliver`` and ``_fail``. There is one object for each request,
-and a task only where something has to be waited for before the service is asked: see docs/decisions/0016.
+A protocol is a subclass with its own ``_decode``, ``_encode``, ``_deliver`` and ``_fail``. There is one object per request, and a
+task only if something must be awaited before the service is called: see docs/decisions/0016.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class InferenceRules(msgspec.Struct, frozen=True):
 
 
 class Inference(ABC, Generic[A]):
-    """One inference, from `begin` until it is answered, failed or cancelled. ``A`` is what the protocol sends as an answer.
+    """One inference, from `begin` until it is answered, failed or cancelled. ``A`` is the protocol's type of answers.
 
     Args:
         rules: of the face.
@@ -69,7 +69,7 @@ class Inference(ABC, Generic[A]):
         try:
             authenticator, is_received = self._rules.authenticator, self._is_received()
             if authenticator is None and is_received:
-                self._ask()
+                self._begin_at_service()
                 return
             caller = None if authenticator is None else authenticator.recognise(self._credentials())
             if caller is not None and is_received:
@@ -82,7 +82,7 @@ class Inference(ABC, Generic[A]):
             raise
 
     async def _start_later(self, caller: Caller | None) -> None:
-        """Start after what has to be waited for."""
+        """Start after credentials and body have been awaited."""
         try:
             authenticator = self._rules.authenticator
             if caller is None and authenticator is not None:
@@ -94,13 +94,13 @@ class Inference(ABC, Generic[A]):
 
     def _start(self, caller: Caller | None) -> None:
         if caller is None:
-            self._ask()
+            self._begin_at_service()
         else:
             self._context = context_of(caller)
-            self._context.run(self._ask)
+            self._context.run(self._begin_at_service)
 
-    def _ask(self) -> None:
-        """Decode the request, and have the service begin it."""
+    def _begin_at_service(self) -> None:
+        """Decode the request and begin it at the service."""
         rules = self._rules
         request = self._decode()
         self.model, self.version = request.model, request.version
@@ -108,7 +108,7 @@ class Inference(ABC, Generic[A]):
         self._pending = classification.begin(rules.service, request, self._end)
 
     def _in_context(self, act: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
-        """Act for the caller, if it is known."""
+        """Call ``act`` in the context of the caller, if the caller is known."""
         if self._context is None:
             act(*arguments)
         else:
@@ -123,7 +123,7 @@ class Inference(ABC, Generic[A]):
 
     def _finish(self, outcome: InferResponse | Exception) -> None:
         self._is_over = True
-        self._pending = None  # the two know each other: a cycle, which only the garbage collector would free
+        self._pending = None  # breaks a reference cycle, which only the garbage collector would free
         if isinstance(outcome, Exception):
             self._log(outcome)
             self._fail(outcome)
@@ -139,7 +139,7 @@ class Inference(ABC, Generic[A]):
         self._deliver(answer)
 
     def cancel(self) -> None:
-        """The caller has left: nothing is delivered any more. Does nothing once something was."""
+        """The caller has disconnected: deliver nothing. No effect once an answer or an error was delivered."""
         if self._is_over:
             return
         self._is_over = True
@@ -167,7 +167,7 @@ class Inference(ABC, Generic[A]):
 
     @abstractmethod
     def _encode(self, response: InferResponse) -> A:
-        """The answer as the protocol has it. May raise."""
+        """The answer in the form of the protocol. May raise."""
 
     @abstractmethod
     def _deliver(self, answer: A) -> None:

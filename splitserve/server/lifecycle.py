@@ -62,7 +62,7 @@ async def background(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 
 class Face(Protocol):
-    """What a service process listens with."""
+    """The servers of a service process."""
 
     @property
     def ports(self) -> Mapping[str, int]:
@@ -70,7 +70,7 @@ class Face(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Refuse new calls, let those in flight finish."""
+        """Refuse new calls and let those in flight finish."""
         ...
 
 
@@ -171,7 +171,7 @@ def run(main: Callable[[S], Awaitable[None]], read: Callable[[], S], *, service:
         _run(main(config))
         return
     logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
-    workers.watch_over(config.workers, lambda: _run(main(config)), config.ports)
+    workers.supervise(config.workers, lambda: _run(main(config)), config.ports)
 
 
 def _run(main: Awaitable[None]) -> None:

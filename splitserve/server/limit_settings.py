@@ -42,7 +42,7 @@ class LimitSettings(BaseSettings):
     """Maximum size of a gRPC call's metadata, in bytes."""
 
     max_streams: int = Field(1024, gt=0)
-    """Maximum number of concurrent gRPC calls on one connection; clients hold back more."""
+    """Maximum number of concurrent gRPC calls on one connection; clients delay further ones."""
 
     max_connections: int = Field(2_000, gt=0)
     """Maximum number of connections to a port; more are refused."""
@@ -55,12 +55,12 @@ class LimitSettings(BaseSettings):
     """Seconds that a gRPC client has to answer that PING; then its connection is closed and its calls are cancelled."""
 
     grpc_max_connection_age_s: float = Field(0.0, ge=0)
-    """Seconds after which a gRPC connection is drained, give or take a tenth, so that its client reconnects and a layer 4 load
-    balancer can spread it over new replicas. 0: never."""
+    """Seconds after which a gRPC connection is drained, plus or minus a random tenth, so that its client reconnects and a layer 4
+    load balancer can spread it over new replicas. 0: never."""
 
     grpc_max_connection_age_grace_s: float = Field(0.0, ge=0)
-    """Seconds that calls and streams get to finish once their connection has reached its age; then they end as UNAVAILABLE. 0:
-    unlimited."""
+    """Seconds that calls and streams may take to finish once their connection has reached its age; then they end as UNAVAILABLE.
+    0: unlimited."""
 
     grpc_max_connection_idle_s: float = Field(0.0, ge=0)
     """Seconds without a call after which a gRPC connection is drained. 0: never."""

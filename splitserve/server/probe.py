@@ -2,11 +2,10 @@
 
 Two questions, for two purposes:
 
-- By default: does this process accept calls? Only itself matters: yes from the end of its first loading until it drains, even
-with
-  an empty repository or while the next service is unreachable. For liveness probes: restarting this service because another one
-  fails would spread an outage.
-- ``--ready``: can a model be inferred now, over all hops? For what waits for the system before it sends requests.
+- By default: does this process accept calls? Yes from the end of its first load until it drains, even with an empty repository or
+  while the next service is unreachable. For liveness probes: restarting this service because another one fails would spread an
+  outage.
+- ``--ready``: can a model be inferred now, over all hops? For programs that wait for the system before they send requests.
 
 A service with TLS is called over TLS if SPLITSERVE_CA_FILE names the authorities of its certificate; see docs/security.md.
 """
@@ -20,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from splitserve import tls
 
-TAKES_CALLS = "inference.GRPCInferenceService"
+ACCEPTS_CALLS = "inference.GRPCInferenceService"
 READY = ""
 
 TIMEOUT_S = 3.0
@@ -31,7 +30,7 @@ def problem(address: str, service: str, timeout_s: float = TIMEOUT_S) -> str:
 
     Args:
         address: ``host:port``.
-        service: `TAKES_CALLS` or `READY`.
+        service: `ACCEPTS_CALLS` or `READY`.
         timeout_s: of the call.
     """
     with _channel(address) as channel:
@@ -60,7 +59,7 @@ def main() -> None:
         "--ready", action="store_true", help="check that a model can be inferred, not only that calls are accepted"
     )
     arguments = parser.parse_args()
-    if found := problem(arguments.address, READY if arguments.ready else TAKES_CALLS):
+    if found := problem(arguments.address, READY if arguments.ready else ACCEPTS_CALLS):
         raise SystemExit(found)
 
 

@@ -46,7 +46,7 @@ class ServiceSettings(BaseSettings):
     """Seconds to keep serving after SIGTERM while reporting "not ready", so that callers notice before calls are refused."""
 
     grace_s: float = Field(30.0, ge=0)
-    """Seconds that calls in flight get to finish once new ones are refused."""
+    """Seconds that calls in flight may take to finish once new ones are refused."""
 
     allow_repository_control: bool = Field(False, validation_alias=AliasChoices("ALLOW_REPOSITORY_CONTROL"))
     """Accept requests to load and unload models: at the proxy from operators if it has an authorization file, else from

@@ -42,26 +42,26 @@ def own_place() -> tuple[int, int]:
     return int(index), int(count)
 
 
-def watch_over(n_workers: int, work: Callable[[], None], ports: Sequence[int]) -> None:
+def supervise(n_workers: int, work: Callable[[], None], ports: Sequence[int]) -> None:
     """Run ``work`` in several processes until SIGTERM or SIGINT, which is forwarded; return when all have ended.
 
     Args:
         n_workers: number of processes.
         work: of each process.
-        ports: shared.
+        ports: that they share.
 
     Raises:
-        SystemExit: a port is 0, for which each would get another.
+        SystemExit: a port is 0, so that each process would get another one.
     """
     if 0 in ports:
-        raise SystemExit("workers share a port, so it must be given: port 0 is not allowed")
-    _Watch(n_workers, work).run()
+        raise SystemExit("workers share a port: expected a port other than 0")
+    _Supervisor(n_workers, work).run()
 
 
 _PR_SET_PDEATHSIG = 1
 
 
-class _Watch:
+class _Supervisor:
     def __init__(self, n_workers: int, work: Callable[[], None]) -> None:
         self._n_workers = n_workers
         self._work = work
@@ -70,7 +70,7 @@ class _Watch:
 
     def run(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hand_on)
+            signal.signal(number, self._forward)
         for index in range(self._n_workers):
             self._begin(index)
         while self._workers:
@@ -96,14 +96,14 @@ class _Watch:
         try:
             self._work()
         except SystemExit as end:
-            _leave(end.code)
+            _exit(end.code)
         except BaseException:
             # An exception ended the worker.
             structlog.get_logger().exception("worker failed")
-            _leave(1)
-        _leave(0)
+            _exit(1)
+        _exit(0)
 
-    def _hand_on(self, number: int, _: FrameType | None) -> None:
+    def _forward(self, number: int, _: FrameType | None) -> None:
         self._is_stopping = True
         for pid in self._workers:
             os.kill(pid, number)
@@ -115,7 +115,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _leave(code: object) -> None:
+def _exit(code: object) -> None:
     """Exit without the first process' exit handlers."""
     if isinstance(code, str):
         print(code, file=sys.stderr)

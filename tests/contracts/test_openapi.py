@@ -19,10 +19,10 @@ FOR_PEOPLE = {"/", "/docs", "/openapi.json"}
 """Paths that are no part of the API."""
 
 
-@pytest.mark.parametrize("asks_for_tokens", [False, True])
-def test_the_document_is_valid(asks_for_tokens: bool) -> None:
+@pytest.mark.parametrize("requires_tokens", [False, True])
+def test_the_document_is_valid(requires_tokens: bool) -> None:
     """By the schema of OpenAPI 3.1."""
-    validate(document("1.0.0", asks_for_tokens=asks_for_tokens))
+    validate(document("1.0.0", requires_tokens=requires_tokens))
 
 
 def test_every_documented_path_is_served_and_every_served_one_documented() -> None:
@@ -53,8 +53,8 @@ def test_every_documented_path_is_served_and_every_served_one_documented() -> No
 
 def test_every_status_that_an_inference_can_have_is_documented() -> None:
     """The error table and the document agree, but for what has no client (499) or is not for inference (501)."""
-    for asks_for_tokens, never in ((False, {"499", "501", "401", "403"}), (True, {"499", "501"})):
-        paths = document("0", asks_for_tokens=asks_for_tokens)["paths"]
+    for requires_tokens, never in ((False, {"499", "501", "401", "403"}), (True, {"499", "501"})):
+        paths = document("0", requires_tokens=requires_tokens)["paths"]
         responses = set(paths["/v2/models/{model}/infer"]["post"]["responses"])
 
         expected = {str(error.http_status) for error in TABLE} - never
@@ -63,7 +63,7 @@ def test_every_status_that_an_inference_can_have_is_documented() -> None:
 
 def test_operations_that_need_a_token_are_marked() -> None:
     """All but what anyone may ask: health, and what the server is."""
-    document_ = document("0", asks_for_tokens=True)
+    document_ = document("0", requires_tokens=True)
 
     needs = {path for path, item in document_["paths"].items() if "security" in (item.get("get") or item["post"])}
 

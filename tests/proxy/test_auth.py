@@ -502,7 +502,7 @@ async def test_keys_that_cannot_be_fetched_are_not_the_callers_fault(auth_file: 
         ("{", "truncated"),
         ('{"token": []}', "unknown field `token`"),
         ('{"tokens": [{"name": "a", "sha256": "short"}]}', "$.tokens[0].sha256"),
-        (json.dumps({"tokens": [TOKENS[0], TOKENS[0]]}), "twice"),
+        (json.dumps({"tokens": [TOKENS[0], TOKENS[0]]}), "expected each token once"),
         (json.dumps({"jwt": {**JWT, "algorithms": ["HS256"]}}), "HS256"),
         (json.dumps({"jwt": {**JWT, "audience": ""}}), "audience"),
         (json.dumps({"jwt": {**JWT, "jwks": "http://issuer.example/keys"}}), "https"),

@@ -105,7 +105,7 @@ def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, m
     with pytest.raises(BundleError, match="published with scikit-learn 0.24.2, this service runs"):
         load_bundle(repository, scaler.key, preprocessor.load)
     with pytest.raises(
-        BundleError, match="published with ONNX IR version 99, ONNX Runtime .* takes up to .*; serve it with a newer"
+        BundleError, match="published with ONNX IR version 99, ONNX Runtime .* supports up to .*; serve it with a newer"
     ):
         load_bundle(repository, model.key, predictor.load)
 
