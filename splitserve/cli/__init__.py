@@ -158,6 +158,9 @@ def release(
     rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Record the release; without it nothing is written.")] = False,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back.")] = False,
+    predict: Annotated[
+        str, typer.Option(help="HOST:PORT of another maker's predict server, which has the predictor; gRPC.")
+    ] = "",
     accept_changed_features: Annotated[
         bool,
         typer.Option("--accept-changed-features", help="Although features differ from those that the predictor was trained on."),
@@ -177,6 +180,7 @@ def release(
 ) -> None:
     """Prove a pair of halves that were published apart, and release it.
 
+    The predictor may also be in a running server of another maker (--predict); M is 0 where it does not number its versions.
     Runs the two together, compares features with those that the predictor was trained on and answers with those of the release
     that serves now, and shows what changes. With --yes it records the release: from then on the pair serves.
     """
@@ -196,6 +200,7 @@ def release(
             trusted_modules=trusted_module or [],
             allow_environment_mismatch=allow_environment_mismatch,
             allow_unsafe_pickle=allow_unsafe_pickle,
+            predict=predict,
         )
     )
 

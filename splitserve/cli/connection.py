@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 _FILES = "SPLITSERVE_CA_FILE, _CERT_FILE, _KEY_FILE or _TOKEN_FILE"
 
 
-def connect(url: str) -> RemoteInference:
-    """Connect to the proxy at ``url``. Invalid files end the process with the reason."""
+def connect(url: str, *, stage: str = "proxy") -> RemoteInference:
+    """Connect to the proxy, or another stage, at ``url``. Invalid files end the process with the reason."""
     try:
-        return RemoteInference(url, stage="proxy", tls=tls.from_environment(), token=tls.token_from_environment())
+        return RemoteInference(url, stage=stage, tls=tls.from_environment(), token=tls.token_from_environment())
     except (OSError, ValueError) as error:
         print(f"{_FILES}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
+from splitserve.errors import SplitserveError
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.release import History
 from splitserve.repository.releases import ReleaseReader
+from splitserve.versions import UNNAMED
 
 if TYPE_CHECKING:
     from splitserve.publishing.from_bundles import Proposal
+    from splitserve.remote.running_model import RunningModel
 
 _NEEDS_PACKAGES = 'releasing needs more packages ({name}): pip install "splitserve[publish]"'
 
@@ -31,6 +35,7 @@ def run(
     trusted_modules: list[str],
     allow_environment_mismatch: bool,
     allow_unsafe_pickle: bool,
+    predict: str,
 ) -> int:
     """Prove a pair, show what it would change, and record it if that is asked for; the exit status."""
     try:
@@ -41,15 +46,17 @@ def run(
         print(_NEEDS_PACKAGES.format(name=error.name), file=sys.stderr)
         return 1
     try:
-        proposal = propose(
-            model,
-            pair,
-            repository=repository,
-            rows=read_data(rows) if rows else None,
-            trusted_modules=trusted_modules,
-            allow_environment_mismatch=allow_environment_mismatch,
-            allow_unsafe_pickle=allow_unsafe_pickle,
-        )
+        with _served(predict, model, pair) as server:
+            proposal = propose(
+                model,
+                pair,
+                repository=repository,
+                rows=read_data(rows) if rows else None,
+                trusted_modules=trusted_modules,
+                allow_environment_mismatch=allow_environment_mismatch,
+                allow_unsafe_pickle=allow_unsafe_pickle,
+                server=server,
+            )
         _show(proposal)
         if not is_written:
             print("nothing was recorded; --yes records the release")
@@ -58,8 +65,22 @@ def run(
     except PublishError as error:
         print(error, file=sys.stderr)
         return 1
+    except SplitserveError as error:
+        print(f"{predict}: {error.message}", file=sys.stderr)
+        return 1
     print(f"released {model} {pair} as release {release.sequence}")
     return 0
+
+
+def _served(predict: str, model: str, pair: str) -> AbstractContextManager[RunningModel | None]:
+    """The model at the predict server of this address; none if no address is given."""
+    if not predict:
+        return nullcontext()
+    from splitserve.cli.connection import connect
+    from splitserve.remote.running_model import RunningModel
+
+    version = pair.rpartition(".")[2]
+    return RunningModel(connect(predict, stage="predict"), model, "" if version == str(UNNAMED) else version)
 
 
 def _show(proposal: Proposal) -> None:

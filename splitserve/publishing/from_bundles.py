@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import bounds_of_pair, labels_of, proven_golden, record, rollback_record, withdraw_record
 from splitserve.publishing.training_data import as_rows
 from splitserve.repository import golden as goldens
+from splitserve.repository import pairing
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, GoldenRows
@@ -28,13 +29,22 @@ from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
 from splitserve.runtimes.preprocessor import Preprocessor
-from splitserve.runtimes.release import WholeRelease, golden_of
+from splitserve.runtimes.release import RunsTensors, WholeRelease, golden_of
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor
 from splitserve.versions import Pair, parse_pair
 
 CHANGED, UNKNOWN = "changed features", "unknown features"
 """What an operator can accept; a release that needed it says so in its metadata from then on."""
+
+
+class ServedModel(RunsTensors, Protocol):
+    """A model of a running server, such as `splitserve.remote.running_model.RunningModel`."""
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Of its metadata."""
+        ...
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -60,7 +70,7 @@ class Proposal(msgspec.Struct, frozen=True):
     current: Comparison | None
     _repository: WritableRepository
     _whole: WholeRelease
-    _bundles: tuple[Bundle, Bundle]
+    _bundles: tuple[Bundle, Bundle | None]
     _golden: Golden
     _golden_rows: GoldenRows
 
@@ -89,10 +99,11 @@ class Proposal(msgspec.Struct, frozen=True):
                     self._whole,
                     *self._bundles,
                     self._golden,
-                    proven="halves",
+                    proven="halves" if self._bundles[1] else "server",
                     compared=Compared(self.n_rows, batch_sizes=BATCH_SIZES),
                     golden_rows=self._golden_rows,
                     accepted=[self.needs] if self.needs else [],
+                    server_version=self.pair.predictor,
                 )
         except BundleError as error:
             raise PublishError(str(error)) from error
@@ -120,6 +131,7 @@ def propose(
     trusted_modules: Sequence[str] = (),
     allow_environment_mismatch: bool = False,
     allow_unsafe_pickle: bool = False,
+    server: ServedModel | None = None,
 ) -> Proposal:
     """Prove a pair of halves that were made apart, and compare it with the release that serves now. Writes nothing.
 
@@ -131,6 +143,8 @@ def propose(
         trusted_modules: modules of your own transformers.
         allow_environment_mismatch: as the service's setting.
         allow_unsafe_pickle: as the service's setting.
+        server: the predictor in a running server of another maker; by default its bundle in the repository. M is 0 where the
+            server does not number its versions.
 
     Raises:
         PublishError: a half is not there or does not load, the halves do not fit, or the pair cannot be proven.
@@ -138,21 +152,15 @@ def propose(
     source = _listed(repository)
     numbers = _parse(model, pair)
     try:
-        keys = BundleKey(model, "preprocess", numbers.preprocessor), BundleKey(model, "predict", numbers.predictor)
-        first, second = (_opened(source, key) for key in keys)
+        first = _opened(source, BundleKey(model, "preprocess", numbers.preprocessor))
+        second = None if server is not None else _opened(source, BundleKey(model, "predict", numbers.predictor))
         preprocessor = preprocessors.load(
             first,
             trusted_modules=trusted_modules,
             allow_environment_mismatch=allow_environment_mismatch,
             allow_unsafe_pickle=allow_unsafe_pickle,
         )
-        whole = WholeRelease(
-            preprocessor,
-            predictors.load(second),
-            is_row_wise=first.manifest.is_row_wise and second.manifest.is_row_wise,
-            is_quantised=second.manifest.is_quantised,
-        )
-        labels_of(first.manifest, second.manifest)
+        whole = _whole(preprocessor, second, server)
         inputs = _golden(first).inputs
         if rows is not None:
             inputs = _joined(inputs, _raw(preprocessor, rows))
@@ -160,7 +168,7 @@ def propose(
             check_row_wise(whole.infer, inputs, bounds_of_pair(whole))
         golden = proven_golden(whole, inputs)
         history = ReleaseReader(source).history(model)
-        features = _features(source, history, numbers, preprocessor, second)
+        features = _features(source, history, numbers, preprocessor, second) if second else _served_features(preprocessor, server)
         current = history.current()
         compared = _compare(source, whole, current) if current is not None else None
     except BundleError as error:
@@ -316,6 +324,39 @@ def _raw(preprocessor: Preprocessor, rows: Any) -> tuple[Tensor, ...]:
     if preprocessor.manifest.rows is None:  # which loading has refused
         raise PublishError("manifest.json: a preprocessor needs rows")
     return tuple(to_tensors(preprocessor.manifest.rows, preprocessor.inputs, as_rows(rows)))
+
+
+def _whole(preprocessor: Preprocessor, predictor: Bundle | None, server: ServedModel | None) -> WholeRelease:
+    """Both halves together.
+
+    Raises:
+        BundleError: the predictor does not load, or the halves do not fit.
+    """
+    first = preprocessor.manifest
+    if predictor is None:
+        if server is None or not server.inputs or not server.outputs:
+            raise BundleError("the server does not say what its model's inputs and outputs are, so nothing can be compared")
+        return WholeRelease(preprocessor, server, is_row_wise=first.is_row_wise)
+    second = predictor.manifest
+    labels_of(first, second)
+    return WholeRelease(
+        preprocessor,
+        predictors.load(predictor),
+        is_row_wise=first.is_row_wise and second.is_row_wise,
+        is_quantised=second.is_quantised,
+    )
+
+
+def _served_features(preprocessor: Preprocessor, server: ServedModel | None) -> tuple[FeatureDifference, ...] | None:
+    """Features that differ from those that a server says its model was trained on; None if it says nothing."""
+    if preprocessor.passes_on:
+        return ()
+    fingerprint, names = pairing.heard_meaning(server.properties if server else {})
+    if not fingerprint or not preprocessor.manifest.fingerprint:
+        return None
+    if other := pairing.other_meaning(preprocessor.manifest, fingerprint, names):
+        return (FeatureDifference("the features", 0, "as the server says", other),)
+    return ()
 
 
 def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, ...]:

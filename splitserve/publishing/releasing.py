@@ -19,6 +19,7 @@ from splitserve.repository.release import SCHEMA_VERSION, Compared, Proof, Relea
 from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes.release import WholeRelease
 from splitserve.tensors import Tensor
+from splitserve.versions import UNNAMED
 
 
 def proven_golden(whole: WholeRelease, rows: Sequence[Tensor]) -> Golden:
@@ -54,48 +55,53 @@ def record(
     repository: WritableRepository,
     whole: WholeRelease,
     preprocessor: Bundle,
-    predictor: Bundle,
+    predictor: Bundle | None,
     golden: Golden,
     *,
     proven: Proof,
     compared: Compared,
     golden_rows: GoldenRows,
     accepted: Sequence[str] = (),
+    server_version: int = UNNAMED,
 ) -> Release:
     """Append the release of a pair to a model's releases: from then on it serves.
 
     Args:
-        repository: where both bundles are.
+        repository: where the bundles are.
         whole: both halves, loaded.
         preprocessor: its bundle as it is in the repository.
-        predictor: its bundle as it is in the repository.
+        predictor: its bundle as it is in the repository; None: a running server of another maker.
         golden: as `proven_golden` gives it.
         proven: how the pair was proven.
         compared: what was compared.
         golden_rows: where the golden rows come from.
         accepted: what the operator accepted explicitly.
+        server_version: of the model at that server.
 
     Raises:
         BundleError: the repository cannot be written.
     """
     files = {GOLDEN_FILE: encode_golden(golden)}
-    first, second = preprocessor.manifest, predictor.manifest
+    labels = preprocessor.manifest.labels if predictor is None else labels_of(preprocessor.manifest, predictor.manifest)
+    version = server_version if predictor is None else predictor.key.version
 
     def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
         manifest = ReleaseManifest(
             schema_version=SCHEMA_VERSION,
             model=preprocessor.key.model,
             sequence=sequence,
-            pair=f"{preprocessor.key.version}.{predictor.key.version}",
+            pair=f"{preprocessor.key.version}.{version}",
             created=now(),
             preprocessor=preprocessor.manifest_sha256,
-            predictor=predictor.manifest_sha256,
+            predictor=predictor.manifest_sha256 if predictor else "",
             proven=proven,
             compared=compared,
             inputs=whole.inputs,
             outputs=whole.outputs,
+            server_inputs=() if predictor else tuple(whole.predictor.inputs),
+            server_outputs=() if predictor else tuple(whole.predictor.outputs),
             tolerances=tolerances_of(golden.outputs, bounds_of_pair(whole)),
-            labels=labels_of(first, second),
+            labels=labels,
             is_row_wise=whole.is_row_wise,
             golden=golden_rows,
             accepted=tuple(accepted),
