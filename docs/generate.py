@@ -112,7 +112,7 @@ def versions_page() -> str:
     for kind, rules in RULES.items():
         for rule in rules:
             rows.append(f"| {kind} | {rule.package} | {rule.meaning} | {'refused' if rule.is_required else 'a warning'} |")
-    rows.append("| predict | ONNX IR, opset of each domain | what the ONNX Runtime here takes, which is asked | refused |")
+    rows.append("| predict | ONNX IR, opset of each domain | a version that the ONNX Runtime here supports | refused |")
     return "\n".join([before + RULES_BEGIN, *rows, RULES_END + rest.split(RULES_END)[1]])
 
 

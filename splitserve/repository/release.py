@@ -25,8 +25,8 @@ SCHEMA_VERSION = 1
 MAX_SEQUENCE = 999_999_999
 
 Proof = Literal["pipeline", "halves", "server"]
-"""How a release was proven: against the fitted pipeline at publish, by running the halves together, or against a running predict
-third-party server."""
+"""How a release was proven: against the fitted pipeline at publish, by running the halves together, or against a running
+third-party predict server."""
 
 _NAME = re.compile(r"([0-9]{4,9})-([1-9][0-9]{0,8}\.(?:0|[1-9][0-9]{0,8}))")
 _KEY = re.compile(rf"({MODEL_NAME.pattern})/{RELEASES_FOLDER}/({_NAME.pattern})")
