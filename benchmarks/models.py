@@ -14,6 +14,7 @@ from sklearn.preprocessing import FunctionTransformer
 from threadpoolctl import threadpool_limits
 
 from benchmarks.workloads import N_ROWS, Workload
+from splitserve import release
 from splitserve.arrays import Array
 from splitserve.publishing import publish, publish_predictor, publish_preprocessor
 from training.demo import DEMOS
@@ -69,6 +70,7 @@ def publish_tensors(repository: Path) -> dict[str, Workload]:
     for name, (node, shape, expected) in made.items():
         publish_preprocessor(FunctionTransformer().fit(pixels), pixels, name=name, repository=repository, input_name="pixels")
         publish_predictor(_model(node, shape), pixels, name=name, repository=repository)
+        release(name, "1.1", repository=repository, accept_unknown_features=True)
         rows = tuple({"pixels": pixels[index : index + 1]} for index in range(len(pixels)))
         workloads[name] = Workload(name, rows, "answer", expected, has_json=False)
     return workloads

@@ -17,7 +17,7 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
     load = partial(
         predictor.load,
         intra_op_num_threads=config.intra_op_num_threads or config.n_cores,
-        providers=[name.strip() for name in config.providers.split(",")],
+        providers=config.provider_names,
     )
     return VersionStore(
         signed_by(
@@ -33,5 +33,7 @@ def predictor_store(config: PredictSettings) -> VersionStore[Predictor]:
         load,
         selection=config.selection,
         unload_delay_s=config.unload_delay_s,
-        look_interval_s=config.look_interval_s,
+        withdrawal_grace_s=2 * config.withdrawal_grace_s,
+        allow_unreleased_pairs=config.allow_unreleased_pairs,
+        poll_interval_s=config.poll_interval_s,
     )

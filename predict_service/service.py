@@ -15,8 +15,18 @@ from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import SplitserveError, Unavailable, at_stage
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, check_time_left
-from splitserve.oip.pending import Pending, awaited
+from splitserve.oip.messages import (
+    EXPECTED_MANIFEST,
+    GOLDEN_REPLAY,
+    MANIFEST_SHA256,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    OnAnswer,
+    check_time_left,
+)
+from splitserve.oip.pending import Pending, awaited, begin_task
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.runtimes.predictor import Predictor, RunCanceller
 from splitserve.server.compute import Compute
@@ -50,6 +60,7 @@ class PredictService:
         self._max_message_bytes = max_message_bytes
         self._predictors = predictors
         self._compute = Compute(executor)
+        self._replay_turn = asyncio.Lock()
         self.statistics = Statistics()
         self._batcher = Batcher(self._run, limits, statistics=self.statistics, to_caller=_named)
 
@@ -64,7 +75,7 @@ class PredictService:
         began = time.monotonic()
         with at_stage(STAGE, model=request.model):
             check_time_left(request.deadline)
-            version, predictor = self._choose(request.model, request.version)
+            version, predictor = self._bind(request)
             try:
                 predictor.check(request.inputs)
                 wanted: Sequence[str] = ()
@@ -76,6 +87,8 @@ class PredictService:
                         "the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes
                     )
                 request = msgspec.structs.replace(request, version=str(version))
+                if GOLDEN_REPLAY in request.parameters:
+                    return begin_task(self._replay(request, predictor), on_answer)
                 return self._batcher.begin(
                     request, on_answer, is_mergeable=predictor.is_row_wise, answer_bytes=answer_bytes, began_at=began
                 )
@@ -84,7 +97,7 @@ class PredictService:
                 raise
 
     async def _run(self, request: InferRequest) -> InferResponse:
-        version, predictor = self._choose(request.model, request.version)
+        version, predictor = self._bind(request)
         watch, canceller = Stopwatch(), RunCanceller()
         wanted = [output.name for output in request.outputs]
         try:
@@ -97,18 +110,41 @@ class PredictService:
         self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)
 
+    async def _replay(self, request: InferRequest, predictor: Predictor) -> InferResponse:
+        """Golden rows of a release: one call at a time beside those of clients, not merged with them and not counted."""
+        async with self._replay_turn:
+            outputs = await self._compute.run(predictor, request.n_rows, predictor.infer, request.inputs)
+        return InferResponse(request.model, request.version, outputs, request.id)
+
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         _, predictor = self._choose(model, version)
         versions = tuple(map(str, self._predictors.catalogue.ready_versions(model)))
         return ModelMetadata(model, versions, PLATFORM, predictor.inputs, predictor.outputs, predictor.properties)
 
     async def index(self) -> list[ModelState]:
-        return self._predictors.catalogue.index()
+        return self._predictors.index(lambda predictor: {MANIFEST_SHA256: predictor.manifest_sha256})
 
     async def not_ready_reason(self) -> str:
         if not self.is_loaded:
             return self._predictors.problem or STILL_LOADING
         return why_not_ready(await self.index())
+
+    def _bind(self, request: InferRequest) -> tuple[int, Predictor]:
+        """The predictor that a request asks for, by its number and, if it names one, by the digest of its manifest.
+
+        Raises:
+            Unavailable: another bundle is loaded under this number: another replica may have the right one.
+        """
+        version, predictor = self._choose(request.model, request.version)
+        if request.parameters:
+            expected = request.parameters.get(EXPECTED_MANIFEST)
+            if expected is not None and expected != predictor.manifest_sha256:
+                raise Unavailable(
+                    f"predictor {version} was replaced: expected the manifest with sha256 {str(expected)[:64]}, got "
+                    f"{predictor.manifest_sha256}",
+                    model=request.model,
+                )
+        return version, predictor
 
     def _choose(self, model: str, version: str) -> tuple[int, Predictor]:
         if not self.is_loaded and model not in self._predictors.catalogue.models():

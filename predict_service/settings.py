@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from splitserve.server.face_settings import FaceSettings
@@ -23,3 +23,18 @@ class PredictSettings(FaceSettings, ComputeSettings, RepositorySettings, Batchin
 
     providers: str = "CPUExecutionProvider"
     """ONNX Runtime's execution providers, in order of preference, separated by commas."""
+
+    @property
+    def provider_names(self) -> list[str]:
+        """The execution providers, each by its name."""
+        return [name.strip() for name in self.providers.split(",")]
+
+    @field_validator("providers")
+    @classmethod
+    def _check_providers(cls, text: str) -> str:
+        from splitserve.runtimes.predictor import available_providers  # takes a while to import; the default needs no check
+
+        known = available_providers()
+        if unknown := [name for each in text.split(",") if (name := each.strip()) not in known]:
+            raise ValueError(f'expected some of {", ".join(known)}, which ONNX Runtime has here; got "{", ".join(unknown)}"')
+        return text

@@ -24,12 +24,15 @@ async def serve(config: settings.PreprocessSettings) -> None:
                 config.predict_target, stage="predict", max_message_bytes=config.max_message_bytes, tls=config.next_tls
             )
         )
+        server = AnyServer(predict, models=preprocessors.catalogue.models)
         service = PreprocessService(
             preprocessors,
-            AnyServer(predict, models=preprocessors.catalogue.models),
+            server,
             executor,
             max_message_bytes=config.max_message_bytes,
             allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
+            allow_unreleased_pairs=config.allow_unreleased_pairs,
+            predict_indexes=server.indexes,
         )
         face = await process.enter_async_context(
             GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=config.byte_budget())

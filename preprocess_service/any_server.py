@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from splitserve.catalogue import merged_index
 from splitserve.errors import NotFound, PermissionDenied, Unsupported
 from splitserve.oip.messages import (
     LOADING,
@@ -33,6 +34,8 @@ class OipServer(InferenceService, Protocol):
     """A server of the protocol, behind a channel."""
 
     async def is_ready(self, model: str, version: str = "") -> bool: ...
+
+    async def indexes(self) -> list[list[ModelState]]: ...
 
 
 class AnyServer:
@@ -61,13 +64,16 @@ class AnyServer:
         return await self._server.metadata(model, "" if version == str(UNNAMED) else version)
 
     async def index(self) -> list[ModelState]:
-        """All versions, or those of `models` where the server has no index or denies access to it."""
+        """All versions, or those of `models` where the server has no index or shows it to nobody."""
+        return merged_index(await self.indexes())
+
+    async def indexes(self) -> list[list[ModelState]]:
+        """The same of each replica that answers."""
         try:
-            states = [_plain(state) for state in await self._server.index()]
+            found = [merged_index([map(_plain, index)]) for index in await self._server.indexes()]
+            return [sorted(index, key=lambda state: state.state == READY) for index in found]
         except (Unsupported, PermissionDenied):
-            states = [state for model in self._models() for state in await self._ask_for(model)]
-        states.sort(key=lambda state: state.state == READY)  # of several that are equal here, a ready one is kept
-        return list({(state.name, state.version): state for state in states}.values())
+            return [[state for model in self._models() for state in await self._ask_for(model)]]
 
     async def _ask_for(self, model: str) -> list[ModelState]:
         try:
@@ -106,4 +112,4 @@ def _plain(state: ModelState) -> ModelState:
     reason = state.reason if name in _STATES else state.reason or f"the predict service says {name[:32]}"
     is_served = name in (READY, LOADING)
     version = state.version if is_number(state.version) else str(UNNAMED) if is_served else ""
-    return ModelState(state.name, version, name if name in _STATES else UNAVAILABLE, reason)
+    return ModelState(state.name, version, name if name in _STATES else UNAVAILABLE, reason, state.properties)

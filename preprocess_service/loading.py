@@ -35,5 +35,7 @@ def preprocessor_store(config: PreprocessSettings) -> VersionStore[Preprocessor]
         load,
         selection=config.selection,
         unload_delay_s=config.unload_delay_s,
-        look_interval_s=config.look_interval_s,
+        withdrawal_grace_s=config.withdrawal_grace_s,
+        allow_unreleased_pairs=config.allow_unreleased_pairs,
+        poll_interval_s=config.poll_interval_s,
     )

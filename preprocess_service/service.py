@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 
 import msgspec
 import structlog
 
-from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
+from preprocess_service.golden_replay import IN_PROGRESS, GoldenReplay, PairUnderProof
+from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, merged_index, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
 from splitserve.oip import classification
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
+    DEFAULT,
+    EXPECTED_MANIFEST,
+    LOADING,
+    MANIFEST_SHA256,
     READY,
+    RELEASE_DIGEST,
+    RELEASE_SEQUENCE,
+    ROW_WISE,
     UNAVAILABLE,
     InferenceService,
     InferRequest,
@@ -22,29 +29,55 @@ from splitserve.oip.messages import (
     ModelMetadata,
     ModelState,
     OnAnswer,
+    Parameter,
     check_time_left,
 )
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.repository import pairing
+from splitserve.repository.release import CHANGED_FEATURES, Release
 from splitserve.runtimes.preprocessor import Preprocessor
+from splitserve.server.agreement import Agreement
 from splitserve.server.compute import Compute
+from splitserve.server.repository_view import ModelView
 from splitserve.server.store import VersionStore
 from splitserve.signature import OutputBytes, check_outputs, choose_outputs
 from splitserve.tensors import Tensor
-from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair
+from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair, unknown_model
 
 STAGE = "preprocess"
 PLATFORM = "splitserve_pair"
 
 
+SETTLE_TIMEOUT_S = 5.0
+"""How long a refresh waits for golden samples that are being replayed; those that take longer count from a later refresh."""
+
+
 class AdmittedPair(msgspec.Struct, frozen=True):
-    """A preprocessor and the signature of the predictor that it fits."""
+    """A preprocessor, the signature of the predictor that it fits, and the release that proves the two.
+
+    ``release`` is None where a setting allows pairs without one, and where the pair's last release was withdrawn.
+    """
 
     preprocessor: Preprocessor
     predictor: ModelMetadata
     answer_bytes: OutputBytes
+    release: Release | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Of each call to predict: which bundle is expected, if predict is one of ours and tells what it has."""
+        digest = self.predictor.properties.get(MANIFEST_SHA256, "")
+        return {EXPECTED_MANIFEST: digest} if digest else {}
+
+    @property
+    def release_properties(self) -> dict[str, str]:
+        """Facts about the release, for index and metadata."""
+        if self.release is None:
+            return {}
+        facts = {RELEASE_SEQUENCE: str(self.release.sequence), RELEASE_DIGEST: self.release.sha256}
+        return facts if self.release.manifest.is_row_wise else {**facts, ROW_WISE: "false"}
 
     @property
     def properties(self) -> dict[str, str]:
@@ -55,7 +88,9 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             "preprocessor_created": self.preprocessor.manifest.created,
             "predictor_created": self.predictor.properties.get("created", ""),
             "warnings": "; ".join(self.warnings),
+            "accepted": "; ".join(self.release.manifest.accepted) if self.release else "",
             classification.LABELS: msgspec.json.encode(labels).decode() if (labels := self.preprocessor.manifest.labels) else "",
+            **self.release_properties,
         }
         return {name: fact for name, fact in facts.items() if fact}
 
@@ -63,12 +98,18 @@ class AdmittedPair(msgspec.Struct, frozen=True):
 class PreprocessService:
     """An `InferenceService` over pairs: the preprocessors here with the predictors of the service behind.
 
+    A pair serves if a release names it, both halves are the bundles that the release recorded, and its golden samples give the
+    recorded answers through the whole chain. This service decides which pair serves requests that name no version: that of the
+    route, else the newest release that is ready.
+
     Args:
         preprocessors: the loaded versions.
         predict: the service behind.
         executor: where transforms run that take long.
         max_message_bytes: the largest message to predict and from it; features and answers that would be larger are refused.
         allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
+        allow_unreleased_pairs: admit pairs that no release names; their metadata says so.
+        predict_indexes: the index of each replica of predict; that of the service by default.
     """
 
     def __init__(
@@ -79,29 +120,45 @@ class PreprocessService:
         *,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         allow_fingerprint_mismatch: bool = False,
+        allow_unreleased_pairs: bool = False,
+        predict_indexes: Callable[[], Awaitable[list[list[ModelState]]]] | None = None,
     ) -> None:
         self._max_message_bytes = max_message_bytes
         self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
+        self._allow_unreleased_pairs = allow_unreleased_pairs
         self._preprocessors = preprocessors
         self._predict = predict
         self._compute = Compute(executor)
         self.statistics = Statistics()
         self._log = structlog.get_logger()
         self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
-        self._signatures: dict[tuple[str, str], ModelMetadata] = {}
+        self._withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
+        """Not in the index any more, and still callable."""
+        self._defaults: dict[str, Pair] = {}
+        self._default_problems: dict[str, str] = {}
+        """By model, why a request has to name a version."""
+        self._signatures: dict[_SignatureKey, ModelMetadata] = {}
+        self._predict_indexes = predict_indexes or self._only_index
+        self._agreement: Agreement[Pair] = Agreement()
+        self._replay = GoldenReplay(preprocessors, predict, self._compute, max_message_bytes=max_message_bytes)
         self._broken_link = "the predict service has not been asked yet"
         self._is_matched = False
+        self._is_settled = False
 
     @property
     def is_loaded(self) -> bool:
         """Whether what was loaded first has been matched with what predict has: before, a request would find no pair."""
         return self._is_matched
 
+    async def _only_index(self) -> list[list[ModelState]]:
+        return [await self._predict.index()]
+
     async def refresh(self) -> None:
-        """Look at what predict has, and match it with what is here."""
+        """Ask predict what it has, match it with what is here, and prove what is new."""
         everything_is_loaded = self._preprocessors.is_loaded
         try:
-            predictors = await self._predict.index()
+            indexes = await self._predict_indexes()
+            predictors = merged_index(indexes)
             await self._fetch_signatures(predictors)
         except SplitserveError as error:
             if not self._broken_link:
@@ -112,19 +169,26 @@ class PreprocessService:
             if self._broken_link:
                 # Predict has answered with its index of models.
                 self._log.info("predict reachable")
+                self._replay.expire()
             self._broken_link = ""
-            before, self._pairs = self._pairs, self._match(predictors)
+            before = self._pairs
+            pairs = self._match(predictors)
+            if self._has_proofs_in_progress(pairs):
+                await self._replay.settle(SETTLE_TIMEOUT_S)
+                pairs = self._match(predictors)
+            self._pairs = pairs
+            self._choose_defaults(indexes)
             self._report_changes(before)
-            await self._keep_newest()
+            is_settled = everything_is_loaded and self._predict.is_loaded and not self._has_proofs_in_progress(pairs)
+            self._is_settled = self._is_settled or is_settled
         self._is_matched = self._is_matched or everything_is_loaded
 
-    async def _keep_newest(self) -> None:
-        """Ask for the halves of each model's newest pair, so that neither is let go while it is the one that is chosen."""
-        for model in self._pairs.models():
-            if ready := self._pairs.ready_versions(model):
-                self._preprocessors.touch(model, ready[-1].preprocessor)
-                with contextlib.suppress(SplitserveError):
-                    await self._predict.metadata(model, str(ready[-1].predictor))
+    def _has_proofs_in_progress(self, pairs: Catalogue[Pair, AdmittedPair]) -> bool:
+        return any(entry.reason.startswith(IN_PROGRESS) for model in pairs.models() for entry in pairs.entries(model).values())
+
+    async def close(self) -> None:
+        """Cancel replays in progress."""
+        await self._replay.close()
 
     def _report_changes(self, before: Catalogue[Pair, AdmittedPair]) -> None:
         """A line for each pair that has become ready, or has become known to be refused."""
@@ -144,48 +208,122 @@ class PreprocessService:
     async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
         """Ask for the signatures that are not known yet, or may have changed; forget those of versions that are gone."""
         mine = self._preprocessors.catalogue.models()
-        ready = [(state.name, state.version) for state in predictors if state.state == READY and state.name in mine]
-        known = {key: signature for key, signature in self._signatures.items() if key in ready and key[1] != str(UNNAMED)}
+        ready = [_signature_key(state) for state in predictors if state.state == READY and state.name in mine]
+        # Another maker's server tells no digest: what it serves under a number, or under none, may change.
+        known = {key: self._signatures[key] for key in ready if key in self._signatures and key[1] != str(UNNAMED)}
         for key in ready:
             if key not in known:
-                known[key] = await self._predict.metadata(*key)
+                known[key] = await self._predict.metadata(key[0], key[1])
         self._signatures = known
 
     def _match(self, predictors: Sequence[ModelState]) -> Catalogue[Pair, AdmittedPair]:
-        """Every preprocessor version with every predictor version of the same model."""
+        """The pairs that releases name, and where a setting allows it all others, with what keeps them from serving."""
         pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
+        withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
+        proofs: set[tuple[str, str]] = set()
         mine = self._preprocessors.catalogue
         for model in sorted({*mine.models(), *(state.name for state in predictors)}):
-            theirs = [state for state in predictors if state.name == model and is_predictor(state.version)]
-            if not mine.entries(model):
-                pairs.put_incomplete(model, "it has a predictor but no preprocessor")
-            elif not theirs:
-                reasons = [state.reason for state in predictors if state.name == model and state.reason]
-                pairs.put_incomplete(model, ": ".join(["it has a preprocessor but no predictor", *reasons[:1]]))
-            for number, entry in mine.entries(model).items():
-                for state in theirs:
-                    pair = Pair(number, int(state.version))
-                    pairs.put(model, pair, self._admit(model, pair, entry, state))
-        for model, reason in self._preprocessors.route_problems.items():
-            pairs.put_incomplete(model, reason)
+            view = self._preprocessors.models.get(model, ModelView())
+            theirs = {int(state.version): state for state in predictors if state.name == model and is_predictor(state.version)}
+            if incomplete := self._why_incomplete(model, view, predictors, theirs):
+                pairs.put_incomplete(model, incomplete)
+            releases = view.history.by_pair()
+            for pair in self._candidates(model, theirs, releases):
+                release = releases.get(pair)
+                entry = self._admit(model, pair, release, theirs.get(pair.predictor), proofs)
+                pairs.put(model, pair, entry)
+            for pair in view.withdrawn:
+                if (held := self._pairs.entries(model).get(pair)) and held.value is not None:
+                    withdrawn[(model, pair)] = held.value
+                elif (model, pair) in self._withdrawn:
+                    withdrawn[(model, pair)] = self._withdrawn[(model, pair)]
+            if view.route_problem:
+                pairs.put_incomplete(model, view.route_problem)
+        self._withdrawn = withdrawn
+        self._replay.keep(proofs)
         return pairs
 
-    def _admit(self, model: str, pair: Pair, mine: Entry[Preprocessor], theirs: ModelState) -> Entry[AdmittedPair]:
-        signature = self._signatures.get((model, theirs.version))
+    def _why_incomplete(
+        self, model: str, view: ModelView, predictors: Sequence[ModelState], theirs: Mapping[int, ModelState]
+    ) -> str:
+        """Why a model has no pair; "" if it may have one."""
+        mine = self._preprocessors.catalogue
+        if not mine.entries(model):
+            if reasons := [state.reason for state in mine.index() if state.name == model and state.reason]:
+                return reasons[0]
+            return "it has a predictor but no preprocessor"
+        if not theirs:
+            reasons = [state.reason for state in predictors if state.name == model and state.reason]
+            return ": ".join(["it has a preprocessor but no predictor", *reasons[:1]])
+        return ""
+
+    def _candidates(self, model: str, theirs: Mapping[int, ModelState], releases: Mapping[Pair, Release]) -> list[Pair]:
+        """Pairs with a release whose halves are held, or should be; where a setting allows it all of halves that are held."""
+        mine = self._preprocessors.catalogue.entries(model)
+        wanted = self._preprocessors.selected_pairs(model)
+        found = {pair for pair in releases if pair.preprocessor in mine and (pair.predictor in theirs or pair in wanted)}
+        if self._allow_unreleased_pairs:
+            found |= {Pair(number, version) for number in mine for version in theirs}
+        return sorted(found)
+
+    def _admit(
+        self, model: str, pair: Pair, release: Release | None, theirs: ModelState | None, proofs: set[tuple[str, str]]
+    ) -> Entry[AdmittedPair]:
+        """Whether a pair serves, or why not. A release that has to be proven is added to the proofs."""
+        mine = self._preprocessors.catalogue.entries(model)[pair.preprocessor]
         if mine.value is None:
             return Entry(mine.state, mine.reason)
+        if theirs is None:
+            return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}")
+        signature = self._signatures.get(_signature_key(theirs))
         if signature is None:
             return Entry(theirs.state, theirs.reason)
         if not signature.inputs or not signature.outputs:
             return Entry(UNAVAILABLE, "the predict service does not say what the model takes and gives: declare it there")
         if differences := mine.value.differences(signature.inputs, signature.outputs):
             return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
+        is_ours = MANIFEST_SHA256 in signature.properties
+        if release is not None and release.manifest.predictor and self._allow_unreleased_pairs and not is_ours:
+            release = None  # which proves our predictor, and not the model of another maker's server
         warnings = mine.value.warnings
         if other := pairing.other_meaning(mine.value.manifest, *pairing.heard_meaning(signature.properties)):
-            if not self._allow_fingerprint_mismatch:
+            is_accepted = release is not None and CHANGED_FEATURES in release.manifest.accepted
+            if not is_accepted and not self._allow_fingerprint_mismatch:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
-            warnings += (f"{other}, allowed by a setting",)
-        return Entry(READY, value=AdmittedPair(mine.value, signature, OutputBytes(signature.inputs, signature.outputs), warnings))
+            warnings += (f"{other}, {'accepted by its release' if is_accepted else 'allowed by a setting'}",)
+        if release is None:
+            warnings += ("no release proves this pair, allowed by a setting",)
+        elif problem := _other_halves(release, mine.value, signature):
+            return Entry(UNAVAILABLE, problem)
+        else:
+            proof = PairUnderProof(release, mine.value, signature.outputs, signature.properties.get(MANIFEST_SHA256, ""))
+            proofs.add(proof.key)
+            refusal = self._replay.problem(proof)
+            if refusal is None:
+                return Entry(LOADING, self._replay.waiting_for(proof))
+            if refusal:
+                return Entry(UNAVAILABLE, refusal)
+        answer_bytes = OutputBytes(signature.inputs, signature.outputs)
+        reason = self._preprocessors.problem_of(model)
+        return Entry(READY, reason, AdmittedPair(mine.value, signature, answer_bytes, release, warnings))
+
+    def _choose_defaults(self, indexes: Sequence[Sequence[ModelState]]) -> None:
+        """Which pair serves requests that name no version: one whose predictor is on all replicas of predict, if there is one."""
+        before, self._defaults, self._default_problems = self._defaults, {}, {}
+        for model in self._pairs.models():
+            view = self._preprocessors.models.get(model, ModelView())
+            ready = set(self._pairs.ready_versions(model))
+            if view.default_problem:
+                self._default_problems[model] = view.default_problem
+            elif view.route is not None:
+                pair = view.route.named()[0]
+                if pair not in ready and before.get(model) in ready:
+                    pair = before[model]  # what serves goes on until what the route names is ready
+                self._defaults[model] = pair
+            elif candidates := [pair for pair in view.history.by_pair() if pair in ready] or sorted(ready):
+                have = [{(state.name, state.version) for state in index if state.state == READY} for index in indexes]
+                replicas = [{pair for pair in candidates if (model, str(pair.predictor)) in each} for each in have]
+                self._defaults[model] = self._agreement.choose(model, candidates, replicas) or candidates[-1]
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         return begin_task(self.infer(request), on_answer)
@@ -215,6 +353,7 @@ class PreprocessService:
                     preprocessor.sent(features),
                     version=str(pair.predictor),
                     id=request.id,
+                    parameters=admitted.parameters,
                     deadline=request.deadline,
                 )
             )
@@ -251,24 +390,39 @@ class PreprocessService:
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         _, admitted = self._choose(model, version)
+        default = self._defaults.get(model)
         return ModelMetadata(
             model,
             tuple(map(str, self._pairs.ready_versions(model))),
             PLATFORM,
             admitted.preprocessor.inputs,
             admitted.preprocessor.answer_specs(admitted.predictor.outputs),
-            admitted.properties,
+            {**admitted.properties, DEFAULT: str(default)} if default else admitted.properties,
         )
 
     async def index(self) -> list[ModelState]:
-        states = self._pairs.index()
+        states = [self._with_properties(state) for state in self._pairs.index()]
         if self._broken_link:
-            return [ModelState(state.name, state.version, UNAVAILABLE, self._broken_link) for state in states]
+            return [msgspec.structs.replace(state, state=UNAVAILABLE, reason=self._broken_link) for state in states]
         return states
+
+    def _with_properties(self, state: ModelState) -> ModelState:
+        """The state of a pair with what is said of its release."""
+        if not state.version:
+            return state
+        pair = parse_pair(state.name, state.version)
+        assert pair is not None, "the catalogue has pairs only"
+        entry = self._pairs.entries(state.name)[pair]
+        properties = dict(entry.value.release_properties) if entry.value else {}
+        if self._defaults.get(state.name) == pair:
+            properties[DEFAULT] = "true"
+        return msgspec.structs.replace(state, properties=properties)
 
     async def not_ready_reason(self) -> str:
         if not self.is_loaded:
             return self._preprocessors.problem or STILL_LOADING
+        if not self._is_settled and not self._broken_link:
+            return STILL_LOADING
         return self._broken_link or why_not_ready(self._pairs.index())
 
     async def load(self, model: str) -> None:
@@ -291,9 +445,63 @@ class PreprocessService:
     def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:
         if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
             raise Unavailable(reason, model=model[:128])
-        pair, admitted = self._pairs.choose(model, parse_pair(model, version))
+        asked = parse_pair(model, version)
+        if asked is None:
+            if problem := self._default_problems.get(model):
+                raise Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
+            asked = self._defaults.get(model)
+        elif (model, asked) not in self._pairs:
+            if (model, asked) in self._withdrawn:
+                return asked, self._withdrawn[(model, asked)]
+            self._check_released(model, asked)
+        pair, admitted = self._pairs.choose(model, asked)
         self._preprocessors.touch(model, pair.preprocessor)
         return pair, admitted
+
+    def _check_released(self, model: str, pair: Pair) -> None:
+        """Raises:
+        NotFound: the halves of a pair are published, and no release names it.
+        """
+        view = self._preprocessors.models.get(model, ModelView())
+        if pair.preprocessor in view.published and pair not in view.history.by_pair():
+            raise NotFound(
+                f'{unknown_model(model)}, version {pair}: no release names this pair; "splitserve release {model} {pair}" proves '
+                "it and makes one",
+                model=model,
+            )
+
+
+_SignatureKey = tuple[str, str, str]
+"""Model, version, and the digest of the manifest where predict tells it."""
+
+
+def _signature_key(state: ModelState) -> _SignatureKey:
+    return state.name, state.version, state.properties.get(MANIFEST_SHA256, "")
+
+
+def _other_halves(release: Release, preprocessor: Preprocessor, signature: ModelMetadata) -> str:
+    """Which half is not the one that a release recorded; "" if both are."""
+    recorded = release.manifest
+    if recorded.proven == "server":
+        changed = [
+            f'"{spec.name}"'
+            for mine, theirs in ((recorded.server_inputs, signature.inputs), (recorded.server_outputs, signature.outputs))
+            for spec in mine
+            if (spec.name, spec.datatype, spec.wire_shape) not in {(each.name, each.datatype, each.wire_shape) for each in theirs}
+        ]
+        if changed:
+            return f"{release.key}: the predict server has another signature than was proven: {', '.join(changed)}"
+    predictor = signature.properties.get(MANIFEST_SHA256, "")
+    for half, expected, found in (
+        ("preprocessor", recorded.preprocessor, preprocessor.manifest_sha256),
+        ("predictor", recorded.predictor, predictor),
+    ):
+        if expected and expected != found:
+            return (
+                f"{release.key}: {half}: expected the bundle whose manifest has sha256 {expected}, got {found or 'none'}: it was "
+                "replaced after the release; publish it as a new version"
+            )
+    return ""
 
 
 def _transform(preprocessor: Preprocessor, inputs: Sequence[Tensor], watch: Stopwatch) -> tuple[Tensor, ...]:

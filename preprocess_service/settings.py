@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from splitserve.server import kserve, settings
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
-from splitserve.server.settings import ComputeSettings, RepositorySettings
+from splitserve.server.settings import ComputeSettings, RepositorySettings, Target
 from splitserve.server.tls_settings import NextStageTlsSettings
 
 
@@ -26,7 +26,7 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
     grpc_port: int = Field(8011, ge=0, le=65535)
     """Port of the gRPC face."""
 
-    predict_target: str = "127.0.0.1:8021"
+    predict_target: Target = "127.0.0.1:8021"
     """gRPC target of predict. `dns:///predict:8021` uses every address of the name."""
 
     default_timeout_s: float = Field(0.0, ge=0)

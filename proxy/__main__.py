@@ -20,6 +20,7 @@ async def serve(config: ProxySettings) -> None:
             preprocess,
             limits=config.batch_limits,
             n_replicas=lambda: preprocess.n_replicas,
+            indexes=preprocess.indexes,
             max_message_bytes=config.max_message_bytes,
         )
         faces = await process.enter_async_context(Faces(service, config))

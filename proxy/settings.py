@@ -10,7 +10,7 @@ from proxy.rest.config import RestConfig
 from splitserve.oip.messages import ServerMetadata
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
-from splitserve.server.settings import BatchingSettings
+from splitserve.server.settings import BatchingSettings, Target
 from splitserve.server.tls_settings import NextStageTlsSettings
 from splitserve.wire.http1.listener import HttpLimits
 
@@ -30,7 +30,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     grpc_port: int = Field(8001, ge=0, le=65535)
     """Port of the gRPC face."""
 
-    preprocess_target: str = "127.0.0.1:8011"
+    preprocess_target: Target = "127.0.0.1:8011"
     """gRPC target of preprocess. `dns:///preprocess:8011` uses every address of the name."""
 
     default_timeout_s: float = Field(30.0, gt=0)

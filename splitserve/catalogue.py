@@ -111,6 +111,17 @@ class Catalogue(Generic[V, T]):
         return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
 
 
+def merged_index(indexes: Iterable[Iterable[ModelState]]) -> list[ModelState]:
+    """What several replicas have together: a version is ready if it is on one of them."""
+    merged: dict[tuple[str, str], ModelState] = {}
+    for index in indexes:
+        for state in index:
+            known = merged.get((state.name, state.version))
+            if known is None or (known.state != READY and state.state == READY):
+                merged[(state.name, state.version)] = state
+    return list(merged.values())
+
+
 def why_model_not_ready(states: Iterable[ModelState], model: str, version: str) -> str:
     """Why a model, or this version of it, is not ready in a service with this index; "" if it is."""
     asked = [state for state in states if state.name == model and is_named(state.version, version)]

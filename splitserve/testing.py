@@ -58,6 +58,10 @@ class FakeInference:
         """`states`, which a test may change."""
         return list(self.states)
 
+    async def indexes(self) -> list[list[ModelState]]:
+        """`index`, as of the only replica."""
+        return [await self.index()]
+
     async def load(self, model: str) -> None:
         """Record it in `controlled`."""
         self.controlled.append(("load", model))

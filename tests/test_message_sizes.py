@@ -67,7 +67,7 @@ def wide_model() -> bytes:
 @pytest.fixture
 async def predict(tmp_path: Path, executor: Executor) -> PredictService:
     publish_predictor(wide_model(), np.zeros((2, 1), np.float32), name="m", repository=tmp_path)
-    store = VersionStore(Repository(tmp_path), "predict", predictors.load)
+    store = VersionStore(Repository(tmp_path), "predict", predictors.load, allow_unreleased_pairs=True)
     await store.refresh()
     return PredictService(store, executor)
 
@@ -77,9 +77,9 @@ async def preprocess(tmp_path: Path, executor: Executor) -> PreprocessService:
     """One-hot encodes a column of integers: 8 bytes become 4,000."""
     encoder = OneHotEncoder(sparse_output=False).fit(np.arange(N_CATEGORIES).reshape(-1, 1))
     publish_preprocessor(encoder, np.arange(N_CATEGORIES).reshape(-1, 1), name="m", repository=tmp_path)
-    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load)
+    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load, allow_unreleased_pairs=True)
     features = TensorSpec("features", "FP32", ("batch", N_CATEGORIES))
-    service = PreprocessService(store, FakeInference(signature("m", [features], [ONE])), executor)
+    service = PreprocessService(store, FakeInference(signature("m", [features], [ONE])), executor, allow_unreleased_pairs=True)
     await store.refresh()
     await service.refresh()
     return service

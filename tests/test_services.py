@@ -81,15 +81,15 @@ def fake_predict(*versions: str, answer: Any = scores, features: TensorSpec = FE
 
 async def preprocess_service(repository: Repository, predict: Any, executor: Executor) -> PreprocessService:
     """A service that has loaded its bundles and looked at predict."""
-    store = VersionStore(repository, "preprocess", preprocessors.load)
-    service = PreprocessService(store, predict, executor)
+    store = VersionStore(repository, "preprocess", preprocessors.load, allow_unreleased_pairs=True)
+    service = PreprocessService(store, predict, executor, allow_unreleased_pairs=True)
     await store.refresh()
     await service.refresh()
     return service
 
 
 async def predict_service(repository: Repository, executor: Executor) -> PredictService:
-    store = VersionStore(repository, "predict", predictors.load)
+    store = VersionStore(repository, "predict", predictors.load, allow_unreleased_pairs=True)
     await store.refresh()
     return PredictService(store, executor)
 
@@ -127,7 +127,7 @@ async def test_predict_accepts_only_the_datatype_of_the_signature(repository: Re
 
 async def test_predict_is_loading_until_every_bundle_was_tried(repository: Repository, executor: Executor) -> None:
     """Before the first look is over, an unknown model may yet come: not found would be a lie."""
-    service = PredictService(VersionStore(repository, "predict", predictors.load), executor)
+    service = PredictService(VersionStore(repository, "predict", predictors.load, allow_unreleased_pairs=True), executor)
 
     with pytest.raises(Unavailable, match="models are still being loaded"):
         await service.infer(request())

@@ -41,6 +41,7 @@ from splitserve.oip.limits import check_model_name
 from splitserve.oip.messages import (
     CONTROL_PARAMETERS,
     READY,
+    ModelState,
     deadline_after,
 )
 from splitserve.oip.model_config import config_of
@@ -236,7 +237,7 @@ class RestApp:
         options = rest.decode_json(request.body) if request.body else {}
         only_ready = isinstance(options, dict) and options.get("ready") is True
         states = [state for state in await self._service.index() if state.state == READY or not only_ready]
-        return _json(200, states)
+        return _json(200, [_state(state) for state in states])
 
     async def _repository_control(self, request: RoutedRequest) -> HttpResponse:
         if not self.config.allow_control:
@@ -285,6 +286,12 @@ def _body_encoding(incoming: HttpRequest) -> str:
 
 def _refusal(refused: Refused) -> HttpResponse:
     return _json(refused.status, {"error": str(refused)}, refused.headers)
+
+
+def _state(state: ModelState) -> dict[str, Any]:
+    """An entry of the index, with what is said of its release if that is known."""
+    entry: dict[str, Any] = {"name": state.name, "version": state.version, "state": state.state, "reason": state.reason}
+    return {**entry, "properties": dict(state.properties)} if state.properties else entry
 
 
 def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> HttpResponse:

@@ -56,6 +56,19 @@ def check_time_left(deadline: float) -> None:
 CONTROL_PARAMETERS = {"unload_dependents"}
 """Parameters of load and unload requests that clients always send; ignored, since models do not depend on each other."""
 
+EXPECTED_MANIFEST = "splitserve_manifest_sha256"
+"""Parameter of a call from preprocess to predict: the digest of the predictor's manifest that the release recorded."""
+
+GOLDEN_REPLAY = "splitserve_golden_replay"
+"""Parameter of the same: these are golden rows, which are not counted and wait for what clients sent."""
+
+MANIFEST_SHA256 = "manifest_sha256"
+"""Property of a predictor's metadata: the digest of its manifest, by which a release names it."""
+
+DEFAULT, RELEASE_SEQUENCE, RELEASE_DIGEST, ROW_WISE = "default", "release_sequence", "release_digest", "row_wise"
+"""Properties of a pair in preprocess's metadata and index: the pair that serves requests without a version ("true" in the
+index), the sequence number and the manifest's digest of its release, "false" if an answer depends on the other rows."""
+
 TIMEOUT, PRIORITY = "timeout", "priority"
 
 
@@ -137,12 +150,16 @@ READY, UNAVAILABLE, LOADING = "READY", "UNAVAILABLE", "LOADING"
 
 
 class ModelState(msgspec.Struct, frozen=True):
-    """One version of a model in a service's index. ``state`` is READY, LOADING or UNAVAILABLE, the last with a reason."""
+    """One version of a model in a service's index: ``state`` is READY, LOADING or UNAVAILABLE, the latter with a reason.
+
+    A READY one has a reason where it serves although something is wrong: its repository cannot be read any more.
+    """
 
     name: str
     version: str
     state: str
     reason: str = ""
+    properties: Mapping[str, str] = {}
 
 
 class ServerMetadata(msgspec.Struct, frozen=True):

@@ -287,13 +287,18 @@ def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:
     """The message for a service's index."""
     entry = pb.RepositoryIndexResponse.ModelIndex
     return pb.RepositoryIndexResponse(
-        models=[entry(name=state.name, version=state.version, state=state.state, reason=state.reason) for state in states]
+        models=[
+            entry(
+                name=state.name, version=state.version, state=state.state, reason=state.reason, properties=dict(state.properties)
+            )
+            for state in states
+        ]
     )
 
 
 def decode_index(message: pb.RepositoryIndexResponse) -> list[ModelState]:
-    """The index in a message."""
-    return [ModelState(entry.name, entry.version, entry.state, entry.reason) for entry in message.models]
+    """What a service knows of its models."""
+    return [ModelState(entry.name, entry.version, entry.state, entry.reason, dict(entry.properties)) for entry in message.models]
 
 
 def encode_server_metadata(metadata: ServerMetadata) -> pb.ServerMetadataResponse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -14,19 +15,33 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.catalogue import merged_index
 from splitserve.errors import (
     DOMAIN,
     DeadlineExceeded,
     InvalidInput,
+    NotFound,
     PairMismatch,
     SplitserveError,
     TooLarge,
     Unavailable,
+    Unsupported,
     from_wire,
 )
 from splitserve.oip import protobuf
 from splitserve.oip.limits import MAX_MESSAGE_BYTES
-from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, remaining_s
+from splitserve.oip.messages import (
+    EXPECTED_MANIFEST,
+    MANIFEST_SHA256,
+    NO_DEADLINE,
+    READY,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    OnAnswer,
+    remaining_s,
+)
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
 from splitserve.remote.replicas import Replica, Replicas
@@ -80,6 +95,8 @@ class _Replica(Replica):
     ) -> None:
         super().__init__(target, channel, on_change)
         self.metadata = metadata
+        self.offers: dict[tuple[str, str], str] | None = None
+        """The digest of each version that was ready in its last index, "" if it tells none; None while nothing is known."""
         self.keeper = StreamKeeper(channel, stream_target)
         self.methods = {
             name: channel.unary_unary(
@@ -94,6 +111,13 @@ class _Replica(Replica):
     def worker(self) -> tuple[int, int] | None:
         """Index and count of the process, among those that share the address; None until a stream is open."""
         return self.keeper.worker if self.keeper.stream is not None else None
+
+    def has(self, model: str, version: str, manifest_sha256: str = "") -> bool:
+        """Whether it can be expected to serve a version, by what it said last."""
+        if self.offers is None or not version:
+            return True
+        digest = self.offers.get((model, version))
+        return digest is not None and (not manifest_sha256 or not digest or digest == manifest_sha256)
 
     async def close(self) -> None:
         await self.keeper.close()
@@ -210,11 +234,23 @@ class RemoteInference:
 
     async def _infer_with_retries(self, request: InferRequest, timeout_s: float) -> InferResponse:
         tried: list[_Replica] = []
+        expected = str(request.parameters.get(EXPECTED_MANIFEST, "")) if request.parameters else ""
+
+        def suits(replica: _Replica) -> bool:
+            return replica.has(request.model, request.version, expected)
+
         while True:
-            replica = await self._replicas.pick(but=tried, wait_s=timeout_s)
+            replica = await self._replicas.pick(but=tried, wait_s=timeout_s, suits=suits)
             tried.append(replica)
             try:
-                response = await self._infer_hedged(request, replica)
+                response = await self._infer_hedged(request, replica, suits)
+            except NotFound:
+                # Replicas poll out of phase, and are replaced one by one: another one may have the version.
+                if replica.offers is not None:
+                    replica.offers.pop((request.model, request.version), None)
+                others = [each for each in self._replicas.usable() if each not in tried]
+                if len(tried) == MAX_ATTEMPTS or not others or not self._budget.take():
+                    raise
             except Unavailable as error:
                 if error.stage != self._stage or len(tried) == MAX_ATTEMPTS or not self._budget.take():
                     raise
@@ -225,8 +261,8 @@ class RemoteInference:
                 self._budget.give()
                 return response
 
-    async def _infer_hedged(self, request: InferRequest, replica: _Replica) -> InferResponse:
-        """Infer on this replica; if it does not answer soon, on another one too."""
+    async def _infer_hedged(self, request: InferRequest, replica: _Replica, suits: Callable[[_Replica], bool]) -> InferResponse:
+        """On this replica; if it does not answer for long, on another one too."""
         if self.n_replicas < 2:
             return await self._infer_on(request, replica)
         calls = [asyncio.ensure_future(self._infer_on(request, replica))]
@@ -234,7 +270,7 @@ class RemoteInference:
             await asyncio.wait(calls, timeout=self._hedge_after_s)
             if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
                 self._replicas.avoid(replica)
-                other = await self._replicas.pick(but=[replica])
+                other = await self._replicas.pick(but=[replica], suits=suits)
                 calls.append(asyncio.ensure_future(self._infer_on(request, other)))
             return await _first_answer(calls)
         finally:
@@ -264,17 +300,56 @@ class RemoteInference:
             raise PairMismatch(error.message, stage=self._stage) from error
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        """Call ModelMetadata."""
+        """Call ModelMetadata of a replica that has the version, if that is known."""
         request = pb.ModelMetadataRequest(name=model, version=version)
-        return protobuf.decode_metadata(await self._call_any("ModelMetadata", request))
+        suits = partial(_Replica.has, model=model, version=version)
+        return protobuf.decode_metadata(await self._call_any("ModelMetadata", request, suits=suits))
 
     async def is_ready(self, model: str, version: str = "") -> bool:
         """Call ModelReady."""
         return bool((await self._call_any("ModelReady", pb.ModelReadyRequest(name=model, version=version))).ready)
 
     async def index(self) -> list[ModelState]:
-        """Call RepositoryIndex."""
-        return protobuf.decode_index(await self._call_any("RepositoryIndex", pb.RepositoryIndexRequest()))
+        """Call RepositoryIndex of every replica: a version is ready if it is on one of them."""
+        return merged_index(await self.indexes())
+
+    async def indexes(self) -> list[list[ModelState]]:
+        """The index of each replica that answers. Calls for a version go to those that have it from then on.
+
+        Raises:
+            Unavailable: none answers.
+            SplitserveError: all refuse; one of their errors.
+        """
+        await self._ready()
+        replicas = self._replicas.usable()
+        calls = [self._call(each, "RepositoryIndex", pb.RepositoryIndexRequest(), self._poll_timeout_s) for each in replicas]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        found = []
+        for replica, answer in zip(replicas, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                states = protobuf.decode_index(answer)
+                replica.offers = {
+                    (state.name, state.version): state.properties.get(MANIFEST_SHA256, "")
+                    for state in states
+                    if state.state == READY
+                }
+                found.append(states)
+            elif not isinstance(answer, SplitserveError):
+                raise answer
+        if not found:
+            raise next(answer for answer in answers if isinstance(answer, BaseException))
+        return found
+
+    async def _ready(self) -> None:
+        """Wait for a replica that takes calls.
+
+        Raises:
+            Unavailable: there is none; it says why.
+        """
+        try:
+            await self._replicas.pick()
+        except Unavailable:
+            raise Unavailable(await self._unavailable_reason(), stage=self._stage) from None
 
     async def load(self, model: str) -> None:
         """Call RepositoryModelLoad of every replica."""
@@ -288,6 +363,8 @@ class RemoteInference:
         """Call ServerReady."""
         try:
             response = await self._call_any("ServerReady", pb.ServerReadyRequest())
+        except Unsupported:  # another maker's server may not have it
+            return ""
         except SplitserveError as error:
             return error.message
         return "" if response.ready else await self._unavailable_reason()
@@ -311,17 +388,20 @@ class RemoteInference:
             reason = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(protobuf.REASON_KEY, b"")
             return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
-    async def _call_any(self, method: str, request: Any) -> Any:
-        """Call one replica; another one if it is gone."""
+    async def _call_any(self, method: str, request: Any, *, suits: Callable[[_Replica], bool] | None = None) -> Any:
+        """One replica's answer; another one is asked if it is gone, or does not know what is asked for."""
         tried: list[_Replica] = []
         while True:
             try:
-                replica = await self._replicas.pick(but=tried)
+                replica = await self._replicas.pick(but=tried, suits=suits)
             except Unavailable:
                 raise Unavailable(await self._unavailable_reason(), stage=self._stage) from None
             tried.append(replica)
             try:
                 return await self._call(replica, method, request, self._poll_timeout_s)
+            except NotFound:
+                if len(tried) == MAX_ATTEMPTS or all(each in tried for each in self._replicas.usable()):
+                    raise
             except Unavailable:
                 if len(tried) == MAX_ATTEMPTS:
                     raise

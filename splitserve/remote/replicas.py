@@ -155,17 +155,18 @@ class Replicas(Generic[R]):
         """The addresses behind the name, ready or not, each with the authority that it belongs to."""
         return list(self._authorities.items())
 
-    async def pick(self, *, but: Iterable[R] = (), wait_s: float | None = None) -> R:
-        """The replica for the next call: of the ready ones the one with the fewest calls in flight, round robin among equals.
+    async def pick(self, *, but: Iterable[R] = (), wait_s: float | None = None, suits: Callable[[R], bool] | None = None) -> R:
+        """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
 
         Args:
-            but: those tried before, picked only if there is no other.
+            but: those that were tried already, taken only if there is no other.
             wait_s: how long to wait if none is ready.
+            suits: whether a replica is known to have what is asked for; others are taken only if none does.
 
         Raises:
             Unavailable: none is ready.
         """
-        if (found := self._best(but)) is not None:
+        if (found := self._best(but, suits)) is not None:
             return found
         wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
         end = time.monotonic() + wait_s
@@ -173,16 +174,18 @@ class Replicas(Generic[R]):
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), left)
-            if (found := self._best(but)) is not None:
+            if (found := self._best(but, suits)) is not None:
                 return found
         raise Unavailable(f"the {self._stage} service cannot be reached", stage=self._stage)
 
-    def _best(self, but: Iterable[R]) -> R | None:
+    def _best(self, but: Iterable[R], suits: Callable[[R], bool] | None) -> R | None:
         usable = self.usable()
         if len(usable) < 2:
             return usable[0] if usable else None
         now = time.monotonic()
         self._turn += 1
+        if suits is not None:
+            usable = [replica for replica in usable if suits(replica)] or usable
         fresh = [replica for replica in usable if replica not in but] or usable
         preferred = [replica for replica in fresh if replica.avoided_until <= now] or fresh
         return min(

@@ -24,6 +24,9 @@ SCHEMA_VERSION = 1
 
 MAX_SEQUENCE = 999_999_999
 
+CHANGED_FEATURES, UNKNOWN_FEATURES = "changed features", "unknown features"
+"""What an operator can accept explicitly when a pair is released."""
+
 Proof = Literal["pipeline", "halves", "server"]
 """How a release was proven: against the fitted pipeline at publish, by running the halves together, or against a running
 third-party predict server."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
 from splitserve.errors import NotFound
 from splitserve.repository.manifest import Kind
+from splitserve.repository.release import History
 from splitserve.repository.routes import Route
 from splitserve.versions import MODEL_NAME, UNNAMED, Pair, parse_pair
 
@@ -83,10 +84,40 @@ def _parse_policy(value: str) -> VersionPolicy:
     return VersionPolicy(n_latest=0, specific=pairs)
 
 
+def half(kind: Kind, pair: Pair) -> int:
+    """The version of one half in a pair; `UNNAMED` where another maker's server has it."""
+    return pair.preprocessor if kind == "preprocess" else pair.predictor
+
+
+def selected(history: History, policy: VersionPolicy, route: Route | None, is_refused: Callable[[Pair], bool]) -> list[Pair]:
+    """The pairs with a release whose halves are held, in no order.
+
+    These are those of the policy, by the order of releases, that of the route, and one more that is older: a restart with a
+    newest release that is refused serves the one before it.
+
+    Args:
+        history: the model's releases.
+        policy: how many of the newest pairs, or which.
+        route: the route that is followed.
+        is_refused: whether a pair cannot be served; it does not count towards the policy.
+    """
+    newest = list(reversed(history.by_pair()))
+    if policy.n_latest is None:
+        return newest
+    found = [pair for pair in newest if pair in {*policy.specific, *(route.named() if route else ())}]
+    n_wanted = policy.n_latest + 1 if policy.n_latest else 0
+    for pair in newest:
+        if n_wanted == 0:
+            break
+        found.append(pair)
+        n_wanted -= not is_refused(pair)
+    return found
+
+
 def pinned(kind: Kind, policy: VersionPolicy, route: Route | None) -> set[int]:
     """Versions of one half that are always held: those in specific pairs and in the route."""
     pairs = [*policy.specific, *(route.named() if route else ())]
-    return {pair.preprocessor if kind == "preprocess" else pair.predictor for pair in pairs} - {UNNAMED}
+    return {half(kind, pair) for pair in pairs} - {UNNAMED}
 
 
 def wanted(published: Collection[int], refused: Collection[int], pins: Collection[int], n_latest: int | None) -> set[int]:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from splitserve.arrays import Array, from_array, objects, to_array
 from splitserve.errors import InvalidInput
+from splitserve.oip.messages import MANIFEST_SHA256
 from splitserve.oip.statistics import Stopwatch
 from splitserve.repository import golden as goldens
 from splitserve.repository import pairing
@@ -105,6 +106,8 @@ class Predictor:
             self._session = ort.InferenceSession(model, options, providers=list(providers))
         except Exception as error:
             raise BundleError(f"{MODEL_FILE}: ONNX Runtime {ort.__version__} cannot load it: {error}") from None
+        self.manifest_sha256 = ""
+        """The digest of the bundle's manifest, by which a release names it."""
         self.properties: dict[str, str] = {}
         """Facts about the version, for its metadata."""
         self.inputs = tuple(_spec(node) for node in self._session.get_inputs())
@@ -180,6 +183,12 @@ def _row_of_zeros(tensor: Tensor) -> Tensor:
     return Tensor(tensor.name, tensor.datatype, shape, bytes(math.prod(shape) * (DATATYPES[tensor.datatype].itemsize or 4)))
 
 
+def available_providers() -> list[str]:
+    """Execution providers of ONNX Runtime here, in its order of preference."""
+    names: list[str] = ort.get_available_providers()
+    return names
+
+
 def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Predictor:
     """Load a predictor's bundle, check it against its manifest and replay its golden samples.
 
@@ -192,7 +201,13 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
     predictor = Predictor(bundle.read(MODEL_FILE), intra_op_num_threads=intra_op_num_threads, providers=providers)
     _check_signature("input", manifest.inputs, predictor.inputs)
     _check_signature("output", manifest.outputs, predictor.outputs)
-    predictor.properties = {"created": manifest.created, **pairing.told_meaning(manifest)}
+    predictor.manifest_sha256 = bundle.manifest_sha256
+    predictor.is_row_wise = predictor.is_row_wise and manifest.is_row_wise
+    predictor.properties = {
+        "created": manifest.created,
+        MANIFEST_SHA256: bundle.manifest_sha256,
+        **pairing.told_meaning(manifest),
+    }
     goldens.replay(bundle.read(GOLDEN_FILE), manifest, predictor.infer)
     return predictor
 

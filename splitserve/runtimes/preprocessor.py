@@ -41,6 +41,8 @@ class Preprocessor:
         if manifest.rows is None:
             raise BundleError('manifest.json: a preprocessor needs "rows"')
         self.manifest = manifest
+        self.manifest_sha256 = ""
+        """The digest of the bundle's manifest, by which a release names it."""
         self.warnings: tuple[str, ...] = ()
         """Differences from the publisher's environment that were allowed."""
         self._rows = manifest.rows
@@ -182,6 +184,18 @@ def load(
         BundleError: a file is damaged, the environment does not match, a type or a pickle is not allowed, the compiled form is
             required and missing, or outputs differ from the golden samples.
     """
+    preprocessor = _load(bundle, trusted_modules, allow_environment_mismatch, allow_unsafe_pickle, runtime)
+    preprocessor.manifest_sha256 = bundle.manifest_sha256
+    return preprocessor
+
+
+def _load(
+    bundle: Bundle,
+    trusted_modules: Sequence[str],
+    allow_environment_mismatch: bool,
+    allow_unsafe_pickle: bool,
+    runtime: RuntimeChoice,
+) -> Preprocessor:
     manifest = bundle.manifest
     warnings: tuple[str, ...] = ()
     transformer = None

@@ -5,11 +5,12 @@ A field's docstring is its documentation: docs/settings.md is written from these
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AfterValidator, AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitserve.batching.queue import BatchLimits
@@ -22,10 +23,33 @@ from splitserve.versions import MODEL_NAME
 MIB = 1024 * 1024
 
 
+MAX_PORT = 65535
+
+_TARGET = re.compile(
+    r"(?:dns:(?://[^/]*/)?)?(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})|(?!dns:)[a-z][a-z0-9-]*:(?!\d+$)\S+"
+)
+"""``host:port``, the same after ``dns:///``, or a gRPC name of another scheme. Source: gRPC Name Resolution."""
+
+
+def check_target(text: str) -> str:
+    """A gRPC target as it is.
+
+    Raises:
+        ValueError: nothing can be reached by it.
+    """
+    match = _TARGET.fullmatch(text)
+    if match is None or (match["port"] and not 0 < int(match["port"]) <= MAX_PORT):
+        raise ValueError(f'expected a gRPC target as "host:port" or "dns:///host:port", got "{text}"')
+    return text
+
+
+Target = Annotated[str, AfterValidator(check_target)]
+
+
 class ServiceSettings(BaseSettings):
     """Settings of every service."""
 
-    model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore")
+    model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore", allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     """Address to listen on. Read docs/security.md before listening beyond loopback."""
@@ -174,10 +198,16 @@ class RepositorySettings(ServiceSettings):
     """Names of the models to serve, separated by commas; all when empty."""
 
     model_versions: str = Field("latest:2", validation_alias=AliasChoices("MODEL_VERSIONS"))
-    """Versions of each half to hold: all, latest:N, or those of pairs like 1.1,2.1; by model as in `latest:2; penguins=all`."""
+    """Releases to hold: all, latest:N, or those of pairs like 1.1,2.1; by model as in `latest:2; penguins=all`. One more than N
+    is held, so that a restart with a newest release that is refused serves the one before it."""
 
     unload_delay_s: float = Field(30.0, ge=0)
-    """Seconds that a version which is no longer selected stays loaded after its last use."""
+    """Seconds that a version which is no longer wanted is kept after it was last asked for. A withdrawn release stays callable
+    for at least this long."""
+
+    allow_unreleased_pairs: bool = False
+    """Serve pairs that no release names: for trying things, for another maker's predict server, and for a repository that is one
+    bundle. Preprocess and predict each need it."""
 
     model_signature_key: str = Field("", validation_alias=AliasChoices("MODEL_SIGNATURE_KEY"))
     """File with a public key in PEM form: only bundles signed by its private key are loaded. Needs the extra `signing`."""
@@ -188,9 +218,17 @@ class RepositorySettings(ServiceSettings):
         return Selection(parse_models(self.models), parse_policies(self.model_versions))
 
     @property
-    def look_interval_s(self) -> float:
-        """Seconds between two listings of the model repository; 0: every refresh."""
+    def poll_interval_s(self) -> float:
+        """Time between two polls of the model repository, if it is not polled in every refresh."""
         return self.model_poll_interval_s if sources.is_url(self.model_repository) else 0.0
+
+    @property
+    def withdrawal_grace_s(self) -> float:
+        """How long preprocess keeps a withdrawn release callable. Predict keeps it twice as long.
+
+        Longer than one poll and both refreshes, so that by then every replica and the proxy know of it.
+        """
+        return max(self.unload_delay_s, 2 * (self.poll_interval_s + 2 * self.refresh_interval_s))
 
     @field_validator("model_repository")
     @classmethod
@@ -224,14 +262,19 @@ S = TypeVar("S", bound=ServiceSettings)
 def read(settings: type[S], **overrides: Any) -> S:
     """Settings from the environment.
 
-    An invalid value ends the process with status 2 and a line for each variable, before anything is bound.
+    An invalid value, or a model repository that is a folder and does not exist, ends the process with status 2 and a line for
+    each variable, before anything is bound.
     """
     try:
-        return settings(**overrides)
+        config = settings(**overrides)
     except ValidationError as error:
         for problem in error.errors():
             print(f"{variable_name(settings, str(problem['loc'][0]))}: {problem['msg']}", file=sys.stderr)
         raise SystemExit(2) from None
+    if isinstance(config, RepositorySettings) and (reason := sources.missing(config.model_repository)):
+        print(f"MODEL_REPOSITORY: {reason}", file=sys.stderr)
+        raise SystemExit(2)
+    return config
 
 
 def variable_name(settings: type[ServiceSettings], location: str) -> str:

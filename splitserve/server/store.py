@@ -1,26 +1,27 @@
-"""The bundles of one kind, loaded as they appear at the source and let go when nobody needs them any more."""
+"""The bundles of one kind: loaded when a release names them, unloaded when they are no longer needed."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import structlog
 
 from splitserve.catalogue import Catalogue, Entry
 from splitserve.errors import NotFound, Unavailable
-from splitserve.oip.messages import LOADING, READY, UNAVAILABLE
+from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.repository.bundle import Bundle, BundleKey
-from splitserve.repository.manifest import BundleError, Kind, NotFetched
-from splitserve.repository.routes import Route
-from splitserve.repository.selection import Selection, pinned, wanted
+from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, Kind, NotFetched
+from splitserve.repository.release import Release
+from splitserve.repository.selection import Selection, half, pinned, selected, wanted
 from splitserve.repository.source import BundleSource, fetch_bundle, load_fetched
-from splitserve.versions import unknown_model
+from splitserve.server.repository_view import ModelView, RepositoryView
+from splitserve.versions import UNNAMED, Pair, unknown_model
 
 T = TypeVar("T")
 
@@ -34,32 +35,31 @@ _Place = tuple[str, int]
 """Model and version."""
 
 
-class _Found(msgspec.Struct, frozen=True):
-    """What a look at the source showed: versions of this half and routes by model, why routes are broken, and the stamps of what
-    could not be loaded.
-    """
+class _Loaded(msgspec.Struct, frozen=True):
+    """The manifest's digest of a bundle that was loaded, or tried, and the digests that releases expected of it then."""
 
-    published: dict[str, set[int]] = {}
-    routes: dict[str, Route] = {}
-    route_problems: dict[str, str] = {}
-    stamps: dict[_Place, str] = {}
+    manifest_sha256: str
+    expected: frozenset[str]
 
 
 class VersionStore(Generic[T]):
-    """Loads bundles and keeps what came of each.
+    """Loads the halves of releases and keeps what came of each.
 
-    A bundle that is broken is kept with the reason and takes no other one down; it is tried again when its files have changed,
-    and one that cannot be fetched after a while. A published version never changes, so none is loaded twice while it is held.
-    The route of a model that is broken is passed over for the one before it. New versions are loaded beside those that serve;
-    a version that is no longer wanted is let go once nobody has asked for it for a while, and is freed when its last call ends.
+    A bundle that is broken, or is not the one that its releases recorded, is kept with the reason and takes no other one down; it
+    is tried again when its files have changed, and one that cannot be fetched after a while. A version is loaded again only if a
+    release expects another bundle under its number. New versions are loaded beside those that serve; a version that is no longer
+    selected is unloaded once nobody has asked for it for a while, one whose release was withdrawn when that one's grace is over.
+    It is freed when its last call ends.
 
     Args:
-        source: where the bundles are.
+        source: where bundles, releases and routes are.
         kind: which half.
         load: makes what is served of a bundle, or raises `BundleError`; called in a thread.
-        selection: which models and versions are wanted.
-        unload_delay_s: how long a version that is no longer wanted is kept after it was last asked for.
-        look_interval_s: time between two looks at the source, however often `refresh` is called.
+        selection: which models and releases are wanted.
+        unload_delay_s: how long a version that is no longer selected is kept after it was last asked for.
+        withdrawal_grace_s: how long a withdrawn release stays callable.
+        allow_unreleased_pairs: versions that no release names are loaded too, the newest of each half.
+        poll_interval_s: time between two polls of the source, however often `refresh` is called.
         clock: seconds that never go back.
     """
 
@@ -71,7 +71,9 @@ class VersionStore(Generic[T]):
         *,
         selection: Selection | None = None,
         unload_delay_s: float = 0.0,
-        look_interval_s: float = 0.0,
+        withdrawal_grace_s: float = 0.0,
+        allow_unreleased_pairs: bool = False,
+        poll_interval_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
@@ -79,33 +81,86 @@ class VersionStore(Generic[T]):
         self._load = load
         self._selection = selection or Selection()
         self._unload_delay_s = unload_delay_s
-        self._look_interval_s = look_interval_s
+        self._allow_unreleased_pairs = allow_unreleased_pairs
+        self._poll_interval_s = poll_interval_s
         self._clock = clock
         self._log = structlog.get_logger()
         self._lock = asyncio.Lock()
         self._fetchers = ThreadPoolExecutor(MODELS_AT_A_TIME, thread_name_prefix=f"fetch-{kind}")
         self._turn_to_load = asyncio.Lock()
-        self._look_at = -math.inf
-        self._n_looks_failed = 0
-        self._found = _Found()
+        self._poll_at = -math.inf
+        self._n_polls_failed = 0
+        self._view = RepositoryView(
+            source,
+            kind,
+            selection=self._selection,
+            allow_unreleased_pairs=allow_unreleased_pairs,
+            withdrawal_grace_s=withdrawal_grace_s,
+            clock=clock,
+        )
         self._last_asked: dict[_Place, float] = {}
         self._retry_at: dict[_Place, float] = {}
         self._n_tries: dict[_Place, int] = {}
         self._stamps: dict[_Place, str] = {}
         """Of what could not be loaded, as it was when that was tried."""
+        self._seen_stamps: dict[_Place, str] = {}
+        """Of the same, as it was at the last poll."""
+        self._loaded: dict[_Place, _Loaded] = {}
         self._unpublished: dict[str, set[int]] = {}
         self._held_back: set[str] = set()
         self._missing: list[str] = []
+        self._incomplete: set[str] = set()
         self.catalogue: Catalogue[int, T] = Catalogue()
         self.is_loaded = False
-        """Whether everything that was wanted at the first look has been tried."""
+        """Whether everything that was wanted at the first poll has been tried."""
         self.problem = ""
-        """Why the source could not be looked at the last time."""
+        """Why the source could not be read the last time."""
 
     @property
-    def route_problems(self) -> Mapping[str, str]:
-        """By model, why its route is not followed."""
-        return self._found.route_problems
+    def models(self) -> Mapping[str, ModelView]:
+        """What the last poll has shown of each model: releases, route, and why they are not known."""
+        return self._view.models
+
+    def index(self, properties: Callable[[T], Mapping[str, str]]) -> list[ModelState]:
+        """All versions. One that is ready says why, if the repository cannot be read and it serves on.
+
+        Args:
+            properties: facts about a version that is loaded.
+        """
+        states = []
+        for state in self.catalogue.index():
+            entry = self.catalogue.entries(state.name).get(int(state.version)) if state.version else None
+            if entry is not None and entry.value is not None:
+                reason = state.reason or self.problem_of(state.name)
+                state = msgspec.structs.replace(state, reason=reason, properties=properties(entry.value))
+            states.append(state)
+        return states
+
+    def problem_of(self, model: str) -> str:
+        """Why the repository, or the releases of a model, cannot be read, although what is loaded serves on."""
+        view = self.models.get(model)
+        return self.problem or (view.problem if view is not None else "")
+
+    def selected_pairs(self, model: str) -> set[Pair]:
+        """Pairs with a release whose halves are wanted, withdrawn ones within their grace included."""
+        view = self.models.get(model)
+        return set(self._selected(model, view)) if view is not None else set()
+
+    async def read_golden(self, release: Release) -> bytes:
+        """The golden samples of a release.
+
+        Raises:
+            NotFetched: they cannot be read now; a retry may help.
+            BundleError: they are not those that the release recorded.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._fetchers, self._read_golden, release)
+
+    def _read_golden(self, release: Release) -> bytes:
+        record = self._source.open_release(release.key)
+        if record.manifest_sha256 != release.sha256:
+            raise NotFetched(f"{release.key}: the record was replaced since it was read")
+        record.fetch()
+        return record.read(GOLDEN_FILE)
 
     def choose(self, model: str, version: int | None) -> tuple[int, T]:
         """As `Catalogue.choose`; who asks for a version keeps it from being let go."""
@@ -118,23 +173,24 @@ class VersionStore(Generic[T]):
         self._last_asked[(model, version)] = self._clock()
 
     async def refresh(self) -> None:
-        """Look at the source if it is time.
+        """Poll the source if it is time.
 
-        Load what is wanted and not held, newest first; let go what is held and not wanted.
+        Load what is wanted and not held, newest first; unload what is held and not wanted.
         """
         async with self._lock:
-            if self._clock() >= self._look_at:
-                await self._look_now()
+            if self._clock() >= self._poll_at:
+                await self._poll()
             if not self.problem:
-                await self._follow(self._found.published, self._found.routes)
+                await self._follow()
 
-    async def _look_now(self) -> None:
-        before = self._found
+    async def _poll(self) -> None:
+        before = self._view.models
         try:
-            self._found = await asyncio.to_thread(self._look)
+            await asyncio.to_thread(self._view.poll)
+            stamps = await asyncio.to_thread(self._read_stamps, list(self._stamps))
         except BundleError as error:
-            delay_s = _backoff_s(self._n_looks_failed)
-            self._n_looks_failed += 1
+            delay_s = _backoff_s(self._n_polls_failed)
+            self._n_polls_failed += 1
             problem = f"waiting for the model repository: {error}"
             if problem != self.problem:
                 # The folder, listing or index cannot be read; it is tried again after a backoff.
@@ -145,94 +201,139 @@ class VersionStore(Generic[T]):
                 # It can be read again.
                 self._log.info("model repository readable")
             self._report_missing()
-            self._report_routes(before.route_problems)
-            self._notice_changes(before.stamps)
-            delay_s, self._n_looks_failed, self.problem = self._look_interval_s, 0, ""
-        self._look_at = self._clock() + delay_s
+            self._report_problems(before)
+            self._notice_changes(stamps)
+            delay_s, self._n_polls_failed, self.problem = self._poll_interval_s, 0, ""
+        self._poll_at = self._clock() + delay_s
+
+    def _read_stamps(self, places: Iterable[_Place]) -> dict[_Place, str]:
+        return {place: self._source.stamp(self._key(place)) for place in places}
 
     def _report_missing(self) -> None:
         """A line when models that are asked for by name are not there, or others than before are not."""
-        missing = sorted(self._selection.models - self._found.published.keys())
+        missing = sorted(self._selection.models - self.models.keys())
         if missing and missing != self._missing:
             # `MODELS` names models that the repository does not have.
             self._log.warning("requested models not in repository", kind=self._kind, models=missing)
         self._missing = missing
 
-    def _report_routes(self, before: Mapping[str, str]) -> None:
-        """A line for each route that has been found to be broken."""
-        for model, reason in self._found.route_problems.items():
-            if before.get(model) != reason:
-                # The route cannot be read; the previous one stays in force.
-                self._log.error("route refused", model=model, reason=reason)
+    def _report_problems(self, before: Mapping[str, ModelView]) -> None:
+        """A line for each route that cannot be followed, and for releases that cannot be read, when that is new."""
+        for model, view in self.models.items():
+            was = before.get(model, ModelView())
+            if view.route_problem and view.route_problem != was.route_problem:
+                # The route cannot be read or followed; the previous one stays in force.
+                self._log.error("route refused", model=model, reason=view.route_problem)
+            if view.problem and view.problem != was.problem:
+                # A record is damaged, not signed, or cannot be fetched, or all of a model have vanished.
+                self._log.error("releases unreadable", model=model, reason=view.problem)
 
-    def _notice_changes(self, before: Mapping[_Place, str]) -> None:
-        """Try again what has changed since it was tried, once it is as the look before saw it: a copy takes a while."""
-        for place, stamp in self._found.stamps.items():
-            if stamp != self._stamps.get(place) and stamp == before.get(place):
+    def _notice_changes(self, stamps: dict[_Place, str]) -> None:
+        """Try again what has changed since it was tried, once two polls have seen the same: a copy takes a while."""
+        for place, stamp in stamps.items():
+            if stamp != self._stamps.get(place) and stamp == self._seen_stamps.get(place):
                 self._retry_at[place] = self._clock()
+        self._seen_stamps = stamps
 
-    async def _follow(self, published: dict[str, set[int]], routes: Mapping[str, Route]) -> None:
-        self._unpublished = {model: versions for model, versions in self._unpublished.items() if model in published}
-        models = sorted(published.keys() - self._held_back)
-        await asyncio.gather(*(self._hold(model, published[model], routes.get(model)) for model in models))
+    async def _follow(self) -> None:
+        self._unpublished = {model: versions for model, versions in self._unpublished.items() if model in self.models}
+        models = sorted(self.models.keys() - self._held_back)
+        await asyncio.gather(*(self._hold(model, self.models[model]) for model in models))
         for model in self.catalogue.models():
-            self._let_go(model, published.get(model, set()), routes.get(model))
+            self._unload_unneeded(model, self.models.get(model, ModelView()))
+        for model in self._incomplete - self._held_back:
+            self.catalogue.remove_incomplete(model)
+        self._incomplete = {model for model in models if self._put_incomplete(model, self.models[model])}
         self.is_loaded = True
-
-    def _look(self) -> _Found:
-        found = _Found()
-        for key in self._source.bundles():
-            if key.kind == self._kind and self._selection.serves(key.model):
-                found.published.setdefault(key.model, set()).add(key.version)
-        for model in found.published:
-            try:
-                route = self._source.route(model)
-            except BundleError as error:
-                found.route_problems[model] = str(error)
-                route = self._found.routes.get(model)
-            if route is not None:
-                found.routes[model] = route
-        for place in list(self._stamps):
-            found.stamps[place] = self._source.stamp(self._key(place))
-        return found
 
     def _key(self, place: _Place) -> BundleKey:
         return BundleKey(place[0], self._kind, place[1])
 
-    async def _hold(self, model: str, published: set[int], route: Route | None) -> None:
-        """Load versions of a model until those that are wanted are held, going further down for each that is refused."""
-        self._tell_of_unpublished(model, pinned(self._kind, self._selection.policy(model), route) - published)
-        due = {version for version in published if self._retry_at.get((model, version), math.inf) <= self._clock()}
-        while missing := due | (self._wanted(model, published, route) - self.catalogue.entries(model).keys()):
+    async def _hold(self, model: str, view: ModelView) -> None:
+        """Load versions of a model until those that are wanted are held, going on with older ones for each that is refused."""
+        self._report_unpublished(model, self._named(model, view) - view.published)
+        expected = self._expected(model, view)
+        due = {version for version in view.published if self._retry_at.get((model, version), math.inf) <= self._clock()}
+        due |= {version for version in view.published if self._is_replaced(model, version, expected)}
+        while missing := due | ((self._wanted(model, view) & view.published) - self.catalogue.entries(model).keys()):
             due = set()
             for version in missing:
                 if (model, version) not in self.catalogue:
                     self.catalogue.put(model, version, Entry(LOADING))
             for version in sorted(missing, reverse=True):
-                self.catalogue.put(model, version, await self._try_to_load(BundleKey(model, self._kind, version)))
+                entry = await self._try_to_load(self._key((model, version)), expected.get(version, frozenset()))
+                held = self.catalogue.entries(model).get(version)
+                if entry.value is not None or held is None or held.value is None:
+                    self.catalogue.put(model, version, entry)
 
-    def _tell_of_unpublished(self, model: str, asked: set[int]) -> None:
-        """Versions that a route or a setting names and that are not there: whoever asks for one is told so."""
+    def _is_replaced(self, model: str, version: int, expected: Mapping[int, frozenset[str]]) -> bool:
+        """Whether releases expect another bundle under this number than the one that was loaded, or tried, and did not before."""
+        loaded, digests = self._loaded.get((model, version)), expected.get(version)
+        return bool(loaded and digests and loaded.manifest_sha256 not in digests and loaded.expected != digests)
+
+    def _named(self, model: str, view: ModelView) -> set[int]:
+        """Versions that must be published: those of the selected releases, and of pairs in settings and in the route."""
+        pairs = self._selected(model, view)
+        if self._allow_unreleased_pairs:
+            return {half(self._kind, pair) for pair in pairs} - {UNNAMED} | pinned(
+                self._kind, self._selection.policy(model), view.route
+            )
+        return {half(self._kind, pair) for pair in pairs} - {UNNAMED}
+
+    def _report_unpublished(self, model: str, asked: set[int]) -> None:
+        """Versions that a release, a route or a setting names and that are not there: whoever asks for one is told so."""
         for version in self._unpublished.get(model, set()) - asked:
             self._forget(model, version)
         for version in sorted(asked):
             if (model, version) not in self.catalogue:
                 key = self._key((model, version))
-                # A route or `MODEL_VERSIONS` names a version that is not published.
+                # A release, a route or `MODEL_VERSIONS` names a version that is not published.
                 self._log.warning("requested bundle not in repository", bundle=str(key))
                 self.catalogue.put(model, version, Entry(UNAVAILABLE, f"{key}: not published"))
         self._unpublished[model] = {version for version in asked if self.catalogue.entries(model)[version].value is None}
 
-    def _wanted(self, model: str, published: set[int], route: Route | None) -> set[int]:
-        policy = self._selection.policy(model)
-        refused = {version for version, entry in self.catalogue.entries(model).items() if entry.state == UNAVAILABLE}
-        return wanted(published, refused, pinned(self._kind, policy, route), policy.n_latest)
+    def _put_incomplete(self, model: str, view: ModelView) -> bool:
+        """Whether no version of a model is wanted; requests are told why."""
+        if self.catalogue.entries(model) or not (view.problem or (view.published and not view.history.active())):
+            return False
+        self.catalogue.put_incomplete(model, view.problem or no_release(model))
+        return True
 
-    async def _try_to_load(self, key: BundleKey) -> Entry[T]:
+    def _selected(self, model: str, view: ModelView) -> list[Pair]:
+        """Pairs with a release whose halves are held: the selected ones, and those that were withdrawn a short while ago."""
+        entries = self.catalogue.entries(model)
+
+        def is_refused(pair: Pair) -> bool:
+            version = half(self._kind, pair)
+            entry = entries.get(version)
+            return version != UNNAMED and (entry.state == UNAVAILABLE if entry else version not in view.published)
+
+        return [*selected(view.history, self._selection.policy(model), view.route, is_refused), *view.withdrawn]
+
+    def _wanted(self, model: str, view: ModelView) -> set[int]:
+        found = {half(self._kind, pair) for pair in self._selected(model, view)} - {UNNAMED}
+        if self._allow_unreleased_pairs:
+            policy = self._selection.policy(model)
+            refused = {version for version, entry in self.catalogue.entries(model).items() if entry.state == UNAVAILABLE}
+            found |= wanted(view.published, refused, pinned(self._kind, policy, view.route), policy.n_latest)
+        return found
+
+    def _expected(self, model: str, view: ModelView) -> dict[int, frozenset[str]]:
+        """By version, the digests that releases recorded of its manifest. Of a pair that was released again, the last counts."""
+        found: dict[int, set[str]] = {}
+        for pair, release in {**view.withdrawn, **view.history.by_pair()}.items():
+            digest = release.manifest.preprocessor if self._kind == "preprocess" else release.manifest.predictor
+            if digest:
+                found.setdefault(half(self._kind, pair), set()).add(digest)
+        return {version: frozenset(digests) for version, digests in found.items()}
+
+    async def _try_to_load(self, key: BundleKey, expected: frozenset[str]) -> Entry[T]:
+        """Load a bundle, if it is one of those that releases expect under its number."""
         place = (key.model, key.version)
         self._retry_at.pop(place, None)
         try:
             bundle = await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, key)
+            _check_expected(bundle, expected)
             async with self._turn_to_load:
                 loaded = await asyncio.to_thread(load_fetched, bundle, self._load)
         except NotFetched as error:
@@ -243,6 +344,7 @@ class VersionStore(Generic[T]):
             self._log.warning("bundle not fetched", bundle=str(key), reason=str(error), retry_in_s=delay_s)
             return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
         except BundleError as error:
+            self._loaded[place] = _Loaded("", expected)
             # A check failed. Other versions keep serving; it is retried when its files have changed.
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))
@@ -254,6 +356,7 @@ class VersionStore(Generic[T]):
             self.touch(*place)
         self._n_tries.pop(place, None)
         self._stamps.pop(place, None)
+        self._loaded[place] = _Loaded(bundle.manifest_sha256, expected)
         # It has passed all checks and can serve.
         self._log.info("bundle loaded", bundle=str(key))
         return Entry(READY, value=loaded)
@@ -262,21 +365,33 @@ class VersionStore(Generic[T]):
         self._stamps[(key.model, key.version)] = self._source.stamp(key)
         return fetch_bundle(self._source, key)
 
-    def _let_go(self, model: str, published: set[int], route: Route | None) -> None:
+    def _unload_unneeded(self, model: str, view: ModelView) -> None:
         """Drop what is gone from the source and could not be served anyway, and what is not wanted and not asked for."""
-        kept = self._wanted(model, published, route)
+        kept = self._wanted(model, view)
+        released = {half(self._kind, pair) for pair in view.history.by_pair()}
         for version, entry in self.catalogue.entries(model).items():
             idle_s = self._clock() - self._last_asked.get((model, version), 0.0)
-            if entry.state == UNAVAILABLE and version not in published | self._unpublished.get(model, set()):
+            # The grace of a withdrawn release is over when it is no longer wanted, however often it is still asked for.
+            is_withdrawn = not self._allow_unreleased_pairs and version not in released
+            is_gone = version not in view.published | self._unpublished.get(model, set())
+            if entry.state == UNAVAILABLE and (is_gone or (is_withdrawn and version not in kept)):
                 self._forget(model, version)
-            elif entry.state == READY and version not in kept and idle_s >= self._unload_delay_s:
+            elif entry.state == READY and version not in kept and (is_withdrawn or idle_s >= self._unload_delay_s):
                 self._forget(model, version)
-                # It is no longer selected, and has not been used for the unload delay.
-                self._log.info("bundle unloaded", bundle=str(BundleKey(model, self._kind, version)))
+                # It is no longer selected, and has not been used for the unload delay, or its release was withdrawn.
+                self._log.info("bundle unloaded", bundle=str(self._key((model, version))))
 
     def _forget(self, model: str, version: int) -> None:
         self.catalogue.remove(model, version)
-        for memory in (self._last_asked, self._retry_at, self._n_tries, self._stamps):
+        memories: tuple[dict[_Place, Any], ...] = (
+            self._last_asked,
+            self._retry_at,
+            self._n_tries,
+            self._stamps,
+            self._seen_stamps,
+            self._loaded,
+        )
+        for memory in memories:
             memory.pop((model, version), None)
 
     async def unload(self, model: str) -> None:
@@ -294,11 +409,11 @@ class VersionStore(Generic[T]):
             self.catalogue.put_incomplete(model, "it was unloaded")
 
     async def load(self, model: str) -> None:
-        """Look at the source now, serve the model again if it was unloaded, and try again what of it was refused.
+        """Poll the source now, serve the model again if it was unloaded, and try again what of it was refused.
 
         Raises:
             NotFound: there is no such model.
-            Unavailable: the source cannot be looked at, so nobody can tell.
+            Unavailable: the source cannot be read, so nobody can tell.
         """
         async with self._lock:
             self._held_back.discard(model)
@@ -306,7 +421,7 @@ class VersionStore(Generic[T]):
             for version, entry in self.catalogue.entries(model).items():
                 if entry.state == UNAVAILABLE:
                     self._forget(model, version)
-            self._look_at = -math.inf
+            self._poll_at = -math.inf
         await self.refresh()
         if model not in self.catalogue.models():
             if self.problem:
@@ -317,6 +432,22 @@ class VersionStore(Generic[T]):
         """End what is being fetched, so that the process can stop."""
         self._source.close()
         self._fetchers.shutdown(cancel_futures=True)
+
+
+def no_release(model: str) -> str:
+    """Why a model whose halves are published does not serve."""
+    return f'it has no release; "splitserve release {model} K.M" proves a pair and makes one'
+
+
+def _check_expected(bundle: Bundle, expected: frozenset[str]) -> None:
+    """Raises:
+    BundleError: releases name the version, and none of them recorded this bundle.
+    """
+    if expected and bundle.manifest_sha256 not in expected:
+        raise BundleError(
+            f"{bundle.key}: {MANIFEST_FILE}: expected sha256 {' or '.join(sorted(expected))} as its releases recorded, got "
+            f"{bundle.manifest_sha256}: the bundle was changed after it was released; publish it as a new version"
+        )
 
 
 def _backoff_s(n_failures: int) -> float:

@@ -24,7 +24,7 @@ from splitserve.repository.folder import Repository
 from splitserve.signature import TensorSpec
 from tests.clients.conftest import KSERVE, MLSERVER, PROGRAMS, environment, run_command
 from tests.demo_models import Demos
-from tests.system.processes import PATIENCE_S, System, free_ports, wait_until
+from tests.system.processes import PATIENCE_S, UNRELEASED, System, free_ports, wait_until
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
@@ -124,7 +124,7 @@ def test_other_servers_can_replace_predict(
     command, port = server(demos, tmp_path, version)
 
     with running(command, port, tmp_path) as address:
-        system = System(demos.repository, predict=address, MODELS=MODEL)
+        system = System(demos.repository, predict=address, MODELS=MODEL, **UNRELEASED)
         try:
             wait_until(lambda: system.rest(f"/v2/models/{MODEL}/ready")[0] == 200, "the pair is ready")
             found = answer(system, demos, pair)

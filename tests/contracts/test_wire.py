@@ -17,6 +17,10 @@ NOT_IN_TRITONCLIENT = {
     ".inference.ModelMetadataResponse.properties",
     ".inference.ModelMetadataResponse.PropertiesEntry.key",
     ".inference.ModelMetadataResponse.PropertiesEntry.value",
+    # Ours, with a number that the protocol is far from: releases, told between our services. Others skip it.
+    ".inference.RepositoryIndexResponse.ModelIndex.properties",
+    ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.key",
+    ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.value",
 }
 
 

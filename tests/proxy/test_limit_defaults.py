@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -52,8 +53,9 @@ def test_the_default_limits_are_these() -> None:
 
 
 @pytest.mark.parametrize("kind", [PreprocessSettings, PredictSettings])
-def test_other_services_have_the_same_default_limits(kind: Any) -> None:
+def test_other_services_have_the_same_default_limits(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever reaches them directly meets no wider limits."""
+    monkeypatch.setenv("MODEL_REPOSITORY", str(tmp_path))
     own, proxy = settings.read(kind), settings.read(ProxySettings)
 
     for name in ("max_message_bytes", "max_in_flight_bytes", "max_inputs", "max_outputs", "max_parameters", "max_rows",

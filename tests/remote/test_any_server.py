@@ -206,9 +206,11 @@ def executor() -> Iterator[Executor]:
 async def preprocess(target: str, tmp_path: Path, executor: Executor) -> AsyncIterator[PreprocessService]:
     """In front of the server at an address, with the first preprocessor of ``m``."""
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
-    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load)
+    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load, allow_unreleased_pairs=True)
     async with RemoteInference(target, stage="predict", wait_s=20) as remote:
-        service = PreprocessService(store, AnyServer(remote, models=store.catalogue.models), executor)
+        service = PreprocessService(
+            store, AnyServer(remote, models=store.catalogue.models), executor, allow_unreleased_pairs=True
+        )
         await store.refresh()
         await service.refresh()
         yield service
@@ -264,9 +266,9 @@ async def test_a_malformed_message_of_the_server_is_reported(method: str) -> Non
 async def test_a_changed_signature_of_an_unnamed_version_is_detected(tmp_path: Path, executor: Executor) -> None:
     """Only versions with a number are known never to change."""
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
-    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load)
+    store = VersionStore(Repository(tmp_path), "preprocess", preprocessors.load, allow_unreleased_pairs=True)
     server = Described()
-    service = PreprocessService(store, AnyServer(server, models=store.catalogue.models), executor)
+    service = PreprocessService(store, AnyServer(server, models=store.catalogue.models), executor, allow_unreleased_pairs=True)
     await store.refresh()
     await service.refresh()
 

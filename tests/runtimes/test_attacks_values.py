@@ -46,11 +46,11 @@ def executor() -> Iterator[Executor]:
 async def served(root: Path, executor: Executor) -> ProxyService:
     """All three stages as objects, over what was published."""
     repository = Repository(root)
-    predicts = VersionStore(repository, "predict", predictors.load)
-    preprocesses = VersionStore(repository, "preprocess", preprocessors.load)
+    predicts = VersionStore(repository, "predict", predictors.load, allow_unreleased_pairs=True)
+    preprocesses = VersionStore(repository, "preprocess", preprocessors.load, allow_unreleased_pairs=True)
     await predicts.refresh()
     await preprocesses.refresh()
-    preprocess = PreprocessService(preprocesses, PredictService(predicts, executor), executor)
+    preprocess = PreprocessService(preprocesses, PredictService(predicts, executor), executor, allow_unreleased_pairs=True)
     await preprocess.refresh()
     proxy = ProxyService(preprocess)
     await proxy.refresh()
@@ -133,7 +133,7 @@ async def test_a_run_without_waiting_callers_is_cancelled(tmp_path: Path, execut
     """G05: a model that runs for minutes is stopped when its caller's time is over, and its thread serves others."""
     zeros = np.zeros((1, N), np.float32)
     publish_predictor(slow_model(N, n_rounds=10_000_000), zeros, name="slow", repository=tmp_path)
-    store = VersionStore(Repository(tmp_path), "predict", predictors.load)
+    store = VersionStore(Repository(tmp_path), "predict", predictors.load, allow_unreleased_pairs=True)
     await store.refresh()
     service = PredictService(store, executor)
 

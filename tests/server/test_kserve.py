@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 import preprocess_service.settings
 from predict_service.settings import PredictSettings
 from splitserve import publish_predictor, publish_preprocessor
+from splitserve.repository import sources
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.sources import source_of
@@ -24,6 +25,12 @@ from tests.system.models import softmax_model
 ROWS = np.random.default_rng(0).normal(size=(6, 3))
 CONTROLLERS = ["--model_name", "penguins", "--predictor_host", "penguins-predictor.default"]
 """What KServe's controller adds."""
+
+
+@pytest.fixture(autouse=True)
+def _storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KServe mounts models at a path that is not here."""
+    monkeypatch.setattr(sources, "missing", lambda where: "")
 
 
 def test_the_controllers_arguments_suffice_for_a_transformer() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -15,15 +17,75 @@ from splitserve.server.face_settings import FaceSettings
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
 
 
-def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository that is the default."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "variable", "value", "message"),
+    [
+        (ProxySettings, "PROXY_PREPROCESS_TARGET", "", 'expected a gRPC target as "host:port"'),
+        (ProxySettings, "PROXY_PREPROCESS_TARGET", "preprocess", 'expected a gRPC target as "host:port"'),
+        (ProxySettings, "PROXY_PREPROCESS_TARGET", "preprocess:70000", 'expected a gRPC target as "host:port"'),
+        (PreprocessSettings, "PREPROCESS_PREDICT_TARGET", " ", 'expected a gRPC target as "host:port"'),
+        (PreprocessSettings, "PREPROCESS_PREDICT_TARGET", "dns:///predict", 'expected a gRPC target as "host:port"'),
+        (ProxySettings, "PROXY_DEFAULT_TIMEOUT_S", "inf", "finite number"),
+        (ProxySettings, "PROXY_GRACE_S", "nan", "finite number"),
+        (PredictSettings, "PREDICT_PROVIDERS", "Nope", 'which ONNX Runtime has here; got "Nope"'),
+        (PredictSettings, "PREDICT_PROVIDERS", "", "expected some of"),
+        (PredictSettings, "MODEL_REPOSITORY", "nowhere", "nowhere: expected a folder, which may be empty; it does not exist"),
+        (PreprocessSettings, "MODEL_REPOSITORY", "file:///nowhere", "/nowhere: expected a folder"),
+    ],
+)
+def test_what_cannot_work_ends_the_process_naming_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: type[settings.ServiceSettings],
+    variable: str,
+    value: str,
+    message: str,
+) -> None:
+    """Before anything is bound, with what was expected; not by a warning, and not by an empty service."""
+    monkeypatch.setenv(variable, value)
+
+    with pytest.raises(SystemExit) as raised:
+        settings.read(kind)
+
+    printed = capsys.readouterr().err
+    assert raised.value.code == 2
+    assert printed.startswith(f"{variable}: ")
+    assert message in printed
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "predict:8021",
+        "10.0.0.1:1",
+        "[::1]:8021",
+        "dns:///predict:8021",
+        "dns://8.8.8.8/predict:8021",
+        "unix:/run/s",
+        "xds:///predict",
+    ],
+)
+def test_targets_are_grpc_names(target: str) -> None:
+    """Whatever gRPC can resolve."""
+    assert settings.check_target(target) == target
+
+
+def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The prefix keeps services apart that share an environment; some variables are shared on purpose."""
     monkeypatch.setenv("PREDICT_GRPC_PORT", "1234")
-    monkeypatch.setenv("MODEL_REPOSITORY", "/somewhere")
+    monkeypatch.setenv("MODEL_REPOSITORY", str(tmp_path))
 
     predict, preprocess = settings.read(PredictSettings), settings.read(PreprocessSettings)
 
     assert (predict.grpc_port, preprocess.grpc_port) == (1234, 8011)
-    assert predict.model_repository == preprocess.model_repository == "/somewhere"
+    assert predict.model_repository == preprocess.model_repository == str(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -13,6 +13,7 @@ from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import READY, UNAVAILABLE
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import BundleError, NotFetched
+from splitserve.repository.release import ReleaseKey
 from splitserve.repository.routes import Route, RoutedPair
 from splitserve.repository.selection import Selection, parse_policies
 from splitserve.server.store import FIRST_RETRY_S, VersionStore
@@ -33,6 +34,7 @@ class FakeBundle:
 
     def __init__(self, key: BundleKey) -> None:
         self.key = key
+        self.manifest_sha256 = ""
 
     def __str__(self) -> str:
         return str(self.key)
@@ -49,6 +51,7 @@ class FakeSource:
         self.failures: dict[int, Exception] = {}
         self.found_routes: dict[str, Route | Exception] = {}
         self.stamps: dict[int, str] = {}
+        self.records: dict[ReleaseKey, Any] = {}
         self.opened: list[int] = []
         self.n_looks = 0
         self.problem: Exception | None = None
@@ -65,7 +68,18 @@ class FakeSource:
             raise found
         return found
 
-    def stamp(self, key: BundleKey) -> str:
+    def releases(self, model: str) -> list[ReleaseKey]:
+        return sorted(key for key in self.records if key.model == model)
+
+    def open_release(self, key: ReleaseKey) -> Any:
+        found = self.records[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stamp(self, key: BundleKey | ReleaseKey) -> str:
+        if isinstance(key, ReleaseKey):
+            return "manifest.json"
         return self.stamps.get(key.version, "")
 
     def open(self, key: BundleKey) -> Any:
@@ -85,7 +99,19 @@ def store_of(
     source: FakeSource, policy: str = "latest:2", *, clock: Clock | None = None, delay_s: float = 0.0
 ) -> VersionStore[Any]:
     selection = Selection(policies=parse_policies(policy))
-    return VersionStore(source, "predict", str, selection=selection, unload_delay_s=delay_s, clock=clock or Clock())
+    return VersionStore(
+        source,
+        "predict",
+        str,
+        selection=selection,
+        unload_delay_s=delay_s,
+        allow_unreleased_pairs=True,
+        clock=clock or Clock(),
+    )
+
+
+def route_problems(store: VersionStore[Any]) -> dict[str, str]:
+    return {model: view.route_problem for model, view in store.models.items() if view.route_problem}
 
 
 def held(store: VersionStore[Any], state: str = READY) -> list[int]:
@@ -265,7 +291,7 @@ async def test_a_broken_route_is_reported_once_and_the_previous_one_applies() ->
     with capture_logs() as logs:
         await store.refresh()
         await store.refresh()
-    problems, while_broken = dict(store.route_problems), held(store)
+    problems, while_broken = route_problems(store), held(store)
     source.found_routes = {}
     await store.refresh()
 
@@ -274,7 +300,7 @@ async def test_a_broken_route_is_reported_once_and_the_previous_one_applies() ->
     ]
     assert problems == {"m": "m: route.json: Input data was truncated"}
     assert while_broken == [1, 3]
-    assert store.route_problems == {}
+    assert route_problems(store) == {}
     assert store.catalogue.ready_versions("other") == (2,)
     assert held(store) == [3]
 
@@ -410,7 +436,7 @@ async def test_a_source_with_its_own_interval_is_not_polled_earlier() -> None:
     """A listing may cost money. What is due to be tried again is tried all the same."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = NotFetched("connection refused")
-    store: VersionStore[Any] = VersionStore(source, "predict", str, look_interval_s=10, clock=clock)
+    store: VersionStore[Any] = VersionStore(source, "predict", str, allow_unreleased_pairs=True, poll_interval_s=10, clock=clock)
     await store.refresh()
     source.publish(3)
     del source.failures[2]
@@ -444,7 +470,7 @@ async def test_models_are_fetched_at_the_same_time() -> None:
         return str(bundle)
 
     source.open = SlowBundle  # type: ignore[method-assign]
-    store: VersionStore[Any] = VersionStore(source, "predict", load)
+    store: VersionStore[Any] = VersionStore(source, "predict", load, allow_unreleased_pairs=True)
 
     await store.refresh()
 
@@ -484,7 +510,9 @@ async def test_load_polls_the_source_at_once() -> None:
 async def test_a_missing_requested_model_is_reported_once() -> None:
     """Else a wrong name would look like an empty repository; that others are there is no hindrance."""
     source = FakeSource(1)
-    store = VersionStore(source, "predict", str, selection=Selection(models=frozenset({"m", "other"})))
+    store = VersionStore(
+        source, "predict", str, selection=Selection(models=frozenset({"m", "other"})), allow_unreleased_pairs=True
+    )
 
     with capture_logs() as logs:
         await store.refresh()

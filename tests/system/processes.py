@@ -19,6 +19,9 @@ from typing import Any
 
 PATIENCE_S = 60.0
 
+UNRELEASED = {"PREPROCESS_ALLOW_UNRELEASED_PAIRS": "true", "PREDICT_ALLOW_UNRELEASED_PAIRS": "true"}
+"""For tests of halves that are not proven as a whole."""
+
 
 def free_ports(n_ports: int) -> list[int]:
     """Ports that nobody listens on now, for programs that cannot say which one they took."""

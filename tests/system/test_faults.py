@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve import Client, publish_predictor, publish_preprocessor, release
 from splitserve.errors import InvalidInput, NotFound, Unavailable
 from splitserve.repository.manifest import Postprocess
 from tests.demo_models import Demos
 from tests.system.models import softmax_model
-from tests.system.processes import System, wait_until
+from tests.system.processes import UNRELEASED, System, wait_until
 
 PREDICT = "/v1/models/{}:predict"
 
@@ -32,6 +32,8 @@ def repository(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for half in ("preprocess", "predict"):
         manifest = root / "damaged" / half / "1" / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"digits"', '"damaged"'))
+    shutil.rmtree(root / "damaged" / "releases")
+    release("damaged", "1.1", repository=root)
     model = root / "damaged" / "predict" / "1" / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"\x00")
     scaler = demos.models["breast-cancer"].pipeline[:-1]
@@ -47,7 +49,7 @@ def repository(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["split", "fused"])
 def system(request: pytest.FixtureRequest, repository: Path) -> Iterator[System]:
-    running = System(repository, is_fused=request.param == "fused").wait_until_settled()
+    running = System(repository, is_fused=request.param == "fused", **UNRELEASED).wait_until_settled()
     yield running
     running.stop()
 
@@ -231,6 +233,7 @@ def test_a_bundle_published_while_the_system_runs_is_served(demos: Demos, tmp_pa
         demo = demos.models["breast-cancer"]
 
         publish_preprocessor(demo.pipeline[:-1], demo.rows, name="breast-cancer", repository=tmp_path / "models")
+        release("breast-cancer", "2.1", repository=tmp_path / "models")
         wait_until(lambda: "2.1" in system.rest("/v2/models/breast-cancer")[1]["versions"], "pair 2.1")
         _, answer = system.rest(
             "/v2/models/breast-cancer/infer",

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from splitserve import publish_predictor, publish_preprocessor
+from splitserve import publish_predictor, publish_preprocessor, release
 from tests.system.models import affine_model
 from tests.system.processes import System
 from tests.system.sleeping import Sleeping
@@ -30,6 +30,7 @@ def system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[System]:
     modules = ["tests.system.sleeping"]
     publish_preprocessor(Sleeping(SLEEP_S), rows, name="slow", repository=tmp_path, trusted_modules=modules)
     publish_predictor(affine_model(N_FEATURES, 2, 1), rows, name="slow", repository=tmp_path)
+    release("slow", "1.1", repository=tmp_path, accept_unknown_features=True, trusted_modules=modules)
     running = System(
         tmp_path,
         is_fused=request.param == "fused",

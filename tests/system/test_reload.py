@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
-from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve import Client, publish_predictor, publish_preprocessor, release
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
 from splitserve.oip.protobuf import SERVICE
@@ -39,11 +40,14 @@ def publish(repository: Path, number: int) -> None:
     publish_preprocessor(scaler, rows, name="m", repository=repository, version=number)
     model = affine_model(N_FEATURES, 1 / number, number, n_ballast=N_BALLAST)
     publish_predictor(model, rows.astype(np.float32), name="m", repository=repository, version=number)
+    release("m", f"{number}.{number}", repository=repository, accept_unknown_features=True)
 
 
 def expected(pair: str) -> float:
-    """What ones become under a pair, whether its halves have the same number or not."""
+    """What ones become under a pair; NaN, which nothing equals, under one that was never released."""
     preprocessor, predictor = map(int, pair.split("."))
+    if preprocessor != predictor:
+        return float("nan")
     return preprocessor / predictor + predictor
 
 
@@ -106,14 +110,15 @@ def versions(system: System) -> list[str]:
 
 
 def swap(system: System, repository: Path, n_swaps: int) -> list[dict[str, float]]:
-    """Publish version after version under load, each when the one before serves alone; MiB of each process after each swap."""
+    """Publish version after version under load, each when of those before only the last is left; MiB of each process after."""
     load = Load(system)
     load.start()
     try:
         sizes = []
         for number in range(2, n_swaps + 2):
             publish(repository, number)
-            wait_until(lambda number=number: versions(system) == [f"{number}.{number}"], f"version {number} alone")
+            last_two = [f"{number - 1}.{number - 1}", f"{number}.{number}"]
+            wait_until(lambda last_two=last_two: versions(system) == last_two, f"version {number} and the one before it")
             sizes.append({name: process.rss_mb() for name, process in system.processes.items()})
     finally:
         load.stop()
@@ -149,64 +154,78 @@ def test_twenty_swaps_in_a_row_lose_no_request_and_no_memory(tmp_path: Path, is_
 
 def test_a_bad_new_version_does_not_affect_the_served_one(tmp_path: Path) -> None:
     """The one that served serves on, and the index says what is wrong with the other."""
-    publish(tmp_path, 1)
-    with serving(tmp_path) as system:
+    publish(tmp_path / "models", 1)
+    with serving(tmp_path / "models") as system:
         load = Load(system)
         load.start()
         try:
-            publish(tmp_path / "elsewhere", 2)
-            model = tmp_path / "elsewhere" / "m" / "predict" / "2" / "model.onnx"
+            elsewhere = copied(tmp_path / "models", tmp_path / "elsewhere")
+            model = elsewhere / "predict" / "2" / "model.onnx"
             model.write_bytes(model.read_bytes()[:-1] + b"\xff")
-            (tmp_path / "elsewhere" / "m" / "predict" / "2").rename(tmp_path / "m" / "predict" / "2")
-            wait_until(lambda: index(system).get("m 1.2", ("LOADING",))[0] != "LOADING", "the report")
+            for part in ("preprocess/2", "predict/2", "releases/0002-2.2"):
+                (elsewhere / part).rename(tmp_path / "models" / "m" / part)
+            wait_until(lambda: index(system).get("m 2.2", ("LOADING",))[0] != "LOADING", "the report")
             states = index(system)
         finally:
             load.stop()
 
         assert load.complaints == []
         assert states["m 1.1"] == ("READY", "")
-        assert states["m 1.2"][0] == "UNAVAILABLE"
-        assert "m/predict/2: model.onnx: expected sha256" in states["m 1.2"][1]
+        assert states["m 2.2"][0] == "UNAVAILABLE"
+        assert "m/predict/2: model.onnx: expected sha256" in states["m 2.2"][1]
+
+
+def copied(repository: Path, to: Path) -> Path:
+    """A copy of the repository's model with a second version; its folder."""
+    shutil.copytree(repository, to)
+    publish(to, 2)
+    return to / "m"
 
 
 def test_a_bundle_copied_file_by_file_is_served_once_it_is_complete(tmp_path: Path) -> None:
     """As cp and rsync do it: half of a file, a file under another name, the manifest before the rest."""
     publish(tmp_path / "models", 1)
-    publish(tmp_path / "elsewhere", 2)
+    copied(tmp_path / "models", tmp_path / "elsewhere")
     with serving(tmp_path / "models", is_fused=True) as system:
-        for half in ("preprocess", "predict"):
-            source, target = (tmp_path / root / "m" / half / "2" for root in ("elsewhere", "models"))
+        for part in ("releases/0002-2.2", "preprocess/2", "predict/2"):  # no order is the right one
+            source, target = (tmp_path / root / "m" / part for root in ("elsewhere", "models"))
             target.mkdir()
-            wait_until(lambda: "manifest.json cannot be read" in str(index(system)), "the empty folder seen")
+            if "releases" not in part:
+                wait_until(lambda: "manifest.json cannot be read" in str(index(system)), "the empty folder seen")
             for file in sorted(source.iterdir(), reverse=True):
                 data = file.read_bytes()
                 (target / f".{file.name}.part").write_bytes(data[: len(data) // 2])
                 (target / f".{file.name}.part").rename(target / file.name)
                 with (target / file.name).open("ab") as rest:
                     rest.write(data[len(data) // 2 :])
-        wait_until(lambda: versions(system) == ["2.2"], "the copied version alone")
+        wait_until(lambda: "2.2" in versions(system), "the copied version")
 
         assert index(system)["m 2.2"] == ("READY", "")
 
 
 def test_a_broken_route_does_not_block_new_versions(tmp_path: Path) -> None:
-    """The route before it counts; what is wrong is told, and what a route names and is not there."""
-    publish(tmp_path, 1)
-    route = tmp_path / "m" / "route.json"
-    with serving(tmp_path, MODEL_VERSIONS="latest:1") as system:
+    """The route before it counts; what is wrong is told, and that a route names what has no release."""
+    models = tmp_path / "models"
+    publish(models, 1)
+    elsewhere = copied(models, tmp_path / "elsewhere")
+    route = models / "m" / "route.json"
+    with serving(models, MODEL_VERSIONS="latest:1") as system:
         route.write_text('{"pairs": [{"pair": "1.1"}')
         broken = wait_until(lambda: index(system).get("m "), "the report")
-        publish(tmp_path, 2)
+        for part in ("preprocess/2", "predict/2", "releases/0002-2.2"):
+            shutil.copytree(elsewhere / part, models / "m" / part)
         wait_until(lambda: "2.2" in versions(system), "the new version")
         route.write_text('{"pairs": [{"pair": "7.1"}]}')
-        missing = wait_until(lambda: index(system).get("m 7.1"), "the other report")
-        status, answer = system.rest("/v2/models/m/versions/7.1/ready")
-        still = index(system).get("m ")
+        missing = wait_until(lambda: "7.1" in index(system)["m "][1] and index(system)["m "], "the other report")
+        status, _ = system.rest("/v2/models/m/versions/7.1/ready")
+        route.write_text('{"pairs": [{"pair": "1.1"}]}')
+        wait_until(lambda: index(system).get("m ") is None, "the route followed")
+        default = system.rest("/v2/models/m")[1]["properties"]["default"]
 
     assert broken == ("UNAVAILABLE", "m: route.json: Input data was truncated")
-    assert missing == ("UNAVAILABLE", "m/preprocess/7: not published")
-    assert (status, answer["error"]) == (503, 'model "m" version 7.1 is not ready: m/preprocess/7: not published')
-    assert still is None
+    assert missing == ("UNAVAILABLE", 'm: route.json: 7.1 has no release; "splitserve release m 7.1" makes one')
+    assert status == 404
+    assert default == "1.1"
 
 
 def index(system: System) -> dict[str, tuple[str, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
 
-from splitserve import publish_predictor, publish_preprocessor
+from splitserve import publish_predictor, publish_preprocessor, release
 from splitserve.repository.folder import Repository
 from splitserve.repository.sources import index
 from tests.file_server import FileServer, cut, flip, status
@@ -39,6 +39,7 @@ def publish(repository: Path, number: int, name: str = "m") -> None:
     publish_preprocessor(scaler, rows, name=name, repository=repository, version=number)
     model = affine_model(N_FEATURES, 1, number, n_ballast=1_000_000)
     publish_predictor(model, rows.astype(np.float32), name=name, repository=repository, version=number)
+    release(name, f"{number}.{number}", repository=repository, accept_unknown_features=True)
 
 
 @contextmanager
@@ -97,8 +98,8 @@ def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path
 
 
 def test_only_selected_bundles_are_fetched(tmp_path: Path, store: ObjectStore) -> None:
-    """The models that are named, their newest version, and what the route names."""
-    for number in (1, 2, 3):
+    """The models that are named, their newest release with the one before it, and what the route names."""
+    for number in (1, 2, 3, 4):
         publish(tmp_path / "models", number)
     publish(tmp_path / "models", 1, "other")
     (tmp_path / "models" / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.1"}]}')
@@ -107,14 +108,17 @@ def test_only_selected_bundles_are_fetched(tmp_path: Path, store: ObjectStore) -
 
     wanted = {"MODELS": "m", "MODEL_VERSIONS": "latest:1"}
     with serving("s3://models/prod", tmp_path / "cache", is_fused=True, **wanted, **store.environment) as system:
-        wait_until(lambda: is_ready(system, "1.1") and is_ready(system, "3.3"), "ready")
+        wait_until(lambda: all(is_ready(system, pair) for pair in ("1.1", "3.3", "4.4")), "ready")
 
     assert {path.removeprefix("/models/prod/").rpartition("/")[0] for path in store.fetched()} == {
         "m",
         "m/preprocess/1",
         "m/preprocess/3",
+        "m/preprocess/4",
         "m/predict/1",
         "m/predict/3",
+        "m/predict/4",
+        *(f"m/releases/000{number}-{number}.{number}" for number in (1, 2, 3, 4)),
     }
 
 
@@ -132,7 +136,7 @@ def test_a_damaged_object_is_reported_and_unloads_nothing(tmp_path: Path, store:
         model.write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
         store.upload(tmp_path / "models", "models", "prod/")
 
-        reason = wait_until(lambda: refused(system, "1.2"), "the report")
+        reason = wait_until(lambda: refused(system, "2.2"), "the report")
         serves_on = is_ready(system, "1.1")
         model.write_bytes(right)
         store.upload(tmp_path / "models", "models", "prod/")

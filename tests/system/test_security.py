@@ -18,7 +18,7 @@ import pytest
 import trustme
 from sklearn.preprocessing import StandardScaler
 
-from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve import Client, publish_predictor, publish_preprocessor, release
 from splitserve.errors import SplitserveError, Unauthenticated, Unavailable
 from tests.certificates import Files, replace, write
 from tests.system.models import affine_model
@@ -46,6 +46,7 @@ def system(tmp_path: Path, files: dict[str, Files]) -> Iterator[System]:
     rows = np.ones((4, 3))
     publish_preprocessor(StandardScaler(with_mean=False).fit(rows), rows, name="m", repository=repository)
     publish_predictor(affine_model(3, 1, 1), np.ones((4, 3), np.float32), name="m", repository=repository)
+    release("m", "1.1", repository=repository, accept_unknown_features=True)
     token = {"name": "shop", "sha256": hashlib.sha256(TOKEN.encode()).hexdigest(), "models": ["m"]}
     (tmp_path / "auth.json").write_text(json.dumps({"tokens": [token]}))
     environment = {"PROXY_AUTH_FILE": str(tmp_path / "auth.json"), "LOG_REQUESTS": "all"}

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splitserve import Client, publish_predictor, publish_preprocessor
+from splitserve import Client, publish_predictor, publish_preprocessor, release
 from tests.system.gated import HELD, Gate
 from tests.system.models import slow_model, softmax_model
-from tests.system.processes import Process, System, wait_until
+from tests.system.processes import UNRELEASED, Process, System, wait_until
 
 N_FEATURES = 3
 HELD_ROW = [HELD] * N_FEATURES
@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
     gate = Gate(str(tmp_path))
     publish_preprocessor(gate, zeros, name="gated", repository=tmp_path / "models", trusted_modules=[GATED])
     publish_predictor(softmax_model(N_FEATURES), zeros, name="gated", repository=tmp_path / "models")
+    release("gated", "1.1", repository=tmp_path / "models", accept_unknown_features=True, trusted_modules=[GATED])
     return tmp_path
 
 
@@ -94,7 +95,7 @@ def test_predict_answers_what_is_in_flight(tmp_path: Path) -> None:
     """A model that is running when the signal comes runs to its end, and its answer is sent."""
     zeros = np.zeros((1, N_FEATURES), np.float32)
     publish_predictor(slow_model(N_FEATURES, n_rounds=3000), zeros, name="slow", repository=tmp_path)
-    process = Process("predict_service", {"MODEL_REPOSITORY": str(tmp_path), "PREDICT_GRPC_PORT": "0"})
+    process = Process("predict_service", {"MODEL_REPOSITORY": str(tmp_path), "PREDICT_GRPC_PORT": "0", **UNRELEASED})
     port = process.wait_for("listening")["grpc_port"]
     process.wait_for("ready")
     idle = process.cpu_s()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +20,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 
-from splitserve import publish, publish_predictor, publish_preprocessor
+from splitserve import publish, publish_predictor, publish_preprocessor, release
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.oip import protobuf
 from tests.signing_keys import make_keys
 from tests.system.models import affine_model
-from tests.system.processes import System, wait_until
+from tests.system.processes import UNRELEASED, System, wait_until
 
 COMMAND = Path(sys.executable).with_name("splitserve")
 ROWS = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
@@ -40,19 +41,25 @@ def serving(repository: Path, *, is_fused: bool = True, **settings: str) -> Iter
         system.stop()
 
 
+NO_VERDICT = ("not been asked", "being loaded")
+
+
 def why_not_ready(system: System, model: str, pair: str = "1.1") -> str:
-    """The `ready` answer's reason, once there is a verdict on the pair; "" when it is ready."""
+    """The `ready` answer's reason, once there is a verdict on the pair, or on the model if that is ""; "" when it is ready."""
 
     def has_verdict() -> bool:
         _, entries = system.rest("/v2/repository/index", {})
         return any(
             (entry["name"], entry["version"]) == (model, pair)
-            and (entry["state"] == "READY" or (entry["state"] == "UNAVAILABLE" and "not been asked" not in entry["reason"]))
+            and (
+                entry["state"] == "READY"
+                or (entry["state"] == "UNAVAILABLE" and not any(each in entry["reason"] for each in NO_VERDICT))
+            )
             for entry in entries
         )
 
     wait_until(has_verdict, f"a verdict on {model} {pair}")
-    status, answer = system.rest(f"/v2/models/{model}/versions/{pair}/ready")
+    status, answer = system.rest(f"/v2/models/{model}/versions/{pair}/ready" if pair else f"/v2/models/{model}/ready")
     assert status == (503 if answer.get("error") else 200)
     return str(answer.get("error", ""))
 
@@ -65,6 +72,7 @@ def publish_halves(repository: Path, name: str, scale: float = 2.0) -> None:
     """A model that answers ``scale * x + 1``."""
     publish_preprocessor(FunctionTransformer().fit(ROWS), ROWS, name=name, repository=repository)
     publish_predictor(affine_model(2, scale, 1.0), ROWS.astype(np.float32), name=name, repository=repository)
+    release(name, "1.1", repository=repository, accept_unknown_features=True)
 
 
 def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
@@ -78,13 +86,13 @@ def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
 
     with serving(repository, MODEL_SIGNATURE_KEY=str(ours.public)) as system:
         signed = why_not_ready(system, "signed")
-        unsigned, foreign = why_not_ready(system, "unsigned"), why_not_ready(system, "foreign")
+        unsigned, foreign = why_not_ready(system, "unsigned", ""), why_not_ready(system, "foreign", "")
         command("sign", "--repository", repository, "--key", ours.private, "unsigned")
         wait_until(lambda: system.rest("/v2/models/unsigned/ready")[0] == 200, "ready once it is signed")
 
     assert signed == ""
     assert 'not signed; "splitserve sign" adds model.sig' in unsigned
-    assert "foreign/preprocess/1: model.sig: Key mismatch" in foreign
+    assert "foreign/releases/0001-1.1: model.sig: Key mismatch" in foreign
 
 
 @pytest.mark.parametrize("module", ["predict_service", "preprocess_service", "fused_service"])
@@ -112,9 +120,9 @@ def test_a_pickle_is_served_only_where_a_setting_allows_it(tmp_path: Path) -> No
     publish_predictor(affine_model(2, 2.0, 1.0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     assert (bundle.folder / "pipeline.joblib").exists()
 
-    with serving(tmp_path) as system:
+    with serving(tmp_path, **UNRELEASED) as system:
         refused = why_not_ready(system, "m")
-    with serving(tmp_path, PREPROCESS_ALLOW_UNSAFE_PICKLE="true") as system:
+    with serving(tmp_path, PREPROCESS_ALLOW_UNSAFE_PICKLE="true", **UNRELEASED) as system:
         allowed = why_not_ready(system, "m")
         _, metadata = system.rest("/v2/models/m")
 
@@ -137,14 +145,14 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
     publish(colours("red", "green", "blue"), rows, name="m", repository=tmp_path)
     request = {"instances": [{"colour": "red"}]}
 
-    with serving(tmp_path, is_fused=False) as system:
+    with serving(tmp_path, is_fused=False, **UNRELEASED) as system:
         before = why_not_ready(system, "m")
         _, answer = system.rest("/v1/models/m:predict", request)
         publish_preprocessor(colours("blue", "green", "red")[:-1], rows, name="m", repository=tmp_path)
         reason = why_not_ready(system, "m", "2.1")
         _, still = system.rest("/v1/models/m:predict", request)
         _, metadata = system.rest("/v2/models/m")
-    with serving(tmp_path, PREPROCESS_ALLOW_FINGERPRINT_MISMATCH="true") as system:
+    with serving(tmp_path, PREPROCESS_ALLOW_FINGERPRINT_MISMATCH="true", **UNRELEASED) as system:
         admitted = why_not_ready(system, "m", "2.1")
         known = why_not_ready(system, "m", "1.1")
         _, allowed = system.rest("/v2/models/m/versions/2.1")
@@ -190,9 +198,10 @@ def test_a_version_whose_numbers_differ_shows_the_worst_difference_everywhere(tm
     """The log, the ready answers, the index and the commands: sample, tensor, index, expected, got."""
     publish_halves(tmp_path, "m")
     other_numbers(tmp_path / "m" / "predict" / "1")
+    shutil.rmtree(tmp_path / "m" / "releases")  # which would refuse it by its digest already
     worst = 'output "scores" of golden sample 2 at [2, 1]: expected 13.0, got 16.0'
 
-    with serving(tmp_path, is_fused=is_fused) as system:
+    with serving(tmp_path, is_fused=is_fused, **UNRELEASED) as system:
         ready = why_not_ready(system, "m")
         ready_over_grpc = why_not_ready_over_grpc(system, "m", "1.1")
         _, index = system.rest("/v2/repository/index", {})

@@ -52,6 +52,18 @@ def check(where: str) -> None:
         )
 
 
+def missing(where: str) -> str:
+    """Why there can be nothing in a model repository: its folder does not exist. "" for a URL, which may answer later."""
+    if is_url(where):
+        return ""
+    folder = Path(_folder(where))
+    return "" if folder.is_dir() else f"{folder}: expected a folder, which may be empty; it does not exist"
+
+
+def _folder(where: str) -> str:
+    return unquote(urlsplit(where).path) if where.startswith("file://") else where
+
+
 def source_of(
     where: str | os.PathLike[str],
     *,
@@ -73,7 +85,7 @@ def source_of(
     where = os.fspath(where)
     check(where)
     if not is_url(where):
-        return LocalFolder(unquote(urlsplit(where).path) if where.startswith("file://") else where)
+        return LocalFolder(_folder(where))
     from splitserve.repository.sources.cache import Cache
     from splitserve.repository.sources.remote_folder import RemoteFolder
     from splitserve.repository.sources.remote_repository import RemoteRepository
