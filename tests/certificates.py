@@ -20,12 +20,12 @@ class Files(NamedTuple):
 
     @property
     def server(self) -> ServerTls:
-        """TLS that asks nobody for a certificate."""
+        """TLS without client certificates."""
         return ServerTls(self.cert, self.key)
 
     @property
     def mutual(self) -> ServerTls:
-        """TLS that asks for a certificate of the same authority."""
+        """TLS with client certificates of the same authority."""
         return ServerTls(self.cert, self.key, self.ca)
 
     @property

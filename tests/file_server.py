@@ -1,4 +1,4 @@
-"""Web servers for tests that count what they are asked for and fail on demand: of a folder, and in front of another server."""
+"""Web servers for tests that record requests and fail on demand: for a folder, and in front of another server."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         return faults.pop(0) if faults else None
 
     def first_byte(self) -> tuple[int, re.Match[str] | None]:
-        """Where the range that is asked for begins, and the range."""
+        """The start of the requested range, and the range."""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         return (int(wanted[1]) if wanted else 0), wanted
 

@@ -1,4 +1,4 @@
-"""An S3 server on loopback for tests: moto's, which speaks the real API, with what it was asked for."""
+"""An S3 server on loopback for tests: moto's, which implements the real API and records requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REQUEST = re.compile(r"([A-Z]+) (/\S*) HTTP")
 
 
 class ObjectStore(logging.Handler):
-    """A server, and what it was asked for so far."""
+    """A server, and the requests that it has received."""
 
     environment: Mapping[str, str]
     """What services find and are let into it with."""

@@ -114,7 +114,7 @@ def test_elements_are_encoded_row_major_whatever_their_memory_layout(array):
     ids=["U", "objects", "S", "mixed", "StringDType"],
 )
 def test_text_and_bytes_are_encoded_as_bytes(array):
-    """Text is UTF-8; elements come back as bytes."""
+    """Text is UTF-8; elements are returned as bytes."""
     tensor = from_array("x", array)
 
     assert tensor == Tensor("x", "BYTES", (3,), b"\x02\x00\x00\x00\xc3\xa9\x00\x00\x00\x00\x01\x00\x00\x00a")
@@ -123,7 +123,7 @@ def test_text_and_bytes_are_encoded_as_bytes(array):
 
 @pytest.mark.parametrize("element", [1, None, 1.5, ["a"]])
 def test_an_object_that_is_not_text_is_refused_by_its_type(element):
-    """Its text is nobody's choice of encoding."""
+    """Encoding its text would be a guess."""
     with pytest.raises(InvalidInput) as caught:
         from_array("age", objects(["a", element], (2,)))
 
@@ -174,7 +174,7 @@ def test_text_bytes_and_objects_are_bytes(dtype):
     ],
 )
 def test_bytes_that_contradict_the_shape_are_refused(tensor):
-    """The message names the tensor, what it should have been and what came."""
+    """The message names the tensor, what was expected and what was received."""
     with pytest.raises(InvalidInput) as caught:
         to_array(tensor)
 

@@ -62,7 +62,7 @@ def test_a_requested_version_serves():
 )
 @pytest.mark.parametrize("version", [2, None])
 def test_the_error_for_a_version_that_cannot_serve_has_the_reason(entry, message, version):
-    """Asked for, or the only one there is."""
+    """Requested, or the only one."""
     versions = {2: entry} if version is None else {1: ready("a"), 2: entry}
 
     with pytest.raises(Unavailable) as caught:

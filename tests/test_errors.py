@@ -53,7 +53,7 @@ def test_every_error_is_in_the_table():
 
 
 def test_a_reason_names_one_error_only():
-    """The reason, not the code, tells two errors with the same code apart."""
+    """The reason distinguishes two errors with the same code."""
     reasons = [kind.reason for kind in TABLE]
 
     assert len(set(reasons)) == len(reasons)
@@ -96,7 +96,7 @@ def test_an_error_is_the_same_after_a_hop(kind):
 )
 @pytest.mark.parametrize("reason", ["", "SOMETHING_NEWER"])
 def test_without_a_known_reason_the_code_decides(code, kind, reason):
-    """Another maker's server, or a newer one of ours, is understood by its code; of two meanings the harmless one is taken."""
+    """For a third-party server, or a newer one of ours, the code decides; of two meanings the less severe one is assumed."""
     assert type(from_wire(code, "message", reason)) is kind
 
 
@@ -106,7 +106,7 @@ def test_a_known_reason_wins_over_the_code():
 
 
 def test_error_metadata_has_only_known_facts():
-    """What is not known is absent, not empty."""
+    """Unknown facts are absent, not empty."""
     assert InvalidInput("message").metadata == {}
     assert InvalidInput("message", stage="proxy", pair="1.2").metadata == {"stage": "proxy", "pair": "1.2"}
 

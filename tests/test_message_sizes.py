@@ -180,7 +180,7 @@ def texts(count: int, text: bytes = b"") -> Tensor:
 
 
 async def test_an_answer_of_unpredictable_size_is_too_large_and_not_unavailable() -> None:
-    """Of text, on a stream: whoever called is not to call again, and others on the stream are answered."""
+    """Text, on a stream: the caller is not told to retry, and other requests on the stream are answered."""
     service = FakeInference(signature("m", [TEXT]), answer=long_for_two_rows)
     async with serving(service, max_message_bytes=2000) as address, RemoteInference(address, stage="predict") as remote:
         while not remote.n_streams:
@@ -196,7 +196,7 @@ async def test_an_answer_of_unpredictable_size_is_too_large_and_not_unavailable(
 
 
 async def test_an_answer_of_unpredictable_size_is_too_large_over_a_unary_call_too() -> None:
-    """The status has the reason, which tells it from a full queue."""
+    """The status has the reason, which distinguishes it from a full queue."""
     service = FakeInference(signature("m", [TEXT]), answer=long_for_two_rows)
     async with serving(service, max_message_bytes=2000) as address, AsyncClient(address) as client:
         with pytest.raises(TooLarge, match=r"the answer has \d+ bytes, the limit is 2000"):

@@ -1,4 +1,4 @@
-"""What predict, preprocess and proxy do, without any transport: versions, pairs, and who is to blame."""
+"""What predict, preprocess and proxy do, without any transport: versions, pairs, and blame for errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def fake_predict(*versions: str, answer: Any = scores, features: TensorSpec = FE
 
 
 async def preprocess_service(repository: Repository, predict: Any, executor: Executor) -> PreprocessService:
-    """A service that has loaded its bundles and looked at predict."""
+    """A service that has loaded its bundles and refreshed."""
     store = VersionStore(repository, "preprocess", preprocessors.load, allow_unreleased_pairs=True)
     service = PreprocessService(store, predict, executor, allow_unreleased_pairs=True)
     await store.refresh()
@@ -136,7 +136,7 @@ async def test_predict_is_loading_until_every_bundle_was_tried(repository: Repos
 
 
 async def test_a_request_past_its_deadline_is_not_processed(repository: Repository, executor: Executor) -> None:
-    """Every stage looks at the clock before it begins."""
+    """Every stage checks the deadline before it begins."""
     predict = fake_predict("1")
     preprocess = await preprocess_service(repository, predict, executor)
     proxy = ProxyService(preprocess)
@@ -238,7 +238,7 @@ async def test_predicts_failures_are_not_blamed_on_the_caller(
 
 
 async def test_only_requested_outputs_are_returned_in_order(repository: Repository, executor: Executor) -> None:
-    """Unknown ones and ones asked for twice are bad input."""
+    """Unknown outputs and outputs requested twice are invalid input."""
     service = await preprocess_service(repository, fake_predict("1"), executor)
 
     response = await service.infer(request(outputs=(RequestedOutput("scores"),)))
@@ -335,7 +335,7 @@ async def test_the_proxy_fetches_each_signature_once() -> None:
 
 
 async def test_without_models_the_proxy_gives_the_reason_of_preprocess() -> None:
-    """Why nothing is ready is told at the edge too."""
+    """The proxy also gives the reason why nothing is ready."""
     backend = FakeInference(not_ready="models are still being loaded")
     proxy = ProxyService(backend)
 

@@ -82,7 +82,7 @@ def test_inputs_of_the_signature_are_accepted_in_any_order(widen, n_rows):
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_by_name(inputs, message, widen):
-    """The message names the input, what was expected and what came (I-09, I-19)."""
+    """The message names the input, what was expected and what was received (I-09, I-19)."""
     with pytest.raises(InvalidInput) as caught:
         check_inputs(SPECS, inputs, widen=widen)
 
@@ -99,7 +99,7 @@ def test_inputs_that_do_not_fit_are_refused_by_name(inputs, message, widen):
     ids=["name", "datatype", "shape"],
 )
 def test_an_error_message_is_short(tensor):
-    """A message travels in trailing metadata, which is small; what came is shown only in part."""
+    """A message is sent in trailing metadata, which is small, so it quotes received values only in part."""
     with pytest.raises(InvalidInput) as caught:
         check_inputs([AGE], [tensor], widen=True)
 
@@ -381,7 +381,7 @@ def test_a_named_dimension_has_one_size():
 
 
 def test_an_answer_that_fits_the_signature_passes():
-    """In any order; what nobody asked for does not matter."""
+    """In any order; outputs that were not requested do not matter."""
     check_outputs(SPECS, [image(3), age(3), zeros("more", "FP32", (1,))], 3)
 
 

@@ -41,7 +41,7 @@ def test_the_datatypes_are_those_of_the_protocol():
 
 @pytest.mark.parametrize("name", ALL)
 def test_datatypes_have_these_properties(name):
-    """Integers, floats and the rest are told apart by the table, not by letters in names."""
+    """Integers, floats and others are distinguished by the table, not by their names."""
     found = datatype_of(WHAT, name)
 
     assert found.is_integer == (name in INTEGERS)
@@ -58,7 +58,7 @@ def test_an_unknown_datatype_is_refused_with_the_known_ones(name):
 
 
 def test_an_error_message_truncates_long_names():
-    """What a caller sends comes back in a message only as far as it helps."""
+    """A message quotes only a part of what the caller sent."""
     with pytest.raises(InvalidInput) as caught:
         datatype_of(WHAT, "x" * 100_000)
 

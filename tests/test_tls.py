@@ -1,4 +1,4 @@
-"""TLS on both faces and on the channels between services: who is let in, and files that change."""
+"""TLS on both faces and on the channels between services: who is accepted, and files that change."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ async def test_a_stream_is_reopened_while_the_files_are_invalid(files: Files) ->
 
 
 async def test_the_server_name_may_differ_from_the_address(tmp_path: Path, authority: trustme.CA) -> None:
-    """A certificate that has the service's name only is accepted by those who were told the name."""
+    """A certificate that has only the service's name is accepted if the server name is configured."""
     named = write(tmp_path / "named", authority, names=("predict",))
     async with serving(FakeInference(ECHO), tls=named.server) as address:
         with pytest.raises(Unavailable):
@@ -298,7 +298,7 @@ def test_commands_refuse_invalid_tls_files(monkeypatch: pytest.MonkeyPatch, caps
 def test_a_command_refuses_an_invalid_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: Files, url: str, message: str
 ) -> None:
-    """A token must not cross the network in plain text because somebody forgot an s."""
+    """A token must not be sent in plain text because of a mistyped scheme."""
     monkeypatch.setenv("SPLITSERVE_CA_FILE", files.ca)
 
     with pytest.raises(SystemExit) as raised:
@@ -345,7 +345,7 @@ def test_invalid_tls_files_stop_the_process(
     given: dict[str, str],
     named: str,
 ) -> None:
-    """Before anything is bound, with a line that names the setting; nobody is asked for a passphrase."""
+    """Before anything is bound, with a line that names the setting and without a prompt for a passphrase."""
     (tmp_path / "empty").write_text("")
     (tmp_path / "locked").write_bytes(locked_key(files))
     paths = {"cert": files.cert, "key": files.key, "ca": files.ca, "foreign": foreign.key, "preprocess": "preprocess"}

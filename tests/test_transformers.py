@@ -84,7 +84,7 @@ def test_a_png_is_decoded_exactly():
 
 
 def test_a_jpeg_is_decoded_approximately():
-    """A JPEG of one colour comes back as that colour, but for rounding."""
+    """A JPEG of one colour is decoded as that colour, up to rounding."""
     picture = np.full((HEIGHT, WIDTH, 3), (200, 100, 50), dtype=np.uint8)
 
     (decoded,) = decode(encode(picture, "JPEG"))
@@ -94,7 +94,7 @@ def test_a_jpeg_is_decoded_approximately():
 
 
 def test_pictures_of_different_sizes_are_decoded_together():
-    """The pictures of a call need not be alike; they come back in order."""
+    """The pictures of a call may have different sizes; their order is kept."""
     small, large = noise(2, 3), noise(30, 20)
 
     decoded = decode(encode(small), encode(large))
@@ -179,7 +179,7 @@ UPRIGHT = {
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
 def test_the_exif_orientation_of_a_png_is_applied(orientation: int):
-    """Phones store pixels as the sensor lies and say in EXIF how to turn them."""
+    """Phones store pixels in the sensor's orientation and record the rotation in EXIF."""
     stored = noise()
 
     (decoded,) = decode(encode(stored, exif=exif(orientation)))
@@ -196,7 +196,7 @@ def test_the_exif_orientation_of_a_jpeg_is_applied():
 
 @pytest.mark.parametrize("block", [exif(0), exif(9), b"Exif\0\0not TIFF"])
 def test_an_invalid_orientation_is_ignored(block: bytes):
-    """A picture whose EXIF block is wrong or damaged is decoded as it is stored."""
+    """A picture with a wrong or damaged EXIF block is decoded unrotated."""
     (decoded,) = decode(encode(noise(), exif=block))
 
     np.testing.assert_array_equal(decoded, noise())
@@ -226,7 +226,7 @@ def test_a_file_with_a_wrong_checksum_is_refused():
     ids=["empty", "words", "gif", "bmp", "tiff", "str", "none"],
 )
 def test_other_image_formats_are_refused(file: object):
-    """Formats that were not asked for are not parsed, even if Pillow could."""
+    """Formats other than JPEG and PNG are not parsed, even if Pillow could."""
     with pytest.raises(ValueError, match="image 0 is not a JPEG or PNG file"):
         decode(file)
 

@@ -33,13 +33,13 @@ NO_NUMBERS = [
 
 @given(NUMBERS)
 def test_a_number_is_a_version(number):
-    """As it is written in the repository."""
+    """In the form of the repository."""
     assert parse_version("penguins", str(number)) == number
 
 
 @given(NUMBERS, NUMBERS)
 def test_a_pair_is_two_numbers(preprocessor, predictor):
-    """Preprocessor first; it is written as it is read."""
+    """Preprocessor first; parsing and formatting are inverse."""
     pair = parse_pair("penguins", f"{preprocessor}.{predictor}")
 
     assert pair == Pair(preprocessor, predictor)
@@ -93,7 +93,7 @@ def test_a_version_that_is_not_a_pair_is_not_found(version):
 
 
 def test_a_predictor_without_a_number_is_written_as_zero():
-    """Other makers' servers need not number their versions; a preprocessor always has a number."""
+    """Third-party servers may have no version numbers; a preprocessor always has one."""
     assert parse_pair("penguins", "2.0") == Pair(2, UNNAMED)
 
 

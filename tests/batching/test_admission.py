@@ -147,7 +147,7 @@ def test_requests_that_wait_to_be_merged_are_not_refused(kind: str, n_callers: i
 
 
 def test_a_stage_that_recovers_is_used_again() -> None:
-    """Slow for a while, then fast: what was refused meanwhile is taken again, and soon all of it."""
+    """Slow for a while, then fast: refused requests are accepted again, and soon all of them."""
 
     async def main() -> None:
         stage = Stage(0.5)
@@ -179,7 +179,7 @@ def test_without_a_maximum_wait_there_is_no_adaptive_limit() -> None:
 
 
 def test_a_request_that_would_miss_its_deadline_is_refused_at_once() -> None:
-    """Where requests queue up, one whose turn comes after its deadline is told so while there is time to go elsewhere."""
+    """A request that would be sent only after its deadline is refused at once, while it can still go elsewhere."""
 
     async def main() -> None:
         load = Load(Stage(0.1), max_batch_size=1, max_in_flight=1)
@@ -216,7 +216,8 @@ def test_refusals_by_the_next_stage_lower_the_limit() -> None:
 
 
 def test_the_lowest_priority_is_refused_first() -> None:
-    """One that waits gives way to one of higher priority, the last of the lowest first; equals stay where they are."""
+    """A waiting request is refused in favour of one of higher priority: the last of the lowest first. Equal priorities keep
+    their place."""
 
     async def main() -> None:
         load = Load(Stage(1.0), max_batch_size=1, max_in_flight=1, max_queue_size=3)

@@ -97,7 +97,7 @@ async def outcomes(batcher: Batcher, requests: Sequence[InferRequest]) -> list[A
 
 
 def test_no_request_waits_for_a_timer() -> None:
-    """A request that finds nothing under way goes out at once."""
+    """A request that finds no call in flight is sent at once."""
 
     async def main() -> None:
         backend = Backend(call_s=0)
@@ -111,7 +111,7 @@ def test_no_request_waits_for_a_timer() -> None:
 
 
 def test_requests_that_arrive_during_a_call_are_merged_into_the_next() -> None:
-    """While a call is under way others wait, and are the next call together; each gets its own rows."""
+    """While a call is in flight others wait, and are merged into the next call; each gets its own rows."""
 
     async def main() -> None:
         backend = Backend()
@@ -253,7 +253,7 @@ def test_a_cancelled_request_frees_its_place_in_the_queue() -> None:
 
 
 def test_a_call_without_waiting_callers_is_cancelled() -> None:
-    """When all of its callers have left, what is under way makes room for others."""
+    """When all callers of a call have cancelled, it makes room for others."""
 
     async def main() -> None:
         backend = Backend(call_s=1000)
@@ -272,7 +272,8 @@ def test_a_call_without_waiting_callers_is_cancelled() -> None:
 
 
 def test_each_request_is_answered_by_its_own_deadline() -> None:
-    """The merged call has the latest deadline; who has less time is told when that is over, the others get their answer."""
+    """The merged call has the latest deadline of its requests; one with an earlier deadline fails at that, the others are
+    answered."""
 
     async def main() -> None:
         backend = Backend(call_s=10)
@@ -296,7 +297,7 @@ def test_each_request_is_answered_by_its_own_deadline() -> None:
 
 
 def test_a_request_that_expired_in_the_queue_is_not_sent() -> None:
-    """Its rows would be for nobody."""
+    """No caller waits for its rows."""
 
     async def main() -> None:
         backend = Backend()
@@ -311,7 +312,7 @@ def test_a_request_that_expired_in_the_queue_is_not_sent() -> None:
 
 
 def test_a_poisoned_row_fails_its_own_caller_alone() -> None:
-    """The others are answered, after one more pass; the error tells of the caller's own rows."""
+    """The others are answered by a second call each; the error names the caller's own rows."""
 
     async def main() -> None:
         backend = Backend()
@@ -329,7 +330,7 @@ def test_a_poisoned_row_fails_its_own_caller_alone() -> None:
 
 
 def test_an_unreachable_backend_is_not_called_for_each_request() -> None:
-    """What no single request causes fails all of them at once, each with an error of its own."""
+    """An error that no single request causes fails all of them at once, each with a copy of it."""
 
     async def main() -> None:
         def gone(_: int, __: InferResponse) -> InferResponse:
@@ -349,7 +350,7 @@ def test_an_unreachable_backend_is_not_called_for_each_request() -> None:
 
 @pytest.mark.parametrize("change", [-1, 1])
 def test_no_caller_gets_another_callers_rows(change: int) -> None:
-    """An answer that is short or long by a row is nobody's answer."""
+    """An answer with a row too few or too many is given to no caller."""
 
     async def main() -> None:
         def short_or_long(_: int, answer: InferResponse) -> InferResponse:
@@ -387,7 +388,7 @@ def test_a_delay_lets_others_join() -> None:
 
 
 def test_every_replica_has_calls_in_flight() -> None:
-    """What may be under way grows and shrinks with the replicas there are."""
+    """The limit on calls in flight follows the number of replicas."""
 
     async def main() -> None:
         backend = Backend()
@@ -452,7 +453,7 @@ def test_the_cost_of_a_row_is_the_slope(call_s: float, row_s: float, sizes: list
 
 
 def test_a_call_that_hangs_does_not_keep_the_others_waiting() -> None:
-    """What is overdue does not count as under way, up to a bound."""
+    """Overdue calls do not count against the limit, up to a bound."""
 
     async def main() -> None:
         n_sent = 0
@@ -512,7 +513,7 @@ def test_the_callback_is_called_once_and_after_begin_has_returned() -> None:
 
 
 def test_the_callback_of_a_cancelled_request_is_not_called() -> None:
-    """Neither of an answer nor of an error; a call for nobody is given up, and who waits is not sent."""
+    """Neither with an answer nor with an error; a call without callers is cancelled, and a queued request is not sent."""
 
     async def main() -> None:
         backend = Backend(call_s=10)
@@ -556,7 +557,7 @@ def test_an_exception_in_a_callback_does_not_affect_other_callbacks() -> None:
 
 
 def test_a_callback_may_begin_another_request() -> None:
-    """From within the callback, whether it was told of an answer or sent away for another; the queue's bound holds meanwhile."""
+    """From within the callback, after an answer or a preemption; the limit of the queue still holds."""
 
     async def main() -> None:
         backend = Backend()
@@ -589,7 +590,7 @@ def test_a_callback_may_begin_another_request() -> None:
 
 
 def test_the_time_of_callbacks_is_not_part_of_a_call() -> None:
-    """How long a call takes decides how many go side by side; who is slow to take an answer makes no call slow."""
+    """The duration of calls decides how many are concurrent; slow callbacks do not count as slow calls."""
 
     async def main() -> None:
         now = 0.0

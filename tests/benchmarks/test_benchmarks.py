@@ -275,7 +275,7 @@ class Sometimes(BaseHTTPRequestHandler):
 
 
 def test_the_open_loop_counts_every_request(monkeypatch):
-    """Each is answered, or counted as failed; a connection that has a request under way gets no second one."""
+    """Each is answered or counted as failed; a connection with a request in flight gets no second one."""
     monkeypatch.setattr(open_loop, "N_CONNECTIONS", 2)
     with ThreadingHTTPServer(("127.0.0.1", 0), Sometimes) as server:
         threading.Thread(target=server.serve_forever).start()

@@ -1,4 +1,4 @@
-"""A running stack for the compose tests, and the models that it serves beside the pipelines that they were made from."""
+"""A running stack for the compose tests, and the models that it serves, with the pipelines that they were made from."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def docker() -> str:
 
 @pytest.fixture(scope="session")
 def repository(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty model repository that a container's user, who is not ours, can read."""
+    """An empty model repository that the container's user, which is another one, can read."""
     folder = tmp_path_factory.mktemp("compose") / "models"
     folder.mkdir()
     folder.chmod(0o755)
@@ -90,7 +90,7 @@ def models(repository: Path) -> dict[str, Model]:
 
 @pytest.fixture(scope="session")
 def project() -> str:
-    """A project name that nobody else has."""
+    """A unique project name."""
     return f"splitserve-test-{uuid.uuid4().hex[:8]}"
 
 

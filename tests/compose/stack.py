@@ -1,4 +1,4 @@
-"""docker-compose.yml under test: a project of its own name and ports, its containers, their logs."""
+"""docker-compose.yml under test: a unique project name, free ports, its containers, their logs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Container:
 
     @contextmanager
     def cut_off(self) -> Iterator[None]:
-        """Every packet to and from it is lost without a word, for a while; loopback goes on."""
+        """Every packet to and from it is dropped for a while, except on loopback."""
         rules = [("INPUT", "--in-interface"), ("OUTPUT", "--out-interface")]
         for chain, interface in rules:
             self.in_network("iptables", "--append", chain, "!", interface, "lo", "--jump", "DROP")
@@ -148,7 +148,7 @@ class Container:
 
     @contextmanager
     def disconnected(self) -> Iterator[None]:
-        """Out of its network, for a while: interface and name are gone; it may come back with another address."""
+        """Disconnected from its network for a while: interface and name are gone; it may get another address."""
         ((network, facts),) = self.facts()["NetworkSettings"]["Networks"].items()
         run([self._docker, "network", "disconnect", network, self.identity])
         try:
@@ -200,7 +200,7 @@ class Stack:
         self.compose("build")
 
     def up(self, **replicas: int) -> None:
-        """Start what is missing, stop what is too many, wait until all is healthy. One replica of each unless told otherwise."""
+        """Start missing replicas, stop surplus ones, wait until all are healthy. One replica of each by default."""
         scale = [word for name in SERVICES for word in ("--scale", f"{name}={replicas.get(name, 1)}")]
         try:
             self.compose("up", "--no-build", "--detach", "--wait", "--wait-timeout", "120", *scale)
@@ -241,7 +241,7 @@ def run(command: Sequence[str], *, stderr: int = subprocess.PIPE, env: dict[str,
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, one after the other."""
+    """Free ports of loopback, one after the other."""
     while True:
         with ExitStack() as stack:
             first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]

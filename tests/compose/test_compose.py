@@ -73,7 +73,7 @@ def test_models_are_mounted_read_only(stack: Stack, service: str) -> None:
 
 
 def test_only_the_proxy_is_published_and_only_on_loopback(stack: Stack) -> None:
-    """The hops inside are nobody's business, and nothing asks for credentials yet."""
+    """Inner services are not reachable from outside, since no credentials are required by default."""
     published = {
         service: {
             (port, binding["HostIp"])
@@ -118,7 +118,7 @@ def test_every_line_that_a_service_writes_is_json(stack: Stack, service: str) ->
 
 
 def test_liveness_is_of_one_service_and_readiness_of_all_stages(stack: Stack, models: dict[str, Model]) -> None:
-    """With predict away the others are not to blame, so nothing may restart them; but nobody should send requests."""
+    """Without predict the other services are live, so that nothing restarts them, and not ready, so that no requests are sent."""
     healthy, ready = ["127.0.0.1:8001"], ["127.0.0.1:8001", "--ready"]
     proxy = stack.container("proxy")
     assert probe(proxy, healthy)

@@ -106,7 +106,7 @@ def test_a_replica_without_a_network_is_avoided_within_seconds(doubled: Stack, l
 
 @pytest.mark.parametrize("service", STAGES)
 def test_a_replica_on_a_lossy_network_delays_and_fails_no_call(doubled: Stack, load: SteadyLoad, service: str) -> None:
-    """Late and lost packets: a call may take long, but it comes back within its deadline."""
+    """Late and lost packets: a call may take long, but is answered within its deadline."""
     with doubled.containers(service)[0].slowed():
         load.wait_for(200)
 
@@ -115,7 +115,7 @@ def test_a_replica_on_a_lossy_network_delays_and_fails_no_call(doubled: Stack, l
 
 
 def test_a_new_replica_gets_its_share_and_is_removed_without_a_failed_call(doubled: Stack, load: SteadyLoad) -> None:
-    """Scaled out, it has at least 0.7 of a fair share within 30 s; scaled in, nobody misses it."""
+    """Scaled out, it gets at least 0.7 of a fair share within 30 s; scaled in, no call fails."""
     before = {container.identity for container in replicas(doubled)}
     doubled.up(**TWO | {"preprocess": 3, "predict": 3})
     added = [container for container in replicas(doubled) if container.identity not in before]

@@ -52,7 +52,7 @@ def fetching(docker: str, project: str, own_repository: Path, models: dict[str, 
 
 
 def test_loaded_models_serve_while_the_cache_is_full(fetching: Stack, own_repository: Path, models: dict[str, Model]) -> None:
-    """A version for which there is no room says so, and comes when there is; nobody else notices."""
+    """A version for which there is no disk space is reported, and loaded when there is; other versions are unaffected."""
     model = models[NAME]
     predict = fetching.container("predict")
     newer = f"{fetching.http}/v2/models/{NAME}/versions/2.2/ready"

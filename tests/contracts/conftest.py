@@ -18,6 +18,6 @@ async def shared_system() -> AsyncIterator[Served]:
 
 @pytest.fixture
 def system(shared_system: Served) -> Served:
-    """Faces that the tests of a module share: what a test changes has to be a system of its own."""
+    """Faces that the tests of a module share: a test that changes state starts its own system."""
     shared_system.backend.requests.clear()
     return shared_system

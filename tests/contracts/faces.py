@@ -37,7 +37,7 @@ SIMPLE = signature(
 
 
 def identity(datatype: str) -> ModelMetadata:
-    """The model ``identity_fp32``, ``identity_bytes`` …: x (batch, 2) comes back as x."""
+    """The model ``identity_fp32``, ``identity_bytes`` …: x (batch, 2) is returned as x."""
     return signature(f"identity_{datatype.lower()}", [vector("x", datatype, 2)], version="1.1")
 
 
@@ -54,7 +54,7 @@ MODELS = (
 
 
 def answer(request: InferRequest) -> InferResponse:
-    """What the models above give; those outputs that are wanted, in the order asked for."""
+    """The outputs of the models above; only requested ones, in the requested order."""
     outputs = {tensor.name: tensor for tensor in _outputs(request)}
     wanted = [output.name for output in request.outputs] or list(outputs)
     return InferResponse(request.model, request.version, tuple(outputs[name] for name in wanted), request.id)

@@ -24,7 +24,7 @@ assert mine.SerializeToString() == other.SerializeToString()
 @pytest.mark.parametrize("imports", [(OURS, GRPC, HTTP), (HTTP, GRPC, OURS)], ids=["ours-first", "ours-last"])
 @pytest.mark.heavy
 def test_both_clients_live_in_one_process(imports):
-    """A user who has tritonclient can try us beside it, whichever is imported first."""
+    """tritonclient and our client can be used in one process, whichever is imported first."""
     program = "\n".join((*imports, MAKE_ONE_OF_EACH))
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)

@@ -211,7 +211,7 @@ async def test_unknown_models_and_versions_are_not_found(system: Served, method:
 
 @lines("G-12")
 async def test_only_requested_outputs_are_returned(system: Served) -> None:
-    """In the order asked for."""
+    """In the requested order."""
     raw = b"\x01\x00\x00\x00" * 4
     tensors = [pb.ModelInferRequest.InferInputTensor(name=name, datatype="INT32", shape=[1, 4]) for name in ("INPUT0", "INPUT1")]
     outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in ("OUTPUT1", "OUTPUT0")]
@@ -267,7 +267,7 @@ async def test_the_earliest_of_all_deadlines_applies(system: Served) -> None:
 
 @lines("D15", "D16")
 async def test_parameters_of_every_type_are_accepted(system: Served) -> None:
-    """Reserved ones of others are no hindrance, and one without a value is none."""
+    """Parameters reserved by other servers are ignored, and so is one without a value."""
     request = with_parameter("triton_enable_empty_final_response", "bool_param", True)
     request.parameters["priority"].uint64_param = 1
     request.parameters["share"].double_param = 0.5
@@ -408,7 +408,7 @@ async def test_a_model_to_load_may_be_named_in_kserves_field() -> None:
 
 @lines("D18", "1.3 ModelStreamInfer")
 async def test_an_error_on_a_stream_is_a_message(system: Served) -> None:
-    """With the id of its request; the stream goes on. Callers that set no timeout get the default one."""
+    """With the id of its request; the stream stays open. Requests without a timeout get the default one."""
     call = system.channel.stream_stream(
         f"/{SERVICE}/ModelStreamInfer",
         request_serializer=pb.ModelInferRequest.SerializeToString,

@@ -260,7 +260,7 @@ async def test_malformed_requests_are_400(system: Served, path: str, body: Any) 
 
 @lines("I-09")
 async def test_a_datatype_mismatch_names_both_datatypes(system: Served) -> None:
-    """What was expected and what came."""
+    """The expected datatype and the received one."""
     path, body = with_input(datatype="INT64", data=[1, 2])
 
     message = error_of(await system.rest.post(path, json=body))
@@ -293,7 +293,7 @@ TAKEN = [
 
 @pytest.mark.parametrize(("path", "body", "data"), TAKEN)
 async def test_well_formed_requests_are_answered(system: Served, path: str, body: Any, data: list[Any]) -> None:
-    """The values come back, flat and row-major; nothing that is empty or null is in the answer (D6, D7)."""
+    """The values are returned, flat and row-major; the answer has no empty or null fields (D6, D7)."""
     answer = await system.rest.post(path, json=body)
 
     message = answer.json()
@@ -356,7 +356,7 @@ async def test_only_requested_outputs_are_returned_in_that_order(system: Served)
 
 @lines("I-17")
 async def test_bytes_that_are_not_utf_8_need_a_binary_answer(system: Served) -> None:
-    """The message tells the way out, and it works."""
+    """The message names the way out, and it works."""
     refused = await system.rest.post("/v2/models/weird/infer", json={"inputs": [ROW]})
     given = await system.rest.post("/v2/models/weird/infer", json={"inputs": [ROW], "parameters": {"binary_data_output": True}})
 
@@ -489,7 +489,7 @@ async def test_binary_and_json_inputs_may_be_mixed(system: Served) -> None:
 
 @lines("B-03")
 async def test_binary_and_json_outputs_may_be_mixed(system: Served) -> None:
-    """Each as it was asked for; the header and the content type tell of binary ones."""
+    """Each in the requested form; the header and the content type indicate binary ones."""
     wanted = [{"name": "OUTPUT0"}, {"name": "OUTPUT1", "parameters": {"binary_data": True}}]
 
     answer = await system.rest.post("/v2/models/simple/infer", json={**SIMPLE, "outputs": wanted})

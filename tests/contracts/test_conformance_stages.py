@@ -221,7 +221,7 @@ async def test_unknown_models_and_versions_are_not_found(stage: Stage, method: s
 
 @lines("stage G-12", "stage G-13")
 async def test_the_requested_version_returns_the_requested_outputs(stage: Stage) -> None:
-    """In the order asked for; the id comes back."""
+    """In the requested order; the id is echoed."""
     answer = await stage.call("ModelInfer", simple("OUTPUT1", "OUTPUT0", model_version=stage.version, id="7"))
 
     assert [output.name for output in answer.outputs] == ["OUTPUT1", "OUTPUT0"]
@@ -286,7 +286,7 @@ async def test_configuration_statistics_and_classes_are_given(stage: Stage) -> N
 
 @lines("stage 1.3")
 async def test_an_error_on_a_stream_is_a_message(stage: Stage) -> None:
-    """And the stream goes on."""
+    """And the stream stays open."""
     stream = stage.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")
     requests = [request("nope", ONE_AND_TWO, id="bad"), simple(id="good")]
 

@@ -36,7 +36,7 @@ def log(rows: Any) -> Any:
 
 
 def rewrite(repository: Repository, key: BundleKey, change: Callable[[dict[str, Any], dict[str, bytes]], None]) -> None:
-    """Write a bundle anew, as one that was put together by hand: manifest and files changed, digests right."""
+    """Rewrite a bundle as if composed by hand: manifest and files changed, digests right."""
     from splitserve.repository import manifest as manifests
 
     bundle = repository.open(key)

@@ -198,7 +198,7 @@ def test_tritonclient_reads_our_responses():
 @pytest.mark.parametrize("datatype", FIELDS)
 @given(data=st.data())
 def test_typed_contents_mean_what_raw_contents_mean(datatype, data):
-    """Packed here, they are the bytes that numpy has for the same values; behind the face nobody knows how they came."""
+    """The bytes equal numpy's for the same values; behind the face typed and raw contents cannot be distinguished."""
     values = data.draw(st.lists(python_values(datatype), max_size=MAX_ELEMENTS))
     raw = encode_bytes(values) if datatype == "BYTES" else np.array(values, dtype=DTYPES[datatype]).tobytes()
     shape = (len(values),)
@@ -264,7 +264,7 @@ def test_an_unknown_datatype_of_typed_contents_is_refused():
 
 
 def test_raw_and_typed_contents_do_not_mix():
-    """Not even an empty `contents` beside raw ones (G-03), in the words that clients know from Triton."""
+    """Not even an empty `contents` next to raw ones (G-03), with the message that clients know from Triton."""
     message = typed_request("INT32", int_contents=[1])
     message.raw_input_contents.append(bytes(4))
 
@@ -288,7 +288,7 @@ def test_every_input_has_one_raw_content(n_raw):
 
 @pytest.mark.parametrize("n_raw", [1, 3])
 def test_every_output_has_one_raw_content(n_raw):
-    """Another maker's server may be wrong as well."""
+    """A third-party server may be wrong too."""
     message = protobuf.encode_response(RESPONSE)
     message.raw_output_contents[:] = [b"a"] * n_raw
 
@@ -316,7 +316,7 @@ def test_a_parameter_without_a_value_is_ignored():
 
 
 def test_unknown_fields_are_skipped():
-    """A newer client's request is read as far as it is known (G-17)."""
+    """Fields of a newer client's request that are unknown are skipped (G-17)."""
     unknown = b"\xf2\x3e\x03abc"  # field 1006, three bytes
 
     assert protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, REQUEST_BYTES + unknown)) == REQUEST

@@ -483,7 +483,7 @@ def test_binary_data_that_belongs_to_no_tensor_is_refused():
 
 
 def test_data_and_binary_data_exclude_each_other():
-    """One would be ignored, and which is nobody's to guess (B-09)."""
+    """Otherwise one of them would be ignored (B-09)."""
     head = body(binary("FP32", [2], 8, data=[1.0, 2.0]))
 
     assert refusal(head + NUMBERS, len(head)) == 'input "x": expected data or binary_data_size, got both'
@@ -674,7 +674,7 @@ def test_metadata_has_the_protocols_shapes():
 
 @pytest.mark.parametrize("text", ["9007199254740992.0", "9007199254740993.0", "1234567890123456789.0", "-9007199254740993.0"])
 def test_a_float_beyond_exact_integers_is_refused(text):
-    """2^53 + 1 and 2^53 are the same double: which of the two was written cannot be told."""
+    """2^53 + 1 and 2^53 are the same double, so the integer that was meant is unknown."""
     data = b'{"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [%b]}]}' % text.encode()
 
     assert refusal(data).startswith('input "x": element 0 is not a INT64')

@@ -1,4 +1,4 @@
-"""A request in progress, whoever it is that waits for its answer."""
+"""A request in progress, awaited or with a callback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def test_a_task_calls_back_with_its_result_or_its_error() -> None:
 
 
 async def test_a_task_cancelled_before_its_first_step_is_cleaned_up() -> None:
-    """No callback, and no coroutine that nobody has awaited, which Python warns of."""
+    """No callback, and no coroutine that was never awaited, about which Python warns."""
     outcomes: list[Exception | None] = []
 
     async def answer() -> None:

@@ -67,7 +67,7 @@ def test_a_request_is_bound_to_the_version_and_deadline_given():
     ids=["records", "records of lists", "rows", "rows of lists"],
 )
 def test_records_and_rows_are_the_same_request(instances):
-    """By name in any order, or by place in the signature's order; one value as it is or in a list of its own."""
+    """By name in any order, or by position in the signature; a single value bare or in a list."""
     assert decode(instances, PENGUINS) == (
         Tensor("year", "INT64", (2, 1), np.array([2007, 2008], dtype="<i8").tobytes()),
         Tensor("bill", "FP64", (2, 1), np.array([39.1, 40.0], dtype="<f8").tobytes()),
@@ -290,7 +290,7 @@ def test_predictions_are_nested_as_numpy_nests_them(tensor):
 
 
 def test_rows_without_values_stay_rows():
-    """Beside another output, each row has its own empty list."""
+    """Next to another output, each row has an empty list."""
     empty = Tensor("features", "FP32", (2, 0), b"")
 
     assert predictions(empty, LABELS) == {

@@ -44,7 +44,7 @@ async def test_a_decompression_bomb_is_inflated_up_to_the_limit_only(edge: Edge,
 
 
 async def test_double_compression_is_decompressed_once(edge: Edge) -> None:
-    """A04: inside is no JSON, and nobody goes on unpacking."""
+    """A04: the content is not JSON, and is not decompressed again."""
     status, _, _ = await edge.post(gzip.compress(gzip.compress(GOOD)), INFER, "Content-Encoding: gzip")
 
     assert status == 400

@@ -81,7 +81,7 @@ async def test_an_invalid_client_certificate_is_refused(case: str, ca: trustme.C
 
 
 async def test_stalled_handshakes_block_no_other_connection(files: Files, ca: trustme.CA) -> None:
-    """F06: 200 connections that begin TLS and say no more, and others are served meanwhile."""
+    """F06: 200 connections that begin TLS and then stall, while others are served."""
     async with served(**mutual(files)) as system:
         port = system.faces.http.port
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(200)]
@@ -95,7 +95,7 @@ async def test_stalled_handshakes_block_no_other_connection(files: Files, ca: tr
 
 @pytest.mark.parametrize("ciphers", ["NULL:eNULL", "aNULL", "RC4:DES:3DES:EXPORT", "MD5"])
 async def test_weak_ciphers_are_refused(ciphers: str, files: Files, ca: trustme.CA) -> None:
-    """F06: whoever offers nothing else is refused, or cannot even offer it."""
+    """F06: a client that offers only weak ciphers is refused, or cannot even offer them."""
     context = shows(files, ca.issue_cert("c.example"))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     try:
@@ -117,7 +117,7 @@ def test_no_setting_holds_a_secret(kind: Any) -> None:
 
 
 def test_private_keys_appear_in_no_message(tmp_path: Path, files: Files) -> None:
-    """F08: what is wrong with a file is told by its path."""
+    """F08: errors about a file name its path."""
     key = Path(files.key).read_text()
     replace(files.key, key.replace("A", "B").encode())
 
@@ -165,7 +165,7 @@ async def test_internals_are_served_on_no_path(path: str) -> None:
 
 
 async def test_no_error_shows_a_traceback() -> None:
-    """H04: there is no debug mode, whatever a caller asks for."""
+    """H04: there is no debug mode, whatever a caller requests."""
     async with served() as system:
         system.backend._answer = lambda request: 1 / 0  # type: ignore[assignment, return-value]
         for headers in ({}, {"x-debug": "1"}, {"accept": "text/html"}):

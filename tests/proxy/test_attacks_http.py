@@ -70,7 +70,7 @@ class Edge:
 
 
 async def until(claim: Callable[[], Any]) -> None:
-    """Wait for a condition of the server, which nothing tells us of."""
+    """Poll for a condition of the server that has no notification."""
     async with asyncio.timeout(20):
         while not claim():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -460,7 +460,7 @@ async def test_model_names_are_limited_to_128_characters(edge: Edge) -> None:
 
 
 async def test_connections_are_limited() -> None:
-    """G02: one past the limit is told so and closed; when one has ended, another may come."""
+    """G02: a connection beyond the limit gets 503 and is closed; when one has ended, another is accepted."""
     async with edge_with(max_connections=3) as edge:
         held = [await edge.open() for _ in range(3)]
         for reader, writer in held:
@@ -483,7 +483,7 @@ async def test_connections_are_limited() -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v2 HTTP/1.1\r\nHost: x\r\n", b"\r\n"])
 async def test_headers_that_arrive_too_slowly_end_the_connection(sent: bytes) -> None:
-    """G01: a client that sends nothing, or half of a head, is told so and closed; others are served meanwhile."""
+    """G01: a client that sends nothing, or half of a head, gets 408 and is closed; others are served meanwhile."""
     async with edge_with(header_timeout_s=0.2) as edge:
         answers = await asyncio.gather(*(edge.send(sent) for _ in range(50)), edge.check_unharmed())
 
@@ -505,7 +505,7 @@ async def test_headers_that_arrive_too_slowly_end_a_kept_alive_connection() -> N
 
 
 async def test_a_body_below_the_minimum_rate_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G01: what comes slower than the floor is told so and closed, and its request never reaches the service."""
+    """G01: a body below the minimum rate gets 408 and is closed, and its request never reaches the service."""
     monkeypatch.setattr(http1, "BODY_GRACE_S", 0.1)
     async with edge_with() as edge:
         answer = await edge.send(request("POST", INFER, f"Content-Length: {len(GOOD)}") + GOOD[:-1])

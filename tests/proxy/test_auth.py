@@ -1,4 +1,4 @@
-"""Who may call what at the proxy: tokens, JWT, permissions. The same table for both doors."""
+"""Who may call what at the proxy: tokens, JWT, permissions. The same table for both faces."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def caller_of(authenticator: BearerAuthenticator, credentials: str) -> Cal
     return authenticator.recognise([credentials]) or await authenticator.identify([credentials])
 
 
-class Doors:
+class BothFaces:
     """Both faces of a proxy over two models, "open-1" and "secret", and a way to ask the same at either."""
 
     def __init__(
@@ -120,7 +120,7 @@ class Doors:
 
 
 @asynccontextmanager
-async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[Doors]:
+async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[BothFaces]:
     backend = FakeInference(signature("open-1", SPEC, version="1.1"), signature("secret", SPEC, version="1.1"))
     service = ProxyService(backend)
     await service.refresh()
@@ -132,13 +132,13 @@ async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[Doors]:
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False) as client,
         grpc.aio.insecure_channel(f"127.0.0.1:{faces.grpc.port}") as channel,
     ):
-        yield Doors(faces, service, backend, client, channel)
+        yield BothFaces(faces, service, backend, client, channel)
 
 
 @pytest.fixture
-async def doors(auth_file: Path) -> AsyncIterator[Doors]:
-    async with opened(auth_file) as doors:
-        yield doors
+async def faces(auth_file: Path) -> AsyncIterator[BothFaces]:
+    async with opened(auth_file) as faces:
+        yield faces
 
 
 def infer_message(model: str) -> pb.ModelInferRequest:
@@ -183,14 +183,14 @@ TABLE: dict[str, tuple[int, int, int, int, int]] = {
 
 
 @pytest.mark.parametrize("action", TABLE)
-async def test_both_faces_enforce_the_same_access_table(doors: Doors, action: str) -> None:
+async def test_both_faces_enforce_the_same_access_table(faces: BothFaces, action: str) -> None:
     """Who is nobody gets 401, who may not 403, over REST and gRPC alike; a model that there is not is no different from one
     that the caller may not call; liveness and readiness are anyone's."""
     (method, path, content), (call, message) = ACTIONS[action]
 
     for token, expected in zip((None, "wrong", USER, ADMIN, BOTH), TABLE[action], strict=True):
-        over_rest = await doors.rest(method, path, token, json=content)
-        over_grpc = await doors.grpc(call, message, token)
+        over_rest = await faces.rest(method, path, token, json=content)
+        over_grpc = await faces.grpc(call, message, token)
 
         assert over_rest.status_code == expected, (token, over_rest.text)
         code = over_grpc.code() if isinstance(over_grpc, grpc.aio.AioRpcError) else grpc.StatusCode.OK
@@ -210,40 +210,40 @@ async def test_both_faces_enforce_the_same_access_table(doors: Doors, action: st
         ("HEAD", "/v2/models/secret"),
     ],
 )
-async def test_no_path_bypasses_the_access_check(doors: Doors, method: str, path: str) -> None:
-    """Whatever is not named as open asks for credentials, and then for the right ones."""
+async def test_no_path_bypasses_the_access_check(faces: BothFaces, method: str, path: str) -> None:
+    """Every path that is not listed as open requires valid credentials."""
     body = ROW if "infer" in path else {"instances": [1]} if method == "POST" else None
 
-    assert (await doors.rest(method, path, json=body)).status_code == 401
+    assert (await faces.rest(method, path, json=body)).status_code == 401
     if "secret" in path:
-        assert (await doors.rest(method, path, USER, json=body)).status_code == 403
+        assert (await faces.rest(method, path, USER, json=body)).status_code == 403
 
 
 @pytest.mark.parametrize(
     "path", ["/v2/../v2/repository/index", "//v2/repository/index", "/V2/repository/index", "/v2/repository/index/",
              "/v2/repository/models/%2e%2e/load", "/v2%2frepository%2findex"],
 )  # fmt: skip
-async def test_another_spelling_of_a_path_does_not_bypass_the_access_check(doors: Doors, path: str) -> None:
+async def test_another_spelling_of_a_path_does_not_bypass_the_access_check(faces: BothFaces, path: str) -> None:
     """Not found, or refused; never done."""
-    answer = await doors.rest("POST", path, content=b"{}")
+    answer = await faces.rest("POST", path, content=b"{}")
 
     assert answer.status_code in (401, 403, 404)
-    assert doors.backend.controlled == []
+    assert faces.backend.controlled == []
 
 
-async def test_the_index_lists_only_models_that_the_caller_may_call(doors: Doors) -> None:
+async def test_the_index_lists_only_models_that_the_caller_may_call(faces: BothFaces) -> None:
     """An operator sees all of them."""
-    names = {token: (await doors.rest("GET", "/v2/models", token)).json()["models"] for token in (USER, ADMIN)}
+    names = {token: (await faces.rest("GET", "/v2/models", token)).json()["models"] for token in (USER, ADMIN)}
 
     assert names == {USER: ["open-1"], ADMIN: ["open-1", "secret"]}
 
 
-async def test_access_errors_reveal_only_how_to_authenticate(doors: Doors) -> None:
+async def test_access_errors_reveal_only_how_to_authenticate(faces: BothFaces) -> None:
     """RFC 6750's challenge; the same words for every wrong token."""
-    missing = await doors.rest("GET", "/v2/models")
-    forbidden = await doors.rest("GET", "/v2/models/secret", USER)
+    missing = await faces.rest("GET", "/v2/models")
+    forbidden = await faces.rest("GET", "/v2/models/secret", USER)
     wrong = [
-        (await doors.rest("GET", "/v2/models", token)).text
+        (await faces.rest("GET", "/v2/models", token)).text
         for token in ("wrong", signed(exp=1), signed(OTHER_KEY), signed(aud="other"))
     ]
 
@@ -264,47 +264,47 @@ async def test_access_errors_reveal_only_how_to_authenticate(doors: Doors) -> No
         [("authorization", "Bearer \xff\xfe")],
     ],
 )
-async def test_credentials_of_another_scheme_are_refused(doors: Doors, headers: list[tuple[str, str]]) -> None:
+async def test_credentials_of_another_scheme_are_refused(faces: BothFaces, headers: list[tuple[str, str]]) -> None:
     """One header, the scheme Bearer, a token of at most 8 KiB."""
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
 
-    answer = await doors._client.get("/v2/models", headers=raw)
+    answer = await faces._client.get("/v2/models", headers=raw)
 
     assert answer.status_code == 401
 
 
-async def test_a_token_in_the_url_is_ignored(doors: Doors) -> None:
+async def test_a_token_in_the_url_is_ignored(faces: BothFaces) -> None:
     """URLs end up in logs."""
-    assert (await doors.rest("GET", f"/v2/models?access_token={BOTH}")).status_code == 401
+    assert (await faces.rest("GET", f"/v2/models?access_token={BOTH}")).status_code == 401
 
 
-async def test_without_credentials_the_body_is_not_read(doors: Doors) -> None:
-    """Who has no credentials is refused before what it sends is looked at."""
-    assert (await doors.rest("POST", "/v2/models/open-1/infer", content=b"no JSON")).status_code == 401
-    answer = await doors.grpc("ModelInfer", pb.ModelInferRequest(model_name="open-1"))
+async def test_without_credentials_the_body_is_not_read(faces: BothFaces) -> None:
+    """A request without credentials is refused before its body is read."""
+    assert (await faces.rest("POST", "/v2/models/open-1/infer", content=b"no JSON")).status_code == 401
+    answer = await faces.grpc("ModelInfer", pb.ModelInferRequest(model_name="open-1"))
     assert answer.code() is grpc.StatusCode.UNAUTHENTICATED
-    assert doors.backend.requests == []
+    assert faces.backend.requests == []
 
 
-async def test_without_credentials_readiness_names_no_models(doors: Doors) -> None:
+async def test_without_credentials_readiness_names_no_models(faces: BothFaces) -> None:
     """The reason is for callers with credentials, and for the log."""
-    doors.backend.not_ready = ""
-    doors.backend.states[:] = []
-    await doors.rest("POST", "/v2/repository/models/open-1/load", ADMIN, content=b"{}")
+    faces.backend.not_ready = ""
+    faces.backend.states[:] = []
+    await faces.rest("POST", "/v2/repository/models/open-1/load", ADMIN, content=b"{}")
 
-    nobody = await doors.rest("GET", "/v2/health/ready")
-    somebody = await doors.rest("GET", "/v2/health/ready", USER)
+    nobody = await faces.rest("GET", "/v2/health/ready")
+    somebody = await faces.rest("GET", "/v2/health/ready", USER)
 
     assert (nobody.status_code, nobody.json()["error"]) == (503, "not ready")
     assert somebody.json()["error"] != "not ready"
 
 
-async def test_web_pages_cannot_load_and_unload(doors: Doors) -> None:
+async def test_web_pages_cannot_load_and_unload(faces: BothFaces) -> None:
     """A browser says where a page is from; no page may load or unload."""
-    answer = await doors.rest("POST", "/v2/repository/models/open-1/load", ADMIN, headers={"origin": "http://evil"}, json={})
+    answer = await faces.rest("POST", "/v2/repository/models/open-1/load", ADMIN, headers={"origin": "http://evil"}, json={})
 
     assert answer.status_code == 403
-    assert doors.backend.controlled == []
+    assert faces.backend.controlled == []
 
 
 @pytest.mark.parametrize(
@@ -409,20 +409,20 @@ async def test_a_verified_jwt_is_cached_for_a_while(monkeypatch: pytest.MonkeyPa
     assert checks == 3
 
 
-async def test_a_changed_authorization_file_is_reloaded(doors: Doors, auth_file: Path) -> None:
+async def test_a_changed_authorization_file_is_reloaded(faces: BothFaces, auth_file: Path) -> None:
     """A token that is taken out opens nothing any more, a new one does; a broken file changes nothing."""
-    assert (await doors.rest("GET", "/v2/models", USER)).status_code == 200
+    assert (await faces.rest("GET", "/v2/models", USER)).status_code == 200
 
     rewrite(auth_file, {"tokens": [listed("new", "new-token")]})
 
     async with asyncio.timeout(20):
-        while (await doors.rest("GET", "/v2/models", USER)).status_code == 200:
+        while (await faces.rest("GET", "/v2/models", USER)).status_code == 200:
             pass
-    assert (await doors.rest("GET", "/v2/models", "new-token")).status_code == 200
+    assert (await faces.rest("GET", "/v2/models", "new-token")).status_code == 200
     rewrite(auth_file, "broken")
-    assert doors.faces.authenticator is not None
-    await doors.faces.authenticator.refresh()
-    assert (await doors.rest("GET", "/v2/models", "new-token")).status_code == 200
+    assert faces.faces.authenticator is not None
+    await faces.faces.authenticator.refresh()
+    assert (await faces.rest("GET", "/v2/models", "new-token")).status_code == 200
 
 
 class KeyServer:
@@ -485,15 +485,15 @@ async def test_keys_are_fetched_from_a_url(monkeypatch: pytest.MonkeyPatch, auth
 
 async def test_keys_that_cannot_be_fetched_are_not_the_callers_fault(auth_file: Path) -> None:
     """UNAVAILABLE, which clients retry; 401 would tell them to get another token."""
-    async with opened(auth_file) as doors:
-        assert doors.faces.authenticator is not None
+    async with opened(auth_file) as faces:
+        assert faces.faces.authenticator is not None
         rewrite(auth_file, {"tokens": TOKENS, "jwt": {**JWT, "jwks": "http://127.0.0.1:1/keys"}})
-        await doors.faces.authenticator.refresh()
+        await faces.faces.authenticator.refresh()
 
-        signed_one = await doors.rest("GET", "/v2/models", signed())
+        signed_one = await faces.rest("GET", "/v2/models", signed())
 
         assert (signed_one.status_code, signed_one.headers["retry-after"]) == (503, "1")
-        assert (await doors.rest("GET", "/v2/models", USER)).status_code == 200
+        assert (await faces.rest("GET", "/v2/models", USER)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -526,14 +526,14 @@ def test_an_invalid_authorization_file_stops_the_process(
     assert said in error
 
 
-async def test_neither_tokens_nor_payloads_are_logged(doors: Doors, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_neither_tokens_nor_payloads_are_logged(faces: BothFaces, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever becomes of a request, its line says who, what and how long; never what it brought."""
     secret = signed()
     payload = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [31337.5]}]}
     for token in (USER, secret, "wrong-one", signed(exp=1)):
-        await doors.rest("POST", "/v2/models/open-1/infer", token, json=payload)
-        await doors.rest("POST", "/v2/models/open-1/infer", token, content=b'{"inputs": "31337.5"}')
-        await doors.grpc("ModelInfer", infer_message("open-1"), token)
+        await faces.rest("POST", "/v2/models/open-1/infer", token, json=payload)
+        await faces.rest("POST", "/v2/models/open-1/infer", token, content=b'{"inputs": "31337.5"}')
+        await faces.grpc("ModelInfer", infer_message("open-1"), token)
 
     out = capsys.readouterr()
     written = out.out + out.err
@@ -542,20 +542,20 @@ async def test_neither_tokens_nor_payloads_are_logged(doors: Doors, capsys: pyte
         assert private not in written
 
 
-async def test_a_recognised_caller_is_served_without_a_task(doors: Doors) -> None:
-    """A listed token, and a JWT that was verified, take the path of requests that nobody is asked for: no task waits for one."""
+async def test_a_recognised_caller_is_served_without_a_task(faces: BothFaces) -> None:
+    """A listed token and a verified JWT are recognised at once, so that no task is needed."""
     released = asyncio.Event()
-    answer = doors.backend.infer
+    answer = faces.backend.infer
 
     async def held(request: Any) -> Any:
         response = await answer(request)
         await released.wait()
         return response
 
-    doors.backend.infer = held  # type: ignore[method-assign]
+    faces.backend.infer = held  # type: ignore[method-assign]
     token = signed()
-    url, headers = doors.faces.http.port, [f"Authorization: Bearer {each}" for each in (USER, token)]
-    assert (await doors.rest("GET", "/v2/models", token)).status_code == 200  # verified now
+    url, headers = faces.faces.http.port, [f"Authorization: Bearer {each}" for each in (USER, token)]
+    assert (await faces.rest("GET", "/v2/models", token)).status_code == 200  # verified now
     body = json.dumps(ROW).encode()
     before = set(asyncio.all_tasks())
     connections = []
@@ -565,10 +565,10 @@ async def test_a_recognised_caller_is_served_without_a_task(doors: Doors) -> Non
         writer.write(head.encode() + body)
         connections.append((reader, writer))
     async with asyncio.timeout(10):
-        while sum(doors.service._batcher.occupancy("open-1")) < len(connections) or not doors.backend.requests:  # noqa: ASYNC110
+        while sum(faces.service._batcher.occupancy("open-1")) < len(connections) or not faces.backend.requests:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
-    n_tasks, (_, n_calls) = len(set(asyncio.all_tasks()) - before), doors.service._batcher.occupancy("open-1")
+    n_tasks, (_, n_calls) = len(set(asyncio.all_tasks()) - before), faces.service._batcher.occupancy("open-1")
     released.set()
 
     assert n_tasks == n_calls
@@ -582,8 +582,8 @@ async def test_every_line_of_an_inference_names_its_caller(
 ) -> None:
     """Requests of several callers that are merged into one call are each logged with their own, not with who came first."""
     monkeypatch.setattr(logs.RequestLog, "is_complete", True)
-    async with opened(auth_file) as doors:
-        calls = [doors.grpc("ModelInfer", infer_message("open-1"), token) for token in (USER, BOTH, signed(), USER, BOTH)]
+    async with opened(auth_file) as faces:
+        calls = [faces.grpc("ModelInfer", infer_message("open-1"), token) for token in (USER, BOTH, signed(), USER, BOTH)]
         answers = await asyncio.gather(*calls)
 
     assert not [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]

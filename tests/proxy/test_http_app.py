@@ -80,7 +80,7 @@ async def client_of(app: RestApp) -> AsyncIterator[httpx.AsyncClient]:
     ],
 )
 async def test_every_get_route_is_answered(client: httpx.AsyncClient, path: str, content: Any) -> None:
-    """Every question of the protocol has its path; a query string is no hindrance."""
+    """Every path of the protocol is served; a query string is ignored."""
     answer = await client.get(path)
 
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -187,7 +187,7 @@ async def test_the_index_lists_the_state_of_every_version(client: httpx.AsyncCli
 
 
 async def test_models_are_loaded_and_unloaded_only_where_allowed(client: httpx.AsyncClient, backend: FakeInference) -> None:
-    """By default nobody can load or unload; what is loaded is never the caller's to say."""
+    """By default models cannot be loaded or unloaded by callers."""
     service = ProxyService(backend)
     await service.refresh()
     metadata = ServerMetadata("s", "0")

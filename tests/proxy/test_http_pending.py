@@ -26,7 +26,7 @@ ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))], version="1.1")
 
 
 class Held(FakeInference):
-    """Answers once it is told to."""
+    """Answers once it is released."""
 
     def __init__(self) -> None:
         super().__init__(ECHO)
@@ -48,7 +48,7 @@ class Front:
         return await asyncio.open_connection("127.0.0.1", self.face.port)
 
     async def waiting(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection whose request is under way."""
+        """A connection whose request is in flight."""
         reader, writer = await self.open()
         writer.write(infer(1))
         await until(lambda: self.backend.requests)
@@ -159,7 +159,7 @@ async def test_a_thousand_pipelined_requests_are_answered(front: Front) -> None:
 
 
 async def test_an_error_while_encoding_an_answer_is_a_logged_500(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
-    """What goes wrong where no task waits is told as anywhere else, and the others in the call get their answers."""
+    """An error without a waiting task is answered as any other, and the other requests of the call are answered."""
     no_shape = Tensor("y", "FP32", (1, 1), b"123")  # not a whole number
     front.backend._answer = lambda asked: InferResponse("echo", "1.1", (no_shape,))
     reader, writer = await front.waiting()
@@ -194,7 +194,7 @@ async def test_an_error_names_stage_model_and_pair(front: Front) -> None:
 
 
 async def test_a_request_whose_deadline_passes_is_answered_504(front: Front) -> None:
-    """P-15: while its call is under way, and while it waits for one; the others are still answered."""
+    """P-15: while its call is in flight, and while it is queued; the others are still answered."""
     first = await front.open()
     first[1].write(infer(1, headers=("Request-Timeout: 0.05",)))
     second = await front.open()

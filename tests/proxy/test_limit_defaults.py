@@ -54,7 +54,7 @@ def test_the_default_limits_are_these() -> None:
 
 @pytest.mark.parametrize("kind", [PreprocessSettings, PredictSettings])
 def test_other_services_have_the_same_default_limits(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever reaches them directly meets no wider limits."""
+    """Callers that reach them directly meet the same limits."""
     monkeypatch.setenv("MODEL_REPOSITORY", str(tmp_path))
     own, proxy = settings.read(kind), settings.read(ProxySettings)
 
@@ -96,7 +96,7 @@ LIMITS: dict[str, tuple[dict[str, Any], Any, str]] = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 async def test_a_request_on_a_stream_at_a_limit_is_accepted_and_beyond_it_refused(limit: str) -> None:
-    """One past it gets the same words as a unary call, and the stream goes on."""
+    """One beyond it gets the same message as a unary call, and the stream stays open."""
     options, changes, words = LIMITS[limit]
     async with served(**options) as system:
         stream = system.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
@@ -156,7 +156,7 @@ async def test_bytes_in_flight_are_counted_over_all_faces() -> None:
 
 @pytest.mark.parametrize("face", ["REST", "gRPC", "stream"])
 async def test_a_deadline_is_clamped_to_the_maximum_timeout(face: str) -> None:
-    """What asks for longer gets the longest; on a stream, whose messages have no deadline of their own, the default."""
+    """A longer timeout is reduced to the maximum; on a stream, whose messages have no deadline, the default applies."""
     async with served(max_timeout_s=100, default_timeout_s=50) as system:
         for asked, given in ((99, 99), (101, 100), (10**6, 100)):
             system.backend.requests.clear()

@@ -1,4 +1,4 @@
-"""What callers of an overloaded proxy get, on each of its faces: promptly, with its reason, and when to come back."""
+"""What callers of an overloaded proxy get on each of its faces: an immediate answer with the reason and a push-back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROW = {"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.5]}
 
 
 class Held(FakeInference):
-    """Answers once it is told to."""
+    """Answers once it is released."""
 
     def __init__(self) -> None:
         super().__init__(*MODELS)
@@ -38,7 +38,7 @@ class Held(FakeInference):
 
 @asynccontextmanager
 async def full() -> AsyncIterator[tuple[Served, Held, list[asyncio.Task[Any]]]]:
-    """One request under way, and as many waiting as may; those that wait are of priority 5."""
+    """One request in flight, and a full queue of requests of priority 5."""
     backend = Held()
     limits = BatchLimits(max_queue_size=QUEUE, max_batch_size=1, max_in_flight=1)
     async with served(service=ProxyService(backend, limits=limits), backend=backend) as system:
@@ -67,7 +67,7 @@ def message(**parameters: int) -> bytes:
 
 
 async def test_rest_answers_429_with_retry_after() -> None:
-    """P-13: at once, while what is under way is still held; the model never sees it."""
+    """P-13: at once, while a call is in flight; the model never sees the request."""
     async with full() as (system, backend, _):
         answer = await over_rest(system, priority=5)
 
@@ -106,7 +106,7 @@ async def test_a_stream_answers_overload_in_a_message_and_stays_open() -> None:
 
 
 async def test_a_request_of_higher_priority_replaces_one_that_waits() -> None:
-    """`priority`: without one a request is of the highest; who gives way is told 429."""
+    """`priority`: the default is the highest; the preempted request is answered with 429."""
     async with full() as (system, backend, calls):
         urgent = asyncio.create_task(over_rest(system))
         done, _ = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""Preprocess in front of servers of other makers: no manifest, perhaps no index, no stream, no health, no numbers of versions."""
+"""Preprocess in front of third-party servers: no manifest, perhaps no index, stream, health or version numbers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_an_index_is_read_in_every_known_form(theirs: list[tuple[str, str]
 
 
 async def test_a_version_without_a_number_is_left_to_the_server() -> None:
-    """Asked for as "", which every server understands."""
+    """Requested as "", which every server understands."""
     server = Other(signature("m", [FEATURES], version=""))
     any_server = AnyServer(server, models=list)
 

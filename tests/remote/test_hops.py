@@ -1,4 +1,4 @@
-"""What crosses a hop beside requests: the time that is left, and why a stage is not ready."""
+"""What crosses a hop besides requests: the remaining time, and why a stage is not ready."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_a_request_without_enough_time_left_is_not_sent() -> None:
 
 
 async def test_the_proxy_gives_the_reason_why_a_stage_is_not_ready() -> None:
-    """A stage that takes no calls yet says why, and the proxy passes that on rather than that nobody is there."""
+    """A stage that accepts no calls yet gives the reason, and the proxy passes it on rather than "cannot be reached"."""
     behind = FakeInference(ECHO, not_ready=LOADING)
     behind.is_loaded = False
     async with (

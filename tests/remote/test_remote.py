@@ -57,7 +57,7 @@ def face(service: FakeInference, **options: Any) -> GrpcFace:
 
 
 class Name:
-    """A name that stands for whatever faces it is told."""
+    """A name that resolves to the given faces."""
 
     def __init__(self, *faces: GrpcFace) -> None:
         self.faces = list(faces)
@@ -101,7 +101,7 @@ async def test_a_request_crosses_the_hop_unchanged(over: str) -> None:
 @over_both
 @pytest.mark.parametrize("kind", TABLE)
 async def test_every_error_arrives_as_what_it_was(kind: type[SplitserveError], over: str) -> None:
-    """Class, message, stage, model and pair survive; the stream goes on."""
+    """Class, message, stage, model and pair are preserved; the stream stays open."""
 
     def fail(_: InferRequest) -> InferResponse:
         raise kind("what went wrong", stage="far", model="echo", pair="1.2")
@@ -160,7 +160,7 @@ async def test_a_cancelled_call_does_not_affect_the_others(over: str) -> None:
 
 
 async def test_a_server_without_the_stream_gets_unary_calls() -> None:
-    """Another maker's server, which may well have a ModelStreamInfer that means something else."""
+    """A third-party server whose ModelStreamInfer has other semantics."""
 
     def answer(data: bytes, context: Any) -> bytes:
         asked = pb.ModelInferRequest.FromString(data)
@@ -206,7 +206,7 @@ async def test_a_malformed_answer_is_the_stages_fault(over: str, monkeypatch: py
 
 @over_both
 async def test_the_idle_replica_gets_the_next_call(over: str) -> None:
-    """Whoever is busy is passed over."""
+    """Busy replicas are not picked."""
     services = [Gated(), Gated()]
     async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
         calls = [asyncio.create_task(remote.infer(request())) for _ in range(6)]
@@ -220,7 +220,7 @@ async def test_the_idle_replica_gets_the_next_call(over: str) -> None:
 
 @over_both
 async def test_calls_in_flight_when_a_replica_dies_are_retried_on_another(over: str) -> None:
-    """Nobody notices."""
+    """No call fails."""
     services = [Gated(), Gated()]
     async with face(services[0]) as one, face(services[1]) as two, connected(Name(one, two), over=over) as remote:
         calls = [asyncio.create_task(remote.infer(request())) for _ in range(4)]
@@ -305,7 +305,7 @@ async def test_a_restarted_service_is_reconnected_with_its_stream() -> None:
 
 @over_both
 async def test_connections_that_reach_their_maximum_age_fail_no_call(over: str) -> None:
-    """Servers end connections for their age: what is under way is answered, and what follows takes new ones."""
+    """Servers drain connections that reach their maximum age: calls in flight are answered, later ones use new connections."""
     service = Gated()
     async with face(service) as server, connected(Name(server), over=over) as remote:
         before = list(server._server.connections)
@@ -325,7 +325,7 @@ async def test_connections_that_reach_their_maximum_age_fail_no_call(over: str) 
 
 
 async def test_without_any_replica_a_call_fails_after_a_short_wait() -> None:
-    """A restart is bridged; an outage is told, without an address."""
+    """A restart is bridged; an outage is reported, without an address."""
     async with face(FakeInference(ECHO)) as server:
         name = Name()
         async with RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05) as remote:
@@ -367,7 +367,7 @@ async def test_models_are_loaded_on_every_replica() -> None:
 
 
 def test_retries_are_limited_to_a_share_of_successes() -> None:
-    """In an outage they end; they come back with the successes."""
+    """In an outage they stop; with successes they resume."""
     budget = RetryBudget()
 
     allowed = sum(budget.take() for _ in range(1000))

@@ -58,7 +58,7 @@ def test_golden_samples_that_decompress_to_gigabytes_are_refused(bomb: bytes) ->
 
 
 def test_golden_samples_beyond_the_read_limit_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same limit, told to who publishes."""
+    """The same limit, when publishing."""
     monkeypatch.setattr(archives, "MAX_UNPACKED_BYTES", 31)
 
     with pytest.raises(BundleError, match=r"^golden\.npz: has 32 bytes unpacked; the limit is 31$"):
@@ -66,7 +66,7 @@ def test_golden_samples_beyond_the_read_limit_are_not_written(monkeypatch: pytes
 
 
 def test_a_false_zip_directory_is_refused() -> None:
-    """What is told of a member's size is the most that is read of it; numpy would read what is no array in one go."""
+    """At most the declared size of a member is read; numpy would read a member that is not an array at once."""
     data = a_zip(("inputs/x.npy", header((1000,)) + bytes(8000)), compression=zipfile.ZIP_DEFLATED)
     lying = data.replace((8000 + len(header((1000,)))).to_bytes(4, "little"), (200).to_bytes(4, "little"))
     assert lying != data
@@ -169,7 +169,7 @@ def test_golden_samples_of_millions_of_rows_are_not_read() -> None:
 
 
 def test_golden_samples_of_text_have_the_same_limit() -> None:
-    """Text is stored as wire bytes, with its shape beside it."""
+    """Text is stored as wire bytes, with its shape in a separate array."""
     words = Tensor("x", "BYTES", (20_000, 0), b"")
 
     with pytest.raises(BundleError, match=r'^golden\.npz: "x": expected at most 10000 rows, got 20000$'):

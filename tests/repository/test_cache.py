@@ -1,4 +1,4 @@
-"""The cache of fetched files: each is fetched once, goes on where it broke off, and is there whole or not at all."""
+"""The cache of fetched files: each is fetched once, resumed after an interruption, and complete or absent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DIGEST = digest_of(CONTENT)
 
 
 class Source:
-    """What a file is downloaded from: gives so many bytes at a time, then breaks off, as often as it is told to."""
+    """A source of downloads: returns a given number of bytes at a time, then fails, as often as configured."""
 
     def __init__(self, content: bytes = CONTENT, *, breaks_after: Iterable[int] = ()) -> None:
         self.content = content
@@ -64,7 +64,7 @@ def partial(cache: Cache, data: bytes) -> Path:
 
 
 def test_a_file_is_fetched_once(cache: Cache) -> None:
-    """Whoever asks again finds it, another process too."""
+    """Later requests find it, from other processes too."""
     source = Source()
 
     cache.fetch(NAME, DIGEST, source)
@@ -94,7 +94,7 @@ def test_an_interrupted_download_resumes_at_once(cache: Cache) -> None:
 
 
 def test_a_download_without_progress_is_not_retried_at_once(cache: Cache) -> None:
-    """Whoever wants the file waits before the next try; what came is kept for it, and another process goes on with it."""
+    """The next attempt follows after a pause; the partial file is kept, and other processes can resume it."""
     source = Source(breaks_after=[100, 0])
 
     with pytest.raises(NotFetched, match="the connection broke"):
@@ -106,7 +106,7 @@ def test_a_download_without_progress_is_not_retried_at_once(cache: Cache) -> Non
 
 
 def test_a_download_that_is_interrupted_repeatedly_fails(cache: Cache) -> None:
-    """It is tried a number of times in a row, and then by whoever wants the file."""
+    """It is retried a number of times, then at the next request."""
     source = Source(breaks_after=[1] * 100)
 
     with pytest.raises(NotFetched, match="the connection broke"):
@@ -121,7 +121,7 @@ def test_a_download_that_is_interrupted_repeatedly_fails(cache: Cache) -> None:
     ids=["another byte", "truncated", "empty"],
 )
 def test_wrong_content_is_refused_by_name_and_deleted(cache: Cache, content: bytes) -> None:
-    """The next fetch begins anew."""
+    """The next fetch starts from the beginning."""
     with pytest.raises(WrongContent) as caught:
         cache.fetch(NAME, DIGEST, Source(content))
     right = Source()
@@ -161,7 +161,7 @@ def test_a_partial_file_of_a_dead_process_is_resumed(cache: Cache, leftover: byt
 
 
 def test_a_wrong_partial_file_of_a_dead_process_is_fetched_again(cache: Cache) -> None:
-    """Then the file is found to be wrong, and the next fetch begins anew."""
+    """The digest does not match, and the next fetch starts from the beginning."""
     partial(cache, b"?" * 10)
 
     with pytest.raises(WrongContent):
@@ -172,7 +172,7 @@ def test_a_wrong_partial_file_of_a_dead_process_is_fetched_again(cache: Cache) -
 
 
 def test_a_cached_file_that_was_damaged_is_detected(cache: Cache) -> None:
-    """As it is read; of one whose size is wrong this is seen before."""
+    """When it is read; a wrong size is detected before."""
     cache.fetch(NAME, DIGEST, Source())
     blob(cache).write_bytes(CONTENT[:-1] + b"!")
 
@@ -303,7 +303,7 @@ def test_placed_files_are_the_most_recent_ones(cache: Cache) -> None:
 
 
 def test_old_unused_leftovers_are_removed(cache: Cache) -> None:
-    """Those that somebody may go on with stay."""
+    """Those that may be resumed are kept."""
     old = partial(cache, b"old")
     new, held = old.with_name("new"), old.with_name("held")
     new.write_bytes(b"new")

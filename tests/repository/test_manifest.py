@@ -92,7 +92,7 @@ def test_defaults_are_omitted():
 
 
 def test_a_manifest_is_indented():
-    """Indented."""
+    """The file is indented for readers."""
     assert manifest.encode(FULL).startswith(b'{\n  "schema_version": 1,\n')
 
 
@@ -205,7 +205,7 @@ for thread in threads:
 
 @pytest.mark.heavy
 def test_manifests_may_be_read_concurrently():
-    """Models load in threads. One run in three crashed while the first decoder was made by whoever came first."""
+    """Models load in threads. One run in three crashed while two threads created the first decoder."""
     codes = [
         subprocess.run([sys.executable, "-c", SIDE_BY_SIDE], input=manifest.encode(FULL), check=False, timeout=60).returncode
         for _ in range(12)

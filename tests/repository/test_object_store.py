@@ -200,7 +200,7 @@ def test_denied_access_is_reported(
 def test_without_credentials_no_request_is_sent(
     filled: ObjectStore, open_source: Callable[..., RemoteRepository], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The package says where it looked in vain."""
+    """The package names the places that it searched."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -179,7 +179,7 @@ def test_what_a_predictor_was_trained_on_crosses_the_wire(names: tuple[str, ...]
 
 @pytest.mark.parametrize("nonsense", ["", "x", "{}", "[1]"])
 def test_properties_of_other_servers_are_not_misread(nonsense: str) -> None:
-    """What is no list of names is none."""
+    """A value that is not a list of names is ignored."""
     assert heard_meaning({FEATURE_NAMES: nonsense}) == ("", ())
 
 
@@ -213,7 +213,7 @@ def test_published_halves_declare_their_meaning(tmp_path: Path) -> None:
 
 
 def test_transforms_that_are_not_the_manifests_are_refused(tmp_path: Path) -> None:
-    """A manifest that tells of other features than the file has."""
+    """A manifest with other features than the file has."""
     bundle = publish_preprocessor(one_hot("red", "green", "blue"), FRAME, name="m", repository=tmp_path)
     path = bundle.folder / "manifest.json"
     path.write_text(path.read_text().replace(bundle.manifest.fingerprint, "sha256:" + "0" * 64))

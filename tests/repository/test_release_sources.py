@@ -222,7 +222,7 @@ def test_a_folder_that_does_not_exist_cannot_be_listed(tmp_path: Path) -> None:
 
 
 def test_releases_and_routes_are_signed(published: Repository, tmp_path: Path) -> None:
-    """What is not signed does not count; a signature changes no digest; a route's signature is good for its model only."""
+    """Unsigned ones do not count; a signature changes no digest; a route's signature is valid for its model only."""
     keys = make_keys(tmp_path)
     source = signed_by(str(keys.public), published)
     with pytest.raises(NotSigned, match=r'not signed; "splitserve sign" adds model\.sig'):
@@ -246,7 +246,7 @@ def test_releases_and_routes_are_signed(published: Repository, tmp_path: Path) -
 
 @pytest.mark.parametrize("part", ["manifest.json", "model.sig"])
 def test_a_signed_release_that_was_changed_is_refused(published: Repository, tmp_path: Path, part: str) -> None:
-    """By whoever makes a fresh digest, too."""
+    """Even if the digest was recomputed."""
     keys = make_keys(tmp_path)
     sign(published.root, keys.private, [])
     folder = published.folder(KEY)

@@ -1,4 +1,4 @@
-"""A model repository at a URL: what is fetched and when, and what is told when it cannot be."""
+"""A model repository at a URL: what is fetched and when, and what is reported when that fails."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_bundle_is_read_as_it_was_written(source: RemoteRepository) -> None:
 
 
 def test_only_selected_bundles_are_fetched(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
-    """Nothing of models that are not served, no files of bundles that are only looked at."""
+    """No models that are not served, and no files of bundles that are only listed."""
     source = open_source(server.url, selection=Selection(frozenset({"m"})))
     (server.folder / "other" / "route.json").write_bytes(b"broken")
 
@@ -196,7 +196,7 @@ def test_a_stalled_connection_ends_with_the_timeout(server: FileServer, open_sou
 
 
 def test_stopping_ends_downloads_in_progress(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
-    """Nobody waits for a stalled connection to time out."""
+    """A stalled connection does not delay it."""
     source = open_source(server.url, timeout_s=3600)
     stalled, problems = threading.Event(), []
 
@@ -258,7 +258,7 @@ def test_a_file_with_a_wrong_digest_is_refused_by_name(server: FileServer, sourc
 
 
 def test_bytes_beyond_the_size_in_the_manifest_are_ignored(server: FileServer, source: RemoteRepository) -> None:
-    """What was published is there; what follows it is never asked for."""
+    """The published bytes are read; bytes after them are never requested."""
     (server.folder / MODEL).write_bytes(FILES["model.onnx"] + b"more")
 
     assert fetch_bundle(source, KEY).read("model.onnx") == FILES["model.onnx"]
@@ -267,7 +267,7 @@ def test_bytes_beyond_the_size_in_the_manifest_are_ignored(server: FileServer, s
 def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(
     server: FileServer, source: RemoteRepository, tmp_path: Path
 ) -> None:
-    """As somebody reads it."""
+    """While it is being read."""
     bundle = fetch_bundle(source, KEY)
     sha256 = bundle.expected("golden.npz").sha256
     (tmp_path / "cache" / "sha256" / sha256[:2] / sha256).write_bytes(b"damaged")
@@ -277,7 +277,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(
 
 
 def test_a_server_without_range_requests_is_supported(server: FileServer, source: RemoteRepository) -> None:
-    """It sends the whole file, also to whoever has a part of it already."""
+    """It sends the whole file, even if a part was fetched already."""
     server.fail(MODEL, nothing, *[status(503)] * 100)
     with pytest.raises(NotFetched):
         fetch_bundle(source, KEY)
@@ -309,7 +309,7 @@ def test_a_new_bundle_and_a_changed_route_are_seen_at_the_next_poll(
 
 
 def test_a_manifest_that_contradicts_the_index_is_refused(server: FileServer, source: RemoteRepository) -> None:
-    """Whoever can change files on the server cannot change what is served, without the index."""
+    """Write access to the files is not sufficient to change what is served, without the index."""
     manifest = server.folder / MANIFEST
     manifest.write_bytes(manifest.read_bytes().replace(b'"created": ""', b'"created": "?"'))
 
@@ -396,7 +396,7 @@ def bucket(published: Repository) -> Iterator[str]:
 
 
 def test_a_bucket_is_listed(bucket: str, open_source: Callable[..., RemoteRepository]) -> None:
-    """No index is needed. What is no bundle is passed over."""
+    """No index is needed. Objects that are not bundles are ignored."""
     source = open_source(bucket)
 
     assert list(source.bundles()) == [KEY, BundleKey("other", "predict", 1)]

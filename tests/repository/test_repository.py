@@ -168,7 +168,7 @@ def test_bundles_are_sorted_by_model_kind_and_version(repository):
     ],
 )
 def test_a_folder_with_another_name_is_ignored(repository, folder):
-    """What is no model, kind or version is somebody else's."""
+    """Folders that are not a model, kind or version are ignored."""
     (repository.root / folder).mkdir(parents=True)
 
     assert list(repository.bundles()) == []
@@ -234,7 +234,7 @@ def test_only_files_that_the_manifest_lists_are_read(repository, name):
 
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(repository):
-    """Somebody put it there; all of them are named."""
+    """All unexpected files are named."""
     folder = publish(repository).folder
     (folder / "b.txt").write_bytes(b"")
     (folder / "a").mkdir()
@@ -280,7 +280,7 @@ def rewritten(folder: Path, **changes: object) -> None:
     "name", ["../2/golden.npz", "/etc/passwd", "a/b", "..", ".hidden", "", "a" * 129, "a\0b", "a\n", "manifest.json", "model.sig"]
 )
 def test_a_manifest_cannot_name_a_file_outside_its_bundle(repository, name):
-    """One grammar for names: nothing that is read or fetched lies outside of the bundle's folder."""
+    """One grammar for names: nothing outside of the bundle's folder is read or fetched."""
     folder = publish(repository).folder
     rewritten(folder, files={name: {"sha256": "0" * 64, "size": 1}})
 
@@ -409,7 +409,7 @@ def test_a_stamp_changes_when_a_file_does(repository: Repository) -> None:
 
 
 def test_a_missing_file_is_retryable(repository: Repository) -> None:
-    """Whoever copies a bundle does so file by file: its manifest, or another file, may be on its way."""
+    """Bundles are copied file by file: the manifest or another file may arrive later."""
     bundle = publish(repository)
     (bundle.folder / "golden.npz").unlink()
     with pytest.raises(NotFetched, match=r"golden\.npz cannot be read: No such file or directory"):

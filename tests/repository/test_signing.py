@@ -1,4 +1,4 @@
-"""Signatures: bundles that were signed with a key are read, others are not, and nothing of them is looked at before."""
+"""Signatures: signed bundles are read, others are refused before anything else of them is read."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_signed_bundles_are_accepted(repository: Repository, tmp_path: Path, cur
 
 
 def test_without_a_key_signatures_are_ignored(repository: Repository, signed: Bundle) -> None:
-    """A signed bundle is a bundle; a wrong signature says nothing to who does not ask."""
+    """A signed bundle is read as any other; without a key a wrong signature has no effect."""
     (signed.folder / SIGNATURE_FILE).write_bytes(b"junk")
 
     assert signed_by("", repository) is repository
@@ -82,7 +82,7 @@ def test_an_unsigned_bundle_is_retryable(repository: Repository, keys: Keys) -> 
 
 
 def test_another_key_is_refused(repository: Repository, signed: Bundle, tmp_path: Path) -> None:
-    """Whoever can write to the repository has a key of his own, and not ours."""
+    """Write access to the repository does not give the private key."""
     others = make_keys(tmp_path, "others")
 
     with pytest.raises(BundleError, match=r"^model\.sig: Key mismatch"):
@@ -203,7 +203,7 @@ def model_signing(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.heavy
 def test_the_model_signing_command_accepts_our_signatures(signed: Bundle, keys: Keys) -> None:
-    """Nobody needs splitserve to check one."""
+    """Signatures can be checked without splitserve."""
     command = ("verify", "key", "--signature", signed.folder / SIGNATURE_FILE, "--public_key", keys.public, signed.folder)
 
     good = model_signing(*command)

@@ -1,4 +1,4 @@
-"""The index of a model repository: what it lists, what is refused of one that somebody else wrote."""
+"""The index of a model repository: what it lists, and what is refused in an index."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ async def test_a_run_without_waiting_callers_is_cancelled(tmp_path: Path, execut
 
 
 async def test_a_slow_transform_delays_no_other_answer(executor: Executor) -> None:
-    """D13: a document that a pattern never ends on cannot be stopped, it holds a thread; whoever waits is let go."""
+    """D13: a transform that does not end cannot be stopped and keeps its thread; its caller does not wait beyond the deadline."""
     released = threading.Event()
     compute = Compute(executor)
     stuck = asyncio.create_task(compute.run(Owner(), 1, released.wait))
@@ -163,7 +163,7 @@ async def test_a_slow_transform_delays_no_other_answer(executor: Executor) -> No
 
 
 def test_the_number_of_threads_is_as_configured() -> None:
-    """G09: a run uses one thread unless told, and none that it could multiply with the workers."""
+    """G09: a run uses one thread by default."""
     model = Predictor(affine_model(N, 1, 0))
 
     options = model._session.get_session_options()

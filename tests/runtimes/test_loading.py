@@ -127,7 +127,7 @@ def with_a_pattern() -> FunctionTransformer:
 
 
 def test_a_pickle_is_written_and_read_only_if_explicitly_allowed(tmp_path: Path) -> None:
-    """Twice: who publishes has to ask for it, and who serves."""
+    """Both the publisher and the service must allow it."""
     with pytest.raises(PublishError, match="allow_pickle=True"):
         publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, trusted_modules=["re"])
     bundle = publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, allow_pickle=True)
@@ -142,7 +142,7 @@ def test_a_pickle_is_written_and_read_only_if_explicitly_allowed(tmp_path: Path)
 
 
 def test_pipelines_that_skops_supports_are_never_pickled(tmp_path: Path) -> None:
-    """The wish to allow a pickle is not a wish for one."""
+    """A pickle is written only if skops cannot store the transforms, even if pickles are allowed."""
     bundle = publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path, allow_pickle=True)
 
     assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.onnx", "pipeline.skops"]

@@ -36,7 +36,7 @@ def described(values: Any) -> list[str]:
 
 
 def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
-    """Columns, dtypes, values and what stands for missing ones; the index is nobody's business."""
+    """Columns, dtypes, values and missing values; the index is not sent."""
     assert list(found.columns) == list(expected.columns)
     assert list(found.dtypes) == list(expected.dtypes)
     for name in expected.columns:
@@ -74,7 +74,7 @@ COLUMNS: dict[str, st.SearchStrategy[pd.Series]] = {
 @settings(max_examples=examples(30))
 @given(data=st.data())
 def test_a_column_is_the_same_after_the_wire(kind, data):
-    """Its values, its dtype and what stands for a missing value: transforms look at all three."""
+    """Values, dtype and missing values, all of which transforms depend on."""
     frame = pd.DataFrame({data.draw(names()): data.draw(COLUMNS[kind])})
 
     assert_same(over_the_wire(frame), frame)
@@ -168,7 +168,7 @@ def test_a_category_that_training_did_not_have_is_kept():
 
 
 def test_categories_stay_ordered():
-    """An ordered column that comes back without its order is another dtype."""
+    """An ordered column without its order would be another dtype."""
     frame = pd.DataFrame({"size": pd.Categorical(["l", "s"], categories=["s", "l"], ordered=True)})
 
     assert_same(over_the_wire(frame), frame)

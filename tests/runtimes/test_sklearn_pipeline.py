@@ -50,7 +50,7 @@ def double(X):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> Iterator[ModuleType]:
-    """A user's own module, ``acme.steps``, that nobody trusts unless told to."""
+    """A user's own module, ``acme.steps``, which is not trusted by default."""
     (tmp_path / "acme").mkdir()
     (tmp_path / "acme" / "__init__.py").write_text("")
     (tmp_path / "acme" / "steps.py").write_text(OWN_MODULE)
@@ -95,7 +95,7 @@ def forged(data: bytes, **changes: str) -> bytes:
     ids=["numpy", "columns", "ours", "sklearn", "scipy", "ufunc", "identity"],
 )
 def test_transforms_are_the_same_after_the_file(transformer):
-    """Those of scikit-learn and our own need nobody's permission."""
+    """Those of scikit-learn and our own are trusted by default."""
     transformer.fit(NUMBERS)
 
     data = dump(transformer)
@@ -179,7 +179,7 @@ def test_a_name_that_only_resembles_a_trusted_module_is_not_trusted(own, trusted
 
 @pytest.mark.parametrize("module", ["numpyx", "sklearn_extra", "scipy2.sub", "splitserve.transformersx", "splitserve"])
 def test_a_package_is_trusted_by_its_whole_name(module):
-    """Anybody can publish a package whose name begins like a trusted one's."""
+    """A package whose name merely begins like a trusted one's is not trusted."""
     data = forged(dump(StandardScaler().fit(NUMBERS)), __module__=module, __class__="StandardScaler")
 
     with pytest.raises(BundleError, match=rf"not allowed: {module}\.StandardScaler"):

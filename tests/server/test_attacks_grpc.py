@@ -229,7 +229,7 @@ async def test_unknown_methods_are_unimplemented(name: str) -> None:
     "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), bytes(1000)]
 )
 async def test_another_protocol_is_closed(data: bytes) -> None:
-    """C11: what is not HTTP/2 ends its connection, and no other."""
+    """C11: bytes that are not HTTP/2 end their connection and no other."""
     async with serving(FakeInference(ECHO)) as address, asyncio.timeout(30):
         host, _, port = address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -305,7 +305,7 @@ async def test_control_requests_name_a_model_only() -> None:
 
 @pytest.mark.parametrize("timeout", ["99999999H", "-1S", "0n", "x", "1", "", "1" * 20 + "S"])
 async def test_an_invalid_timeout_affects_no_other_call(timeout: str) -> None:
-    """C04: what cannot be read as a timeout, or lies beyond all limits, ends in a status; the deadline is clamped."""
+    """C04: an invalid or excessive timeout results in a status; the deadline is clamped."""
     async with face(max_timeout_s=100) as (channel, service), asyncio.timeout(30):
         code, _ = await ask(channel, message(), metadata=(("grpc-timeout", timeout),), timeout=None)
 
@@ -327,7 +327,7 @@ async def test_too_much_metadata_affects_no_other_call() -> None:
 
 
 async def test_an_idle_stream_delays_no_other_call() -> None:
-    """C10: clients that open streams and never write, beside one that is served."""
+    """C10: clients that open streams and never write, next to one that is served."""
     async with face() as (channel, _):
         silent = [channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")() for _ in range(50)]
         for stream in silent:
@@ -373,7 +373,7 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered() -> None:
 
 
 async def test_a_bad_message_on_a_stream_fails_alone() -> None:
-    """C10: garbage, another model, a good one, in any order: an answer for each, and the stream goes on."""
+    """C10: garbage, another model, a good one, in any order: each is answered, and the stream stays open."""
     async with face() as (channel, _), asyncio.timeout(30):
         stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
         told = []

@@ -12,7 +12,7 @@ from splitserve.server.compute import INLINE_S, Compute
 
 
 class Owner:
-    """Has work that takes a while and tells in which thread it ran."""
+    """Blocking work that records the thread in which it ran."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

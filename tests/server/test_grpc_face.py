@@ -80,7 +80,7 @@ async def test_the_remaining_time_is_sent_as_the_timeout(service: FakeInference)
 
 
 async def test_a_request_past_its_deadline_is_not_sent(service: FakeInference) -> None:
-    """Work for nobody is not begun."""
+    """A request past its deadline is not begun."""
     async with serving(service) as address, RemoteInference(address, stage="predict") as remote:
         with pytest.raises(DeadlineExceeded):
             await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(-1)))
@@ -89,7 +89,7 @@ async def test_a_request_past_its_deadline_is_not_sent(service: FakeInference) -
 
 
 async def test_callers_without_a_deadline_get_the_default(service: FakeInference) -> None:
-    """At the edge no request may take for ever."""
+    """At the proxy every request has a deadline."""
     async with serving(service, default_timeout_s=9) as address, RemoteInference(address, stage="predict") as remote:
         await remote.infer(REQUEST)
 
@@ -98,7 +98,7 @@ async def test_callers_without_a_deadline_get_the_default(service: FakeInference
 
 @pytest.mark.parametrize("kind", TABLE)
 async def test_every_error_arrives_as_what_it_was(kind: type[SplitserveError]) -> None:
-    """Class, message, stage, model and pair survive the hop."""
+    """Class, message, stage, model and pair are preserved; the stream stays open."""
     error = kind("what went wrong", stage="far", model="echo", pair="1.2")
     service = FakeInference(ECHO, answer=raising(error))
 
@@ -265,7 +265,7 @@ async def test_health_distinguishes_ready_from_accepting_calls(channel: grpc.aio
 
 
 async def test_watchers_are_notified_after_another_has_disconnected(channel: grpc.aio.Channel, service: FakeInference) -> None:
-    """A client that leaves ends its own watch. (grpcio's own servicer then told the others no more.)"""
+    """A client that disconnects ends its own watch only. (grpcio's own servicer then notified no other.)"""
     stub = health_pb2_grpc.HealthStub(channel)
     status = health_pb2.HealthCheckResponse
     async with asyncio.timeout(20):

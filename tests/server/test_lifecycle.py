@@ -1,4 +1,4 @@
-"""How a service looks at what it follows."""
+"""How a service refreshes what it depends on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.virtual_time import run
 
 
 class Followed:
-    """Is ready from its third look on; notes when it was looked at."""
+    """Is ready from its third refresh on; records when it was refreshed."""
 
     def __init__(self) -> None:
         self.looked_at: list[float] = []

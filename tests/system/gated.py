@@ -1,4 +1,4 @@
-"""A transformer that a test can hold: it says when a call has entered, and lets it go on when it is told to."""
+"""A transformer that a test can block: it signals when a call has entered, and continues when released."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ UNRELEASED = {"PREPROCESS_ALLOW_UNRELEASED_PAIRS": "true", "PREDICT_ALLOW_UNRELE
 
 
 def free_ports(n_ports: int) -> list[int]:
-    """Ports that nobody listens on now, for programs that cannot say which one they took."""
+    """Free ports, for programs that cannot report the port that they bound."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_ports)]
         return [each.getsockname()[1] for each in sockets]

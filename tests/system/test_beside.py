@@ -1,4 +1,4 @@
-"""Our client and another maker's, calling from one process: both register the package ``inference`` with protobuf."""
+"""Our client and a third-party client in one process: both register the package ``inference`` with protobuf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle published under another scikit-learn, for real: in an environment of its own."""
+"""A bundle published with another version of scikit-learn, in a separate environment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def locked_but(package: str) -> list[str]:
 
 
 def wanted_to_publish() -> list[str]:
-    """What publishing asks for."""
+    """The arguments of publishing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["publish"]]
 
@@ -75,7 +75,7 @@ def test_another_minor_version_is_refused_with_a_hint(repository: Path) -> None:
 
 
 def test_if_allowed_golden_samples_decide_and_metadata_has_a_warning(repository: Path) -> None:
-    """It serves because it answers as where it was made; nobody is left to guess."""
+    """It serves because its golden samples agree; the metadata has a warning."""
     system = System(repository, is_fused=True, PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH="true").wait_until_settled()
     try:
         wait_until(lambda: system.rest("/v2/models/iris/ready")[0] == 200, "ready")

@@ -25,7 +25,7 @@ PREDICT = "/v1/models/{}:predict"
 
 @pytest.fixture(scope="module")
 def repository(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo models, and beside them bundles that are broken, unpaired or do not fit."""
+    """The demo models, and bundles that are broken, unpaired or do not fit."""
     root = tmp_path_factory.mktemp("faults") / "models"
     shutil.copytree(demos.repository, root)
     shutil.copytree(root / "digits", root / "damaged")
@@ -69,7 +69,7 @@ def rows_of(n_features: int) -> dict[str, Any]:
     ],
 )
 def test_the_error_for_a_model_that_cannot_serve_has_the_reason(system: System, model: str, reason: str) -> None:
-    """It is known and not ready: 503 and UNAVAILABLE with the reason, on every face; the others serve on."""
+    """It is known and not ready: 503 and UNAVAILABLE with the reason, on every face; other models are served."""
     status, answer = system.rest(PREDICT.format(model), rows_of(30))
     ready_status, ready = system.rest(f"/v2/models/{model}/ready")
     with Client(system.grpc) as client, pytest.raises(Unavailable) as raised:
@@ -134,7 +134,7 @@ BAD_REQUESTS = {
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)
 def test_a_bad_request_is_answered_with_reason_and_stage(system: System, case: str) -> None:
-    """The message names the thing, what was expected and what came; `stage` the service that found it."""
+    """The message names the thing, what was expected and what was received; `stage` names the service that found it."""
     path, content, status, message, stage = BAD_REQUESTS[case]
 
     found_status, answer = system.rest(path, content)

@@ -1,4 +1,4 @@
-"""A system that is asked for three times what it can do. Its capacity is that of a transform that sleeps, one row at a time."""
+"""A system at three times its capacity, which is that of a transform that sleeps, one row at a time."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Answer(NamedTuple):
 
 
 class Load:
-    """Sends rows with a number of their own, and keeps what came back."""
+    """Sends numbered rows and records the answers."""
 
     def __init__(self, system: System) -> None:
         limits = httpx.Limits(max_connections=None)
@@ -126,5 +126,5 @@ async def test_beyond_saturation_throughput_does_not_drop(system: System) -> Non
 
 
 def answered_meanwhile(one: Answer, others: list[Answer]) -> int:
-    """How many others were answered while this one was under way."""
+    """How many others were answered while this one was in flight."""
     return sum(one.sent < other.ended < one.ended for other in others)

@@ -123,7 +123,7 @@ def test_only_selected_bundles_are_fetched(tmp_path: Path, store: ObjectStore) -
 
 
 def test_a_damaged_object_is_reported_and_unloads_nothing(tmp_path: Path, store: ObjectStore) -> None:
-    """The pair that served serves on; once the object is mended and somebody says so, the new one is served."""
+    """The previous pair keeps serving; once the object is repaired and the model reloaded, the new one is served."""
     publish(tmp_path / "models", 1)
     store.client.create_bucket(Bucket="models")
     store.upload(tmp_path / "models", "models", "prod/")
@@ -175,7 +175,7 @@ def test_an_unreliable_web_server_is_tolerated(tmp_path: Path) -> None:
 
 
 def test_an_unwritable_cache_is_reported_and_retried(tmp_path: Path, store: ObjectStore) -> None:
-    """Whoever mends it need not restart anything."""
+    """No restart is needed once it is repaired."""
     publish(tmp_path / "models", 1)
     store.client.create_bucket(Bucket="models")
     store.upload(tmp_path / "models", "models", "prod/")

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def gated_system(folder: Path, **settings: Any) -> Iterator[System]:
-    """A system with a gated model, which is let go in the end."""
+    """A system with a gated model, which is released at the end."""
     root = str(Path(__file__).parents[2])
     system = System(folder / "models", PREPROCESS_TRUSTED_MODULES=GATED, PYTHONPATH=root, **settings)
     try:
@@ -112,7 +112,7 @@ def test_predict_answers_what_is_in_flight(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_a_service_at_once(folder: Path) -> None:
-    """Whoever cannot wait for what is in flight says so twice."""
+    """A second signal does not wait for calls in flight."""
     with gated_system(folder, is_fused=True) as system, ThreadPoolExecutor() as pool:
         answer = pool.submit(over_grpc, system)
         wait_until(lambda: list(folder.glob("entered-*")), "the call in flight")

@@ -76,7 +76,7 @@ def publish_halves(repository: Path, name: str, scale: float = 2.0) -> None:
 
 
 def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
-    """What is not signed is refused until it is; what another key signed is refused for good."""
+    """An unsigned bundle is refused until it is signed; one signed with another key stays refused."""
     repository = tmp_path / "models"
     ours, others = make_keys(tmp_path), make_keys(tmp_path, "others")
     for name in ("signed", "unsigned", "foreign"):
@@ -97,7 +97,7 @@ def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["predict_service", "preprocess_service", "fused_service"])
 def test_an_invalid_key_stops_a_service_before_it_listens(tmp_path: Path, module: str) -> None:
-    """With status 2 and the variable, instead of serving what was not asked for or nothing at all."""
+    """With status 2 and the name of the variable."""
     (tmp_path / "key.pem").write_text("no key")
     answer = subprocess.run(
         [sys.executable, "-m", module], env={"MODEL_SIGNATURE_KEY": str(tmp_path / "key.pem")}, capture_output=True, text=True
@@ -140,7 +140,7 @@ def colours(*order: str) -> Pipeline:
 
 
 def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_path: Path) -> None:
-    """The pair that was serving serves on; the new one would have answered, and wrongly."""
+    """The previous pair keeps serving; the new one would have answered wrongly."""
     rows = pd.DataFrame({"colour": ["red", "green", "blue"]})
     publish(colours("red", "green", "blue"), rows, name="m", repository=tmp_path)
     request = {"instances": [{"colour": "red"}]}
@@ -219,7 +219,7 @@ def test_a_version_whose_numbers_differ_shows_the_worst_difference_everywhere(tm
 
 
 def test_nothing_is_unpickled_on_the_way_from_the_repository_to_an_answer(tmp_path: Path) -> None:
-    """Python tells of every class that an unpickler looks up; whatever the demo bundles need, it is none."""
+    """Python's audit events name every class that an unpickler looks up; for the demo bundles there is none."""
     publish(colours("red", "green", "blue"), pd.DataFrame({"colour": ["red", "green", "blue"]}), name="m", repository=tmp_path)
     joblib.dump(Path("x"), tmp_path / "control")
     (tmp_path / "check.py").write_text(CHECK)

@@ -53,7 +53,7 @@ def test_a_system_that_serves_what_was_published_passes(system: System, demos: D
 
 @pytest.mark.parametrize("way", ["rest", "grpc"])
 def test_a_system_that_answers_differently_fails(system: System, other: Path, way: str) -> None:
-    """Exit status 1, with the worst difference; the models that are right are told so."""
+    """Exit status 1, with the worst difference; models that agree are reported as such."""
     result = verify(WAYS[way](system), other, *MODELS)
 
     assert result.returncode == 1

@@ -53,7 +53,7 @@ class Crowd:
         return Process(module, {**named, f"{prefix}_WORKERS": str(N_WORKERS[prefix.lower()])})
 
     def ask(self) -> None:
-        """A request over a connection of its own."""
+        """A request over a new connection."""
         with Client(f"http://127.0.0.1:{self.http}", timeout_s=30) as client:
             client.infer("breast-cancer", {"features": np.zeros((1, 30))})
 
