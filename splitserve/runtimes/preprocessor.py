@@ -201,6 +201,8 @@ def _load(
     transformer = None
     if manifest.rows is None or manifest.rows.form != "tensors":
         warnings = _check_environment(manifest, allow_environment_mismatch)
+        for name in manifest.files:  # also the form of the transforms that does not run here: a release is of all files
+            bundle.read(name)
         if runtime == "onnx":
             preprocessor = _load_compiled(bundle)
             preprocessor.warnings = warnings
