@@ -30,7 +30,7 @@ from splitserve.versions import MAX_VERSION, MODEL_NAME, is_number
 
 
 class AlreadyPublished(BundleError):
-    """A version number that somebody has published under: a published version never changes."""
+    """A version number that is already published: a published version never changes."""
 
 
 class Repository:
@@ -184,7 +184,7 @@ class Repository:
         shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def publishing(self, model: str) -> AbstractContextManager[None]:
-        """Held while a model is published to; what killed publishers left behind is removed.
+        """Held while a model is published to; leftovers of killed publishers are removed.
 
         Raises:
             BundleError: the repository cannot be written.
@@ -200,11 +200,11 @@ class Repository:
         return release_log.append(self.root, model, make)
 
     def place(self, key: BundleKey | ReleaseKey) -> Path:
-        """Where a bundle or release is, for people."""
+        """The place of a bundle or release, for messages."""
         return self.folder(key)
 
     def route_place(self, model: str) -> Path:
-        """Where the route of a model is, for people."""
+        """The place of a model's route, for messages."""
         return self.route_file(model)
 
 

@@ -136,7 +136,7 @@ _decoder = msgspec.json.Decoder(ReleaseManifest)
 
 
 def encode(manifest: ReleaseManifest) -> bytes:
-    """The file's bytes, indented for people, with its digest filled in."""
+    """The file's bytes, indented for readers, with its digest filled in."""
     blank = msgspec.structs.replace(manifest, digest=_NO_DIGEST)
     # A field that is at its default is left out, so the digest is written by hand, as the first field.
     fields = {"digest": _NO_DIGEST, **msgspec.to_builtins(blank)}

@@ -1,6 +1,6 @@
 """The releases of a model in a folder: an append-only log that several publishers may write.
 
-A record is written under a temporary name and renamed, so a reader never sees half of one. Its sequence number is allocated by
+A record is written under a temporary name and renamed, so a reader never sees a partial one. Its sequence number is allocated by
 the exclusive creation of a file of that number, which works on network file systems and in buckets too.
 """
 
@@ -24,7 +24,8 @@ except ImportError:  # a platform without flock: scratch folders are not swept t
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".publishing"
-"""Locked, shared, by each process that publishes a model; who gets it alone knows that no scratch folder is in use."""
+"""Locked, shared, by each process that publishes a model; a process that gets it exclusively knows that no scratch folder is
+in use."""
 
 SCRATCH_PREFIX = ".scratch-"
 SCRATCH_AGE_S = 3600.0
@@ -169,7 +170,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         scratch.rename(folder)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, OSError) and folder.exists():  # renamed onto one that was written meanwhile
+        if isinstance(error, OSError) and folder.exists():  # another one was written in between
             raise FileExistsError(f"{folder} exists") from error
         raise
     _sync_folder(folder.parent)
@@ -187,7 +188,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def publishing(root: Path, model: str) -> Iterator[None]:
-    """Held while a model is published to. Who holds it alone removes what killed publishers left behind.
+    """Held while a model is published to. A process that holds it exclusively removes leftovers of killed publishers.
 
     Raises:
         BundleError: the repository cannot be written.

@@ -56,7 +56,7 @@ def decode_release(data: bytes, key: ReleaseKey) -> ReleaseManifest:
 
 
 class ReleaseSource(Protocol):
-    """What gives out the records of releases."""
+    """A source of the records of releases."""
 
     def releases(self, model: str) -> list[ReleaseKey]:
         """Keys of a model's records, by sequence, as of the last call of `bundles`.
@@ -91,8 +91,8 @@ class _Read(msgspec.Struct, frozen=True):
 class ReleaseReader:
     """Histories of models. Records never change, so each is read once, and again only when its files have changed.
 
-    A record that is invalid, or not signed where it must be, does not count; one that was valid when it was read first counts on.
-    `problems` says why. One that is listed and cannot be fetched makes the history unknown: it may withdraw a release.
+    A record that is invalid, or not signed where it must be, does not count; one that was valid when it was first read still
+    counts. `problems` says why. One that is listed and cannot be fetched makes the history unknown: it may withdraw a release.
 
     Args:
         source: has the records.
@@ -120,7 +120,7 @@ class ReleaseReader:
         return History(each.release for each in read.values() if each.release is not None)
 
     def forget(self, model: str) -> None:
-        """Read a model's records anew the next time."""
+        """Read a model's records again the next time."""
         self._known = {key: known for key, known in self._known.items() if key.model != model}
 
     def _read(self, key: ReleaseKey) -> _Read:

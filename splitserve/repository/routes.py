@@ -27,7 +27,7 @@ class RoutedPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``route.json``. ``shadow`` names a pair that gets a copy of the requests and whose answers nobody sees."""
+    """``route.json``. ``shadow`` names a pair that gets a copy of the requests and whose answers are discarded."""
 
     pairs: tuple[RoutedPair, ...]
     shadow: str = ""
@@ -53,8 +53,8 @@ def decode(data: bytes) -> Route:
     """The route in a file's bytes.
 
     Raises:
-        BundleError: not JSON, a field is unknown or of the wrong type, a name is not a pair, a weight is out of range, or it asks
-            for what cannot be followed: several pairs, or a shadow.
+        BundleError: not JSON, a field is unknown or of the wrong type, a name is not a pair, a weight is out of range, or it
+            requires what is not supported: several pairs, or a shadow.
     """
     try:
         route = _decoder.decode(data)

@@ -85,7 +85,7 @@ def _parse_policy(value: str) -> VersionPolicy:
 
 
 def half(kind: Kind, pair: Pair) -> int:
-    """The version of one half in a pair; `UNNAMED` where another maker's server has it."""
+    """The version of one half in a pair; `UNNAMED` where a third-party server has it."""
     return pair.preprocessor if kind == "preprocess" else pair.predictor
 
 

@@ -56,7 +56,8 @@ class Signer:
             self._config = signing.Config().use_elliptic_key_signer(private_key=private_key)
 
     def sign(self, bundle: ManifestFolder) -> Path:
-        """Check files of a bundle or release against its manifest and put a signature beside them; one that exists is replaced.
+        """Check files of a bundle or release against its manifest and write a signature next to them; an existing one is
+        replaced.
 
         Returns:
             The path of the signature.
@@ -69,7 +70,7 @@ class Signer:
         return self._sign(bundle.folder, _Contents.of(bundle), bundle.folder / SIGNATURE_FILE, bundle.folder.parent)
 
     def sign_route(self, model: str, file: Path, data: bytes) -> Path:
-        """Put a signature beside a model's route; one that exists is replaced.
+        """Write a signature next to a model's route; an existing one is replaced.
 
         Args:
             model: whose route.
@@ -151,7 +152,7 @@ class Verifier:
 
 
 class SignedBundles:
-    """A `BundleSource` that gives out the bundles, releases and routes of another one, if they are signed.
+    """A `BundleSource` with the signed bundles, releases and routes of another one.
 
     Args:
         source: where they are.

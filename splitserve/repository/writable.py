@@ -63,11 +63,11 @@ class WritableRepository(BundleSource, Protocol):
         ...
 
     def place(self, key: BundleKey | ReleaseKey) -> str | Path:
-        """Where a bundle or release is, for people."""
+        """The place of a bundle or release, for messages."""
         ...
 
     def route_place(self, model: str) -> str | Path:
-        """Where the route of a model is, for people."""
+        """The place of a model's route, for messages."""
         ...
 
 

@@ -206,7 +206,7 @@ class RepositorySettings(ServiceSettings):
     for at least this long."""
 
     allow_unreleased_pairs: bool = False
-    """Serve pairs that no release names: for trying things, for another maker's predict server, and for a repository that is one
+    """Serve pairs that no release names: for trying things, for a third-party predict server, and for a repository that is one
     bundle. Preprocess and predict each need it."""
 
     model_signature_key: str = Field("", validation_alias=AliasChoices("MODEL_SIGNATURE_KEY"))

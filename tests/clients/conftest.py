@@ -1,4 +1,4 @@
-"""Programs of other makers against a running split system; each has an environment of its own in .venv-clients."""
+"""Third-party programs against a running split system; each has its own environment in .venv-clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients of other makers do everything that they do against any server of the protocol."""
+"""Third-party clients work as with any server of the protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predict replaced by servers of other makers that serve the same ONNX model: the answers are the same."""
+"""Predict replaced by third-party servers of the same ONNX model: the answers are the same."""
 
 from __future__ import annotations
 

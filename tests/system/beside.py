@@ -1,4 +1,4 @@
-"""Program: call one system with another maker's client and with ours, in one process, whichever was imported first.
+"""Program: call one system with a third-party client and with ours, in one process, whichever was imported first.
 
 ``python beside.py triton|kserve ours|theirs GRPC_ADDRESS HTTP_ADDRESS`` prints the label that each call got.
 """

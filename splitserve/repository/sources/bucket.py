@@ -1,6 +1,6 @@
 """A model repository in a bucket that can be written: every file by a conditional put, each manifest last.
 
-A bucket has no rename. A bundle or release is there once its manifest is, so readers never see half of one. Two publishers that
+A bucket has no rename. A bundle or release exists once its manifest does, so readers never see a partial one. Two publishers that
 choose the same number meet at its first file, which only one of them can create; the other takes the next. Stores that ignore the
 condition of a put need one publisher at a time. What a killed publisher leaves behind has no manifest, so nobody reads it.
 """
@@ -99,7 +99,7 @@ class Bucket(RemoteRepository):
         try:
             markers, recorded = self._markers(parent), following() - 1
             for sequence in markers:
-                if sequence <= recorded:  # left by a killed publisher; nobody takes such a number any more
+                if sequence <= recorded:  # left by a killed publisher; such a number is not used again
                     unclaim(sequence)
             with release_log.allocated(following, claim, unclaim, first=max(markers, default=0) + 1) as sequence:
                 manifest, files = make(sequence)
@@ -110,7 +110,7 @@ class Bucket(RemoteRepository):
         return Release(decode(data, manifest.key), hashlib.sha256(data).hexdigest())
 
     def _markers(self, parent: str) -> list[int]:
-        """Sequence numbers that somebody allocates, or did when it was killed."""
+        """Sequence numbers that are being allocated, or were when their publisher was killed."""
         names = (path.removeprefix(f"{parent}/") for path in self._folder.list() if path.startswith(f"{parent}/"))
         return [sequence for name in names if (sequence := marked(name))]
 
@@ -126,7 +126,7 @@ class Bucket(RemoteRepository):
         """Write files that do not exist yet, in alphabetical order with the manifest last: publishers meet at the first.
 
         Raises:
-            FileExistsError: somebody has created one.
+            FileExistsError: one exists already.
             BundleError: one cannot be written.
         """
         for name in sorted(files, key=lambda each: (each == MANIFEST_FILE, each)):

@@ -237,7 +237,7 @@ def _validator(info: dict[str, Any]) -> str:
 
 
 def _is_conflict(error: BaseException | None) -> bool:
-    """Whether this is HTTP's 412 (Precondition Failed) or 409 (Conflict): somebody else has created the file."""
+    """Whether this is HTTP's 412 (Precondition Failed) or 409 (Conflict): another process has created the file."""
     if isinstance(error, FileExistsError):
         return True
     status = _status(error) if isinstance(error, Exception) else None

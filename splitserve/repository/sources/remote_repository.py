@@ -124,7 +124,9 @@ class RemoteRepository:
         return data, self._cache.place(f"{folder}/{MANIFEST_FILE}", data).parent
 
     def stamp(self, key: _Key, /) -> str:
-        """What the last look says of its files: a bucket knows when each has changed, an index only of manifest and signature."""
+        """What the last poll says about its files: a bucket has the change time of each, an index only digests of manifest
+        and signature.
+        """
         return "\n".join(sorted(self._polled().stamps.get(key, ())))
 
     def keys(self) -> list[BundleKey | ReleaseKey]:
