@@ -1,0 +1,143 @@
+"""Whole pipelines that are published one after the other while clients call: no answer is of a mixture, and none is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
+
+from splitserve import Client, publish
+from splitserve.errors import SplitserveError
+from tests.system.processes import Process, System, free_ports, wait_until
+
+ROWS = np.random.default_rng(0).normal(loc=5, size=(40, 3))
+TARGETS = ROWS @ [1.0, 2.0, 3.0] + 1000
+ROW = ROWS[:1]
+
+RELATIVE = 1e-4
+"""A mixture of two publishes is off by a tenth or more."""
+
+
+def pipeline(number: int) -> Pipeline:
+    """Each is fitted on other data than the one before, and scales in the other way: every mixed pair fits, and is wrong."""
+    scaler = StandardScaler() if number % 2 else MinMaxScaler()
+    return make_pipeline(scaler, Ridge(alpha=1e-3)).fit(ROWS * (1 + number / 10), TARGETS * number)
+
+
+class Callers:
+    """Threads that call without naming a version; each answer is held against the release that it names."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._stop = threading.Event()
+        self.truths: dict[str, float] = {}
+        self.n_answers = 0
+        self.releases: set[str] = set()
+        self.complaints: list[str] = []
+        self._threads = [threading.Thread(target=target) for target in (self._over_rest, self._over_grpc) * 2]
+
+    def __enter__(self) -> Callers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _check(self, release: str, value: Any) -> None:
+        self.n_answers += 1
+        self.releases.add(release)
+        truth = self.truths.get(release)
+        if truth is None or not np.allclose(np.ravel(value), truth, rtol=RELATIVE):
+            self.complaints.append(f"{release} answered {value}, its pipeline {truth}")
+
+    def _over_rest(self) -> None:
+        request = {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 3], "data": ROW.ravel().tolist()}]}
+        while not self._stop.is_set():
+            status, answer = self._system.rest("/v2/models/m/infer", request)
+            if status == 200:
+                self._check(answer["model_version"], answer["outputs"][0]["data"])
+            else:
+                self.complaints.append(f"{status} {answer}")
+
+    def _over_grpc(self) -> None:
+        with Client(self._system.grpc, max_attempts=1) as client:
+            while not self._stop.is_set():
+                try:
+                    answer = client.infer("m", {"features": ROW})
+                except SplitserveError as error:
+                    self.complaints.append(error.message)
+                else:
+                    self._check(answer.version, next(iter(answer.values())))
+
+
+class Replicated(System):
+    """Two processes of preprocess and of predict each, which poll at their own times."""
+
+    def __init__(self, models: Path) -> None:
+        self._environment = {"MODEL_REPOSITORY": str(models)}
+        predict, preprocess = free_ports(2)
+        self.processes = {
+            "predict": Process("predict_service", self._of("PREDICT", predict, 0.3), arguments=["--workers", "2"]),
+            "preprocess": Process(
+                "preprocess_service",
+                {**self._of("PREPROCESS", preprocess, 0.2), "PREPROCESS_PREDICT_TARGET": f"127.0.0.1:{predict}"},
+                arguments=["--workers", "2"],
+            ),
+        }
+        self._start_edge("proxy", "proxy", PROXY_PREPROCESS_TARGET=f"127.0.0.1:{preprocess}")
+
+    def _of(self, prefix: str, port: int, refresh_s: float) -> dict[str, str]:
+        return {**self._environment, f"{prefix}_GRPC_PORT": str(port), f"{prefix}_REFRESH_INTERVAL_S": str(refresh_s)}
+
+
+def publish_under_load(tmp_path: Path, n_publishes: int, *, is_fused: bool, interval_s: float) -> Callers:
+    """Publish again and again, and wait until the last release serves."""
+    first = pipeline(1)
+    publish(first, ROWS, name="m", repository=tmp_path)
+    quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1"}
+    system = System(tmp_path, is_fused=True, **quick) if is_fused else Replicated(tmp_path)
+    try:
+        wait_until(lambda: system.rest("/v2/models/m/ready")[0] == 200, "the first release")
+        callers = Callers(system)
+        callers.truths["1.1"] = float(first.predict(ROW)[0])
+        with callers:
+            for number in range(2, n_publishes + 2):
+                began, made = time.monotonic(), pipeline(number)
+                callers.truths[f"{number}.{number}"] = float(made.predict(ROW)[0])
+                publish(made, ROWS, name="m", repository=tmp_path)
+                threading.Event().wait(max(0.0, interval_s - (time.monotonic() - began)))
+            last = f"{n_publishes + 1}.{n_publishes + 1}"
+            wait_until(lambda: last in callers.releases, f"answers of {last}")
+    finally:
+        system.stop()
+    return callers
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
+def test_every_answer_is_that_of_the_release_that_it_names(tmp_path: Path, is_fused: bool) -> None:
+    """While versions are published as fast as they can be, with replicas that poll out of phase."""
+    callers = publish_under_load(tmp_path, 4, is_fused=is_fused, interval_s=0)
+
+    assert callers.complaints == []
+    assert callers.n_answers > 100
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
+def test_twenty_publishes_a_second_apart_lose_nothing(tmp_path: Path, is_fused: bool) -> None:
+    """As a pipeline of experiments does; thousands of requests, compared one by one."""
+    callers = publish_under_load(tmp_path, 20, is_fused=is_fused, interval_s=1)
+
+    print(f"{callers.n_answers} answers of {len(callers.releases)} releases")
+    assert callers.complaints == []
+    assert callers.n_answers > 2000
