@@ -15,6 +15,7 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
 from splitserve import Client, publish
 from splitserve.errors import SplitserveError
+from splitserve.publishing.from_bundles import rollback, withdraw
 from tests.system.processes import Process, System, free_ports, wait_until
 
 ROWS = np.random.default_rng(0).normal(loc=5, size=(40, 3))
@@ -141,3 +142,67 @@ def test_twenty_publishes_a_second_apart_lose_nothing(tmp_path: Path, is_fused: 
     print(f"{callers.n_answers} answers of {len(callers.releases)} releases")
     assert callers.complaints == []
     assert callers.n_answers > 2000
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
+def test_a_release_that_is_rolled_back_or_withdrawn_under_load_loses_no_request(tmp_path: Path, is_fused: bool) -> None:
+    """Requests without a version are bound to the release before it; what was bound to it already is answered."""
+    made = {f"{number}.{number}": pipeline(number) for number in (1, 2, 3)}
+    for each in made.values():
+        publish(each, ROWS, name="m", repository=tmp_path)
+    quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1"}
+    system = System(tmp_path, is_fused=True, **quick) if is_fused else Replicated(tmp_path)
+
+    def default() -> Any:
+        return system.rest("/v2/models/m")[1].get("properties", {}).get("default")
+
+    try:
+        wait_until(lambda: default() == "3.3", "the newest release")
+        callers = Callers(system)
+        callers.truths = {pair: float(each.predict(ROW)[0]) for pair, each in made.items()}
+        with callers:
+            rollback("m", repository=tmp_path)
+            wait_until(lambda: default() == "2.2", "the release before it")
+            withdraw("m", 2, repository=tmp_path)
+            withdraw("m", 4, repository=tmp_path)
+            wait_until(lambda: default() == "3.3", "the one that is left and newer")
+            versions = system.rest("/v2/models/m")[1]["versions"]
+            with Client(system.grpc) as client:
+                still = client.infer("m", {"features": ROW}, version="2.2")
+    finally:
+        system.stop()
+
+    assert callers.complaints == []
+    assert "2.2" not in versions
+    np.testing.assert_allclose(np.ravel(next(iter(still.values()))), callers.truths["2.2"], rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("is_gone", ["root", "contents"])
+def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Path, is_gone: str) -> None:
+    """Absence is not withdrawal: what was loaded serves on and says why, until the repository can be read again."""
+    models, away = tmp_path / "models", tmp_path / "away"
+    first = pipeline(1)
+    publish(first, ROWS, name="m", repository=models)
+    quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_UNLOAD_DELAY_S": "0.2"}
+    system = System(models, is_fused=True, PREDICT_UNLOAD_DELAY_S="0.2", **quick)
+
+    def reason() -> str:
+        return str(system.rest("/v2/repository/index", {})[1][0]["reason"])
+
+    try:
+        wait_until(lambda: system.rest("/v2/models/m/ready")[0] == 200, "the first release")
+        callers = Callers(system)
+        callers.truths["1.1"] = float(first.predict(ROW)[0])
+        with callers:
+            source, target = (models, away) if is_gone == "root" else (models / "m", away)
+            source.rename(target)
+            gone = wait_until(reason, "the reason")
+            n_answers = callers.n_answers
+            wait_until(lambda: callers.n_answers > n_answers + 200, "answers meanwhile")
+            target.rename(source)
+            wait_until(lambda: not reason(), "the repository read again")
+    finally:
+        system.stop()
+
+    assert callers.complaints == []
+    assert "no such folder" in gone or "are not in the repository any more" in gone
