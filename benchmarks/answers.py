@@ -10,7 +10,7 @@ import grpc
 
 from benchmarks.loads import STREAM_PATH, UNARY_PATH
 from benchmarks.processes import BenchmarkError
-from benchmarks.workloads import N_ROWS, Body, Workload
+from benchmarks.workloads import N_ROWS, RestBody, Workload
 from splitserve.arrays import Array
 
 _N_CALLERS = 16
@@ -21,7 +21,7 @@ ComparedOutput = Callable[[int], Array | None]
 """The answer's compared output for a row, by its number."""
 
 
-def post(address: str, model: str, body: Body) -> tuple[int, bytes, int | None]:
+def post(address: str, model: str, body: RestBody) -> tuple[int, bytes, int | None]:
     """Status, body and length of the JSON part of an answer in binary form."""
     connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_S)
     try:
@@ -33,7 +33,7 @@ def post(address: str, model: str, body: Body) -> tuple[int, bytes, int | None]:
         connection.close()
 
 
-def is_answering(address: str, model: str, body: Body) -> bool:
+def is_answering(address: str, model: str, body: RestBody) -> bool:
     """Whether this request is answered with 200."""
     try:
         return post(address, model, body)[0] == 200
@@ -52,7 +52,7 @@ def is_answering_grpc(address: str, workload: Workload) -> bool:
         return True
 
 
-def check_rest(address: str, workload: Workload, form: Callable[[int], Body]) -> None:
+def check_rest(address: str, workload: Workload, form: Callable[[int], RestBody]) -> None:
     """Raises:
     BenchmarkError: an answer is not the original pipeline's.
     """

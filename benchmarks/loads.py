@@ -20,7 +20,7 @@ import msgspec
 
 from benchmarks.latencies import LoadResult, of_latencies
 from benchmarks.processes import BenchmarkError
-from benchmarks.workloads import Body, Workload, grpc_frame
+from benchmarks.workloads import RestBody, Workload, grpc_frame
 
 TOOLS = {"wrk": "wrk", "h2load": "nghttp2-client"}
 """Programs that are needed, and the Debian packages that have them."""
@@ -41,7 +41,7 @@ def missing_tools() -> list[str]:
     return [f"{tool} (Debian: apt-get install {package})" for tool, package in TOOLS.items() if not shutil.which(tool)]
 
 
-def rest(address: str, model: str, body: Body, *, concurrency: int, seconds: float) -> LoadResult:
+def rest(address: str, model: str, body: RestBody, *, concurrency: int, seconds: float) -> LoadResult:
     """Load by wrk, which takes whole seconds only: a connection for each request in flight."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(body.content)
@@ -115,7 +115,7 @@ def grpc_stream(address: str, workload: Workload, *, concurrency: int, seconds: 
     return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)
 
 
-def open_loop(address: str, model: str, body: Body, *, per_s: float, seconds: float) -> LoadResult:
+def open_loop(address: str, model: str, body: RestBody, *, per_s: float, seconds: float) -> LoadResult:
     """Load by `benchmarks.open_loop`, a process of its own."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "body")

@@ -20,7 +20,7 @@ N_ROWS = 64
 JSON_HEADERS = (("content-type", "application/json"),)
 
 
-class Body(NamedTuple):
+class RestBody(NamedTuple):
     """A REST request: its bytes and headers."""
 
     content: bytes
@@ -51,17 +51,17 @@ class Workload(NamedTuple):
         """Bytes of one row's tensors."""
         return sum(len(tensor.raw) for tensor in self.tensors(0))
 
-    def rest_json(self, index: int) -> Body:
+    def rest_json(self, index: int) -> RestBody:
         inputs = [_json_tensor(tensor, self.rows[index % len(self.rows)][tensor.name]) for tensor in self.tensors(index)]
-        return Body(json.dumps({"inputs": inputs}).encode(), JSON_HEADERS)
+        return RestBody(json.dumps({"inputs": inputs}).encode(), JSON_HEADERS)
 
-    def rest_binary(self, index: int) -> Body:
+    def rest_binary(self, index: int) -> RestBody:
         """Source: Triton, "Binary Tensor Data Extension"."""
         tensors = self.tensors(index)
         inputs = [_described(tensor, parameters={"binary_data_size": len(tensor.raw)}) for tensor in tensors]
         header = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
         headers = (("content-type", "application/octet-stream"), ("inference-header-content-length", str(len(header))))
-        return Body(b"".join((header, *(tensor.raw for tensor in tensors))), headers)
+        return RestBody(b"".join((header, *(tensor.raw for tensor in tensors))), headers)
 
     def grpc(self, index: int, request_id: str = "") -> bytes:
         """A ModelInferRequest; raw contents."""

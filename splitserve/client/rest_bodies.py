@@ -117,22 +117,22 @@ class _DecodedAnswer(msgspec.Struct):
     parameters: dict[str, Any] | None = None
 
 
-class _Spec(msgspec.Struct):
+class _DecodedSpec(msgspec.Struct):
     name: str
     datatype: str
     shape: list[int]
 
 
-class _Metadata(msgspec.Struct):
+class _DecodedMetadata(msgspec.Struct):
     name: str
-    inputs: list[_Spec] = []
-    outputs: list[_Spec] = []
+    inputs: list[_DecodedSpec] = []
+    outputs: list[_DecodedSpec] = []
     versions: list[str] | None = None
     platform: str = ""
     properties: dict[str, str] | None = None
 
 
-_TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _Metadata, "index": list[ModelState]}
+_TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _DecodedMetadata, "index": list[ModelState]}
 _DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
 _answer_decoder = msgspec.json.Decoder(_DecodedAnswer)
 
@@ -159,7 +159,7 @@ def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> An
         answer = decode_json(body, _DECODERS[ask.verb])
     except InvalidInput as error:  # not the caller's fault
         raise Failed(PairMismatch(f"malformed response: {error.message}", stage="server")) from error
-    return _model_metadata(answer) if isinstance(answer, _Metadata) else answer
+    return _model_metadata(answer) if isinstance(answer, _DecodedMetadata) else answer
 
 
 def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:
@@ -238,7 +238,7 @@ def _pack_json(item: _DecodedOutput) -> bytes:
     return pack_values(what, datatype_of(what, item.datatype), values)
 
 
-def _model_metadata(answer: _Metadata) -> ModelMetadata:
+def _model_metadata(answer: _DecodedMetadata) -> ModelMetadata:
     return ModelMetadata(
         name=answer.name,
         versions=tuple(answer.versions or ()),
@@ -249,7 +249,7 @@ def _model_metadata(answer: _Metadata) -> ModelMetadata:
     )
 
 
-def _spec(spec: _Spec) -> TensorSpec:
+def _spec(spec: _DecodedSpec) -> TensorSpec:
     """Variable dimensions are named by their position, as in `splitserve.oip.protobuf.decode_metadata`."""
     shape = tuple(size if size >= 0 else f"d{axis}" if axis else "batch" for axis, size in enumerate(spec.shape))
     return TensorSpec(spec.name, spec.datatype, shape)

@@ -152,13 +152,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     golden: GoldenRows = "rows"
 
 
-class _Versioned(msgspec.Struct):
+class _ManifestVersion(msgspec.Struct):
     schema_version: int
 
 
 # Created at import: msgspec inspects a type when its first decoder is created, models load in parallel, and two threads that
 # create the first decoder at the same time crash the process.
-_version_decoder = msgspec.json.Decoder(_Versioned)
+_version_decoder = msgspec.json.Decoder(_ManifestVersion)
 _decoder = msgspec.json.Decoder(Manifest)
 
 

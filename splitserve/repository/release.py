@@ -126,12 +126,12 @@ class ReleaseManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return ReleaseKey(self.model, self.sequence, pair)
 
 
-class _Versioned(msgspec.Struct):
+class _ReleaseVersion(msgspec.Struct):
     schema_version: int
 
 
 # Made at import: two threads that make the first decoder of a type at the same time crash the process.
-_version_decoder = msgspec.json.Decoder(_Versioned)
+_version_decoder = msgspec.json.Decoder(_ReleaseVersion)
 _decoder = msgspec.json.Decoder(ReleaseManifest)
 
 
