@@ -115,8 +115,8 @@ def main() -> None:
         chapter("4. A file in the bucket is damaged")
         file = "rents/predict/2/model.onnx"
         damage(repository, file)
-        say(f"One bit of {file} is not what it was. The matrix sees it before anybody loads it:")
-        splitserve("matrix", "--repository", repository)
+        say(f"One bit of {file} is not what it was. The matrix sees it before anybody loads it, and would stop a deployment:")
+        splitserve("matrix", "--repository", repository, status=1)
         say("The system has long loaded the file as it was, and serves on:")
         calls.report(expected={"1.1", "2.2", "3.2"})
 

@@ -99,7 +99,7 @@ def test_the_index_lists_what_is_refused_and_why(system: System) -> None:
 BAD_REQUESTS = {
     "unknown model": ("/v2/models/nope/infer", {"inputs": []}, 404, "Request for unknown model: 'nope'", "proxy"),
     "unknown pair": ("/v2/models/digits/versions/7.1/infer", {"inputs": []}, 404, "version 7.1", "proxy"),
-    "not a pair": ("/v2/models/digits/versions/1/infer", {"inputs": []}, 404, 'a pair is written "K.M"', "proxy"),
+    "not a pair": ("/v2/models/digits/versions/v1/infer", {"inputs": []}, 404, 'a pair is written "K.M"', "proxy"),
     "missing input": ("/v2/models/digits/infer", {"inputs": []}, 400, 'missing input "image"', "proxy"),
     "wrong shape": (
         "/v2/models/digits/infer",

@@ -13,7 +13,11 @@ def test_both_halves_serve_a_model_by_kserves_arguments(demos: Demos) -> None:
     """Predict has one bundle, preprocess the model's folder; callers reach the transformer over gRPC."""
     folder = demos.repository / MODEL
     common = [f"--model_name={MODEL}", "--http_port=8080", "--grpc_port=0"]
-    predict = Process("predict_service", {}, arguments=[*common, f"--model_dir={folder / 'predict' / '1'}"])
+    predict = Process(
+        "predict_service",
+        {"PREDICT_ALLOW_UNRELEASED_PAIRS": "true"},
+        arguments=[*common, f"--model_dir={folder / 'predict' / '1'}"],
+    )
     processes = [predict]
     try:
         host = f"127.0.0.1:{predict.wait_for('listening')['grpc_port']}"
