@@ -169,9 +169,7 @@ def _run(source: BundleSource, release: Release, loaders: Mapping[Kind, _Loader]
 
     with _Trying(str(release.key)) as trying:
         if release.manifest.proven == "server":
-            raise BundleError(
-                "its predictor is another maker's server, which is not in the repository: splitserve verify asks it"
-            )
+            raise BundleError("its predictor is a third-party server, which is not in the repository: splitserve verify asks it")
         first, second = _halves(source, release)
         whole = WholeRelease(*(load_fetched(each, loaders[each.key.kind]) for each in (first, second)))
         record = source.open_release(release.key)
@@ -381,7 +379,7 @@ class _Judge:
         return found
 
 
-_NOT_ASKED = "its predictor is another maker's server, which is not asked here: splitserve verify asks it"
+_NOT_ASKED = "its predictor is a third-party server, which is not asked here: splitserve verify asks it"
 
 
 def _made_with(manifest: Manifest) -> str:

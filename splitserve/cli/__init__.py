@@ -158,9 +158,7 @@ def release(
     rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Record the release; without it nothing is written.")] = False,
     withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back.")] = False,
-    predict: Annotated[
-        str, typer.Option(help="HOST:PORT of another maker's predict server, which has the predictor; gRPC.")
-    ] = "",
+    predict: Annotated[str, typer.Option(help="HOST:PORT of a third-party predict server, which has the predictor; gRPC.")] = "",
     accept_changed_features: Annotated[
         bool,
         typer.Option("--accept-changed-features", help="Although features differ from those that the predictor was trained on."),
@@ -180,7 +178,7 @@ def release(
 ) -> None:
     """Prove a pair of halves that were published apart, and release it.
 
-    The predictor may also be in a running server of another maker (--predict); M is 0 where it does not number its versions.
+    The predictor may also be in a running third-party server (--predict); M is 0 where it does not number its versions.
     Runs the two together, compares features with those that the predictor was trained on and answers with those of the release
     that serves now, and shows what changes. With --yes it records the release: from then on the pair serves.
     """
@@ -240,7 +238,7 @@ def publish_test_models(repository: WritableOption = DEFAULT_REPOSITORY) -> None
 
 @app.command()
 def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
-    """List the bundles of a model repository."""
+    """List the bundles of a model repository, and which pair of each model is released."""
     from splitserve.cli.models import run
 
     raise typer.Exit(run(repository))

@@ -8,7 +8,7 @@ import sys
 from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.oip.messages import READY, ModelState
+from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, ModelState
 
 
 def run(url: str) -> int:
@@ -21,8 +21,16 @@ def run(url: str) -> int:
     if not states:
         print(f"{url}: {reason}", file=sys.stderr)
         return 1
-    print_table(("model", "version", "state", "reason"), [(s.name, s.version, s.state, s.reason) for s in states])
+    print_table(("model", "version", "release", "state", "reason"), map(_row, states))
     return int(not any(state.state == READY for state in states))
+
+
+def _row(state: ModelState) -> tuple[str, ...]:
+    """A version, with the sequence number of its release and whether requests that name no version get it."""
+    release = state.properties.get(RELEASE_SEQUENCE, "-")
+    if state.properties.get(DEFAULT) == "true":
+        release += ", default"
+    return state.name, state.version, release, state.state, state.reason
 
 
 async def _look(url: str) -> tuple[list[ModelState], str]:

@@ -143,7 +143,7 @@ def propose(
         trusted_modules: modules of your own transformers.
         allow_environment_mismatch: as the service's setting.
         allow_unsafe_pickle: as the service's setting.
-        server: the predictor in a running server of another maker; by default its bundle in the repository. M is 0 where the
+        server: the predictor in a running third-party server; by default its bundle in the repository. M is 0 where the
             server does not number its versions.
 
     Raises:

@@ -70,7 +70,7 @@ def record(
         repository: where the bundles are.
         whole: both halves, loaded.
         preprocessor: its bundle as it is in the repository.
-        predictor: its bundle as it is in the repository; None: a running server of another maker.
+        predictor: its bundle as it is in the repository; None: a running third-party server.
         golden: as `proven_golden` gives it.
         proven: how the pair was proven.
         compared: what was compared.

@@ -40,6 +40,7 @@ from splitserve.repository.folder import Repository
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import BundleError, Tolerance
 from splitserve.runtimes import predictor as predictors
+from tests.budgets import examples
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
@@ -81,7 +82,7 @@ def changed(path: Path, data: bytes) -> Iterator[None]:
         path.write_bytes(before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(file=st.sampled_from(FILES), place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_no_byte_can_be_changed(published: Path, file: str, place: float, flip: int) -> None:
     """In a bundle or in a release: at the next load it does not serve. The other release does."""
@@ -125,7 +126,7 @@ def edited(content: Any, path: tuple[Any, ...], edit: str) -> Any:
 MANIFESTS = [file for file in FILES if file.endswith("manifest.json")]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(400), deadline=None)
 @given(file=st.sampled_from(MANIFESTS), edit=st.sampled_from(["change", "delete", "null"]), data=st.data())
 def test_no_field_can_be_changed(published: Path, file: str, edit: str, data: st.DataObject) -> None:
     """Of any manifest, nested ones too: names, digests, tolerances, labels, environment, when it was made."""

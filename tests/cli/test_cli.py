@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from splitserve import publish_predictor
 from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
-from splitserve.oip.messages import UNAVAILABLE, InferRequest, InferResponse, ModelState
+from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, UNAVAILABLE, InferRequest, InferResponse, ModelState
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.signing import Verifier
@@ -347,6 +347,21 @@ async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
 
     assert (some.returncode, none.returncode) == (0, 1)
     assert "damaged" in some.stdout
+
+
+async def test_health_says_which_release_serves_by_default() -> None:
+    """As the index says it; a third-party server may say nothing."""
+    service = echo_service()
+    service.states = [
+        ModelState("m", "1.1", READY, properties={RELEASE_SEQUENCE: "3", DEFAULT: "true"}),
+        ModelState("m", "2.1", READY, properties={RELEASE_SEQUENCE: "2"}),
+        ModelState("n", "1.0", READY),
+    ]
+
+    shown = await run_beside(service, "health")
+
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    assert lines[1:] == ["m 1.1 3, default READY", "m 2.1 2 READY", "n 1.0 - READY"]
 
 
 async def test_health_says_what_is_waited_for_where_no_model_is_known() -> None:

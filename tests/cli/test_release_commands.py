@@ -106,3 +106,23 @@ def test_rows_of_ones_own_are_compared_too(models: Path, tmp_path: Path) -> None
     more = splitserve("release", "m", "2.1", "-r", models, "--rows", tmp_path / "more.npy").stdout
 
     assert int(more.split("fit; ")[1].split()[0]) == int(few.split("fit; ")[1].split()[0]) + 40
+
+
+def test_models_says_what_is_released_and_what_is_not(models: Path) -> None:
+    """The current release, the earlier ones, and versions that no release names."""
+    splitserve("release", "m", "2.1", "-r", models, "--yes")
+
+    listed = splitserve("models", "-r", models)
+
+    line = " ".join(listed.stdout.splitlines()[-1].split())
+    assert (listed.exit_code, line) == (0, "m 2 2.1 1 (1.1) preprocess 3")
+
+
+def test_models_names_a_record_that_cannot_be_read(models: Path) -> None:
+    (models / "m" / "releases" / "0001-1.1" / "manifest.json").write_text("{}")
+
+    listed = splitserve("models", "-r", models)
+
+    assert listed.exit_code == 1
+    assert "m/releases/0001-1.1: manifest.json" in listed.stderr
+    assert "none" in listed.stdout.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A preprocessor is proven against the running predict server of another maker."""
+"""A preprocessor is proven against the running third-party predict server."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ async def test_the_matrix_tries_the_half_that_is_in_the_repository(models: Path)
 
     (release,) = matrix.releases
     assert (release.pair, release.serves, release.verdicts[HERE].is_admitted) == ("1.0", "by default", True)
-    assert "another maker's server" in release.verdicts[HERE].warnings[0]
+    assert "a third-party server" in release.verdicts[HERE].warnings[0]
     assert matrix.problems == ()
 
 
