@@ -44,6 +44,7 @@ async def serve(config: ProxySettings) -> None:
         )
         service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         faces = await process.enter_async_context(Faces(service, config))
+        process.push_async_callback(preprocess.close)
         for store in (predictors, preprocessors):
             process.callback(store.close)
         await process.serve(

@@ -38,6 +38,7 @@ async def serve(config: settings.PreprocessSettings) -> None:
             GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=config.byte_budget())
         )
         process.callback(preprocessors.close)
+        process.push_async_callback(service.close)
         await process.serve(
             face,
             keep_refreshing(preprocessors, interval_s=config.refresh_interval_s),
