@@ -7,22 +7,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from splitserve.checks.verify import golden_rows
 from splitserve.errors import InvalidInput
 from splitserve.oip.rest import json_values
-from splitserve.repository import golden
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError
+from splitserve.repository.manifest import BundleError
+from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.sources import source_of
 from splitserve.tensors import Tensor
 
 
 def golden_instance(where: str | Path, model: str) -> Any:
-    """The first golden sample of a model's newest preprocessor as a V1 instance; None if JSON cannot represent it."""
+    """The first golden row of a model's current release as a V1 instance; None if there is none, or JSON cannot represent it."""
     try:
         source = source_of(where, cache=os.environ.get("MODEL_CACHE", ""))
-        bundle = source.open(max(key for key in source.bundles() if (key.model, key.kind) == (model, "preprocess")))
-        manifest = bundle.manifest
-        samples = golden.decode(bundle.read(GOLDEN_FILE), manifest.inputs, manifest.outputs)
-        values = {tensor.name: _first_row(tensor) for tensor in samples.inputs}
+        list(source.bundles())
+        current = ReleaseReader(source).history(model).current()
+        if current is None:
+            return None
+        values = {tensor.name: _first_row(tensor) for tensor in golden_rows(source, current).inputs}
     except (ValueError, BundleError, InvalidInput):
         return None
     return values if len(values) > 1 else next(iter(values.values()))

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, PowerTr
 
 from splitserve import publish, publish_predictor, publish_preprocessor, release
 from splitserve.checks.matrix import HERE, Matrix, Report, examine, judge
+from splitserve.checks.verify import golden_rows
 from splitserve.publishing.convert import to_onnx
 from splitserve.repository import environment
+from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import Kind
+from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.source import BundleSource
 from splitserve.repository.sources.local_folder import LocalFolder
+from splitserve.runtimes import predictor as predictors
+from splitserve.runtimes import preprocessor as preprocessors
+from splitserve.runtimes.release import WholeRelease, check_answer
+from tests.demo_models import Demos
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 SCALER = StandardScaler().fit(IRIS)
@@ -175,6 +183,27 @@ def test_halves_that_were_refitted_to_the_same_numbers(published: Path, tmp_path
     release("m", "2.1", repository=models)
 
     assert serving(models) == ["1.1", "2.1"]
+
+
+def test_replaying_a_release_adds_less_than_50_ms_to_loading(demos: Demos) -> None:
+    """For the demo models, with the record and its golden rows read from disk. The fastest of several counts."""
+    repository = Repository(demos.repository)
+    for model in demos.models:
+        release = ReleaseReader(repository).history(model).current()
+        assert release is not None
+        whole = WholeRelease(
+            preprocessors.load(repository.open(BundleKey(model, "preprocess", release.pair.preprocessor))),
+            predictors.load(repository.open(BundleKey(model, "predict", release.pair.predictor))),
+        )
+
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            golden = golden_rows(repository, release)
+            check_answer(release.manifest, golden, whole.infer(golden.inputs))
+            times.append(time.perf_counter() - started)
+
+        assert min(times) < 0.05, model
 
 
 # Another CPU: other code paths of numpy and of OpenBLAS round the last places differently
