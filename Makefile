@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-kserve test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-intermediaries test-intermediaries-long test-kserve test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -20,6 +20,8 @@ help:
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
+	@echo "make test-intermediaries  tests behind nginx, haproxy and Envoy, and with gRPC clients in other languages; installs them"
+	@echo "make test-intermediaries-long  streams of five minutes and a soak of ten behind them"
 	@echo "make fix           apply the formatter and the linter's fixes"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to check that it runs"
 	@echo "make bench-peers   compare them with other systems, each in its own environment; BENCH=... as above"
@@ -93,7 +95,7 @@ test: check
 	@$(MAKE) --no-print-directory heavy
 
 test-long: $(BIN)/.installed
-	$(BIN)/pytest -m long
+	$(BIN)/pytest -m "long and not intermediaries"
 
 # Fuzzes each decoder and connection for SECONDS. Findings are kept in tests/fuzz/corpus.
 SECONDS ?= 60
@@ -111,6 +113,14 @@ test-imagenet: $(BIN)/.installed .venv-imagenet/.installed
 
 test-clients: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m clients tests/clients
+
+test-intermediaries: $(BIN)/.installed
+	bash tests/intermediaries/install.sh
+	$(BIN)/pytest -n 0 -m "intermediaries and not long" tests/intermediaries tests/clients
+
+test-intermediaries-long: $(BIN)/.installed
+	bash tests/intermediaries/install.sh
+	$(BIN)/pytest -n 0 -m "intermediaries and long" tests/intermediaries tests/clients
 
 conformance: $(BIN)/.installed
 	$(BIN)/python -m tests.contracts.report

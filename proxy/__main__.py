@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, settings
+
+FIRST_REFRESH_TIMEOUT_S = 2.0
+"""The ports are opened after this even if preprocess has not answered: clients then learn why the proxy is not ready."""
 
 
 async def serve(config: ProxySettings) -> None:
@@ -23,6 +29,9 @@ async def serve(config: ProxySettings) -> None:
             indexes=preprocess.indexes,
             max_message_bytes=config.max_message_bytes,
         )
+        # Balancers without health checks send calls as soon as a port is open. The models are known by then if preprocess answers.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.refresh(), FIRST_REFRESH_TIMEOUT_S)
         faces = await process.enter_async_context(Faces(service, config))
         await process.serve(
             faces,
