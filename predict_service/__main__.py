@@ -1,4 +1,4 @@
-"""``python -m predict_service``: its life, from settings to stop."""
+"""``python -m predict_service``: the process, from settings to shutdown."""
 
 from __future__ import annotations
 

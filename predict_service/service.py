@@ -104,7 +104,7 @@ class PredictService:
             outputs = await self._compute.run(
                 predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch, canceller
             )
-        except asyncio.CancelledError:  # all have left, or their time is over
+        except asyncio.CancelledError:  # no caller waits, or the deadline has passed
             canceller.cancel()
             raise
         self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)

@@ -31,7 +31,7 @@ _STATES = (READY, LOADING, UNAVAILABLE)
 
 
 class OipServer(InferenceService, Protocol):
-    """A server of the protocol, behind a channel."""
+    """A server of the protocol, over gRPC."""
 
     async def is_ready(self, model: str, version: str = "") -> bool: ...
 
@@ -64,7 +64,7 @@ class AnyServer:
         return await self._server.metadata(model, "" if version == str(UNNAMED) else version)
 
     async def index(self) -> list[ModelState]:
-        """All versions, or those of `models` where the server has no index or shows it to nobody."""
+        """All versions, or those of `models` where the server has no index or denies access to it."""
         return merged_index(await self.indexes())
 
     async def indexes(self) -> list[list[ModelState]]:

@@ -41,7 +41,7 @@ REPLAY_TIMEOUT_S = 60.0
 """Most time that one call to predict with golden rows may take."""
 
 REPEAT_S = 600.0
-"""How often a release with another maker's predict server is proven again: nobody tells when what it serves has changed."""
+"""How often a release with a third-party predict server is proven again: such a server does not report changes of its model."""
 
 AT_A_TIME = 2
 
@@ -76,7 +76,7 @@ class GoldenReplay:
 
     Args:
         preprocessors: has the golden samples.
-        predict: the service behind.
+        predict: the next service.
         compute: where transforms run.
         max_message_bytes: the largest message to predict; golden rows are sent in chunks below half of it.
         clock: seconds that never go back.

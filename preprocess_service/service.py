@@ -67,7 +67,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
-        """Of each call to predict: which bundle is expected, if predict is one of ours and tells what it has."""
+        """Parameters of each call to predict: the digest of the expected bundle, if predict is ours and reports digests."""
         digest = self.predictor.properties.get(MANIFEST_SHA256, "")
         return {EXPECTED_MANIFEST: digest} if digest else {}
 
@@ -96,7 +96,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
 
 
 class PreprocessService:
-    """An `InferenceService` over pairs: the preprocessors here with the predictors of the service behind.
+    """An `InferenceService` over pairs: the preprocessors here with the predictors of the next service.
 
     A pair serves if a release names it, both halves are the bundles that the release recorded, and its golden samples give the
     recorded answers through the whole chain. This service decides which pair serves requests that name no version: that of the
@@ -104,7 +104,7 @@ class PreprocessService:
 
     Args:
         preprocessors: the loaded versions.
-        predict: the service behind.
+        predict: the next service.
         executor: where transforms run that take long.
         max_message_bytes: the largest message to predict and from it; features and answers that would be larger are refused.
         allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
@@ -141,13 +141,13 @@ class PreprocessService:
         self._predict_indexes = predict_indexes or self._only_index
         self._agreement: Agreement[Pair] = Agreement()
         self._replay = GoldenReplay(preprocessors, predict, self._compute, max_message_bytes=max_message_bytes)
-        self._broken_link = "the predict service has not been asked yet"
+        self._broken_link = "the predict service was not called yet"
         self._is_matched = False
         self._is_settled = False
 
     @property
     def is_loaded(self) -> bool:
-        """Whether what was loaded first has been matched with what predict has: before, a request would find no pair."""
+        """Whether the first loaded versions were matched with predict's: before, no pair is known."""
         return self._is_matched
 
     async def _only_index(self) -> list[list[ModelState]]:
@@ -191,7 +191,7 @@ class PreprocessService:
         await self._replay.close()
 
     def _report_changes(self, before: Catalogue[Pair, AdmittedPair]) -> None:
-        """A line for each pair that has become ready, or has become known to be refused."""
+        """Log each pair that has become ready or refused."""
         for model in self._pairs.models():
             earlier = before.entries(model)
             for pair, entry in self._pairs.entries(model).items():
@@ -209,7 +209,7 @@ class PreprocessService:
         """Ask for the signatures that are not known yet, or may have changed; forget those of versions that are gone."""
         mine = self._preprocessors.catalogue.models()
         ready = [_signature_key(state) for state in predictors if state.state == READY and state.name in mine]
-        # Another maker's server tells no digest: what it serves under a number, or under none, may change.
+        # A third-party server reports no digest: the model under a version number, or without one, may change.
         known = {key: self._signatures[key] for key in ready if key in self._signatures and key[1] != str(UNNAMED)}
         for key in ready:
             if key not in known:
@@ -279,14 +279,14 @@ class PreprocessService:
         if signature is None:
             return Entry(theirs.state, theirs.reason)
         if not signature.inputs or not signature.outputs:
-            return Entry(UNAVAILABLE, "the predict service does not say what the model takes and gives: declare it there")
+            return Entry(UNAVAILABLE, "the predict service has no signature of the model; declare its inputs and outputs there")
         if differences := mine.value.differences(signature.inputs, signature.outputs):
             return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
         is_ours = MANIFEST_SHA256 in signature.properties
         if release is not None and release.manifest.predictor and self._allow_unreleased_pairs and not is_ours:
-            release = None  # which proves our predictor, and not the model of another maker's server
+            release = None  # it proves our predictor, not the model of a third-party server
         warnings = mine.value.warnings
-        if other := pairing.other_meaning(mine.value.manifest, *pairing.heard_meaning(signature.properties)):
+        if other := pairing.other_meaning(mine.value.manifest, *pairing.meaning_from_properties(signature.properties)):
             is_accepted = release is not None and CHANGED_FEATURES in release.manifest.accepted
             if not is_accepted and not self._allow_fingerprint_mismatch:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
@@ -318,7 +318,7 @@ class PreprocessService:
             elif view.route is not None:
                 pair = view.route.named()[0]
                 if pair not in ready and before.get(model) in ready:
-                    pair = before[model]  # what serves goes on until what the route names is ready
+                    pair = before[model]  # the previous default serves until the route's pair is ready
                 self._defaults[model] = pair
             elif candidates := [pair for pair in view.history.by_pair() if pair in ready] or sorted(ready):
                 have = [{(state.name, state.version) for state in index if state.state == READY} for index in indexes]
@@ -362,7 +362,7 @@ class PreprocessService:
                 raise
             # The caller did not make these tensors.
             raise PairMismatch(f"the predictor refused what the preprocessor made: {error.message}", stage=error.stage) from error
-        except NotFound as error:  # it was there a moment ago
+        except NotFound as error:  # unloaded since the last refresh
             raise Unavailable(error.message, stage=error.stage) from error
         watch.end("infer")
         check_outputs(admitted.predictor.outputs, response.outputs, n_rows)
@@ -426,7 +426,7 @@ class PreprocessService:
         return self._broken_link or why_not_ready(self._pairs.index())
 
     async def load(self, model: str) -> None:
-        """Both halves look; the model is unknown only if neither has it."""
+        """Poll the repository at both halves; the model is unknown only if neither has it."""
         failures = []
         for half in (self._predict, self._preprocessors):
             try:
@@ -472,7 +472,7 @@ class PreprocessService:
 
 
 _SignatureKey = tuple[str, str, str]
-"""Model, version, and the digest of the manifest where predict tells it."""
+"""Model, version, and the digest of the manifest if predict reports it."""
 
 
 def _signature_key(state: ModelState) -> _SignatureKey:

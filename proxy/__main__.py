@@ -29,7 +29,7 @@ async def serve(config: ProxySettings) -> None:
             indexes=preprocess.indexes,
             max_message_bytes=config.max_message_bytes,
         )
-        # Balancers without health checks send calls as soon as a port is open. The models are known by then if preprocess answers.
+        # Balancers without health checks send calls as soon as a port is open: the models should be known by then.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(service.refresh(), FIRST_REFRESH_TIMEOUT_S)
         faces = await process.enter_async_context(Faces(service, config))

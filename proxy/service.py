@@ -45,7 +45,7 @@ MAX_REBINDS = 3
 """How many other releases a request without a version is tried with, when the one that it was bound to is gone."""
 
 GONE_GRACE_S = 60.0
-"""How long a pair that has left preprocess's index is still asked for: it stays callable there for a while."""
+"""How long a pair that has left preprocess's index is still sent there, where it stays callable for a grace."""
 
 BY_CALLER = "splitserve_version_by_caller"
 """Parameter, inside the proxy, of requests whose version the caller named: they are not bound to another one."""
@@ -85,9 +85,9 @@ class ProxyService:
     Requests that wait while a call to preprocess is in flight are merged into the next one.
 
     Args:
-        preprocess: the service behind.
+        preprocess: the next service.
         limits: of what is merged.
-        n_replicas: how many of the service behind can be called now.
+        n_replicas: how many replicas of the next service can be called now.
         indexes: the index of each replica; that of the service by default.
         max_message_bytes: the largest answer; a request whose answer would be larger is refused.
     """
@@ -114,7 +114,7 @@ class ProxyService:
         self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
         self._properties: dict[tuple[str, Pair], Mapping[str, str]] = {}
         self._gone: dict[tuple[str, Pair], tuple[float, ModelMetadata]] = {}
-        """Pairs that have left the index: until when they are asked for, and their signatures."""
+        """Pairs that have left the index: until when they are callable, and their signatures."""
         self._defaults: dict[str, Pair] = {}
         self._past_defaults: dict[str, dict[Pair, float]] = {}
         """When replicas last named each pair as the one for requests without a version."""
@@ -131,7 +131,7 @@ class ProxyService:
         return [await self._preprocess.index()]
 
     async def refresh(self) -> None:
-        """Ask preprocess which pairs it has. Whoever calls while one refresh is in progress waits for that one."""
+        """Fetch preprocess's pairs. A call during a refresh waits for that refresh."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.shield(self._refreshing)
@@ -139,7 +139,7 @@ class ProxyService:
     async def _refresh(self) -> None:
         try:
             indexes = await self._indexes()
-            # Ready for the first time is whoever has loaded and proven all that there is, not the first of it.
+            # At first, ready means that everything was loaded and proven, not only the first pair.
             needs_reason = not self._is_settled or not any(indexes)
             reason = await self._preprocess.not_ready_reason() if needs_reason else ""
             is_loading = STILL_LOADING in reason
@@ -196,7 +196,7 @@ class ProxyService:
             return None
 
     def _remember_gone(self, pairs: Catalogue[Pair, ModelMetadata]) -> None:
-        """Pairs that the index had before and has not now are asked for a while longer, by who names them."""
+        """Keep pairs that have left the index callable for a while, for requests that name them."""
         now = self._clock()
         self._gone = {key: gone for key, gone in self._gone.items() if gone[0] > now and key not in pairs}
         for model in self._pairs.models():

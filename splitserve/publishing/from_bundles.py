@@ -351,7 +351,7 @@ def _served_features(preprocessor: Preprocessor, server: ServedModel | None) -> 
     """Features that differ from those that a server says its model was trained on; None if it says nothing."""
     if preprocessor.passes_on:
         return ()
-    fingerprint, names = pairing.heard_meaning(server.properties if server else {})
+    fingerprint, names = pairing.meaning_from_properties(server.properties if server else {})
     if not fingerprint or not preprocessor.manifest.fingerprint:
         return None
     if other := pairing.other_meaning(preprocessor.manifest, fingerprint, names):

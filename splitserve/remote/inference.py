@@ -96,7 +96,7 @@ class _Replica(Replica):
         super().__init__(target, channel, on_change)
         self.metadata = metadata
         self.offers: dict[tuple[str, str], str] | None = None
-        """The digest of each version that was ready in its last index, "" if it tells none; None while nothing is known."""
+        """The digest of each version that was ready in its last index, "" if it has none; None while unknown."""
         self.keeper = StreamKeeper(channel, stream_target)
         self.methods = {
             name: channel.unary_unary(
@@ -341,7 +341,7 @@ class RemoteInference:
         return found
 
     async def _ready(self) -> None:
-        """Wait for a replica that takes calls.
+        """Wait for a replica that accepts calls.
 
         Raises:
             Unavailable: there is none; it says why.
@@ -363,7 +363,7 @@ class RemoteInference:
         """Call ServerReady."""
         try:
             response = await self._call_any("ServerReady", pb.ServerReadyRequest())
-        except Unsupported:  # another maker's server may not have it
+        except Unsupported:  # a third-party server may not have it
             return ""
         except SplitserveError as error:
             return error.message
@@ -389,7 +389,7 @@ class RemoteInference:
             return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
     async def _call_any(self, method: str, request: Any, *, suits: Callable[[_Replica], bool] | None = None) -> Any:
-        """One replica's answer; another one is asked if it is gone, or does not know what is asked for."""
+        """The answer of one replica; another one is called if it is unreachable, or does not know the model or version."""
         tried: list[_Replica] = []
         while True:
             try:

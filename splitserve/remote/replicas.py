@@ -156,12 +156,12 @@ class Replicas(Generic[R]):
         return list(self._authorities.items())
 
     async def pick(self, *, but: Iterable[R] = (), wait_s: float | None = None, suits: Callable[[R], bool] | None = None) -> R:
-        """The replica for the next call: of those that can be used the one with the least under way, in turn where that is equal.
+        """The replica for the next call: of the usable ones that with the fewest calls in flight, round robin among equals.
 
         Args:
             but: those that were tried already, taken only if there is no other.
             wait_s: how long to wait if none is ready.
-            suits: whether a replica is known to have what is asked for; others are taken only if none does.
+            suits: whether a replica is known to have the requested version; others are picked only if none does.
 
         Raises:
             Unavailable: none is ready.

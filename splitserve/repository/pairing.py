@@ -87,7 +87,7 @@ def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Seque
     )
 
 
-def told_meaning(predictor: Manifest) -> dict[str, str]:
+def meaning_properties(predictor: Manifest) -> dict[str, str]:
     """The properties of a predictor's metadata about the features that it was trained on."""
     facts = {}
     if predictor.fingerprint:
@@ -97,7 +97,7 @@ def told_meaning(predictor: Manifest) -> dict[str, str]:
     return facts
 
 
-def heard_meaning(properties: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+def meaning_from_properties(properties: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     """Fingerprint and feature names from a predictor's metadata, third-party servers included; both empty if it has none."""
     try:
         names = msgspec.json.decode(properties.get(FEATURE_NAMES, "[]"), type=tuple[str, ...])

@@ -206,7 +206,7 @@ def load(bundle: Bundle, *, intra_op_num_threads: int = 1, providers: Sequence[s
     predictor.properties = {
         "created": manifest.created,
         MANIFEST_SHA256: bundle.manifest_sha256,
-        **pairing.told_meaning(manifest),
+        **pairing.meaning_properties(manifest),
     }
     goldens.replay(bundle.read(GOLDEN_FILE), manifest, predictor.infer)
     return predictor

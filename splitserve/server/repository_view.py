@@ -15,7 +15,7 @@ from splitserve.repository.selection import Selection
 from splitserve.repository.source import BundleSource
 from splitserve.versions import Pair
 
-VANISHED = "its releases are not in the repository any more: what is loaded serves on until the repository can be read"
+VANISHED = "its releases are no longer in the repository: loaded versions serve until the repository can be read"
 
 
 class ModelView(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class ModelView(msgspec.Struct, frozen=True):
 
     @property
     def default_problem(self) -> str:
-        """Why nobody can tell which release serves requests that name no version; "" if one can."""
+        """Why the release for requests that name no version is unknown; "" if it is known."""
         return "" if self.is_route_known else self.route_problem
 
 

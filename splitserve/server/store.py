@@ -29,7 +29,7 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 """After how long what could not be fetched is tried again: twice as long each time."""
 
 MODELS_AT_A_TIME = 4
-"""So many models are fetched at the same time. Loading is one after the other: it takes CPU and memory."""
+"""Models that are fetched concurrently. They are loaded one after the other, since that takes CPU and memory."""
 
 _Place = tuple[str, int]
 """Model and version."""
@@ -43,12 +43,12 @@ class _Loaded(msgspec.Struct, frozen=True):
 
 
 class VersionStore(Generic[T]):
-    """Loads the halves of releases and keeps what came of each.
+    """Loads the halves of releases and keeps the state of each.
 
-    A bundle that is broken, or is not the one that its releases recorded, is kept with the reason and takes no other one down; it
+    A bundle that is broken, or is not the one that its releases recorded, is kept with the reason and affects no other; it
     is tried again when its files have changed, and one that cannot be fetched after a while. A version is loaded again only if a
     release expects another bundle under its number. New versions are loaded beside those that serve; a version that is no longer
-    selected is unloaded once nobody has asked for it for a while, one whose release was withdrawn when that one's grace is over.
+    selected is unloaded once it is unused for a while, one whose release was withdrawn after the release's grace.
     It is freed when its last call ends.
 
     Args:
@@ -56,7 +56,7 @@ class VersionStore(Generic[T]):
         kind: which half.
         load: makes what is served of a bundle, or raises `BundleError`; called in a thread.
         selection: which models and releases are wanted.
-        unload_delay_s: how long a version that is no longer selected is kept after it was last asked for.
+        unload_delay_s: how long a version that is no longer selected is kept after its last use.
         withdrawal_grace_s: how long a withdrawn release stays callable.
         allow_unreleased_pairs: versions that no release names are loaded too, the newest of each half.
         poll_interval_s: time between two polls of the source, however often `refresh` is called.
@@ -122,7 +122,7 @@ class VersionStore(Generic[T]):
         return self._view.models
 
     def index(self, properties: Callable[[T], Mapping[str, str]]) -> list[ModelState]:
-        """All versions. One that is ready says why, if the repository cannot be read and it serves on.
+        """All versions. One that is ready has a reason too, if it serves although the repository cannot be read.
 
         Args:
             properties: facts about a version that is loaded.
@@ -137,7 +137,7 @@ class VersionStore(Generic[T]):
         return states
 
     def problem_of(self, model: str) -> str:
-        """Why the repository, or the releases of a model, cannot be read, although what is loaded serves on."""
+        """Why the repository, or the releases of a model, cannot be read, although loaded versions still serve."""
         view = self.models.get(model)
         return self.problem or (view.problem if view is not None else "")
 
@@ -163,13 +163,13 @@ class VersionStore(Generic[T]):
         return record.read(GOLDEN_FILE)
 
     def choose(self, model: str, version: int | None) -> tuple[int, T]:
-        """As `Catalogue.choose`; who asks for a version keeps it from being let go."""
+        """As `Catalogue.choose`; a version that is used is not unloaded."""
         number, value = self.catalogue.choose(model, version)
         self.touch(model, number)
         return number, value
 
     def touch(self, model: str, version: int) -> None:
-        """Somebody needs this version."""
+        """Record a use of this version, which keeps it loaded."""
         self._last_asked[(model, version)] = self._clock()
 
     async def refresh(self) -> None:
@@ -210,7 +210,7 @@ class VersionStore(Generic[T]):
         return {place: self._source.stamp(self._key(place)) for place in places}
 
     def _report_missing(self) -> None:
-        """A line when models that are asked for by name are not there, or others than before are not."""
+        """Log the requested models that do not exist, when that set changes."""
         missing = sorted(self._selection.models - self.models.keys())
         if missing and missing != self._missing:
             # `MODELS` names models that the repository does not have.
@@ -281,7 +281,7 @@ class VersionStore(Generic[T]):
         return {half(self._kind, pair) for pair in pairs} - {UNNAMED}
 
     def _report_unpublished(self, model: str, asked: set[int]) -> None:
-        """Versions that a release, a route or a setting names and that are not there: whoever asks for one is told so."""
+        """Add an entry with the reason for each version that a release, a route or a setting names and that does not exist."""
         for version in self._unpublished.get(model, set()) - asked:
             self._forget(model, version)
         for version in sorted(asked):
@@ -293,7 +293,7 @@ class VersionStore(Generic[T]):
         self._unpublished[model] = {version for version in asked if self.catalogue.entries(model)[version].value is None}
 
     def _put_incomplete(self, model: str, view: ModelView) -> bool:
-        """Whether no version of a model is wanted; requests are told why."""
+        """Whether no version of a model is selected; its entry has the reason."""
         if self.catalogue.entries(model) or not (view.problem or (view.published and not view.history.active())):
             return False
         self.catalogue.put_incomplete(model, view.problem or no_release(model))
@@ -366,12 +366,12 @@ class VersionStore(Generic[T]):
         return fetch_bundle(self._source, key)
 
     def _unload_unneeded(self, model: str, view: ModelView) -> None:
-        """Drop what is gone from the source and could not be served anyway, and what is not wanted and not asked for."""
+        """Drop versions that were removed from the source and never loaded, and those that are neither selected nor used."""
         kept = self._wanted(model, view)
         released = {half(self._kind, pair) for pair in view.history.by_pair()}
         for version, entry in self.catalogue.entries(model).items():
             idle_s = self._clock() - self._last_asked.get((model, version), 0.0)
-            # The grace of a withdrawn release is over when it is no longer wanted, however often it is still asked for.
+            # A withdrawn release is unloaded at the end of its grace, however often it is still used.
             is_withdrawn = not self._allow_unreleased_pairs and version not in released
             is_gone = version not in view.published | self._unpublished.get(model, set())
             if entry.state == UNAVAILABLE and (is_gone or (is_withdrawn and version not in kept)):
@@ -413,7 +413,7 @@ class VersionStore(Generic[T]):
 
         Raises:
             NotFound: there is no such model.
-            Unavailable: the source cannot be read, so nobody can tell.
+            Unavailable: the source cannot be read.
         """
         async with self._lock:
             self._held_back.discard(model)

@@ -14,7 +14,7 @@ HANDSHAKE_TIMEOUT_S = 10.0
 """Time for a new connection to complete the TLS handshake and, over HTTP/2, to send its preface and SETTINGS."""
 
 FIRST_REQUEST_GRACE_S = 1.0
-"""A connection that was opened just before draining began may have a request on its way; so long it is waited for."""
+"""How long draining waits for the first request of a connection that was opened just before."""
 
 
 def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
@@ -22,7 +22,7 @@ def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
 
     Args:
         host: an address or a name.
-        port: 0 takes a free one.
+        port: 0: a free one.
         shares_port: with other processes of the service (SO_REUSEPORT).
 
     Raises:

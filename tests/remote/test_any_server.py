@@ -244,7 +244,7 @@ async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, e
 async def test_a_server_without_a_signature_is_refused(tmp_path: Path, executor: Executor) -> None:
     """A fit that cannot be checked is none; what is to be done is said."""
     async with bare_server(raw, is_described=False) as target, preprocess(target, tmp_path, executor) as service:
-        with pytest.raises(Unavailable, match="does not say what the model takes and gives: declare it there"):
+        with pytest.raises(Unavailable, match="has no signature of the model; declare its inputs and outputs there"):
             await service.infer(request())
 
 

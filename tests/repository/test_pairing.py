@@ -21,11 +21,11 @@ from splitserve.repository.manifest import BundleError, Manifest
 from splitserve.repository.pairing import (
     FEATURE_NAMES,
     MAX_NAMES,
-    heard_meaning,
+    meaning_from_properties,
+    meaning_properties,
     misfits,
     other_meaning,
     sent_specs,
-    told_meaning,
 )
 from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor, sklearn_pipeline
@@ -171,16 +171,16 @@ def test_another_meaning_is_named_if_both_halves_declare_one(
 )
 def test_what_a_predictor_was_trained_on_crosses_the_wire(names: tuple[str, ...], heard: tuple[str, ...]) -> None:
     """As properties of its metadata; the fingerprint always, the names where they are not too many."""
-    told = told_meaning(manifest(fingerprint="sha256:a", feature_names=names))
+    told = meaning_properties(manifest(fingerprint="sha256:a", feature_names=names))
 
     assert all(isinstance(value, str) for value in told.values())
-    assert heard_meaning(told) == ("sha256:a", heard)
+    assert meaning_from_properties(told) == ("sha256:a", heard)
 
 
 @pytest.mark.parametrize("nonsense", ["", "x", "{}", "[1]"])
 def test_properties_of_other_servers_are_not_misread(nonsense: str) -> None:
     """A value that is not a list of names is ignored."""
-    assert heard_meaning({FEATURE_NAMES: nonsense}) == ("", ())
+    assert meaning_from_properties({FEATURE_NAMES: nonsense}) == ("", ())
 
 
 def test_a_manifest_may_map_names() -> None:

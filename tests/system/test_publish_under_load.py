@@ -205,4 +205,4 @@ def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Pa
         system.stop()
 
     assert callers.complaints == []
-    assert "no such folder" in gone or "are not in the repository any more" in gone
+    assert "no such folder" in gone or "are no longer in the repository" in gone

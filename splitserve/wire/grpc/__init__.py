@@ -1,6 +1,6 @@
 """gRPC on our own HTTP/2 connections: a server for any methods, and a client for one long-lived stream.
 
-Handlers get and give bytes. Knows no inference.
+Handlers receive and return bytes. Knows no inference.
 
 Source: gRPC, "gRPC over HTTP2" (doc/PROTOCOL-HTTP2.md).
 """

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from splitserve.wire.cancellable import Cancellable
 from splitserve.wire.grpc.messages import (
     ACCEPT_ENCODING,
     CONTENT_TYPE,
@@ -25,10 +26,9 @@ from splitserve.wire.grpc.request import RequestHeaders
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.connection import Http2Connection, Http2Stream
 from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, encode
-from splitserve.wire.pending import Cancellable
 
 MAX_STATUS_BYTES = 8 * 1024
-"""Limit on the trailers of an error. Its details, which come last, are left out if they exceed it."""
+"""Limit on the trailers of an error. Its details, which come last, are omitted if they exceed it."""
 
 UnaryHandler = Callable[[bytes, "ServerCall"], Awaitable[bytes]]
 """Answers one message with one."""

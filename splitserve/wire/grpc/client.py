@@ -77,7 +77,7 @@ class StreamCall(Http2Connection):
         self.status: asyncio.Future[CallError] = self._loop.create_future()
         """How the call ended; OK is an error with that code."""
         self.goaway = asyncio.Event()
-        """Set when the server accepts no more calls on this connection. The call in flight goes on."""
+        """Set when the server accepts no more calls on this connection. The call in flight continues."""
 
     def start(self, method: str, authority: str, scheme: str, metadata: Metadata) -> None:
         """Open the stream."""
@@ -132,7 +132,7 @@ class StreamCall(Http2Connection):
             self.status.set_result(status)
             if not self.initial_metadata.done():
                 self.initial_metadata.set_exception(status)
-                self.initial_metadata.exception()  # retrieved: nobody may be waiting for it
+                self.initial_metadata.exception()  # marks it as retrieved, since nothing may be awaiting it
             self.close()
 
     def _end_sent(self, stream: Any) -> None:

@@ -33,10 +33,10 @@ CLOSE_GRACE_S = 0.5
 """How long clients get to read the last bytes when the server stops."""
 
 DRAIN_PING_TIMEOUT_S = 5.0
-"""A client that does not acknowledge the PING behind the first GOAWAY for so long may be gone: it does not delay draining."""
+"""A client that does not acknowledge the PING after the first GOAWAY within this time is considered gone: draining goes on."""
 
 _MAX_SKIPPED_IDS = 100
-"""Ranges of stream ids that a client skipped and that are remembered, to tell them from closed ones."""
+"""Ranges of stream ids that a client skipped and that are remembered, to distinguish them from closed ones."""
 
 
 class ServerLimits(msgspec.Struct, frozen=True):
@@ -220,7 +220,7 @@ class GrpcServerConnection(CallConnection):
             call.cancel()
 
     def tick(self, now: float) -> None:
-        """Apply handshake timeout, age, idle time and the deadlines of calls besides."""
+        """Also apply the handshake timeout, age, idle time and the deadlines of calls."""
         super().tick(now)
         if self._closing_since:
             return
@@ -313,7 +313,7 @@ class GrpcServer:
         self._ticking = asyncio.create_task(self._keep_ticking())
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Accept no new calls, and give those in flight ``grace_s`` to finish; what is left ends as UNAVAILABLE."""
+        """Accept no new calls, and give those in flight ``grace_s`` to finish; calls that remain end as UNAVAILABLE."""
         if self._server is None or self._ticking is None:
             self._socket.close()
             return

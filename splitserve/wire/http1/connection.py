@@ -19,10 +19,10 @@ from urllib.parse import unquote
 import httptools
 import structlog
 
+from splitserve.wire.cancellable import Cancellable
 from splitserve.wire.http1.listener import BODY_GRACE_S, TICK_INTERVAL_S, HttpListener
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse, RequestBody
 from splitserve.wire.listening import FIRST_REQUEST_GRACE_S
-from splitserve.wire.pending import Cancellable
 
 CHUNK_OVERHEAD_BYTES = 16
 """Average limit on the framing of a chunk; chunk extensions are ignored."""
@@ -32,7 +32,7 @@ LINGER_TIMEOUT_S = 1.0
 Source: RFC 9112, section 9.6."""
 
 _LARGE_BODY_BYTES = 64 * 1024
-"""Larger response bodies are written without being copied behind their head."""
+"""Larger response bodies are written without being copied after their head."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _connection_ids = itertools.count()
@@ -126,7 +126,8 @@ class Http1Connection(asyncio.Protocol):
             if isinstance(error.__context__, _Rejected):
                 self._reject(error.__context__.status, error.__context__.message)
             else:
-                if error.__context__ is not None:  # a defect of ours, in a callback of the parser
+                if error.__context__ is not None:
+                    # A bug: a callback of the parser or a handler failed unexpectedly. The client gets a 500.
                     structlog.get_logger().error("internal error", exc_info=error.__context__)
                 self._reject(400, "malformed HTTP/1.1 request")
             return
@@ -266,7 +267,7 @@ class Http1Connection(asyncio.Protocol):
             self._update_reading()
 
     def _process_queue(self) -> None:
-        """Handle the first request, and those behind it as long as they are answered at once."""
+        """Handle the first request, and the following ones as long as they are answered at once."""
         while self._queue and self._pending is None and not self._is_write_paused:
             request = self._queue[0]
             try:
@@ -301,6 +302,7 @@ class Http1Connection(asyncio.Protocol):
 
     def _internal_error(self) -> HttpResponse:
         """The 500 for the exception being handled."""
+        # A bug: a callback of the parser or a handler failed unexpectedly. The client gets a 500.
         structlog.get_logger().exception("internal error")
         return self._listener.error(500, "internal error")
 

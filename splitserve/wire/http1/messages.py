@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from splitserve.wire.byte_budget import BudgetExceeded, ByteBudget
-from splitserve.wire.pending import Cancellable
+from splitserve.wire.cancellable import Cancellable
 
 JSON = "application/json"  # exactly: KServe's client compares the whole header
 
@@ -53,7 +53,7 @@ class RequestBody(msgspec.Struct, eq=False):
     _chunks: list[bytes] = []
     _waiter: asyncio.Future[None] | None = None
     _error: BodyTooLarge | BudgetExceeded | None = None
-    """Why the body is not kept any more."""
+    """Why the body is no longer kept."""
 
     async def read(self) -> bytes:
         """Wait for the whole body.

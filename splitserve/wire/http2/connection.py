@@ -25,10 +25,10 @@ CONNECTION_WINDOW = 16 * 1024 * 1024
 """Our receive window for all streams together. It is returned as bytes arrive, so that no stream can block another."""
 
 FRAME_SIZE = 1024 * 1024
-"""The largest frame that we accept and send. DATA is handed on as it arrives, complete or not."""
+"""The largest frame that we accept and send. DATA is delivered as it arrives, complete or not."""
 
 MAX_HEADER_BLOCK_BYTES = 256 * 1024
-"""Larger header blocks end the connection. Blocks up to this size are decoded, whatever becomes of their stream, to keep the
+"""Larger header blocks end the connection. Blocks up to this size are decoded, whatever happens to their stream, to keep the
 compression state. Source: section 10.5.1."""
 
 MAX_CONTINUATIONS = 64
@@ -39,7 +39,7 @@ MAX_CONTROL_FRAMES = 4_000
 WINDOW_UPDATE beyond `BYTES_PER_WINDOW_UPDATE`. Source: section 10.5; CVE-2019-9511 to 9518."""
 
 BYTES_PER_WINDOW_UPDATE = 1024
-"""A WINDOW_UPDATE for every so many bytes that we sent lately is legitimate, on whichever stream. Peers send one or two for each
+"""One WINDOW_UPDATE for this many recently sent bytes is legitimate, on any stream. Peers send one or two for each
 DATA frame of 16 KiB."""
 
 MAX_ABORTED_STREAMS = 2_000
@@ -47,7 +47,7 @@ MAX_ABORTED_STREAMS = 2_000
 Source: CVE-2023-44487 ("rapid reset"), CVE-2025-8671 ("made you reset")."""
 
 MAX_REMEMBERED_RESETS = 1_000
-"""Streams that ended by RST_STREAM and are remembered, to tell what may still arrive on them."""
+"""Streams that ended by RST_STREAM and are remembered, to decide what may still arrive on them."""
 
 TINY_DATA_BYTES = 256
 """DATA on a closed stream that is smaller counts as a control frame; larger DATA is limited by flow control."""
@@ -59,7 +59,7 @@ CLOSE_TIMEOUT_S = 5.0
 """How long the peer may take to read what was written before the connection was closed."""
 
 _LARGE_BYTES = 64 * 1024
-"""Larger payloads are written without being copied behind their frame header."""
+"""Larger payloads are written without being copied after their frame header."""
 
 _KEEPALIVE_PING, _DRAIN_PING = b"alive?\0\0", b"drained\0"
 
@@ -92,7 +92,7 @@ class Http2Stream:
         self.send_queue: deque[memoryview] = deque()
         """DATA payload that waits for the peer's windows."""
         self.final_frames = b""
-        """Frames behind the queue, the last of which has END_STREAM."""
+        """Frames after the queue, the last of which has END_STREAM."""
         self.send_waiter: asyncio.Future[None] | None = None
         """Resolved when the queue is sent, or the stream is gone."""
 
@@ -119,7 +119,7 @@ class Http2Connection(asyncio.Protocol):
         self._last_stream_id = 0
         """The highest id of a stream that the peer has opened and we have processed; told by GOAWAY."""
         self._resets: dict[int, bool] = {}
-        """Streams that ended by RST_STREAM lately, the oldest first; whether we sent it."""
+        """Streams that recently ended by RST_STREAM, the oldest first; whether we sent it."""
         self._last_forgotten_reset = 0
         """The highest id that was removed from `_resets` because it was full."""
 
@@ -129,14 +129,14 @@ class Http2Connection(asyncio.Protocol):
         self._data_left = 0
         """Payload of the current DATA frame that is still to arrive."""
         self._discard_left = 0
-        """Bytes to discard behind it: padding, DATA of closed streams, unknown frames."""
+        """Bytes to discard after it: padding, DATA of closed streams, unknown frames."""
         self._data_stream_id = 0
         self._data_ends_stream = False
         self._block: list[bytes] = []
         """Fragments of the header block that is arriving."""
         self._block_size = 0
         self._block_stream_id = 0
-        """The stream of that block; 0: none is arriving. Nothing but CONTINUATION may come then. Source: section 6.10."""
+        """The stream of that block; 0: none is arriving. Until its end only CONTINUATION is allowed. Source: section 6.10."""
         self._block_ends_stream = False
         self._has_settings = False
         """Whether the peer's SETTINGS have arrived, which must be its first frame."""
@@ -282,7 +282,7 @@ class Http2Connection(asyncio.Protocol):
         self._unparsed = data[at:]
 
     def _check_order(self, frame_type: int, flags: int, stream_id: int) -> None:
-        """Nothing may come before SETTINGS, nor within a header block. Source: sections 3.4 and 6.10."""
+        """Only SETTINGS may be the first frame; only CONTINUATION may follow within a header block. Sections 3.4, 6.10."""
         if self._block_stream_id and (frame_type != frames.CONTINUATION or stream_id != self._block_stream_id):
             raise Http2ConnectionError(frames.PROTOCOL_ERROR, "expected CONTINUATION of the header block")
         if not self._has_settings and (frame_type != frames.SETTINGS or flags & frames.ACK):
@@ -345,7 +345,7 @@ class Http2Connection(asyncio.Protocol):
         return None
 
     def _read_payload(self, data: bytes, at: int, end: int) -> int:
-        """Hand on what has arrived of a DATA frame, or discard; gives the position behind it."""
+        """Deliver or discard the received part of a DATA frame; return the position after it."""
         if self._data_left:
             stop = min(end, at + self._data_left)
             self._data_left -= stop - at
@@ -633,7 +633,7 @@ class Http2Connection(asyncio.Protocol):
             headers: frames ahead of it, not flow-controlled.
             prefix: the first bytes of the payload, not empty.
             message: the rest of the payload; not copied if it is large.
-            final_frames: frames behind it, the last with END_STREAM.
+            final_frames: frames after it, the last with END_STREAM.
         """
         size = len(prefix) + len(message)
         window = stream.send_window
@@ -662,7 +662,7 @@ class Http2Connection(asyncio.Protocol):
         self._send_queued()
 
     def end_stream(self, stream: Http2Stream, final_frames: bytes) -> None:
-        """Send frames that are not flow-controlled, the last with END_STREAM, behind the send queue."""
+        """Send frames that are not flow-controlled, the last with END_STREAM, after the send queue."""
         if stream.send_queue:
             stream.final_frames = final_frames
         else:

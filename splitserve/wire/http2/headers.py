@@ -146,7 +146,7 @@ def _field_bounds(block: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
-    """Position behind the integer at ``at``, and its value. Source: RFC 7541, section 5.1."""
+    """Position after the integer at ``at``, and its value. Source: RFC 7541, section 5.1."""
     value = block[at] & mask
     at += 1
     if value < mask:

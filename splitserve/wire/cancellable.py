@@ -9,4 +9,4 @@ class Cancellable(Protocol):
     """Work that a request waits for. An `asyncio.Task` is one."""
 
     def cancel(self) -> object:
-        """The peer has left: its result is not wanted any more. No effect once the work has ended."""
+        """Cancel the work: the peer has disconnected. No effect once the work has ended."""
