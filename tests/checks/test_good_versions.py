@@ -14,7 +14,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+import pandas as pd
 import pytest
+from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_iris
 from sklearn.decomposition import PCA
 from sklearn.ensemble import GradientBoostingClassifier, RandomForestClassifier
@@ -183,6 +185,18 @@ def test_halves_that_were_refitted_to_the_same_numbers(published: Path, tmp_path
     release("m", "2.1", repository=models)
 
     assert serving(models) == ["1.1", "2.1"]
+
+
+def test_features_of_other_names_and_the_same_numbers(tmp_path: Path) -> None:
+    """A step was renamed, and with it the features: `release` compares numbers, and what it has proven serves."""
+    frame = pd.DataFrame(IRIS, columns=["a", "b", "c", "d"])
+    first = ColumnTransformer([("scaled", StandardScaler(), list(frame.columns))]).fit(frame)
+    second = ColumnTransformer([("standardised", StandardScaler(), list(frame.columns))]).fit(frame)
+    publish(make_pipeline(first, LogisticRegression()).fit(frame, SPECIES), frame, name="m", repository=tmp_path)
+    publish_preprocessor(second, frame, name="m", repository=tmp_path)
+
+    assert release("m", "2.1", repository=tmp_path).manifest.accepted == ()
+    assert serving(tmp_path) == ["1.1", "2.1"]
 
 
 def test_replaying_a_release_adds_less_than_50_ms_to_loading(demos: Demos) -> None:
