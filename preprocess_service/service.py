@@ -35,7 +35,7 @@ from splitserve.oip.messages import (
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.oip.statistics import Statistics, Stopwatch
 from splitserve.repository import pairing
-from splitserve.repository.release import CHANGED_FEATURES, Release
+from splitserve.repository.release import Release
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.agreement import Agreement
 from splitserve.server.compute import Compute
@@ -286,11 +286,12 @@ class PreprocessService:
         if release is not None and release.manifest.predictor and self._allow_unreleased_pairs and not is_ours:
             release = None  # it proves our predictor, not the model of a third-party server
         warnings = mine.value.warnings
-        if other := pairing.other_meaning(mine.value.manifest, *pairing.meaning_from_properties(signature.properties)):
-            is_accepted = release is not None and CHANGED_FEATURES in release.manifest.accepted
-            if not is_accepted and not self._allow_fingerprint_mismatch:
+        if release is not None:  # it was proven in numbers, whatever the features are called
+            warnings += tuple(f"{what}, accepted by its release" for what in release.manifest.accepted)
+        elif other := pairing.other_meaning(mine.value.manifest, *pairing.meaning_from_properties(signature.properties)):
+            if not self._allow_fingerprint_mismatch:
                 return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
-            warnings += (f"{other}, {'accepted by its release' if is_accepted else 'allowed by a setting'}",)
+            warnings += (f"{other}, allowed by a setting",)
         if release is None:
             warnings += ("no release proves this pair, allowed by a setting",)
         elif problem := _other_halves(release, mine.value, signature):

@@ -44,7 +44,8 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
     service."""
 
     allow_fingerprint_mismatch: bool = False
-    """Admit pairs whose halves fit in shape although the predictor was trained on features of another meaning."""
+    """Admit pairs without a release whose halves fit in shape although the predictor was trained on features of another meaning.
+    A release was proven in numbers, so it needs no such setting."""
 
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
     """What runs the transforms. `auto`: the compiled form of bundles that have one and no plan, if ONNX Runtime is installed

@@ -161,10 +161,13 @@ def release(
     predict: Annotated[str, typer.Option(help="HOST:PORT of a third-party predict server, which has the predictor; gRPC.")] = "",
     accept_changed_features: Annotated[
         bool,
-        typer.Option("--accept-changed-features", help="Although features differ from those that the predictor was trained on."),
+        typer.Option(
+            "--accept-changed-features", help="Release it although features differ from those that the predictor was trained on."
+        ),
     ] = False,
     accept_unknown_features: Annotated[
-        bool, typer.Option("--accept-unknown-features", help="Although nobody knows what the predictor was trained on.")
+        bool,
+        typer.Option("--accept-unknown-features", help="Release it although it is unknown what the predictor was trained on."),
     ] = False,
     trusted_module: Annotated[
         list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")

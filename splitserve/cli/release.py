@@ -1,4 +1,4 @@
-"""``splitserve release``, ``releases`` and ``rollback``: what serves, proven, recorded, taken back."""
+"""``splitserve release``, ``releases`` and ``rollback``: prove, record, list and withdraw releases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(
     allow_unsafe_pickle: bool,
     predict: str,
 ) -> int:
-    """Prove a pair, show what it would change, and record it if that is asked for; the exit status."""
+    """Prove a pair, show what it would change, and record it if requested; the exit status."""
     try:
         from splitserve.cli.publish import read_data
         from splitserve.publishing.errors import PublishError
@@ -86,7 +86,7 @@ def _served(predict: str, model: str, pair: str) -> AbstractContextManager[Runni
 def _show(proposal: Proposal) -> None:
     print(f"{proposal.model} {proposal.pair}: the halves fit; {proposal.n_rows} rows compared alone, together and permuted")
     if proposal.features is None:
-        print("features: nobody knows what the predictor was trained on")
+        print("features: unknown what the predictor was trained on")
     elif proposal.features:
         print(f"features that differ from those trained on: {len(proposal.features)}")
         for difference in proposal.features[:20]:

@@ -1,4 +1,4 @@
-"""``splitserve sign``: signatures beside the bundles, releases and routes of a model repository."""
+"""``splitserve sign``: signatures of the bundles, releases and routes of a model repository."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Comparison(msgspec.Struct, frozen=True):
 class Proposal(msgspec.Struct, frozen=True):
     """A pair that was proven and can be released.
 
-    ``features`` are those that differ from the ones that the predictor was trained on; None: nobody knows what it was trained on.
+    ``features`` are those that differ from the ones that the predictor was trained on; None: these are unknown.
     ``needs`` is what has to be accepted before it can be released.
     """
 
@@ -112,7 +112,7 @@ class Proposal(msgspec.Struct, frozen=True):
 def _unaccepted(proposal: Proposal) -> str:
     if proposal.features is None:
         return (
-            f"{proposal.model} {proposal.pair}: nobody knows what the predictor was trained on, so nothing shows that the "
+            f"{proposal.model} {proposal.pair}: it is unknown what the predictor was trained on, so nothing shows that the "
             "features mean the same; publish it with trained_on and rows, or accept it with --accept-unknown-features"
         )
     return (
@@ -199,7 +199,7 @@ def release(
         repository: folder or URL of the model repository.
         rows: more rows to prove it on, as for `publish`.
         accept_changed_features: release it although features differ from those that the predictor was trained on.
-        accept_unknown_features: release it although nobody knows what the predictor was trained on.
+        accept_unknown_features: release it although it is unknown what the predictor was trained on.
         trusted_modules: modules of your own transformers.
 
     Raises:
@@ -370,7 +370,7 @@ def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, 
 def _features(
     source: WritableRepository, history: History, pair: Pair, preprocessor: Preprocessor, predictor: Bundle
 ) -> tuple[FeatureDifference, ...] | None:
-    """Features that differ from those of training; None if nobody knows them."""
+    """Features that differ from those of training; None if they are unknown."""
     if preprocessor.passes_on:
         return ()
     if not predictor.manifest.trained_on:

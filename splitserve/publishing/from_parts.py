@@ -142,7 +142,7 @@ def publish_onnx(
     labels: Sequence[object] = (),
     row_wise: bool = True,
 ) -> tuple[Bundle, Bundle]:
-    """Publish an ONNX model that needs no transforms, and release it: a preprocessor passes the inputs on as they are.
+    """Publish an ONNX model that needs no transforms, and release it: a preprocessor passes the inputs on unchanged.
 
     Args:
         model: as for `publish_predictor`.

@@ -89,7 +89,7 @@ def publish(
         input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
         tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
-        allow_pickle: write the transforms as a pickle if skops cannot hold them; a service loads one only if it is told to,
+        allow_pickle: write the transforms as a pickle if skops cannot store them; a service loads one only if it is allowed to,
             since that runs any code in it.
         row_wise: prove that the answer for a row does not depend on the other rows of its call. False: it may, and services never
             merge its requests with those of others.

@@ -65,7 +65,7 @@ def _is_number(column: Any) -> bool:
 
 
 def synthetic(data: Rowset, form: Rows, learnt: Collection[str] = ()) -> Rowset:
-    """Rows that are nobody's: each column drawn on its own, from its range or from its categories. The same in every run.
+    """Synthetic rows: each column drawn independently, from its range or from its categories. The same in every run.
 
     Args:
         data: the training data: of a column of numbers, the smallest and largest are used, and, where they are categories that

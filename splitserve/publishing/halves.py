@@ -159,7 +159,7 @@ def _write(repository: WritableRepository, half: PreprocessorHalf | PredictorHal
 
 
 def said_of_golden(source: GoldenRows, n_rows: int) -> str:
-    """What a publisher is told about the golden rows that were stored."""
+    """The message about the golden rows that were stored."""
     what = {
         "rows": f'{n_rows} rows of X are stored as golden samples (golden="synthetic" stores none)',
         "own": f"{n_rows} rows of your own are stored as golden samples",

@@ -24,7 +24,7 @@ from splitserve.tensors import Tensor
 _N_SHOWN = 5
 _N_PROBED = 16
 _N_COLUMNS = 2000
-"""Wider inputs, such as pictures, are probed as they are."""
+"""Wider inputs, such as pictures, are probed unchanged."""
 
 
 class FeatureDifference(msgspec.Struct, frozen=True):
@@ -75,7 +75,7 @@ def differences_between(first: Preprocessor, second: Preprocessor, rows: Sequenc
 
 
 def probes(rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Rows that show fitted parameters: as they are, and with one input at a time missing, unseen, at its extremes and beyond.
+    """Rows that show fitted parameters: unchanged, and with one input at a time missing, unseen, at its extremes and beyond.
 
     Args:
         rows: raw rows (n_rows, …) by input.

@@ -123,7 +123,7 @@ def _is_tie(row: int, datatypes: Sequence[str], together: Sequence[Array], datat
 def stable_rows(run: Run, inputs: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> list[int]:
     """Row numbers whose answer stays within its tolerance when each number of the row moves by `N_ULP` units in the last place.
 
-    exp, log and matrix products differ in the last places between processors; rows at a tie or beside a threshold would refuse a
+    exp, log and matrix products differ in the last places between processors; rows at a tie or next to a threshold would refuse a
     good version on another machine, so they prove equality where it is published and are not kept as golden rows.
 
     Args:

@@ -87,7 +87,7 @@ def write_route(models: Path, pair: str) -> None:
     (models / "paint" / "route.json").write_text(json.dumps({"pairs": [{"pair": pair}]}))
 
 
-def test_a_release_serves_and_what_could_become_one_is_said_apart(published: Path) -> None:
+def test_releases_and_possible_releases_are_listed_separately(published: Path) -> None:
     """The feature that differs is named, although every shape agrees."""
     matrix = matrix_of(published)
 
@@ -187,7 +187,7 @@ def test_an_unreadable_manifest_refuses_its_pairs_and_no_others(models: Path) ->
     assert "paint/preprocess/2" not in matrix.made_with
 
 
-def test_golden_samples_that_differ_are_told_apart_from_other_refusals(models: Path) -> None:
+def test_differing_golden_samples_are_distinguished_from_other_refusals(models: Path) -> None:
     """Loaded, run, and another number came out: that is not a damaged file."""
     repository = Repository(models)
     bundle = repository.open(BundleKey("paint", "predict", 1))
@@ -361,7 +361,7 @@ def test_the_command_gives_json_and_markdown(published: Path) -> None:
 
 
 @pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "no models found in")])
-def test_the_command_has_nothing_to_say_of_no_repository(tmp_path: Path, folder: str, message: str) -> None:
+def test_the_command_fails_without_a_repository(tmp_path: Path, folder: str, message: str) -> None:
     """A gate that looks at nothing must not pass."""
     result = run("--repository", tmp_path / folder)
 
@@ -369,7 +369,7 @@ def test_the_command_has_nothing_to_say_of_no_repository(tmp_path: Path, folder:
     assert message in result.stderr
 
 
-def test_a_broken_route_is_told_in_a_line(models: Path) -> None:
+def test_a_broken_route_is_reported_in_one_line(models: Path) -> None:
     """With its model; everything else is tried all the same."""
     (models / "paint" / "route.json").write_text("[]")
 
@@ -431,7 +431,7 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     assert no_key.stderr.endswith("nowhere: No such file or directory\n")
 
 
-def test_what_runs_the_transforms_is_told_too(models: Path) -> None:
+def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
     """Services that take compiled forms only refuse what has none."""
     manifest = models / "paint" / "preprocess" / "1" / "manifest.json"
     manifest.write_text(
@@ -470,7 +470,7 @@ def docker(tmp_path: Path) -> Path:
 
 
 @pytest.mark.heavy
-def test_the_command_joins_what_images_say(published: Path, docker: Path) -> None:
+def test_the_command_combines_the_reports_of_images(published: Path, docker: Path) -> None:
     """A column for each image's bundles, one for both together of the pairs."""
     result = run("--repository", published, "--image", "first", "--image", "second", "--docker", docker, "--markdown")
 
@@ -481,7 +481,7 @@ def test_the_command_joins_what_images_say(published: Path, docker: Path) -> Non
     assert "| - | golden samples agree |" in result.stdout
 
 
-def test_an_image_that_can_not_be_run_is_named(published: Path, docker: Path) -> None:
+def test_an_image_that_cannot_run_is_named(published: Path, docker: Path) -> None:
     """With docker's last words."""
     missing = run("--repository", published, "--image", "missing", "--docker", docker)
     nothing = run("--repository", published, "--image", "first", "--docker", docker.with_name("nothing"))

@@ -85,7 +85,7 @@ def test_a_release_has_recorded_all(repository: Repository) -> None:
     np.testing.assert_array_equal(found["label"], PIPELINE.predict(rows))
 
 
-def test_nothing_is_run_here(repository: Repository) -> None:
+def test_verification_runs_no_model(repository: Repository) -> None:
     """The libraries of neither half are needed."""
     block = (
         "import sys; sys.modules.update(dict.fromkeys(['sklearn', 'skops', 'pandas', 'scipy', 'onnxruntime', 'onnx', 'grpc']))"
@@ -157,7 +157,7 @@ def test_an_answer_that_lacks_an_output_differs(repository: Repository) -> None:
     assert verified(repository, FakeServer(answer)).problem.endswith("got nothing")
 
 
-def test_a_system_that_refuses_fails_with_its_words(repository: Repository) -> None:
+def test_a_system_that_refuses_fails_with_its_message(repository: Repository) -> None:
     """No traceback; how many rows were sent is known all the same."""
 
     class Refusing(FakeServer):
@@ -170,7 +170,7 @@ def test_a_system_that_refuses_fails_with_its_words(repository: Repository) -> N
     assert outcome.n_rows > 0
 
 
-def test_a_pair_without_a_release_has_nothing_to_be_compared_with(repository: Repository) -> None:
+def test_a_pair_without_a_release_cannot_be_verified(repository: Repository) -> None:
     """Served or not: the way out is named, and nothing is sent."""
     server = FakeServer({}, ("2.1",))
 
@@ -191,7 +191,7 @@ def test_a_damaged_record_is_named(repository: Repository, tmp_path: Path) -> No
     assert outcome.problem.startswith("iris/releases/0001-1.1: golden.npz: expected sha256")
 
 
-def test_a_record_that_cannot_be_read_fails_beside_the_others(repository: Repository, tmp_path: Path) -> None:
+def test_an_unreadable_record_fails_without_affecting_others(repository: Repository, tmp_path: Path) -> None:
     """It may withdraw a release that is served."""
     models = Path(shutil.copytree(repository.root, tmp_path / "models"))
     withdraw_nothing = models / "iris" / "releases" / "0002-1.1"
@@ -205,7 +205,7 @@ def test_a_record_that_cannot_be_read_fails_beside_the_others(repository: Reposi
     assert outcomes[1].problem.startswith("iris/releases/0002-1.1: ")
 
 
-def test_what_is_ready_and_what_must_be_is_verified(repository: Repository, tmp_path: Path) -> None:
+def test_ready_and_required_pairs_are_verified(repository: Repository, tmp_path: Path) -> None:
     """The pairs of the route and of the current release are asked for although they are not ready, and fail."""
     models = Path(shutil.copytree(repository.root, tmp_path / "models"))
 

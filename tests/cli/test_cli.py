@@ -52,7 +52,7 @@ def signed_repository(folder: Path) -> Keys:
     return make_keys(folder)
 
 
-def test_sign_puts_a_signature_beside_every_bundle(tmp_path: Path) -> None:
+def test_sign_writes_a_signature_for_every_bundle(tmp_path: Path) -> None:
     """A line each; what is damaged is named, and the others are signed all the same."""
     keys = signed_repository(tmp_path)
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="damaged", repository=tmp_path / "models")
@@ -75,7 +75,7 @@ def test_sign_puts_a_signature_beside_every_bundle(tmp_path: Path) -> None:
         (["--key", "key.pem", "--repository", "empty"], "no models found in empty"),
     ],
 )
-def test_sign_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+def test_sign_reports_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
     """And signs nothing."""
     signed_repository(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -126,7 +126,7 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert "--help" in result.output
 
 
-def test_help_imports_nothing_heavy() -> None:
+def test_help_imports_no_heavy_packages() -> None:
     """What a command needs is imported when it is called, so that help comes at once."""
     check = (
         "import sys; from typer.testing import CliRunner; from splitserve.cli import app;"
@@ -182,7 +182,7 @@ def files(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_publish_writes_what_it_is_given(
+def test_publish_writes_the_given_files(
     files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], printed: str, written: dict[str, list[int]]
 ) -> None:
     """A pipeline becomes both halves, transforms a preprocessor, an ONNX model a predictor."""
@@ -194,9 +194,7 @@ def test_publish_writes_what_it_is_given(
     assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
 
 
-def test_halves_that_are_published_one_after_the_other_can_say_that_they_belong_together(
-    files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The predictor is told which transforms it was trained on, and has their fingerprint."""
     monkeypatch.chdir(files)
     common = ("publish", "m", "--repository", "models")
@@ -210,7 +208,7 @@ def test_halves_that_are_published_one_after_the_other_can_say_that_they_belong_
     assert first.fingerprint == second.fingerprint != ""
 
 
-def test_what_skops_can_not_hold_is_published_as_a_pickle_only_if_told_to(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is said, since services refuse it."""
     monkeypatch.chdir(files)
     joblib.dump(FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(IRIS), "pattern.joblib")
@@ -240,7 +238,7 @@ def test_what_skops_can_not_hold_is_published_as_a_pickle_only_if_told_to(files:
         ),
     ],
 )
-def test_publish_says_what_is_wrong(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
+def test_publish_reports_errors(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
     """A line, not a traceback, and an exit status that a script sees."""
     monkeypatch.chdir(files)
 
@@ -320,7 +318,7 @@ async def test_infer_sends_an_image_as_it_is(tmp_path: Path) -> None:
     assert service.requests[0].inputs[0].raw == encode_bytes([(tmp_path / "cat.png").read_bytes()])
 
 
-async def test_infer_reports_an_error_in_a_line(tmp_path: Path) -> None:
+async def test_infer_reports_an_error_in_one_line(tmp_path: Path) -> None:
     """The server's own words, exit status 1."""
     result = await run_beside(echo_service(), "infer", "nope", "--rows", "[]")
 
@@ -328,7 +326,7 @@ async def test_infer_reports_an_error_in_a_line(tmp_path: Path) -> None:
     assert result.stderr == "Request for unknown model: 'nope' is not found\n"
 
 
-def test_infer_wants_rows() -> None:
+def test_infer_requires_rows() -> None:
     """From a file or from the command line, not neither and not both."""
     neither, both = run("infer", "m"), run("infer", "m", "rows.json", "--rows", "[]")
 
@@ -364,7 +362,7 @@ async def test_health_says_which_release_serves_by_default() -> None:
     assert lines[1:] == ["m 1.1 3, default READY", "m 2.1 2 READY", "n 1.0 - READY"]
 
 
-async def test_health_says_what_is_waited_for_where_no_model_is_known() -> None:
+async def test_health_without_models_reports_what_the_system_waits_for() -> None:
     """Instead of an empty table."""
     async with serving(FakeInference(not_ready="waiting for the model repository: s3://m: not found")) as address:
         result = await asyncio.to_thread(run, "health", "--url", address)
@@ -375,7 +373,7 @@ async def test_health_says_what_is_waited_for_where_no_model_is_known() -> None:
     )
 
 
-def test_health_says_so_when_nobody_answers() -> None:
+def test_health_reports_an_unreachable_system() -> None:
     """A line with the address that was asked."""
     result = run("health", "--url", "127.0.0.1:1")
 
@@ -411,7 +409,7 @@ def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
     assert (nowhere.exit_code, nowhere.output) == (1, f"{tmp_path}/nowhere: no such folder\n")
 
 
-def test_models_lists_what_is_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_lists_bundles_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fetches manifests only; the reason is told if there is nothing to be had."""
     monkeypatch.setenv("MODEL_CACHE", str(tmp_path / "cache"))
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path / "models")

@@ -64,7 +64,7 @@ def test_changed_features_are_refused_unless_they_are_accepted(models: Path) -> 
     assert "changed features" in splitserve("releases", "m", "-r", models).stdout
 
 
-def test_rollback_and_withdraw_take_back(models: Path) -> None:
+def test_rollback_and_withdraw_change_what_serves(models: Path) -> None:
     splitserve("release", "m", "2.1", "-r", models, "--yes")
 
     rolled = splitserve("rollback", "m", "-r", models)
@@ -90,14 +90,14 @@ def test_rollback_and_withdraw_take_back(models: Path) -> None:
         (("releases", "none"), "none: no releases in"),
     ],
 )
-def test_what_cannot_be_done_is_said_with_status_1(models: Path, arguments: tuple[str, ...], complaint: str) -> None:
+def test_errors_exit_with_status_1(models: Path, arguments: tuple[str, ...], complaint: str) -> None:
     result = splitserve(*arguments, "-r", models)
 
     assert result.exit_code == 1
     assert complaint in result.stderr
 
 
-def test_rows_of_ones_own_are_compared_too(models: Path, tmp_path: Path) -> None:
+def test_own_rows_are_compared(models: Path, tmp_path: Path) -> None:
     import numpy as np
 
     np.save(tmp_path / "more.npy", IRIS[:40] * 2)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
@@ -136,6 +137,22 @@ async def test_another_fit_of_the_same_shape_never_serves_by_default(services: S
 
     assert (await service.infer(request())).version == "1.1"
     assert (await service.metadata("m")).versions == ("1.1",)
+
+
+async def test_other_names_for_the_same_numbers_serve_once_they_are_released(services: Services, tmp_path: Path) -> None:
+    """A release was proven in numbers; what the features are called counts for pairs without one only."""
+
+    def transforms(step: str) -> ColumnTransformer:
+        return ColumnTransformer([(step, StandardScaler(), [0, 1, 2])]).fit(ROWS)
+
+    pipeline = make_pipeline(transforms("scaled"), Ridge(alpha=1e-3)).fit(ROWS, TARGETS)
+    publish(pipeline, ROWS, name="m", repository=tmp_path)
+    publish_preprocessor(transforms("standardised"), ROWS, name="m", repository=tmp_path)
+    release("m", "2.1", repository=tmp_path)
+
+    service = await services.refresh()
+
+    assert (await service.infer(request())).version == "2.1"
 
 
 async def test_the_newest_release_is_the_default_and_not_the_newest_number(services: Services, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_another_fit_with_the_same_numbers_is_released(models: Path) -> None:
+def test_a_refit_with_the_same_numbers_is_released(models: Path) -> None:
     publish_preprocessor(fitted(StandardScaler()), IRIS, name="m", repository=models)
 
     record = release("m", "2.1", repository=models)
@@ -82,7 +82,7 @@ OTHER_FITS: dict[str, Callable[[], Pipeline]] = {
 
 
 @pytest.mark.parametrize("fit", [OTHER_FITS["other units"], OTHER_FITS["another scaler"]], ids=["other units", "another scaler"])
-def test_another_fit_with_other_numbers_is_refused(models: Path, fit: Callable[[], Pipeline]) -> None:
+def test_a_refit_with_other_numbers_is_refused(models: Path, fit: Callable[[], Pipeline]) -> None:
     """The shapes agree, so only the numbers tell."""
     publish_preprocessor(fit(), IRIS, name="m", repository=models)
 
@@ -92,7 +92,7 @@ def test_another_fit_with_other_numbers_is_refused(models: Path, fit: Callable[[
     assert [str(each.pair) for each in history(models).records] == ["1.1"]
 
 
-def test_it_is_released_where_that_is_accepted_and_says_so(models: Path) -> None:
+def test_changed_features_are_released_if_accepted_and_recorded(models: Path) -> None:
     publish_preprocessor(OTHER_FITS["another scaler"](), IRIS, name="m", repository=models)
 
     record = release("m", "2.1", repository=models, accept_changed_features=True)
@@ -135,7 +135,7 @@ def test_other_imputer_values_are_refused_though_no_row_of_training_misses_the_c
         release("m", "2.1", repository=tmp_path)
 
 
-def test_a_preprocessor_that_takes_other_rows_is_refused(models: Path) -> None:
+def test_a_preprocessor_of_other_rows_is_refused(models: Path) -> None:
     publish_preprocessor(
         make_column_transformer((StandardScaler(), ["a", "b", "c", "d"])).fit(frame := pd.DataFrame(IRIS, columns=list("abcd"))),
         frame,
@@ -154,17 +154,17 @@ def predictor_of(scaler: Any) -> bytes:
     return model
 
 
-def test_a_predictor_that_does_not_say_what_it_was_trained_on_has_to_be_accepted(tmp_path: Path) -> None:
+def test_unknown_features_need_explicit_acceptance(tmp_path: Path) -> None:
     scaler = fitted(StandardScaler())
     publish_preprocessor(scaler, IRIS, name="m", repository=tmp_path)
     publish_predictor(predictor_of(scaler), scaler.transform(IRIS).astype(np.float32), name="m", repository=tmp_path)
 
-    with pytest.raises(PublishError, match=r"nobody knows .*--accept-unknown-features"):
+    with pytest.raises(PublishError, match=r"it is unknown .*--accept-unknown-features"):
         release("m", "1.1", repository=tmp_path)
     assert release("m", "1.1", repository=tmp_path, accept_unknown_features=True).manifest.accepted == ("unknown features",)
 
 
-def test_one_that_says_it_need_not(tmp_path: Path) -> None:
+def test_known_features_need_no_acceptance(tmp_path: Path) -> None:
     scaler = fitted(StandardScaler())
     publish_preprocessor(scaler, IRIS, name="m", repository=tmp_path)
     features = scaler.transform(IRIS).astype(np.float32)
@@ -201,17 +201,17 @@ def test_a_proposal_shows_what_would_change(models: Path) -> None:
 
 
 @pytest.mark.parametrize("pair", ["1", "x", "1.1.1", ""])
-def test_what_is_no_pair_is_said(models: Path, pair: str) -> None:
+def test_an_invalid_pair_is_named(models: Path, pair: str) -> None:
     with pytest.raises(PublishError, match="expected K.M"):
         release("m", pair, repository=models)
 
 
-def test_a_half_that_is_not_there_is_named(models: Path) -> None:
+def test_a_missing_half_is_named(models: Path) -> None:
     with pytest.raises(PublishError, match="m/predict/7"):
         release("m", "1.7", repository=models)
 
 
-def test_rollback_releases_what_served_before(models: Path) -> None:
+def test_rollback_releases_the_previous_pair(models: Path) -> None:
     publish(make_pipeline(MinMaxScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=models)
 
     record = rollback("m", repository=models)
@@ -221,7 +221,7 @@ def test_rollback_releases_what_served_before(models: Path) -> None:
         rollback("m", repository=models)
 
 
-def test_withdrawing_takes_a_release_back_once(models: Path) -> None:
+def test_a_release_is_withdrawn_once(models: Path) -> None:
     publish_preprocessor(fitted(StandardScaler()), IRIS, name="m", repository=models)
     release("m", "2.1", repository=models)
 
@@ -236,7 +236,7 @@ def test_withdrawing_takes_a_release_back_once(models: Path) -> None:
         withdraw("m", 9, repository=models)
 
 
-def test_against_a_pin_of_the_route_nothing_is_released(models: Path) -> None:
+def test_a_route_that_pins_another_pair_blocks_releases(models: Path) -> None:
     """What is recorded would not serve; the message names the file."""
     publish_preprocessor(fitted(StandardScaler()), IRIS, name="m", repository=models)
     (models / "m" / "route.json").write_text('{"pairs": [{"pair": "1.1"}]}')

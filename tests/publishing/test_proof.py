@@ -126,13 +126,13 @@ def test_tolerances_are_the_bound_of_the_datatype_times_the_scale():
     assert tolerances_of(outputs) == {"single": Tolerance(0.0, 1e-5 * 200), "double": Tolerance(0.0, 1e-12)}
 
 
-def test_rows_beside_a_threshold_are_no_golden_rows():
+def test_rows_next_to_a_threshold_are_not_golden_rows():
     x = np.array([[0.1], [0.5], [np.nextafter(np.float32(0.5), np.float32(1))], [0.9]], dtype=np.float32)
 
     assert stable_rows(runs(lambda x: x[:, 0] > 0.5), (from_array("x", x),), {}) == [0, 3]
 
 
-def test_each_number_is_moved_by_itself():
+def test_each_number_is_moved_separately():
     """All numbers moved together may cancel out."""
     x = np.array([[0.5, 0.5], [0.2, 0.9]], dtype=np.float32)
 
@@ -146,7 +146,7 @@ def test_missing_numbers_and_text_are_not_moved():
     assert stable_rows(runs(lambda x: x == b"a"), (from_array("x", np.array(["a", "b"], dtype=object)),), {}) == [0, 1]
 
 
-def test_a_row_that_is_refused_when_it_is_moved_is_no_golden_row():
+def test_a_row_whose_neighbour_is_refused_is_not_a_golden_row():
     def strict(x):
         if (x > 1).any():
             raise ValueError("too large")

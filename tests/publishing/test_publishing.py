@@ -132,7 +132,7 @@ def test_a_regressor_answers_as_before(tmp_path: Path, estimator: Any) -> None:
     np.testing.assert_allclose(found["prediction"].ravel(), pipeline.predict(DIABETES), rtol=1e-4)
 
 
-def test_what_float32_can_not_hold_is_published_at_float64(tmp_path: Path) -> None:
+def test_numbers_beyond_float32_are_published_as_float64(tmp_path: Path) -> None:
     """Features that differ in the ninth digit need the wider form, which the bundle then has."""
     rows = 1e8 + np.arange(40.0).reshape(-1, 1)
     estimator = LinearRegression().fit(rows, np.arange(40.0))
@@ -158,7 +158,7 @@ def test_versions_count_up_and_never_change(tmp_path: Path) -> None:
     assert Repository(tmp_path).versions("m", "predict") == [1, 2]
 
 
-def test_if_the_second_half_can_not_be_written_the_first_is_taken_back(tmp_path: Path) -> None:
+def test_if_the_second_half_cannot_be_written_the_first_is_removed(tmp_path: Path) -> None:
     """Both or none."""
     pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
     publish_predictor(softmax_model(4, 3), IRIS[:1].astype(np.float32), name="m", repository=tmp_path, version=5)
@@ -207,7 +207,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, case: str) -> None:
+def test_errors_are_named_and_nothing_is_written(tmp_path: Path, case: str) -> None:
     """The message says what is wrong; the repository is as it was."""
     pipeline, rows, options, message = MISTAKES[case]
 
@@ -218,7 +218,7 @@ def test_a_mistake_is_named_and_nothing_is_written(tmp_path: Path, case: str) ->
     assert not list((tmp_path / "models").rglob("*"))
 
 
-def test_a_repository_that_can_not_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_repository_is_named(tmp_path: Path) -> None:
     """A file where the folder should be."""
     (tmp_path / "models").write_text("")
 
@@ -226,7 +226,7 @@ def test_a_repository_that_can_not_be_written_is_named(tmp_path: Path) -> None:
         publish(FITTED, IRIS, name="m", repository=tmp_path / "models")
 
 
-def test_golden_samples_show_every_category_and_a_missing_value() -> None:
+def test_golden_samples_contain_every_category_and_a_missing_value() -> None:
     """Also where they are rare; a bound keeps the file small."""
     frame = pd.DataFrame({"word": ["common"] * 500, "size": np.ones(500)})
     frame.loc[321, "word"] = "rare"
@@ -241,7 +241,7 @@ def test_golden_samples_show_every_category_and_a_missing_value() -> None:
     assert len(crowded) == N_GOLDEN_MAX
 
 
-def test_a_category_that_comes_late_is_shown() -> None:
+def test_a_rare_category_is_in_the_golden_samples() -> None:
     """All of the data is looked through."""
     late = 100_001
     words = np.full(late + 300, "common", dtype=object)
@@ -250,7 +250,7 @@ def test_a_category_that_comes_late_is_shown() -> None:
     assert late in golden_rows(pd.DataFrame({"word": words}))
 
 
-def test_a_category_that_is_shown_already_takes_no_room() -> None:
+def test_a_category_that_is_contained_already_adds_no_sample() -> None:
     """However many columns there are: what is rare in the last one is shown all the same."""
     rows = np.arange(500)
     frame = pd.DataFrame({f"word {index}": np.where(rows < 8 * index + 4, "a", "b") for index in range(60)})
@@ -262,7 +262,7 @@ def test_a_category_that_is_shown_already_takes_no_room() -> None:
     assert all(set(frame.iloc[chosen][name]) == set(frame[name]) for name in frame)
 
 
-def test_where_there_is_no_room_for_all_the_free_text_goes_short() -> None:
+def test_without_room_for_all_free_text_gets_fewer_samples() -> None:
     """A missing value and the few categories of another column are shown before the many of this one."""
     frame = pd.DataFrame({"text": [f"text {index}" for index in range(500)], "kind": "a", "size": 1.0})
     frame.loc[321, "kind"] = "b"
@@ -307,7 +307,7 @@ def test_categories_need_not_be_text(values: Any, rare: int) -> None:
     assert rare in golden_rows(pd.DataFrame({"column": values}))
 
 
-def test_as_many_samples_are_kept_as_the_documents_say() -> None:
+def test_the_number_of_samples_is_as_documented() -> None:
     """docs/publishing.md states the default: 16 rows spread evenly, 64 at most."""
     text = " ".join((Path(__file__).parents[2] / "docs" / "publishing.md").read_text().split())
 
@@ -348,7 +348,7 @@ def test_of_many_sample_inputs_some_become_golden_samples(tmp_path: Path) -> Non
         publish_predictor(softmax_model(3), sample[:0], name="m", repository=tmp_path)
 
 
-def test_what_the_estimator_would_not_take_is_refused_by_the_preprocessor(tmp_path: Path) -> None:
+def test_rows_that_the_estimator_would_refuse_are_refused_by_the_preprocessor(tmp_path: Path) -> None:
     """scikit-learn refuses NaN for this estimator, so the split does, and names the row."""
     publish(FITTED, IRIS, name="strict", repository=tmp_path)
     trees = make_pipeline(StandardScaler(), HistGradientBoostingClassifier(max_iter=5)).fit(IRIS, SPECIES)
@@ -363,7 +363,7 @@ def test_what_the_estimator_would_not_take_is_refused_by_the_preprocessor(tmp_pa
     np.testing.assert_allclose(found["probabilities"], trees.predict_proba(rows), atol=1e-5)
 
 
-def test_an_empty_string_is_a_missing_value_where_the_transforms_take_one(tmp_path: Path) -> None:
+def test_an_empty_string_is_a_missing_value_if_the_transforms_accept_one(tmp_path: Path) -> None:
     """Observed in the data, or tried out; where "" was a value in training it stays one."""
     frame = pd.DataFrame(
         {"gaps": ["a", None, "b"] * 4, "full": ["a", "b", "c"] * 4, "blank": ["a", "", "b"] * 4, "text": ["one two"] * 12}
@@ -383,7 +383,7 @@ def test_an_empty_string_is_a_missing_value_where_the_transforms_take_one(tmp_pa
     }
 
 
-def test_a_value_that_the_transforms_refuse_is_bad_input(tmp_path: Path) -> None:
+def test_a_value_that_the_transforms_refuse_is_invalid_input(tmp_path: Path) -> None:
     """scikit-learn's own words, on one line."""
     bundle = publish_preprocessor(mixed_transforms().fit(MIXED), MIXED, name="m", repository=tmp_path)
     half = preprocessor.load(bundle)
@@ -419,7 +419,7 @@ def test_a_predictor_is_taken_as_path_bytes_or_model(tmp_path: Path) -> None:
         (softmax_model(3), {"wrong": np.zeros((2, 3), np.float32)}, 'unknown input "wrong"'),
     ],
 )
-def test_a_predictor_that_can_not_run_is_refused(tmp_path: Path, model: Any, sample: Any, message: str) -> None:
+def test_a_predictor_that_cannot_run_is_refused(tmp_path: Path, model: Any, sample: Any, message: str) -> None:
     """Named, and nothing is written."""
     with pytest.raises(PublishError, match=message):
         publish_predictor(model, sample, name="m", repository=tmp_path)
@@ -437,7 +437,7 @@ def test_a_predictor_without_a_free_batch_is_refused(tmp_path: Path) -> None:
         publish_predictor(model, np.zeros((1, 3), np.float32), name="m", repository=tmp_path)
 
 
-def test_a_version_that_answers_otherwise_than_where_it_was_made_is_refused(tmp_path: Path) -> None:
+def test_a_version_whose_answers_differ_from_publishing_is_refused(tmp_path: Path) -> None:
     """Golden samples are replayed at load; the worst difference is shown with sample, tensor, index, expected and got."""
     sample = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
     published = publish_predictor(softmax_model(3), sample, name="m", repository=tmp_path)

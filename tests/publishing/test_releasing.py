@@ -105,7 +105,7 @@ def test_a_pipeline_whose_answers_depend_on_other_rows_is_refused(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_published_where_that_is_said(tmp_path: Path) -> None:
+def test_models_with_dependent_rows_are_published_if_declared(tmp_path: Path) -> None:
     """Both halves and the release carry the flag, so that nothing merges its requests."""
     pipeline = make_pipeline(FunctionTransformer(centred), Ridge()).fit(IRIS, IRIS[:, 0])
 
@@ -126,7 +126,7 @@ def test_halves_with_the_labels_in_another_order_do_not_fit(halves: tuple[Prepro
         labels_of(msgspec.structs.replace(first, labels=("1", "0", "2")), second)
 
 
-def test_a_withdrawn_release_serves_no_more(tmp_path: Path) -> None:
+def test_a_withdrawn_release_does_not_serve_any_more(tmp_path: Path) -> None:
     publish(FITTED, IRIS, name="iris", repository=tmp_path)
     publish(FITTED, IRIS, name="iris", repository=tmp_path)
     current = history(tmp_path, "iris").current()
@@ -191,7 +191,7 @@ def kills(tmp_path: Path, halves: tuple[PreprocessorHalf, PredictorHalf]) -> Ite
 
 
 @pytest.mark.heavy
-def test_a_publisher_that_is_killed_anywhere_leaves_the_old_or_the_new_whole(
+def test_a_publisher_killed_at_any_point_leaves_the_old_or_the_new_state(
     tmp_path: Path, halves: tuple[PreprocessorHalf, PredictorHalf]
 ) -> None:
     """And the next publication works."""

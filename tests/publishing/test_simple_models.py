@@ -29,7 +29,7 @@ def load_preprocessor(repository: Repository, name: str) -> preprocessor.Preproc
     return preprocessor.load(repository.open(BundleKey(name, "preprocess", 1)))
 
 
-def test_tensors_go_on_as_they_came(repository: Repository) -> None:
+def test_tensors_are_passed_on_unchanged(repository: Repository) -> None:
     """In the order of the signature, untouched."""
     loaded = load_preprocessor(repository, "simple")
     inputs = [from_array(name, NUMBERS) for name in ("INPUT1", "INPUT0")]
