@@ -588,7 +588,9 @@ async def test_a_draining_connection_serves_calls_that_were_sent_before_the_clie
     await asyncio.sleep(0)
     assert not client.transport.is_closed
     client.server.gate.set()
-    await until(lambda: client.transport.is_closed, lambda: asyncio.sleep(0))
+    await until(
+        lambda: frames.PING in [kind for kind, *_ in raw_frames(bytes(client.transport.written))], lambda: asyncio.sleep(0)
+    )
 
     written = raw_frames(client.transport.take())
     assert next(int.from_bytes(content[:4], "big") for kind, _, _, content in written if kind == frames.GOAWAY) == before + 2
@@ -596,6 +598,48 @@ async def test_a_draining_connection_serves_calls_that_were_sent_before_the_clie
         before,
         before + 2,
     ]
+
+
+async def test_a_drained_connection_is_closed_once_the_client_has_received_the_last_answer() -> None:
+    """Else what the client still sends, e.g. WINDOW_UPDATE, would be answered by a TCP reset, which may overtake the answer."""
+    client = Client(FakeServer())
+    stream = client.call(HOLD, framed(b"x"))
+    await client.pump()
+    client.connection.drain()
+    client.connection.data_received(frames.frame(frames.PING, frames.ACK, 0, await _ping_of(client)))
+    client.server.gate.set()
+    await until(
+        lambda: frames.PING in [kind for kind, *_ in raw_frames(bytes(client.transport.written))], lambda: asyncio.sleep(0)
+    )
+
+    written = raw_frames(bytes(client.transport.written))
+    assert [kind for kind, flags, number, _ in written if number == stream and flags & frames.END_STREAM] == [frames.HEADERS]
+    assert not client.transport.is_closed
+
+    client.connection.data_received(frames.frame(frames.PING, frames.ACK, 0, await _ping_of(client)))
+
+    assert client.transport.is_closed
+
+
+async def test_a_client_that_does_not_acknowledge_the_last_answer_does_not_delay_closing() -> None:
+    client = Client(FakeServer())
+    client.connection.data_received(START)
+    await asyncio.sleep(0)
+    client.connection.drain()
+    client.connection.data_received(frames.frame(frames.PING, frames.ACK, 0, await _ping_of(client)))
+    now = client.connection.now()
+
+    client.connection.tick(now + DRAIN_PING_TIMEOUT_S - 1)
+    assert not client.transport.is_closed
+    client.connection.tick(now + DRAIN_PING_TIMEOUT_S + 1)
+
+    assert client.transport.is_closed
+
+
+async def _ping_of(client: Client) -> bytes:
+    """The content of the PING that was written last; what was written is taken."""
+    await asyncio.sleep(0)
+    return [content for kind, _, _, content in raw_frames(client.transport.take()) if kind == frames.PING][-1]
 
 
 async def test_connections_live_as_long_as_their_clients_want() -> None:

@@ -33,7 +33,7 @@ CLOSE_GRACE_S = 0.5
 """How long clients get to read the last bytes when the server stops."""
 
 DRAIN_PING_TIMEOUT_S = 5.0
-"""A client that does not acknowledge the PING after the first GOAWAY within this time is considered gone: draining goes on."""
+"""A client that does not acknowledge the PING after a GOAWAY within this time is considered gone: draining goes on."""
 
 _MAX_SKIPPED_IDS = 100
 """Ranges of stream ids that a client skipped and that are remembered, to distinguish them from closed ones."""
@@ -84,7 +84,9 @@ class GrpcServerConnection(CallConnection):
         self._opened_at = self.now()
         jitter = random.uniform(1 - AGE_JITTER, 1 + AGE_JITTER)  # noqa: S311
         self._drain_at = self._opened_at + limits.max_connection_age_s * jitter
-        self._is_draining = False
+        self._is_draining = self._is_client_silent = False
+        self._closing_ping_at = 0.0
+        """When the PING was sent whose acknowledgement says that the client has received the last answer; 0: not yet."""
         self._draining_since = 0.0
         self._idle_since = self._opened_at
         self._id_at_tick = 0
@@ -234,7 +236,10 @@ class GrpcServerConnection(CallConnection):
         if is_ping_pending and now - self._draining_since > (
             DRAIN_PING_TIMEOUT_S if self._has_settings else FIRST_REQUEST_GRACE_S
         ):
-            self._drain_ping_acknowledged()
+            self._is_client_silent = True
+            self._refuse_new_streams()
+        if self._closing_ping_at and now - self._closing_ping_at > DRAIN_PING_TIMEOUT_S:
+            self.close()
         if now > self._drain_at or now - self._idle_since > self._limits.max_connection_idle_s:
             self.drain()
         if now > self._drain_at + self._limits.max_connection_age_grace_s:
@@ -253,14 +258,30 @@ class GrpcServerConnection(CallConnection):
         self._send_drain_ping()
 
     def _drain_ping_acknowledged(self) -> None:
-        if self._is_draining:
-            self._max_accepted_id = self._last_stream_id
-            self._write_soon(frames.goaway(self._last_stream_id, frames.NO_ERROR))
-            self._close_if_drained()
+        if self._closing_ping_at:
+            self.close()
+        elif self._is_draining:
+            self._refuse_new_streams()
+
+    def _refuse_new_streams(self) -> None:
+        self._max_accepted_id = self._last_stream_id
+        self._write_soon(frames.goaway(self._last_stream_id, frames.NO_ERROR))
+        self._close_if_drained()
 
     def _close_if_drained(self) -> None:
-        if self._max_accepted_id != frames.MAX_STREAM_ID and not self._streams and not self._closing_since:
+        """Close once the client has received the last answer.
+
+        Closed before, frames that the client still sends, e.g. WINDOW_UPDATE, would be answered by a TCP reset, and a client that
+        notices it first (haproxy) cuts the answer off.
+        """
+        is_drained = self._max_accepted_id != frames.MAX_STREAM_ID and not self._streams
+        if not is_drained or self._closing_since:
+            return
+        if self._is_client_silent:
             self.close()
+        elif not self._closing_ping_at:
+            self._closing_ping_at = self.now()
+            self._send_drain_ping()
 
     def end(self, reason: str) -> None:
         """End the calls in flight as UNAVAILABLE, then close."""
