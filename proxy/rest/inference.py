@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from proxy.rest import compression
 from splitserve.errors import InvalidInput
 from splitserve.oip import rest, v1
-from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata, deadline_after
+from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata
 from splitserve.server.inference import Inference, InferenceRules
 from splitserve.server.logs import log_request
 from splitserve.versions import Pair
@@ -106,7 +106,8 @@ class RestInference(Inference[HttpResponse]):
         self._encoding = encoding
         self._respond = respond
         self._body: bytes | None = None
-        self.deadline = deadline_after(rules.timeout_s(incoming))
+        timeout_s = rules.timeout_s(incoming) if TIMEOUT in incoming.headers else rules.default_timeout_s
+        self.deadline = self._began + timeout_s
 
     def _credentials(self) -> Sequence[str]:
         return credentials(self._incoming)

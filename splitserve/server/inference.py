@@ -26,7 +26,7 @@ from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import Authenticator, Caller, context_of
-from splitserve.server.logs import log_request
+from splitserve.server.logs import RequestLog, log_request
 
 A = TypeVar("A")
 Arguments = TypeVarTuple("Arguments")
@@ -105,7 +105,11 @@ class Inference(ABC, Generic[A]):
         request = self._decode()
         self.model, self.version = request.model, request.version
         rules.limits.check(request)
-        self._pending = classification.begin(rules.service, request, self._end)
+        on_answer = self._finish if self._context is None else self._finish_in_context
+        if request.outputs:
+            self._pending = classification.begin(rules.service, request, on_answer)
+        else:
+            self._pending = rules.service.begin(request, on_answer)
 
     def _in_context(self, act: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
         """Call ``act`` in the context of the caller, if the caller is known."""
@@ -114,14 +118,11 @@ class Inference(ABC, Generic[A]):
         else:
             self._context.run(act, *arguments)
 
-    def _end(self, outcome: InferResponse | Exception) -> None:
-        """The service has answered, or failed."""
-        if self._context is None:
-            self._finish(outcome)
-        else:
-            self._context.run(self._finish, outcome)
+    def _finish_in_context(self, outcome: InferResponse | Exception) -> None:
+        self._in_context(self._finish, outcome)
 
     def _finish(self, outcome: InferResponse | Exception) -> None:
+        """The service has answered, or failed."""
         self._is_over = True
         self._pending = None  # breaks a reference cycle, which only the garbage collector would free
         if isinstance(outcome, Exception):
@@ -135,7 +136,8 @@ class Inference(ABC, Generic[A]):
             self._fail(error)
             return
         self.version = outcome.version
-        self._log(None)
+        if RequestLog.is_complete:
+            self._log(None)
         self._deliver(answer)
 
     def cancel(self) -> None:
