@@ -22,14 +22,14 @@ from PIL import Image
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from splitserve.arrays import Array, from_array, to_array
-from splitserve.publishing import PublishError, publish_predictor, publish_preprocessor
+from splitserve.publishing import PublishError, publish_predictor, publish_preprocessor, release
 from splitserve.repository.bundle import KINDS, BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import Postprocess
 from splitserve.runtimes.predictor import Predictor
 from splitserve.transformers import DecodeImage, NormaliseImage, ResizeImage
 
-NAME, VERSION = "imagenet", 1
+NAME, VERSION, INPUT_NAME = "imagenet", 1, "image"
 
 PICTURES = {"chelsea": "JPEG", "astronaut": "PNG", "camera": "PNG", "coffee": "JPEG", "rocket": "JPEG"}
 """Golden samples: pictures that scikit-image ships, and the format that each is sent in. The camera's is grey."""
@@ -103,13 +103,21 @@ def check(exported: Exported, pixels: Array) -> None:
 
 
 def publish_imagenet(repository: Path, torch_python: Path) -> None:
-    """Publish both halves as version 1."""
+    """Publish both halves as version 1, and release the pair."""
     files = picture_files()
     pixels = transforms().transform(files)
     exported = export(torch_python, pixels)
     check(exported, pixels)
     predictor = publish_predictor(
-        exported.model, pixels, name=NAME, repository=repository, version=VERSION, labels=exported.labels
+        exported.model,
+        pixels,
+        name=NAME,
+        repository=repository,
+        version=VERSION,
+        labels=exported.labels,
+        trained_on=transforms(),
+        rows=files,
+        input_name=INPUT_NAME,
     )
     preprocessor = publish_preprocessor(
         transforms(),
@@ -117,12 +125,16 @@ def publish_imagenet(repository: Path, torch_python: Path) -> None:
         name=NAME,
         repository=repository,
         version=VERSION,
-        input_name="image",
+        input_name=INPUT_NAME,
         output_name="pixels",
         labels=exported.labels,
         postprocess=Postprocess(scores="logits"),
     )
-    print(f"{NAME} {VERSION}.{VERSION}: {preprocessor.folder} and {predictor.folder}", flush=True)
+    record = release(NAME, f"{VERSION}.{VERSION}", repository=repository)
+    print(
+        f"{NAME} {record.pair}, release {record.sequence}: {preprocessor.folder} and {predictor.folder}",
+        flush=True,
+    )
 
 
 def published(repository: Path) -> list[BundleKey]:

@@ -93,6 +93,7 @@ def publish_predictor(
     labels: Sequence[object] = (),
     trained_on: Any = None,
     rows: Any = None,
+    input_name: str = INPUT_NAME,
     row_wise: bool = True,
 ) -> Bundle:
     """Publish an ONNX model, made by whatever means, as a predictor.
@@ -109,6 +110,7 @@ def publish_predictor(
             features mean the same.
         rows: the raw rows that ``sample_inputs`` were made from, in the same order: a DataFrame or an array. With them a release
             can show that the features of a preprocessor are, in numbers, those of training.
+        input_name: what clients call the input if ``rows`` is an array, as for `publish_preprocessor`.
         row_wise: as for `publish`.
 
     Raises:
@@ -116,17 +118,23 @@ def publish_predictor(
     """
     meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
     half = predictor_half(
-        _model_bytes(model), sample_inputs, name=name, labels=labels, meaning=meaning, rows=_raw_rows(rows), is_row_wise=row_wise
+        _model_bytes(model),
+        sample_inputs,
+        name=name,
+        labels=labels,
+        meaning=meaning,
+        rows=_raw_rows(rows, input_name),
+        is_row_wise=row_wise,
     )
     return write(repository_at(repository), half, version=version)[0]
 
 
-def _raw_rows(rows: Any) -> tuple[Tensor, ...]:
+def _raw_rows(rows: Any, input_name: str) -> tuple[Tensor, ...]:
     if rows is None:
         return ()
     data = as_rows(rows)
     try:
-        form, specs = observe(data, INPUT_NAME)
+        form, specs = observe(data, input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
     return tuple(to_tensors(form, specs, data))
