@@ -38,13 +38,13 @@ def baked(
 
 @pytest.mark.parametrize(("service", "half"), [("preprocess", "preprocess"), ("predict", "predict")])
 def test_an_image_holds_its_half_of_the_chosen_models(baked: Stack, service: str, half: str) -> None:
-    """Nothing is mounted, nothing is there that the service does not load, and it cannot be written."""
+    """And the releases of these models. Nothing is mounted, nothing else is there, and it cannot be written."""
     container = baked.container(service)
 
     found = container.python("import os; print(*sorted(d for d, _, files in os.walk('/models') if 'manifest.json' in files))")
     written = container.try_python("-c", "open('/models/file', 'w')")
 
-    assert found.split() == [f"/models/{name}/{half}/1" for name in CHOSEN]
+    assert found.split() == [f"/models/{name}/{folder}" for name in CHOSEN for folder in (f"{half}/1", "releases/0001-1.1")]
     assert container.facts()["Mounts"] == []
     assert "Read-only file system" in written.stderr
 
@@ -55,7 +55,7 @@ def test_bundles_in_images_are_checked_and_served(baked: Stack, models: dict[str
     rows = models["breast-cancer"].rows[:5]
 
     answer = httpx.post(f"{baked.http}/v1/models/breast-cancer:predict", json={"instances": rows.tolist()}, timeout=60)
-    reason = "weather/predict/1: model.onnx has sha256"
+    reason = "weather/predict/1: model.onnx: expected sha256"
     wait_until(lambda: reason in httpx.get(f"{baked.http}/v2/models/weather/ready").text, "the damaged model refused")
 
     labels = [str(row["label"]) for row in answer.json()["predictions"]]
