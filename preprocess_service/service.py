@@ -230,7 +230,7 @@ class PreprocessService:
             releases = view.history.by_pair()
             for pair in self._candidates(model, theirs, releases):
                 release = releases.get(pair)
-                entry = self._admit(model, pair, release, theirs.get(pair.predictor), proofs)
+                entry = self._admit(model, pair, release, theirs, proofs)
                 pairs.put(model, pair, entry)
             for pair in view.withdrawn:
                 if (held := self._pairs.entries(model).get(pair)) and held.value is not None:
@@ -267,14 +267,21 @@ class PreprocessService:
         return sorted(found)
 
     def _admit(
-        self, model: str, pair: Pair, release: Release | None, theirs: ModelState | None, proofs: set[tuple[str, str]]
+        self,
+        model: str,
+        pair: Pair,
+        release: Release | None,
+        predictors: Mapping[int, ModelState],
+        proofs: set[tuple[str, str]],
     ) -> Entry[AdmittedPair]:
         """Whether a pair serves, or why not. A release that has to be proven is added to the proofs."""
         mine = self._preprocessors.catalogue.entries(model)[pair.preprocessor]
         if mine.value is None:
             return Entry(mine.state, mine.reason)
+        theirs = predictors.get(pair.predictor)
         if theirs is None:
-            return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}")
+            why = "".join(sorted({f": {state.reason}" for state in predictors.values() if state.reason})[:1])
+            return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}{why}")
         signature = self._signatures.get(_signature_key(theirs))
         if signature is None:
             return Entry(theirs.state, theirs.reason)

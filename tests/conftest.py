@@ -24,12 +24,16 @@ settings.register_profile("quick", deadline=None, max_examples=20)
 settings.load_profile("full" if IS_CI else "quick")
 
 
+HEAVY_FOLDERS = ("checks", "preprocess", "publishing", "system")
+"""Folders whose tests start processes, or train and publish models."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by mark, and before xdist reads their groups
 def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.Function]) -> None:
     apart = {line.partition(":")[0] for line in config.getini("markers") if "run by `make" in line}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
-        is_heavy = item.path.parent.name == "system" or "heavy" in marks or "demos" in item.fixturenames
+        is_heavy = item.path.parent.name in HEAVY_FOLDERS or "heavy" in marks or "demos" in item.fixturenames
         if marks.isdisjoint(apart):
             item.add_marker("heavy" if is_heavy else "unit")
         if is_heavy and "system" in item.fixturenames and "xdist_group" not in marks:
