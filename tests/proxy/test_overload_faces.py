@@ -90,7 +90,7 @@ async def test_grpc_answers_resource_exhausted_with_push_back() -> None:
 
 async def test_a_stream_answers_overload_in_a_message_and_stays_open() -> None:
     """P-13: the next message on the same stream is answered."""
-    async with full() as (system, backend, _):
+    async with full() as (system, backend, calls):
         stream = system.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
         await stream.write(message(priority=5))
         refused = pb.ModelStreamInferResponse.FromString(await stream.read())
@@ -98,6 +98,7 @@ async def test_a_stream_answers_overload_in_a_message_and_stays_open() -> None:
         assert not backend.released.is_set()
 
         backend.released.set()
+        await asyncio.wait(calls)  # the queue has room again
         await stream.write(message(priority=5))
         answer = pb.ModelStreamInferResponse.FromString(await stream.read())
         await stream.done_writing()
