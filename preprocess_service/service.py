@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 
 import msgspec
 import structlog
 
-from preprocess_service.golden_replay import IN_PROGRESS, GoldenReplay, PairUnderProof
-from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, merged_index, why_not_ready
+from preprocess_service.admission import Admission, AdmittedPair, PairMatcher
+from preprocess_service.default_pairs import DefaultPairs
+from preprocess_service.golden_replay import GoldenReplay
+from splitserve.catalogue import STILL_LOADING, Catalogue, merged_index, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
-from splitserve.oip import classification
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     DEFAULT,
-    EXPECTED_MANIFEST,
-    LOADING,
-    MANIFEST_SHA256,
     READY,
-    RELEASE_DIGEST,
-    RELEASE_SEQUENCE,
-    ROW_WISE,
     UNAVAILABLE,
     InferenceService,
     InferRequest,
@@ -29,70 +24,23 @@ from splitserve.oip.messages import (
     ModelMetadata,
     ModelState,
     OnAnswer,
-    Parameter,
     check_time_left,
 )
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.oip.statistics import Statistics, Stopwatch
-from splitserve.repository import pairing
-from splitserve.repository.release import Release
 from splitserve.runtimes.preprocessor import Preprocessor
-from splitserve.server.agreement import Agreement
 from splitserve.server.compute import Compute
 from splitserve.server.repository_view import ModelView
 from splitserve.server.store import VersionStore
-from splitserve.signature import OutputBytes, check_outputs, choose_outputs
+from splitserve.signature import check_outputs, choose_outputs
 from splitserve.tensors import Tensor
-from splitserve.versions import UNNAMED, Pair, is_predictor, parse_pair, unknown_model
+from splitserve.versions import Pair, parse_pair, unknown_model
 
 STAGE = "preprocess"
 PLATFORM = "splitserve_pair"
 
-
 SETTLE_TIMEOUT_S = 5.0
 """How long a refresh waits for golden samples that are being replayed; those that take longer count from a later refresh."""
-
-
-class AdmittedPair(msgspec.Struct, frozen=True):
-    """A preprocessor, the signature of the predictor that it fits, and the release that proves the two.
-
-    ``release`` is None where a setting allows pairs without one, and where the pair's last release was withdrawn.
-    """
-
-    preprocessor: Preprocessor
-    predictor: ModelMetadata
-    answer_bytes: OutputBytes
-    release: Release | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Parameters of each call to predict: the digest of the expected bundle, if predict is ours and reports digests."""
-        digest = self.predictor.properties.get(MANIFEST_SHA256, "")
-        return {EXPECTED_MANIFEST: digest} if digest else {}
-
-    @property
-    def release_properties(self) -> dict[str, str]:
-        """Facts about the release, for index and metadata."""
-        if self.release is None:
-            return {}
-        facts = {RELEASE_SEQUENCE: str(self.release.sequence), RELEASE_DIGEST: self.release.sha256}
-        return facts if self.release.manifest.is_row_wise else {**facts, ROW_WISE: "false"}
-
-    @property
-    def properties(self) -> dict[str, str]:
-        """Facts about the pair, for its metadata."""
-        facts = {
-            "fingerprint": self.preprocessor.manifest.fingerprint,
-            "preprocess_runtime": self.preprocessor.runtime,
-            "preprocessor_created": self.preprocessor.manifest.created,
-            "predictor_created": self.predictor.properties.get("created", ""),
-            "warnings": "; ".join(self.warnings),
-            "accepted": "; ".join(self.release.manifest.accepted) if self.release else "",
-            classification.LABELS: msgspec.json.encode(labels).decode() if (labels := self.preprocessor.manifest.labels) else "",
-            **self.release_properties,
-        }
-        return {name: fact for name, fact in facts.items() if fact}
 
 
 class PreprocessService:
@@ -124,23 +72,22 @@ class PreprocessService:
         predict_indexes: Callable[[], Awaitable[list[list[ModelState]]]] | None = None,
     ) -> None:
         self._max_message_bytes = max_message_bytes
-        self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
-        self._allow_unreleased_pairs = allow_unreleased_pairs
         self._preprocessors = preprocessors
         self._predict = predict
         self._compute = Compute(executor)
         self.statistics = Statistics()
         self._log = structlog.get_logger()
-        self._pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
-        self._withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
-        """Not in the index any more, and still callable."""
-        self._defaults: dict[str, Pair] = {}
-        self._default_problems: dict[str, str] = {}
-        """By model, why a request has to name a version."""
-        self._signatures: dict[_SignatureKey, ModelMetadata] = {}
         self._predict_indexes = predict_indexes or self._only_index
-        self._agreement: Agreement[Pair] = Agreement()
         self._replay = GoldenReplay(preprocessors, predict, self._compute, max_message_bytes=max_message_bytes)
+        self._matcher = PairMatcher(
+            preprocessors,
+            predict,
+            self._replay,
+            allow_fingerprint_mismatch=allow_fingerprint_mismatch,
+            allow_unreleased_pairs=allow_unreleased_pairs,
+        )
+        self._admission = Admission(Catalogue())
+        self._defaults = DefaultPairs()
         self._broken_link = "the predict service was not called yet"
         self._is_matched = False
         self._is_settled = False
@@ -158,8 +105,8 @@ class PreprocessService:
         everything_is_loaded = self._preprocessors.is_loaded
         try:
             indexes = await self._predict_indexes()
-            predictors = merged_index(indexes)
-            await self._fetch_signatures(predictors)
+            predict_index = merged_index(indexes)
+            await self._matcher.fetch_signatures(predict_index)
         except SplitserveError as error:
             if not self._broken_link:
                 # Calls for known pairs are still attempted.
@@ -171,20 +118,17 @@ class PreprocessService:
                 self._log.info("predict reachable")
                 self._replay.expire()
             self._broken_link = ""
-            before = self._pairs
-            pairs = self._match(predictors)
-            if self._has_proofs_in_progress(pairs):
+            before = self._admission
+            admission = self._matcher.match(predict_index, before)
+            if admission.has_proofs_in_progress:
                 await self._replay.settle(SETTLE_TIMEOUT_S)
-                pairs = self._match(predictors)
-            self._pairs = pairs
-            self._choose_defaults(indexes)
-            self._report_changes(before)
-            is_settled = everything_is_loaded and self._predict.is_loaded and not self._has_proofs_in_progress(pairs)
+                admission = self._matcher.match(predict_index, before)
+            self._admission = admission
+            self._defaults.update(admission.pairs, self._preprocessors.models, indexes)
+            self._report_changes(before.pairs)
+            is_settled = everything_is_loaded and self._predict.is_loaded and not admission.has_proofs_in_progress
             self._is_settled = self._is_settled or is_settled
         self._is_matched = self._is_matched or everything_is_loaded
-
-    def _has_proofs_in_progress(self, pairs: Catalogue[Pair, AdmittedPair]) -> bool:
-        return any(entry.reason.startswith(IN_PROGRESS) for model in pairs.models() for entry in pairs.entries(model).values())
 
     async def close(self) -> None:
         """Cancel replays in progress."""
@@ -192,9 +136,9 @@ class PreprocessService:
 
     def _report_changes(self, before: Catalogue[Pair, AdmittedPair]) -> None:
         """Log each pair that has become ready or refused."""
-        for model in self._pairs.models():
+        for model in self._admission.pairs.models():
             earlier = before.entries(model)
-            for pair, entry in self._pairs.entries(model).items():
+            for pair, entry in self._admission.pairs.entries(model).items():
                 was = earlier.get(pair)
                 if entry.state != (was.state if was else "") and entry.state == READY:
                     properties = entry.value.properties if entry.value else {}
@@ -204,134 +148,6 @@ class PreprocessService:
                 elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
                     # The halves do not fit, or one of them is not loaded.
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
-
-    async def _fetch_signatures(self, predictors: Sequence[ModelState]) -> None:
-        """Ask for the signatures that are not known yet, or may have changed; forget those of versions that are gone."""
-        mine = self._preprocessors.catalogue.models()
-        ready = [_signature_key(state) for state in predictors if state.state == READY and state.name in mine]
-        # A third-party server reports no digest: the model under a version number, or without one, may change.
-        known = {key: self._signatures[key] for key in ready if key in self._signatures and key[1] != str(UNNAMED)}
-        for key in ready:
-            if key not in known:
-                known[key] = await self._predict.metadata(key[0], key[1])
-        self._signatures = known
-
-    def _match(self, predictors: Sequence[ModelState]) -> Catalogue[Pair, AdmittedPair]:
-        """The pairs that releases name, and where a setting allows it all others, with what keeps them from serving."""
-        pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
-        withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
-        proofs: set[tuple[str, str]] = set()
-        mine = self._preprocessors.catalogue
-        for model in sorted({*mine.models(), *(state.name for state in predictors)}):
-            view = self._preprocessors.models.get(model, ModelView())
-            theirs = {int(state.version): state for state in predictors if state.name == model and is_predictor(state.version)}
-            if incomplete := self._why_incomplete(model, view, predictors, theirs):
-                pairs.put_incomplete(model, incomplete)
-            releases = view.history.by_pair()
-            for pair in self._candidates(model, theirs, releases):
-                release = releases.get(pair)
-                entry = self._admit(model, pair, release, theirs, proofs)
-                pairs.put(model, pair, entry)
-            for pair in view.withdrawn:
-                if (held := self._pairs.entries(model).get(pair)) and held.value is not None:
-                    withdrawn[(model, pair)] = held.value
-                elif (model, pair) in self._withdrawn:
-                    withdrawn[(model, pair)] = self._withdrawn[(model, pair)]
-            if view.route_problem:
-                pairs.put_incomplete(model, view.route_problem)
-        self._withdrawn = withdrawn
-        self._replay.keep(proofs)
-        return pairs
-
-    def _why_incomplete(
-        self, model: str, view: ModelView, predictors: Sequence[ModelState], theirs: Mapping[int, ModelState]
-    ) -> str:
-        """Why a model has no pair; "" if it may have one."""
-        mine = self._preprocessors.catalogue
-        if not mine.entries(model):
-            if reasons := [state.reason for state in mine.index() if state.name == model and state.reason]:
-                return reasons[0]
-            return "it has a predictor but no preprocessor"
-        if not theirs:
-            reasons = [state.reason for state in predictors if state.name == model and state.reason]
-            return ": ".join(["it has a preprocessor but no predictor", *reasons[:1]])
-        return ""
-
-    def _candidates(self, model: str, theirs: Mapping[int, ModelState], releases: Mapping[Pair, Release]) -> list[Pair]:
-        """Pairs with a release whose halves are held, or should be; where a setting allows it all of halves that are held."""
-        mine = self._preprocessors.catalogue.entries(model)
-        wanted = self._preprocessors.selected_pairs(model)
-        found = {pair for pair in releases if pair.preprocessor in mine and (pair.predictor in theirs or pair in wanted)}
-        if self._allow_unreleased_pairs:
-            found |= {Pair(number, version) for number in mine for version in theirs}
-        return sorted(found)
-
-    def _admit(
-        self,
-        model: str,
-        pair: Pair,
-        release: Release | None,
-        predictors: Mapping[int, ModelState],
-        proofs: set[tuple[str, str]],
-    ) -> Entry[AdmittedPair]:
-        """Whether a pair serves, or why not. A release that has to be proven is added to the proofs."""
-        mine = self._preprocessors.catalogue.entries(model)[pair.preprocessor]
-        if mine.value is None:
-            return Entry(mine.state, mine.reason)
-        theirs = predictors.get(pair.predictor)
-        if theirs is None:
-            why = "".join(sorted({f": {state.reason}" for state in predictors.values() if state.reason})[:1])
-            return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}{why}")
-        signature = self._signatures.get(_signature_key(theirs))
-        if signature is None:
-            return Entry(theirs.state, theirs.reason)
-        if not signature.inputs or not signature.outputs:
-            return Entry(UNAVAILABLE, "the predict service has no signature of the model; declare its inputs and outputs there")
-        if differences := mine.value.differences(signature.inputs, signature.outputs):
-            return Entry(UNAVAILABLE, f"the halves do not fit: {'; '.join(differences)}")
-        is_ours = MANIFEST_SHA256 in signature.properties
-        if release is not None and release.manifest.predictor and self._allow_unreleased_pairs and not is_ours:
-            release = None  # it proves our predictor, not the model of a third-party server
-        warnings = mine.value.warnings
-        if release is not None:  # it was proven in numbers, whatever the features are called
-            warnings += tuple(f"{what}, accepted by its release" for what in release.manifest.accepted)
-        elif other := pairing.other_meaning(mine.value.manifest, *pairing.meaning_from_properties(signature.properties)):
-            if not self._allow_fingerprint_mismatch:
-                return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
-            warnings += (f"{other}, allowed by a setting",)
-        if release is None:
-            warnings += ("no release proves this pair, allowed by a setting",)
-        elif problem := _other_halves(release, mine.value, signature):
-            return Entry(UNAVAILABLE, problem)
-        else:
-            proof = PairUnderProof(release, mine.value, signature.outputs, signature.properties.get(MANIFEST_SHA256, ""))
-            proofs.add(proof.key)
-            refusal = self._replay.problem(proof)
-            if refusal is None:
-                return Entry(LOADING, self._replay.waiting_for(proof))
-            if refusal:
-                return Entry(UNAVAILABLE, refusal)
-        answer_bytes = OutputBytes(signature.inputs, signature.outputs)
-        reason = self._preprocessors.problem_of(model)
-        return Entry(READY, reason, AdmittedPair(mine.value, signature, answer_bytes, release, warnings))
-
-    def _choose_defaults(self, indexes: Sequence[Sequence[ModelState]]) -> None:
-        """Which pair serves requests that name no version: one whose predictor is on all replicas of predict, if there is one."""
-        before, self._defaults, self._default_problems = self._defaults, {}, {}
-        for model in self._pairs.models():
-            view = self._preprocessors.models.get(model, ModelView())
-            ready = set(self._pairs.ready_versions(model))
-            if view.default_problem:
-                self._default_problems[model] = view.default_problem
-            elif view.route is not None:
-                pair = view.route.named()[0]
-                if pair not in ready and before.get(model) in ready:
-                    pair = before[model]  # the previous default serves until the route's pair is ready
-                self._defaults[model] = pair
-            elif candidates := [pair for pair in view.history.by_pair() if pair in ready] or sorted(ready):
-                have = [{(state.name, state.version) for state in index if state.state == READY} for index in indexes]
-                replicas = [{pair for pair in candidates if (model, str(pair.predictor)) in each} for each in have]
-                self._defaults[model] = self._agreement.choose(model, candidates, replicas) or candidates[-1]
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         return begin_task(self.infer(request), on_answer)
@@ -401,7 +217,7 @@ class PreprocessService:
         default = self._defaults.get(model)
         return ModelMetadata(
             model,
-            tuple(map(str, self._pairs.ready_versions(model))),
+            tuple(map(str, self._admission.pairs.ready_versions(model))),
             PLATFORM,
             admitted.preprocessor.inputs,
             admitted.preprocessor.answer_specs(admitted.predictor.outputs),
@@ -409,7 +225,7 @@ class PreprocessService:
         )
 
     async def index(self) -> list[ModelState]:
-        states = [self._with_properties(state) for state in self._pairs.index()]
+        states = [self._with_properties(state) for state in self._admission.pairs.index()]
         if self._broken_link:
             return [msgspec.structs.replace(state, state=UNAVAILABLE, reason=self._broken_link) for state in states]
         return states
@@ -420,7 +236,7 @@ class PreprocessService:
             return state
         pair = parse_pair(state.name, state.version)
         assert pair is not None, "the catalogue has pairs only"
-        entry = self._pairs.entries(state.name)[pair]
+        entry = self._admission.pairs.entries(state.name)[pair]
         properties = dict(entry.value.release_properties) if entry.value else {}
         if self._defaults.get(state.name) == pair:
             properties[DEFAULT] = "true"
@@ -431,7 +247,7 @@ class PreprocessService:
             return self._preprocessors.problem or STILL_LOADING
         if not self._is_settled and not self._broken_link:
             return STILL_LOADING
-        return self._broken_link or why_not_ready(self._pairs.index())
+        return self._broken_link or why_not_ready(self._admission.pairs.index())
 
     async def load(self, model: str) -> None:
         """Poll the repository at both halves; the model is unknown only if neither has it."""
@@ -451,18 +267,17 @@ class PreprocessService:
         await self.refresh()
 
     def _choose(self, model: str, version: str) -> tuple[Pair, AdmittedPair]:
-        if model not in self._pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
+        pairs = self._admission.pairs
+        if model not in pairs.models() and (reason := STILL_LOADING if not self.is_loaded else self._broken_link):
             raise Unavailable(reason, model=model[:128])
         asked = parse_pair(model, version)
         if asked is None:
-            if problem := self._default_problems.get(model):
-                raise Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
-            asked = self._defaults.get(model)
-        elif (model, asked) not in self._pairs:
-            if (model, asked) in self._withdrawn:
-                return asked, self._withdrawn[(model, asked)]
+            asked = self._defaults.choose(model)
+        elif (model, asked) not in pairs:
+            if (model, asked) in self._admission.withdrawn:
+                return asked, self._admission.withdrawn[(model, asked)]
             self._check_released(model, asked)
-        pair, admitted = self._pairs.choose(model, asked)
+        pair, admitted = pairs.choose(model, asked)
         self._preprocessors.touch(model, pair.preprocessor)
         return pair, admitted
 
@@ -477,39 +292,6 @@ class PreprocessService:
                 "it and makes one",
                 model=model,
             )
-
-
-_SignatureKey = tuple[str, str, str]
-"""Model, version, and the digest of the manifest if predict reports it."""
-
-
-def _signature_key(state: ModelState) -> _SignatureKey:
-    return state.name, state.version, state.properties.get(MANIFEST_SHA256, "")
-
-
-def _other_halves(release: Release, preprocessor: Preprocessor, signature: ModelMetadata) -> str:
-    """Which half is not the one that a release recorded; "" if both are."""
-    recorded = release.manifest
-    if recorded.proven == "server":
-        changed = [
-            f'"{spec.name}"'
-            for mine, theirs in ((recorded.server_inputs, signature.inputs), (recorded.server_outputs, signature.outputs))
-            for spec in mine
-            if (spec.name, spec.datatype, spec.wire_shape) not in {(each.name, each.datatype, each.wire_shape) for each in theirs}
-        ]
-        if changed:
-            return f"{release.key}: the predict server has another signature than was proven: {', '.join(changed)}"
-    predictor = signature.properties.get(MANIFEST_SHA256, "")
-    for half, expected, found in (
-        ("preprocessor", recorded.preprocessor, preprocessor.manifest_sha256),
-        ("predictor", recorded.predictor, predictor),
-    ):
-        if expected and expected != found:
-            return (
-                f"{release.key}: {half}: expected the bundle whose manifest has sha256 {expected}, got {found or 'none'}: it was "
-                "replaced after the release; publish it as a new version"
-            )
-    return ""
 
 
 def _transform(preprocessor: Preprocessor, inputs: Sequence[Tensor], watch: Stopwatch) -> tuple[Tensor, ...]:

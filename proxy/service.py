@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from itertools import chain
 
 import msgspec
 import structlog
 
+from proxy.agreed_defaults import AgreedDefaults
+from proxy.known_pairs import KnownPairs
 from splitserve.batching.admission import HIGHEST_PRIORITY
 from splitserve.batching.batcher import Batcher
 from splitserve.batching.queue import BatchLimits
-from splitserve.catalogue import STILL_LOADING, Catalogue, Entry, why_not_ready
+from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     DEFAULT,
     PRIORITY,
-    READY,
-    RELEASE_DIGEST,
-    RELEASE_SEQUENCE,
     ROW_WISE,
     UNAVAILABLE,
     InferenceService,
@@ -34,18 +32,13 @@ from splitserve.oip.messages import (
 )
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
-from splitserve.server.agreement import Agreement
 from splitserve.signature import InputCheck, OutputBytes, choose_outputs, is_row_wise
-from splitserve.versions import UNNAMED, Pair, is_number, parse_pair
+from splitserve.versions import Pair, is_number, parse_pair
 
 STAGE = "proxy"
 
-
 MAX_REBINDS = 3
 """How many other releases a request without a version is tried with, when the one that it was bound to is gone."""
-
-GONE_GRACE_S = 60.0
-"""How long a pair that has left preprocess's index is still sent there, where it stays callable for a grace."""
 
 BY_CALLER = "splitserve_version_by_caller"
 """Parameter, inside the proxy, of requests whose version the caller named: they are not bound to another one."""
@@ -54,16 +47,8 @@ Indexes = Callable[[], Awaitable[list[list[ModelState]]]]
 """The index of each replica that answers."""
 
 
-class _Release(msgspec.Struct, frozen=True, order=True):
-    """A pair as replicas have it, in the order of releases. ``sequence`` is 0 where no release names it."""
-
-    sequence: int
-    pair: Pair
-    digest: str = ""
-
-
-class _Target(msgspec.Struct, frozen=True):
-    """What a request for a model and version gets, until the next refresh."""
+class BoundPair(msgspec.Struct, frozen=True):
+    """What requests for a model and version are bound to, until the next refresh."""
 
     pair: str
     signature: ModelMetadata
@@ -78,9 +63,8 @@ class ProxyService:
     What is known of the pairs decides which one a request gets and whether we say "ready". Whether a pair can still be served
     is for preprocess to say: a request for a known pair is sent even if the last refresh found it unavailable.
 
-    Each replica of preprocess says which release serves requests without a version. Where they differ, the newest of these that
-    all replicas have is used, so that such a request never finds a replica without it. If the release is gone all the same, the
-    request is bound to another one.
+    A request without a version is bound to the release that replicas of preprocess name as the default. If that release is gone
+    when the request is sent, it is bound to another one.
 
     Requests that wait while a call to preprocess is in flight are merged into the next one.
 
@@ -104,21 +88,13 @@ class ProxyService:
     ) -> None:
         self._max_message_bytes = max_message_bytes
         self._preprocess = preprocess
-        self._targets: dict[tuple[str, str], _Target] = {}
+        self._bound: dict[tuple[str, str], BoundPair] = {}
         self.statistics = Statistics()
         self._batcher = Batcher(self._send, limits, n_backends=n_replicas, statistics=self.statistics, to_caller=_named)
         self._log = structlog.get_logger()
         self._indexes = indexes or self._only_index
-        self._clock = clock
-        self._agreement: Agreement[_Release] = Agreement(clock=clock)
-        self._pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
-        self._properties: dict[tuple[str, Pair], Mapping[str, str]] = {}
-        self._gone: dict[tuple[str, Pair], tuple[float, ModelMetadata]] = {}
-        """Pairs that have left the index: until when they are callable, and their signatures."""
-        self._defaults: dict[str, Pair] = {}
-        self._past_defaults: dict[str, dict[Pair, float]] = {}
-        """When replicas last named each pair as the one for requests without a version."""
-        self._default_problems: dict[str, str] = {}
+        self._known = KnownPairs(preprocess, clock=clock)
+        self._defaults = AgreedDefaults(clock=clock)
         self._broken_link = STILL_LOADING
         self._is_settled = False
         self._refreshing: asyncio.Task[None] | None = None
@@ -145,135 +121,66 @@ class ProxyService:
             is_loading = STILL_LOADING in reason
             if any(indexes) and not is_loading:
                 reason = ""  # the index says it of each model
-            pairs, properties = await self._catalogue(indexes)
+            await self._known.update(indexes)
         except SplitserveError as error:
             if not self._broken_link:
                 # Calls for known pairs are still attempted.
                 self._log.warning("preprocess unreachable", reason=error.message)
             self._broken_link = error.message
-            self._targets = {}
+            self._bound = {}
             return
         if self._broken_link and not reason:
             # Preprocess has answered with its index of models.
-            self._log.info("preprocess reachable", models=pairs.models())
+            self._log.info("preprocess reachable", models=self._known.catalogue.models())
         self._is_settled = self._is_settled or not is_loading
         self._broken_link = reason
-        self._remember_gone(pairs)
-        self._pairs, self._properties = pairs, properties
-        self._choose_defaults(indexes)
-        self._targets = {}
-
-    async def _catalogue(
-        self, indexes: Sequence[Sequence[ModelState]]
-    ) -> tuple[Catalogue[Pair, ModelMetadata], dict[tuple[str, Pair], Mapping[str, str]]]:
-        """The pairs of all replicas with their signatures and properties, asking for those that are not known yet.
-
-        A pair is ready if it is on one replica: calls for it go there.
-        """
-        pairs: Catalogue[Pair, ModelMetadata] = Catalogue()
-        properties: dict[tuple[str, Pair], Mapping[str, str]] = {}
-        for state in chain.from_iterable(indexes):
-            if not state.version:
-                pairs.put_incomplete(state.name, state.reason)
-            elif pair := parse_pair(state.name, state.version):
-                known = pairs.entries(state.name).get(pair)
-                if known is None or (known.state != READY and state.state == READY):
-                    properties[(state.name, pair)] = state.properties
-                    pairs.put(state.name, pair, Entry(state.state, state.reason, await self._signature(state, pair)))
-        return pairs, properties
-
-    async def _signature(self, state: ModelState, pair: Pair) -> ModelMetadata | None:
-        known = self._pairs.entries(state.name).get(pair)
-        digest = self._properties.get((state.name, pair), {}).get(RELEASE_DIGEST, "")
-        is_same = digest == state.properties.get(RELEASE_DIGEST, "") and pair.predictor != UNNAMED
-        if known and known.value is not None and known.state == state.state and is_same:
-            return known.value
-        if state.state != READY:
-            return known.value if known else None
-        try:
-            return await self._preprocess.metadata(state.name, state.version)
-        except (NotFound, Unavailable):  # unloaded since the index was made
-            return None
-
-    def _remember_gone(self, pairs: Catalogue[Pair, ModelMetadata]) -> None:
-        """Keep pairs that have left the index callable for a while, for requests that name them."""
-        now = self._clock()
-        self._gone = {key: gone for key, gone in self._gone.items() if gone[0] > now and key not in pairs}
-        for model in self._pairs.models():
-            for pair, entry in self._pairs.entries(model).items():
-                if entry.value is not None and (model, pair) not in pairs:
-                    self._gone[(model, pair)] = (now + GONE_GRACE_S, entry.value)
-
-    def _choose_defaults(self, indexes: Sequence[Sequence[ModelState]]) -> None:
-        """Which pair serves requests without a version, where replicas say so."""
-        now = self._clock()
-        self._defaults, self._default_problems = {}, {}
-        for model in self._pairs.models():
-            named: set[_Release] = set()
-            replicas: list[set[_Release]] = []
-            problem = ""
-            for index in indexes:
-                states = [state for state in index if state.name == model]
-                ready = {_release(state) for state in states if state.version and state.state == READY}
-                named |= {_release(state) for state in states if state.properties.get(DEFAULT) == "true"}
-                problem = problem or next((state.reason for state in states if not state.version), "")
-                replicas.append(ready)
-            shared = set.intersection(*replicas) if replicas else set()
-            candidates = named if named & shared else named | {each for each in shared if named and each <= max(named)}
-            chosen = self._agreement.choose(model, sorted(candidates), replicas)
-            if chosen is not None or named:
-                self._defaults[model] = (chosen or max(named)).pair
-            elif not named and problem and any(replicas):
-                self._default_problems[model] = problem
-            past = self._past_defaults.setdefault(model, {})
-            past.update((release.pair, now) for release in named)
+        self._defaults.update(self._known.catalogue.models(), indexes)
+        self._bound = {}
 
     async def infer(self, request: InferRequest) -> InferResponse:
         return await awaited(partial(self.begin, request))
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         began = time.monotonic()
-        target = self._targets.get((request.model, request.version)) or self._find_target(request)
+        bound = self._bound.get((request.model, request.version)) or self._bind(request)
         try:
-            target.check(request.inputs)
+            bound.check(request.inputs)
             wanted: Sequence[str] = ()
             if request.outputs:
-                wanted = choose_outputs(target.signature.outputs, [output.name for output in request.outputs])
-            answer_bytes = target.output_bytes.at_least(request.n_rows, request.inputs, wanted)
+                wanted = choose_outputs(bound.signature.outputs, [output.name for output in request.outputs])
+            answer_bytes = bound.output_bytes.at_least(request.n_rows, request.inputs, wanted)
             if answer_bytes > self._max_message_bytes:
                 raise message_too_large(
                     "the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes
                 )
             if request.version:
-                request = msgspec.structs.replace(
-                    request, version=target.pair, parameters={**request.parameters, BY_CALLER: True}
-                )
+                request = msgspec.structs.replace(request, version=bound.pair, parameters={**request.parameters, BY_CALLER: True})
             else:
-                request = msgspec.structs.replace(request, version=target.pair)
+                request = msgspec.structs.replace(request, version=bound.pair)
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
             return self._batcher.begin(
                 request,
                 on_answer,
-                is_mergeable=target.is_mergeable,
+                is_mergeable=bound.is_mergeable,
                 priority=priority,
                 answer_bytes=answer_bytes,
                 began_at=began,
             )
         except Exception:
-            self.statistics.of(request.model, target.pair).failed(time.monotonic() - began)
-            with at_stage(STAGE, model=request.model, pair=target.pair):
+            self.statistics.of(request.model, bound.pair).failed(time.monotonic() - began)
+            with at_stage(STAGE, model=request.model, pair=bound.pair):
                 raise
 
-    def _find_target(self, request: InferRequest) -> _Target:
+    def _bind(self, request: InferRequest) -> BoundPair:
         with at_stage(STAGE, model=request.model):
             pair, signature = self.choose(request.model, request.version)
             check = InputCheck(signature.inputs, widen=True)
             output_bytes = OutputBytes(signature.inputs, signature.outputs)
-            target = _Target(str(pair), signature, check, _is_mergeable(signature), output_bytes)
-        self._targets[(request.model, request.version)] = target
-        return target
+            bound = BoundPair(str(pair), signature, check, _is_mergeable(signature), output_bytes)
+        self._bound[(request.model, request.version)] = bound
+        return bound
 
     async def _send(self, request: InferRequest) -> InferResponse:
         if BY_CALLER in request.parameters:
@@ -292,33 +199,22 @@ class ProxyService:
         Raises:
             Unavailable: there is no other, or they are gone too. A retry may help.
         """
-        model, tried, known = request.model, [request.version], self._signature_of(request.model, request.version)
+        model, tried = request.model, [_pair(request)]
+        known = self._known.signature(model, tried[0])
         for _ in range(MAX_REBINDS):
             await self.refresh()
-            pair = self._next_default(model, tried)
-            signature = self._signature_of(model, pair)
-            if signature is None or (known is not None and _is_mergeable(known) and not _is_mergeable(signature)):
+            pair = self._defaults.next_after(model, tried)
+            signature = self._known.signature(model, pair) if pair else None
+            if pair is None or signature is None or (known and _is_mergeable(known) and not _is_mergeable(signature)):
                 break
             tried.append(pair)
             # The release that a request without a version was bound to is gone; it is bound to the next one.
-            self._log.info("request rebound", model=model, pair=request.version, to=pair)
+            self._log.info("request rebound", model=model, pair=request.version, to=str(pair))
             try:
-                return await self._call(msgspec.structs.replace(request, version=pair))
+                return await self._call(msgspec.structs.replace(request, version=str(pair)))
             except NotFound as error:
                 gone = error
         raise Unavailable(gone.message, stage=gone.stage, model=model)
-
-    def _next_default(self, model: str, tried: Sequence[str]) -> str:
-        """The pair to try after those; "" if there is none. Only pairs that a replica named as the default a short while ago."""
-        past, now = self._past_defaults.get(model, {}), self._clock()
-        recent = sorted((pair for pair, at in past.items() if now - at < GONE_GRACE_S), key=past.__getitem__, reverse=True)
-        chosen = [default] if (default := self._defaults.get(model)) else []
-        return next((str(pair) for pair in (*chosen, *recent) if str(pair) not in tried), "")
-
-    def _signature_of(self, model: str, version: str) -> ModelMetadata | None:
-        pair = parse_pair(model, version)
-        entry = self._pairs.entries(model).get(pair) if pair else None
-        return entry.value if entry else None
 
     async def _call(self, request: InferRequest) -> InferResponse:
         watch = Stopwatch()
@@ -334,45 +230,40 @@ class ProxyService:
             NotFound: no such model or pair.
             Unavailable: it is known and cannot be served, or nothing is known yet.
         """
-        if self._broken_link and model not in self._pairs.models():
+        pairs = self._known.catalogue
+        if self._broken_link and model not in pairs.models():
             raise Unavailable(self._broken_link, model=model[:128])
         asked = self._pair_of(model, version)
         if asked is None:
-            if problem := self._default_problems.get(model):
-                raise Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
-            asked = self._defaults.get(model)
-        elif (model, asked) not in self._pairs and (model, asked) in self._gone:
-            return asked, self._gone[(model, asked)][1]
-        return self._pairs.choose(model, asked)
+            asked = self._defaults.choose(model)
+        elif gone := self._known.gone_signature(model, asked):
+            return asked, gone
+        return pairs.choose(model, asked)
 
     def _pair_of(self, model: str, version: str) -> Pair | None:
         """The pair that a request names; for a predictor's number alone, the newest ready release with that predictor.
 
         Clients of servers with plain version numbers send ``model_version="1"``.
         """
-        if not is_number(version) or model not in self._pairs.models():
+        pairs = self._known.catalogue
+        if not is_number(version) or model not in pairs.models():
             return parse_pair(model, version)
-        pairs = [pair for pair in self._pairs.ready_versions(model) if pair.predictor == int(version)]
-        if not pairs:
-            raise self._pairs.not_found(model, version)
+        candidates = [pair for pair in pairs.ready_versions(model) if pair.predictor == int(version)]
+        if not candidates:
+            raise pairs.not_found(model, version)
         default = self._defaults.get(model)
-        return default if default in pairs else max(pairs, key=lambda pair: (self._sequence(model, pair), pair))
-
-    def _sequence(self, model: str, pair: Pair) -> int:
-        """The number of a pair's release; 0 if it has none."""
-        sequence = self._properties.get((model, pair), {}).get(RELEASE_SEQUENCE, "")
-        return int(sequence) if sequence.isdecimal() else 0
+        return default if default in candidates else max(candidates, key=lambda pair: (self._known.sequence(model, pair), pair))
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         with at_stage(STAGE, model=model):
             _, metadata = self.choose(model, version)
-        versions = tuple(map(str, self._pairs.ready_versions(model)))
+        versions = tuple(map(str, self._known.catalogue.ready_versions(model)))
         default = self._defaults.get(model)
         properties = {**metadata.properties, DEFAULT: str(default)} if default else metadata.properties
         return msgspec.structs.replace(metadata, versions=versions, properties=properties)
 
     async def index(self) -> list[ModelState]:
-        states = [self._with_properties(state) for state in self._pairs.index()]
+        states = [self._with_properties(state) for state in self._known.catalogue.index()]
         if self._broken_link:
             return [msgspec.structs.replace(state, state=UNAVAILABLE, reason=self._broken_link) for state in states]
         return states
@@ -382,7 +273,7 @@ class ProxyService:
         pair = parse_pair(state.name, state.version)
         if pair is None:
             return state
-        properties = {name: fact for name, fact in self._properties[(state.name, pair)].items() if name != DEFAULT}
+        properties = {name: fact for name, fact in self._known.properties(state.name, pair).items() if name != DEFAULT}
         if self._defaults.get(state.name) == pair:
             properties[DEFAULT] = "true"
         return msgspec.structs.replace(state, properties=properties)
@@ -396,20 +287,19 @@ class ProxyService:
         await self.refresh()
 
     async def not_ready_reason(self) -> str:
-        return self._broken_link or why_not_ready(self._pairs.index())
-
-
-def _release(state: ModelState) -> _Release:
-    """What a replica says of a pair."""
-    pair = parse_pair(state.name, state.version)
-    assert pair is not None, "states without a version are left out"
-    sequence = state.properties.get(RELEASE_SEQUENCE, "")
-    return _Release(int(sequence) if sequence.isdecimal() else 0, pair, state.properties.get(RELEASE_DIGEST, ""))
+        return self._broken_link or why_not_ready(self._known.catalogue.index())
 
 
 def _is_mergeable(signature: ModelMetadata) -> bool:
     """Whether requests can be merged: each row has its own answer, whatever the others are."""
     return signature.properties.get(ROW_WISE) != "false" and is_row_wise(signature.inputs, signature.outputs)
+
+
+def _pair(request: InferRequest) -> Pair:
+    """The pair that a request was bound to."""
+    pair = parse_pair(request.model, request.version)
+    assert pair is not None, "each request that is sent names a pair"
+    return pair
 
 
 def _named(request: InferRequest, error: Exception) -> SplitserveError:

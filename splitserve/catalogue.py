@@ -111,6 +111,11 @@ class Catalogue(Generic[V, T]):
         return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
 
 
+def no_default(model: str, problem: str) -> Unavailable:
+    """The error for a request without a version while the default of its model is unknown."""
+    return Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
+
+
 def merged_index(indexes: Iterable[Iterable[ModelState]]) -> list[ModelState]:
     """What several replicas have together: a version is ready if it is on one of them."""
     merged: dict[tuple[str, str], ModelState] = {}
