@@ -1,73 +1,29 @@
 """The support matrix: which releases of a repository serve in an environment, and which other pairs could become a release.
 
-``python -m splitserve.checks.matrix FOLDER`` loads the bundles, replays the golden samples of every release whose halves both run
-there, and prints a `Report` as JSON. It needs only what a service's image has; `judge` combines the reports of several
-environments.
+It combines what `splitserve.checks.examination` reports of several environments.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
 
 import msgspec
 
-from splitserve import __version__
-from splitserve.errors import SplitserveError
-from splitserve.repository import environment, pairing
+from splitserve.checks.across import combine
+from splitserve.checks.examination import Report, Trial, replaced
+from splitserve.repository import pairing
 from splitserve.repository.bundle import KINDS, Bundle, BundleKey
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Kind, Manifest
+from splitserve.repository.manifest import BundleError, Kind, Manifest
 from splitserve.repository.release import History, Release
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.routes import Route
-from splitserve.repository.source import BundleSource, fetch_bundle, load_bundle, load_fetched
-from splitserve.repository.sources.local_folder import LocalFolder
+from splitserve.repository.source import BundleSource
 from splitserve.versions import Pair
 
 HERE = "here"
 """The environment of this process."""
-
-_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "skops", "onnxruntime")
-
-
-class Allowed(msgspec.Struct, frozen=True):
-    """What the services' settings allow, and the runtime of transforms; named like these settings."""
-
-    trusted_modules: tuple[str, ...] = ()
-    environment_mismatch: bool = False
-    unsafe_pickle: bool = False
-    runtime: Literal["auto", "sklearn", "onnx"] = "auto"
-
-
-NOTHING_MORE = Allowed()
-
-
-class Trial(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The result of loading a bundle, or of running the whole of a release.
-
-    ``name``: of the bundle or release. ``reason``: why it was refused, "" if it was not. ``golden``: "agree" or "differ", "" if
-    its samples were not replayed. ``warnings``: differences of the environment that are allowed.
-    """
-
-    name: str
-    reason: str = ""
-    golden: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-class Report(msgspec.Struct, frozen=True):
-    """One environment: versions by package, the halves that can be run there, a trial of each bundle of theirs, and, where both
-    halves run, one of each release.
-    """
-
-    packages: dict[str, str]
-    kinds: tuple[Kind, ...]
-    trials: tuple[Trial, ...]
-    releases: tuple[Trial, ...] = ()
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -114,122 +70,19 @@ class Matrix(msgspec.Struct, frozen=True):
     problems: tuple[str, ...]
 
 
-def examine(source: BundleSource, allowed: Allowed = NOTHING_MORE) -> Report:
-    """Load every bundle whose half can run in this process, and run every release of which both can, on their golden samples.
-
-    Raises:
-        BundleError: the source cannot be listed.
-    """
-    loaders = _loaders(allowed)
-    keys = tuple(source.bundles())
-    trials = tuple(_try(source, key, loaders[key.kind]) for key in keys if key.kind in loaders)
-    releases: tuple[Trial, ...] = ()
-    if loaders.keys() == set(KINDS):
-        reader = ReleaseReader(source)
-        models = sorted({key.model for key in keys})
-        releases = tuple(
-            _run(source, release, loaders) for model in models for release in reader.history(model).by_pair().values()
-        )
-    return Report({"splitserve": __version__, **environment.observe(_PACKAGES)}, tuple(loaders), trials, releases)
-
-
-_Loader = Callable[[Bundle], Any]
-"""Loads a bundle as its service does, its golden samples replayed."""
-
-
-def _loaders(allowed: Allowed) -> dict[Kind, _Loader]:
-    """Loaders of the halves whose libraries are installed."""
-    found: dict[Kind, _Loader] = {}
-    with contextlib.suppress(ImportError):
-        from splitserve.runtimes import preprocessor
-
-        found["preprocess"] = partial(
-            preprocessor.load,
-            trusted_modules=allowed.trusted_modules,
-            allow_environment_mismatch=allowed.environment_mismatch,
-            allow_unsafe_pickle=allowed.unsafe_pickle,
-            runtime=allowed.runtime,
-        )
-    with contextlib.suppress(ImportError):
-        from splitserve.runtimes import predictor
-
-        found["predict"] = predictor.load
-    return found
-
-
-def _try(source: BundleSource, key: BundleKey, load: _Loader) -> Trial:
-    with _Trying(str(key)) as trying:
-        trying.warnings = tuple(getattr(load_bundle(source, key, load), "warnings", ()))
-    return trying.trial
-
-
-def _run(source: BundleSource, release: Release, loaders: Mapping[Kind, _Loader]) -> Trial:
-    """Run the whole of a release on its golden rows and compare the answer with the recorded one."""
-    from splitserve.runtimes.release import WholeRelease, check_answer, golden_of
-
-    with _Trying(str(release.key)) as trying:
-        if release.manifest.proven == "server":
-            raise BundleError("its predictor is a third-party server, which is not in the repository: splitserve verify asks it")
-        first, second = _halves(source, release)
-        whole = WholeRelease(*(load_fetched(each, loaders[each.key.kind]) for each in (first, second)))
-        record = source.open_release(release.key)
-        golden = golden_of(release.manifest, record.read(GOLDEN_FILE))
-        check_answer(release.manifest, golden, whole.infer(golden.inputs))
-    return trying.trial
-
-
-def _halves(source: BundleSource, release: Release) -> tuple[Bundle, Bundle]:
-    """The bundles of a release, which are those that were released.
-
-    Raises:
-        BundleError: one is missing, or another one than was released.
-    """
-    model, pair = release.key.model, release.pair
-    keys = BundleKey(model, "preprocess", pair.preprocessor), BundleKey(model, "predict", pair.predictor)
-    first, second = (fetch_bundle(source, key) for key in keys)
-    for bundle, digest in ((first, release.manifest.preprocessor), (second, release.manifest.predictor)):
-        if bundle.manifest_sha256 != digest:
-            raise BundleError(_replaced(bundle.key, digest, bundle.manifest_sha256))
-    return first, second
-
-
-def _replaced(key: BundleKey, expected: str, got: str) -> str:
-    return f"{key}: is not the bundle that was released: expected the sha256 {expected} of its manifest, got {got}"
-
-
-class _Trying:
-    """Makes a trial of whatever happens within a ``with`` block: one failure must not end the other trials."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.warnings: tuple[str, ...] = ()
-        self.trial = Trial(name)
-
-    def __enter__(self) -> _Trying:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        from splitserve.repository.golden import GoldenDifference  # needs numpy, which is installed wherever bundles are loaded
-
-        if error is None:
-            self.trial = Trial(self.name, golden="agree", warnings=self.warnings)
-        elif isinstance(error, BundleError | SplitserveError):
-            text = error.message if isinstance(error, SplitserveError) else str(error)
-            reason = text if text.startswith(self.name) else f"{self.name}: {text}"
-            self.trial = Trial(self.name, reason, "differ" if isinstance(error, GoldenDifference) else "")
-        elif isinstance(error, Exception):
-            self.trial = Trial(self.name, f"{self.name}: failed to load: {type(error).__name__}: {error}")
-        return error is None or isinstance(error, Exception)
-
-
 def refuse(report: Report, reasons: Mapping[str, str]) -> Report:
     """The report with these bundles refused, too."""
     trials = tuple(Trial(trial.name, reasons[trial.name]) if trial.name in reasons else trial for trial in report.trials)
     return msgspec.structs.replace(report, trials=trials)
 
 
-def judge(source: BundleSource, reports: Mapping[str, Report]) -> Matrix:
-    """The matrix of a repository from the reports of environments by name.
+def judge(source: BundleSource, reports: Mapping[str, Report], across: Mapping[str, Sequence[Trial]] | None = None) -> Matrix:
+    """The matrix of a repository from the reports of environments.
+
+    Args:
+        source: the model repository.
+        reports: by the environment's name.
+        across: trials of releases that were run across two environments, by the name of the two.
 
     Raises:
         BundleError: the source cannot be listed.
@@ -239,7 +92,7 @@ def judge(source: BundleSource, reports: Mapping[str, Report]) -> Matrix:
     reader = ReleaseReader(source)
     histories = {model: reader.history(model) for model in models}
     routes, broken_routes = _routes(source, models)
-    judged = _Judge(source, keys, _stacks(reports))
+    judged = _Judge(source, keys, _stacks(reports), across or {})
     releases = tuple(
         judged.release(release, _serves(release, histories[model], routes.get(model)))
         for model in models
@@ -296,8 +149,13 @@ def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
         name: {"preprocess": report, "predict": report} for name, report in reports.items() if set(report.kinds) == set(KINDS)
     }
     for (first, preprocess), (second, predict) in product(only["preprocess"].items(), only["predict"].items()):
-        stacks[f"{first} + {second}"] = {"preprocess": preprocess, "predict": predict}
+        stacks[combine(first, second)] = {"preprocess": preprocess, "predict": predict}
     return stacks
+
+
+def _of_both(stack: Mapping[Kind, Report]) -> Sequence[Trial]:
+    """Trials of releases in an environment that runs both halves."""
+    return stack["predict"].releases if stack["preprocess"] is stack["predict"] else ()
 
 
 class _Judge:
@@ -307,14 +165,24 @@ class _Judge:
         source: has the manifests.
         keys: of the bundles in it.
         stacks: environments for pairs.
+        across: trials of releases in stacks of two environments.
     """
 
-    def __init__(self, source: BundleSource, keys: Sequence[BundleKey], stacks: Mapping[str, Mapping[Kind, Report]]) -> None:
+    def __init__(
+        self,
+        source: BundleSource,
+        keys: Sequence[BundleKey],
+        stacks: Mapping[str, Mapping[Kind, Report]],
+        across: Mapping[str, Sequence[Trial]],
+    ) -> None:
         self._bundles: dict[str, Bundle] = {}
         for key in keys:
             with contextlib.suppress(BundleError):  # the trials say what is wrong with it
                 self._bundles[str(key)] = source.open(key)
         self._stacks = stacks
+        self._wholes = {
+            name: {trial.name: trial for trial in (*across.get(name, ()), *_of_both(stack))} for name, stack in stacks.items()
+        }
 
     def made_with(self) -> dict[str, str]:
         """By bundle, the versions that it depends on."""
@@ -322,7 +190,7 @@ class _Judge:
 
     def release(self, release: Release, serves: str) -> JudgedRelease:
         """A release in all environments."""
-        verdicts = {name: self._of_release(stack, release) for name, stack in self._stacks.items()}
+        verdicts = {name: self._of_release(stack, self._wholes[name], release) for name, stack in self._stacks.items()}
         return JudgedRelease(release.key.model, str(release.pair), release.sequence, serves, verdicts)
 
     def pair(self, model: str, pair: Pair) -> JudgedPair:
@@ -331,8 +199,8 @@ class _Judge:
             model, str(pair), {name: self._of_pair(self._trials(stack, model, pair)) for name, stack in self._stacks.items()}
         )
 
-    def _of_release(self, stack: Mapping[Kind, Report], release: Release) -> Verdict:
-        """The halves are those that were released and load; where both run in one environment, so was the whole."""
+    def _of_release(self, stack: Mapping[Kind, Report], wholes: Mapping[str, Trial], release: Release) -> Verdict:
+        """The halves are those that were released and load, and the whole answers as recorded."""
         trials = self._trials(stack, release.key.model, release.pair)
         digests: tuple[str, ...] = (release.manifest.preprocessor, release.manifest.predictor)
         if release.manifest.proven == "server":
@@ -342,13 +210,11 @@ class _Judge:
         for trial, expected in zip(trials, digests, strict=True):
             bundle = self._bundles[trial.name]
             if bundle.manifest_sha256 != expected:
-                return Verdict(False, (_replaced(bundle.key, expected, bundle.manifest_sha256),))
+                return Verdict(False, (replaced(bundle.key, expected, bundle.manifest_sha256),))
         warnings = tuple(warning for trial in trials for warning in trial.warnings)
         if release.manifest.proven == "server":
             return Verdict(True, warnings=(*warnings, _NOT_ASKED))
-        if stack["preprocess"] is not stack["predict"]:
-            return Verdict(True, warnings=warnings)
-        whole = next((trial for trial in stack["predict"].releases if trial.name == str(release.key)), None)
+        whole = wholes.get(str(release.key))
         if whole is None:
             return Verdict(False, (f"{release.key}: recorded while the bundles were loaded; run this again",))
         return Verdict(False, (whole.reason,)) if whole.reason else Verdict(True, warnings=warnings)
@@ -411,23 +277,3 @@ def _problems(
         for pair in map(str, routes[model].named() if model in routes else ()):
             if (model, pair) not in released:
                 yield f"{model} {pair}, named by its route, has no release: splitserve release {model} {pair} records one"
-
-
-def main(folder: str, allowed: str = "{}") -> int:
-    """Print the report of this environment as a line of JSON; 1 and the reason if the repository cannot be listed.
-
-    Args:
-        folder: of the model repository.
-        allowed: an `Allowed` as JSON.
-    """
-    try:
-        report = examine(LocalFolder(folder), msgspec.json.decode(allowed, type=Allowed))
-    except BundleError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(msgspec.json.encode(report).decode())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

@@ -294,7 +294,7 @@ def matrix(
     Loads every bundle of the repository and replays the golden samples of bundles and releases, in this environment or in the
     images of services. Exits 1 if the newest release of a model or that of its route is refused, or a model has no release.
     """
-    from splitserve.checks.matrix import Allowed
+    from splitserve.checks.examination import Allowed
     from splitserve.cli.matrix import run
 
     allowed = Allowed(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, Verdict, examine, judge, refuse
+from splitserve.checks.examination import Allowed, Trial, examine
+from splitserve.checks.matrix import HERE, Matrix, Verdict, judge, refuse
+from splitserve.cli.images import ImageError, Images
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import markdown, print_table
+from splitserve.repository.bundle import KINDS
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.signing import KeyProblem, signed_by
 from splitserve.repository.source import BundleSource
@@ -21,25 +22,12 @@ from splitserve.repository.sources.local_folder import LocalFolder
 Form = Literal["text", "json", "markdown"]
 Table = tuple[list[str], list[list[str]]]
 
-_CONFINED = (
-    "run", "--rm", "--network", "none", "--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-    "--tmpfs", "/tmp",  # noqa: S108 - the container's own
-)  # fmt: skip
-"""Bundles are untrusted: in an image they can only read the repository and print."""
-
-_FOLDER = "/models"
-
-
-class ImageError(Exception):
-    """An image gave no report; the message says why."""
-
 
 def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, signature_key: str, docker: str) -> int:
     """Print the matrix; 1 if it has problems or cannot be made."""
     try:
         source = repository_at(where)
-        reports = _reports(source, images, allowed, signature_key, docker)
-        matrix = judge(signed_by(signature_key, source), reports)
+        matrix = _judged(source, images, allowed, signature_key, docker)
     except (BundleError, ImageError, NoRepository, KeyProblem) as error:
         print(error, file=sys.stderr)
         return 1
@@ -55,18 +43,21 @@ def run(where: str, images: Sequence[str], *, form: Form, allowed: Allowed, sign
     return int(bool(matrix.problems))
 
 
-def _reports(source: BundleSource, images: Sequence[str], allowed: Allowed, signature_key: str, docker: str) -> dict[str, Report]:
-    """The report of each image, or of this environment if there are none.
+def _judged(source: BundleSource, images: Sequence[str], allowed: Allowed, signature_key: str, docker: str) -> Matrix:
+    """The matrix of these images, or of this environment if there are none.
 
     Signatures are verified here: the result does not depend on the environment, and images need not have model-signing.
     """
     signed = signed_by(signature_key, source)
     if not images:
-        return {HERE: examine(signed, allowed)}
+        return judge(signed, {HERE: examine(signed, allowed)})
     if not isinstance(source, LocalFolder):
         raise NoRepository("--image mounts the repository: expected a folder, got a URL; copy the repository to a folder")
+    there = Images(source.root, allowed, docker)
     unsigned = _refused(signed) if signature_key else {}
-    return {image: refuse(_examine_in(image, source.root, allowed, docker), unsigned) for image in images}
+    reports = {image: refuse(there.examine(image), unsigned) for image in images}
+    of_one = {kind: [image for image, report in reports.items() if report.kinds == (kind,)] for kind in KINDS}
+    return judge(signed, reports, there.across(of_one["preprocess"], of_one["predict"]))
 
 
 def _refused(signed: BundleSource) -> dict[str, str]:
@@ -78,37 +69,6 @@ def _refused(signed: BundleSource) -> dict[str, str]:
         except BundleError as error:
             found[str(key)] = f"{key}: {error}"
     return found
-
-
-def _examine_in(image: str, root: Path, allowed: Allowed, docker: str) -> Report:
-    """The report of an image's own Python, with the repository mounted read-only.
-
-    Raises:
-        ImageError: docker or the image is missing, or splitserve in it failed.
-    """
-    mount = f"type=bind,source={root.resolve()},target={_FOLDER},readonly"
-    inside = ["-m", "splitserve.checks.matrix", _FOLDER, msgspec.json.encode(allowed).decode()]
-    try:
-        answer = subprocess.run(
-            [docker, *_CONFINED, "--mount", mount, "--entrypoint", "python", image, *inside], capture_output=True, text=True
-        )
-    except OSError as error:
-        raise ImageError(f"{docker} cannot be run: {error.strerror}") from error
-    if answer.returncode:
-        raise ImageError(f"{image}: {_complaint(answer.stderr) or f'exit status {answer.returncode}'}")
-    try:
-        return msgspec.json.decode(_last_line(answer.stdout), type=Report)
-    except msgspec.DecodeError as error:
-        raise ImageError(f"{image}: the report of its splitserve cannot be decoded: {error}") from error
-
-
-def _complaint(text: str) -> str:
-    """Docker's own error line, without the advice after it; else the last line from the container."""
-    return next((line for line in text.splitlines() if line.startswith("docker: ")), "") or _last_line(text)
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 class _Notes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden, GoldenDifference
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError
+from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError
 from splitserve.repository.release import ReleaseManifest
 from splitserve.signature import TensorSpec, check_outputs
 from splitserve.signature import is_row_wise as has_rows
@@ -19,6 +19,9 @@ from splitserve.tensors import Tensor
 
 if TYPE_CHECKING:
     from splitserve.runtimes.preprocessor import Preprocessor
+
+_WIDEST_BOUNDS = dict.fromkeys(BOUNDS, QUANTISED_BOUND)
+"""The record does not say whether the predictor is quantised."""
 
 
 class RunsTensors(Protocol):
@@ -98,7 +101,8 @@ def golden_of(manifest: ReleaseManifest, data: bytes) -> Golden:
         data: the contents of its ``golden.npz``.
 
     Raises:
-        BundleError: not such a file, or not of the release's signature.
+        BundleError: not such a file, not of the release's signature, or it proves nothing: no rows, no finite answer, or
+            tolerances beyond all bounds.
     """
     golden = goldens.decode(data, manifest.inputs, manifest.outputs)
     for tensor, spec in zip((*golden.inputs, *golden.outputs), (*manifest.inputs, *manifest.outputs), strict=True):
@@ -106,6 +110,9 @@ def golden_of(manifest: ReleaseManifest, data: bytes) -> Golden:
             raise BundleError(f'{GOLDEN_FILE}: "{spec.name}": expected {spec.datatype} as in the manifest, got {tensor.datatype}')
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
         raise BundleError(f"{GOLDEN_FILE}: expected at least one row, got none")
+    if complaint := goldens.not_finite_complaint(golden.outputs):
+        raise BundleError(f"{GOLDEN_FILE}: {complaint}")
+    goldens.refuse_large_tolerances(golden.outputs, manifest.tolerances, _WIDEST_BOUNDS)
     return golden
 
 

@@ -32,7 +32,8 @@ from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, MinMaxS
 
 from splitserve import PublishError, publish, publish_predictor, publish_preprocessor, release
 from splitserve.arrays import from_array, to_array
-from splitserve.checks.matrix import HERE, Matrix, examine, judge
+from splitserve.checks.examination import examine
+from splitserve.checks.matrix import HERE, Matrix, judge
 from splitserve.publishing.convert import to_onnx
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import BundleKey

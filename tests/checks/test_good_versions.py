@@ -26,7 +26,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, KBinsDiscretizer, PowerTransformer, QuantileTransformer, StandardScaler
 
 from splitserve import publish, publish_predictor, publish_preprocessor, release
-from splitserve.checks.matrix import HERE, Matrix, Report, examine, judge
+from splitserve.checks.examination import Report, examine
+from splitserve.checks.matrix import HERE, Matrix, judge
 from splitserve.checks.verify import golden_rows
 from splitserve.publishing.convert import to_onnx
 from splitserve.repository import environment
@@ -253,7 +254,7 @@ def dispatched() -> list[str]:
 def examined_elsewhere(models: Path, **variables: str) -> Report:
     """By a process of its own that believes to run on another CPU."""
     environment_ = {**os.environ, **variables}
-    command = [sys.executable, "-m", "splitserve.checks.matrix", str(models)]
+    command = [sys.executable, "-m", "splitserve.checks.examination", str(models)]
     answer = subprocess.run(command, env=environment_, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
     return msgspec.json.decode(answer.stdout.splitlines()[-1], type=Report)

@@ -23,7 +23,9 @@ from typer.testing import CliRunner
 
 from splitserve import publish, publish_predictor, publish_preprocessor, withdraw
 from splitserve.arrays import from_array, to_array
-from splitserve.checks.matrix import HERE, Allowed, Matrix, Report, Trial, examine, judge
+from splitserve.checks.across import Passed, Step, across, combine, take_step
+from splitserve.checks.examination import Allowed, Report, Trial, examine
+from splitserve.checks.matrix import HERE, Matrix, judge
 from splitserve.cli import app
 from splitserve.repository import golden as goldens
 from splitserve.repository import release_log
@@ -272,12 +274,75 @@ def test_environments_that_run_one_half_each_are_combined(published: Path) -> No
         "new": report("preprocess"),
         "predict": report("predict"),
     }
+    agree = (Trial("paint/releases/0001-1.1", golden="agree"),)
 
-    matrix = judge(Repository(published), reports)
+    matrix = judge(Repository(published), reports, {"old + predict": agree, "new + predict": agree})
 
     assert reasons(matrix, "old + predict")["1.1"] == "no"
     assert reasons(matrix, "new + predict")["1.1"] == ""
     assert matrix.problems == ("old + predict: paint 1.1, release 1, which serves by default, is refused: no",)
+
+
+def in_this_environment(models: Path) -> Any:
+    """A `Take` that takes every step here, whatever the name of the environment is."""
+    return lambda environment, step, before: take_step(Repository(models), step, before, Allowed())
+
+
+def reports_of_halves(*environments: str) -> dict[str, Report]:
+    """Those named p… run preprocessors, the others predictors; every bundle loads."""
+    return {name: report("preprocess" if name.startswith("p") else "predict") for name in environments}
+
+
+def test_the_whole_of_a_release_is_run_across_two_environments(models: Path) -> None:
+    """Features are made in one, outputs of them in the other, and the answer in the first: it has to be the recorded one."""
+    reports = reports_of_halves("p", "m")
+    agrees = judge(Repository(models), reports, across(in_this_environment(models), ["p"], ["m"]))
+    change_release(models, lambda golden: Golden(golden.inputs, tuple(shifted(each) for each in golden.outputs)))
+    differs = judge(Repository(models), reports, across(in_this_environment(models), ["p"], ["m"]))
+
+    assert reasons(agrees, "p + m")["1.1"] == ""
+    assert agrees.problems == ()
+    assert reasons(differs, "p + m")["1.1"].startswith('paint/releases/0001-1.1: output "probabilities" of golden sample')
+    (problem,) = differs.problems
+    assert problem.startswith("p + m: paint 1.1, release 1, which serves by default, is refused: paint/releases/0001-1.1: ")
+
+
+def test_the_predictor_of_one_environment_is_run_on_the_features_of_the_other(models: Path) -> None:
+    """What one environment computes otherwise spoils every whole that it is a half of, and no other."""
+    here = in_this_environment(models)
+
+    def take(environment: str, step: Step, before: Any) -> Any:
+        made = here(environment, step, before)
+        is_other = environment.endswith("other") and step != "answers"
+        return [msgspec.structs.replace(each, tensors=tuple(map(shifted, each.tensors))) for each in made] if is_other else made
+
+    names = ["p", "p other"], ["m", "m other"]
+    matrix = judge(Repository(models), reports_of_halves(*names[0], *names[1]), across(take, *names))
+
+    refused = {name: bool(verdict.reasons) for name, verdict in matrix.releases[0].verdicts.items()}
+    assert refused == {"p + m": False, "p other + m": True, "p + m other": True, "p other + m other": True}
+
+
+def test_a_release_that_was_not_run_across_two_environments_is_refused(published: Path) -> None:
+    """It was recorded while the images were asked."""
+    matrix = judge(Repository(published), reports_of_halves("p", "m"), {combine("p", "m"): ()})
+
+    assert "recorded while the bundles were loaded" in reasons(matrix, "p + m")["1.1"]
+
+
+def test_a_step_says_why_it_cannot_be_taken(models: Path) -> None:
+    """And the steps after it pass the reason on, with the environment that it came from."""
+    (models / "paint" / "predict" / "1" / "model.onnx").write_bytes(b"")
+    here = in_this_environment(models)
+
+    features = here("p", "features", ())
+    outputs = here("m", "outputs", [msgspec.structs.replace(each, source="p") for each in features])
+    answers = here("p", "answers", outputs)
+
+    assert [(each.release, each.reason, each.source) for each in features] == [("paint/releases/0001-1.1", "", "")]
+    assert "bytes as in manifest.json, got 0" in outputs[0].reason
+    assert answers == outputs
+    assert here("p", "answers", [Passed("paint/releases/0009-1.1")])[0].reason.endswith("meanwhile; run this again")
 
 
 def test_environments_that_run_both_halves_stand_for_themselves(published: Path) -> None:
@@ -310,7 +375,7 @@ def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) ->
 def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, missing: str, kinds: list[str]) -> None:
     """As a program of its own, which needs neither the commands' packages nor the other half's."""
     block = f"import sys; sys.modules.update(dict.fromkeys([{missing!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
-    code = f"{block}; from splitserve.checks.matrix import main; sys.exit(main(*sys.argv[1:]))"
+    code = f"{block}; from splitserve.checks.examination import main; sys.exit(main(*sys.argv[1:]))"
 
     printed = subprocess.run([sys.executable, "-c", code, published], check=True, capture_output=True).stdout
     found = msgspec.json.decode(printed, type=Report)
@@ -449,14 +514,16 @@ def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
 FAKE_DOCKER = """#!{python}
 import re, subprocess, sys
 mount = next(word for word in sys.argv if word.startswith("type=bind"))
-image, inside = sys.argv[-5], sys.argv[-4:]
+at = sys.argv.index("-m")
+image, (module, *arguments) = sys.argv[at - 1], sys.argv[at + 1 :]
 assert "readonly" in mount and sys.argv[sys.argv.index("--network") + 1] == "none"
 if image == "missing":
     sys.exit("Unable to find image 'missing:latest' locally")
 folder = re.search("source=([^,]*)", mount)[1]
 block = "import sys; sys.modules[%r] = None;" % {{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")
-code = block + "import runpy; runpy.run_module('splitserve.checks.matrix', run_name='__main__', alter_sys=True)"
-sys.exit(subprocess.run([sys.executable, "-c", code, folder, inside[-1]]).returncode)
+code = block + "import runpy; runpy.run_module(%r, run_name='__main__', alter_sys=True)" % module
+arguments[arguments.index("/models")] = folder
+sys.exit(subprocess.run([sys.executable, "-c", code, *arguments]).returncode)
 """
 """Runs what would be run in an image, with this environment less a library."""
 
@@ -479,6 +546,18 @@ def test_the_command_combines_the_reports_of_images(published: Path, docker: Pat
     assert "| model | release | pair | serves | first + second |" in result.stdout
     assert "| golden samples agree | - |" in result.stdout
     assert "| - | golden samples agree |" in result.stdout
+
+
+@pytest.mark.heavy
+def test_the_whole_of_a_release_is_run_across_images(models: Path, docker: Path) -> None:
+    """Each bundle agrees in its image; the release does not."""
+    change_release(models, lambda golden: Golden(golden.inputs, tuple(shifted(each) for each in golden.outputs)))
+
+    result = run("--repository", models, "--image", "first", "--image", "second", "--docker", docker)
+
+    assert result.exit_code == 1
+    assert "not deployable: first + second: paint 1.1, release 1, which serves by default, is refused" in result.stderr
+    assert 'output "probabilities" of golden sample' in result.stderr
 
 
 def test_an_image_that_cannot_run_is_named(published: Path, docker: Path) -> None:

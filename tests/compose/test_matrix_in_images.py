@@ -11,8 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from splitserve.arrays import from_array, to_array
+from splitserve.repository import golden as goldens
+from splitserve.repository import release_log
+from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE
+from splitserve.repository.release import ReleaseKey, encode
+from splitserve.repository.releases import decode_release
+from splitserve.runtimes.release import golden_of
+from splitserve.versions import Pair
 from tests.compose.stack import ROOT, Stack, run
 
 pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(900)]
@@ -81,3 +90,34 @@ def test_the_images_of_one_build_serve_everything(docker: str, stack: Stack, rep
 
     assert (status, complaints) == (0, "")
     assert {trial["golden"] for report in found["environments"].values() for trial in report["trials"]} == {"agree"}
+
+
+def test_the_whole_of_a_release_is_run_across_the_images(docker: str, stack: Stack, repository: Path, tmp_path: Path) -> None:
+    """Each half agrees in its image, and the answer of the two is not the recorded one."""
+    models = tmp_path / "models"
+    shutil.copytree(repository, models)
+    spoil_release(models, ReleaseKey("digits", 1, Pair(1, 1)))
+
+    status, found, complaints = matrix(docker, models, f"{stack.project}-preprocess", f"{stack.project}-predict")
+
+    admitted = {each["model"]: all(verdict["is_admitted"] for verdict in each["verdicts"].values()) for each in found["releases"]}
+    assert (status, complaints) == (1, "")
+    assert admitted == {"breast-cancer": True, "digits": False, "weather": True}
+    assert {trial["golden"] for report in found["environments"].values() for trial in report["trials"]} == {"agree"}
+    (problem,) = found["problems"]
+    assert 'output "probabilities" of golden sample' in problem
+
+
+def spoil_release(models: Path, key: ReleaseKey) -> None:
+    """Record other answers, with digests that are right."""
+    folder = models / str(key)
+    manifest = decode_release((folder / MANIFEST_FILE).read_bytes(), key)
+    golden = golden_of(manifest, (folder / GOLDEN_FILE).read_bytes())
+    outputs = tuple(
+        from_array(each.name, to_array(each) * 0.5, each.datatype) if each.datatype in ("FP32", "FP64") else each
+        for each in golden.outputs
+    )
+    data = goldens.encode(goldens.Golden(golden.inputs, outputs))
+    (folder / GOLDEN_FILE).write_bytes(data)
+    changed = msgspec.structs.replace(manifest, files=release_log.digests({GOLDEN_FILE: data}))
+    (folder / MANIFEST_FILE).write_bytes(encode(changed))

@@ -28,6 +28,7 @@ from splitserve.repository import manifest as manifests
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
+from splitserve.repository.manifest import Tolerance
 from splitserve.repository.release import ReleaseKey, encode
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
@@ -278,8 +279,17 @@ async def test_answers_that_are_not_numbers_prove_nothing(services: Services, tm
     assert "is not finite in any row" in (await state_of(await services.refresh())).reason
 
 
-def change_golden(root: Path, change: Any) -> None:
-    """Write a release anew with other golden answers, its digests included."""
+async def test_tolerances_beyond_all_bounds_prove_nothing(services: Services, tmp_path: Path) -> None:
+    """Whatever the answer is, it would agree."""
+    publish_model(tmp_path)
+    outputs = Repository(tmp_path).open_release(RELEASE).manifest.outputs
+    change_golden(tmp_path, lambda outputs: outputs + 1, tolerances={each.name: Tolerance(atol=1e30) for each in outputs})
+
+    assert "more than 1e-02, the limit for" in (await state_of(await services.refresh())).reason
+
+
+def change_golden(root: Path, change: Any, **fields: Any) -> None:
+    """Write a release anew with other golden answers, and fields of its manifest, its digests included."""
     repository = Repository(root)
     recorded = repository.open_release(RELEASE)
     manifest = recorded.manifest
@@ -288,7 +298,7 @@ def change_golden(root: Path, change: Any) -> None:
     files = {"golden.npz": goldens.encode(goldens.Golden(golden.inputs, outputs))}
     folder = repository.folder(RELEASE)
     shutil.rmtree(folder)
-    fresh = encode(msgspec.structs.replace(manifest, files=release_log.digests(files)))
+    fresh = encode(msgspec.structs.replace(manifest, files=release_log.digests(files), **fields))
     release_log.write_folder(folder, {**files, "manifest.json": fresh})
 
 

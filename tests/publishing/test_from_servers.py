@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from splitserve import publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import to_array
-from splitserve.checks.matrix import HERE, examine, judge
+from splitserve.checks.examination import examine
+from splitserve.checks.matrix import HERE, judge
 from splitserve.cli import app
 from splitserve.remote import running_model
 from splitserve.remote.inference import RemoteInference
