@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from preprocess_service.admission import AdmittedPair
-from splitserve.catalogue import Catalogue, no_default
+from splitserve.catalogue import Catalogue, Defaults
 from splitserve.oip.messages import READY, ModelState
 from splitserve.server.agreement import Agreement
 from splitserve.server.repository_view import ModelView
 from splitserve.versions import Pair
 
 
-class DefaultPairs:
+class DefaultPairs(Defaults):
     """The default pair of each model: that of its route, else the newest release that is ready.
 
     A predictor that is on all replicas of predict is preferred, so that a request without a version finds it everywhere.
     """
 
     def __init__(self) -> None:
-        self._pairs: dict[str, Pair] = {}
-        self._problems: dict[str, str] = {}
-        """By model, why a request has to name a version."""
+        super().__init__()
         self._agreement: Agreement[Pair] = Agreement()
 
     def update(
@@ -52,17 +50,3 @@ class DefaultPairs:
                 have = [{(state.name, state.version) for state in index if state.state == READY} for index in predict_indexes]
                 replicas = [{pair for pair in candidates if (model, str(pair.predictor)) in each} for each in have]
                 self._pairs[model] = self._agreement.choose(model, candidates, replicas) or candidates[-1]
-
-    def get(self, model: str) -> Pair | None:
-        """The default of a model; None if it has none."""
-        return self._pairs.get(model)
-
-    def choose(self, model: str) -> Pair | None:
-        """The default of a model for a request; None leaves the choice to the catalogue.
-
-        Raises:
-            Unavailable: the default is unknown; a request can name a version.
-        """
-        if problem := self._problems.get(model):
-            raise no_default(model, problem)
-        return self._pairs.get(model)

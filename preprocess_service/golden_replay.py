@@ -62,8 +62,8 @@ class PairUnderProof(msgspec.Struct, frozen=True):
         return self.release.sha256, self.predictor_sha256
 
 
-class _Proof(msgspec.Struct):
-    """Of a pair: ``problem`` is None until the first replay is over, "" if it agreed."""
+class _ReplayState(msgspec.Struct):
+    """The replay of a pair: ``problem`` is None until the first one has finished, "" if its answers agreed."""
 
     problem: str | None = None
     proven_at: float = -math.inf
@@ -97,12 +97,12 @@ class GoldenReplay:
         self._max_chunk_bytes = max_message_bytes // 2
         self._clock = clock
         self._turns = asyncio.Semaphore(AT_A_TIME)
-        self._proofs: dict[tuple[str, str], _Proof] = {}
+        self._proofs: dict[tuple[str, str], _ReplayState] = {}
         self._log = structlog.get_logger()
 
     def problem(self, pair: PairUnderProof) -> str | None:
         """Why a pair is refused, "" if its release is proven, None while that is not known. Begins to prove it if need be."""
-        proof = self._proofs.setdefault(pair.key, _Proof())
+        proof = self._proofs.setdefault(pair.key, _ReplayState())
         is_due = not pair.predictor_sha256 and self._clock() - proof.proven_at >= REPEAT_S
         if (proof.problem is None or is_due) and (proof.task is None or proof.task.done()):
             proof.task = asyncio.create_task(self._prove(pair, proof))
@@ -137,7 +137,7 @@ class GoldenReplay:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _prove(self, pair: PairUnderProof, proof: _Proof) -> None:
+    async def _prove(self, pair: PairUnderProof, proof: _ReplayState) -> None:
         release = pair.release
         try:
             async with self._turns:

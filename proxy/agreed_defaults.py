@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from proxy.known_pairs import GONE_GRACE_S, release_sequence
-from splitserve.catalogue import no_default
+from splitserve.catalogue import Defaults
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_DIGEST, ModelState
 from splitserve.server.agreement import Agreement
 from splitserve.versions import Pair, parse_pair
@@ -22,7 +22,7 @@ class ReplicaPair(msgspec.Struct, frozen=True, order=True):
     digest: str = ""
 
 
-class AgreedDefaults:
+class AgreedDefaults(Defaults):
     """The default pair of each model.
 
     Each replica names one. Where they differ, the newest of these that all replicas have is used, so that a request without a
@@ -33,11 +33,9 @@ class AgreedDefaults:
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
         self._clock = clock
         self._agreement: Agreement[ReplicaPair] = Agreement(clock=clock)
-        self._pairs: dict[str, Pair] = {}
-        self._problems: dict[str, str] = {}
-        """By model, why a request has to name a version."""
         self._named_at: dict[str, dict[Pair, float]] = {}
         """When replicas last named each pair as the default of a model."""
 
@@ -63,20 +61,6 @@ class AgreedDefaults:
             elif not named and problem and any(replicas):
                 self._problems[model] = problem
             self._named_at.setdefault(model, {}).update((each.pair, now) for each in named)
-
-    def get(self, model: str) -> Pair | None:
-        """The default of a model; None if replicas name none."""
-        return self._pairs.get(model)
-
-    def choose(self, model: str) -> Pair | None:
-        """The default of a model for a request; None leaves the choice to the catalogue.
-
-        Raises:
-            Unavailable: the default is unknown; a request can name a version.
-        """
-        if problem := self._problems.get(model):
-            raise no_default(model, problem)
-        return self._pairs.get(model)
 
     def next_after(self, model: str, tried: Sequence[Pair]) -> Pair | None:
         """The pair to try after those, if any: the default, or another that a replica named as such a short while ago."""

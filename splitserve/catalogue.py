@@ -111,9 +111,27 @@ class Catalogue(Generic[V, T]):
         return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
 
 
-def no_default(model: str, problem: str) -> Unavailable:
-    """The error for a request without a version while the default of its model is unknown."""
-    return Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
+class Defaults:
+    """The pairs that serve requests without a version. A subclass decides them."""
+
+    def __init__(self) -> None:
+        self._pairs: dict[str, Pair] = {}
+        self._problems: dict[str, str] = {}
+        """By model, why a request has to name a version."""
+
+    def get(self, model: str) -> Pair | None:
+        """The default of a model; None if it has none."""
+        return self._pairs.get(model)
+
+    def choose(self, model: str) -> Pair | None:
+        """The default of a model for a request; None leaves the choice to the catalogue.
+
+        Raises:
+            Unavailable: the default is unknown.
+        """
+        if problem := self._problems.get(model):
+            raise Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
+        return self._pairs.get(model)
 
 
 def merged_index(indexes: Iterable[Iterable[ModelState]]) -> list[ModelState]:

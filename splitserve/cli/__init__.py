@@ -30,6 +30,14 @@ FolderOption = Annotated[
 WritableOption = Annotated[
     str, typer.Option("--repository", "-r", envvar="MODEL_REPOSITORY", help="The model repository: a folder, or a bucket's URL.")
 ]
+TrustedModulesOption = Annotated[
+    list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")
+]
+EnvironmentMismatchOption = Annotated[
+    bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
+]
+UnsafePickleOption = Annotated[bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")]
+ModelArgument = Annotated[str, typer.Argument(help="Name of the model.")]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
 
 
@@ -152,7 +160,7 @@ def publish(
 
 @app.command()
 def release(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    model: ModelArgument,
     pair: Annotated[str, typer.Argument(help="The pair, K.M; with --withdraw the sequence number of a release.")],
     repository: WritableOption = DEFAULT_REPOSITORY,
     rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
@@ -169,15 +177,9 @@ def release(
         bool,
         typer.Option("--accept-unknown-features", help="Release it although it is unknown what the predictor was trained on."),
     ] = False,
-    trusted_module: Annotated[
-        list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")
-    ] = None,
-    allow_environment_mismatch: Annotated[
-        bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
-    ] = False,
-    allow_unsafe_pickle: Annotated[
-        bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
-    ] = False,
+    trusted_module: TrustedModulesOption = None,
+    allow_environment_mismatch: EnvironmentMismatchOption = False,
+    allow_unsafe_pickle: UnsafePickleOption = False,
 ) -> None:
     """Prove a pair of halves that were published apart, and release it.
 
@@ -208,7 +210,7 @@ def release(
 
 @app.command()
 def releases(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    model: ModelArgument,
     repository: RepositoryOption = DEFAULT_REPOSITORY,
 ) -> None:
     """List the releases of a model: sequence, pair, when, how it was proven, what serves now."""
@@ -219,7 +221,7 @@ def releases(
 
 @app.command()
 def rollback(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    model: ModelArgument,
     repository: WritableOption = DEFAULT_REPOSITORY,
 ) -> None:
     """Release again what served before the current release."""
@@ -270,15 +272,9 @@ def matrix(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="As tables in Markdown.")] = False,
-    trusted_module: Annotated[
-        list[str] | None, typer.Option(help="As PREPROCESS_TRUSTED_MODULES; may be given several times.")
-    ] = None,
-    allow_environment_mismatch: Annotated[
-        bool, typer.Option("--allow-environment-mismatch", help="As PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH.")
-    ] = False,
-    allow_unsafe_pickle: Annotated[
-        bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")
-    ] = False,
+    trusted_module: TrustedModulesOption = None,
+    allow_environment_mismatch: EnvironmentMismatchOption = False,
+    allow_unsafe_pickle: UnsafePickleOption = False,
     runtime: Annotated[Literal["auto", "sklearn", "onnx"], typer.Option(help="As PREPROCESS_RUNTIME.")] = "auto",
     signature_key: Annotated[
         str,
@@ -320,7 +316,7 @@ def index(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
 
 @app.command()
 def infer(
-    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    model: ModelArgument,
     file: Annotated[Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")] = None,
     rows: Annotated[str | None, typer.Option(help="The rows themselves, as JSON.")] = None,
     url: UrlOption = GRPC_URL,

@@ -82,7 +82,7 @@ METHODS: dict[str, tuple[Any, Any]] = {
 }
 
 
-class _Replica(Replica):
+class InferenceReplica(Replica):
     """A replica with the methods of the protocol, and a stream if it supports one."""
 
     def __init__(
@@ -166,7 +166,7 @@ class RemoteInference:
         self._replicas = Replicas(target, stage=stage, connect=self._connect, is_stale=self._has_new_files, **replicas)
         self.is_loaded = True
 
-    def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> _Replica:
+    def _connect(self, target: str, authority: str, on_change: Callable[[], None]) -> InferenceReplica:
         channel = self._channel(target, authority, self._options)
         stream_target = StreamTarget(
             target,
@@ -177,7 +177,7 @@ class RemoteInference:
             context=self._files.value[1] if self._files else None,
             server_name=self._tls.server_name if self._tls else "",
         )
-        return _Replica(target, channel, stream_target, on_change, self._metadata)
+        return InferenceReplica(target, channel, stream_target, on_change, self._metadata)
 
     def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
         authority = (self._tls.server_name if self._tls else "") or authority
@@ -233,10 +233,10 @@ class RemoteInference:
             raise DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage) from None
 
     async def _infer_with_retries(self, request: InferRequest, timeout_s: float) -> InferResponse:
-        tried: list[_Replica] = []
+        tried: list[InferenceReplica] = []
         expected = str(request.parameters.get(EXPECTED_MANIFEST, "")) if request.parameters else ""
 
-        def suits(replica: _Replica) -> bool:
+        def suits(replica: InferenceReplica) -> bool:
             return replica.has(request.model, request.version, expected)
 
         while True:
@@ -261,7 +261,9 @@ class RemoteInference:
                 self._budget.give()
                 return response
 
-    async def _infer_hedged(self, request: InferRequest, replica: _Replica, suits: Callable[[_Replica], bool]) -> InferResponse:
+    async def _infer_hedged(
+        self, request: InferRequest, replica: InferenceReplica, suits: Callable[[InferenceReplica], bool]
+    ) -> InferResponse:
         """On this replica; if it does not answer for long, on another one too."""
         if self.n_replicas < 2:
             return await self._infer_on(request, replica)
@@ -278,7 +280,7 @@ class RemoteInference:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
-    async def _infer_on(self, request: InferRequest, replica: _Replica) -> InferResponse:
+    async def _infer_on(self, request: InferRequest, replica: InferenceReplica) -> InferResponse:
         replica.call_started()
         try:
             if (stream := replica.keeper.stream) is not None:
@@ -302,7 +304,7 @@ class RemoteInference:
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Call ModelMetadata of a replica that has the version, if that is known."""
         request = pb.ModelMetadataRequest(name=model, version=version)
-        suits = partial(_Replica.has, model=model, version=version)
+        suits = partial(InferenceReplica.has, model=model, version=version)
         return protobuf.decode_metadata(await self._call_any("ModelMetadata", request, suits=suits))
 
     async def is_ready(self, model: str, version: str = "") -> bool:
@@ -388,9 +390,9 @@ class RemoteInference:
             reason = {str(key): value for key, value in await call.trailing_metadata() or ()}.get(protobuf.REASON_KEY, b"")
             return reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
 
-    async def _call_any(self, method: str, request: Any, *, suits: Callable[[_Replica], bool] | None = None) -> Any:
+    async def _call_any(self, method: str, request: Any, *, suits: Callable[[InferenceReplica], bool] | None = None) -> Any:
         """The answer of one replica; another one is called if it is unreachable, or does not know the model or version."""
-        tried: list[_Replica] = []
+        tried: list[InferenceReplica] = []
         while True:
             try:
                 replica = await self._replicas.pick(but=tried, suits=suits)
@@ -413,7 +415,7 @@ class RemoteInference:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _call(self, replica: _Replica, method: str, request: Any, timeout_s: float) -> Any:
+    async def _call(self, replica: InferenceReplica, method: str, request: Any, timeout_s: float) -> Any:
         try:
             answer = await replica.methods[method](request, timeout=timeout_s, metadata=replica.metadata)
         except grpc.aio.AioRpcError as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import msgspec
 
 from splitserve.repository import manifest as manifests
-from splitserve.repository.files import check_digest
+from splitserve.repository.files import check_file_list
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, Kind, Manifest
-from splitserve.repository.manifest_folder import ManifestFolder, RemoteFiles
+from splitserve.repository.manifest_folder import ManifestFolder
 from splitserve.versions import MODEL_NAME
 
 KINDS: tuple[Kind, ...] = ("preprocess", "predict")
@@ -39,23 +38,8 @@ def parse_key(text: str) -> BundleKey | None:
     return match and BundleKey(match[1], "preprocess" if match[2] == "preprocess" else "predict", int(match[3]))
 
 
-class Bundle(ManifestFolder):
-    """A bundle whose manifest has been read; each other file is checked against it when it is read.
-
-    Args:
-        key: names it.
-        folder: where its files are.
-        manifest: as decoded.
-        manifest_sha256: of the bytes that the manifest was decoded from.
-        remote: its files, where the folder does not have them.
-    """
-
-    def __init__(
-        self, key: BundleKey, folder: Path, manifest: Manifest, manifest_sha256: str, remote: RemoteFiles | None = None
-    ) -> None:
-        super().__init__(folder, manifest.files, manifest_sha256, remote)
-        self.key = key
-        self.manifest = manifest
+class Bundle(ManifestFolder[BundleKey, Manifest]):
+    """A bundle whose manifest has been read; each other file is checked against it when it is read."""
 
 
 def decode_manifest(data: bytes, key: BundleKey) -> Manifest:
@@ -71,10 +55,11 @@ def decode_manifest(data: bytes, key: BundleKey) -> Manifest:
     for specs in (manifest.inputs, manifest.outputs):
         if len({spec.name for spec in specs}) < len(specs):
             raise BundleError(f"{MANIFEST_FILE}: two tensors of the signature have the same name")
-    for name, digest in manifest.files.items():
-        if not _FILE_NAME.fullmatch(name) or name in (MANIFEST_FILE, SIGNATURE_FILE):
-            raise BundleError(f"{MANIFEST_FILE}: {name[:128]!r} cannot be the name of a file")
-        check_digest(digest, f"{MANIFEST_FILE}: {name}")
-    if (n_bytes := sum(digest.size for digest in manifest.files.values())) > MAX_BUNDLE_BYTES:
-        raise BundleError(f"{MANIFEST_FILE}: its files have {n_bytes} bytes; the limit is {MAX_BUNDLE_BYTES}")
+    check_file_list(
+        manifest.files,
+        MANIFEST_FILE,
+        is_name=lambda name: bool(_FILE_NAME.fullmatch(name)) and name not in (MANIFEST_FILE, SIGNATURE_FILE),
+        expected=f"a plain file name other than {MANIFEST_FILE} and {SIGNATURE_FILE}",
+        max_bytes=MAX_BUNDLE_BYTES,
+    )
     return manifest

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, NotFetched
@@ -78,6 +78,29 @@ def check_digest(digest: FileDigest, what: str) -> None:
     """
     if not _SHA256.fullmatch(digest.sha256) or digest.size < 0:
         raise BundleError(f"{what}: expected a sha256 of 64 hex digits and a size, got {digest.sha256[:80]!r}, {digest.size}")
+
+
+def check_file_list(
+    files: Mapping[str, FileDigest], where: str, *, is_name: Callable[[str], bool], expected: str, max_bytes: int
+) -> None:
+    """Check the files that a manifest lists, before any of them is read.
+
+    Args:
+        files: by name.
+        where: the manifest, for messages.
+        is_name: whether a file may have this name.
+        expected: what `is_name` accepts, for messages.
+        max_bytes: most that all of them together may have.
+
+    Raises:
+        BundleError: a name is not expected, a digest is not safe, or they are too large.
+    """
+    for name, digest in files.items():
+        if not is_name(name):
+            raise BundleError(f"{where}: {name[:128]!r} cannot be the name of a file; expected {expected}")
+        check_digest(digest, f"{where}: {name}")
+    if (n_bytes := sum(digest.size for digest in files.values())) > max_bytes:
+        raise BundleError(f"{where}: its files have {n_bytes} bytes; the limit is {max_bytes}")
 
 
 def subfolders(parent: Path) -> list[Path]:

@@ -5,10 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from splitserve.repository.files import read_checked, read_small
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest
+
+
+class ListsFiles(Protocol):
+    """The manifest of a folder."""
+
+    @property
+    def files(self) -> Mapping[str, FileDigest]:
+        """Size and digest of each other file, by name."""
+        ...
+
+
+KeyT = TypeVar("KeyT")
+ManifestT = TypeVar("ManifestT", bound=ListsFiles)
 
 
 class RemoteFiles(Protocol):
@@ -31,23 +44,30 @@ class RemoteFiles(Protocol):
         ...
 
 
-class ManifestFolder:
+class ManifestFolder(Generic[KeyT, ManifestT]):
     """A folder whose manifest has been read; each other file is checked against it when it is read.
 
     Args:
+        key: names it.
         folder: where its manifest and its signature are, and, unless they are remote, its files.
-        listed: what the manifest says of each file.
+        manifest: as decoded.
         manifest_sha256: of the bytes that the manifest was decoded from.
         remote: its files, where the folder does not have them.
     """
 
     def __init__(
-        self, folder: Path, listed: Mapping[str, FileDigest], manifest_sha256: str, remote: RemoteFiles | None = None
+        self, key: KeyT, folder: Path, manifest: ManifestT, manifest_sha256: str, remote: RemoteFiles | None = None
     ) -> None:
+        self.key = key
         self.folder = folder
-        self.listed = listed
+        self.manifest = manifest
         self.manifest_sha256 = manifest_sha256
         self._remote = remote
+
+    @property
+    def listed(self) -> Mapping[str, FileDigest]:
+        """What the manifest says of each file."""
+        return self.manifest.files
 
     def fetch(self) -> None:
         """Make all files local, so that reading needs no network. Nothing to do for a folder.

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from splitserve.repository.files import check_digest
+from splitserve.repository.files import check_file_list
 from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, NotFetched, NotSigned
-from splitserve.repository.manifest_folder import ManifestFolder, RemoteFiles
+from splitserve.repository.manifest_folder import ManifestFolder
 from splitserve.repository.release import History, Release, ReleaseKey, ReleaseManifest, decode
 
 MAX_GOLDEN_BYTES = 8 * 1024**2
 """Largest file of golden samples in a release."""
 
 
-class ReleaseFolder(ManifestFolder):
-    """A record of a release whose manifest has been read; its golden samples are checked as they are read.
-
-    Args:
-        key: names it.
-        folder: where its files are.
-        manifest: as decoded.
-        manifest_sha256: of the bytes that the manifest was decoded from.
-        remote: its files, where the folder does not have them.
-    """
-
-    def __init__(
-        self, key: ReleaseKey, folder: Path, manifest: ReleaseManifest, manifest_sha256: str, remote: RemoteFiles | None = None
-    ) -> None:
-        super().__init__(folder, manifest.files, manifest_sha256, remote)
-        self.key = key
-        self.manifest = manifest
+class ReleaseFolder(ManifestFolder[ReleaseKey, ReleaseManifest]):
+    """A record of a release whose manifest has been read; its golden samples are checked as they are read."""
 
     @property
     def release(self) -> Release:
@@ -46,12 +30,13 @@ def decode_release(data: bytes, key: ReleaseKey) -> ReleaseManifest:
         BundleError: as `splitserve.repository.release.decode`, or it lists a file that a release does not have.
     """
     manifest = decode(data, key)
-    for name, digest in manifest.files.items():
-        if name != GOLDEN_FILE:
-            raise BundleError(f"{key}: {MANIFEST_FILE}: {name[:128]!r} is not a file of a release, which has {GOLDEN_FILE} only")
-        check_digest(digest, f"{key}: {MANIFEST_FILE}: {name}")
-        if digest.size > MAX_GOLDEN_BYTES:
-            raise BundleError(f"{key}: {MANIFEST_FILE}: {name} has {digest.size} bytes; the limit is {MAX_GOLDEN_BYTES}")
+    check_file_list(
+        manifest.files,
+        f"{key}: {MANIFEST_FILE}",
+        is_name=GOLDEN_FILE.__eq__,
+        expected=f"{GOLDEN_FILE} only",
+        max_bytes=MAX_GOLDEN_BYTES,
+    )
     return manifest
 
 

@@ -55,7 +55,7 @@ class Signer:
         with _problems_of(private_key):
             self._config = signing.Config().use_elliptic_key_signer(private_key=private_key)
 
-    def sign(self, bundle: ManifestFolder) -> Path:
+    def sign(self, bundle: ManifestFolder[Any, Any]) -> Path:
         """Check files of a bundle or release against its manifest and write a signature next to them; an existing one is
         replaced.
 
@@ -119,7 +119,7 @@ class Verifier:
         with _problems_of(public_key):
             self._config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
 
-    def check(self, bundle: ManifestFolder) -> None:
+    def check(self, bundle: ManifestFolder[Any, Any]) -> None:
         """Check the signature of a bundle or release.
 
         The signed contents are compared with the manifest that was read and with the digests in it. Each file is checked against
@@ -221,7 +221,7 @@ class _Contents:
         """Hex digests by the name of the file."""
 
     @classmethod
-    def of(cls, folder: ManifestFolder) -> _Contents:
+    def of(cls, folder: ManifestFolder[Any, Any]) -> _Contents:
         """Of a bundle or release."""
         listed = {name: file.sha256 for name, file in folder.listed.items()}
         return cls({**listed, MANIFEST_FILE: folder.manifest_sha256})

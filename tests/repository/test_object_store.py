@@ -10,19 +10,20 @@ import pytest
 
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
-from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import source_of
 from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, Gateway, cut, flip, stall, status
 from tests.object_store import ObjectStore, object_store
+from tests.repository.bundles import KEY, write_bundle, write_route
 from tests.repository.test_release_sources import GOLDEN, record
 
 pytestmark = pytest.mark.heavy
 
-KEY = BundleKey("m", "predict", 1)
 CONTENT = b"graph" * 1000
+FILES = {"model.onnx": CONTENT}
 URL = "s3://models/prod"
 MODEL = "prod/m/predict/1/model.onnx"
 
@@ -47,24 +48,9 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Obje
 def repository(tmp_path: Path) -> Repository:
     """One bundle and its model's route."""
     found = Repository(tmp_path / "models")
-    write(found, 1)
-    (found.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.1"}]}')
+    write_bundle(found, files=FILES)
+    write_route(found)
     return found
-
-
-def write(repository: Repository, version: int) -> None:
-    manifest = Manifest(
-        schema_version=1,
-        name="m",
-        kind="predict",
-        version=version,
-        created="",
-        files={},
-        inputs=(),
-        outputs=(),
-        environment={},
-    )
-    repository.write(manifest, {"model.onnx": CONTENT})
 
 
 def routed(source: RemoteRepository) -> list[str]:
@@ -163,8 +149,8 @@ def test_new_bundles_are_seen_at_the_next_poll(
     source.bundles()
     source.route("m")
     filled.requests.clear()
-    write(repository, 2)
-    (repository.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.2"}]}')
+    write_bundle(repository, BundleKey("m", "predict", 2), FILES)
+    write_route(repository, pair="1.2")
     filled.upload(repository.root, "models", "prod/")
 
     keys = list(source.bundles())

@@ -1,11 +1,13 @@
 """Records of releases: what is written, what is refused, and what serves."""
 
+import re
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.repository.manifest import BundleError, Tolerance
+from splitserve.repository.manifest import BundleError, FileDigest, Tolerance
 from splitserve.repository.release import (
     SCHEMA_VERSION,
     Compared,
@@ -18,6 +20,7 @@ from splitserve.repository.release import (
     parse_folder_name,
     parse_key,
 )
+from splitserve.repository.releases import MAX_GOLDEN_BYTES, decode_release
 from splitserve.versions import Pair
 
 DIGEST = "a" * 64
@@ -37,6 +40,22 @@ def release(sequence: int, pair: str, sha256: str = "", **fields: object) -> Rel
 
 def sequence_of(found: Release | None) -> int:
     return found.sequence if found else 0
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"model.onnx": FileDigest(DIGEST, 1)}, "'model.onnx' cannot be the name of a file; expected golden.npz only"),
+        ({"golden.npz": FileDigest("A" * 64, 1)}, "golden.npz: expected a sha256 of 64 hex digits and a size"),
+        ({"golden.npz": FileDigest(DIGEST, MAX_GOLDEN_BYTES + 1)}, "its files have 8388609 bytes; the limit is 8388608"),
+    ],
+)
+def test_a_record_has_golden_samples_and_no_other_file(files: dict[str, FileDigest], complaint: str):
+    """They are checked before they are fetched; the message names the record."""
+    written = manifest(files=files)
+
+    with pytest.raises(BundleError, match=f"^wine/releases/0001-1.1: manifest.json: {re.escape(complaint)}"):
+        decode_release(encode(written), written.key)
 
 
 def test_a_record_is_read_as_it_was_written():

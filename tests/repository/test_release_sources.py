@@ -14,7 +14,7 @@ from splitserve.cli.sign import run as sign
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
-from splitserve.repository.manifest import GOLDEN_FILE, BundleError, Manifest, NotFetched, NotSigned
+from splitserve.repository.manifest import GOLDEN_FILE, BundleError, NotFetched, NotSigned
 from splitserve.repository.release import SCHEMA_VERSION, ReleaseKey, ReleaseManifest
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.signing import signed_by
@@ -23,17 +23,11 @@ from splitserve.repository.sources import index, source_of
 from splitserve.repository.sources.local_folder import LocalFolder
 from splitserve.versions import MAX_VERSION, Pair
 from tests.file_server import FileServer
+from tests.repository.bundles import write_bundle, write_route
 from tests.signing_keys import make_keys
 
 GOLDEN = b"rows and answers"
 KEY = ReleaseKey("m", 1, Pair(1, 1))
-
-
-def write_bundle(repository: Repository, kind: str, version: int = 1) -> str:
-    manifest = Manifest(
-        schema_version=1, name="m", kind=kind, version=version, created="", files={}, inputs=(), outputs=(), environment={}
-    )  # fmt: skip
-    return repository.write(manifest, {"model.onnx": b"graph"}).manifest_sha256
 
 
 def record(root: Path, pair: str = "1.1", model: str = "m", **fields: object) -> ReleaseKey:
@@ -55,12 +49,12 @@ def published(tmp_path: Path) -> Repository:
     """A model with both halves, two releases, the second of which is withdrawn, and a route."""
     found = Repository(tmp_path / "models")
     for kind in ("preprocess", "predict"):
-        write_bundle(found, kind)
-        write_bundle(found, kind, 2)
+        write_bundle(found, BundleKey("m", kind, 1))
+        write_bundle(found, BundleKey("m", kind, 2))
     record(found.root)
     record(found.root, "2.2")
     record(found.root, "2.2", withdraws=2)
-    (found.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.1"}]}')
+    write_route(found)
     return found
 
 
@@ -312,5 +306,5 @@ def test_versions_end_at_the_limit(published: Repository) -> None:
     with pytest.raises(BundleError, match="version 1000000000: expected a number from 1 to 999999999"):
         published.next_version("m", "predict")
     with pytest.raises(BundleError, match="version 1000000000: expected"):
-        write_bundle(published, "predict", MAX_VERSION + 1)
+        write_bundle(published, BundleKey("m", "predict", MAX_VERSION + 1))
     assert BundleKey("m", "predict", MAX_VERSION) in list(published.bundles())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from splitserve.repository import sources
-from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
-from splitserve.repository.manifest import BundleError, Manifest, NotFetched
+from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.selection import Selection
 from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import index, source_of
@@ -23,27 +23,12 @@ from splitserve.repository.sources.local_folder import LocalFolder
 from splitserve.repository.sources.remote_folder import RemoteFolder
 from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, FileServer, cut, flip, nothing, stall, status
+from tests.repository.bundles import KEY, write_bundle, write_route
 
-KEY = BundleKey("m", "predict", 1)
 PIECE_BYTES = 100
 FILES = {"model.onnx": bytes(range(256)) * 4, "golden.npz": b"samples"}
 MODEL = "m/predict/1/model.onnx"
 MANIFEST = "m/predict/1/manifest.json"
-
-
-def write(repository: Repository, model: str = "m", version: int = 1) -> Bundle:
-    manifest = Manifest(
-        schema_version=1,
-        name=model,
-        kind="predict",
-        version=version,
-        created="",
-        files={},
-        inputs=(),
-        outputs=(),
-        environment={},
-    )
-    return repository.write(manifest, FILES)
 
 
 def write_index(repository: Repository) -> None:
@@ -61,9 +46,9 @@ def routed(source: RemoteRepository) -> list[str]:
 def published(tmp_path: Path) -> Repository:
     """A bundle and a route, and another model."""
     found = Repository(tmp_path / "models")
-    write(found)
-    write(found, "other")
-    (found.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.1"}]}')
+    write_bundle(found, files=FILES)
+    write_bundle(found, BundleKey("other", "predict", 1), FILES)
+    write_route(found)
     write_index(found)
     return found
 
@@ -297,8 +282,8 @@ def test_a_new_bundle_and_a_changed_route_are_seen_at_the_next_poll(
     """Once the index says so."""
     source.bundles()
     source.route("m")
-    write(published, version=2)
-    (published.root / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.2"}]}')
+    write_bundle(published, BundleKey("m", "predict", 2), FILES)
+    write_route(published, pair="1.2")
     write_index(published)
 
     keys = list(source.bundles())
@@ -311,7 +296,7 @@ def test_a_new_bundle_and_a_changed_route_are_seen_at_the_next_poll(
 def test_a_manifest_that_contradicts_the_index_is_refused(server: FileServer, source: RemoteRepository) -> None:
     """Write access to the files is not sufficient to change what is served, without the index."""
     manifest = server.folder / MANIFEST
-    manifest.write_bytes(manifest.read_bytes().replace(b'"created": ""', b'"created": "?"'))
+    manifest.write_bytes(manifest.read_bytes().replace(b"2026-01-02", b"2026-01-03"))
 
     with pytest.raises(WrongContent, match=r"^m/predict/1: manifest\.json: expected "):
         fetch_bundle(source, KEY)

@@ -18,7 +18,8 @@ from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import SIGNATURE_FILE, BundleError, NotFetched
 from splitserve.repository.signing import KeyProblem, NotSigned, Signer, Verifier, signed_by
-from tests.repository.test_repository import KEY, manifest_of, publish
+from tests.repository.bundles import manifest_of
+from tests.repository.test_repository import KEY, publish
 from tests.signing_keys import Keys, make_keys
 
 MODEL_SIGNING = Path(sys.executable).with_name("model_signing")

@@ -11,10 +11,10 @@ import pytest
 
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
-from splitserve.repository.manifest import BundleError, FileDigest, Manifest
+from splitserve.repository.manifest import BundleError, FileDigest
 from splitserve.repository.sources import index
+from tests.repository.bundles import KEY, write_bundle, write_route
 
-KEY = BundleKey("m", "predict", 1)
 DIGEST = {"sha256": "0" * 64, "size": 2}
 
 
@@ -22,24 +22,9 @@ DIGEST = {"sha256": "0" * 64, "size": 2}
 def repository(tmp_path: Path) -> Repository:
     """One bundle, one route."""
     found = Repository(tmp_path)
-    write(found)
-    (tmp_path / "m" / "route.json").write_bytes(b'{"pairs": [{"pair": "1.1"}]}')
+    write_bundle(found)
+    write_route(found)
     return found
-
-
-def write(repository: Repository, version: int = 1) -> Path:
-    manifest = Manifest(
-        schema_version=1,
-        name="m",
-        kind="predict",
-        version=version,
-        created="",
-        files={},
-        inputs=(),
-        outputs=(),
-        environment={},
-    )
-    return repository.write(manifest, {"model.onnx": b"graph"}).folder
 
 
 def digest_of(path: Path) -> FileDigest:
@@ -70,7 +55,7 @@ def test_the_index_lists_signatures(repository: Repository) -> None:
 
 def test_a_broken_bundle_is_left_out_and_named(repository: Repository) -> None:
     """The others are listed."""
-    (write(repository, 2) / "manifest.json").write_bytes(b"?")
+    (write_bundle(repository, BundleKey("m", "predict", 2)).folder / "manifest.json").write_bytes(b"?")
 
     found, problems = index.build(repository)
 
