@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from splitserve.arrays import Array, to_array
-from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES
-from splitserve.publishing.errors import PublishError
+from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, SCORES, expected_of
+from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
 from splitserve.runtimes.rows import Rowset, to_tensors
 
 
-def expected_answer(pipeline: Any, rows: Rowset) -> dict[str, Array]:
+def expected_answer(pipeline: Any, rows: Rowset, targets: Sequence[str] = ()) -> Mapping[str, Array]:
     """The pipeline's answer, under the output names of the converted model.
 
     Raises:
+        NotConvertible: as `answers_of`.
         PublishError: the rows do not fit the pipeline.
     """
     try:
-        predicted = np.asarray(pipeline.predict(rows))
-        if hasattr(pipeline, "predict_proba"):
-            return {LABEL: predicted, PROBABILITIES: np.asarray(pipeline.predict_proba(rows))}
+        return expected_of(pipeline, rows, targets)
+    except NotConvertible:
+        raise
     except Exception as error:  # a step may raise anything
         raise PublishError(f"X does not fit the pipeline: {error}") from error
-    return {LABEL: predicted, PREDICTION: predicted}
 
 
 def split_answer(preprocessor: PreprocessorHalf, predictor: PredictorHalf, rows: Rowset) -> dict[str, Array]:
@@ -43,10 +43,11 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance
     probabilities are within twice the tolerance.
     """
     worst = 0.0
-    for name in (PROBABILITIES, PREDICTION):
-        if name in found:
+    for name in found:
+        kind = kind_of(name)
+        if kind in (PROBABILITIES, PREDICTION, SCORES):
             want = expected[name].reshape(found[name].shape)
-            scale = 1.0 if name == PROBABILITIES else float(np.abs(want).max()) or 1.0
+            scale = 1.0 if kind == PROBABILITIES else float(np.abs(want).max()) or 1.0
             difference = np.abs(found[name] - want).reshape(len(want), -1).max(axis=1) / scale
             row = int(np.argmax(difference))
             if not difference[row] <= tolerance:
@@ -55,17 +56,24 @@ def compare(found: Mapping[str, Array], expected: Mapping[str, Array], tolerance
                     f"the pipeline gives {want[row]}, the split {found[name][row]}"
                 )
             worst = max(worst, float(difference[row]))
-    if LABEL in found and (wrong := _wrong_label(found[LABEL], expected, tolerance)) is not None:
-        want_label, have_label = expected[LABEL][wrong], _text(found[LABEL][wrong])
-        return worst, f'label of row {wrong}: the pipeline gives "{want_label}", the split "{have_label}"'
+    for name in found:
+        if kind_of(name) == LABEL and (wrong := _wrong_label(name, found[name], expected, tolerance)) is not None:
+            want_label, have_label = expected[name][wrong], _text(found[name][wrong])
+            return worst, f'{name} of row {wrong}: the pipeline gives "{want_label}", the split "{have_label}"'
     return worst, ""
 
 
-def _wrong_label(labels: Array, expected: Mapping[str, Array], tolerance: float) -> int | None:
+def kind_of(name: str) -> str:
+    """What an output is, whatever its target is called."""
+    return name.partition("_")[0]
+
+
+def _wrong_label(name: str, labels: Array, expected: Mapping[str, Array], tolerance: float) -> int | None:
     """The first row whose label differs from the pipeline's."""
-    for row, (have, want) in enumerate(zip(labels.tolist(), expected[LABEL].tolist(), strict=True)):
+    scores = expected.get(name.replace(LABEL, PROBABILITIES, 1))
+    for row, (have, want) in enumerate(zip(labels.tolist(), expected[name].tolist(), strict=True)):
         if _text(have) != _text(want):
-            ranked = np.sort(expected[PROBABILITIES][row])[-2:] if PROBABILITIES in expected else np.array([0.0, 1.0])
+            ranked = np.array([0.0, 1.0]) if scores is None else np.sort(scores[row])[-2:]
             if ranked[-1] - ranked[0] > 2 * tolerance:
                 return row
     return None

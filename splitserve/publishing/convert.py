@@ -2,76 +2,188 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+import numpy as np
 import onnx
-from skl2onnx import convert_sklearn
-from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
+from sklearn.base import is_classifier, is_clusterer, is_outlier_detector, is_regressor
 
-PROBABILITIES, LABEL, PREDICTION = "probabilities", "label", "prediction"
+from splitserve.arrays import DTYPES, Array
+from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.form import Form, form_of, label_dtype, labels
+from splitserve.publishing.graph import Graph, Value
 
-_INPUT_TYPES = {"FP32": FloatTensorType, "FP64": DoubleTensorType}
-
-
-class NotConvertible(ValueError):
-    """skl2onnx cannot convert this estimator, or not with these options."""
+PROBABILITIES, LABEL, PREDICTION, SCORES = "probabilities", "label", "prediction", "scores"
 
 
-def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str) -> onnx.ModelProto:
+class Answer(msgspec.Struct, frozen=True):
+    """One output of a model: what it is in the graph, and what it is in scikit-learn.
+
+    ``kind`` is how it is compared: `LABEL`, `PROBABILITIES`, `PREDICTION` or `SCORES`; ``value`` and ``shape`` are made from the
+    estimator's form, ``expected`` from the estimator (or a pipeline that ends with it) and rows.
+    """
+
+    name: str
+    kind: str
+    value: Callable[[Form], Value]
+    shape: tuple[int | str, ...]
+    expected: Callable[[Any, Any], Array]
+    classes: tuple[str, ...] = ()
+
+
+def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str, targets: Sequence[str] = ()) -> onnx.ModelProto:
     """Convert an estimator.
 
     Args:
         estimator: fitted; takes (n_rows, n_features).
         n_features: columns of its input.
         input_name: name of the model's only input, (batch, n_features).
-        precision: "FP32" or "FP64", the datatype of that input.
+        precision: "FP32" or "FP64", the datatype of that input and of floating-point outputs.
+        targets: names of the targets, as for `answers_of`.
 
     Returns:
-        A model with outputs ``label`` (batch,) and, if the estimator has ``predict_proba``, ``probabilities`` (batch, n_classes)
-        for a classifier or clusterer; ``prediction`` (batch, n_targets) for a regressor.
+        A model with the outputs that `answers_of` lists.
 
     Raises:
-        NotConvertible: with the estimator's class and skl2onnx's error.
+        NotConvertible: says why, and what works instead.
     """
-    initial_types = [(input_name, _INPUT_TYPES[precision]([None, n_features]))]
-    has_zipmap = hasattr(estimator, "predict_proba")
-    options = {id(estimator): {"zipmap": False}} if has_zipmap else None
+    graph = Graph(DTYPES[precision])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = convert_sklearn(estimator, initial_types=initial_types, options=options)
-    except Exception as error:  # skl2onnx's converters may raise anything
+        form = form_of(estimator, graph.input(input_name, n_features))
+        outputs = {}
+        for answer in answers_of(estimator, targets):
+            value = answer.value(form)
+            if answer.kind != LABEL:
+                value = value.astype(graph.dtype)
+            sizes = [size for size in answer.shape[1:] if isinstance(size, int)]
+            outputs[answer.name] = (value.reshape(-1, *sizes), answer.shape)
+        return graph.model(outputs)
+    except NotConvertible:
+        raise
+    except Exception as error:  # forms read attributes of fitted estimators, which may hold anything
         reason = " ".join(str(error).split())[:300]
         raise NotConvertible(
-            f"{type(estimator).__name__} cannot be converted to ONNX at {precision}: {reason}; convert it by other means and "
-            "publish the result with publish_predictor"
+            f"{type(estimator).__name__} cannot be converted to ONNX: {type(error).__name__}: {reason}; convert it by other "
+            "means and publish the result with publish_predictor"
         ) from error
-    return _tidy(model, estimator)
 
 
-def _tidy(model: onnx.ModelProto, estimator: Any) -> onnx.ModelProto:
-    """Keep and rename the outputs that have a counterpart in scikit-learn."""
-    names = [output.name for output in model.graph.output]
-    if "label" in names:
-        kept = {"label": LABEL}
-        if hasattr(estimator, "predict_proba") and "probabilities" in names:
-            kept["probabilities"] = PROBABILITIES
-    elif len(names) == 1:
-        kept = {names[0]: PREDICTION}
-    else:
-        raise NotConvertible(f"{type(estimator).__name__}: skl2onnx gives outputs {', '.join(names)}, expected one or a label")
-    wanted = [output for output in model.graph.output if output.name in kept]
-    del model.graph.output[:]
-    model.graph.output.extend(wanted)
-    for old, new in kept.items():
-        _rename(model.graph, old, new)
-    return model
+def answers_of(estimator: Any, targets: Sequence[str] = ()) -> list[Answer]:
+    """The outputs of an estimator's model.
+
+    A classifier gives ``label`` (batch,) and, if it has ``predict_proba``, ``probabilities`` (batch, n_classes); with several
+    targets ``label_TARGET`` and ``probabilities_TARGET`` for each. A regressor gives ``prediction`` (batch, n_targets), an
+    outlier detector ``label`` (1 or -1) and ``scores`` (batch,), what has clusters or components ``label`` and, if it has
+    ``predict_proba``, ``probabilities``.
+
+    Args:
+        estimator: fitted, or a fitted pipeline that ends with it.
+        targets: their names; numbers from 0 by default.
+
+    Raises:
+        NotConvertible: the number of names is not that of the targets.
+    """
+    last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
+    if is_regressor(last) or not (is_classifier(last) or is_outlier_detector(last) or is_clusterer(last) or _is_mixture(last)):
+        n_targets = n_targets_of(last)
+        _named(targets, n_targets)
+        return [Answer(PREDICTION, PREDICTION, lambda form: form.predict, ("batch", n_targets), _predicted)]
+    if is_classifier(last):
+        return _classified(last, targets)
+    found = [Answer(LABEL, LABEL, lambda form: form.predict.astype(np.int64), ("batch",), _predicted)]
+    if is_outlier_detector(last):
+        if hasattr(last, "decision_function"):
+            found.append(Answer(SCORES, SCORES, lambda form: form.decision_function, ("batch",), _decided))
+    elif hasattr(last, "predict_proba"):
+        shape = ("batch", int(last.n_components))
+        found.append(Answer(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable))
+    return found
 
 
-def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
-    for node in graph.node:
-        node.output[:] = [new if name == old else name for name in node.output]
-        node.input[:] = [new if name == old else name for name in node.input]
-    for output in graph.output:
-        output.name = new if output.name == old else output.name
+def n_targets_of(regressor: Any) -> int:
+    """How many numbers a fitted regressor gives for a row."""
+    n_features = getattr(regressor, "n_features_in_", 1)
+    with np.errstate(all="ignore"):
+        one = np.asarray(regressor.predict(np.zeros((1, n_features))))
+    return int(one.size)
+
+
+def _is_mixture(estimator: Any) -> bool:
+    return hasattr(estimator, "weights_") and hasattr(estimator, "predict_proba")
+
+
+def _named(targets: Sequence[str], n_targets: int) -> Sequence[str]:
+    if targets and len(targets) != n_targets:
+        raise NotConvertible(f"targets: expected {n_targets} names, got {len(targets)}")
+    return list(targets) or [str(number) for number in range(n_targets)]
+
+
+def _predicted(model: Any, rows: Any) -> Array:
+    return np.asarray(model.predict(rows))
+
+
+def _probable(model: Any, rows: Any) -> Array:
+    return np.asarray(model.predict_proba(rows))
+
+
+def _decided(model: Any, rows: Any) -> Array:
+    return np.asarray(model.decision_function(rows))
+
+
+def _classified(classifier: Any, targets: Sequence[str]) -> list[Answer]:
+    classes = target_classes(classifier)
+    if classes is None:
+        single = np.asarray(classifier.classes_)
+        names = tuple(map(str, single.tolist()))
+        label_dtype(single)
+        found = [Answer(LABEL, LABEL, lambda form: form.predict, ("batch",), _predicted, names)]
+        if hasattr(classifier, "predict_proba"):
+            shape = ("batch", len(single))
+            found.append(Answer(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable, names))
+        return found
+    found = []
+    for number, (target, known) in enumerate(zip(_named(targets, len(classes)), classes, strict=True)):
+        found += _of_target(classifier, number, target, known)
+    return found
+
+
+def _of_target(classifier: Any, number: int, target: str, classes: Array) -> list[Answer]:
+    names = tuple(map(str, classes.tolist()))
+
+    def label(form: Form) -> Value:
+        return labels(form.graph, classes, form.targets[number].class_index)
+
+    def predicted(model: Any, rows: Any) -> Array:
+        return np.asarray(model.predict(rows))[:, number]
+
+    def probable(model: Any, rows: Any) -> Array:
+        given = model.predict_proba(rows)
+        if isinstance(given, list):
+            return np.asarray(given[number])
+        positive = np.asarray(given)[:, number]
+        return np.stack([1 - positive, positive], axis=1)
+
+    found = [Answer(f"{LABEL}_{target}", LABEL, label, ("batch",), predicted, names)]
+    if hasattr(classifier, "predict_proba"):
+        shape = ("batch", len(classes))
+        name = f"{PROBABILITIES}_{target}"
+        found.append(Answer(name, PROBABILITIES, lambda form: form.targets[number].predict_proba, shape, probable, names))
+    return found
+
+
+def target_classes(classifier: Any) -> list[Array] | None:
+    """The classes of each target of a classifier with several, None if it has one."""
+    classes = classifier.classes_
+    if isinstance(classes, list):
+        return [np.asarray(each) for each in classes] if len(classes) > 1 else None
+    is_indicator = getattr(classifier, "multilabel_", False) or (
+        type(classifier).__name__ == "MLPClassifier" and classifier._label_binarizer.y_type_ == "multilabel-indicator"
+    )
+    return [np.array([0, 1])] * len(classes) if is_indicator else None
+
+
+def expected_of(pipeline: Any, rows: Any, targets: Sequence[str] = ()) -> Mapping[str, Array]:
+    """What a fitted pipeline answers to these rows, by the names of `answers_of`."""
+    return {answer.name: answer.expected(pipeline, rows) for answer in answers_of(pipeline, targets)}

@@ -15,8 +15,8 @@ from sklearn.utils import get_tags
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, split_answer
-from splitserve.publishing.convert import NotConvertible, to_onnx
-from splitserve.publishing.errors import PublishError
+from splitserve.publishing.convert import LABEL, answers_of, to_onnx
+from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
@@ -73,6 +73,7 @@ def publish(
     allow_pickle: bool = False,
     row_wise: bool = True,
     golden: Any = "rows",
+    targets: Sequence[str] = (),
 ) -> Published:
     """Split a fitted pipeline before its estimator, publish both halves, and release the pair.
 
@@ -95,6 +96,7 @@ def publish(
             merge its requests with those of others.
         golden: what is stored as golden rows: "rows", rows of ``X``; "synthetic", rows drawn from each column's range and
             categories; or rows of your own, a DataFrame or array like ``X``, of which at most 64 are taken.
+        targets: names of what an estimator with several targets predicts, in the order of y's columns; numbers by default.
 
     Raises:
         PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
@@ -110,7 +112,10 @@ def publish(
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
-    expected = expected_answer(pipeline, checked)
+    try:
+        expected = expected_answer(pipeline, checked, targets)
+    except NotConvertible as error:
+        raise PublishError(str(error)) from error
 
     complaints: list[str] = []
     for precision in ("FP32", "FP64"):
@@ -129,9 +134,9 @@ def publish(
             golden=golden,
         )
         try:
-            model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision)
+            model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
         except NotConvertible as error:
-            complaints.append(str(error))
+            complaints.append(str(error) if not complaints else f"at {precision}, {error}")
             break
         features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
         predictor = predictor_half(
@@ -186,4 +191,5 @@ def _refuses(estimator: Any) -> str:
 
 
 def _labels(estimator: Any) -> list[str]:
-    return [str(label) for label in getattr(estimator, "classes_", ())]
+    answers = answers_of(estimator)
+    return list(answers[0].classes) if answers[0].name == LABEL else []

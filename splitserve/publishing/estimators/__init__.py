@@ -1,0 +1,1 @@
+"""Fitted estimators as ONNX graphs, a module for each family."""

@@ -1,0 +1,313 @@
+"""Decision trees and what consists of them, with the same leaves and the same sums as in scikit-learn.
+
+ONNX's operator for trees adds leaf values in float32, in an order that depends on threads. Here it only finds the leaf of each
+tree; the values are looked up in float64 and added in scikit-learn's order. So labels are the same at ties, too, alone or in a
+batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+from onnx import numpy_helper
+
+from splitserve.arrays import Array
+from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.form import Form, Regressor, Target, constant_rows, converts, form_of, two_columns
+from splitserve.publishing.graph import Value, concat
+
+_SUM = 1
+_PARTS = ("feature", "split", "nan", "true id", "true is leaf", "false id", "false is leaf", "root", "target", "number")
+
+
+class Tree(msgspec.Struct, frozen=True):
+    """A tree as arrays over its nodes; ``left`` is -1 at leaves. A row goes left where ``feature <= threshold``, and where it is
+    NaN and ``nan_left`` says so.
+    """
+
+    feature: Array
+    threshold: Array
+    left: Array
+    right: Array
+    nan_left: Array
+
+    @property
+    def leaves(self) -> Array:
+        """Indices of the nodes that are leaves."""
+        return np.flatnonzero(self.left < 0)
+
+
+def tree_of(fitted: Any, features: Array | None = None) -> Tree:
+    """Of scikit-learn's ``tree_``; ``features`` are the columns that its own columns are."""
+    nodes = fitted.__getstate__()["nodes"]
+    nan_left = nodes["missing_go_to_left"] if "missing_go_to_left" in nodes.dtype.names else np.zeros(len(nodes), np.uint8)
+    feature = np.maximum(nodes["feature"], 0)
+    return Tree(
+        feature=feature if features is None else np.asarray(features)[feature],
+        threshold=nodes["threshold"],
+        left=nodes["left_child"],
+        right=nodes["right_child"],
+        nan_left=nan_left != 0,
+    )
+
+
+def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
+    """(n_rows, n_trees) of the leaf that each row comes to, counted over all trees.
+
+    Args:
+        x: (n_rows, n_features), in the datatype in which scikit-learn compares: float32 for trees, float64 for histograms.
+        trees: at least one.
+
+    Raises:
+        NotConvertible: more leaves than float32 can count.
+    """
+    is_double = x.dtype == np.float64
+    parts: dict[str, list[Any]] = {name: [] for name in _PARTS}
+    features, splits, nans, true_ids, true_leaf, false_ids, false_leaf, roots, targets, numbers = parts.values()
+    n_nodes = n_leaves = 0
+    for which, tree in enumerate(trees):
+        leaves, inner = tree.leaves, np.flatnonzero(tree.left >= 0)
+        if len(leaves) > 2**24:
+            raise NotConvertible(f"a tree of {len(leaves)} leaves is too large; limit max_depth or max_leaf_nodes")
+        place = np.zeros(len(tree.left), np.int64)  # of each node among the inner ones or among the leaves
+        place[inner], place[leaves] = n_nodes + np.arange(len(inner)), n_leaves + np.arange(len(leaves))
+        roots.append(n_nodes)
+        if not len(inner):  # a tree of one leaf: a question with the same leaf on both sides
+            children = [(np.array([n_leaves]), np.array([True]))] * 2
+            asked: tuple[Any, Any, Any] = (np.array([0]), np.array([0.0]), np.array([0]))
+        else:
+            children = [(place[side[inner]], tree.left[side[inner]] < 0) for side in (tree.left, tree.right)]
+            asked = (tree.feature[inner], tree.threshold[inner], tree.nan_left[inner])
+        for listed, new in zip((features, splits, nans), asked, strict=True):
+            listed.append(new)
+        for (ids, leaf_or_not), (new_ids, new_leaf) in zip(
+            ((true_ids, true_leaf), (false_ids, false_leaf)), children, strict=True
+        ):
+            ids.append(new_ids)
+            leaf_or_not.append(new_leaf)
+        targets.append(np.full(len(leaves), which))
+        numbers.append(np.arange(len(leaves)))
+        n_nodes += max(1, len(inner))
+        n_leaves += len(leaves)
+    thresholds = np.concatenate(splits).astype(np.float64)
+    number = np.float64 if is_double else np.float32
+    attributes = {
+        "nodes_featureids": _integers(features),
+        "nodes_missing_value_tracks_true": _integers(nans),
+        "nodes_truenodeids": _integers(true_ids),
+        "nodes_trueleafs": _integers(true_leaf),
+        "nodes_falsenodeids": _integers(false_ids),
+        "nodes_falseleafs": _integers(false_leaf),
+        "leaf_targetids": _integers(targets),
+        "tree_roots": roots,
+        "nodes_modes": numpy_helper.from_array(np.zeros(n_nodes, np.uint8), "modes"),  # feature <= threshold
+        "nodes_splits": numpy_helper.from_array(thresholds if is_double else float32_at_most(thresholds), "splits"),
+        "leaf_weights": numpy_helper.from_array(np.concatenate(numbers).astype(number), "leaves"),
+    }
+    found = x.graph.op("TreeEnsemble", x, n_targets=len(trees), aggregate_function=_SUM, post_transform=0, **attributes)
+    starts = np.cumsum([0, *(len(tree.leaves) for tree in trees[:-1])])
+    return found.astype(np.int64) + x.graph.constant(starts.astype(np.int64))
+
+
+def _integers(parts: Sequence[Array]) -> list[int]:
+    listed: list[int] = np.concatenate(parts).astype(int).tolist()
+    return listed
+
+
+def leaf_values(x: Value, trees: Sequence[Tree], values: Sequence[Array]) -> Value:
+    """(n_rows, n_trees, n_values), float64, of the leaves that the rows come to.
+
+    Args:
+        x: as for `leaf_numbers`.
+        trees: at least one.
+        values: (n_nodes, n_values) of each tree.
+    """
+    table = np.concatenate([value[tree.leaves] for tree, value in zip(trees, values, strict=True)])
+    return x.graph.constant(table, np.float64).take(leaf_numbers(x, trees), axis=0)
+
+
+def float32_at_most(thresholds: Array) -> Array:
+    """The greatest float32 that is not above each number: for a float32, being at most the one is being at most the other."""
+    with np.errstate(over="ignore"):
+        rounded = thresholds.astype(np.float32)
+    above = rounded.astype(np.float64) > thresholds
+    rounded[above] = np.nextafter(rounded[above], np.float32(-np.inf))
+    return rounded
+
+
+def _narrow(x: Value) -> Value:
+    """Rows as scikit-learn's trees take them."""
+    return x.astype(np.float32)
+
+
+class _Trees(Form):
+    """One tree or the mean of several; with several targets, too."""
+
+    @cached_property
+    def fitted(self) -> list[Any]:
+        return list(getattr(self.estimator, "estimators_", [self.estimator]))
+
+    def mean(self, values: Sequence[Array]) -> Value:
+        """(n_rows, n_values) of the trees' values, (n_nodes, n_values) each, summed in the order of the trees."""
+        trees = [tree_of(each.tree_) for each in self.fitted]
+        found = leaf_values(_narrow(self.x), trees, values)
+        return found.take(0, axis=1) if len(trees) == 1 else found.running_sum(1) / float(len(trees))
+
+
+@converts(
+    *(f"sklearn.{name}Classifier" for name in ("DecisionTree", "ExtraTree", "RandomForest", "ExtraTrees")),
+)
+class TreeClassifier(_Trees):
+    @cached_property
+    def targets(self) -> Sequence[Form]:
+        if self.estimator.n_outputs_ == 1:
+            return [self]
+        return [Target(self, classes, self._shares(number), None) for number, classes in enumerate(self.estimator.classes_)]
+
+    @cached_property
+    def predict_proba(self) -> Value:
+        return self._shares(0)
+
+    def _shares(self, target: int) -> Value:
+        n_classes = np.atleast_1d(self.estimator.n_classes_)[target]
+        return self.mean([each.tree_.value[:, target, :n_classes] for each in self.fitted])
+
+
+@converts(*(f"sklearn.{name}Regressor" for name in ("DecisionTree", "ExtraTree", "RandomForest", "ExtraTrees")))
+class TreeRegressor(_Trees, Regressor):
+    @cached_property
+    def predict(self) -> Value:
+        return self.mean([each.tree_.value[:, :, 0] for each in self.fitted])
+
+
+class _Boosted(Form):
+    """GradientBoosting: the initial estimator's answer, then each stage's values times the learning rate."""
+
+    @cached_property
+    def raw(self) -> Value:
+        """(n_rows, n_trees_per_stage)."""
+        model = self.estimator
+        stages = model.estimators_  # (n_stages, n_trees_per_stage)
+        trees = [tree_of(each.tree_) for each in stages.ravel()]
+        values = [model.learning_rate * each.tree_.value[:, 0, :] for each in stages.ravel()]
+        found = leaf_values(_narrow(self.x), trees, values).reshape(-1, *stages.shape)
+        first = self.initial.astype(np.float64).reshape(-1, 1, stages.shape[1])
+        return concat([first, found]).running_sum(1)
+
+    @property
+    def initial(self) -> Value:
+        raise NotImplementedError
+
+
+@converts("sklearn.GradientBoostingRegressor")
+class BoostedRegressor(_Boosted, Regressor):
+    @property
+    def initial(self) -> Value:
+        if self.estimator.init_ == "zero":
+            return constant_rows(self.x, [0.0])
+        return form_of(self.estimator.init_, _narrow(self.x)).predict
+
+    @cached_property
+    def predict(self) -> Value:
+        return self.raw
+
+
+@converts("sklearn.GradientBoostingClassifier")
+class BoostedClassifier(_Boosted):
+    @property
+    def initial(self) -> Value:
+        n_trees = self.estimator.estimators_.shape[1]
+        if self.estimator.init_ == "zero":
+            return constant_rows(self.x, np.zeros(n_trees))
+        given = form_of(self.estimator.init_, _narrow(self.x)).predict_proba.astype(np.float64)
+        least = float(np.finfo(np.float64).eps)  # as scikit-learn clips it, to avoid infinities
+        given = given.maximum(least).minimum(1 - least)
+        if n_trees > 1:
+            return given.log() - given.log().mean()
+        positive = given.take([1])
+        if self.estimator.loss == "exponential":
+            return 0.5 * (positive / (1.0 - positive)).log()
+        return (positive / (1.0 - positive)).log()
+
+    @cached_property
+    def decision_function(self) -> Value:
+        return self.raw
+
+    @cached_property
+    def predict_proba(self) -> Value:
+        if self.raw_width > 1:
+            return self.raw.softmax()
+        return two_columns((2.0 * self.raw if self.estimator.loss == "exponential" else self.raw).sigmoid())
+
+    @cached_property
+    def class_index(self) -> Value:
+        if self.raw_width > 1:
+            return self.raw.argmax()
+        return (self.raw.take(0) >= 0.0).astype(np.int64)
+
+    @property
+    def raw_width(self) -> int:
+        return int(self.estimator.estimators_.shape[1])
+
+
+class _Histogram(Form):
+    """HistGradientBoosting on numbers; its columns of categories are left to skl2onnx, which refuses them."""
+
+    @cached_property
+    def raw(self) -> Value:
+        """(n_rows, n_trees_per_iteration)."""
+        model = self.estimator
+        if model.is_categorical_ is not None and np.any(model.is_categorical_):
+            raise NotConvertible(
+                f"{type(model).__name__} with categorical_features has no ONNX form; encode the columns in a ColumnTransformer "
+                "step (OneHotEncoder or TargetEncoder) and fit without categorical_features"
+            )
+        stages = model._predictors
+        trees, values = [], []
+        for each in (tree for stage in stages for tree in stage):
+            nodes = each.nodes
+            is_leaf = nodes["is_leaf"] != 0
+            trees.append(
+                Tree(
+                    feature=nodes["feature_idx"],
+                    threshold=nodes["num_threshold"],
+                    left=np.where(is_leaf, -1, nodes["left"].astype(np.int64)),
+                    right=nodes["right"].astype(np.int64),
+                    nan_left=nodes["missing_go_to_left"] != 0,
+                )
+            )
+            values.append(nodes["value"][:, np.newaxis])
+        width = len(stages[0]) if stages else np.size(model._baseline_prediction)
+        first = constant_rows(self.x, np.ravel(model._baseline_prediction)).reshape(-1, 1, width)
+        if not trees:
+            return first.reshape(-1, width)
+        found = leaf_values(self.x.astype(np.float64), trees, values).reshape(-1, len(stages), width)
+        return concat([first, found]).running_sum(1)
+
+
+@converts("sklearn.HistGradientBoostingRegressor")
+class HistogramRegressor(_Histogram, Regressor):
+    @cached_property
+    def predict(self) -> Value:
+        return self.raw.exp() if self.estimator.loss in ("poisson", "gamma") else self.raw
+
+
+@converts("sklearn.HistGradientBoostingClassifier")
+class HistogramClassifier(_Histogram):
+    @cached_property
+    def decision_function(self) -> Value:
+        return self.raw
+
+    @cached_property
+    def predict_proba(self) -> Value:
+        return self.raw.softmax() if self.estimator.n_trees_per_iteration_ > 1 else two_columns(self.raw.sigmoid())
+
+    @cached_property
+    def class_index(self) -> Value:
+        if self.estimator.n_trees_per_iteration_ > 1:
+            return self.raw.argmax()
+        return (self.raw.take(0) > 0.0).astype(np.int64)
