@@ -39,7 +39,6 @@ async def serve(config: ProxySettings) -> None:
             predict,
             executor,
             max_message_bytes=preprocess_config.max_message_bytes,
-            allow_fingerprint_mismatch=preprocess_config.allow_fingerprint_mismatch,
             allow_unreleased_pairs=preprocess_config.allow_unreleased_pairs,
         )
         service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)

@@ -30,7 +30,6 @@ async def serve(config: settings.PreprocessSettings) -> None:
             server,
             executor,
             max_message_bytes=config.max_message_bytes,
-            allow_fingerprint_mismatch=config.allow_fingerprint_mismatch,
             allow_unreleased_pairs=config.allow_unreleased_pairs,
             predict_indexes=server.indexes,
         )

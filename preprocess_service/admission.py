@@ -99,7 +99,6 @@ class PairMatcher:
         preprocessors: the loaded versions.
         predict: the next service, asked for signatures.
         replay: proves releases in the background.
-        allow_fingerprint_mismatch: admit pairs without a release whose halves fit in shape and not in meaning.
         allow_unreleased_pairs: admit pairs that no release names.
     """
 
@@ -109,13 +108,11 @@ class PairMatcher:
         predict: InferenceService,
         replay: GoldenReplay,
         *,
-        allow_fingerprint_mismatch: bool,
         allow_unreleased_pairs: bool,
     ) -> None:
         self._preprocessors = preprocessors
         self._predict = predict
         self._replay = replay
-        self._allow_fingerprint_mismatch = allow_fingerprint_mismatch
         self._allow_unreleased_pairs = allow_unreleased_pairs
         self._signatures: dict[_SignatureKey, ModelMetadata] = {}
 
@@ -219,9 +216,7 @@ class PairMatcher:
         if release is not None:  # it was proven in numbers, whatever the features are called
             warnings += tuple(f"{what}, accepted by its release" for what in release.manifest.accepted)
         elif other := pairing.other_meaning(preprocessor.manifest, *pairing.meaning_from_properties(signature.properties)):
-            if not self._allow_fingerprint_mismatch:
-                return Entry(UNAVAILABLE, f"the halves do not fit: {other}")
-            warnings += (f"{other}, allowed by a setting",)
+            return Entry(UNAVAILABLE, f'the halves do not fit: {other}; "splitserve release {model} {pair}" compares the numbers')
         if release is None:
             warnings += ("no release proves this pair, allowed by a setting",)
         elif problem := _other_halves(release, preprocessor, signature):

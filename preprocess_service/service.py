@@ -55,7 +55,6 @@ class PreprocessService:
         predict: the next service.
         executor: where transforms run that take long.
         max_message_bytes: the largest message to predict and from it; features and answers that would be larger are refused.
-        allow_fingerprint_mismatch: admit pairs whose halves fit in shape and not in meaning; their metadata says so.
         allow_unreleased_pairs: admit pairs that no release names; their metadata says so.
         predict_indexes: the index of each replica of predict; that of the service by default.
     """
@@ -67,7 +66,6 @@ class PreprocessService:
         executor: Executor,
         *,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
-        allow_fingerprint_mismatch: bool = False,
         allow_unreleased_pairs: bool = False,
         predict_indexes: Callable[[], Awaitable[list[list[ModelState]]]] | None = None,
     ) -> None:
@@ -83,7 +81,6 @@ class PreprocessService:
             preprocessors,
             predict,
             self._replay,
-            allow_fingerprint_mismatch=allow_fingerprint_mismatch,
             allow_unreleased_pairs=allow_unreleased_pairs,
         )
         self._admission = Admission(Catalogue())

@@ -43,10 +43,6 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
     """Load transforms that are pickles, which can run any code: write access to the model repository is then control of this
     service."""
 
-    allow_fingerprint_mismatch: bool = False
-    """Admit pairs without a release whose halves fit in shape although the predictor was trained on features of another meaning.
-    A release was proven in numbers, so it needs no such setting."""
-
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
     """What runs the transforms. `auto`: the compiled form of bundles that have one and no plan, if ONNX Runtime is installed
     (`splitserve[compiled]`), else scikit-learn. `sklearn`: never the compiled form. `onnx`: refuse bundles without one."""

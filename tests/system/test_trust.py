@@ -152,7 +152,8 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
         reason = why_not_ready(system, "m", "2.1")
         _, still = system.rest("/v1/models/m:predict", request)
         _, metadata = system.rest("/v2/models/m")
-    with serving(tmp_path, PREPROCESS_ALLOW_FINGERPRINT_MISMATCH="true", **UNRELEASED) as system:
+    release("m", "2.1", repository=tmp_path, accept_changed_features=True)
+    with serving(tmp_path) as system:
         admitted = why_not_ready(system, "m", "2.1")
         known = why_not_ready(system, "m", "1.1")
         _, allowed = system.rest("/v2/models/m/versions/2.1")
@@ -160,12 +161,12 @@ def test_a_category_in_another_place_is_refused_although_every_shape_agrees(tmp_
 
     assert before == admitted == known == ""
     assert reason.endswith(
-        'the halves do not fit: feature 0: expected "colour_red", which the predictor was trained on, got "colour_blue"'
+        'the halves do not fit: feature 0: expected "colour_red", which the predictor was trained on, got "colour_blue"; '
+        '"splitserve release m 2.1" compares the numbers'
     )
     assert answer["predictions"] == still["predictions"]
     assert metadata["versions"] == ["1.1"]
-    assert "trained on" in allowed["properties"]["warnings"]
-    assert "allowed by a setting" in allowed["properties"]["warnings"]
+    assert "changed features, accepted by its release" in allowed["properties"]["warnings"]
     assert "warnings" not in unsuspicious["properties"]
 
 
