@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-intermediaries test-intermediaries-long test-kserve test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-long     soaks and long repetitions"
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
+	@echo "make test-jobs     tests of jobs in PostgreSQL; installs it"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
@@ -146,6 +147,11 @@ images:
 test-kserve: .venv-kserve/.installed
 	$(BIN)/pytest -m kserve tests/system/test_beside.py
 
+# The job store in PostgreSQL, whose package is installed once.
+test-jobs: $(BIN)/.installed
+	bash tests/jobs/install.sh
+	$(BIN)/pytest -n 0 -m postgres tests/jobs
+
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
 
@@ -153,7 +159,7 @@ test-compose: $(BIN)/.installed
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade --all-extras --group dev -o requirements/dev.txt
-	for part in proxy preprocess predict s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -90,6 +90,39 @@ class NotFound(SplitserveError):
     reason = "NOT_FOUND"
 
 
+class Conflict(SplitserveError):
+    """The request contradicts what exists: a job that has ended is cancelled, or has no result."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 409
+    reason = "CONFLICT"
+
+
+class NotFinished(SplitserveError):
+    """The job whose result was asked for has not ended yet."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 409
+    reason = "NOT_FINISHED"
+    is_retryable = True
+
+
+class IdempotencyKeyReused(SplitserveError):
+    """An idempotency key was used for a different request."""
+
+    grpc_code = "FAILED_PRECONDITION"
+    http_status = 422
+    reason = "IDEMPOTENCY_KEY_REUSED"
+
+
+class Gone(SplitserveError):
+    """What an idempotency key has created was removed."""
+
+    grpc_code = "NOT_FOUND"
+    http_status = 410
+    reason = "GONE"
+
+
 class Overloaded(SplitserveError):
     """A queue or a concurrency limit is full."""
 
@@ -106,6 +139,14 @@ class Unavailable(SplitserveError):
     http_status = 503
     reason = "UNAVAILABLE"
     is_retryable = True
+
+
+class StorageFull(SplitserveError):
+    """There is no room to store a job."""
+
+    grpc_code = "RESOURCE_EXHAUSTED"
+    http_status = 507
+    reason = "STORAGE_FULL"
 
 
 class DeadlineExceeded(SplitserveError):
@@ -150,7 +191,12 @@ TABLE: tuple[type[SplitserveError], ...] = (
     Unauthenticated,
     PermissionDenied,
     NotFound,
+    Gone,
+    Conflict,
+    NotFinished,
+    IdempotencyKeyReused,
     Overloaded,
+    StorageFull,
     Unavailable,
     DeadlineExceeded,
     Cancelled,

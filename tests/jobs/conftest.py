@@ -1,0 +1,52 @@
+"""The stores: every test with the fixture ``open_store`` runs on each."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from splitserve.jobs.records import StoreRules
+from splitserve.jobs.sqlite import SqliteStore
+from splitserve.jobs.store import JobStore
+from tests.jobs.postgres_server import PostgresServer, postgres_server
+
+OpenStore = Callable[..., Awaitable[JobStore]]
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One server for all tests of a run."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[OpenStore]:
+    """Opens an empty store with the rules that it is given. A second call opens the same data again, with PostgreSQL as another
+    replica, with SQLite as the next process."""
+    stores: list[JobStore] = []
+
+    async def open_sqlite(**rules: float) -> JobStore:
+        for store in stores:
+            await store.close()
+        store = SqliteStore(tmp_path / "jobs", StoreRules(**rules))
+        store.open()
+        stores.append(store)
+        return store
+
+    async def open_postgres(**rules: float) -> JobStore:
+        from splitserve.jobs.postgres import PostgresStore
+
+        store = PostgresStore(server.url, StoreRules(**rules))
+        await store.__aenter__()
+        stores.append(store)
+        return store
+
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        server.sql("DROP SCHEMA IF EXISTS splitserve_jobs CASCADE")
+    yield open_sqlite if request.param == "sqlite" else open_postgres
+    for store in stores:
+        await store.close()

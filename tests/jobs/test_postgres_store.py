@@ -1,0 +1,164 @@
+"""What only the store in PostgreSQL has: replicas, restarts of the database, announcements."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from splitserve.errors import SplitserveError, Unavailable
+from splitserve.jobs.postgres import PostgresStore
+from splitserve.jobs.records import Finish, NewJob, Payload, new_id
+from tests.jobs.postgres_server import PostgresServer
+
+pytestmark = pytest.mark.postgres
+HOUR = 3600.0
+
+
+def job(**options: object) -> NewJob:
+    defaults = {"model": "penguins"}
+    return NewJob(id=new_id(), owner="ann", version="1.1", request=Payload(b"rows"), **{**defaults, **options})
+
+
+@pytest.fixture
+async def store(postgres: PostgresServer) -> AsyncIterator[PostgresStore]:
+    postgres.sql("DROP SCHEMA IF EXISTS splitserve_jobs CASCADE")
+    async with PostgresStore(postgres.url) as store:
+        yield store
+
+
+async def until_it_works(call):
+    """The result of a call that fails as long as the database is away."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+
+async def test_replicas_migrate_once(postgres):
+    """They start at the same time, on an empty database."""
+    postgres.sql("DROP SCHEMA IF EXISTS splitserve_jobs CASCADE")
+    stores = [PostgresStore(postgres.url) for _ in range(4)]
+
+    for store in stores:
+        await store.__aenter__()
+    answers = await asyncio.gather(*[store.submit(job()) for store in stores])
+    for store in stores:
+        await store.close()
+
+    assert all(answer.is_new for answer in answers)
+    assert postgres.sql("SELECT count(*) FROM splitserve_jobs.migrations") == "1"
+
+
+async def test_a_restart_of_the_database_loses_nothing(postgres, store):
+    """Calls meanwhile are told to come back; the pool recovers by itself."""
+    before = (await store.submit(job())).job
+    (claimed,) = await store.claim("w1", 1, HOUR)
+
+    postgres.stop("immediate")
+    with pytest.raises(Unavailable):
+        await store.submit(job())
+    postgres.start()
+
+    after = await until_it_works(lambda: store.submit(job()))
+    assert after.is_new
+    assert await store.finish([Finish(claimed.lease, Payload(b"answer"))]) == [True]
+    assert (await store.get("ann", before.id)).status == "succeeded"
+
+
+async def test_a_database_that_is_read_only_is_one_that_is_away(postgres, store):
+    """After a failover connections lead to what is no longer the primary: they are dropped."""
+    await store.submit(job())
+    postgres.sql("ALTER DATABASE postgres SET default_transaction_read_only = on")
+    postgres.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'splitserve-jobs'")
+    try:
+        with pytest.raises(Unavailable):
+            await store.submit(job())
+    finally:
+        postgres.sql("ALTER DATABASE postgres RESET default_transaction_read_only")
+
+    assert (await until_it_works(lambda: store.submit(job()))).is_new
+
+
+async def test_a_job_whose_commit_was_cut_off_is_looked_up(store, monkeypatch):
+    """The answer to the COMMIT is lost: the caller is told of the job that was stored, and does not submit another."""
+    from psycopg import AsyncConnection, OperationalError
+
+    commit = AsyncConnection.commit
+    cut = [True]
+
+    async def committed_and_cut_off(self):
+        await commit(self)
+        if cut.pop() if cut else False:
+            raise OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(AsyncConnection, "commit", committed_and_cut_off)
+    new = job()
+
+    submitted = await store.submit(new)
+
+    assert submitted.job.id == new.id
+    assert len(await store.list_jobs("ann")) == 1
+
+
+async def test_a_job_of_which_nothing_is_known_is_named(postgres, store):
+    """The error has the id, and says how to submit again."""
+    await store.submit(job())
+    new = job()
+    postgres.stop("immediate")
+    try:
+        with pytest.raises(Unavailable, match=f"job {new.id}.*Idempotency-Key"):
+            await store.submit(new)
+    finally:
+        postgres.start()
+
+
+async def test_announcements_reach_other_replicas(postgres, store):
+    """So that a worker, or a caller that waits, need not poll."""
+    looked = asyncio.Event()
+    async with PostgresStore(postgres.url) as other:
+        other.on_announcement(looked.set)
+        async with asyncio.timeout(30):
+            await looked.wait()  # it listens now
+            looked.clear()
+            store.announce()
+            await looked.wait()
+
+
+async def test_submits_send_no_notify(postgres, store):
+    """Each NOTIFY takes a lock that all commits share; a name of any length fits."""
+    await store.submit(job(model="\N{SNOWMAN}" * 4000))
+
+    assert postgres.sql("SELECT count(*) FROM pg_trigger WHERE tgname LIKE '%notif%'") == "0"
+
+
+async def test_claims_never_take_more_than_asked_for(postgres, store):
+    """Whatever the plan: statistics say that the table is empty."""
+    await store.submit(job())
+    postgres.sql("ANALYZE splitserve_jobs.jobs")
+    await asyncio.gather(*[store.submit(job()) for _ in range(200)])
+
+    claimed = [await store.claim("w1", 1, HOUR) for _ in range(50)]
+
+    assert [len(each) for each in claimed] == [1] * 50
+
+
+async def test_no_call_keeps_a_transaction_open(postgres, store):
+    """An old snapshot would keep dead rows, and claims would get slower and slower."""
+    await store.submit(job())
+    await store.state()
+
+    assert postgres.sql("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'") == "0"
+
+
+async def test_an_error_of_the_caller_leaves_nothing_behind(store):
+    """It is raised within the transaction, which is rolled back."""
+    await store.submit(job(key="k", fingerprint=b"1"))
+
+    with pytest.raises(SplitserveError):
+        await store.submit(job(key="k", fingerprint=b"2"))
+
+    assert len(await store.list_jobs("ann")) == 1
