@@ -42,18 +42,18 @@ async def serve(config: ProxySettings) -> None:
             allow_unreleased_pairs=preprocess_config.allow_unreleased_pairs,
         )
         service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
-        faces = await process.enter_async_context(Faces(service, config))
         process.push_async_callback(preprocess.close)
         for store in (predictors, preprocessors):
             process.callback(store.close)
-        await process.serve(
-            faces,
+        await process.start(
             *(keep_refreshing(part, interval_s=config.refresh_interval_s) for part in (predictors, preprocessors)),
             *(
                 keep_refreshing(part, interval_s=config.refresh_interval_s, why_waiting=part.not_ready_reason)
                 for part in (preprocess, service)
             ),
+            why_not_ready=service.not_ready_reason,
         )
+        await process.serve(await process.enter_async_context(Faces(service, config)))
 
 
 if __name__ == "__main__":

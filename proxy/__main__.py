@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-
 from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, settings
-
-FIRST_REFRESH_TIMEOUT_S = 2.0
-"""The ports are opened after this even if preprocess has not answered: clients then learn why the proxy is not ready."""
 
 
 async def serve(config: ProxySettings) -> None:
@@ -29,14 +23,11 @@ async def serve(config: ProxySettings) -> None:
             indexes=preprocess.indexes,
             max_message_bytes=config.max_message_bytes,
         )
-        # Balancers without health checks send calls as soon as a port is open: the models should be known by then.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.refresh(), FIRST_REFRESH_TIMEOUT_S)
-        faces = await process.enter_async_context(Faces(service, config))
-        await process.serve(
-            faces,
+        await process.start(
             lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
+            why_not_ready=service.not_ready_reason,
         )
+        await process.serve(await process.enter_async_context(Faces(service, config)))
 
 
 if __name__ == "__main__":

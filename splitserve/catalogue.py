@@ -9,7 +9,7 @@ import msgspec
 
 from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import READY, UNAVAILABLE, ModelState
-from splitserve.versions import Pair, is_named, unknown_model
+from splitserve.versions import UNNAMED, Pair, is_named, unknown_model
 
 MAX_LISTED_VERSIONS = 20
 """Versions that the error for an unknown one lists."""
@@ -88,18 +88,22 @@ class Catalogue(Generic[V, T]):
         if version is None:
             version = max(entries, key=lambda each: (entries[each].state == READY, entries[each].value is not None, each))
         elif version not in entries:
-            raise self.not_found(model, str(version))
+            raise self.not_found(model, version)
         entry = entries[version]
         if entry.value is None:
             reason = entry.reason or entry.state.lower()
             raise Unavailable(f'model "{model}" version {version} is not ready: {reason}', model=model, pair=str(version))
         return version, entry.value
 
-    def not_found(self, model: str, version: str) -> NotFound:
-        """The error for a version that a model does not have; it lists those that it has, the newest first."""
+    def not_found(self, model: str, version: V | str) -> NotFound:
+        """The error for a version that a model does not have.
+
+        It lists those that it has, the newest first, and says how a pair becomes one.
+        """
         versions = [str(each) for each in sorted(self._models.get(model, ()), reverse=True)[:MAX_LISTED_VERSIONS]]
         listed = f"; its versions: {', '.join(versions)}" if versions else ""
-        return NotFound(f"{unknown_model(model)}, version {version[:32]}{listed}", model=model[:128])
+        hint = f"; {how_to_release(model, version)}" if isinstance(version, Pair) and version.predictor != UNNAMED else ""
+        return NotFound(f"{unknown_model(model)}, version {str(version)[:32]}{listed}{hint}", model=model[:128])
 
     def index(self) -> list[ModelState]:
         """All versions, ready or not. An incomplete model has the version ""."""
@@ -132,6 +136,11 @@ class Defaults:
         if problem := self._problems.get(model):
             raise Unavailable(f'model "{model}": no release is chosen: {problem}; name a version', model=model)
         return self._pairs.get(model)
+
+
+def how_to_release(model: str, pair: Pair) -> str:
+    """What to do where no release names a pair."""
+    return f'"splitserve release {model[:128]} {pair}" proves a pair of published halves and makes it one'
 
 
 def merged_index(indexes: Iterable[Iterable[ModelState]]) -> list[ModelState]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import structlog
 
+from splitserve.catalogue import STILL_LOADING
 from splitserve.server import logs, workers
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ _MIB = 1024 * 1024
 
 WAITING_INTERVAL_S = 0.1
 """Refresh interval of a service that is not ready yet."""
+
+FIRST_LOAD_TIMEOUT_S, FIRST_LOAD_INTERVAL_S = 2.0, 0.02
+"""How long a service that faces clients waits for its models before it opens its ports, and how often it looks."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 
@@ -87,6 +91,18 @@ class ServiceProcess(contextlib.AsyncExitStack):
         logs.configure(level=config.log_level, format=config.log_format, service=name, requests=config.log_requests)
         self._log = structlog.get_logger()
         self._stop = StopSignal()
+
+    async def start(self, *work: Coroutine[Any, Any, None], why_not_ready: Callable[[], Awaitable[str]]) -> None:
+        """Begin background work, and wait until everything that the service finds has been loaded or refused.
+
+        Balancers without health checks send requests as soon as a port is open: the models should be known by then. Loading
+        that takes longer than `FIRST_LOAD_TIMEOUT_S` is not waited for: clients then learn why the service is not ready.
+        """
+        await self.enter_async_context(background(*work))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOAD_TIMEOUT_S):
+                while STILL_LOADING in await why_not_ready():  # noqa: ASYNC110, in split serving another process knows
+                    await asyncio.sleep(FIRST_LOAD_INTERVAL_S)
 
     async def serve(self, face: Face, *work: Coroutine[Any, Any, None]) -> None:
         """Run until SIGTERM or SIGINT, with background work, then drain.

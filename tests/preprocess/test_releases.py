@@ -20,6 +20,7 @@ from predict_service.service import PredictService
 from preprocess_service.service import PreprocessService
 from splitserve import publish, publish_predictor, publish_preprocessor, release
 from splitserve.arrays import from_array, to_array
+from splitserve.catalogue import STILL_LOADING
 from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import EXPECTED_MANIFEST, LOADING, READY, InferRequest, InferResponse, ModelState
 from splitserve.publishing.from_bundles import withdraw
@@ -424,12 +425,14 @@ async def test_a_setting_allows_pairs_that_no_release_names(tmp_path: Path, exec
 async def test_ready_means_that_everything_has_been_tried(services: Services, tmp_path: Path) -> None:
     """Predict has one model and loads the other; preprocess has both: a request for the other would fail."""
     publish_model(tmp_path)
+    await services.predictors.refresh()
     publish_model(tmp_path, name="slow")
+    services.predictors.is_loaded = False
     await services.preprocessors.refresh()
     await services.service.refresh()
-    before_predict = await services.service.not_ready_reason()
+    meanwhile = (await state_of(services.service)).state, await services.service.not_ready_reason()
 
     service = await services.refresh()
 
-    assert before_predict != ""
+    assert meanwhile == (READY, STILL_LOADING)
     assert await service.not_ready_reason() == ""

@@ -350,14 +350,18 @@ async def test_a_predictors_number_alone_is_its_newest_pair(
     assert [other.status_code for other in others] == [200] * 4
 
 
-@pytest.mark.parametrize("asked", ["3", "3.1"])
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [("3", ""), ("3.1", '; "splitserve release echo 3.1" proves a pair of published halves and makes it one')],
+)
 async def test_the_error_for_an_unknown_version_lists_the_existing_ones(
-    versions: tuple[httpx.AsyncClient, FakeInference], asked: str
+    versions: tuple[httpx.AsyncClient, FakeInference], asked: str, hint: str
 ) -> None:
-    """The newest first, so that a wrong pin can be mended from the message."""
+    """The newest first, so that a wrong pin can be mended from the message; and how a pair becomes a version."""
     answer = await versions[0].post(f"/v2/models/echo/versions/{asked}/infer", json={"inputs": [ROW]})
 
     assert answer.status_code == 404
     assert (
-        answer.json()["error"] == f"Request for unknown model: 'echo' is not found, version {asked}; its versions: 2.1, 1.2, 1.1"
+        answer.json()["error"]
+        == f"Request for unknown model: 'echo' is not found, version {asked}; its versions: 2.1, 1.2, 1.1{hint}"
     )

@@ -187,6 +187,7 @@ async def test_the_proxy_is_ready_when_preprocess_has_looked_at_everything() -> 
     fake.not_ready = "models are still being loaded"
     proxy = ProxyService(fake)
     await proxy.refresh()
+    await proxy.refresh()
     before = await proxy.not_ready_reason()
     fake.not_ready = ""
     await proxy.refresh()
