@@ -6,8 +6,12 @@ its own runs (see "run by" in pyproject.toml) gets neither. ``make check`` runs 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: each of two workers would take all cores for BLAS
     os.environ.setdefault(_name, "1")
@@ -16,7 +20,9 @@ import pytest
 from hypothesis import settings
 
 from tests.budgets import IS_CI
-from tests.demo_models import Demos, publish_demos_once
+
+if TYPE_CHECKING:
+    from tests.demo_models import Demos
 
 # A busy machine is no bug, so there is no deadline.
 settings.register_profile("full", deadline=None, max_examples=100)
@@ -26,6 +32,14 @@ settings.load_profile("full" if IS_CI else "quick")
 
 HEAVY_FOLDERS = ("checks", "preprocess", "publishing", "system")
 """Folders whose tests start processes, or train and publish models."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's last act: taking all its modules and tests apart would cost it seconds
+    atexit.register(os._exit, 0)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make check` does not import what it does not run."""
+    return True if config.option.markexpr == "unit" and collection_path.name in HEAVY_FOLDERS else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by mark, and before xdist reads their groups
@@ -40,6 +54,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
             item.add_marker(pytest.mark.xdist_group(system_of(item)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is made here is kept: the collector need not look at it, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def system_of(item: pytest.Function) -> str:
     """The running system that a test shares with others: one worker gets them all, so that it is started once."""
     owner = item.path.stem if hasattr(item.module, "system") else item.path.parent.name
@@ -50,6 +75,8 @@ def system_of(item: pytest.Function) -> str:
 @pytest.fixture(scope="session")
 def demos(tmp_path_factory: pytest.TempPathFactory) -> Demos:
     """The demo models, trained and published once a run. All workers share them: a test that publishes takes a copy."""
+    from tests.demo_models import publish_demos_once  # here: the process that hands tests out to workers needs no scikit-learn
+
     folder = tmp_path_factory.getbasetemp()
     return publish_demos_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demos")
 

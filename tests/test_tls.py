@@ -85,9 +85,13 @@ async def get(url: str, caller: ClientTls | None, **context: Any) -> int:
         return (await client.get(f"{url}/v2/health/live")).status_code
 
 
-async def infer(address: str, caller: ClientTls | None) -> InferResponse:
+REFUSED_AFTER_S = 0.2
+"""A handshake that is going to succeed takes a tenth of it."""
+
+
+async def infer(address: str, caller: ClientTls | None, **options: Any) -> InferResponse:
     """An answer over a new channel."""
-    async with RemoteInference(address, stage="predict", tls=caller) as remote:
+    async with RemoteInference(address, stage="predict", tls=caller, **options) as remote:
         return await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))
 
 
@@ -114,7 +118,7 @@ async def test_an_untrusted_grpc_caller_is_refused(files: Files, foreign: Files,
 
     async with serving(service, tls=files.mutual) as address:
         with pytest.raises(Unavailable):
-            await infer(address, callers[case])
+            await infer(address, callers[case], wait_s=REFUSED_AFTER_S)
 
     assert service.requests == []
 
@@ -170,7 +174,7 @@ async def test_new_files_serve_new_handshakes_over_grpc(tmp_path: Path, files: F
         await infer(address, new.client)
         for caller in (ClientTls(old.ca, new.cert, new.key), ClientTls(new.ca, old.cert, old.key)):
             with pytest.raises(Unavailable):
-                await infer(address, caller)
+                await infer(address, caller, wait_s=REFUSED_AFTER_S)
 
 
 async def test_mismatched_certificate_files_are_not_used(tmp_path: Path, files: Files, foreign: Files) -> None:
@@ -257,7 +261,7 @@ async def test_the_server_name_may_differ_from_the_address(tmp_path: Path, autho
     named = write(tmp_path / "named", authority, names=("predict",))
     async with serving(FakeInference(ECHO), tls=named.server) as address:
         with pytest.raises(Unavailable):
-            await infer(address, ClientTls(named.ca))
+            await infer(address, ClientTls(named.ca), wait_s=REFUSED_AFTER_S)
         assert (await infer(address, ClientTls(named.ca, server_name="predict"))).outputs == (X,)
 
 

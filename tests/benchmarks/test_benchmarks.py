@@ -278,7 +278,7 @@ def test_the_open_loop_counts_every_request(monkeypatch):
     """Each is answered or counted as failed; a connection with a request in flight gets no second one."""
     monkeypatch.setattr(open_loop, "N_CONNECTIONS", 2)
     with ThreadingHTTPServer(("127.0.0.1", 0), Sometimes) as server:
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()  # polls for shutdown
         loop = open_loop.OpenLoop("127.0.0.1", server.server_port, request_bytes("test", "/", b"{}", []))
         loop.run(deque([0.0] * 16))
         loop.close()

@@ -24,6 +24,7 @@ from splitserve.oip.messages import InferResponse, ServerMetadata
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
 from splitserve.wire.http1 import connection as http1
+from splitserve.wire.http1 import listener
 from splitserve.wire.http1.listener import HttpLimits
 
 BODY_LIMIT = 1_000_000
@@ -507,6 +508,7 @@ async def test_headers_that_arrive_too_slowly_end_a_kept_alive_connection() -> N
 async def test_a_body_below_the_minimum_rate_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """G01: a body below the minimum rate gets 408 and is closed, and its request never reaches the service."""
     monkeypatch.setattr(http1, "BODY_GRACE_S", 0.1)
+    monkeypatch.setattr(listener, "BODY_GRACE_S", 0.1)  # what sets how often it is looked at
     async with edge_with() as edge:
         answer = await edge.send(request("POST", INFER, f"Content-Length: {len(GOOD)}") + GOOD[:-1])
 

@@ -328,10 +328,11 @@ async def test_without_any_replica_a_call_fails_after_a_short_wait() -> None:
     """A restart is bridged; an outage is reported, without an address."""
     async with face(FakeInference(ECHO)) as server:
         name = Name()
-        async with RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05) as remote:
+        async with RemoteInference("name:1", stage="predict", resolve=name.resolve, wait_s=0.1) as remote:
             with pytest.raises(Unavailable, match="^the predict service cannot be reached$"):
                 await remote.infer(request())
 
+        async with RemoteInference("name:1", stage="predict", resolve=name.resolve, resolve_interval_s=0.05) as remote:
             waiting = asyncio.create_task(remote.infer(request()))
             name.faces = [server]
 

@@ -29,9 +29,11 @@ from sklearn.preprocessing import (
 
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
+from splitserve.publishing import preprocessor_half as half_module
 from splitserve.publishing.halves import PreprocessorHalf
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.repository.golden import Golden
+from splitserve.repository.manifest import Compiled
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor
@@ -139,9 +141,10 @@ UNPLANNED: dict[str, tuple[Any, Any]] = {
 
 
 def published(transformer: Any, rows: Any) -> PreprocessorHalf:
-    """The transforms as `publish` would write them, but at full precision."""
-    with warnings.catch_warnings():
+    """The transforms as `publish` would write them, but at full precision and without a compiled form, whose proof takes long."""
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
+        patch.setattr(half_module, "compile_transforms", lambda *_: (b"", Compiled(reason="a plan is what is wanted")))
         return preprocessor_half(
             transformer.fit(rows),
             rows,

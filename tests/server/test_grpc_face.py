@@ -124,7 +124,7 @@ async def test_an_unexpected_exception_is_internal_and_not_shown() -> None:
 
 async def test_an_unreachable_peer_is_unavailable_without_its_address() -> None:
     """The stage is named, the address is not."""
-    async with RemoteInference("127.0.0.1:1", stage="predict") as remote:
+    async with RemoteInference("127.0.0.1:1", stage="predict", wait_s=0.1) as remote:
         with pytest.raises(Unavailable) as raised:
             await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))
 
