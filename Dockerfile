@@ -121,7 +121,7 @@ COPY --from=predict-venv /venv /venv
 COPY --from=code /app/splitserve splitserve
 COPY --from=code /app/predict_service predict_service
 COPY --from=bundles /halves/predict /models
-# ONNX Runtime reports to its maker unless told not to before it is imported. Source: its Privacy.md, "Disabling Telemetry".
+# ONNX Runtime sends usage reports unless this is set before it is imported. Source: its Privacy.md, "Disabling Telemetry".
 ENV MODEL_REPOSITORY=/models \
     ORT_DISABLE_TELEMETRY=1 \
     PREDICT_HOST=0.0.0.0 \

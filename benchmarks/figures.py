@@ -120,8 +120,8 @@ def _shown(figure: Figure) -> str:
     return "" if figure.measured is None else f"{figure.measured:.3g}" if figure.measured < 100 else f"{figure.measured:.0f}"
 
 
-def _times(name: str, bound: float, ours: float | None, theirs: float | None) -> Figure:
-    return Figure(name, "at least", bound, "times", _ratio(ours, theirs))
+def _times(name: str, bound: float, value: float | None, reference: float | None) -> Figure:
+    return Figure(name, "at least", bound, "times", _ratio(value, reference))
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

@@ -111,7 +111,7 @@ class PredictService:
         return InferResponse(request.model, str(version), outputs, request.id)
 
     async def _replay(self, request: InferRequest, predictor: Predictor) -> InferResponse:
-        """Golden rows of a release: one call at a time beside those of clients, not merged with them and not counted."""
+        """Golden rows of a release: one call at a time, in addition to those of clients, not merged with them and not counted."""
         async with self._replay_turn:
             outputs = await self._compute.run(predictor, request.n_rows, predictor.infer, request.inputs)
         return InferResponse(request.model, request.version, outputs, request.id)

@@ -49,7 +49,7 @@ IN_PROGRESS = "loading: its golden samples are being replayed"
 
 
 class PairUnderProof(msgspec.Struct, frozen=True):
-    """A release with the halves that it is run with. ``predictor_sha256`` is "" where predict does not tell it."""
+    """A release with the halves that it is run with. ``predictor_sha256`` is "" if predict reports no digest."""
 
     release: Release
     preprocessor: Preprocessor
@@ -58,7 +58,7 @@ class PairUnderProof(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What a proof is good for."""
+        """What a replay is valid for: the release with this predictor."""
         return self.release.sha256, self.predictor_sha256
 
 
@@ -120,13 +120,17 @@ class GoldenReplay:
                 proof.task.cancel()
 
     def expire(self) -> None:
-        """Prove again what predict does not tell the digest of: it may be another server since the connection was lost."""
+        """Replay again where predict reports no digest: since the connection was lost it may be another server."""
         for (_, predictor_sha256), proof in self._proofs.items():
             if not predictor_sha256:
                 proof.proven_at = -math.inf
 
     async def settle(self, timeout_s: float) -> None:
-        """Wait for proofs in progress, at most so long."""
+        """Wait for replays in progress.
+
+        Args:
+            timeout_s: most seconds to wait.
+        """
         if tasks := [proof.task for proof in self._proofs.values() if proof.task is not None and not proof.task.done()]:
             await asyncio.wait(tasks, timeout=timeout_s)
 

@@ -1,4 +1,4 @@
-"""Generate the Python stubs in splitserve/api from the .proto files beside this script.
+"""Generate the Python stubs in splitserve/api from the .proto files next to this script.
 
 ``python protos/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 

@@ -194,7 +194,7 @@ class ProxyService:
             return await self._rebound(request, error)
 
     async def _rebound(self, request: InferRequest, gone: NotFound) -> InferResponse:
-        """The answer of another release: the one that was chosen is gone, be it from all replicas or from the one that was asked.
+        """The answer of another release, after the chosen one was not found: on all replicas, or on the one that was called.
 
         Raises:
             Unavailable: there is no other, or they are gone too. A retry may help.

@@ -39,7 +39,7 @@ SPLITSERVE = str(Path(sys.executable).with_name("splitserve"))
 PATIENCE_S = 180.0
 
 FLAT = {"district": "centre", "size": 60.0}
-"""What is asked all the time: what does it cost to rent this flat?"""
+"""The row of every request: predict the rent of this flat."""
 
 
 def flats() -> tuple[pd.DataFrame, np.ndarray]:
@@ -56,7 +56,7 @@ def flats() -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def transforms(encoder: OneHotEncoder) -> Any:
-    """What happens to a flat before the regression sees it: a column for each district, and its size to scale."""
+    """The preprocessor: a column for each district, and the size scaled."""
     return make_column_transformer((encoder, ["district"]), (StandardScaler(), ["size"]), verbose_feature_names_out=False)
 
 
@@ -72,51 +72,51 @@ def main() -> None:
     chapter("1. Version 1 is published and goes live")
     first = make_pipeline(transforms(OneHotEncoder(categories=[["south", "north", "centre"]])), LinearRegression())
     first.fit(rows, rents)
-    say("Both halves are published with one call. Whoever wrote this listed the districts by hand: south, north, centre.")
+    say("Both halves are published with one call. The author listed the districts by hand: south, north, centre.")
     print(f"\n{publish(first, rows, name='rents', repository=repository)}")
     say("The matrix tries each bundle and the whole of each release on their golden samples, as a service would:")
     splitserve("matrix", "--repository", repository)
 
     with running(repository) as system, traffic(system) as calls:
-        say(f"The system is up. A flat of 60 m² in the centre: {system.ask()[0]:.0f} a month. It is asked for again and again "
-            "from here on. A smoke test of the deployment: do its answers agree with those of training?")  # fmt: skip
+        say(f"The system is up. A flat of 60 m² in the centre: {system.ask()[0]:.0f} a month. From now on the same request "
+            "is sent continuously. A smoke test of the deployment: do its answers agree with those of training?")  # fmt: skip
         splitserve("verify", system.http, "--repository", repository)
 
         chapter("2. A preprocessor that would be wrong is refused")
-        say("Somebody tidies up: why list the districts? The encoder can learn them, and sorts them: centre, north, south. "
-            "The tensors keep their names, datatypes and shapes, so a test of these would find nothing.")  # fmt: skip
+        say("A change to the code: the encoder learns the districts instead, and sorts them: centre, north, south. "
+            "The tensors keep their names, datatypes and shapes, so a check of these finds no difference.")  # fmt: skip
         tidied = transforms(OneHotEncoder()).fit(rows)
         print(f"\n{publish_preprocessor(tidied, rows, name='rents', repository=repository).key} is published")
         wrong = first[-1].predict(tidied.transform(pd.DataFrame([FLAT])))[0]
-        say(f"With the regression of version 1 the flat would cost {wrong:.0f}, and no error anywhere. But half a model serves "
-            "nothing: somebody has to release it together with a predictor, and is told what would change:")  # fmt: skip
+        say(f"With the regression of version 1 the rent would be {wrong:.0f}, without any error. But a preprocessor alone does "
+            "not serve: it has to be released together with a predictor, and `release` shows what would change:")  # fmt: skip
         splitserve("release", "rents", "2.1", "--yes", "--repository", repository, status=1)
         splitserve("matrix", "--repository", repository)
         calls.report(expected={"1.1"})
 
-        say("In a CI the matrix is a gate: it fails if a route names a pair without a release. Let us try a route, in a copy:")
+        say("In CI the matrix is a gate: it fails if a route names a pair without a release. An example, in a copy:")
         proposal = copied(repository)
         route = {"pairs": [{"pair": "2.1"}]}
         (proposal / "rents" / "route.json").write_text(json.dumps(route))
         splitserve("matrix", "--repository", proposal, status=1)
 
-        chapter("3. A right version 2 goes live, and no request fails")
-        say("The regression has to be trained on the new features. So both halves are trained and published together, which "
+        chapter("3. A correct version goes live, and no request fails")
+        say("The regression has to be trained on the new features. Both halves are trained and published together, which "
             "releases the pair:")  # fmt: skip
         second = make_pipeline(transforms(OneHotEncoder()), LinearRegression()).fit(rows, rents)
         print(f"\n{publish(second, rows, name='rents', repository=repository)}")
         wait_for(lambda: system.ask()[1] == "3.2", "3.2 to go live")
         splitserve("matrix", "--repository", repository)
-        say("Preprocessor 2 was not wrong in itself: with predictor 2 it could be released. Requests that name no version get "
-            "the newest release, which is that of 3.2 from now on:")  # fmt: skip
+        say("Preprocessor 2 is not faulty: with predictor 2 it could be released. Requests that name no version get "
+            "the newest release, from now on that of 3.2:")  # fmt: skip
         calls.report(expected={"1.1", "3.2"})
         splitserve("verify", system.grpc, "--repository", repository)
 
         chapter("4. Back to version 1, and forward again")
-        say("Somebody doubts the new rents. Rolling back records the previous release once more; nothing is copied or deleted:")
+        say("Suppose the new rents are in doubt. A rollback records the previous release again; nothing is copied or deleted:")
         splitserve("rollback", "rents", "--repository", repository)
         wait_for(lambda: system.ask()[1] == "1.1", "1.1 to go live again")
-        say("The doubts are dispelled:")
+        say("The new rents turn out to be correct:")
         splitserve("release", "rents", "3.2", "--yes", "--repository", repository)
         wait_for(lambda: system.ask()[1] == "3.2", "3.2 to go live again")
         splitserve("releases", "rents", "--repository", repository)
@@ -125,19 +125,20 @@ def main() -> None:
         chapter("5. A file in the bucket is damaged")
         file = "rents/predict/2/model.onnx"
         damage(repository, file)
-        say(f"One bit of {file} is not what it was. The matrix sees it before anybody loads it, and would stop a deployment:")
+        say(f"One bit of {file} has changed. The matrix detects it before a service loads the file, and stops the deployment:")
         splitserve("matrix", "--repository", repository, status=1)
-        say("The system has long loaded the file as it was, and serves on:")
+        say("The running system loaded the file before, and keeps serving:")
         calls.report(expected={"1.1", "3.2"})
 
-    say("What would happen after a restart? The damaged version is refused; the newest release that is whole serves:")
+    say("After a restart the damaged version is refused, and the newest release that loads serves:")
     with running(repository) as system:
         splitserve("health", "--url", system.grpc)
         rent, pair = system.ask()
-        say(f"The flat costs {rent:.0f}, says {pair}. With the file restored, or a version 3 published, 1.1 could retire.")
+        say(f"{pair} serves, and the rent is {rent:.0f}. Once the file is restored, or a version 3 is published, the newest "
+            "release serves again.")  # fmt: skip
 
 
-# What the story above is told with.
+# Helpers.
 
 
 def chapter(title: str) -> None:
@@ -163,17 +164,17 @@ def wait_for(claim: Callable[[], object], what: str) -> None:
     end = time.monotonic() + PATIENCE_S
     while not claim():
         if time.monotonic() > end:
-            sys.exit(f"waited {PATIENCE_S:.0f} s in vain for {what}")
+            sys.exit(f"waited for {what}: timed out after {PATIENCE_S:.0f} s")
         time.sleep(0.1)
 
 
 def copied(repository: Path) -> Path:
-    """A copy of the bucket, to try things on."""
+    """A copy of the bucket, for experiments."""
     return Path(shutil.copytree(repository, repository.with_name(f"{repository.name}-proposal")))
 
 
 def damage(repository: Path, name: str) -> None:
-    """Turn over a bit in the middle of a file, as a bad disk or a broken copy does."""
+    """Flip a bit in the middle of a file, as a failing disk or an interrupted copy does."""
     data = bytearray((repository / name).read_bytes())
     data[len(data) // 2] ^= 1
     (repository / name).write_bytes(data)
@@ -187,7 +188,7 @@ class DemoSystem:
         self.grpc = f"127.0.0.1:{grpc_port}"
 
     def ask(self) -> tuple[float, str]:
-        """The rent of the flat, and the pair that said so."""
+        """The rent of the flat, and the pair that answered."""
         inputs = [
             {"name": "district", "datatype": "BYTES", "shape": [1, 1], "data": [FLAT["district"]]},
             {"name": "size", "datatype": "FP64", "shape": [1, 1], "data": [FLAT["size"]]},
@@ -196,7 +197,7 @@ class DemoSystem:
         return answer["outputs"][0]["data"][0], answer["model_version"]
 
     def states(self) -> dict[str, str]:
-        """Of each pair that the system knows."""
+        """The state of each pair that the system knows."""
         return {entry["version"]: entry["state"] for entry in self._call("/v2/repository/index", {})}
 
     def is_ready(self) -> bool:
@@ -243,7 +244,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Traffic:
-    """Callers that ask again and again, and what came of it."""
+    """Callers that send requests continuously, and a count of the answers."""
 
     def __init__(self, system: DemoSystem) -> None:
         self._system = system
@@ -254,7 +255,7 @@ class Traffic:
         self.is_over = False
 
     def run(self) -> None:
-        """Until it is over. The same pair always has to say the same."""
+        """Send requests until `is_over`. The answers of a pair must always be equal."""
         while not self.is_over:
             try:
                 rent, pair = self._system.ask()
@@ -264,11 +265,11 @@ class Traffic:
             with self._lock:
                 self.answers[pair] += 1
                 if abs(self._rents.setdefault(pair, rent) - rent) > 1e-3:
-                    self.failures.append(f"{pair} says {rent} and {self._rents[pair]}")
-            time.sleep(0.02)  # enough to notice a gap, and the machine has other things to do
+                    self.failures.append(f"{pair} answered {rent} and {self._rents[pair]}")
+            time.sleep(0.02)  # short enough to notice an interruption
 
     def report(self, expected: set[str]) -> None:
-        """Say who answered so far; ends the tour if a request failed, or a pair answered that must not."""
+        """Print which pairs have answered; ends the tour if a request failed, or another pair than the expected ones answered."""
         with self._lock:
             answers = ", ".join(f"{count} by {pair}" for pair, count in sorted(self.answers.items()))
             print(f"\nrequests so far: {answers}, {len(self.failures)} failed", flush=True)

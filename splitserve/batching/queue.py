@@ -36,7 +36,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     larger by itself is sent alone.
     ``max_queue_size`` limits the queued requests.
     ``max_in_flight`` limits concurrent calls for each backend; 0 adapts: one where a call costs more than its rows; up to
-    `ADAPTIVE_IN_FLIGHT` where the rows cost more, and beside calls that are full or take longer than `OVERDUE_S`.
+    `ADAPTIVE_IN_FLIGHT` where the rows cost more, and in addition to calls that are full or take longer than `OVERDUE_S`.
     ``max_queue_delay_ms`` above 0 keeps a request queued for this long although no call is in flight, so that others can join it.
     ``max_queue_wait_ms`` is the target for the longest wait in the queue: the number of accepted requests adapts to it; 0 accepts
     requests up to ``max_queue_size``.

@@ -53,7 +53,7 @@ class Trial(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One environment: versions by package, the halves that can be run there, a trial of each bundle of theirs, and, where both
+    """One environment: versions by package, the halves that can run there, a trial of each bundle of these, and, where both
     halves run, one of each release.
     """
 
@@ -64,7 +64,7 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def examine(source: BundleSource, allowed: Allowed = NOTHING_MORE) -> Report:
-    """Load every bundle whose half can run in this process, and run every release of which both can, on their golden samples.
+    """Load every bundle that can run in this process, and run every release whose halves both can, on their golden samples.
 
     Raises:
         BundleError: the source cannot be listed.

@@ -77,8 +77,7 @@ def other_meaning(preprocessor: Manifest, fingerprint: str, feature_names: Seque
     """
     if not fingerprint or not preprocessor.fingerprint or fingerprint == preprocessor.fingerprint:
         return ""
-    mine = preprocessor.feature_names
-    for index, (have, want) in enumerate(zip(mine, feature_names, strict=False)):
+    for index, (have, want) in enumerate(zip(preprocessor.feature_names, feature_names, strict=False)):
         if have != want:
             return f'feature {index}: expected "{want}", which the predictor was trained on, got "{have}"'
     return (

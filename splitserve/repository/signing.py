@@ -3,7 +3,7 @@
 The signature of a bundle or release is ``model.sig`` in its folder, in the form that model-signing has for a folder: the digests
 of all other files, the manifest among them. It can be added to what is published, since it changes nothing of it, and be
 replaced. model-signing's own command makes and checks the same signatures. A route's is ``route.sig`` beside it: it signs the
-path ``MODEL/route.json``, so that it is not good for another model.
+path ``MODEL/route.json``, so that it is not valid for another model.
 
 model-signing depends on many packages and takes a second to import, so it is imported only to sign or to verify.
 """
@@ -211,7 +211,7 @@ def signed_by(public_key: str, source: BundleSource) -> BundleSource:
 
 
 class _Contents:
-    """Stands in for a ``model_signing.hashing.Config``: tells what is in a folder from its manifest instead of the folder.
+    """Stands in for a ``model_signing.hashing.Config``: takes a folder's contents from its manifest instead of the files.
 
     So each file is read once, and the bytes that are used are the bytes that were checked.
     """

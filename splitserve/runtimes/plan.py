@@ -195,8 +195,8 @@ def _original(transformer: Any, columns: Sequence[Column], indices: list[int], *
     dtype = np.dtype("f8")
 
     def run(values: Sequence[Values]) -> Array:
-        mine = [values[index] for index in indices]
-        given = sklearn_pipeline.transform(transformer, series(columns[0], mine[0]) if is_single else frame(columns, mine))
+        own = [values[index] for index in indices]
+        given = sklearn_pipeline.transform(transformer, series(columns[0], own[0]) if is_single else frame(columns, own))
         features: Array = given.toarray() if hasattr(given, "toarray") else given
         if type(features) is not np.ndarray or features.dtype != dtype:
             raise OriginalDecides

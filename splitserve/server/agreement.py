@@ -9,14 +9,14 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 PATIENCE_S = 60.0
-"""After so long on half of the replicas, a candidate is used although the others do not have it."""
+"""A candidate that half of the replicas have had for this time is used although the others do not have it."""
 
 
 class Agreement(Generic[T]):
     """Remembers since when half of the replicas have a candidate.
 
     Args:
-        patience_s: how long the others are waited for.
+        patience_s: how long to wait for the other replicas.
         clock: seconds that never go back.
     """
 

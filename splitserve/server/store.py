@@ -47,7 +47,7 @@ class VersionStore(Generic[T]):
 
     A bundle that is broken, or is not the one that its releases recorded, is kept with the reason and affects no other; it
     is tried again when its files have changed, and one that cannot be fetched after a while. A version is loaded again only if a
-    release expects another bundle under its number. New versions are loaded beside those that serve; a version that is no longer
+    release expects another bundle under its number. New versions are loaded while the old ones serve; a version that is no longer
     selected is unloaded once it is unused for a while, one whose release was withdrawn after the release's grace.
     It is freed when its last call ends.
 

@@ -2,7 +2,7 @@
 
 The first process only supervises: it restarts a worker that has ended, and forwards signals. Workers are forked before there is
 an event loop, a channel or a server, so that imported modules share memory. The kernel distributes connections over the
-processes that listen on a port (SO_REUSEPORT); each tells a client of ours which worker it is (`splitserve.remote.stream`).
+processes that listen on a port (SO_REUSEPORT); each reports its index to clients (`splitserve.remote.stream`).
 """
 
 from __future__ import annotations

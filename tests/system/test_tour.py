@@ -51,7 +51,7 @@ def test_the_tour_runs_to_its_end(printed: str) -> None:
         r"rents/predict/2: model\.onnx: expected sha256",
         r"requests so far: .*\d+ by 3\.2, 0 failed",
         r"3\.2 +- +UNAVAILABLE",
-        r"says 1\.1",
+        r"1\.1 serves",
     ]
 
     assert re.search(".*".join(story), printed, flags=re.DOTALL), printed

@@ -2,7 +2,7 @@
 
 A bucket has no rename. A bundle or release exists once its manifest does, so readers never see a partial one. Two publishers that
 choose the same number meet at its first file, which only one of them can create; the other takes the next. Stores that ignore the
-condition of a put need one publisher at a time. What a killed publisher leaves behind has no manifest, so nobody reads it.
+condition of a put need one publisher at a time. What a killed publisher leaves behind has no manifest, so it is never read.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class RequestHeaders(msgspec.Struct, frozen=True):
     """The status of a call that cannot be served."""
 
     http_status: int = 200
-    """Another than 200 for what is HTTP but not gRPC."""
+    """Not 200 for requests that are HTTP but not gRPC."""
 
     content_length: int = -1
     """Declared size of the body; -1: none is declared."""

@@ -117,7 +117,7 @@ class Http2Connection(asyncio.Protocol):
         self._streams: dict[int, Any] = {}
         """Those that can send or be sent something, by id."""
         self._last_stream_id = 0
-        """The highest id of a stream that the peer has opened and we have processed; told by GOAWAY."""
+        """The highest id of a stream that the peer has opened and we have processed; sent in GOAWAY."""
         self._resets: dict[int, bool] = {}
         """Streams that recently ended by RST_STREAM, the oldest first; whether we sent it."""
         self._last_forgotten_reset = 0

@@ -29,7 +29,7 @@ MAX_DECODED_BYTES = 256 * 1024
 table in step."""
 
 FIELD_OVERHEAD_BYTES = 32
-"""Counted for each field beside its name and value. Source: RFC 9113, section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE."""
+"""Counted for each field in addition to its name and value. Source: RFC 9113, section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE."""
 
 
 class HeaderListTooLarge(Exception):
