@@ -110,6 +110,40 @@ HIGHEST_PRIORITY = 1
 """The priority of requests that name none, or 0: a caller can lower its priority, not raise it."""
 
 
+BACKGROUND_PRIORITY = 1000
+"""From this priority on requests are background work, such as jobs: they take the rows of a batch that others leave over, and the
+admission limit neither counts them nor learns from them."""
+
+FORGET_WAIT_S = 1.0
+"""How long a measured queue wait holds background requests back."""
+
+
+class ForegroundWait:
+    """How long requests that are not background work wait in the queue, to hold background work back.
+
+    Args:
+        allowed_s: the wait up to which background work is accepted; 0: any.
+    """
+
+    __slots__ = ("_allowed_s", "_measured_at", "_wait_s")
+
+    def __init__(self, allowed_s: float) -> None:
+        self._allowed_s = allowed_s
+        self._wait_s = 0.0
+        self._measured_at = -math.inf
+
+    def learn(self, wait_s: float, now: float) -> None:
+        """Record the wait of a call's oldest request."""
+        if now - self._measured_at > FORGET_WAIT_S:
+            self._wait_s = 0.0
+        self._wait_s += (wait_s - self._wait_s) * _STEP_DOWN
+        self._measured_at = now
+
+    def is_long(self, now: float) -> bool:
+        """Whether it is longer than allowed, and was measured a short while ago."""
+        return 0 < self._allowed_s < self._wait_s and now - self._measured_at <= FORGET_WAIT_S
+
+
 class Preemptible(Generic[T]):
     """Queued requests of lower priority, which give way to others when the queue is full. 1 is the highest priority."""
 

@@ -14,7 +14,9 @@ A caller receives its answer by a callback, or awaits it; there is an asyncio ta
    others do not.
 6. Admission control (`splitserve.batching.admission`) limits what is queued and in flight; one request more is refused at once,
    or a queued one of lower priority is refused in its place.
-7. If the response does not have as many rows as were sent, all requests fail: a caller never gets another's row.
+7. Background requests, such as jobs, are in a batch only where others leave rows over. They are refused while others wait long,
+   and admission control neither counts them nor learns from their calls.
+8. If the response does not have as many rows as were sent, all requests fail: a caller never gets another's row.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 
-from splitserve.batching.admission import HIGHEST_PRIORITY
+from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY
 from splitserve.batching.merging import compatibility_key, merge, split
 from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
@@ -140,7 +142,8 @@ class Batcher:
         if request.deadline <= now:
             raise DeadlineExceeded("deadline exceeded before the work began")
         preempted = None
-        if reason := queue.refusal_reason(request.deadline - now):
+        is_background = priority >= BACKGROUND_PRIORITY
+        if reason := queue.background_refusal_reason(now) if is_background else queue.refusal_reason(request.deadline - now):
             preempted = queue.preemptible.lowest(below=priority)
             if preempted is None:
                 raise Overloaded(reason, model=request.model)
@@ -170,7 +173,7 @@ class Batcher:
         """Forget a request, queued or in flight. Returns its callback, if that is still to be called."""
         on_answer, queued.on_answer = queued.on_answer, None
         if on_answer is not None:
-            queued.compatible.queue.requests.discard(queued)
+            queued.compatible.queue.discard(queued)
             if queued.is_queued:
                 self._dequeue(queued)
         return on_answer
@@ -242,14 +245,19 @@ class Batcher:
         """Send every batch that may be sent now."""
         queue.is_scheduled = False
         while queue.compatible:
-            now = self._clock()
-            if (free_at := queue.free_at(max(1, self._n_backends()), now)) > now:
+            now, n_backends = self._clock(), max(1, self._n_backends())
+            if (free_at := queue.free_at(n_backends, now)) > now:
                 queue.dispatch_at(free_at, now, self._dispatch)
                 return
-            compatible = next((each for each in queue.compatible.values() if each.due_at() <= now), None)
+            due = (each for each in queue.compatible.values() if each.due_at() <= now)
+            compatible = next(due, None)
+            if compatible is not None and not compatible.has_foreground:
+                compatible = next((each for each in due if each.has_foreground), compatible)
             if compatible is None:
                 queue.dispatch_at(min(each.due_at() for each in queue.compatible.values()), now, self._dispatch)
                 return
+            if not compatible.has_foreground and not queue.has_room_for_background(n_backends):
+                return  # the end of a call dispatches again
             batch = compatible.take_batch(now)
             queue.compatible.move_to_end(compatible.key)
             self._drop_if_empty(compatible)
@@ -275,10 +283,12 @@ class Batcher:
         n_rows = sum([queued.n_rows for queued in call.requests])
         queue.cost.learn(n_rows, call_s)
         first = call.requests[0]
+        if first.is_background:
+            return
+        queue.foreground_wait.learn(call.sent_at - first.queued_at, call.sent_at)
+        n_foreground = len(call.requests) - sum([queued.is_background for queued in call.requests])
         alone_s = max(call_s - queue.cost.row_s * (n_rows - first.n_rows), call_s / len(call.requests))
-        queue.admission.learn(
-            max(first.n_found, len(call.requests)), call.sent_at - first.queued_at, call_s, min(alone_s, call_s)
-        )
+        queue.admission.learn(max(first.n_found, n_foreground), call.sent_at - first.queued_at, call_s, min(alone_s, call_s))
 
     def _call_ended(self, queue: ModelQueue, call: BatchCall) -> None:
         self._calls.discard(call)
@@ -300,7 +310,8 @@ class Batcher:
             response = await self._send(merge([queued.request for queued in requests]))
             parts = split(response, [queued.n_rows for queued in requests])
         except SHARED_ERRORS as error:
-            queue.record_failure(error)
+            if not requests[0].is_background:
+                queue.record_failure(error)
             self._fail(requests, error)
             return False
         except Exception:
@@ -324,7 +335,8 @@ class Batcher:
             if queued.compatible.is_mergeable:
                 split(response, [queued.n_rows])
         except Exception as error:
-            queue.record_failure(error)
+            if not queued.is_background:
+                queue.record_failure(error)
             self._fail([queued], error)
             return False
         call.answered_at = self._clock()

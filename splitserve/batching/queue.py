@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 import msgspec
 
-from splitserve.batching.admission import HIGHEST_PRIORITY, AdaptiveLimit, Preemptible
+from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY, AdaptiveLimit, ForegroundWait, Preemptible
 from splitserve.errors import DeadlineExceeded, Overloaded
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, OnAnswer
 from splitserve.oip.statistics import ModelStatistics
@@ -40,6 +41,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     ``max_queue_delay_ms`` above 0 keeps a request queued for this long although no call is in flight, so that others can join it.
     ``max_queue_wait_ms`` is the target for the longest wait in the queue: the number of accepted requests adapts to it; 0 accepts
     requests up to ``max_queue_size``.
+    ``max_background_wait_ms``: while other requests wait longer than this in the queue, background ones are refused; 0: never.
     """
 
     max_batch_size: int = 256
@@ -48,6 +50,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_in_flight: int = 0
     max_queue_delay_ms: float = 0.0
     max_queue_wait_ms: float = 0.0
+    max_background_wait_ms: float = 20.0
 
 
 class ModelQueue:
@@ -66,6 +69,9 @@ class ModelQueue:
         self.n_queued = 0
         self.requests: set[QueuedRequest] = set()
         """Those queued and those in flight."""
+        self.n_background = 0
+        """Background requests among them."""
+        self.foreground_wait = ForegroundWait(limits.max_background_wait_ms / 1000)
         self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
         self.preemptible: Preemptible[QueuedRequest] = Preemptible()
         self.calls: set[BatchCall] = set()
@@ -90,11 +96,27 @@ class ModelQueue:
             return self.limits.max_batch_size
         return min(self.limits.max_batch_size, max(1, int(OVERDUE_S / self.cost.row_s)))
 
+    def has_room_for_background(self, n_backends: int) -> bool:
+        """Whether a call with nothing but background requests may be sent: beside few others, so that it delays none for long."""
+        return len(self.calls) < n_backends * (2 if self.has_slow_rows() else 1)
+
+    def discard(self, queued: QueuedRequest) -> None:
+        """Forget a request that is neither queued nor in flight any more."""
+        if queued in self.requests:
+            self.requests.remove(queued)
+            self.n_background -= queued.is_background
+
+    def background_refusal_reason(self, now: float) -> str:
+        """Why a background request is refused; "" if it is accepted."""
+        if self.n_queued >= self.limits.max_queue_size:
+            return f"{self.n_queued} requests are queued, the limit is {self.limits.max_queue_size} (max_queue_size)"
+        return "other requests wait in the queue (max_background_wait_ms)" if self.foreground_wait.is_long(now) else ""
+
     def refusal_reason(self, time_left_s: float) -> str:
         """Why a request with so much time until its deadline is refused; "" if it is accepted."""
         if self.n_queued >= self.limits.max_queue_size:
             return f"{self.n_queued} requests are queued, the limit is {self.limits.max_queue_size} (max_queue_size)"
-        n_present = len(self.requests)
+        n_present = len(self.requests) - self.n_background
         if reason := self.admission.refusal_reason(n_present, time_left_s):
             return f"{reason}, {n_present} requests are queued or in flight"
         return ""
@@ -151,6 +173,9 @@ class RowCost:
             self.row_s = (self._weight * self._rows_time - self._rows * self._time) / variance
 
 
+_ByCaller: TypeAlias = "OrderedDict[Hashable, dict[QueuedRequest, None]]"
+
+
 class CompatibleRequests:
     """Queued requests that can be merged with each other, by caller.
 
@@ -167,22 +192,33 @@ class CompatibleRequests:
         self.n_queued = 0
         self._n_rows = self._n_bytes = 0
         self._since = 0.0
-        self._callers: OrderedDict[Hashable, dict[QueuedRequest, None]] = OrderedDict()
+        self._foreground: _ByCaller = OrderedDict()
+        self._background: _ByCaller = OrderedDict()
+
+    @property
+    def has_foreground(self) -> bool:
+        """Whether a request that is not background work is queued."""
+        return bool(self._foreground)
+
+    def _callers_of(self, queued: QueuedRequest) -> _ByCaller:
+        return self._background if queued.is_background else self._foreground
 
     def add(self, queued: QueuedRequest) -> None:
         """Append it to the requests of its caller."""
         if not self.n_queued:
             self._since = queued.queued_at
             self.queue.compatible[self.key] = self
-        of_caller = self._callers.get(queued.request.caller)
+        callers = self._callers_of(queued)
+        of_caller = callers.get(queued.request.caller)
         if of_caller is None:
-            of_caller = self._callers[queued.request.caller] = {}
+            of_caller = callers[queued.request.caller] = {}
         of_caller[queued] = None
         self.n_queued += 1
         queue = self.queue
         queue.n_queued += 1
         queue.requests.add(queued)
-        queued.n_found = len(queue.requests)
+        queue.n_background += queued.is_background
+        queued.n_found = len(queue.requests) - queue.n_background
         self._n_rows += queued.n_rows
         self._n_bytes += queued.n_bytes
         if queued.priority > HIGHEST_PRIORITY:
@@ -190,13 +226,13 @@ class CompatibleRequests:
 
     def remove(self, queued: QueuedRequest) -> None:
         """Remove one that is sent, or that its caller has cancelled."""
-        caller = queued.request.caller
-        of_caller = self._callers[caller]
+        caller, callers = queued.request.caller, self._callers_of(queued)
+        of_caller = callers[caller]
         del of_caller[queued]
         if of_caller:
-            self._callers.move_to_end(caller)
+            callers.move_to_end(caller)
         else:
-            del self._callers[caller]
+            del callers[caller]
         self._mark_removed(queued)
         self.n_queued -= 1
         self.queue.n_queued -= 1
@@ -216,15 +252,15 @@ class CompatibleRequests:
         return self._since + limits.max_queue_delay_ms / 1000
 
     def take_batch(self, now: float) -> Batch:
-        """Remove and return what the next call sends: a request of each caller in turn, up to the limits."""
+        """Remove and return what the next call sends: a request of each caller in turn, up to the limits; background last."""
         limits = self.queue.limits
         max_rows = self.queue.max_rows()
         if self._n_rows <= max_rows and self._n_bytes <= limits.max_batch_bytes:
             return self._take_all(now)
         batch = Batch([], [], is_full=False)
         n_rows = n_bytes = 0
-        while self._callers:
-            queued = next(iter(next(iter(self._callers.values()))))
+        while callers := self._foreground or self._background:
+            queued = next(iter(next(iter(callers.values()))))
             if queued.request.deadline <= now:
                 self.remove(queued)
                 batch.expired.append(queued)
@@ -240,8 +276,11 @@ class CompatibleRequests:
         return batch
 
     def _take_all(self, now: float) -> Batch:
-        everything = [queued for of_caller in self._callers.values() for queued in of_caller]
-        self._callers.clear()
+        everything = [queued for of_caller in self._foreground.values() for queued in of_caller]
+        self._foreground.clear()
+        if self._background:
+            everything += [queued for of_caller in self._background.values() for queued in of_caller]
+            self._background.clear()
         self.queue.n_queued -= self.n_queued
         self.n_queued = self._n_rows = self._n_bytes = 0
         batch = Batch([], [], is_full=False)
@@ -311,6 +350,7 @@ class QueuedRequest:
         "began_at",
         "call",
         "compatible",
+        "is_background",
         "is_queued",
         "n_bytes",
         "n_found",
@@ -340,8 +380,9 @@ class QueuedRequest:
         self.queued_at = queued_at
         self.began_at = began_at
         self.priority = priority
+        self.is_background = priority >= BACKGROUND_PRIORITY
         self.n_found = 0
-        """Requests queued and in flight when it was queued, itself included."""
+        """Requests queued and in flight when it was queued, itself included and background ones excluded."""
         self.is_queued = True
         self.call: BatchCall | None = None
         """None while it is queued."""

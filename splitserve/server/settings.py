@@ -134,6 +134,10 @@ class BatchingSettings(ServiceSettings):
     """Target for the queue wait, in milliseconds: the number of accepted requests adapts to it, and more are refused at once. 0:
     only max_queue_size applies."""
 
+    max_background_wait_ms: float = Field(20.0, ge=0)
+    """Requests of jobs are refused, and their worker slows down, while other requests wait longer than this in the queue, in
+    milliseconds. 0: never."""
+
     batching: str = ""
     """Limits that differ for some models: `imagenet: max_in_flight=4, max_batch_size=8; penguins: max_queue_delay_ms=2`."""
 

@@ -1,0 +1,347 @@
+"""The worker: claims jobs, sends them to the proxy with low priority, and writes how they ended.
+
+1. It keeps up to a window of jobs in flight, so that the proxy can merge them. The window is halved when the proxy says 429, and
+   grows again with successes.
+2. Leases are renewed by a task of its own, whatever the jobs do. A job whose lease is lost is dropped: what it would write is
+   refused.
+3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is away, the group is
+   kept and written again; meanwhile its jobs hold their leases and their places in the window, so that the buffer is bounded.
+4. What fails for its content ends at once; what fails for the system is tried again with backoff, up to the store's limit of
+   attempts. An attempt that the proxy refused (429), or that ended because the proxy was away, is given back.
+5. Draining: nothing is claimed any more; what is in flight may finish within the grace, and is given back after that.
+
+It knows no transport: ``inference`` is any `InferenceService`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+import msgspec
+import structlog
+
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.batching.admission import BACKGROUND_PRIORITY
+from splitserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    Overloaded,
+    PermissionDenied,
+    SplitserveError,
+    StorageFull,
+    Unauthenticated,
+    Unavailable,
+    at_stage,
+)
+from splitserve.jobs.payloads import Payloads
+from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, Retry, new_id
+from splitserve.jobs.store import JobStore
+from splitserve.oip import protobuf
+from splitserve.oip.messages import PRIORITY, InferenceService, InferResponse, deadline_after
+
+STAGE = "jobs"
+
+RETRIED = (Cancelled, DeadlineExceeded, Internal, NotFound, Overloaded, StorageFull, Unauthenticated, Unavailable)
+"""Errors of the system. A model or release that is not there may be back after a rollout."""
+
+INTERNAL_ATTEMPTS = 3
+"""An unexpected error may be the content's after all: it is tried no more often."""
+
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+SLOW_DOWN_S = 0.1
+"""The window is halved at most once in this time: the refusals of one moment are one signal."""
+
+STORE_RETRY_S = 0.2
+
+
+class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of a worker. ``poll_s`` is how long an orphan or a delayed job waits at most once it could be claimed."""
+
+    window: int = 256
+    lease_s: float = 10.0
+    poll_s: float = 0.5
+
+
+class _Running(msgspec.Struct, eq=False):
+    """A job in flight, or one whose end is not written yet. ``task`` is None once it has ended."""
+
+    claimed: Claimed
+    task: asyncio.Task[None] | None = None
+
+
+class Worker:
+    """Works jobs off while `run` runs.
+
+    Args:
+        store: where jobs come from.
+        inference: what answers them.
+        payloads: of large requests and answers.
+        rules: its limits.
+        on_ended: called with the ids of jobs whose final state was written.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        inference: InferenceService,
+        payloads: Payloads,
+        rules: WorkerRules | None = None,
+        *,
+        on_ended: Callable[[Sequence[str]], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._inference = inference
+        self._payloads = payloads
+        self._rules = rules or WorkerRules()
+        self._on_ended = on_ended
+        self._clock = clock
+        self._log = structlog.get_logger()
+        self.name = new_id()
+        """An incarnation: no two workers have the same, not even one after the other."""
+        self.window = float(min(32, self._rules.window))
+        self.n_refused_writes = 0
+        """Writes that came too late: another claim was newer, or the job was cancelled."""
+        self.n_attempts = 0
+        self._running: dict[Lease, _Running] = {}
+        self._ended: list[Finish | Retry] = []
+        self._has_ended = asyncio.Event()
+        self._work = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._slowed_at = self._renewed_at = clock()
+        self._is_draining = False
+        self._not_ready = "starting"
+
+    @property
+    def n_running(self) -> int:
+        """Jobs in flight, and those whose end is not written yet."""
+        return len(self._running)
+
+    def wake(self) -> None:
+        """There may be jobs to claim."""
+        self._work.set()
+
+    def cancel(self, job_id: str) -> None:
+        """The job was cancelled: drop it. If its rows were not sent yet they never are."""
+        for lease, running in list(self._running.items()):
+            if lease.id == job_id and running.task is not None:
+                self._drop(lease)
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        tasks = [asyncio.create_task(each) for each in (self._keep_renewing(), self._keep_writing(), self._keep_claiming())]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in (*tasks, *(running.task for running in self._running.values() if running.task)):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(self, grace_s: float) -> None:
+        """Claim no more; let what is in flight finish, give back the rest. `run` has to run on until this returns."""
+        self._is_draining = True
+        self._work.set()
+        await self._until_empty(grace_s)
+        for lease, running in list(self._running.items()):
+            if running.task is not None:
+                running.task.cancel()
+                self._end(Retry(lease))
+        await self._until_empty(min(grace_s, self._rules.lease_s))
+
+    async def _until_empty(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._running:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+
+    # Claiming.
+
+    async def _keep_claiming(self) -> None:
+        while True:
+            self._work.clear()
+            n_claimed = 0
+            try:
+                if not self._is_draining and await self._is_inference_ready():
+                    n_claimed = await self._claim()
+            except SplitserveError as error:
+                self._log.debug("no jobs claimed", reason=error.message)
+            if n_claimed == 0 or self._n_free() < 1:
+                await self._wait_for_work()
+
+    def _n_free(self) -> int:
+        return int(self.window) - len(self._running)
+
+    async def _wait_for_work(self) -> None:
+        """Until there may be jobs and there is room for a good part of a window."""
+        end = self._clock() + self._rules.poll_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._rules.poll_s):
+                await self._work.wait()
+        while self._n_free() < max(1, int(self.window) // 4) and self._clock() < end + self._rules.lease_s:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    async def _is_inference_ready(self) -> bool:
+        reason = await self._inference.not_ready_reason()
+        if reason != self._not_ready:
+            self._not_ready = reason
+            if reason:
+                # Jobs stay queued until the proxy is ready.
+                self._log.info("jobs wait", reason=reason)
+        return not reason
+
+    async def _claim(self) -> int:
+        if self._clock() - self._renewed_at > self._rules.lease_s:
+            await self._renew()  # this process was paused: first learn what is still its own
+        free = self._n_free()
+        if free < 1:
+            return 0
+        claims = await self._store.claim(self.name, free, self._rules.lease_s)
+        for claimed in claims:
+            self.n_attempts += 1
+            running = self._running[claimed.lease] = _Running(claimed)
+            running.task = asyncio.create_task(self._attempt(claimed))
+        return len(claims)
+
+    # An attempt.
+
+    async def _attempt(self, claimed: Claimed) -> None:
+        began = self._clock()
+        try:
+            with at_stage(STAGE, model=claimed.model, pair=claimed.version):
+                answer = await self._answer(claimed)
+            outcome: Finish | Retry = Finish(claimed.lease, answer)
+            self.window = min(float(self._rules.window), self.window + 1 / self.window)
+        except FileNotFoundError as error:  # the job was cancelled between the claim and now; then this is not written
+            missing = JobError.of(Internal("the stored request cannot be found", stage=STAGE, model=claimed.model))
+            self._log.debug("request of a job not found", reason=str(error))
+            outcome = Retry(claimed.lease, backoff_s(claimed.attempt), missing)
+        except SplitserveError as error:
+            outcome = await self._after(claimed, error, self._clock() - began)
+        self._end(outcome)
+
+    async def _answer(self, claimed: Claimed) -> Payload:
+        check_rights(claimed)
+        message = protobuf.parse(pb.ModelInferRequest, await self._payloads.read(claimed.request))
+        request = protobuf.decode_request(message, deadline_after(claimed.timeout_s))
+        parameters = {**request.parameters, PRIORITY: BACKGROUND_PRIORITY}
+        request = msgspec.structs.replace(request, parameters=parameters, version=claimed.version)
+        response: InferResponse = await self._inference.infer(request)
+        return await self._payloads.store(protobuf.encode_response(response).SerializeToString())
+
+    async def _after(self, claimed: Claimed, error: SplitserveError, took_s: float) -> Finish | Retry:
+        """What follows from an error."""
+        record = JobError.of(error)
+        if isinstance(error, Overloaded):
+            self._slow_down()
+            return Retry(claimed.lease, random.uniform(0.05, 0.5))  # noqa: S311
+        if isinstance(error, DeadlineExceeded) and took_s >= 0.9 * claimed.timeout_s:
+            message = f"the job took longer than its timeout of {claimed.timeout_s:g} s"
+            return Finish(claimed.lease, error=msgspec.structs.replace(record, message=message))
+        if not isinstance(error, RETRIED) or (isinstance(error, Internal) and claimed.attempt >= INTERNAL_ATTEMPTS):
+            return Finish(claimed.lease, error=record)
+        if isinstance(error, Unavailable) and await self._inference.not_ready_reason():
+            return Retry(claimed.lease, FIRST_BACKOFF_S)  # the proxy is away: nothing was tried
+        return Retry(claimed.lease, backoff_s(claimed.attempt), record)
+
+    def _slow_down(self) -> None:
+        now = self._clock()
+        if now - self._slowed_at >= SLOW_DOWN_S:
+            self._slowed_at = now
+            self.window = max(1.0, self.window / 2)
+
+    def _end(self, outcome: Finish | Retry) -> None:
+        """An attempt has ended; it is written with the next group."""
+        running = self._running.get(outcome.lease)
+        if running is None:  # dropped meanwhile
+            self._free(outcome)
+            return
+        running.task = None
+        self._ended.append(outcome)
+        self._has_ended.set()
+
+    def _free(self, outcome: Finish | Retry) -> None:
+        """Forget the payload of an answer that nobody will read; a sweep removes what this misses."""
+        if isinstance(outcome, Finish) and outcome.answer is not None and outcome.answer.ref:
+            asyncio.get_running_loop().create_task(self._payloads.remove([outcome.answer.ref]))
+
+    def _drop(self, lease: Lease) -> None:
+        running = self._running.pop(lease, None)
+        if running is not None and running.task is not None:
+            running.task.cancel()
+        self._has_room.set()
+
+    # Writing.
+
+    async def _keep_writing(self) -> None:
+        while True:
+            await self._has_ended.wait()
+            self._has_ended.clear()
+            group, self._ended = self._ended, []
+            while True:
+                try:
+                    await self._write(group)
+                    break
+                except SplitserveError:
+                    await asyncio.sleep(STORE_RETRY_S)
+
+    async def _write(self, group: Sequence[Finish | Retry]) -> None:
+        """Write a group. Writing it again, because an error hid whether it was written, changes nothing: fences are used once."""
+        finishes = [each for each in group if isinstance(each, Finish)]
+        retries = [each for each in group if isinstance(each, Retry)]
+        written = list(await self._store.finish(finishes)) if finishes else []
+        rewritten = list(await self._store.retry(retries)) if retries else []
+        unread = []
+        outcomes: list[Finish | Retry] = [*finishes, *retries]
+        for outcome, is_written in zip(outcomes, [*written, *rewritten], strict=True):
+            running = self._running.pop(outcome.lease, None)
+            if not is_written:
+                self.n_refused_writes += 1
+                self._free(outcome)
+            elif isinstance(outcome, Finish) and running is not None:
+                unread.append(running.claimed.request.ref)
+        self._has_room.set()
+        self._work.set()
+        self._on_ended([outcome.lease.id for outcome in group])
+        await self._payloads.remove(unread)
+
+    # Leases.
+
+    async def _keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._rules.lease_s / 3)
+            with contextlib.suppress(SplitserveError):
+                await self._renew()
+
+    async def _renew(self) -> None:
+        leases = list(self._running)
+        for lease in await self._store.renew(self.name, leases, self._rules.lease_s):
+            running = self._running.get(lease)
+            if running is not None and running.task is not None:
+                # The job was cancelled, or another worker has claimed it after a pause of this one.
+                self._log.info("lease lost", job=lease.id)
+                self._drop(lease)
+        self._renewed_at = self._clock()
+
+
+def check_rights(claimed: Claimed) -> None:
+    """Raises:
+    PermissionDenied: the caller might not call the model when it submitted the job.
+    """
+    models = claimed.rights.models
+    if models is not None and not any(fnmatchcase(claimed.model, pattern) for pattern in models):
+        raise PermissionDenied(f'no permission to call a model "{claimed.model[:64]}"', model=claimed.model[:128])
+
+
+def backoff_s(attempt: int) -> float:
+    """The delay after an attempt, by its number: doubled each time, with jitter."""
+    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))  # noqa: S311

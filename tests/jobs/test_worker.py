@@ -1,0 +1,449 @@
+"""The worker in front of a fake proxy, on the store in a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from splitserve.api.inference import inference_pb2 as pb
+from splitserve.batching.admission import BACKGROUND_PRIORITY
+from splitserve.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    PairMismatch,
+    PermissionDenied,
+    SplitserveError,
+    Unavailable,
+)
+from splitserve.jobs import worker as worker_module
+from splitserve.jobs.payloads import Payloads
+from splitserve.jobs.records import Job, NewJob, Rights, StoreRules, new_id
+from splitserve.jobs.sqlite import SqliteStore
+from splitserve.jobs.worker import INTERNAL_ATTEMPTS, Worker, WorkerRules, backoff_s
+from splitserve.oip import protobuf
+from splitserve.oip.messages import InferRequest, InferResponse
+from splitserve.tensors import Tensor
+
+TENSOR = Tensor("x", "INT32", (1, 1), b"\x07\0\0\0")
+HOUR = 3600.0
+
+
+class Proxy:
+    """Answers with the inputs, unless ``misbehave`` raises or waits."""
+
+    def __init__(self) -> None:
+        self.requests: list[InferRequest] = []
+        self.not_ready = ""
+        self.misbehave: Callable[[InferRequest], Awaitable[None]] | None = None
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        self.requests.append(request)
+        if self.misbehave is not None:
+            await self.misbehave(request)
+        return InferResponse(request.model, request.version, request.inputs, request.id)
+
+    async def not_ready_reason(self) -> str:
+        return self.not_ready
+
+
+class Workshop:
+    """A store, a proxy and a worker."""
+
+    def __init__(self, store: SqliteStore, folder: Path) -> None:
+        self.store = store
+        self.proxy = Proxy()
+        self.payloads = Payloads(str(folder / "payloads"), inline_bytes=1000)
+        self.has_changed = asyncio.Event()
+        self.worker = self.new_worker()
+        self._tasks = contextlib.AsyncExitStack()
+
+    def new_worker(self, **rules: float) -> Worker:
+        rules = {"poll_s": 0.01, **rules}
+        return Worker(self.store, self.proxy, self.payloads, WorkerRules(**rules), on_ended=lambda _: self.has_changed.set())
+
+    @contextlib.asynccontextmanager
+    async def working(self, worker: Worker | None = None) -> AsyncIterator[Worker]:
+        worker = worker or self.worker
+        task = asyncio.create_task(worker.run())
+        try:
+            yield worker
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def submit(self, tensor: Tensor = TENSOR, **options: object) -> Job:
+        request = InferRequest("m", (tensor,), version="1.1", id="mine")
+        payload = await self.payloads.store(protobuf.encode_request(request).SerializeToString())
+        options = {"owner": "ann", "model": "m", "version": "1.1", **options}
+        return (await self.store.submit(NewJob(id=new_id(), request=payload, **options))).job
+
+    async def until(self, job: Job, is_it: Callable[[Job], bool]) -> Job:
+        async with asyncio.timeout(30):
+            while True:
+                self.has_changed.clear()
+                now = await self.store.get("ann", job.id)
+                if is_it(now):
+                    return now
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.has_changed.wait(), 0.05)
+
+    async def ended(self, job: Job) -> Job:
+        return await self.until(job, lambda now: now.is_finished)
+
+    async def answer_of(self, job: Job) -> InferResponse:
+        result = await self.store.result("ann", job.id)
+        message = protobuf.parse(pb.ModelInferResponse, await self.payloads.read(result.answer))
+        return protobuf.decode_response(message)
+
+
+@pytest.fixture
+async def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Workshop]:
+    monkeypatch.setattr(worker_module, "backoff_s", lambda attempt: 0.0)
+    store = SqliteStore(tmp_path / "jobs", StoreRules(max_attempts=4))
+    store.open()
+    yield Workshop(store, tmp_path)
+    await store.close()
+
+
+def raising(*errors: SplitserveError) -> Callable[[InferRequest], Awaitable[None]]:
+    """Raises each of them once, and the last one for ever if it is the only one."""
+    left = list(errors)
+
+    async def misbehave(_: InferRequest) -> None:
+        if left:
+            raise left[0] if len(errors) == 1 else left.pop(0)
+
+    return misbehave
+
+
+async def test_a_job_is_answered_as_a_plain_inference(workshop):
+    """The release that was bound at submit is asked, with the lowest priority and the job's own deadline."""
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    answer = await workshop.answer_of(job)
+    (request,) = workshop.proxy.requests
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+    assert (answer.outputs, answer.id) == ((TENSOR,), "mine")
+    assert (request.version, request.parameters["priority"]) == ("1.1", BACKGROUND_PRIORITY)
+
+
+async def test_large_requests_and_answers_are_files(workshop, tmp_path):
+    """The file of the request goes when the job has ended."""
+    large = Tensor("x", "UINT8", (5000,), bytes(5000))
+    job = await workshop.submit(large)
+    before = list((tmp_path / "payloads").iterdir())
+
+    async with workshop.working():
+        await workshop.ended(job)
+        answer = await workshop.answer_of(job)
+        await workshop.worker.drain(5)
+
+    after = list((tmp_path / "payloads").iterdir())
+    assert answer.outputs == (large,)
+    assert len(before) == len(after) == 1
+    assert before != after
+
+
+@pytest.mark.parametrize("error", [InvalidInput("row 3"), PairMismatch("halves"), PermissionDenied("no")])
+async def test_what_fails_for_its_content_fails_at_once(workshop, error):
+    """A second attempt would end the same way."""
+    workshop.proxy.misbehave = raising(error)
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt, len(workshop.proxy.requests)) == ("failed", 1, 1)
+    assert type(ended.error.error()) is type(error)
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), NotFound('model "m" has no version 1.1'), DeadlineExceeded("slow")])
+async def test_what_fails_for_the_system_is_tried_again(workshop, error):
+    """And answered, if the system recovers."""
+    workshop.proxy.misbehave = raising(error, error)
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 3)
+
+
+async def test_a_release_that_is_gone_ends_the_job_by_name(workshop):
+    """No other release answers in its place."""
+    workshop.proxy.misbehave = raising(NotFound('model "m" has no version 1.1'))
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("failed", 4)
+    assert "1.1" in ended.error.message
+    assert {request.version for request in workshop.proxy.requests} == {"1.1"}
+
+
+async def test_an_unexpected_error_is_tried_a_few_times_only(workshop):
+    """It may be the content's."""
+    workshop.proxy.misbehave = raising(Internal("internal error"))
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("failed", INTERNAL_ATTEMPTS)
+
+
+async def test_429_does_not_count_and_slows_down(workshop):
+    """However often it comes."""
+    workshop.proxy.misbehave = raising(*[Overloaded("queue full")] * 6)
+    jobs = [await workshop.submit() for _ in range(3)]
+    before = workshop.worker.window
+
+    async with workshop.working():
+        ended = [await workshop.ended(job) for job in jobs]
+
+    assert {job.status for job in ended} == {"succeeded"}
+    assert max(job.attempt for job in ended) == 1
+    assert workshop.worker.window < before
+
+
+async def test_nothing_is_claimed_while_the_proxy_is_not_ready(workshop):
+    """Jobs stay queued, without an attempt."""
+    workshop.proxy.not_ready = "the proxy cannot be reached"
+    job = await workshop.submit()
+
+    async with workshop.working():
+        await workshop.until(job, lambda now: workshop.worker._not_ready == "the proxy cannot be reached")
+        before = await workshop.store.get("ann", job.id)
+        workshop.proxy.not_ready = ""
+        ended = await workshop.ended(job)
+
+    assert (before.status, before.attempt) == ("queued", 0)
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+
+
+async def test_a_proxy_that_goes_away_costs_no_attempt(workshop, monkeypatch):
+    """Nothing is known to be wrong with the job."""
+    monkeypatch.setattr(worker_module, "FIRST_BACKOFF_S", 0.0)
+    n_calls = []
+
+    async def go_away(_: InferRequest) -> None:
+        n_calls.append(1)
+        if len(n_calls) < 10:
+            workshop.proxy.not_ready = "the proxy cannot be reached"
+            asyncio.get_running_loop().call_later(0.001, lambda: setattr(workshop.proxy, "not_ready", ""))
+            raise Unavailable("the proxy cannot be reached", stage="proxy")
+
+    workshop.proxy.misbehave = go_away
+    job = await workshop.submit()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+
+
+async def test_a_job_that_exceeds_its_own_timeout_fails(workshop):
+    """It is not tried again: it would take as long."""
+
+    async def take_long(request: InferRequest) -> None:
+        await asyncio.sleep(0.01)
+        raise DeadlineExceeded("deadline exceeded")
+
+    workshop.proxy.misbehave = take_long
+    job = await workshop.submit(timeout_s=0.01)
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("failed", 1)
+    assert "its timeout of 0.01 s" in ended.error.message
+
+
+async def test_rights_are_those_of_the_caller(workshop):
+    """Not of the worker."""
+    job = await workshop.submit(rights=Rights(("other-*",)))
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert type(ended.error.error()) is PermissionDenied
+    assert workshop.proxy.requests == []
+
+
+async def test_a_long_job_keeps_its_lease(workshop):
+    """Renewal does not wait for the work; another worker does not get the job."""
+    release = asyncio.Event()
+
+    async def wait(_: InferRequest) -> None:
+        await release.wait()
+
+    workshop.proxy.misbehave = wait
+    job = await workshop.submit()
+    renewals = []
+    renew = workshop.store.renew
+
+    async def counted(worker: str, leases, lease_s: float):
+        renewals.append(list(leases))
+        if sum(map(len, renewals)) > 10:
+            release.set()
+        return await renew(worker, leases, lease_s)
+
+    workshop.store.renew = counted
+    first, second = workshop.new_worker(lease_s=0.3), workshop.new_worker(lease_s=0.3)
+    async with workshop.working(first), workshop.working(second):
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt, len(workshop.proxy.requests)) == ("succeeded", 1, 1)
+
+
+async def test_a_paused_worker_drops_what_it_held(workshop):
+    """Its lease was over, another worker has answered: there is one result, and nobody sees an error."""
+    is_first = [True]
+    stuck = asyncio.Event()
+
+    async def stick_once(_: InferRequest) -> None:
+        if is_first and is_first.pop():
+            await stuck.wait()
+
+    workshop.proxy.misbehave = stick_once
+    job = await workshop.submit()
+    paused = workshop.new_worker(lease_s=HOUR)
+    async with workshop.working(paused):
+        await workshop.until(job, lambda now: bool(workshop.proxy.requests))
+        await workshop.store._call(lambda connection: connection.execute("UPDATE jobs SET lease_until = 0"))
+        async with workshop.working():
+            ended = await workshop.ended(job)
+        stuck.set()
+        await paused.drain(5)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 2)
+    assert paused.n_refused_writes == 1
+    assert (await workshop.store.get("ann", job.id)).status == "succeeded"
+
+
+async def test_a_running_job_that_is_cancelled_is_dropped(workshop):
+    """At once, where the worker is told."""
+    was_cancelled = asyncio.Event()
+
+    async def wait(_: InferRequest) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            was_cancelled.set()
+            raise
+
+    workshop.proxy.misbehave = wait
+    job = await workshop.submit()
+
+    async with workshop.working() as worker, asyncio.timeout(30):
+        await workshop.until(job, lambda now: bool(workshop.proxy.requests))
+        await workshop.store.delete("ann", job.id)
+        worker.cancel(job.id)
+        await was_cancelled.wait()
+        assert worker.n_running == 0
+
+    assert (await workshop.store.get("ann", job.id)).status == "cancelled"
+
+
+async def test_a_drained_worker_finishes_what_it_can(workshop):
+    """And gives the rest back, without an attempt."""
+    release = asyncio.Event()
+
+    async def wait(request: InferRequest) -> None:
+        await (release.wait() if request.inputs == (TENSOR,) else asyncio.Event().wait())
+
+    workshop.proxy.misbehave = wait
+    quick = await workshop.submit()
+    slow = await workshop.submit(Tensor("x", "INT32", (1, 1), b"\x08\0\0\0"))
+
+    async with workshop.working() as worker:
+        await workshop.until(quick, lambda now: len(workshop.proxy.requests) == 2)
+        asyncio.get_running_loop().call_soon(release.set)
+        await worker.drain(0.2)
+
+    assert (await workshop.store.get("ann", quick.id)).status == "succeeded"
+    now = await workshop.store.get("ann", slow.id)
+    assert (now.status, now.attempt) == ("queued", 0)
+
+
+async def test_rolling_restarts_use_up_no_attempts(workshop):
+    """Ten workers one after the other, each drained while the job runs."""
+
+    async def wait(_: InferRequest) -> None:
+        await asyncio.Event().wait()
+
+    workshop.proxy.misbehave = wait
+    job = await workshop.submit()
+    for number in range(10):
+        worker = workshop.new_worker()
+        async with workshop.working(worker):
+            await workshop.until(job, lambda now, n=number: len(workshop.proxy.requests) > n)
+            await worker.drain(0)
+    workshop.proxy.misbehave = None
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+
+
+async def test_results_wait_for_a_store_that_is_away(workshop):
+    """They are kept, within the window, and each job has one result when the store is back."""
+    finish = workshop.store.finish
+    n_tries = []
+
+    async def away(finishes):
+        n_tries.append(len(finishes))
+        if len(n_tries) < 4:
+            raise Unavailable("the job store cannot be reached")
+        return await finish(finishes)
+
+    workshop.store.finish = away
+    worker = workshop.new_worker(window=4)
+    jobs = [await workshop.submit() for _ in range(12)]
+
+    async with workshop.working(worker):
+        ended = [await workshop.ended(job) for job in jobs]
+
+    assert {job.status for job in ended} == {"succeeded"}
+    assert {job.attempt for job in ended} == {1}
+    assert len(workshop.proxy.requests) == 12
+    assert max(n_tries) <= 4
+
+
+async def test_the_window_bounds_what_is_in_flight(workshop):
+    """And fills up again as jobs end."""
+    n_now, n_most = [0], [0]
+
+    async def count(_: InferRequest) -> None:
+        n_now[0] += 1
+        n_most[0] = max(n_most[0], n_now[0])
+        await asyncio.sleep(0)
+        n_now[0] -= 1
+
+    workshop.proxy.misbehave = count
+    jobs = [await workshop.submit() for _ in range(20)]
+
+    async with workshop.working(workshop.new_worker(window=5)):
+        for job in jobs:
+            await workshop.ended(job)
+
+    assert 1 <= n_most[0] <= 5
+
+
+def test_backoff_doubles_up_to_a_limit():
+    """With jitter, so that jobs that failed together are not tried together."""
+    assert 0.75 <= backoff_s(1) <= 1.25
+    assert 3.0 <= backoff_s(3) <= 5.0
+    assert 45 <= backoff_s(40) <= 75
