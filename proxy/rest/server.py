@@ -16,7 +16,7 @@ from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.connection import Http1Connection
 from splitserve.wire.http1.listener import HttpListener
 from splitserve.wire.http1.messages import HttpResponse
-from splitserve.wire.listening import BACKLOG, HANDSHAKE_TIMEOUT_S, listen
+from splitserve.wire.listening import Acceptor, listen
 
 
 class RestFace:
@@ -30,13 +30,14 @@ class RestFace:
     def __init__(self, app: RestApp, *, budget: ByteBudget | None = None) -> None:
         self._app = app
         config = self._config = app.config
-        self._context = following_ssl_context(config.tls, "http/1.1") if config.tls else None
         self._listener = HttpListener(
             app.answer, config.connection_limits, max_body_bytes=config.max_body_bytes, budget=budget, error=_error
         )
         self._stack = AsyncExitStack()
-        self._socket = listen(config.host, config.port, shares_port=config.shares_port)
-        self.port: int = self._socket.getsockname()[1]
+        socket = listen(config.host, config.port, shares_port=config.shares_port)
+        context = following_ssl_context(config.tls, "http/1.1") if config.tls else None
+        self._acceptor = Acceptor(socket, lambda: Http1Connection(self._listener), context)
+        self.port: int = socket.getsockname()[1]
 
     @property
     def n_connections(self) -> int:
@@ -44,13 +45,7 @@ class RestFace:
         return len(self._listener.connections)
 
     async def __aenter__(self) -> RestFace:
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Http1Connection(self._listener),
-            sock=self._socket,
-            ssl=self._context,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._context else None,
-            backlog=BACKLOG,
-        )
+        self._acceptor.start()
         await self._stack.enter_async_context(background(self._listener.keep_ticking()))
         return self
 
@@ -68,10 +63,10 @@ class RestFace:
         await self._stop()
 
     async def _stop(self) -> None:
-        self._server.close()
+        await self._acceptor.stop()
         self._listener.drain()
         await self._listener.connections.wait_closed(self._config.grace_s)
-        self._listener.connections.abort()
+        await self._listener.connections.abort()
         await self._stack.aclose()
 
 

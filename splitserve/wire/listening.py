@@ -1,12 +1,17 @@
-"""What every listening port has, REST or gRPC: the socket and the set of open connections."""
+"""What every listening port has, REST or gRPC: the socket, what accepts its connections, and the set of those that are open."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Generic, Protocol, TypeVar
+
+import structlog
 
 BACKLOG = 2048
 
@@ -14,7 +19,18 @@ HANDSHAKE_TIMEOUT_S = 10.0
 """Time for a new connection to complete the TLS handshake and, over HTTP/2, to send its preface and SETTINGS."""
 
 FIRST_REQUEST_GRACE_S = 1.0
-"""How long draining waits for the first request of a connection that was opened just before."""
+"""How long draining waits for the TLS handshake, and then for the first request, of a connection that was opened just before."""
+
+CLOSE_GRACE_S = 0.5
+"""How long clients get to read the last bytes when the server stops."""
+
+ACCEPT_RETRY_S = 1.0
+"""When to accept again after the process or the system ran out of file descriptors or memory."""
+
+_MAX_ACCEPTED = 128
+"""Connections accepted in one iteration of the event loop, so that requests in flight are served between them."""
+
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
@@ -98,7 +114,86 @@ class Connections(Generic[C]):
                     self._is_empty.clear()
                     await self._is_empty.wait()
 
-    def abort(self) -> None:
-        """Abort each connection."""
+    async def abort(self) -> None:
+        """Abort each connection, and wait until all are closed."""
         for connection in self:
             connection.abort()
+        await self.wait_closed(CLOSE_GRACE_S)
+
+
+class Acceptor:
+    """Accepts the connections of a listening socket.
+
+    Used in place of `asyncio.Server`, which loses a connection that is accepted but not yet made when it closes: the client is
+    neither served nor told. Source: python/cpython#109564.
+
+    Args:
+        socket: that listens; closed by `stop`.
+        make: a new connection's protocol.
+        context: of TLS; None: plain text.
+    """
+
+    def __init__(self, socket: socket.socket, make: Callable[[], asyncio.Protocol], context: ssl.SSLContext | None) -> None:
+        socket.setblocking(False)
+        self._socket = socket
+        self._make = make
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._accepted: set[asyncio.Task[None]] = set()
+        """One for each connection that is not made yet, e.g. during its TLS handshake."""
+        self._retry: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Accept connections."""
+        self._loop.add_reader(self._socket, self._accept)
+
+    async def stop(self) -> None:
+        """Close the socket, once the connections that clients have opened are made; TLS handshakes may take a grace."""
+        if self._socket.fileno() < 0:
+            return
+        if self._retry is not None:
+            self._retry.cancel()
+        self._loop.remove_reader(self._socket)
+        self._accept()
+        self._socket.close()
+        if self._accepted:
+            await asyncio.wait(self._accepted, timeout=FIRST_REQUEST_GRACE_S)
+        for connecting in tuple(self._accepted):
+            connecting.cancel()
+        await asyncio.gather(*self._accepted, return_exceptions=True)
+
+    def _accept(self) -> None:
+        for _n in range(_MAX_ACCEPTED):
+            try:
+                accepted, _address = self._socket.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                self._pause(error)
+                return
+            accepted.setblocking(False)
+            connecting = self._loop.create_task(self._connect(accepted))
+            self._accepted.add(connecting)
+            connecting.add_done_callback(partial(self._connected, accepted))
+
+    def _pause(self, error: OSError) -> None:
+        # The process or the system has no file descriptor or memory for a connection; accepting is tried again after a pause.
+        structlog.get_logger().warning("connections not accepted", reason=error.strerror, retry_in_s=ACCEPT_RETRY_S)
+        self._loop.remove_reader(self._socket)
+        self._retry = self._loop.call_later(ACCEPT_RETRY_S, self.start)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client has left, or its TLS handshake failed
+            await self._loop.connect_accepted_socket(
+                self._make,
+                accepted,
+                ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._context else None,
+            )
+
+    def _connected(self, accepted: socket.socket, connecting: asyncio.Task[None]) -> None:
+        self._accepted.discard(connecting)
+        if connecting.cancelled():  # perhaps before a transport had the socket
+            accepted.close()

@@ -24,13 +24,10 @@ from splitserve.wire.http2.connection import TICK_INTERVAL_S
 from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import PREFACE
 from splitserve.wire.http2.headers import HeaderDecoder, HeaderListTooLarge
-from splitserve.wire.listening import BACKLOG, FIRST_REQUEST_GRACE_S, HANDSHAKE_TIMEOUT_S, Connections
+from splitserve.wire.listening import CLOSE_GRACE_S, FIRST_REQUEST_GRACE_S, HANDSHAKE_TIMEOUT_S, Acceptor, Connections
 
 AGE_JITTER = 0.1
 """Connections that were opened together reach their maximum age at different times. Source: gRPC proposal A9."""
-
-CLOSE_GRACE_S = 0.5
-"""How long clients get to read the last bytes when the server stops."""
 
 DRAIN_PING_TIMEOUT_S = 5.0
 """A client that does not acknowledge the PING after a GOAWAY within this time is considered gone: draining goes on."""
@@ -317,36 +314,26 @@ class GrpcServer:
         self.new_reservation = new_reservation
         self.limits = limits
         self.connections: Connections[GrpcServerConnection] = Connections()
-        self._socket = socket
-        self._context = context
-        self._server: asyncio.Server | None = None
+        self._acceptor = Acceptor(socket, lambda: GrpcServerConnection(self), context)
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Accept connections."""
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: GrpcServerConnection(self),
-            sock=self._socket,
-            ssl=self._context,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S if self._context else None,
-            backlog=BACKLOG,
-        )
+        self._acceptor.start()
         self._ticking = asyncio.create_task(self._keep_ticking())
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Accept no new calls, and give those in flight ``grace_s`` to finish; calls that remain end as UNAVAILABLE."""
-        if self._server is None or self._ticking is None:
-            self._socket.close()
-            return
-        self._server.close()
+        await self._acceptor.stop()
         self.connections.drain()
         await self.connections.wait_closed(grace_s)
         for connection in self.connections:
             connection.end("server is shutting down")
         await self.connections.wait_closed(CLOSE_GRACE_S)
-        self.connections.abort()
-        self._ticking.cancel()
-        await asyncio.gather(self._ticking, return_exceptions=True)
+        await self.connections.abort()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.gather(self._ticking, return_exceptions=True)
 
     async def _keep_ticking(self) -> None:
         while True:
