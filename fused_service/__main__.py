@@ -40,6 +40,7 @@ async def serve(config: ProxySettings) -> None:
             executor,
             max_message_bytes=preprocess_config.max_message_bytes,
             allow_unreleased_pairs=preprocess_config.allow_unreleased_pairs,
+            predict_indexes=predict.indexes,
         )
         service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         process.push_async_callback(preprocess.close)

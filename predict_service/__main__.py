@@ -18,7 +18,13 @@ async def serve(config: PredictSettings) -> None:
         executor = process.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
         service = PredictService(predictors, executor, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         face = await process.enter_async_context(
-            GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=config.byte_budget())
+            GrpcFace(
+                service,
+                config.grpc_config,
+                statistics=service.statistics,
+                budget=config.byte_budget(),
+                on_needed=service.hold,
+            )
         )
         process.callback(predictors.close)
         await process.serve(face, lifecycle.keep_refreshing(predictors, interval_s=config.refresh_interval_s))

@@ -23,6 +23,7 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    Needed,
     OnAnswer,
     check_time_left,
 )
@@ -123,6 +124,15 @@ class PredictService:
 
     async def index(self) -> list[ModelState]:
         return self._predictors.index(lambda predictor: {MANIFEST_SHA256: predictor.manifest_sha256})
+
+    async def indexes(self, needed: Needed = ()) -> list[list[ModelState]]:
+        """`index`, as of the only replica, which holds what the caller needs."""
+        self.hold(needed)
+        return [await self.index()]
+
+    def hold(self, needed: Needed) -> None:
+        """Hold these predictors for a while, if releases name them, besides those of the settings."""
+        self._predictors.need(needed)
 
     async def not_ready_reason(self) -> str:
         if not self.is_loaded:

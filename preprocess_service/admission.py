@@ -84,6 +84,8 @@ class Admission(msgspec.Struct, frozen=True):
     pairs: Catalogue[Pair, AdmittedPair]
     withdrawn: Mapping[tuple[str, Pair], AdmittedPair] = {}
     """By model and pair: not in the index any more, and still callable."""
+    refused: Mapping[str, Collection[Pair]] = {}
+    """By model, pairs that cannot serve: a half is refused by its stage, or the two do not give the recorded answers."""
 
     @property
     def has_proofs_in_progress(self) -> bool:
@@ -137,6 +139,7 @@ class PairMatcher:
         pairs: Catalogue[Pair, AdmittedPair] = Catalogue()
         withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
         proofs: set[tuple[str, str]] = set()
+        refused: dict[str, set[Pair]] = {}
         for model in sorted({*self._preprocessors.catalogue.models(), *(state.name for state in predict_index)}):
             view = self._preprocessors.models.get(model, ModelView())
             states = [state for state in predict_index if state.name == model]
@@ -145,7 +148,10 @@ class PairMatcher:
                 pairs.put_incomplete(model, incomplete)
             releases = view.history.by_pair()
             for pair in self._candidates(model, predictors, releases):
-                pairs.put(model, pair, self._admit(model, pair, releases.get(pair), predictors, proofs))
+                entry = self._admit(model, pair, releases.get(pair), predictors, proofs)
+                pairs.put(model, pair, entry)
+                if entry.state == UNAVAILABLE and pair.predictor in predictors:  # what predict does not know it may still load
+                    refused.setdefault(model, set()).add(pair)
             for pair in view.withdrawn:
                 if (held := before.pairs.entries(model).get(pair)) and held.value is not None:
                     withdrawn[(model, pair)] = held.value
@@ -154,7 +160,7 @@ class PairMatcher:
             if view.route_problem:
                 pairs.put_incomplete(model, view.route_problem)
         self._replay.keep(proofs)
-        return Admission(pairs, withdrawn)
+        return Admission(pairs, withdrawn, refused)
 
     def _why_incomplete(self, model: str, states: Sequence[ModelState], predictors: Mapping[int, ModelState]) -> str:
         """Why a model has no pair; "" if it may have one.

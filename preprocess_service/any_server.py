@@ -22,6 +22,7 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    Needed,
     OnAnswer,
 )
 from splitserve.oip.pending import Pending
@@ -35,7 +36,7 @@ class OipServer(InferenceService, Protocol):
 
     async def is_ready(self, model: str, version: str = "") -> bool: ...
 
-    async def indexes(self) -> list[list[ModelState]]: ...
+    async def indexes(self, needed: Needed = ()) -> list[list[ModelState]]: ...
 
 
 class AnyServer:
@@ -67,10 +68,10 @@ class AnyServer:
         """All versions, or those of `models` where the server has no index or denies access to it."""
         return merged_index(await self.indexes())
 
-    async def indexes(self) -> list[list[ModelState]]:
-        """The same of each replica that answers."""
+    async def indexes(self, needed: Needed = ()) -> list[list[ModelState]]:
+        """The same of each replica that answers. Those that are ours hold what is needed."""
         try:
-            found = [merged_index([map(_plain, index)]) for index in await self._server.indexes()]
+            found = [merged_index([map(_plain, index)]) for index in await self._server.indexes(needed)]
             return [sorted(index, key=lambda state: state.state == READY) for index in found]
         except (Unsupported, PermissionDenied):
             return [[state for model in self._models() for state in await self._ask_for(model)]]

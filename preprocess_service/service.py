@@ -23,6 +23,7 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    Needed,
     OnAnswer,
     check_time_left,
 )
@@ -34,7 +35,7 @@ from splitserve.server.repository_view import ModelView
 from splitserve.server.store import VersionStore
 from splitserve.signature import check_outputs, choose_outputs
 from splitserve.tensors import Tensor
-from splitserve.versions import Pair, parse_pair, unknown_model
+from splitserve.versions import UNNAMED, Pair, parse_pair, unknown_model
 
 STAGE = "preprocess"
 PLATFORM = "splitserve_pair"
@@ -56,7 +57,8 @@ class PreprocessService:
         executor: where transforms run that take long.
         max_message_bytes: the largest message to predict and from it; features and answers that would be larger are refused.
         allow_unreleased_pairs: admit pairs that no release names; their metadata says so.
-        predict_indexes: the index of each replica of predict; that of the service by default.
+        predict_indexes: the index of each replica of predict, which is told what has to be held there; that of the service by
+            default.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class PreprocessService:
         *,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         allow_unreleased_pairs: bool = False,
-        predict_indexes: Callable[[], Awaitable[list[list[ModelState]]]] | None = None,
+        predict_indexes: Callable[[Needed], Awaitable[list[list[ModelState]]]] | None = None,
     ) -> None:
         self._max_message_bytes = max_message_bytes
         self._preprocessors = preprocessors
@@ -94,14 +96,14 @@ class PreprocessService:
         """Whether the first loaded versions were matched with predict's: before, no pair is known."""
         return self._is_matched
 
-    async def _only_index(self) -> list[list[ModelState]]:
+    async def _only_index(self, _: Needed) -> list[list[ModelState]]:
         return [await self._predict.index()]
 
     async def refresh(self) -> None:
         """Ask predict what it has, match it with what is here, and prove what is new."""
         everything_is_loaded = self._preprocessors.is_loaded
         try:
-            indexes = await self._predict_indexes()
+            indexes = await self._predict_indexes(self._needed_predictors())
             predict_index = merged_index(indexes)
             await self._matcher.fetch_signatures(predict_index)
         except SplitserveError as error:
@@ -121,11 +123,17 @@ class PreprocessService:
                 await self._replay.settle(SETTLE_TIMEOUT_S)
                 admission = self._matcher.match(predict_index, before)
             self._admission = admission
+            self._preprocessors.refused_pairs = admission.refused
             self._defaults.update(admission.pairs, self._preprocessors.models, indexes)
             self._report_changes(before.pairs)
             is_settled = everything_is_loaded and self._predict.is_loaded and not admission.has_proofs_in_progress
             self._is_settled = self._is_settled or is_settled
         self._is_matched = self._is_matched or everything_is_loaded
+
+    def _needed_predictors(self) -> Needed:
+        """Predictors of older pairs, which predict does not hold by itself: it cannot know that newer pairs are refused."""
+        pairs = self._preprocessors.beyond_policy()
+        return [(model, pair.predictor) for model, pair in pairs if pair.predictor != UNNAMED]
 
     async def close(self) -> None:
         """Cancel replays in progress."""

@@ -8,7 +8,16 @@ from typing import Any
 
 from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
-from splitserve.oip.messages import READY, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer, ServerMetadata
+from splitserve.oip.messages import (
+    READY,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ModelState,
+    Needed,
+    OnAnswer,
+    ServerMetadata,
+)
 from splitserve.oip.pending import Pending, begin_task
 from splitserve.server.grpc_config import Engine, GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
@@ -34,6 +43,7 @@ class FakeInference:
         self.states = [ModelState(name, version, READY) for name, version in self.signatures]
         self.requests: list[InferRequest] = []
         self.controlled: list[tuple[str, str]] = []
+        self.needed: list[tuple[str, int]] = []
         self.not_ready = not_ready
         self.is_loaded = True
         self._answer = answer or _echo
@@ -58,7 +68,7 @@ class FakeInference:
         """`states`, which a test may change."""
         return list(self.states)
 
-    async def indexes(self) -> list[list[ModelState]]:
+    async def indexes(self, needed: Needed = ()) -> list[list[ModelState]]:
         """`index`, as of the only replica."""
         return [await self.index()]
 
@@ -99,5 +109,5 @@ async def serving(service: FakeInference, *, stage: str = "predict", **options: 
         The address, ``127.0.0.1:port``.
     """
     config = GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **{"engine": ENGINE, **options})
-    async with GrpcFace(service, config) as face:
+    async with GrpcFace(service, config, on_needed=service.needed.extend) as face:
         yield f"127.0.0.1:{face.port}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -169,6 +169,9 @@ class ServerMetadata(msgspec.Struct, frozen=True):
     version: str
     extensions: tuple[str, ...] = ()
 
+
+Needed = Collection[tuple[str, int]]
+"""Versions by model that the caller of an index cannot do without."""
 
 OnAnswer = Callable[[InferResponse | Exception], None]
 """Called once with the answer to a request, or with the error in its place."""

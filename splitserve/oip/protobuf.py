@@ -32,6 +32,7 @@ from splitserve.oip.model_config import ModelConfig
 from splitserve.oip.statistics import ModelStatistics
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, datatype_of, pack
+from splitserve.versions import is_number
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
@@ -281,6 +282,17 @@ def _decode_specs(tensors: Iterable[pb.ModelMetadataResponse.TensorMetadata]) ->
         )
         for tensor in tensors
     )
+
+
+def encode_index_request(needed: Iterable[tuple[str, int]] = ()) -> pb.RepositoryIndexRequest:
+    """The message that asks for an index, and names the versions that the caller needs, by model."""
+    entry = pb.RepositoryIndexRequest.ModelVersion
+    return pb.RepositoryIndexRequest(needed=[entry(name=model, version=str(version)) for model, version in needed])
+
+
+def decode_needed(message: pb.RepositoryIndexRequest) -> list[tuple[str, int]]:
+    """Models and versions that the caller of an index needs; names that cannot be versions are left out."""
+    return [(entry.name, int(entry.version)) for entry in message.needed if is_number(entry.version)]
 
 
 def encode_index(states: Iterable[ModelState]) -> pb.RepositoryIndexResponse:

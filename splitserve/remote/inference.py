@@ -39,6 +39,7 @@ from splitserve.oip.messages import (
     InferResponse,
     ModelMetadata,
     ModelState,
+    Needed,
     OnAnswer,
     remaining_s,
 )
@@ -315,8 +316,11 @@ class RemoteInference:
         """Call RepositoryIndex of every replica: a version is ready if it is on one of them."""
         return merged_index(await self.indexes())
 
-    async def indexes(self) -> list[list[ModelState]]:
+    async def indexes(self, needed: Needed = ()) -> list[list[ModelState]]:
         """The index of each replica that answers. Calls for a version go to those that have it from then on.
+
+        Args:
+            needed: versions that each replica is asked to hold.
 
         Raises:
             Unavailable: none answers.
@@ -324,7 +328,8 @@ class RemoteInference:
         """
         await self._ready()
         replicas = self._replicas.usable()
-        calls = [self._call(each, "RepositoryIndex", pb.RepositoryIndexRequest(), self._poll_timeout_s) for each in replicas]
+        request = protobuf.encode_index_request(needed)
+        calls = [self._call(each, "RepositoryIndex", request, self._poll_timeout_s) for each in replicas]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         found = []
         for replica, answer in zip(replicas, answers, strict=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from splitserve.oip.messages import (
     NO_DEADLINE,
     READY,
     InferenceService,
+    Needed,
     deadline_after,
 )
 from splitserve.oip.model_config import config_of
@@ -66,6 +68,7 @@ class GrpcFace:
         statistics: of the service, if it has any.
         authenticator: None: calls are not authenticated.
         budget: of the bytes that requests hold; None: unlimited.
+        on_needed: called with the versions that callers of the index need.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class GrpcFace:
         statistics: Statistics | None = None,
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
+        on_needed: Callable[[Needed], None] | None = None,
     ) -> None:
         self._service = service
+        self._on_needed = on_needed
         self._config = config
         self._statistics = statistics
         self._authenticator = authenticator
@@ -248,6 +253,8 @@ class GrpcFace:
 
     async def _repository_index(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.RepositoryIndexRequest, data)
+        if self._on_needed is not None and request.needed:
+            self._on_needed(protobuf.decode_needed(request))
         states = await self._service.index()
         return protobuf.encode_index(state for state in states if state.state == READY or not request.ready).SerializeToString()
 

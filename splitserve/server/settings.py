@@ -203,7 +203,7 @@ class RepositorySettings(ServiceSettings):
 
     model_versions: str = Field("latest:2", validation_alias=AliasChoices("MODEL_VERSIONS"))
     """Releases to hold: all, latest:N, or those of pairs like 1.1,2.1; by model as in `latest:2; penguins=all`. One more than N
-    is held, so that a restart with a newest release that is refused serves the one before it."""
+    is held, and refused ones do not count: a restart with newest releases that are refused serves the one before them."""
 
     unload_delay_s: float = Field(30.0, ge=0)
     """Seconds that a version which is no longer wanted is kept after it was last asked for. A withdrawn release stays callable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,9 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 
 MODELS_AT_A_TIME = 4
 """Models that are fetched concurrently. They are loaded one after the other, since that takes CPU and memory."""
+
+NEEDED_FOR_S = 120.0
+"""How long a version is held for another stage after that has last said that it needs it."""
 
 _Place = tuple[str, int]
 """Model and version."""
@@ -108,6 +111,9 @@ class VersionStore(Generic[T]):
         self._loaded: dict[_Place, _Loaded] = {}
         self._unpublished: dict[str, set[int]] = {}
         self._held_back: set[str] = set()
+        self._needed_until: dict[_Place, float] = {}
+        self.refused_pairs: Mapping[str, Collection[Pair]] = {}
+        """By model, pairs that cannot serve for another reason than their half here: they do not count towards the policy."""
         self._missing: list[str] = []
         self._incomplete: set[str] = set()
         self.catalogue: Catalogue[int, T] = Catalogue()
@@ -145,6 +151,32 @@ class VersionStore(Generic[T]):
         """Pairs with a release whose halves are wanted, withdrawn ones within their grace included."""
         view = self.models.get(model)
         return set(self._selected(model, view)) if view is not None else set()
+
+    def beyond_policy(self) -> list[tuple[str, Pair]]:
+        """Models and pairs that are held because newer ones are refused. Another stage does not hold them by itself."""
+        found = []
+        for model, view in self.models.items():
+            usual = {*selected(view.history, self._selection.policy(model), view.route, lambda _: False), *view.withdrawn}
+            entries = self.catalogue.entries(model)
+            refused = {version for version, entry in entries.items() if entry.state == UNAVAILABLE}
+            pairs = [pair for pair in self._selected(model, view) if pair not in usual]
+            found += [(model, pair) for pair in pairs if half(self._kind, pair) not in refused]
+        return found
+
+    def need(self, versions: Iterable[tuple[str, int]]) -> None:
+        """Hold these versions, by model, for a while besides those of the policy, if releases name them.
+
+        Another stage needs them: it refuses newer ones, which this one cannot know.
+        """
+        until = self._clock() + NEEDED_FOR_S
+        for model, version in versions:
+            view = self.models.get(model)
+            if view is not None and version in self._released(view):
+                self._needed_until[(model, version)] = until
+
+    def _released(self, view: ModelView) -> set[int]:
+        """Versions that a release names."""
+        return {half(self._kind, pair) for pair in view.history.by_pair()} - {UNNAMED}
 
     async def read_golden(self, release: Release) -> bytes:
         """The golden samples of a release.
@@ -236,6 +268,7 @@ class VersionStore(Generic[T]):
         self._seen_stamps = stamps
 
     async def _follow(self) -> None:
+        self._needed_until = {place: until for place, until in self._needed_until.items() if until > self._clock()}
         self._unpublished = {model: versions for model, versions in self._unpublished.items() if model in self.models}
         models = sorted(self.models.keys() - self._held_back)
         await asyncio.gather(*(self._hold(model, self.models[model]) for model in models))
@@ -304,6 +337,8 @@ class VersionStore(Generic[T]):
         entries = self.catalogue.entries(model)
 
         def is_refused(pair: Pair) -> bool:
+            if pair in self.refused_pairs.get(model, ()):
+                return True
             version = half(self._kind, pair)
             entry = entries.get(version)
             return version != UNNAMED and (entry.state == UNAVAILABLE if entry else version not in view.published)
@@ -312,6 +347,7 @@ class VersionStore(Generic[T]):
 
     def _wanted(self, model: str, view: ModelView) -> set[int]:
         found = {half(self._kind, pair) for pair in self._selected(model, view)} - {UNNAMED}
+        found |= {version for name, version in self._needed_until if name == model} & self._released(view)
         if self._allow_unreleased_pairs:
             policy = self._selection.policy(model)
             refused = {version for version, entry in self.catalogue.entries(model).items() if entry.state == UNAVAILABLE}
@@ -368,7 +404,7 @@ class VersionStore(Generic[T]):
     def _unload_unneeded(self, model: str, view: ModelView) -> None:
         """Drop versions that were removed from the source and never loaded, and those that are neither selected nor used."""
         kept = self._wanted(model, view)
-        released = {half(self._kind, pair) for pair in view.history.by_pair()}
+        released = self._released(view)
         for version, entry in self.catalogue.entries(model).items():
             idle_s = self._clock() - self._last_asked.get((model, version), 0.0)
             # A withdrawn release is unloaded at the end of its grace, however often it is still used.

@@ -367,6 +367,27 @@ async def test_models_are_loaded_on_every_replica() -> None:
     assert [service.controlled for service in services] == [[("load", "echo"), ("unload", "echo")]] * 2
 
 
+@pytest.mark.parametrize("engine", ["own", "grpcio"])
+async def test_every_replica_is_told_what_it_has_to_hold(engine: Any) -> None:
+    """With the request for its index; nothing is said where nothing is needed."""
+    services = [FakeInference(ECHO), FakeInference(ECHO)]
+    one, two = (
+        GrpcFace(
+            service,
+            GrpcConfig(stage="predict", metadata=ServerMetadata("test", "0"), engine=engine),
+            on_needed=service.needed.extend,
+        )
+        for service in services
+    )
+    async with one, two, connected(Name(one, two)) as remote:
+        await remote.indexes()
+        before = [list(service.needed) for service in services]
+        await remote.indexes([("echo", 1), ("other", 3)])
+
+    assert before == [[], []]
+    assert [service.needed for service in services] == [[("echo", 1), ("other", 3)]] * 2
+
+
 def test_retries_are_limited_to_a_share_of_successes() -> None:
     """In an outage they stop; with successes they resume."""
     budget = RetryBudget()

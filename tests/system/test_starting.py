@@ -61,6 +61,23 @@ def test_ready_means_that_everything_has_been_tried(models: Path, is_fused: bool
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+def test_a_restart_serves_the_newest_release_whose_halves_load(tmp_path: Path, is_fused: bool) -> None:
+    """Preprocess alone refuses the newest three, which predict cannot know: it is told which older predictor is needed."""
+    for number in range(1, 5):
+        publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="m", repository=tmp_path)
+        if number > 1:
+            (tmp_path / "m" / "preprocess" / str(number) / "pipeline.skops").write_bytes(b"")
+    system = System(tmp_path, is_fused=is_fused, MODEL_VERSIONS="latest:1", PREDICT_REFRESH_INTERVAL_S="0.1")
+    try:
+        wait_until(lambda: system.rest("/v2/models/m/ready")[0] == 200, "ready")
+        _, answer = system.rest("/v2/models/m/infer", REQUEST)
+    finally:
+        system.stop()
+
+    assert answer["model_version"] == "1.1"
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
 def test_a_pair_without_a_release_is_not_found_and_the_error_says_how_to_release_it(models: Path, is_fused: bool) -> None:
     """Over REST and gRPC."""
     publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="two", repository=models)

@@ -459,12 +459,21 @@ class RepositoryModelUnloadResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RepositoryIndexRequest(_message.Message):
-    __slots__ = ("repository_name", "ready")
+    __slots__ = ("repository_name", "ready", "needed")
+    class ModelVersion(_message.Message):
+        __slots__ = ("name", "version")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        VERSION_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        version: str
+        def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
     REPOSITORY_NAME_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
     repository_name: str
     ready: bool
-    def __init__(self, repository_name: _Optional[str] = ..., ready: bool = ...) -> None: ...
+    needed: _containers.RepeatedCompositeFieldContainer[RepositoryIndexRequest.ModelVersion]
+    def __init__(self, repository_name: _Optional[str] = ..., ready: bool = ..., needed: _Optional[_Iterable[_Union[RepositoryIndexRequest.ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class RepositoryIndexResponse(_message.Message):
     __slots__ = ("models",)
