@@ -113,7 +113,7 @@ async def test_not_ready_is_no_error(way: Way, service: FakeInference) -> None:
 
 
 @pytest.mark.parametrize("kind", TABLE)
-async def test_every_error_arrives_as_what_it_was(way: Way, kind: type[SplitserveError]) -> None:
+async def test_every_error_keeps_its_class_over_the_hop(way: Way, kind: type[SplitserveError]) -> None:
     """The classes are the server's: class, message, stage, model and pair survive."""
     error = kind("what went wrong", stage="far", model="echo", pair="1.1")
 

@@ -100,7 +100,7 @@ async def test_a_request_crosses_the_hop_unchanged(over: str) -> None:
 
 @over_both
 @pytest.mark.parametrize("kind", TABLE)
-async def test_every_error_arrives_as_what_it_was(kind: type[SplitserveError], over: str) -> None:
+async def test_every_error_keeps_its_class_over_the_hop(kind: type[SplitserveError], over: str) -> None:
     """Class, message, stage, model and pair are preserved; the stream stays open."""
 
     def fail(_: InferRequest) -> InferResponse:

@@ -22,12 +22,12 @@ from tests.server.test_store import Clock
     ],
 )
 def test_the_newest_that_all_have_is_used_or_the_one_that_most_have(candidates: str, replicas: list[str], chosen: str) -> None:
-    """Of those that equally many have the newest, and never one that none has."""
+    """Among candidates that equally many replicas have, the newest; never one that no replica has."""
     assert Agreement[str]().choose("m", candidates, replicas) == chosen
 
 
 def test_what_half_of_the_replicas_have_is_used_after_a_while() -> None:
-    """A replica that never gets it does not hold a release back for good; one that has it alone does not decide."""
+    """A replica that never gets a release does not block it permanently; a single replica that has it does not decide."""
     clock = Clock()
     agreement: Agreement[str] = Agreement(clock=clock)
     half, minority = ["12", "12", "1", "1"], ["12", "1", "1", "1"]

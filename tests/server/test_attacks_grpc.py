@@ -1,4 +1,4 @@
-"""Bad input and abuse over gRPC: what each gets, and that the face serves on as before.
+"""Bad input and abuse over gRPC: the status of each, and that the face keeps serving.
 
 Any service has this face, so what holds here holds for proxy, preprocess and predict.
 """
@@ -57,7 +57,7 @@ async def ask(channel: grpc.aio.Channel, data: bytes, method: str = "ModelInfer"
 
 
 def message(**changes: Any) -> bytes:
-    """A good request, with changes to its tensor or to itself."""
+    """A valid request, with changes to its tensor or its other fields."""
     of_tensor = {name: value for name, value in changes.items() if name in TENSOR_FIELDS}
     of_request = {name: value for name, value in changes.items() if name not in TENSOR_FIELDS}
     tensor = InputTensor(**{"name": "x", "datatype": "FP32", "shape": [1, 2], **of_tensor})
@@ -126,7 +126,7 @@ ROWS: dict[str, tuple[bytes, set[grpc.StatusCode]]] = {
 
 @pytest.mark.parametrize("row", ROWS)
 async def test_a_malicious_message_is_refused(row: str) -> None:
-    """A status of the caller's, words that tell nothing of the inside and echo little, and service as before."""
+    """A status that blames the caller, a message without internals that echoes little, and no effect on other calls."""
     data, expected = ROWS[row]
 
     async with face() as (channel, _):
@@ -169,7 +169,7 @@ async def test_a_message_at_the_size_limit_is_accepted_and_beyond_it_refused() -
 async def test_a_request_at_a_limit_is_accepted_and_beyond_it_refused(
     limit: str, message_of: Any, refused: grpc.StatusCode
 ) -> None:
-    """As far as limits go; whether the model takes it is another question."""
+    """No limit refuses it; the model still may."""
     async with face(request_limits=RequestLimits(**{limit: 3})) as (channel, _):
         _, allowed = await ask(channel, message(**message_of(0)))
         code, details = await ask(channel, message(**message_of(1)))
@@ -179,7 +179,7 @@ async def test_a_request_at_a_limit_is_accepted_and_beyond_it_refused(
 
 
 async def test_decompression_of_messages_is_bounded() -> None:
-    """C02: a bomb is refused at the limit of the message that it unfolds to."""
+    """C02: a compression bomb is refused at the limit of the decompressed message."""
     bomb = delimited(1000, bytes(50_000_000))
     async with face() as (channel, _):
         code, _ = await ask(channel, bomb, compression=grpc.Compression.Gzip)
@@ -189,7 +189,7 @@ async def test_decompression_of_messages_is_bounded() -> None:
 
 
 async def test_metadata_is_limited() -> None:
-    """C04: too much of it is refused, and the connection lives."""
+    """C04: too much metadata is refused, and the connection stays open."""
     async with face() as (channel, _):
         assert await ask(channel, message(), metadata=(("a", "x" * 15_000),)) == (CODES.OK, "")
         code, _ = await ask(channel, message(), metadata=(("a", "x" * 20_000),))
@@ -199,7 +199,7 @@ async def test_metadata_is_limited() -> None:
 
 
 async def test_connections_are_limited() -> None:
-    """G02: one past the limit is closed, those before are served on."""
+    """G02: a connection beyond the limit is closed, the others are served."""
     async with serving(FakeInference(ECHO), connection_limits=ServerLimits(max_connections=2)) as address:
         own = [("grpc.use_local_subchannel_pool", 1)]
         channels = [grpc.aio.insecure_channel(address, own) for _ in range(3)]
@@ -217,7 +217,7 @@ async def test_connections_are_limited() -> None:
      "/inference.GRPCInferenceService/TraceSetting", "/grpc.channelz.v1.Channelz/GetServers", "/nothing/Nothing", "/"],
 )  # fmt: skip
 async def test_unknown_methods_are_unimplemented(name: str) -> None:
-    """C08: neither one that writes files or maps memory, nor one that shows connections."""
+    """C08: among them those that write files, map shared memory or list connections."""
     async with face() as (channel, _):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await channel.unary_unary(name)(b"", timeout=20)
@@ -229,7 +229,7 @@ async def test_unknown_methods_are_unimplemented(name: str) -> None:
     "data", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), bytes(1000)]
 )
 async def test_another_protocol_is_closed(data: bytes) -> None:
-    """C11: bytes that are not HTTP/2 end their connection and no other."""
+    """C11: bytes that are not HTTP/2 end only their own connection."""
     async with serving(FakeInference(ECHO)) as address, asyncio.timeout(30):
         host, _, port = address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -294,7 +294,7 @@ async def _drain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def test_control_requests_name_a_model_only() -> None:
-    """A14, E09: no name that could be a path, and no parameters from which something would be fetched."""
+    """A14, E09: names that could be paths are refused, and so are parameters that name something to fetch."""
     async with face() as (channel, service):
         for name in ("..", "../x", "a/b", "", "a\0b", "s3://169.254.169.254/x", "m" * 129, "con ", "naïve"):
             data = pb.RepositoryModelLoadRequest(model_name=name).SerializeToString()
@@ -315,7 +315,7 @@ async def test_an_invalid_timeout_affects_no_other_call(timeout: str) -> None:
 
 
 async def test_too_much_metadata_affects_no_other_call() -> None:
-    """C04: a thousand keys are too many; bytes that are no base64 are not looked at."""
+    """C04: a thousand keys exceed the limit; invalid base64 in unused keys is ignored."""
     async with face() as (channel, _):
         code, _ = await ask(channel, message(), metadata=tuple((f"k{i}", "v") for i in range(1000)))
         assert code is CODES.RESOURCE_EXHAUSTED
@@ -327,7 +327,7 @@ async def test_too_much_metadata_affects_no_other_call() -> None:
 
 
 async def test_an_idle_stream_delays_no_other_call() -> None:
-    """C10: clients that open streams and never write, next to one that is served."""
+    """C10: clients that open streams and never write do not affect one that is served."""
     async with face() as (channel, _):
         silent = [channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")() for _ in range(50)]
         for stream in silent:
@@ -339,7 +339,7 @@ async def test_an_idle_stream_delays_no_other_call() -> None:
 
 
 async def test_a_stream_is_read_no_faster_than_it_is_answered() -> None:
-    """C10: a client that writes on and on and reads nothing is stopped by flow control, while another one is served."""
+    """C10: a client that writes continuously and reads nothing is stopped by flow control, while another one is served."""
     held = asyncio.Event()
 
     class Holding(Checking):
@@ -373,7 +373,7 @@ async def test_a_stream_is_read_no_faster_than_it_is_answered() -> None:
 
 
 async def test_a_bad_message_on_a_stream_fails_alone() -> None:
-    """C10: garbage, another model, a good one, in any order: each is answered, and the stream stays open."""
+    """C10: garbage, an unknown model, a valid request, in any order: each is answered, and the stream stays open."""
     async with face() as (channel, _), asyncio.timeout(30):
         stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
         told = []
@@ -387,7 +387,7 @@ async def test_a_bad_message_on_a_stream_fails_alone() -> None:
 
 
 async def test_a_bomb_on_a_stream_is_refused_at_the_limit() -> None:
-    """A04, C02: what unfolds beyond the limit ends that stream, and no other call."""
+    """A04, C02: a message that decompresses beyond the limit ends its stream, and no other call."""
     bomb = delimited(1000, bytes(50_000_000))
     async with face() as (channel, service), asyncio.timeout(30):
         stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(compression=grpc.Compression.Gzip)

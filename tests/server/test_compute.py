@@ -1,4 +1,4 @@
-"""Where work runs, with a clock that the work itself moves on."""
+"""Where work runs, with a clock that the work advances."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHORT, LONG = INLINE_S / 10, INLINE_S * 10
 
 
 async def test_unmeasured_work_runs_in_a_thread_and_short_work_in_the_loop(compute: Compute, owner: Owner) -> None:
-    """The first call of a size is the one that might be long."""
+    """The first call of a size may take long."""
     first = await compute.run(owner, 1, owner.work, SHORT)
     second = await compute.run(owner, 1, owner.work, SHORT)
 
@@ -45,7 +45,7 @@ async def test_unmeasured_work_runs_in_a_thread_and_short_work_in_the_loop(compu
 
 
 async def test_durations_are_measured_by_size(compute: Compute, owner: Owner) -> None:
-    """That one row is quick says nothing of a thousand."""
+    """The duration for one row does not predict that for a thousand."""
     await compute.run(owner, 1, owner.work, SHORT)
 
     assert not await compute.run(owner, 1000, owner.work, LONG)
@@ -62,7 +62,7 @@ async def test_work_that_becomes_slow_moves_to_a_thread(compute: Compute, owner:
 
 
 async def test_work_that_fails_is_timed_and_raises(compute: Compute, owner: Owner) -> None:
-    """A failure is the caller's to see, in the loop as in a thread."""
+    """The caller gets the exception, from the loop as from a thread."""
 
     def fail() -> None:
         raise ValueError("no")

@@ -63,7 +63,7 @@ async def ask(channel: grpc.aio.Channel, method: str, request: bytes = b"") -> b
 
 
 async def test_a_request_crosses_the_hop_unchanged(service: FakeInference) -> None:
-    """What the service gets is what was sent, and what the caller gets is what it answered."""
+    """The service receives what the caller sent, and the caller receives what the service answered."""
     async with serving(service) as address, RemoteInference(address, stage="predict") as remote:
         response = await remote.infer(REQUEST)
 
@@ -72,7 +72,7 @@ async def test_a_request_crosses_the_hop_unchanged(service: FakeInference) -> No
 
 
 async def test_the_remaining_time_is_sent_as_the_timeout(service: FakeInference) -> None:
-    """The service behind never has more time than the caller."""
+    """The next service never has more time than the caller."""
     async with serving(service) as address, RemoteInference(address, stage="predict") as remote:
         await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(20)))
 
@@ -97,7 +97,7 @@ async def test_callers_without_a_deadline_get_the_default(service: FakeInference
 
 
 @pytest.mark.parametrize("kind", TABLE)
-async def test_every_error_arrives_as_what_it_was(kind: type[SplitserveError]) -> None:
+async def test_every_error_keeps_its_class_over_the_hop(kind: type[SplitserveError]) -> None:
     """Class, message, stage, model and pair are preserved; the stream stays open."""
     error = kind("what went wrong", stage="far", model="echo", pair="1.2")
     service = FakeInference(ECHO, answer=raising(error))
@@ -133,7 +133,7 @@ async def test_an_unreachable_peer_is_unavailable_without_its_address() -> None:
 
 
 async def test_an_answer_after_the_timeout_is_deadline_exceeded() -> None:
-    """The caller does not wait beyond its deadline, whatever the peer does."""
+    """The caller does not wait beyond its deadline, even if the peer does not answer."""
     forever = asyncio.Event()
 
     class Stuck(FakeInference):
@@ -167,7 +167,7 @@ async def test_a_malformed_answer_is_the_stages_fault() -> None:
 
 
 async def test_bytes_that_are_not_a_message_are_invalid_input(channel: grpc.aio.Channel) -> None:
-    """INVALID_ARGUMENT with the message's name, not UNKNOWN with a class of ours."""
+    """INVALID_ARGUMENT with the message's name, not UNKNOWN with the name of a Python class."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await ask(channel, "ModelInfer", b"\xff\xff\xff")
 
@@ -226,7 +226,7 @@ async def test_model_ready_of_an_unknown_model_is_not_an_error(
 async def test_model_ready_gives_the_reason(
     channel: grpc.aio.Channel, service: FakeInference, name: str, version: str, reason: str | None
 ) -> None:
-    """In the trailing metadata, since its message has a truth value and nothing else."""
+    """In the trailing metadata, since the message has only a boolean."""
     service.states += [ModelState("other", "3", UNAVAILABLE, "damaged"), ModelState("other", "4", LOADING)]
     call = channel.unary_unary(f"/{SERVICE}/ModelReady")(pb.ModelReadyRequest(name=name, version=version).SerializeToString())
 
@@ -254,7 +254,7 @@ async def until_health_is(channel: grpc.aio.Channel, name: str, status: int) -> 
 
 
 async def test_health_distinguishes_ready_from_accepting_calls(channel: grpc.aio.Channel, service: FakeInference) -> None:
-    """``""`` follows readiness; the service's name says that calls are taken, ready or not."""
+    """``""`` follows readiness; the service's name means that calls are accepted, ready or not."""
     serving_status, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     await until_health_is(channel, "", serving_status)
 
@@ -298,7 +298,7 @@ async def test_reflection_lists_the_protocol_and_health(channel: grpc.aio.Channe
 
 
 async def test_models_are_loaded_and_unloaded_only_where_allowed(service: FakeInference) -> None:
-    """The model may stand where KServe's clients put it; parameters are refused."""
+    """The model may be in the field that KServe's clients use; parameters are refused."""
     named = pb.RepositoryModelLoadRequest(model_name="echo").SerializeToString()
     kserve = pb.RepositoryModelUnloadRequest(repository_name="echo").SerializeToString()
     request = pb.RepositoryModelLoadRequest(model_name="echo")
@@ -325,7 +325,7 @@ async def test_models_are_loaded_and_unloaded_only_where_allowed(service: FakeIn
 async def test_push_back_is_sent_only_if_a_retry_can_help(
     stage_of_error: str, retry_after_s: float, pushback: str | None
 ) -> None:
-    """Between stages another replica may be tried at once, but not for what failed further on; at the edge after a while."""
+    """Between stages another replica may be tried at once, but not for failures of later stages; at the edge after a delay."""
     service = FakeInference(ECHO, answer=raising(Unavailable("gone", stage=stage_of_error)))
     message = pb.ModelInferRequest(model_name="echo").SerializeToString()
 
@@ -369,7 +369,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000
 
 @pytest.mark.parametrize("engine", ["own"], indirect=True)  # grpcio decides by rules of its own when it pings
 async def test_a_client_that_does_not_acknowledge_keepalive_is_disconnected(service: FakeInference) -> None:
-    """Its machine may be gone: the connection is closed, so that it cannot hold up a drain."""
+    """Its machine may have failed: the connection is closed, so that it does not delay draining."""
     async with serving(service, connection_limits=ServerLimits(keepalive_time_s=0.2, keepalive_timeout_s=0.2)) as address:
         reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
         writer.write(HTTP2_HELLO)

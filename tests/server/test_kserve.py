@@ -1,4 +1,4 @@
-"""KServe's arguments as settings, and models where its storage initializer puts them."""
+"""KServe's arguments as settings, and models in the places of its storage initializer."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ CONTROLLERS = ["--model_name", "penguins", "--predictor_host", "penguins-predict
 
 @pytest.fixture(autouse=True)
 def _storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """KServe mounts models at a path that is not here."""
+    """KServe mounts models at a path that does not exist on this machine."""
     monkeypatch.setattr(sources, "missing", lambda where: "")
 
 
 def test_the_controllers_arguments_suffice_for_a_transformer() -> None:
-    """The model is the one served; predict is at all addresses of the predictor's name, at KServe's port for gRPC."""
+    """It serves the named model and calls predict at all addresses of the predictor's name, on KServe's gRPC port."""
     config = preprocess_service.settings.read(CONTROLLERS)
 
     assert config.models == "penguins"
@@ -43,7 +43,7 @@ def test_the_controllers_arguments_suffice_for_a_transformer() -> None:
 
 
 def test_a_transformers_arguments_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With = or without; an argument counts more than the variable that means the same."""
+    """With "=" or without; an argument takes precedence over the environment variable."""
     monkeypatch.setenv("PREPROCESS_GRPC_PORT", "1")
     arguments = ["--grpc_port=8081", "--http_port=8080", "--model_dir", "/mnt/models", "--predictor_request_timeout_seconds", "7"]
 
@@ -54,7 +54,7 @@ def test_a_transformers_arguments_become_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_predictors_arguments_become_settings() -> None:
-    """As of KServe's own servers."""
+    """The same arguments as of KServe's own servers."""
     arguments = ["--model_name=penguins", "--model_dir=/mnt/models", "--grpc_port=8081", "--http_port=8080", "--workers=2"]
 
     config = settings.read(PredictSettings, **kserve.predictor(arguments))
@@ -88,7 +88,7 @@ def test_a_wrong_argument_ends_the_process_naming_it(
 
 
 def test_predict_is_called_over_tls_with_predictor_use_ssl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the authorities that the settings name, and at the port for TLS."""
+    """With the configured certificate authorities, on the port for TLS."""
     monkeypatch.setenv("PREPROCESS_NEXT_CA_FILE", certificates.write(tmp_path, trustme.CA()).ca)
 
     config = preprocess_service.settings.read([*CONTROLLERS, "--predictor_use_ssl", "True"])
@@ -98,7 +98,7 @@ def test_predict_is_called_over_tls_with_predictor_use_ssl(monkeypatch: pytest.M
 
 
 def test_unknown_arguments_are_ignored_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """As by KServe's own servers; a newer controller may give more."""
+    """As KServe's own servers do; a newer controller may pass more."""
     preprocess_service.settings.read([*CONTROLLERS, "--new_option", "3"])
 
     assert capsys.readouterr().err == "ignoring unknown arguments: --new_option 3\n"
@@ -133,14 +133,14 @@ def repository(tmp_path: Path) -> Path:
 
 
 def mounted(folder: Path, tmp_path: Path) -> Any:
-    """The source for a folder that is mounted as ``/mnt/models`` is: under another name, by a link."""
+    """The source of a folder that is mounted as ``/mnt/models`` is: through a link with another name."""
     (tmp_path / "mnt").mkdir()
     (tmp_path / "mnt" / "models").symlink_to(folder)
     return source_of(tmp_path / "mnt" / "models")
 
 
 def test_a_mounted_folder_may_be_a_repository(repository: Path, tmp_path: Path) -> None:
-    """As everywhere else."""
+    """As in every other place."""
     source = mounted(repository, tmp_path)
 
     assert list(source.bundles()) == [
@@ -152,7 +152,7 @@ def test_a_mounted_folder_may_be_a_repository(repository: Path, tmp_path: Path) 
 
 
 def test_a_mounted_folder_may_be_that_of_one_model(repository: Path, tmp_path: Path) -> None:
-    """Called what its manifests say, whatever the folder is called; its route counts."""
+    """Its name comes from its manifests, not from the folder; its route applies."""
     source = mounted(repository / "m", tmp_path)
 
     assert list(source.bundles()) == [
@@ -174,7 +174,7 @@ def test_a_mounted_folder_may_be_one_bundle(repository: Path, tmp_path: Path) ->
 
 
 def test_a_new_version_with_a_broken_manifest_affects_no_other(repository: Path, tmp_path: Path) -> None:
-    """The model's name is that of a manifest that can be read."""
+    """The model's name comes from a readable manifest."""
     (repository / "m" / "predict" / "1" / "manifest.json").write_text("{")
     (repository / "m" / "preprocess" / "1" / "manifest.json").write_text("{")
     source = mounted(repository / "m", tmp_path)
@@ -184,7 +184,7 @@ def test_a_new_version_with_a_broken_manifest_affects_no_other(repository: Path,
 
 
 def test_a_mounted_folder_may_be_filled_late(repository: Path, tmp_path: Path) -> None:
-    """Until it is there it cannot be read, which is not the same as empty; then it is read again."""
+    """Until it exists, the repository is unreadable, not empty; then it is read again."""
     source = source_of(tmp_path / "late")
     with pytest.raises(NotFetched):
         list(source.bundles())
@@ -195,7 +195,7 @@ def test_a_mounted_folder_may_be_filled_late(repository: Path, tmp_path: Path) -
 
 
 def test_a_mounted_bundle_with_a_broken_manifest_is_reported(tmp_path: Path) -> None:
-    """As the state of the repository, since nobody can say which bundle it was to be."""
+    """As the state of the repository, since the bundle's name is unknown."""
     (tmp_path / "manifest.json").write_text("{}")
 
     with pytest.raises(BundleError, match="manifest"):

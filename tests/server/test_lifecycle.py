@@ -1,4 +1,4 @@
-"""How a service refreshes what it depends on."""
+"""How a service refreshes its dependencies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Followed:
 
 
 def test_a_service_that_is_not_ready_refreshes_more_often() -> None:
-    """Once it can, looks come at their interval, whether they succeed or not."""
+    """Once it is ready, refreshes follow their interval, whether they succeed or not."""
 
     async def main() -> None:
         what = Followed()

@@ -19,7 +19,7 @@ ALL = (ProxySettings, PreprocessSettings, PredictSettings)
 
 @pytest.fixture(autouse=True)
 def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repository that is the default."""
+    """The default repository."""
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
 
@@ -40,7 +40,7 @@ def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (PreprocessSettings, "MODEL_REPOSITORY", "file:///nowhere", "/nowhere: expected a folder"),
     ],
 )
-def test_what_cannot_work_ends_the_process_naming_the_variable(
+def test_settings_that_cannot_work_end_the_process_naming_the_variable(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     kind: type[settings.ServiceSettings],
@@ -48,7 +48,7 @@ def test_what_cannot_work_ends_the_process_naming_the_variable(
     value: str,
     message: str,
 ) -> None:
-    """Before anything is bound, with what was expected; not by a warning, and not by an empty service."""
+    """Before a port is bound, with the expected value; a warning or a service without models would not do."""
     monkeypatch.setenv(variable, value)
 
     with pytest.raises(SystemExit) as raised:
@@ -73,12 +73,12 @@ def test_what_cannot_work_ends_the_process_naming_the_variable(
     ],
 )
 def test_targets_are_grpc_names(target: str) -> None:
-    """Whatever gRPC can resolve."""
+    """Every form that gRPC can resolve."""
     assert settings.check_target(target) == target
 
 
 def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The prefix keeps services apart that share an environment; some variables are shared on purpose."""
+    """Prefixes separate services that share an environment; some variables are shared on purpose."""
     monkeypatch.setenv("PREDICT_GRPC_PORT", "1234")
     monkeypatch.setenv("MODEL_REPOSITORY", str(tmp_path))
 
@@ -90,7 +90,7 @@ def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_one_variable_chooses_the_grpc_engine_of_every_service(monkeypatch: pytest.MonkeyPatch, kind: type[FaceSettings]) -> None:
-    """Ours unless told otherwise; a way back for a peer that it does not get along with."""
+    """Our own engine by default; grpcio is the alternative for peers that fail with it."""
     assert settings.read(kind).grpc_config.engine == "own"
 
     monkeypatch.setenv("GRPC_ENGINE", "grpcio")
@@ -125,7 +125,7 @@ def test_a_wrong_value_stops_the_process_naming_the_variable(
 def test_an_invalid_key_stops_the_process_naming_the_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[settings.ServiceSettings]
 ) -> None:
-    """A service that is to refuse unsigned bundles must not come up without knowing how."""
+    """A service that must refuse unsigned bundles does not start without a valid key."""
     monkeypatch.setenv("MODEL_SIGNATURE_KEY", "/nowhere/key.pem")
 
     with pytest.raises(SystemExit) as raised:
@@ -144,7 +144,7 @@ def test_every_setting_is_documented(kind: type[settings.ServiceSettings]) -> No
 
 @pytest.mark.parametrize("kind", ALL)
 def test_services_listen_on_loopback_by_default(kind: type[settings.ServiceSettings]) -> None:
-    """No one is asked for credentials, so no one from outside gets in by default."""
+    """Calls need no credentials by default, so only local ones are possible."""
     assert settings.read(kind).host == "127.0.0.1"
 
 
@@ -156,7 +156,7 @@ def test_defaults_are_the_ports_that_clients_expect() -> None:
 
 
 def test_batch_limits_can_be_set_by_model() -> None:
-    """What is not said of a model is what is said of all."""
+    """Limits that are not set for a model are those of all models."""
     text = "imagenet: max_in_flight=4, max_batch_size=8; penguins:max_queue_delay_ms=2.5"
 
     settings = ProxySettings(max_batch_size=64, batching=text)
@@ -170,6 +170,6 @@ def test_batch_limits_can_be_set_by_model() -> None:
     "text", ["imagenet", "imagenet: size=3", "imagenet: max_batch_size=0", "a b: max_batch_size=1", "x: max_in_flight=y"]
 )
 def test_invalid_batch_limits_are_refused(text: str) -> None:
-    """A wrong word is named before anything starts."""
+    """The message names the invalid part, before anything starts."""
     with pytest.raises(ValidationError, match="batching"):
         ProxySettings(batching=text)

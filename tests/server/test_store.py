@@ -1,4 +1,4 @@
-"""The store of loaded versions: what it loads, keeps, lets go and tries again."""
+"""The store of loaded versions: which it loads, keeps, unloads and retries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from splitserve.server.store import FIRST_RETRY_S, VersionStore
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,7 +30,7 @@ class Clock:
 
 
 class FakeBundle:
-    """A bundle that is nothing but its name."""
+    """A bundle that consists of its key only."""
 
     def __init__(self, key: BundleKey) -> None:
         self.key = key
@@ -44,7 +44,7 @@ class FakeBundle:
 
 
 class FakeSource:
-    """A source whose bundles are their own names; those in `failures` raise."""
+    """A source of fake bundles; opening those in `failures` raises."""
 
     def __init__(self, *versions: int, model: str = "m") -> None:
         self.keys = {BundleKey(model, "predict", version) for version in versions}
@@ -119,7 +119,7 @@ def held(store: VersionStore[Any], state: str = READY) -> list[int]:
 
 
 async def test_the_newest_versions_are_loaded_once() -> None:
-    """A second look at the same source opens nothing."""
+    """A second poll of the same source opens nothing."""
     source = FakeSource(1, 2, 3)
     store = store_of(source)
 
@@ -132,7 +132,7 @@ async def test_the_newest_versions_are_loaded_once() -> None:
 
 
 async def test_a_broken_version_affects_no_other() -> None:
-    """It takes no one's place, is not tried again, and says why."""
+    """It replaces no other version, is not retried, and gives the reason."""
     source = FakeSource(1, 2)
     store = store_of(source)
     await store.refresh()
@@ -151,7 +151,7 @@ async def test_a_broken_version_affects_no_other() -> None:
 
 
 async def test_a_refused_bundle_is_retried_on_request() -> None:
-    """Whoever has mended what it takes, and nothing in the bundle, says so with `load`."""
+    """After a repair outside of the bundle, `load` requests the retry."""
     source = FakeSource(1, 2)
     source.failures[2] = BundleError("damaged")
     store = store_of(source)
@@ -168,7 +168,7 @@ async def test_a_refused_bundle_is_retried_on_request() -> None:
 
 
 async def test_a_refused_bundle_is_retried_once_its_changed_files_are_stable() -> None:
-    """Whoever copies a bundle into place file by file may not be done when the first look comes."""
+    """A bundle that is copied file by file may be incomplete at the first poll."""
     source = FakeSource(1, 2)
     source.failures[2] = BundleError("model.onnx has 10 bytes, manifest.json says 20")
     source.stamps[2] = "10 bytes"
@@ -190,7 +190,7 @@ async def test_a_refused_bundle_is_retried_once_its_changed_files_are_stable() -
 
 
 async def test_a_change_that_fixes_nothing_is_tried_once() -> None:
-    """What it was when it was tried last is what counts."""
+    """Its files are compared with those of the last attempt."""
     source = FakeSource(1)
     source.failures[1] = BundleError("damaged")
     store = store_of(source)
@@ -204,7 +204,7 @@ async def test_a_change_that_fixes_nothing_is_tried_once() -> None:
 
 
 async def test_a_bundle_that_arrives_late_and_is_refused_is_not_retried_endlessly() -> None:
-    """It has come, and is no good."""
+    """It was fetched completely and is invalid."""
     clock, source = Clock(), FakeSource(1)
     source.failures[1] = NotFetched("not there yet")
     store = store_of(source, clock=clock)
@@ -220,7 +220,7 @@ async def test_a_bundle_that_arrives_late_and_is_refused_is_not_retried_endlessl
 
 
 async def test_an_unexpected_error_is_reported_as_a_refusal() -> None:
-    """Whatever one bundle does, the others load."""
+    """The other bundles load."""
     source = FakeSource(1, 2)
     source.failures[2] = MemoryError("no more")
     store = store_of(source)
@@ -232,7 +232,7 @@ async def test_an_unexpected_error_is_reported_as_a_refusal() -> None:
 
 
 async def test_at_start_older_versions_replace_broken_ones() -> None:
-    """The service goes down the list until it has as many as it wants."""
+    """The service tries older versions until it holds as many as configured."""
     source = FakeSource(1, 2, 3, 4)
     source.failures = {4: BundleError("damaged"), 3: BundleError("damaged")}
     store = store_of(source, "latest:1")
@@ -244,7 +244,7 @@ async def test_at_start_older_versions_replace_broken_ones() -> None:
 
 
 async def test_an_old_version_is_unloaded_once_it_is_unused() -> None:
-    """Loaded first, unloaded after, and not while it is in use."""
+    """The new version is loaded first; the old one is unloaded when no call uses it."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, "latest:1", clock=clock, delay_s=10)
     await store.refresh()
@@ -267,7 +267,7 @@ async def test_an_old_version_is_unloaded_once_it_is_unused() -> None:
 
 
 async def test_versions_named_by_a_route_are_kept() -> None:
-    """However old it is."""
+    """Independent of their age."""
     source = FakeSource(1, 2, 3, 4)
     source.found_routes = {"m": Route((RoutedPair("7.1"),))}
     store = store_of(source, "latest:1")
@@ -278,7 +278,7 @@ async def test_versions_named_by_a_route_are_kept() -> None:
 
 
 async def test_a_broken_route_is_reported_once_and_the_previous_one_applies() -> None:
-    """Neither the model nor the others wait for it to be mended."""
+    """Neither its model nor other models wait for a valid route."""
     source = FakeSource(1, 2)
     source.keys.add(BundleKey("other", "predict", 1))
     source.found_routes = {"m": Route((RoutedPair("7.1"),))}
@@ -306,7 +306,7 @@ async def test_a_broken_route_is_reported_once_and_the_previous_one_applies() ->
 
 
 async def test_a_missing_requested_version_is_reported_until_it_exists() -> None:
-    """Whether a route or a setting names it; whoever asks for it is told, and the log tells it once."""
+    """Whether a route or a setting names it: requests for it get the reason, and the log has it once."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.7"),))}
     store = store_of(source, "m=1.8; latest:1")
@@ -331,7 +331,7 @@ async def test_a_missing_requested_version_is_reported_until_it_exists() -> None
 
 
 async def test_a_removed_model_leaves_no_awaited_version() -> None:
-    """Its route is gone with it."""
+    """Its route is removed with it."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.7"),))}
     store = store_of(source)
@@ -344,7 +344,7 @@ async def test_a_removed_model_leaves_no_awaited_version() -> None:
 
 
 async def test_a_predictor_without_a_number_is_not_awaited() -> None:
-    """Another maker's server has it."""
+    """A third-party server holds it."""
     source = FakeSource(1)
     source.found_routes = {"m": Route((RoutedPair("1.0"),))}
     store = store_of(source)
@@ -355,7 +355,7 @@ async def test_a_predictor_without_a_number_is_not_awaited() -> None:
 
 
 async def test_bundles_removed_from_the_source_are_unloaded() -> None:
-    """After the same delay; a broken one at once."""
+    """After the same delay; a refused one at once."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = BundleError("damaged")
     store = store_of(source, clock=clock, delay_s=10)
@@ -372,7 +372,7 @@ async def test_bundles_removed_from_the_source_are_unloaded() -> None:
 
 
 async def test_a_failed_download_is_retried_with_backoff() -> None:
-    """The service is up meanwhile, and says what it waits for."""
+    """The service runs meanwhile, and reports what it waits for."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = NotFetched("connection refused")
     store = store_of(source, "latest:1", clock=clock)
@@ -396,7 +396,7 @@ async def test_a_failed_download_is_retried_with_backoff() -> None:
 
 
 async def test_an_unreadable_source_is_reported_and_unloads_nothing() -> None:
-    """What is held is served on; the first look is not over until it succeeds."""
+    """Loaded versions keep serving; the first poll ends when it succeeds."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, clock=clock)
     source.problem = BundleError("no such bucket")
@@ -414,7 +414,7 @@ async def test_an_unreadable_source_is_reported_and_unloads_nothing() -> None:
 
 
 async def test_an_unreadable_source_is_polled_with_backoff() -> None:
-    """After 1, 2, 4 … seconds, and at once when somebody asks for it."""
+    """After 1, 2, 4 … seconds, and at once on request."""
     clock, source = Clock(), FakeSource(1)
     store = store_of(source, clock=clock)
     source.problem = NotFetched("no such bucket")
@@ -433,7 +433,7 @@ async def test_an_unreadable_source_is_polled_with_backoff() -> None:
 
 
 async def test_a_source_with_its_own_interval_is_not_polled_earlier() -> None:
-    """A listing may cost money. What is due to be tried again is tried all the same."""
+    """A listing may cost money. Retries that are due still happen."""
     clock, source = Clock(), FakeSource(1, 2)
     source.failures[2] = NotFetched("connection refused")
     store: VersionStore[Any] = VersionStore(source, "predict", str, allow_unreleased_pairs=True, poll_interval_s=10, clock=clock)
@@ -451,7 +451,7 @@ async def test_a_source_with_its_own_interval_is_not_polled_earlier() -> None:
 
 
 async def test_models_are_fetched_at_the_same_time() -> None:
-    """A model that takes long to fetch does not keep the others from being served."""
+    """A model that takes long to fetch does not delay the others."""
     source = FakeSource(1)
     source.keys.add(BundleKey("slow", "predict", 1))
     fetching, others_loaded = threading.Event(), threading.Event()
@@ -478,7 +478,7 @@ async def test_models_are_fetched_at_the_same_time() -> None:
 
 
 async def test_an_unloaded_model_is_not_served_until_load() -> None:
-    """Looks at the source do not bring it back."""
+    """Polls of the source do not load it again."""
     source = FakeSource(1)
     store = store_of(source)
     await store.refresh()
@@ -496,7 +496,7 @@ async def test_an_unloaded_model_is_not_served_until_load() -> None:
 
 
 async def test_load_polls_the_source_at_once() -> None:
-    """Without waiting for the next look."""
+    """Without waiting for the next poll."""
     source = FakeSource(1)
     store = store_of(source)
     await store.refresh()
@@ -508,7 +508,7 @@ async def test_load_polls_the_source_at_once() -> None:
 
 
 async def test_a_missing_requested_model_is_reported_once() -> None:
-    """Else a wrong name would look like an empty repository; that others are there is no hindrance."""
+    """Otherwise a misspelt name would look like an empty repository; other models are served."""
     source = FakeSource(1)
     store = VersionStore(
         source, "predict", str, selection=Selection(models=frozenset({"m", "other"})), allow_unreleased_pairs=True

@@ -1,4 +1,4 @@
-"""What the store loads for the sake of releases, keeps for their grace, and refuses."""
+"""What the store loads for releases, keeps for their grace period, and refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIGEST = "a" * 64
 
 
 class FakeRecord:
-    """A record that is nothing but its release."""
+    """A record that consists of its release only."""
 
     def __init__(self, release: Release) -> None:
         self.release = release
@@ -66,7 +66,7 @@ def store_of(
 
 
 async def test_only_halves_of_releases_are_loaded() -> None:
-    """A publisher that was killed before the release leaves bundles that nobody serves."""
+    """A publisher that was killed before the release leaves bundles that are not served."""
     source = ReleasedSource(1, 2)
     source.release("1.1")
     store = store_of(source)
@@ -79,7 +79,7 @@ async def test_only_halves_of_releases_are_loaded() -> None:
 
 
 async def test_a_model_without_a_release_says_how_to_get_one() -> None:
-    """Its halves are published, and serve nobody."""
+    """Its halves are published and not served."""
     store = store_of(ReleasedSource(1))
 
     await store.refresh()
@@ -89,7 +89,7 @@ async def test_a_model_without_a_release_says_how_to_get_one() -> None:
 
 
 async def test_the_policy_counts_releases_and_one_more_is_held() -> None:
-    """By sequence, not by version number; the one before them serves if a restart finds the newest refused."""
+    """By sequence, not by version number; the previous release serves if a restart finds the newest refused."""
     source = ReleasedSource(1, 2, 3, 4, 5)
     for pair in ("1.5", "1.4", "1.1", "1.2", "1.3"):
         source.release(pair)
@@ -113,7 +113,7 @@ async def test_a_pair_that_was_released_again_counts_once() -> None:
 
 
 async def test_specific_names_pairs_that_have_a_release() -> None:
-    """Not the cross product of their halves, and not what was never proven."""
+    """Not the cross product of their halves, and no pair that was never proven."""
     source = ReleasedSource(1, 2, 3)
     source.release("1.1")
     source.release("2.2")
@@ -138,7 +138,7 @@ async def test_what_the_route_names_is_held_however_old() -> None:
 
 
 async def test_a_route_to_a_pair_without_a_release_is_not_followed() -> None:
-    """The last good one is."""
+    """The last valid route is."""
     source = ReleasedSource(1, 2)
     source.release("1.1")
     source.found_routes = {"m": Route((RoutedPair("1.1"),))}
@@ -156,7 +156,7 @@ async def test_a_route_to_a_pair_without_a_release_is_not_followed() -> None:
 
 
 async def test_a_broken_route_without_a_good_one_before_leaves_no_default() -> None:
-    """After a restart nobody knows what it was to be."""
+    """After a restart the previous route is unknown."""
     source = ReleasedSource(1)
     source.release("1.1")
     source.found_routes = {"m": BundleError("m: route.json: unknown field")}
@@ -169,7 +169,7 @@ async def test_a_broken_route_without_a_good_one_before_leaves_no_default() -> N
 
 
 async def test_a_bundle_that_is_not_the_one_of_its_release_is_refused() -> None:
-    """Whatever was changed in it, its manifest's digest is another."""
+    """Any change to it changes the digest of its manifest."""
     source = ReleasedSource(1, 2)
     source.release("1.1")
     source.release("1.2")
@@ -184,7 +184,7 @@ async def test_a_bundle_that_is_not_the_one_of_its_release_is_refused() -> None:
 
 
 async def test_a_bundle_that_was_replaced_and_released_again_is_loaded_again() -> None:
-    """Whoever publishes version 1 anew, under its old number, gets what the new release recorded."""
+    """After version 1 was published again under the same number, the bundle of the new release is loaded."""
     source = ReleasedSource(1)
     source.release("1.1")
     store = store_of(source)
@@ -200,7 +200,7 @@ async def test_a_bundle_that_was_replaced_and_released_again_is_loaded_again() -
 
 
 async def test_a_release_that_comes_before_its_bundle_waits_for_it() -> None:
-    """A copy of a repository has no order."""
+    """A copy of a repository may arrive in any order."""
     source = ReleasedSource(1)
     source.release("1.1")
     source.release("1.2")
@@ -216,7 +216,7 @@ async def test_a_release_that_comes_before_its_bundle_waits_for_it() -> None:
 
 
 async def test_a_withdrawn_release_is_held_for_its_grace_and_then_unloaded() -> None:
-    """However often it is asked for meanwhile."""
+    """Independent of how many requests it gets meanwhile."""
     clock, source = Clock(), ReleasedSource(1, 2)
     source.release("1.1")
     source.release("1.2")
@@ -257,7 +257,7 @@ async def test_a_release_that_is_withdrawn_and_released_again_stays() -> None:
 
 
 async def test_releases_that_vanish_together_are_not_withdrawn() -> None:
-    """An unmounted volume shows an empty folder: what serves goes on, and says so, until it is there again."""
+    """An unmounted volume is an empty folder; loaded versions keep serving and report the reason until it is mounted again."""
     clock, source = Clock(), ReleasedSource(1)
     source.release("1.1")
     store = store_of(source, clock=clock)
@@ -297,7 +297,7 @@ async def test_a_record_that_cannot_be_fetched_changes_nothing() -> None:
 
 
 async def test_versions_without_a_release_are_loaded_only_where_a_setting_allows_it() -> None:
-    """Beside those that have one."""
+    """In addition to those that have one."""
     source = ReleasedSource(1, 2, 3)
     source.release("1.1")
     store: VersionStore[Any] = VersionStore(

@@ -12,7 +12,7 @@ from splitserve.server import cores, workers
 
 @pytest.mark.parametrize("arguments", [["--workers", "3"], ["--workers=3"]])
 def test_the_option_is_the_setting(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes before the environment, and other arguments stay where they are."""
+    """It takes precedence over the environment, and other arguments are kept."""
     monkeypatch.setenv("PROXY_WORKERS", "2")
     line = ["program", *arguments, "--other"]
 
@@ -23,7 +23,7 @@ def test_the_option_is_the_setting(arguments: list[str], monkeypatch: pytest.Mon
 
 
 def test_a_process_without_workers_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing says otherwise."""
+    """By default."""
     monkeypatch.delenv(workers.INDEX_VARIABLE, raising=False)
     assert workers.own_place() == (0, 1)
 
@@ -32,7 +32,7 @@ def test_a_process_without_workers_is_the_only_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_workers_need_a_port_to_share() -> None:
-    """Each would take another one."""
+    """With port 0 each would bind another one."""
     with pytest.raises(SystemExit, match="share a port"):
         workers.supervise(2, lambda: None, [0, 8001])
 

@@ -1,4 +1,4 @@
-"""Versions that come and go while the system serves."""
+"""Versions that are published and removed while the system serves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def publish(repository: Path, number: int) -> None:
 
 
 def expected(pair: str) -> float:
-    """What ones become under a pair; NaN, which nothing equals, under one that was never released."""
+    """The answer of a pair for rows of ones; NaN, which equals nothing, for a pair that was never released."""
     preprocessor, predictor = map(int, pair.split("."))
     if preprocessor != predictor:
         return float("nan")
@@ -52,7 +52,7 @@ def expected(pair: str) -> float:
 
 
 class Load:
-    """Callers that never stop asking, over REST and gRPC; every answer is checked against the pair that it names."""
+    """Callers that send requests continuously, over REST and gRPC; each answer is compared with that of the named pair."""
 
     def __init__(self, system: System) -> None:
         self._system = system
@@ -110,7 +110,7 @@ def versions(system: System) -> list[str]:
 
 
 def swap(system: System, repository: Path, n_swaps: int) -> list[dict[str, float]]:
-    """Publish version after version under load, each when of those before only the last is left; MiB of each process after."""
+    """Publish versions under load, each when only the previous one is loaded; the MiB of each process afterwards."""
     load = Load(system)
     load.start()
     try:
@@ -131,7 +131,7 @@ def swap(system: System, repository: Path, n_swaps: int) -> list[dict[str, float
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
 def test_swapping_versions_loses_no_request(tmp_path: Path, is_fused: bool) -> None:
-    """New versions are loaded beside the old, then take over."""
+    """New versions are loaded while the old ones serve, then replace them."""
     publish(tmp_path, 1)
     with serving(tmp_path, is_fused=is_fused) as system:
         swap(system, tmp_path, n_swaps=3)
@@ -153,7 +153,7 @@ def test_twenty_swaps_in_a_row_lose_no_request_and_no_memory(tmp_path: Path, is_
 
 
 def test_a_bad_new_version_does_not_affect_the_served_one(tmp_path: Path) -> None:
-    """The one that served serves on, and the index says what is wrong with the other."""
+    """The served version keeps serving, and the index gives the reason for the other."""
     publish(tmp_path / "models", 1)
     with serving(tmp_path / "models") as system:
         load = Load(system)
@@ -183,7 +183,7 @@ def copied(repository: Path, to: Path) -> Path:
 
 
 def test_a_bundle_copied_file_by_file_is_served_once_it_is_complete(tmp_path: Path) -> None:
-    """As cp and rsync do it: half of a file, a file under another name, the manifest before the rest."""
+    """As cp and rsync copy: half of a file, a file under a temporary name, the manifest first."""
     publish(tmp_path / "models", 1)
     copied(tmp_path / "models", tmp_path / "elsewhere")
     with serving(tmp_path / "models", is_fused=True) as system:
@@ -204,7 +204,7 @@ def test_a_bundle_copied_file_by_file_is_served_once_it_is_complete(tmp_path: Pa
 
 
 def test_a_broken_route_does_not_block_new_versions(tmp_path: Path) -> None:
-    """The route before it counts; what is wrong is told, and that a route names what has no release."""
+    """The previous route applies; the index reports the reason, and also a route that names a pair without a release."""
     models = tmp_path / "models"
     publish(models, 1)
     elsewhere = copied(models, tmp_path / "elsewhere")
@@ -229,7 +229,7 @@ def test_a_broken_route_does_not_block_new_versions(tmp_path: Path) -> None:
 
 
 def index(system: System) -> dict[str, tuple[str, str]]:
-    """State and reason by model and version, as REST tells them."""
+    """State and reason by model and version, from REST."""
     _, entries = system.rest("/v2/repository/index", {})
     return {f"{entry['name']} {entry['version']}": (entry["state"], entry.get("reason", "")) for entry in entries}
 
@@ -245,7 +245,7 @@ def index_over_grpc(system: System) -> Any:
 
 
 def test_reload_and_repository_control_act_at_once(tmp_path: Path) -> None:
-    """With polling as good as off: the command, and load and unload for operators, over REST and gRPC."""
+    """With polling practically disabled: the command, and load and unload for operators, over REST and gRPC."""
     command = Path(sys.executable).with_name("splitserve")
     publish(tmp_path, 1)
     slow = {"PREDICT_REFRESH_INTERVAL_S": "3600"}
