@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from sklearn.utils import get_tags
 
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import samples
-from splitserve.publishing.agreement import compare, expected_answer, split_answer
+from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
 from splitserve.publishing.convert import LABEL, answers_of, to_onnx
+from splitserve.publishing.equality import Comparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
@@ -39,7 +40,8 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 class Published(msgspec.Struct, frozen=True):
     """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
-    ``sequence`` is the number of the release; ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
+    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``sequence`` is the number of the release;
+    ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
     """
 
     name: str
@@ -51,11 +53,13 @@ class Published(msgspec.Struct, frozen=True):
     sequence: int
     golden: GoldenRows = "rows"
     n_golden: int = 0
+    hard_rows: dict[str, int] = {}
 
     def __str__(self) -> str:
         return (
             f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}; on {self.n_checked} "
-            f"rows the split differs from the original by at most {self.worst_difference:.1e}; "
+            f"rows of X and {sum(self.hard_rows.values())} hard rows ({_listed(self.hard_rows)}) the split differs from the "
+            f"original by at most {self.worst_difference:.1e}; "
             f"{said_of_golden(self.golden, self.n_golden)}"
         )
 
@@ -150,9 +154,19 @@ def publish(
             probed=_features(preprocessor, checked),
             source=preprocessor.manifest.golden,
         )
-        worst, complaint = compare(split_answer(preprocessor, predictor, checked), expected, tolerance)
+        scales = scales_of(expected)
+        found = split_answer(preprocessor, predictor, checked)
+        worst, complaint = compare(found, expected, tolerance, precision=precision, scales=scales)
         if not complaint:
-            compared = Compared(len(checked), batch_sizes=BATCH_SIZES)
+            tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, checked)
+            comparison = Comparison(
+                pipeline, preprocessor, predictor, tensors, targets=targets, tolerance=tolerance, scales=scales
+            )
+            equal = comparison.run(is_row_wise=row_wise)
+            worst, complaint = max(worst, equal.worst), equal.complaint
+        if not complaint:
+            n_hard = sum(equal.hard_rows.values())
+            compared = Compared(len(checked) + n_hard, hard_rows=equal.hard_rows, batch_sizes=BATCH_SIZES)
             target = repository_at(repository)
             release = write_released(target, preprocessor, predictor, version=version, proven="pipeline", compared=compared)
             pair = release.pair
@@ -166,9 +180,14 @@ def publish(
                 release.sequence,
                 preprocessor.manifest.golden,
                 preprocessor.golden.inputs[0].n_rows,
+                equal.hard_rows,
             )
         complaints.append(f"at {precision}, {complaint}")
     raise PublishError("; ".join(complaints))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def _features(half: PreprocessorHalf, rows: Rowset) -> dict[str, Array]:

@@ -59,20 +59,52 @@ def row_wise_complaint(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, 
     """
     arrays = [to_array(tensor) for tensor in inputs]
     n_rows = len(arrays[0])
-    answer = run(tuple(inputs))
-    names, datatypes, together = zip(*[(tensor.name, tensor.datatype, to_array(tensor)) for tensor in answer], strict=True)
+    together = run(tuple(inputs))
     for what, rows in _arrangements(n_rows):
-        found = [to_array(tensor) for tensor in run(_taken(inputs, arrays, rows))]
-        for name, datatype, want, have in zip(names, datatypes, together, found, strict=True):
-            if have.shape != (len(rows), *want.shape[1:]):
-                return f'output "{name}" has shape {list(have.shape)} for {len(rows)} rows {what}'
-            row, difference = _worst_row(want[rows], have, scale_of(want) if want.dtype.kind == "f" else 1.0)
-            is_beyond = difference > bounds.get(datatype, 0.0)
-            if is_beyond and not _is_tie(int(rows[row]), datatypes, together, datatype, bounds):
-                return (
-                    f'output "{name}" of row {int(rows[row])} {what} differs by {difference:.2g} of its scale from the '
-                    f"same row in a call of {n_rows}"
-                )
+        found = run(_taken(inputs, arrays, rows))
+        if complaint := _difference(together, found, rows, bounds, what, f"a call of {n_rows}"):
+            return complaint
+    return ""
+
+
+def threads_complaint(one: Run, several: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
+    """Where an answer depends on the number of threads; "" if it never does.
+
+    Args:
+        one: what is examined, with one thread.
+        several: the same with several.
+        inputs: rows (n_rows, …) of each input.
+        bounds: as for `row_wise_complaint`.
+    """
+    rows = np.arange(inputs[0].n_rows)
+    return _difference(one(tuple(inputs)), several(tuple(inputs)), rows, bounds, "with several threads", "a call with one thread")
+
+
+def _difference(
+    together: Sequence[Tensor], found: Sequence[Tensor], rows: Array, bounds: Mapping[str, float], what: str, other: str
+) -> str:
+    """Where the answers to some of the rows differ from those to all; "" if nowhere.
+
+    Args:
+        together: the answers to all rows.
+        found: the answers to ``rows``.
+        rows: numbers of rows.
+        bounds: of differences by datatype, relative to the output's scale.
+        what: how ``found`` came about.
+        other: how ``together`` did.
+    """
+    wanted = [to_array(tensor) for tensor in together]
+    had = [to_array(tensor) for tensor in found]
+    for tensor, want, have in zip(together, wanted, had, strict=True):
+        if have.shape != (len(rows), *want.shape[1:]):
+            return f'output "{tensor.name}" has shape {list(have.shape)} for {len(rows)} rows {what}'
+        row, difference = _worst_row(want[rows], have, scale_of(want) if want.dtype.kind == "f" else 1.0)
+        is_beyond = difference > bounds.get(tensor.datatype, 0.0)
+        if is_beyond and not (tensor.datatype not in bounds and _is_rounding(row, int(rows[row]), together, wanted, had, bounds)):
+            return (
+                f'output "{tensor.name}" of row {int(rows[row])} {what} differs by {difference:.2g} of its scale from the '
+                f"same row in {other}"
+            )
     return ""
 
 
@@ -109,14 +141,17 @@ def _worst_row(want: Array, have: Array, scale: float) -> tuple[int, float]:
     return row, float(by_row[row])
 
 
-def _is_tie(row: int, datatypes: Sequence[str], together: Sequence[Array], datatype: str, bounds: Mapping[str, float]) -> bool:
-    """Whether what differs is a label whose two best scores are closer than rounding can tell apart."""
-    if datatype in bounds:
-        return False
-    for score_type, scores in zip(datatypes, together, strict=True):
-        if score_type in bounds and scores.ndim == 2 and scores.shape[1] > 1:
+def _is_rounding(
+    place: int, row: int, together: Sequence[Tensor], wanted: Sequence[Array], had: Sequence[Array], bounds: Mapping[str, float]
+) -> bool:
+    """Whether rounding decided a label that differs: the best two scores are closer than rounding can tell apart, and not the
+    same in both answers. Of equal scores the label must be the same, too.
+    """
+    for tensor, scores, others in zip(together, wanted, had, strict=True):
+        if tensor.datatype in bounds and scores.ndim == 2 and scores.shape[1] > 1:
             best = np.sort(scores[row].astype(np.float64))[-2:]
-            return bool(best[1] - best[0] <= 2 * bounds[score_type] * scale_of(scores))
+            is_close = best[1] - best[0] <= 2 * bounds[tensor.datatype] * scale_of(scores)
+            return bool(is_close and not np.array_equal(scores[row], others[place]))
     return False
 
 

@@ -105,9 +105,9 @@ class Preprocessor:
 
     def _output(self, features: Array, n_rows: int) -> Tensor:
         spec = self.outputs[0]
-        with np.errstate(over="ignore"):  # values beyond float32 become infinite; `_check_values` decides
+        with np.errstate(over="ignore"):  # values beyond float32 become infinite; `check_values` decides
             features = features.astype(DTYPES[spec.datatype], copy=False)
-        self._check_values(features)
+        self.check_values(features)
         output = from_array(spec.name, features, spec.datatype)
         if output.shape != (n_rows, *spec.shape[1:]):
             check_outputs(self.outputs, (output,), n_rows)
@@ -133,7 +133,12 @@ class Preprocessor:
         if plan is not None and _agree(plan, self.transformer, to_rows(self._rows, self.inputs, golden.inputs), golden.inputs):
             self._plan = plan
 
-    def _check_values(self, features: Array) -> None:
+    def check_values(self, features: Array) -> None:
+        """Refuse features that the manifest says the model does not accept.
+
+        Raises:
+            InvalidInput: names the row.
+        """
         if self._refuses and features.dtype.kind == "f":
             bad = np.isinf(features) if self._refuses == "inf" else ~np.isfinite(features)
             if bad.any():

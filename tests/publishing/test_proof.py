@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from splitserve.arrays import from_array, to_array
-from splitserve.publishing.proof import row_wise_complaint, stable_rows, tolerances_of
+from splitserve.publishing.proof import row_wise_complaint, stable_rows, threads_complaint, tolerances_of
 from splitserve.repository.golden import scale_of
 from splitserve.repository.manifest import Tolerance
 
@@ -98,13 +98,33 @@ def test_rounding_passes_and_more_does_not():
     assert row_wise_complaint(shifted(5e-5 * scale), ROWS) != ""
 
 
-def test_a_label_may_differ_where_rounding_decides_it():
-    def run(inputs):
-        x = to_array(inputs[0])
-        scores = np.full((len(x), 2), 0.5, dtype=np.float32)
-        return [from_array("scores", scores), from_array("label", np.full(len(x), len(x) == 1, dtype=np.int64))]
+def scored(gap):
+    """A label that depends on the number of rows, with two scores that differ by ``gap``, in a sign that depends on it, too."""
 
-    assert row_wise_complaint(run, ROWS) == ""
+    def run(inputs):
+        n_rows = len(to_array(inputs[0]))
+        side = gap if n_rows == 1 else -gap
+        scores = np.full((n_rows, 2), 0.5, dtype=np.float32) + np.array([side, -side], dtype=np.float32)
+        return [from_array("scores", scores), from_array("label", np.full(n_rows, n_rows == 1, dtype=np.int64))]
+
+    return run
+
+
+def test_a_label_may_differ_where_rounding_decides_it():
+    assert row_wise_complaint(scored(1e-6), ROWS) == ""
+
+
+def test_a_label_of_equal_scores_is_the_same_alone_and_merged():
+    assert 'output "label"' in row_wise_complaint(scored(0.0), ROWS)
+
+
+def test_a_label_that_depends_on_threads_is_found():
+    def several(inputs):
+        scores, label = scored(0.0)(inputs)
+        return [scores, from_array("label", 1 - to_array(label))]
+
+    assert 'output "label" of row 0 with several threads' in threads_complaint(scored(0.0), several, ROWS)
+    assert threads_complaint(scored(0.0), scored(0.0), ROWS) == ""
 
 
 def test_a_label_may_not_differ_where_scores_are_clear():

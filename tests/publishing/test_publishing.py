@@ -478,7 +478,7 @@ def test_another_minor_version_of_scikit_learn_is_refused_unless_allowed(tmp_pat
     [
         ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])}, 0.0, ""),
         ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.25, 0.75]])}, 0.05, "probabilities of row 1"),
-        ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [np.nan, 0.8]])}, np.nan, "probabilities of row 1"),
+        ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [np.nan, 0.8]])}, np.inf, "probabilities of row 1"),
         (
             {"label": np.array([1, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])},
             0.0,
@@ -498,10 +498,32 @@ def test_agreement_is_of_probabilities_and_labels(found: dict[str, np.ndarray], 
     assert re.search(complaint, found_complaint) if complaint else not found_complaint
 
 
-def test_a_label_may_differ_where_two_probabilities_are_too_close_to_tell() -> None:
-    """The tie is decided by the last bit, which no conversion keeps."""
-    expected = {"label": np.array([0]), "probabilities": np.array([[0.50001, 0.49999]])}
+@pytest.mark.parametrize(
+    ("gap", "precision", "is_allowed"),
+    [(1e-12, "FP64", True), (1e-12, "FP32", False), (0.0, "FP64", False), (1e-6, "FP64", False)],
+)
+def test_a_label_differs_only_where_the_order_of_a_float64_sum_may_decide_it(
+    gap: float, precision: str, is_allowed: bool
+) -> None:
+    """At float32 there is no exception, since the model can be computed at float64, and none for equal probabilities."""
+    expected = {"label": np.array([0]), "probabilities": np.array([[0.5 + gap / 2, 0.5 - gap / 2]])}
+    found = {"label": np.array([1]), "probabilities": expected["probabilities"]}
 
-    _, complaint = compare({"label": np.array([1]), "probabilities": np.array([[0.49999, 0.50001]])}, expected, 1e-4)
+    _, complaint = compare(found, expected, 1e-4, precision=precision)
 
-    assert complaint == ""
+    assert (complaint == "") is is_allowed
+
+
+def test_a_label_of_the_only_class_is_compared() -> None:
+    """One class has no second probability that could be close."""
+    expected = {"label": np.array([0]), "probabilities": np.array([[1.0]])}
+
+    assert "label of row 0" in compare({"label": np.array([1]), "probabilities": np.array([[1.0]])}, expected, 1e-4)[1]
+
+
+def test_predictions_are_measured_by_their_spread() -> None:
+    """An error of 64 is large where the targets are between 1.7e9 and 1.7e9 + 100, however far from 0 they are."""
+    want = 1.7e9 + np.arange(100.0)
+
+    assert "prediction of row" in compare({"prediction": want + 64}, {"prediction": want}, 1e-4)[1]
+    assert compare({"prediction": want + 1e-3}, {"prediction": want}, 1e-4)[1] == ""

@@ -1,0 +1,274 @@
+"""Proof that the split answers as the pipeline does, on rows of the training data and on hard ones.
+
+A row that the pipeline refuses is not compared; the service refuses it too, or answers where scikit-learn would not have. A row
+that the pipeline answers must be answered by the split, unless it has infinite values, which services refuse.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from splitserve.arrays import DTYPES, Array, from_array, to_array
+from splitserve.errors import SplitserveError
+from splitserve.publishing import hard_rows, samples
+from splitserve.publishing.agreement import Scale, compare, expected_answer
+from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
+from splitserve.publishing.hard_rows import FAR_KINDS, Block, HardRows
+from splitserve.publishing.proof import row_wise_complaint, threads_complaint
+from splitserve.repository import golden as goldens
+from splitserve.repository.manifest import MODEL_FILE
+from splitserve.runtimes.predictor import Predictor
+from splitserve.runtimes.preprocessor import to_dense
+from splitserve.runtimes.rows import to_rows
+from splitserve.tensors import Tensor
+
+N_TOGETHER = 192
+"""Hard rows that are run alone, merged, permuted and repeated, and with several threads."""
+
+_N_THREADS = 4
+_N_TRIED = 6
+_ULPS = 4
+
+Answer = Mapping[str, Array]
+Answering = Callable[[tuple[Array, ...]], Answer]
+
+
+class Equal(msgspec.Struct, frozen=True):
+    """What was compared: hard rows by kind, the largest difference; ``complaint`` is "" if the answers are equal."""
+
+    hard_rows: dict[str, int]
+    worst: float
+    complaint: str = ""
+
+
+class Comparison:
+    """Compares a split with a pipeline on hard rows.
+
+    Args:
+        pipeline: fitted.
+        preprocessor: its one half, loaded.
+        predictor: its other half, loaded.
+        tensors: rows of the training data, by the inputs of the signature.
+        targets: as for `publish`.
+        tolerance: as for `publish`.
+        scales: of the answers to the training data.
+        tick: called between comparisons, with what is compared next.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        preprocessor: PreprocessorHalf,
+        predictor: PredictorHalf,
+        tensors: Sequence[Tensor],
+        *,
+        targets: Sequence[str],
+        tolerance: float,
+        scales: Mapping[str, Scale],
+        tick: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._pipeline, self._preprocessor, self._predictor = pipeline, preprocessor, predictor
+        self._tensors, self._targets, self._tolerance, self._scales = tensors, targets, tolerance, scales
+        self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
+        self._estimator = pipeline.steps[-1][1]
+        self._tick = tick
+
+    def run(self, *, is_row_wise: bool) -> Equal:
+        """Compare raw rows through the whole, then feature rows through the predictor.
+
+        Args:
+            is_row_wise: also compare rows alone, merged, permuted and repeated.
+        """
+        with warnings.catch_warnings(), threadpool_limits(1):  # many small calls, which threads only slow down
+            warnings.simplefilter("ignore")  # scikit-learn's, about values that are made to be strange
+            return self._run(is_row_wise)
+
+    def _run(self, is_row_wise: bool) -> Equal:
+        counts: Counter[str] = Counter()
+        worst, kept = 0.0, list[tuple[Array, ...]]()
+        levels: list[tuple[Iterator[Block], Answering, Answering, str]] = [
+            (self._raw_blocks(), self._by_pipeline, self._by_split, ""),
+            (self._feature_blocks(), self._by_estimator, self._by_predictor, "features"),
+        ]
+        for blocks, original, split, level in levels:
+            for block in blocks:
+                self._tick(block.kind)
+                n_compared, difference, complaint, rows = self._compared(block, original, split)
+                if complaint:
+                    return Equal(dict(counts), worst, complaint)
+                counts[f"{block.kind} ({level})" if level else block.kind] += n_compared
+                worst = max(worst, difference)
+                if not level and n_compared:
+                    kept.append(rows)
+        complaint = self._together(kept) if kept and is_row_wise else ""
+        return Equal({kind: count for kind, count in counts.items() if count}, worst, complaint)
+
+    def _raw_blocks(self) -> Iterator[Block]:
+        made = hard_rows.of_raw(self._tensors, self._preprocessor.rows, self._specs)
+        yield from made.blocks()
+        splits = hard_rows.splits_of(self._estimator, self._output.wire_shape[1])
+        if splits and (block := self._raw_thresholds(made, splits)):
+            yield block
+
+    def _raw_thresholds(self, made: HardRows, splits: Sequence[tuple[int, float]]) -> Block | None:
+        transform = self._pipeline[:-1] if len(self._pipeline.steps) > 1 else None
+
+        def features(arrays: list[Array]) -> Array:
+            rows = self._rows(tuple(arrays))
+            return np.asarray(to_dense(rows if transform is None else transform.transform(rows)), np.float64)
+
+        try:
+            return made.thresholds(features, splits)
+        except Exception:  # the transforms refuse values that lie between those of the training data
+            return None
+
+    def _feature_blocks(self) -> Iterator[Block]:
+        inputs = self._preprocessor.runtime.transform(self._tensors)
+        features = to_array(inputs[0])
+        if features.ndim != 2 or features.dtype.kind != "f" or not len(features):
+            return
+        block = hard_rows.feature_thresholds(features, hard_rows.splits_of(self._estimator, features.shape[1]))
+        if block is not None:
+            yield block
+        for made in hard_rows.of_features(features).blocks():
+            if made.kind in ("missing", "zeros", "extremes", "mixtures"):
+                yield made
+
+    def _compared(self, block: Block, original: Answering, split: Answering) -> tuple[int, float, str, tuple[Array, ...]]:
+        """How many rows were compared, the largest difference, the complaint, and the rows."""
+        if block.kind in FAR_KINDS:
+            block = self._determined(block, original)
+        expected, answered = _answered(original, block.arrays, Exception)
+        rows = tuple(array[answered] for array in block.arrays)
+        if not len(answered):
+            return 0, 0.0, "", rows
+        found, places = _answered(split, rows, SplitserveError)
+        if len(places) < len(answered):
+            if block.kind != "infinite":
+                lost = answered[min(set(range(len(answered))) - set(places.tolist()))]
+                return 0, 0.0, f"the split refuses a row that the pipeline answers: {block.shown[lost]} ({block.kind})", rows
+            expected = {name: want[places] for name, want in expected.items()}
+            answered, rows = answered[places], tuple(array[places] for array in rows)
+            if not len(answered):
+                return 0, 0.0, "", rows
+        difference, complaint = compare(found, expected, self._tolerance, precision=self._output.datatype, scales=self._scales)
+        if complaint:
+            complaint = self._with_row(complaint, block, answered, found, expected)
+        return len(answered), difference, complaint, rows
+
+    def _with_row(self, complaint: str, block: Block, answered: Array, found: Answer, expected: Answer) -> str:
+        """The complaint with what is special about its row."""
+        for place, row in enumerate(answered.tolist()):
+            have, want = ({name: values[place : place + 1] for name, values in side.items()} for side in (found, expected))
+            if alone := compare(have, want, self._tolerance, precision=self._output.datatype, scales=self._scales)[1]:
+                return f"{alone.replace('of row 0', 'of a hard row')} (row {row} of the kind {block.kind}: {block.shown[row]})"
+        return complaint
+
+    def _determined(self, block: Block, original: Answering) -> Block:
+        """Without rows that the pipeline itself answers otherwise when their numbers move by a few units in the last place."""
+        kept = np.ones(block.n_rows, bool)
+        want, answered = _answered(original, block.arrays, Exception)
+        if not len(answered):
+            return block
+        rows = tuple(array[answered] for array in block.arrays)
+        for sign in (1, -1):
+            moved = tuple(_moved(array, sign) for array in rows)
+            have, places = _answered(original, moved, Exception)
+            for place, row in enumerate(places.tolist()):
+                one = {name: values[place : place + 1] for name, values in have.items()}
+                other = {name: values[row : row + 1] for name, values in want.items()}
+                if compare(one, other, self._tolerance / 10, precision="FP32", scales=self._scales)[1]:
+                    kept[answered[row]] = False
+        return Block(
+            block.kind,
+            tuple(array[kept] for array in block.arrays),
+            tuple(shown for shown, is_kept in zip(block.shown, kept.tolist(), strict=True) if is_kept),
+        )
+
+    def _together(self, kept: Sequence[tuple[Array, ...]]) -> str:
+        """Whether hard rows are answered the same alone, merged, permuted, repeated, and with several threads."""
+        self._tick("batches and threads")
+        joined = tuple(np.concatenate(parts) for parts in zip(*kept, strict=True))
+        chosen = samples.spread(len(joined[0]), N_TOGETHER)
+        inputs = self._tensors_of(tuple(array[chosen] for array in joined))
+        features = self._preprocessor.runtime.transform(inputs)
+        bounds = goldens.bounds_of(self._predictor.manifest)
+        one = self._predictor.runtime.infer
+        if complaint := row_wise_complaint(one, features, bounds):
+            return f"on hard rows, {complaint}"
+        several = Predictor(self._predictor.files[MODEL_FILE], intra_op_num_threads=_N_THREADS).infer
+        complaint = threads_complaint(one, several, features, bounds)
+        return f"on hard rows, {complaint}" if complaint else ""
+
+    def _tensors_of(self, arrays: tuple[Array, ...]) -> tuple[Tensor, ...]:
+        return tuple(from_array(spec.name, array, spec.datatype) for spec, array in zip(self._specs, arrays, strict=True))
+
+    def _rows(self, arrays: tuple[Array, ...]) -> Any:
+        return to_rows(self._preprocessor.rows, self._specs, self._tensors_of(arrays))
+
+    def _by_pipeline(self, arrays: tuple[Array, ...]) -> Answer:
+        return expected_answer(self._pipeline, self._rows(arrays), self._targets)
+
+    def _by_split(self, arrays: tuple[Array, ...]) -> Answer:
+        features = self._preprocessor.runtime.transform(self._tensors_of(arrays))
+        return {tensor.name: to_array(tensor) for tensor in self._predictor.runtime.infer(features)}
+
+    def _by_estimator(self, arrays: tuple[Array, ...]) -> Answer:
+        return expected_answer(self._estimator, arrays[0].astype(np.float64), self._targets)
+
+    def _by_predictor(self, arrays: tuple[Array, ...]) -> Answer:
+        features = arrays[0].astype(DTYPES[self._output.datatype])
+        self._preprocessor.runtime.check_values(features)
+        tensor = from_array(self._predictor.runtime.inputs[0].name, features)
+        return {tensor.name: to_array(tensor) for tensor in self._predictor.runtime.infer((tensor,))}
+
+
+def _moved(array: Array, sign: int) -> Array:
+    if array.dtype.kind != "f":
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved: Array = (array * (1 + sign * _ULPS * np.finfo(array.dtype).eps)).astype(array.dtype)
+    return moved
+
+
+def _answered(answer: Answering, arrays: tuple[Array, ...], refusals: type[Exception]) -> tuple[Answer, Array]:
+    """The answers to the rows that are not refused, and the numbers of these rows.
+
+    Rows are halved to find those that are refused; if a few that are spread evenly all are, no more is tried.
+    """
+    n_rows = len(arrays[0])
+    parts: list[tuple[Array, Answer]] = []
+    if n_rows:
+        _halve(answer, arrays, np.arange(n_rows), refusals, parts)
+    if not parts:
+        return {}, np.array([], np.int64)
+    rows = np.concatenate([rows for rows, _ in parts])
+    return {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}, rows
+
+
+def _halve(
+    answer: Answering, arrays: tuple[Array, ...], rows: Array, refusals: type[Exception], parts: list[tuple[Array, Answer]]
+) -> None:
+    try:
+        with np.errstate(all="ignore"):
+            parts.append((rows, answer(tuple(array[rows] for array in arrays))))
+            return
+    except refusals:
+        if len(rows) == 1:
+            return
+    if len(rows) > 2 * _N_TRIED:
+        tried = [rows[index] for index in samples.spread(len(rows), _N_TRIED)]
+        alone: list[tuple[Array, Answer]] = []
+        for row in tried:
+            _halve(answer, arrays, np.array([row]), refusals, alone)
+        if not alone:
+            return
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        _halve(answer, arrays, half, refusals, parts)
