@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 from tests.budgets import IS_CI
+from tests.folders import MadeOnce, made_once_in
 
 if TYPE_CHECKING:
     from tests.demo_models import Demos
@@ -79,6 +80,12 @@ def demos(tmp_path_factory: pytest.TempPathFactory) -> Demos:
 
     folder = tmp_path_factory.getbasetemp()
     return publish_demos_once((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "demos")
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """The folder that a function has filled, e.g. by publishing: once in each process. A test that changes it takes a copy."""
+    return made_once_in(lambda: tmp_path_factory.mktemp("made-once"))
 
 
 @pytest.fixture(params=["own", "grpcio"])

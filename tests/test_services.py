@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,7 @@ from splitserve.server.store import VersionStore
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature
+from tests.folders import MadeOnce
 from tests.system.models import softmax_model
 
 ROWS = np.random.default_rng(0).normal(size=(20, 3))
@@ -56,13 +58,16 @@ def executor() -> Iterator[Executor]:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Repository:
+def repository(made_once: MadeOnce, tmp_path: Path) -> Repository:
     """The model ``m``: two preprocessors and two predictors."""
+    return Repository(Path(shutil.copytree(made_once(publish_halves), tmp_path, dirs_exist_ok=True)))
+
+
+def publish_halves(repository: Path) -> None:
     for scale in (1, 2):
         scaler = StandardScaler().fit(ROWS * scale)
-        publish_preprocessor(scaler, ROWS, name="m", repository=tmp_path)
-        publish_predictor(softmax_model(3), np.zeros((1, 3), np.float32), name="m", repository=tmp_path)
-    return Repository(tmp_path)
+        publish_preprocessor(scaler, ROWS, name="m", repository=repository)
+        publish_predictor(softmax_model(3), np.zeros((1, 3), np.float32), name="m", repository=repository)
 
 
 def request(rows: Any = ROWS[:2], *, version: str = "", name: str = "features", model: str = "m", **fields: Any) -> InferRequest:

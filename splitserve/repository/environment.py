@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
@@ -75,12 +76,16 @@ class Mismatch(msgspec.Struct, frozen=True):
         return f"published with {self.package} {self.made_with}, this service runs {here} ({need}: {self.meaning})"
 
 
+_installed = cache(version)
+"""A version does not change while a process runs, and finding it means reading and parsing the package's metadata."""
+
+
 def observe(packages: Sequence[str]) -> dict[str, str]:
     """Versions of Python and of those of the packages that are installed, by name."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            found[package] = _installed(package)
         except PackageNotFoundError:
             continue
     return found

@@ -1,5 +1,6 @@
 """``splitserve release``, ``releases`` and ``rollback``, as a person calls them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,21 @@ from typer.testing import CliRunner, Result
 
 from splitserve import publish, publish_preprocessor
 from splitserve.cli import app
+from tests.folders import MadeOnce
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(made_once: MadeOnce, tmp_path: Path) -> Path:
     """Released as 1.1, with two more preprocessors: one of the same numbers, one of others."""
-    publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=tmp_path)
+    return Path(shutil.copytree(made_once(publish_models), tmp_path, dirs_exist_ok=True))
+
+
+def publish_models(repository: Path) -> None:
+    publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=repository)
     for scaler in (StandardScaler(), MinMaxScaler()):
-        publish_preprocessor(make_pipeline(scaler).fit(IRIS), IRIS, name="m", repository=tmp_path)
-    return tmp_path
+        publish_preprocessor(make_pipeline(scaler).fit(IRIS), IRIS, name="m", repository=repository)
 
 
 def splitserve(*arguments: object) -> Result:

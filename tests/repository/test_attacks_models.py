@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -25,6 +26,7 @@ from splitserve.repository.manifest import BundleError, Kind
 from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.predictor import Predictor
+from tests.folders import MadeOnce
 from tests.system.models import affine_model
 
 N = 3
@@ -106,13 +108,17 @@ class Canary:
         return os.system, (f"touch {self.path}",)
 
 
+def publish_halves(repository: Path) -> None:
+    publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=repository)
+    publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=repository)
+
+
 @pytest.mark.parametrize("half", ["preprocess", "predict"])
 @pytest.mark.parametrize("form", ["plain", "gz", "xz", "numpy"])
-def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, tmp_path: Path) -> None:
+def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, made_once: MadeOnce, tmp_path: Path) -> None:
     """E05: in the place of the transforms, the model or the golden samples, plain, compressed or as an array of objects."""
     canary = tmp_path / "canary"
-    publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
-    publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
+    shutil.copytree(made_once(publish_halves), tmp_path, dirs_exist_ok=True)
     source = Repository(tmp_path)
     load: Any = preprocessor.load if half == "preprocess" else predictor.load
     folder = tmp_path / "m" / half / "1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,36 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
 from splitserve.publishing import PublishError
-from splitserve.repository.bundle import Bundle
+from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.preprocessor import Preprocessor
+from tests.folders import MadeOnce
 from tests.system.models import softmax_model
 
 ROWS = np.random.default_rng(0).normal(size=(6, 3))
 
 
 @pytest.fixture
-def scaler(tmp_path: Path) -> Bundle:
-    return publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
+def scaler(made_once: MadeOnce, tmp_path: Path) -> Bundle:
+    shutil.copytree(made_once(publish_scaler), tmp_path, dirs_exist_ok=True)
+    return Repository(tmp_path).open(BundleKey("m", "preprocess", 1))
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Bundle:
-    return publish_predictor(softmax_model(3), ROWS.astype(np.float32), name="m", repository=tmp_path)
+def model(made_once: MadeOnce, tmp_path: Path) -> Bundle:
+    shutil.copytree(made_once(publish_model), tmp_path, dirs_exist_ok=True)
+    return Repository(tmp_path).open(BundleKey("m", "predict", 1))
+
+
+def publish_scaler(repository: Path) -> None:
+    publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=repository)
+
+
+def publish_model(repository: Path) -> None:
+    publish_predictor(softmax_model(3), ROWS.astype(np.float32), name="m", repository=repository)
 
 
 def changed(bundle: Bundle, change: Callable[[dict[str, Any]], None]) -> Repository:
