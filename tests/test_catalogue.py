@@ -1,4 +1,4 @@
-"""What a service knows of its models, and which version a request gets."""
+"""The catalogue of a service's models, and which version a request gets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_newest_ready_version_is_chosen(versions, chosen):
 
 
 def test_a_requested_version_serves():
-    """Whether or not it was ready at the last look."""
+    """Whether or not it was ready at the last poll."""
     known = catalogue(penguins={1: ready("a"), 2: LOST, 3: ready("c")})
 
     assert known.choose("penguins", 1) == (1, "a")
@@ -74,7 +74,7 @@ def test_the_error_for_a_version_that_cannot_serve_has_the_reason(entry, message
 
 @pytest.mark.parametrize("version", [1, None])
 def test_an_unknown_model_is_not_found(version):
-    """In the words that clients match, without its endless name."""
+    """With the text that clients match; a long name is cut."""
     with pytest.raises(NotFound, match=r"^Request for unknown model: 'other' is not found$"):
         catalogue(penguins={1: ready("a")}).choose("other", version)
 
@@ -84,7 +84,7 @@ def test_an_unknown_model_is_not_found(version):
 
 
 def test_an_unknown_version_is_not_found():
-    """Another one is never served in its place (D14); the message lists those that there are, the newest first."""
+    """Another one is never served in its place (D14); the message lists the known ones, the newest first."""
     with pytest.raises(NotFound, match=r"^Request for unknown model: 'penguins' is not found, version 2; its versions: 3, 1$"):
         catalogue(penguins={1: ready("a"), 3: ready("c")}).choose("penguins", 2)
 
@@ -100,7 +100,7 @@ def test_only_some_of_many_versions_are_listed():
 
 @pytest.mark.parametrize("version", [1, None])
 def test_an_incomplete_model_is_unavailable(version):
-    """It is known, and lacks a half."""
+    """It is known, but one half is missing."""
     known = catalogue()
     known.put_incomplete("penguins", "it has a preprocessor but no predictor")
 
@@ -176,5 +176,5 @@ def test_the_index_lists_every_version():
     ],
 )
 def test_the_reason_for_not_ready_is_given(states, reason):
-    """One ready version is enough; otherwise the reasons, those that are the same together, and not all of very many."""
+    """One ready version is sufficient; otherwise the reasons are grouped, and only some of many are listed."""
     assert why_not_ready(states) == reason

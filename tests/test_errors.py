@@ -72,7 +72,7 @@ def test_every_code_is_a_grpc_status(kind):
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_an_error_is_the_same_after_a_hop(kind):
-    """Class, message and where it happened survive the wire."""
+    """Class, message, stage, model and pair survive the wire."""
     raised = kind("what went wrong", stage="predict", model="penguins", pair="1.2")
 
     received = from_wire(raised.grpc_code, raised.message, raised.reason, raised.metadata)
@@ -117,7 +117,7 @@ def test_error_metadata_has_only_known_facts():
 
 
 def test_the_innermost_stage_is_kept():
-    """An error that passes several stages says what the first of them knew."""
+    """An error that passes several stages keeps the facts of the first."""
     with (
         pytest.raises(NotFound) as caught,
         at_stage("proxy", model="outer", pair="9.9"),
@@ -129,7 +129,7 @@ def test_the_innermost_stage_is_kept():
 
 
 def test_a_stage_adds_missing_facts():
-    """The raiser need not know where it runs."""
+    """The code that raises it does not need to know its stage."""
     with pytest.raises(NotFound) as caught, at_stage("proxy", model="penguins", pair="1.2"), at_stage("preprocess"):
         raise NotFound("no such version")
 
@@ -137,7 +137,7 @@ def test_a_stage_adds_missing_facts():
 
 
 def test_an_unexpected_exception_becomes_internal_without_its_text():
-    """What a library says of an accident is for the log, as the cause; the caller learns that there was one."""
+    """The original exception is logged as the cause; the caller gets "internal error"."""
     accident = KeyError("/secret/path")
 
     with pytest.raises(Internal) as caught, at_stage("predict", model="penguins", pair="1.2"):
@@ -150,7 +150,7 @@ def test_an_unexpected_exception_becomes_internal_without_its_text():
 
 @pytest.mark.parametrize("error", [PairMismatch("message"), RuntimeError("message")])
 def test_a_model_name_is_truncated_to_fit_a_header(error):
-    """The name is the caller's text and ends up in trailing metadata, which is small."""
+    """The name comes from the caller and is sent in trailing metadata, which is limited."""
     with pytest.raises(SplitserveError) as caught, at_stage("proxy", model="m" * 100_000):
         raise error
 

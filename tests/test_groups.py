@@ -11,5 +11,5 @@ import pytest
 @pytest.mark.xdist_group("named")
 @pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="there is one process")
 def test_tests_of_a_group_run_in_one_worker(request: pytest.FixtureRequest) -> None:
-    """Without it each worker starts the systems that tests share, and nothing says so: what xdist groups by is part of the id."""
+    """Otherwise each worker would start the shared systems, unnoticed: the xdist group is part of the test's id."""
     assert request.node.nodeid.endswith("@named")

@@ -87,7 +87,7 @@ async def preprocess(tmp_path: Path, executor: Executor) -> PreprocessService:
 
 @pytest.fixture
 def peak_growth() -> Callable[[], int]:
-    """Bytes by which this process has been larger since the test began than it was then, native allocations included."""
+    """Peak growth of this process since the test began, in bytes, native allocations included."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -149,13 +149,13 @@ async def test_preprocess_refuses_features_larger_than_a_message(
 
 
 async def test_a_malformed_request_is_invalid_whatever_size_it_claims(preprocess: PreprocessService) -> None:
-    """A number of rows without their bytes is no large request."""
+    """A claimed number of rows without their bytes is malformed, not large."""
     with pytest.raises(InvalidInput, match="needs 8000000 bytes, got 8"):
         await preprocess.infer(InferRequest("m", (Tensor("features", "INT64", (1_000_000, 1), bytes(8)),)))
 
 
 async def test_the_proxy_refuses_an_answer_larger_than_a_message() -> None:
-    """Nothing is sent for it."""
+    """Nothing is sent to preprocess."""
     backend = FakeInference(signature("m", [X], [WIDE], version="1.1"))
     proxy = ProxyService(backend)
     await proxy.refresh()
@@ -180,7 +180,7 @@ def texts(count: int, text: bytes = b"") -> Tensor:
 
 
 async def test_an_answer_of_unpredictable_size_is_too_large_and_not_unavailable() -> None:
-    """Text, on a stream: the caller is not told to retry, and other requests on the stream are answered."""
+    """Text, on a stream: the error is not retryable, and other requests on the stream are answered."""
     service = FakeInference(signature("m", [TEXT]), answer=long_for_two_rows)
     async with serving(service, max_message_bytes=2000) as address, RemoteInference(address, stage="predict") as remote:
         while not remote.n_streams:

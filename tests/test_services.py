@@ -1,4 +1,4 @@
-"""What predict, preprocess and proxy do, without any transport: versions, pairs, and blame for errors."""
+"""Predict, preprocess and proxy without a transport: versions, pairs, and which stage an error blames."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def predict_service(repository: Repository, executor: Executor) -> Predict
 
 
 async def test_predict_uses_the_latest_version_by_default(repository: Repository, executor: Executor) -> None:
-    """No version is the newest; a number is that one."""
+    """Without a version the newest; a number selects that version."""
     service = await predict_service(repository, executor)
     features = ROWS[:2].astype(np.float32)
 
@@ -121,7 +121,7 @@ async def test_predict_knows_no_other_versions(repository: Repository, executor:
 
 
 async def test_predict_accepts_only_the_datatype_of_the_signature(repository: Repository, executor: Executor) -> None:
-    """A plain server of the protocol converts nothing."""
+    """A server of the protocol does not convert datatypes."""
     service = await predict_service(repository, executor)
 
     with pytest.raises(InvalidInput, match='input "features": expected datatype FP32, got FP64') as raised:
@@ -131,7 +131,7 @@ async def test_predict_accepts_only_the_datatype_of_the_signature(repository: Re
 
 
 async def test_predict_is_loading_until_every_bundle_was_tried(repository: Repository, executor: Executor) -> None:
-    """Before the first look is over, an unknown model may yet come: not found would be a lie."""
+    """Before the first poll has finished, an unknown model may still be loaded, so NOT_FOUND would be wrong."""
     service = PredictService(VersionStore(repository, "predict", predictors.load, allow_unreleased_pairs=True), executor)
 
     with pytest.raises(Unavailable, match="models are still being loaded"):
@@ -179,7 +179,7 @@ async def test_the_newest_pair_is_the_default(repository: Repository, executor: 
 
 
 async def test_a_pair_that_does_not_fit_is_refused_with_the_reason(repository: Repository, executor: Executor) -> None:
-    """Checked before it is live: the index, and a request for it, name the difference."""
+    """Checked before it serves: the index, and the error of a request for it, name the difference."""
     predict = fake_predict("1", features=TensorSpec("features", "FP32", ("batch", 4)))
     service = await preprocess_service(repository, predict, executor)
 
@@ -191,7 +191,7 @@ async def test_a_pair_that_does_not_fit_is_refused_with_the_reason(repository: R
 
 
 async def test_pairs_of_a_loading_predictor_are_loading(repository: Repository, executor: Executor) -> None:
-    """A pair is as ready as its halves."""
+    """A pair is ready only if its halves are."""
     predict = fake_predict("1")
     predict.states = [ModelState("m", "1", LOADING)]
 
@@ -231,7 +231,7 @@ def refusing(error: SplitserveError) -> Any:
 async def test_predicts_failures_are_not_blamed_on_the_caller(
     repository: Repository, executor: Executor, answer: Any, kind: type[SplitserveError], message: str
 ) -> None:
-    """The caller did not make the tensors that predict got; what a retry can help stays so."""
+    """The caller did not make the tensors that predict got; retryable errors stay retryable."""
     service = await preprocess_service(repository, fake_predict("1", answer=answer), executor)
 
     with pytest.raises(kind) as raised:
@@ -255,7 +255,7 @@ async def test_only_requested_outputs_are_returned_in_order(repository: Reposito
 
 
 async def test_an_unreachable_predict_is_reported_and_reconnected(repository: Repository, executor: Executor) -> None:
-    """Not ready while predict is away; requests are still tried, since it may be back before the next look."""
+    """Not ready while predict is unreachable; requests are still sent, since it may return before the next poll."""
     predict = fake_predict("1")
     service = await preprocess_service(repository, predict, executor)
 
@@ -277,7 +277,7 @@ async def test_an_unreachable_predict_is_reported_and_reconnected(repository: Re
 
 
 async def test_an_unexpected_exception_names_its_stage_when_fused_too(repository: Repository) -> None:
-    """Without a wire between them, the stages still tell whose fault it was."""
+    """Without a hop between them, errors still name the stage that failed."""
 
     class Broken(Executor):
         def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
@@ -294,7 +294,7 @@ async def test_an_unexpected_exception_names_its_stage_when_fused_too(repository
 
 
 async def test_the_proxy_checks_a_request_before_it_sends_it() -> None:
-    """Bad input stops at the edge; the stage behind never sees it."""
+    """Bad input is refused at the edge; the next stage never sees it."""
     backend = FakeInference(signature("m", [TensorSpec("features", "FP64", ("batch", 3))], version="1.1"))
     proxy = ProxyService(backend)
     await proxy.refresh()
@@ -307,7 +307,7 @@ async def test_the_proxy_checks_a_request_before_it_sends_it() -> None:
 
 
 async def test_the_proxy_forwards_narrower_numbers_unchanged() -> None:
-    """Widening is the preprocessor's business; the edge moves bytes."""
+    """The preprocessor widens; the proxy forwards bytes."""
     backend = FakeInference(signature("m", [TensorSpec("features", "FP64", ("batch", 3))], version="1.1"))
     proxy = ProxyService(backend)
     await proxy.refresh()
@@ -318,7 +318,7 @@ async def test_the_proxy_forwards_narrower_numbers_unchanged() -> None:
 
 
 async def test_the_proxy_fetches_each_signature_once() -> None:
-    """A published version never changes, so what is known of a ready pair is kept, and dropped when the pair goes."""
+    """A published version never changes, so the signature of a ready pair is kept until the pair leaves the index."""
     asked: list[str] = []
 
     class Counting(FakeInference):
@@ -340,7 +340,7 @@ async def test_the_proxy_fetches_each_signature_once() -> None:
 
 
 async def test_without_models_the_proxy_gives_the_reason_of_preprocess() -> None:
-    """The proxy also gives the reason why nothing is ready."""
+    """The proxy reports preprocess's reason for having no ready model."""
     backend = FakeInference(not_ready="models are still being loaded")
     proxy = ProxyService(backend)
 
@@ -352,7 +352,7 @@ async def test_without_models_the_proxy_gives_the_reason_of_preprocess() -> None
 
 
 async def test_a_tensor_with_a_wrong_length_is_invalid_input(repository: Repository, executor: Executor) -> None:
-    """Also at preprocess, which stands alone."""
+    """Preprocess checks it too, since it can be called directly."""
     service = await preprocess_service(repository, fake_predict("1"), executor)
     lying = InferRequest("m", (Tensor("features", "FP64", (2, 3), b"\x00" * 47),))
 

@@ -48,7 +48,7 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture(scope="module")
-def stranger() -> trustme.CA:
+def unknown_authority() -> trustme.CA:
     return trustme.CA()
 
 
@@ -58,8 +58,8 @@ def files(tmp_path: Path, authority: trustme.CA) -> Files:
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, stranger: trustme.CA) -> Files:
-    return write(tmp_path / "foreign", stranger)
+def foreign(tmp_path: Path, unknown_authority: trustme.CA) -> Files:
+    return write(tmp_path / "foreign", unknown_authority)
 
 
 @asynccontextmanager
@@ -105,14 +105,16 @@ async def test_calls_cross_a_hop_over_tls(files: Files) -> None:
 
 
 @on_both_engines
-@pytest.mark.parametrize("case", ["plain text", "no certificate", "certificate of a stranger", "stranger's server"])
+@pytest.mark.parametrize(
+    "case", ["plain text", "no certificate", "certificate of an unknown authority", "server of an unknown authority"]
+)
 async def test_an_untrusted_grpc_caller_is_refused(files: Files, foreign: Files, case: str) -> None:
     """Every way in but the right one ends in the handshake, and nothing reaches the service."""
     callers = {
         "plain text": None,
         "no certificate": files.trusting,
-        "certificate of a stranger": ClientTls(files.ca, foreign.cert, foreign.key),
-        "stranger's server": ClientTls(foreign.ca, files.cert, files.key),
+        "certificate of an unknown authority": ClientTls(files.ca, foreign.cert, foreign.key),
+        "server of an unknown authority": ClientTls(foreign.ca, files.cert, files.key),
     }
     service = FakeInference(ECHO)
 
@@ -123,13 +125,15 @@ async def test_an_untrusted_grpc_caller_is_refused(files: Files, foreign: Files,
     assert service.requests == []
 
 
-@pytest.mark.parametrize("case", ["no certificate", "certificate of a stranger", "stranger's server", "old TLS"])
+@pytest.mark.parametrize(
+    "case", ["no certificate", "certificate of an unknown authority", "server of an unknown authority", "old TLS"]
+)
 async def test_an_untrusted_rest_caller_is_refused(files: Files, foreign: Files, case: str) -> None:
     """As over gRPC."""
     callers = {
         "no certificate": files.trusting,
-        "certificate of a stranger": ClientTls(files.ca, foreign.cert, foreign.key),
-        "stranger's server": ClientTls(foreign.ca, files.cert, files.key),
+        "certificate of an unknown authority": ClientTls(files.ca, foreign.cert, foreign.key),
+        "server of an unknown authority": ClientTls(foreign.ca, files.cert, files.key),
         "old TLS": files.client,
     }
     limits: dict[str, Any] = {"maximum_version": ssl.TLSVersion.TLSv1_1, "minimum_version": ssl.TLSVersion.TLSv1}
@@ -148,13 +152,13 @@ async def test_plain_text_to_a_tls_port_is_closed(files: Files) -> None:
             await client.get(url.replace("https", "http"))
 
 
-async def test_new_files_serve_new_handshakes_over_rest(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
+async def test_new_files_serve_new_handshakes_over_rest(tmp_path: Path, files: Files, unknown_authority: trustme.CA) -> None:
     """Certificate, key and client authority are exchanged while the server runs; the old ones are then of no use."""
     async with rest(files.mutual) as url:
         old = copy(files, tmp_path / "old")
         assert await get(url, files.client) == 200
 
-        new = write(Path(files.ca).parent, stranger)
+        new = write(Path(files.ca).parent, unknown_authority)
 
         assert await get(url, new.client) == 200
         for caller in (ClientTls(old.ca, new.cert, new.key), ClientTls(new.ca, old.cert, old.key)):
@@ -163,13 +167,13 @@ async def test_new_files_serve_new_handshakes_over_rest(tmp_path: Path, files: F
 
 
 @on_both_engines
-async def test_new_files_serve_new_handshakes_over_grpc(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
+async def test_new_files_serve_new_handshakes_over_grpc(tmp_path: Path, files: Files, unknown_authority: trustme.CA) -> None:
     """As over REST."""
     async with serving(FakeInference(ECHO), tls=files.mutual) as address:
         old = copy(files, tmp_path / "old")
         await infer(address, files.client)
 
-        new = write(Path(files.ca).parent, stranger)
+        new = write(Path(files.ca).parent, unknown_authority)
 
         await infer(address, new.client)
         for caller in (ClientTls(old.ca, new.cert, new.key), ClientTls(new.ca, old.cert, old.key)):
@@ -190,11 +194,11 @@ async def test_mismatched_certificate_files_are_not_used(tmp_path: Path, files: 
 
 @on_both_engines
 async def test_certificates_are_renewed_under_load_without_a_failed_call(
-    files: Files, stranger: trustme.CA, authority: trustme.CA
+    files: Files, unknown_authority: trustme.CA, authority: trustme.CA
 ) -> None:
     """First both authorities are trusted, then certificates are of the new one, then only it is trusted; every call is answered,
     those included that are under way while the channel is renewed."""
-    both = authority.cert_pem.bytes() + stranger.cert_pem.bytes()
+    both = authority.cert_pem.bytes() + unknown_authority.cert_pem.bytes()
     count = 0
     async with (
         serving(FakeInference(ECHO), tls=files.mutual) as address,
@@ -210,20 +214,20 @@ async def test_certificates_are_renewed_under_load_without_a_failed_call(
         replace(files.ca, both)
         await calls()
         under_way = asyncio.create_task(calls())
-        write(Path(files.ca).parent, stranger)
+        write(Path(files.ca).parent, unknown_authority)
         replace(files.ca, both)
         await under_way
         await calls()
-        replace(files.ca, stranger.cert_pem.bytes())
+        replace(files.ca, unknown_authority.cert_pem.bytes())
         await calls()
         assert (await infer(address, files.client)).outputs == (X,)
 
     assert count == 100
 
 
-async def test_a_channel_presents_its_new_certificate(tmp_path: Path, files: Files, stranger: trustme.CA) -> None:
+async def test_a_channel_presents_its_new_certificate(tmp_path: Path, files: Files, unknown_authority: trustme.CA) -> None:
     """A caller whose files change is let in by a server that takes the new ones only."""
-    new = write(tmp_path / "new", stranger)
+    new = write(tmp_path / "new", unknown_authority)
     caller = write(tmp_path / "caller", trustme.CA())
     async with (
         serving(FakeInference(ECHO), tls=new.mutual) as address,
@@ -232,7 +236,7 @@ async def test_a_channel_presents_its_new_certificate(tmp_path: Path, files: Fil
         with pytest.raises(Unavailable):
             await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))
 
-        write(tmp_path / "caller", stranger)
+        write(tmp_path / "caller", unknown_authority)
 
         assert (await remote.infer(InferRequest("echo", (X,), deadline=deadline_after(5)))).outputs == (X,)
 

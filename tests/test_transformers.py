@@ -32,7 +32,7 @@ HEIGHT, WIDTH = 6, 4
 
 
 def noise(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Array:
-    """A picture no two parts of which are alike."""
+    """A picture in which all parts differ."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -256,7 +256,7 @@ def test_a_decompression_bomb_is_refused_by_its_size(side: int):
 
 
 def test_pictures_of_too_many_pixels_together_are_refused(monkeypatch: pytest.MonkeyPatch):
-    """Many pictures, each of which would do, may not take all memory together."""
+    """Many pictures below the limit of one picture must not exhaust memory together."""
     monkeypatch.setattr(transformers, "MAX_PIXELS_TOGETHER", 2 * HEIGHT * WIDTH)
     file = encode(noise())
 

@@ -1,4 +1,4 @@
-"""A release that was proven with another maker's running server: replayed again and again, since nobody tells what changed."""
+"""A release that was proven with a running third-party server: replayed repeatedly, since such a server reports no changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCORES = TensorSpec("scores", "FP32", ("batch", 3))
 
 
 class Server(FakeInference):
-    """Multiplies; says neither digests nor when it has changed."""
+    """Multiplies; reports neither digests nor changes of its model."""
 
     def __init__(self) -> None:
         super().__init__(signature("m", [FEATURES], [SCORES], version="0"), answer=self.multiplied)
@@ -88,13 +88,13 @@ async def state_of(service: PreprocessService) -> tuple[str, str]:
 
 
 async def test_it_serves_without_the_setting(service: PreprocessService) -> None:
-    """Its golden samples have shown that it answers as recorded."""
+    """The replay of its golden samples has shown that it answers as recorded."""
     assert await state_of(service) == (READY, "")
     assert service._predict.requests[0].parameters == {}  # type: ignore[attr-defined]
 
 
 async def test_it_is_replayed_after_every_reconnect(service: PreprocessService) -> None:
-    """Whoever was away may come back as another."""
+    """After an outage the address may belong to another server."""
     server: Server = service._predict  # type: ignore[assignment]
     await state_of(service)
     server.is_away = True

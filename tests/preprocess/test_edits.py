@@ -1,4 +1,4 @@
-"""Whatever is changed in what was published, nothing of it is answered after the next load."""
+"""After any change to published files, the pair serves no answer after the next load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.preprocess.test_releases import Services, publish_model, request
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and beside it one that was fitted otherwise: every half fits every other."""
+    """A model and another fit of it: every half fits every other."""
     from sklearn.preprocessing import MinMaxScaler
 
     root = tmp_path_factory.mktemp("edits")
@@ -51,7 +51,7 @@ async def serves(root: Path) -> bool:
 
 
 async def test_what_was_not_changed_serves(published: Path) -> None:
-    """Else the others would prove nothing."""
+    """The control: without a change the pair serves."""
     assert await serves(published / "models")
 
 
@@ -72,7 +72,7 @@ async def test_a_byte_that_is_changed_serves_no_answer(published: Path, tmp_path
 
 @pytest.mark.parametrize("part", ["preprocess/1", "predict/1", "releases/0001-1.1"])
 async def test_a_part_of_another_publish_serves_no_answer(published: Path, tmp_path: Path, part: str) -> None:
-    """Each is valid by itself, and fits."""
+    """Each part is valid and fits."""
     root = tmp_path / "models"
     shutil.copytree(published / "models", root)
     shutil.rmtree(root / "m" / part)
@@ -82,7 +82,7 @@ async def test_a_part_of_another_publish_serves_no_answer(published: Path, tmp_p
 
 
 async def test_a_copy_by_file_serves(published: Path, tmp_path: Path) -> None:
-    """With other times, owners and modes, as copies have them."""
+    """With other times, owners and modes than the original."""
     root = tmp_path / "models"
     for path in (published / "models").rglob("*"):
         target = root / path.relative_to(published / "models")

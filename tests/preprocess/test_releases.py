@@ -55,7 +55,7 @@ class Services:
         )
 
     async def refresh(self) -> PreprocessService:
-        """Predict, then preprocess: each sees what is new."""
+        """Refresh predict, then preprocess."""
         await self.predictors.refresh()
         await self.preprocessors.refresh()
         await self.service.refresh()
@@ -142,7 +142,7 @@ async def test_another_fit_of_the_same_shape_never_serves_by_default(services: S
 
 
 async def test_other_names_for_the_same_numbers_serve_once_they_are_released(services: Services, tmp_path: Path) -> None:
-    """A release was proven in numbers; what the features are called counts for pairs without one only."""
+    """A release was proven in numbers; feature names count only for pairs without one."""
 
     def transforms(step: str) -> ColumnTransformer:
         return ColumnTransformer([(step, StandardScaler(), [0, 1, 2])]).fit(ROWS)
@@ -173,7 +173,7 @@ async def test_the_newest_release_is_the_default_and_not_the_newest_number(servi
 
 
 async def test_a_route_decides_what_serves_by_default(services: Services, tmp_path: Path) -> None:
-    """It pins a release; what it does not name stays callable."""
+    """It pins a release; other releases stay callable."""
     publish_model(tmp_path)
     publish_model(tmp_path)
     route = tmp_path / "m" / "route.json"
@@ -194,7 +194,7 @@ async def test_a_route_decides_what_serves_by_default(services: Services, tmp_pa
 
 
 async def test_a_broken_route_after_a_restart_leaves_requests_to_name_a_version(services: Services, tmp_path: Path) -> None:
-    """Nobody can tell which release was to serve."""
+    """The previous default is unknown after a restart."""
     publish_model(tmp_path)
     (tmp_path / "m" / "route.json").write_text('{"pairs": [{"pair": "1.1"}, {"pair": "2.1"}]}')
 
@@ -205,8 +205,8 @@ async def test_a_broken_route_after_a_restart_leaves_requests_to_name_a_version(
     assert (await service.infer(request("1.1"))).version == "1.1"
 
 
-async def test_what_serves_goes_on_until_what_the_route_names_is_ready(services: Services, tmp_path: Path) -> None:
-    """A route that is ahead of its bundle takes nothing away."""
+async def test_the_default_serves_until_the_pair_of_the_route_is_ready(services: Services, tmp_path: Path) -> None:
+    """A route to a pair that is not loaded yet does not stop the current default."""
     publish_model(tmp_path)
     await services.refresh()
     publish_model(tmp_path)
@@ -226,7 +226,7 @@ async def test_what_serves_goes_on_until_what_the_route_names_is_ready(services:
 
 
 def rewrite(bundle: Path, **fields: Any) -> None:
-    """Change fields of a bundle's manifest, as somebody does who regenerates all that can be regenerated in the bundle."""
+    """Change fields of a bundle's manifest, with every digest in the bundle regenerated."""
     path = bundle / "manifest.json"
     manifest = manifests.decode(path.read_bytes())
     path.write_bytes(manifests.encode(msgspec.structs.replace(manifest, **fields)))
@@ -246,7 +246,7 @@ def rewrite(bundle: Path, **fields: Any) -> None:
 async def test_an_edit_with_fresh_digests_is_refused_at_the_next_load(
     services: Services, tmp_path: Path, half: str, fields: dict[str, Any]
 ) -> None:
-    """The bundle alone looks right; its release recorded another one."""
+    """The bundle is consistent; its release recorded another digest."""
     words = np.where(np.median(TARGETS) < TARGETS, "a", "b")
     publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(ROWS, words), ROWS, name="m", repository=tmp_path)
     rewrite(tmp_path / "m" / half / "1", **fields)
@@ -259,7 +259,7 @@ async def test_an_edit_with_fresh_digests_is_refused_at_the_next_load(
 
 
 async def test_golden_samples_of_the_whole_are_replayed(services: Services, tmp_path: Path) -> None:
-    """Halves that each pass their own samples, and a whole that answers otherwise than recorded."""
+    """Each half passes its own samples, but the whole answers differently than recorded."""
     publish_model(tmp_path)
     change_golden(tmp_path, lambda outputs: outputs + 1)
 
@@ -281,7 +281,7 @@ async def test_answers_that_are_not_numbers_prove_nothing(services: Services, tm
 
 
 async def test_tolerances_beyond_all_bounds_prove_nothing(services: Services, tmp_path: Path) -> None:
-    """Whatever the answer is, it would agree."""
+    """Every answer would agree."""
     publish_model(tmp_path)
     outputs = Repository(tmp_path).open_release(RELEASE).manifest.outputs
     change_golden(tmp_path, lambda outputs: outputs + 1, tolerances={each.name: Tolerance(atol=1e30) for each in outputs})
@@ -290,7 +290,7 @@ async def test_tolerances_beyond_all_bounds_prove_nothing(services: Services, tm
 
 
 def change_golden(root: Path, change: Any, **fields: Any) -> None:
-    """Write a release anew with other golden answers, and fields of its manifest, its digests included."""
+    """Rewrite a release with other golden answers and manifest fields, digests included."""
     repository = Repository(root)
     recorded = repository.open_release(RELEASE)
     manifest = recorded.manifest
@@ -303,7 +303,7 @@ def change_golden(root: Path, change: Any, **fields: Any) -> None:
     release_log.write_folder(folder, {**files, "manifest.json": fresh})
 
 
-async def test_a_release_is_proven_once_and_nobody_counts_it(services: Services, tmp_path: Path) -> None:
+async def test_a_release_is_proven_once_and_not_counted(services: Services, tmp_path: Path) -> None:
     """Refreshes do not replay again, and statistics show what clients sent."""
     publish_model(tmp_path)
     await services.refresh()
@@ -344,7 +344,7 @@ async def test_predict_that_is_not_available_refuses_nothing(services: Services,
 
 
 async def test_golden_rows_are_sent_in_chunks_below_the_limit(tmp_path: Path, executor: Executor) -> None:
-    """A release whose samples are larger than a message serves all the same."""
+    """A release whose samples exceed the message limit serves, too."""
     publish_model(tmp_path)
     services = Services(tmp_path, executor, max_message_bytes=200)
     sent: list[int] = []
@@ -363,7 +363,7 @@ async def test_golden_rows_are_sent_in_chunks_below_the_limit(tmp_path: Path, ex
 
 
 async def test_each_call_names_the_predictor_that_it_expects(services: Services, tmp_path: Path) -> None:
-    """A predictor that was replaced under its number answers no call that is meant for the one before."""
+    """A predictor that was replaced under its number answers no call for the previous one."""
     publish_model(tmp_path)
     service = await services.refresh()
     await service.infer(request())
@@ -380,7 +380,7 @@ async def test_each_call_names_the_predictor_that_it_expects(services: Services,
 async def test_a_predict_service_that_has_another_bundle_under_the_number_is_refused(
     services: Services, tmp_path: Path, executor: Executor
 ) -> None:
-    """Each stage reads its own copy of the repository; the release tells that they are not of the same publish."""
+    """Each stage reads its own copy of the repository; the release's digests show that the copies differ."""
     publish_model(tmp_path)
     publish_model(tmp_path / "other", MinMaxScaler())
     theirs = Services(tmp_path / "other", executor)
@@ -396,7 +396,7 @@ async def test_a_predict_service_that_has_another_bundle_under_the_number_is_ref
 
 
 async def test_a_withdrawn_release_leaves_the_index_and_stays_callable_for_a_while(services: Services, tmp_path: Path) -> None:
-    """Requests that were bound to it are answered; those without a version get the one before."""
+    """Requests that were bound to it are answered; those without a version get the previous release."""
     publish_model(tmp_path)
     publish_model(tmp_path)
     service = await services.refresh()
@@ -410,7 +410,7 @@ async def test_a_withdrawn_release_leaves_the_index_and_stays_callable_for_a_whi
 
 
 async def test_a_setting_allows_pairs_that_no_release_names(tmp_path: Path, executor: Executor) -> None:
-    """Their metadata says so, and a release goes before them."""
+    """Their metadata says so, and releases take precedence."""
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path)
     publish_predictor(affine_model(3, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     services = Services(tmp_path, executor, allow_unreleased_pairs=True)

@@ -1,6 +1,6 @@
-"""Bad input and abuse over REST, byte by byte over a real socket: what each gets, and that the proxy serves on as before.
+"""Bad input and abuse over REST, byte by byte over a real socket: the status of each, and that the proxy keeps serving.
 
-After every row: the proxy answers, nothing is left in flight, and what the attacker was told names nothing of the inside.
+After every row: the proxy answers, nothing is left in flight, and the attacker's answer contains no internals.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ BODIES: dict[str, tuple[str, bytes, set[int]]] = {
 
 @pytest.mark.parametrize("row", BODIES)
 async def test_a_malicious_body_is_refused(edge: Edge, row: str) -> None:
-    """A status of the caller's, words that tell nothing of the inside and echo little, and service as before."""
+    """A status that blames the caller, a message without internals that echoes little, and no effect on other calls."""
     path, body, expected = BODIES[row]
 
     status, _, answer = await edge.post(body, path)
@@ -282,7 +282,7 @@ FRAMES: dict[str, tuple[bytes, set[int]]] = {
 
 @pytest.mark.parametrize("row", FRAMES)
 async def test_malicious_http_framing_is_refused(edge: Edge, row: str) -> None:
-    """Refused before any application sees it, with the connection closed where what follows could be taken for a request."""
+    """Refused before any application sees it, with the connection closed where the following bytes could be read as a request."""
     data, expected = FRAMES[row]
 
     status, headers, answer = await edge.send(data)
@@ -296,7 +296,7 @@ async def test_malicious_http_framing_is_refused(edge: Edge, row: str) -> None:
 
 @pytest.mark.parametrize("value", ["-1", "0", "99999999999", "1e3", "0x10", "+5", "5 5", "٣", "x", "5", str(len(GOOD) + 1)])
 async def test_a_wrong_header_length_is_refused(edge: Edge, value: str) -> None:
-    """B08: no number, none of this body, or one that cuts the JSON in half."""
+    """B08: not a number, not that of this body, or one that cuts the JSON in half."""
     head = request("POST", INFER, f"Content-Length: {len(GOOD)}").decode("latin-1")[:-2]
     raw = head.encode("latin-1") + f"Inference-Header-Content-Length: {value}\r\n\r\n".encode() + GOOD
 
@@ -332,14 +332,14 @@ async def test_a_path_cannot_escape_its_route(edge: Edge, path: str) -> None:
     ("encoding", "expected"), [("br", {415}), ("zstd", {415}), ("gzip, gzip", {415}), ("x" * 1000, {415}), ("gzip", {400, 415})]
 )
 async def test_an_unsupported_encoding_is_refused(edge: Edge, encoding: str, expected: set[int]) -> None:
-    """A04, A05: refused, or malformed if it is not what it says."""
+    """A04, A05: refused, or malformed if the body is not in the stated encoding."""
     status, _, _ = await edge.post(GOOD, INFER, f"Content-Encoding: {encoding}")
 
     assert status in expected
 
 
 async def test_forms_are_not_parsed(edge: Edge) -> None:
-    """A16: a multipart body is refused or taken for JSON, which it is not."""
+    """A16: a multipart body is refused, or parsed as JSON and found malformed."""
     body = b"--b\r\nContent-Disposition: form-data; name=a\r\n\r\n1\r\n" * 10_000
 
     status, _, _ = await edge.post(body, INFER, "Content-Type: multipart/form-data; boundary=b")
@@ -348,7 +348,7 @@ async def test_forms_are_not_parsed(edge: Edge) -> None:
 
 
 async def test_there_are_no_cors_headers(edge: Edge) -> None:
-    """A15, F04: no CORS header at all, whatever a page asks."""
+    """A15, F04: no CORS headers, for any origin or preflight request."""
     for data in (
         request("OPTIONS", INFER, "Origin: http://evil", "Access-Control-Request-Method: POST"),
         request("GET", "/v2", "Origin: http://evil"),
@@ -358,7 +358,7 @@ async def test_there_are_no_cors_headers(edge: Edge) -> None:
 
 
 async def test_headers_are_not_forwarded(edge: Edge) -> None:
-    """B09: what a client puts into headers does not reach the service behind, by whatever name."""
+    """B09: client headers of any name are not sent to the next service."""
     headers = ["X-Forwarded-For: 1.1.1.1", "X_Request_Id: a", "grpc-timeout: 1n", "TE: trailers", "X-Request-Id: " + "a" * 10_000]
 
     status, answered, _ = await edge.post(GOOD, INFER, *headers)
@@ -369,7 +369,7 @@ async def test_headers_are_not_forwarded(edge: Edge) -> None:
 
 
 async def test_trailers_are_dropped(edge: Edge) -> None:
-    """B04: what comes behind a body changes nothing of the request."""
+    """B04: fields after a body do not change the request."""
     start = request("POST", INFER, "Transfer-Encoding: chunked") + b"%x\r\n%s\r\n0\r\n" % (len(GOOD), GOOD)
 
     assert (await edge.send(start + b"Host: evil\r\nContent-Encoding: br\r\n\r\n"))[0] == 200
@@ -396,7 +396,7 @@ async def test_trailers_are_dropped(edge: Edge) -> None:
     ids=["URL", "headers", "header bytes", "chunks"],
 )  # fmt: skip
 async def test_a_request_at_a_limit_is_accepted_and_beyond_it_refused(limit: dict[str, int], data_of: Any, refused: int) -> None:
-    """What is exactly as large as allowed is answered; one more is refused with HTTP's status for it."""
+    """A request of exactly the limit is answered; one more is refused with HTTP's status for it."""
     async with edge_with(**limit) as edge:
         assert (await edge.send(data_of(0)))[0] == 200
         status, headers, _ = await edge.send(data_of(1))
@@ -431,7 +431,7 @@ async def test_a_body_at_the_limit_is_accepted_and_beyond_it_refused(edge: Edge)
     ],
 )
 async def test_a_message_at_a_limit_is_accepted_and_beyond_it_refused(limit: str, message_of: Any, refused: int) -> None:
-    """As far as limits go; whether the model takes it is another question."""
+    """No limit refuses it; the model still may."""
     async with edge_with(request=RequestLimits(**{limit: 3})) as edge:
         path = "/v2/models/texts/infer" if "element" in limit else INFER
         _, _, allowed = await edge.post(json.dumps(message_of(0)).encode(), path)
@@ -442,7 +442,7 @@ async def test_a_message_at_a_limit_is_accepted_and_beyond_it_refused(limit: str
 
 
 async def test_json_nesting_is_limited(edge: Edge) -> None:
-    """64 deep is read, 65 is refused, be it in a part that means nothing; brackets in texts are no nesting."""
+    """64 levels are accepted and 65 refused, also in ignored fields; brackets in strings do not count."""
 
     def nested(depth: int) -> bytes:
         return b'{"more":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"," + GOOD[1:]
@@ -455,7 +455,7 @@ async def test_json_nesting_is_limited(edge: Edge) -> None:
 
 
 async def test_model_names_are_limited_to_128_characters(edge: Edge) -> None:
-    """E08: longer ones are malformed, others just not there."""
+    """E08: longer ones are malformed; others are not found."""
     assert (await edge.post(GOOD, f"/v2/models/{'m' * 128}/infer"))[0] == 404
     assert (await edge.post(GOOD, f"/v2/models/{'m' * 129}/infer"))[0] == 400
 
@@ -492,7 +492,7 @@ async def test_headers_that_arrive_too_slowly_end_the_connection(sent: bytes) ->
 
 
 async def test_headers_that_arrive_too_slowly_end_a_kept_alive_connection() -> None:
-    """A blank line after an answer does not hold a connection open."""
+    """A blank line after an answer does not keep a connection open."""
     async with edge_with(header_timeout_s=0.2) as edge, asyncio.timeout(20):
         reader, writer = await edge.open()
         writer.write(request("GET", "/v2"))
@@ -528,7 +528,7 @@ async def test_idle_connections_are_closed() -> None:
 
 
 async def test_a_client_that_does_not_read_is_disconnected() -> None:
-    """G01: a reader that takes nothing of a large answer loses its connection, and the server the buffer."""
+    """G01: a client that does not read a large answer is disconnected, and the buffer is freed."""
     large = bytes(50_000_000)
     async with edge_with(write_timeout_s=0.2) as edge, asyncio.timeout(30):
         edge.backend._answer = lambda asked: InferResponse(
@@ -545,7 +545,7 @@ async def test_a_client_that_does_not_read_is_disconnected() -> None:
 
 
 async def test_disconnecting_callers_leave_nothing_behind(edge: Edge) -> None:
-    """P-33, G06: half a body and gone; nothing of it is inferred, no task and no connection stays."""
+    """P-33, G06: after half a body and a disconnect nothing is inferred, and no task or connection stays."""
 
     async def leave() -> None:
         _, writer = await edge.open()
@@ -563,7 +563,7 @@ async def test_disconnecting_callers_leave_nothing_behind(edge: Edge) -> None:
 
 
 async def test_a_flood_of_bad_requests_is_not_logged(edge: Edge, capsys: pytest.CaptureFixture[str]) -> None:
-    """G11: what the parser refuses makes no line."""
+    """G11: requests that the parser refuses are not logged."""
     for _ in range(50):
         await edge.send(b"\x00" * 10)
 

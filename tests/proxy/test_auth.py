@@ -1,4 +1,4 @@
-"""Who may call what at the proxy: tokens, JWT, permissions. The same table for both faces."""
+"""Authentication and authorization at the proxy: tokens, JWT, permissions. The same table for both faces."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def rewrite(path: Path, content: Any) -> None:
 
 
 async def caller_of(authenticator: BearerAuthenticator, credentials: str) -> Caller:
-    """Who shows this, however long it takes to say."""
+    """The caller with these credentials, even if recognising it takes a call."""
     return authenticator.recognise([credentials]) or await authenticator.identify([credentials])
 
 
 class BothFaces:
-    """Both faces of a proxy over two models, "open-1" and "secret", and a way to ask the same at either."""
+    """Both faces of a proxy over two models, "open-1" and "secret", and a way to send the same call to either."""
 
     def __init__(
         self, faces: Faces, service: ProxyService, backend: FakeInference, client: httpx.AsyncClient, channel: grpc.aio.Channel
@@ -184,8 +184,8 @@ TABLE: dict[str, tuple[int, int, int, int, int]] = {
 
 @pytest.mark.parametrize("action", TABLE)
 async def test_both_faces_enforce_the_same_access_table(faces: BothFaces, action: str) -> None:
-    """Who is nobody gets 401, who may not 403, over REST and gRPC alike; a model that there is not is no different from one
-    that the caller may not call; liveness and readiness are anyone's."""
+    """Without valid credentials 401, without permission 403, over REST as over gRPC; an unknown model is answered like one
+    that the caller may not call; liveness and readiness need no credentials."""
     (method, path, content), (call, message) = ACTIONS[action]
 
     for token, expected in zip((None, "wrong", USER, ADMIN, BOTH), TABLE[action], strict=True):
@@ -224,7 +224,7 @@ async def test_no_path_bypasses_the_access_check(faces: BothFaces, method: str, 
              "/v2/repository/models/%2e%2e/load", "/v2%2frepository%2findex"],
 )  # fmt: skip
 async def test_another_spelling_of_a_path_does_not_bypass_the_access_check(faces: BothFaces, path: str) -> None:
-    """Not found, or refused; never done."""
+    """Not found, or refused; never executed."""
     answer = await faces.rest("POST", path, content=b"{}")
 
     assert answer.status_code in (401, 403, 404)
@@ -239,7 +239,7 @@ async def test_the_index_lists_only_models_that_the_caller_may_call(faces: BothF
 
 
 async def test_access_errors_reveal_only_how_to_authenticate(faces: BothFaces) -> None:
-    """RFC 6750's challenge; the same words for every wrong token."""
+    """RFC 6750's challenge; the same message for every wrong token."""
     missing = await faces.rest("GET", "/v2/models")
     forbidden = await faces.rest("GET", "/v2/models/secret", USER)
     wrong = [
@@ -300,7 +300,7 @@ async def test_without_credentials_readiness_names_no_models(faces: BothFaces) -
 
 
 async def test_web_pages_cannot_load_and_unload(faces: BothFaces) -> None:
-    """A browser says where a page is from; no page may load or unload."""
+    """Browsers send the page's origin; pages may not load or unload."""
     answer = await faces.rest("POST", "/v2/repository/models/open-1/load", ADMIN, headers={"origin": "http://evil"}, json={})
 
     assert answer.status_code == 403
@@ -318,7 +318,7 @@ async def test_web_pages_cannot_load_and_unload(faces: BothFaces) -> None:
     ],
 )
 async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_call: set[str], is_operator: bool) -> None:
-    """Every grant whose claims match adds to what the bearer may do."""
+    """Every grant whose claims match adds to the bearer's permissions."""
     caller = await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {signed(**claims)}")
 
     assert {model for model in ("open-1", "secret") if caller.may_call(model)} == may_call
@@ -365,7 +365,7 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
     ],
 )
 async def test_an_invalid_jwt_is_refused(auth_file: Path, token: str) -> None:
-    """Expired, for others, by others, with another algorithm, unsigned, or no JWT."""
+    """Expired, of another audience, issuer or algorithm, unsigned, or not a JWT."""
     with pytest.raises(Unauthenticated):
         await caller_of(BearerAuthenticator(str(auth_file)), f"Bearer {token}")
 
@@ -383,7 +383,7 @@ async def test_keys_of_other_algorithms_are_accepted(auth_file: Path, key: Any, 
 
 
 async def test_a_verified_jwt_is_cached_for_a_while(monkeypatch: pytest.MonkeyPatch, auth_file: Path) -> None:
-    """What was checked is remembered, but never beyond its expiry, nor beyond a change of the file."""
+    """A verified token is cached until it expires or the file changes."""
     checks = 0
     decode = jwt.decode
 
@@ -410,7 +410,7 @@ async def test_a_verified_jwt_is_cached_for_a_while(monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_changed_authorization_file_is_reloaded(faces: BothFaces, auth_file: Path) -> None:
-    """A token that is taken out opens nothing any more, a new one does; a broken file changes nothing."""
+    """A removed token is refused, a new one accepted; an invalid file changes nothing."""
     assert (await faces.rest("GET", "/v2/models", USER)).status_code == 200
 
     rewrite(auth_file, {"tokens": [listed("new", "new-token")]})
@@ -426,7 +426,7 @@ async def test_a_changed_authorization_file_is_reloaded(faces: BothFaces, auth_f
 
 
 class KeyServer:
-    """Keys at a URL, that can be exchanged."""
+    """Keys at a URL that a test can replace."""
 
     def __init__(self) -> None:
         self.keys = key_set(**{"1": KEY})
@@ -465,7 +465,7 @@ def with_url(auth_file: Path, url: str) -> BearerAuthenticator:
 
 
 async def test_keys_are_fetched_from_a_url(monkeypatch: pytest.MonkeyPatch, auth_file: Path, key_server: KeyServer) -> None:
-    """A key that is not known is looked for there, but not with every token that names one."""
+    """An unknown key is fetched, but not once for every token that names one."""
     authenticator = with_url(auth_file, key_server.url)
     await caller_of(authenticator, f"Bearer {signed()}")
     for _ in range(5):
@@ -484,7 +484,7 @@ async def test_keys_are_fetched_from_a_url(monkeypatch: pytest.MonkeyPatch, auth
 
 
 async def test_keys_that_cannot_be_fetched_are_not_the_callers_fault(auth_file: Path) -> None:
-    """UNAVAILABLE, which clients retry; 401 would tell them to get another token."""
+    """UNAVAILABLE, which clients retry; 401 would make them get another token."""
     async with opened(auth_file) as faces:
         assert faces.faces.authenticator is not None
         rewrite(auth_file, {"tokens": TOKENS, "jwt": {**JWT, "jwks": "http://127.0.0.1:1/keys"}})
@@ -527,7 +527,7 @@ def test_an_invalid_authorization_file_stops_the_process(
 
 
 async def test_neither_tokens_nor_payloads_are_logged(faces: BothFaces, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever becomes of a request, its line says who, what and how long; never what it brought."""
+    """The log line of a request has caller, call and duration, whatever the outcome, and never the payload."""
     secret = signed()
     payload = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 1], "data": [31337.5]}]}
     for token in (USER, secret, "wrong-one", signed(exp=1)):
@@ -580,7 +580,7 @@ async def test_a_recognised_caller_is_served_without_a_task(faces: BothFaces) ->
 async def test_every_line_of_an_inference_names_its_caller(
     auth_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests of several callers that are merged into one call are each logged with their own, not with who came first."""
+    """Requests of several callers that are merged into one call are logged with their own caller each."""
     monkeypatch.setattr(logs.RequestLog, "is_complete", True)
     async with opened(auth_file) as faces:
         calls = [faces.grpc("ModelInfer", infer_message("open-1"), token) for token in (USER, BOTH, signed(), USER, BOTH)]

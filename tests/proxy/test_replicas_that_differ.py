@@ -92,14 +92,14 @@ async def answers(proxy: ProxyService, n_requests: int = 24) -> set[str]:
     ],
 )
 async def test_the_newest_release_that_all_replicas_have_is_used(replicas: Sequence[str], served: set[str]) -> None:
-    """No request is sent to a replica that would not know it."""
+    """No request is sent to a replica without that release."""
     fakes = [Preprocess(*each.split()) for each in replicas]
     async with edge(*fakes) as proxy:
         assert await answers(proxy) == served
 
 
 async def test_replicas_that_poll_between_two_refreshes_lose_no_request() -> None:
-    """What the proxy knows is old: the release that it chose is gone from one replica, then from all."""
+    """The proxy's index is outdated: the chosen release is gone from one replica, then from all."""
     fakes = [Preprocess("1.1", "2.2"), Preprocess("1.1", "2.2"), Preprocess("1.1", "2.2")]
     async with edge(*fakes) as proxy:
         before = await answers(proxy)
@@ -113,7 +113,7 @@ async def test_replicas_that_poll_between_two_refreshes_lose_no_request() -> Non
 
 
 async def test_a_request_that_names_a_version_is_not_bound_to_another() -> None:
-    """Not even in the same moment as requests that are."""
+    """Not even when merged with requests that are."""
     fake = Preprocess("1.1", "2.2")
     async with edge(fake) as proxy:
         fake.has("1.1")
@@ -126,13 +126,13 @@ async def test_a_request_that_names_a_version_is_not_bound_to_another() -> None:
 
 
 async def test_a_version_that_is_named_goes_to_the_replica_that_has_it() -> None:
-    """Though it is on one only."""
+    """Even if only one replica has it."""
     async with edge(Preprocess("1.1"), Preprocess("1.1", "2.2"), Preprocess("1.1")) as proxy:
         assert {(await proxy.infer(request("2.2"))).version for _ in range(12)} == {"2.2"}
 
 
 async def test_a_release_that_no_replica_knows_any_more_is_unavailable_and_not_unknown() -> None:
-    """The caller named none: a retry may help."""
+    """The caller named no version, so a retry may succeed."""
     fake = Preprocess("1.1")
     async with edge(fake) as proxy:
         fake.has()
@@ -142,7 +142,7 @@ async def test_a_release_that_no_replica_knows_any_more_is_unavailable_and_not_u
 
 
 async def test_a_withdrawn_release_is_asked_for_a_while_longer() -> None:
-    """It has left the index and is callable by its version until the grace is over."""
+    """It has left the index, and is callable by its version until its grace ends."""
     fake = Preprocess("1.1", "2.2")
     async with edge(fake) as proxy:
         fake.states = [state for state in fake.states if state.version == "1.1"]
@@ -160,7 +160,7 @@ async def test_a_pin_is_followed_although_newer_releases_are_ready() -> None:
 
 
 async def test_the_index_tells_the_release_and_the_default() -> None:
-    """Over whatever transport."""
+    """Over every transport."""
     async with edge(Preprocess("1.1", "2.2")) as proxy:
         states = {state.version: state.properties for state in await proxy.index()}
 
@@ -169,7 +169,7 @@ async def test_the_index_tells_the_release_and_the_default() -> None:
 
 
 async def test_requests_to_a_release_that_is_not_row_wise_are_not_merged() -> None:
-    """An answer that depends on the other rows of a call is never computed with those of strangers."""
+    """An answer that depends on the other rows of a call is never computed together with those of other callers."""
     fake = Preprocess("1.1")
     key = ("m", "1.1")
     fake.signatures[key] = msgspec.structs.replace(fake.signatures[key], properties={ROW_WISE: "false"})
@@ -181,8 +181,8 @@ async def test_requests_to_a_release_that_is_not_row_wise_are_not_merged() -> No
     assert [each.n_rows for each in fake.requests] == [1] * 5
 
 
-async def test_the_proxy_is_ready_when_preprocess_has_looked_at_everything() -> None:
-    """Not when the first of several models is: a request for the others would fail."""
+async def test_the_proxy_is_ready_when_preprocess_has_tried_everything() -> None:
+    """Not when only the first of several models is ready: a request for the others would fail."""
     fake = Preprocess("1.1")
     fake.not_ready = "models are still being loaded"
     proxy = ProxyService(fake)
@@ -200,7 +200,7 @@ async def test_the_proxy_is_ready_when_preprocess_has_looked_at_everything() -> 
 
 
 async def test_a_bad_request_is_not_bound_to_another_release() -> None:
-    """Only one that is gone is a reason."""
+    """Only a missing release is a reason to bind a request again."""
     async with edge(Preprocess("1.1", "2.2")) as proxy:
         with pytest.raises(InvalidInput):
             await proxy.infer(InferRequest("m", (from_array("features", np.ones((1, 4))),)))

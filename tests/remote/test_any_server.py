@@ -53,12 +53,12 @@ class Other(FakeInference):
 
 
 def of_versions(*versions: str) -> ModelMetadata:
-    """The model ``m`` as a server describes it that says so of its versions."""
+    """The metadata of ``m`` at a server with these versions."""
     return ModelMetadata("m", versions, "other", (FEATURES,), (SCORES,))
 
 
 class Described(Other):
-    """Its metadata is this, whatever the version."""
+    """Its metadata, for every version."""
 
     def __init__(self, *versions: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Described(Other):
 async def test_without_an_index_each_model_is_queried(
     refusal: SplitserveError, versions: tuple[str, ...], found: list[str]
 ) -> None:
-    """Versions that are numbers are those; any others are the one that the server takes by itself."""
+    """Numeric versions are kept; others become the server's default version."""
     server = Described(*versions)
     server.refusal = refusal
 
@@ -85,7 +85,7 @@ async def test_without_an_index_each_model_is_queried(
 
 
 async def test_a_model_that_is_not_ready_at_the_server_is_not_ready() -> None:
-    """And whose word that is, is said."""
+    """The reason names the server as its source."""
     server = Described()
     server.is_model_ready = False
 
@@ -105,7 +105,7 @@ async def test_a_model_that_is_not_ready_at_the_server_is_not_ready() -> None:
     ],
 )
 async def test_an_index_is_read_in_every_known_form(theirs: list[tuple[str, str]], ours: list[tuple[str, str, str]]) -> None:
-    """MLServer writes the names of its enum, and leaves out the version that it does not have."""
+    """MLServer writes the names of its enum, and omits a missing version."""
     server = FakeInference()
     server.states = [ModelState("m", *state) for state in theirs]
 
@@ -233,7 +233,7 @@ async def test_any_server_of_the_protocol_can_replace_predict(tmp_path: Path, ex
 
 
 async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, executor: Executor) -> None:
-    """Before anybody's request is answered wrongly."""
+    """Before a request is answered wrongly."""
     async with bare_server(raw, n_features=4) as target, preprocess(target, tmp_path, executor) as service:
         with pytest.raises(
             Unavailable, match='the halves do not fit: "features": expected 4 in dimension 1, the preprocessor produces 3'
@@ -242,7 +242,7 @@ async def test_a_server_whose_metadata_does_not_fit_is_refused(tmp_path: Path, e
 
 
 async def test_a_server_without_a_signature_is_refused(tmp_path: Path, executor: Executor) -> None:
-    """A fit that cannot be checked is none; what is to be done is said."""
+    """A fit that cannot be checked is refused; the reason says what to do."""
     async with bare_server(raw, is_described=False) as target, preprocess(target, tmp_path, executor) as service:
         with pytest.raises(Unavailable, match="has no signature of the model; declare its inputs and outputs there"):
             await service.infer(request())

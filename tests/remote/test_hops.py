@@ -33,7 +33,7 @@ async def until(claim: Any) -> None:
 
 
 class Sending(RemoteInference):
-    """Keeps what would be sent."""
+    """Records requests instead of sending them."""
 
     sent: tuple[InferRequest, float]
 
@@ -44,7 +44,7 @@ class Sending(RemoteInference):
 
 @pytest.mark.parametrize("timeout_s", [0.05, 20.0])
 async def test_each_hop_reserves_part_of_the_remaining_time(timeout_s: float) -> None:
-    """P-15: the next stage gets what remains, less a reserve in which its answer or its error comes home."""
+    """P-15: the next stage gets what remains, less a reserve for the way back of its answer or error."""
     remote = Sending("127.0.0.1:1", stage="predict")
     asked = request(timeout_s)
 
@@ -57,7 +57,7 @@ async def test_each_hop_reserves_part_of_the_remaining_time(timeout_s: float) ->
 
 
 async def test_without_a_deadline_there_is_no_reserve() -> None:
-    """There is none to be kept."""
+    """Without a deadline nothing is reserved."""
     remote = Sending("127.0.0.1:1", stage="predict")
 
     await remote.infer(InferRequest("echo", ()))
@@ -66,7 +66,7 @@ async def test_without_a_deadline_there_is_no_reserve() -> None:
 
 
 async def test_a_request_without_enough_time_left_is_not_sent() -> None:
-    """P-15: with next to nothing left the call is refused here."""
+    """P-15: with almost no time left the call is refused here."""
     behind = FakeInference(ECHO)
     async with serving(behind) as address, RemoteInference(address, stage="predict") as remote:
         await remote.index()
@@ -101,7 +101,7 @@ async def test_the_proxy_gives_the_reason_why_a_stage_is_not_ready() -> None:
 
 
 async def test_an_unreachable_stage_is_named() -> None:
-    """A stage that is gone has no reason to give."""
+    """An unreachable stage cannot give a reason itself."""
     async with RemoteInference("127.0.0.1:1", stage="preprocess", wait_s=0.1) as remote:
         proxy = ProxyService(remote)
         await proxy.refresh()
@@ -111,7 +111,7 @@ async def test_an_unreachable_stage_is_named() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=5), max_size=20))
 def test_bytes_are_released_whatever_the_outcome(wishes: list[list[int]]) -> None:
-    """Never more than the budget is held, and nothing when all are gone."""
+    """Never more than the budget is held, and nothing once all have ended."""
     budget = ByteBudget(100)
 
     for wish in wishes:

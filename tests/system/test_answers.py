@@ -117,7 +117,7 @@ def test_v1_instances_give_the_answer_of_the_pipeline(system: System, demos: Dem
 
 
 def test_a_missing_value_is_nan_an_empty_string_or_null(system: System, demos: Demos) -> None:
-    """All three say the same as a NaN in the DataFrame, also in a column that had none in training."""
+    """All three mean the same as a NaN in the DataFrame, also in a column without missing values in training."""
     demo = demos.models["penguins"]
     row = demo.rows.iloc[[0]].copy()
     for name in ("bill_length_mm", "sex", "island"):
@@ -154,7 +154,7 @@ def test_no_rows_give_no_answers(system: System) -> None:
 
 
 def test_only_requested_outputs_are_returned_in_the_requested_order(system: System) -> None:
-    """Named outputs are the whole answer."""
+    """The answer contains only these."""
     with Client(system.grpc) as client:
         answer = client.infer("digits", {"image": np.zeros((1, 8, 8), np.uint8)}, outputs=["probabilities"])
 

@@ -33,7 +33,7 @@ def url(request: pytest.FixtureRequest, system: System) -> str:
 
 
 def test_every_example_is_tested_and_named_in_the_guide() -> None:
-    """None goes unread."""
+    """Every file in the folder."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
 
     assert names == set(PRINTS)
@@ -42,7 +42,7 @@ def test_every_example_is_tested_and_named_in_the_guide() -> None:
 
 @pytest.mark.parametrize("name", PRINTS)
 def test_an_example_works_over_both_transports(url: str, name: str) -> None:
-    """It ends well, says nothing on stderr, and prints what it is about."""
+    """Exit status 0, nothing on stderr, the expected output."""
     command = [sys.executable, EXAMPLES / f"{name}.py", url]
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -52,7 +52,7 @@ def test_an_example_works_over_both_transports(url: str, name: str) -> None:
 
 
 def test_the_guides_snippets_work_in_their_order(system: System) -> None:
-    """Pasted one after the other, they run."""
+    """They run when pasted one after the other."""
     blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
     program = "\n".join(blocks).replace("127.0.0.1:8000", system.http).replace("127.0.0.1:8001", system.grpc)
 
@@ -63,7 +63,7 @@ def test_the_guides_snippets_work_in_their_order(system: System) -> None:
 
 @pytest.mark.parametrize("dtype", ["object", "string", "category", "str"])
 def test_a_mixed_frame_gives_the_answer_of_the_pipeline(url: str, demos: Demos, dtype: str) -> None:
-    """Whatever pandas calls text, with gaps in numbers and in text, in chunks or whole."""
+    """Every text dtype of pandas, with missing numbers and text, in chunks or whole."""
     demo = demos.models["penguins"]
     frame = demo.rows.astype(dict.fromkeys(("island", "sex"), dtype)).astype({"year": "Int64"}).rename(index=lambda i: f"p{i}")
 

@@ -178,7 +178,7 @@ def test_the_client_raises_the_servers_classes(system: System) -> None:
 
 
 def test_without_predict_the_other_services_are_not_ready(demos: Demos) -> None:
-    """Calls fail at once with the stage named, readiness says why, and nothing needs a restart but what was lost."""
+    """Calls fail at once and name the stage, readiness gives the reason, and no other service needs a restart."""
     system = System(demos.repository).wait_until_settled()
     try:
         port = int(system.processes["predict"].wait_for("listening")["grpc_port"])
@@ -212,7 +212,7 @@ def test_a_wrong_setting_stops_a_service_before_it_listens(demos: Demos) -> None
 
 
 def test_a_port_in_use_stops_a_service_and_is_named(system: System, demos: Demos) -> None:
-    """No traceback: a line that says which address."""
+    """One line with the address, no traceback."""
     from tests.system.processes import Process
 
     port = system.grpc.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""A system at three times its capacity, which is that of a transform that sleeps, one row at a time."""
+"""A system at three times its capacity, which is limited by a transform that sleeps, one row at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[System]:
 
 
 class Answer(NamedTuple):
-    """Of one request: in seconds since the load began, and what it said."""
+    """The outcome of one request; times in seconds since the load began."""
 
     sent: float
     ended: float
@@ -101,9 +101,9 @@ class Load:
 
 
 async def test_beyond_saturation_throughput_does_not_drop(system: System) -> None:
-    """P-12: nine tenths of the peak at least; the others are told 429 while the first are still served; every answer is right.
+    """P-12: nine tenths of the peak at least; the others get 429 while the first are still served; every answer is correct.
 
-    How long somebody waited is told by how many were answered meanwhile, which does not depend on how fast the machine is.
+    Waiting is measured by how many requests were answered meanwhile, which does not depend on the machine's speed.
     """
     async with Load(system) as few:
         await few.closed(8)

@@ -1,4 +1,4 @@
-"""Whole pipelines that are published one after the other while clients call: no answer is of a mixture, and none is lost."""
+"""Pipelines published one after the other while clients call: no answer comes from a mixed pair, and no request is lost."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ RELATIVE = 1e-4
 
 
 def pipeline(number: int) -> Pipeline:
-    """Each is fitted on other data than the one before, and scales in the other way: every mixed pair fits, and is wrong."""
+    """Each is fitted on other data and scales differently than the previous one: every mixed pair fits, and is wrong."""
     scaler = StandardScaler() if number % 2 else MinMaxScaler()
     return make_pipeline(scaler, Ridge(alpha=1e-3)).fit(ROWS * (1 + number / 10), TARGETS * number)
 
 
 class Callers:
-    """Threads that call without naming a version; each answer is held against the release that it names."""
+    """Threads that call without naming a version; each answer is compared with the release that it names."""
 
     def __init__(self, system: System) -> None:
         self._system = system
@@ -102,7 +102,7 @@ class Replicated(System):
 
 
 def publish_under_load(tmp_path: Path, n_publishes: int, *, is_fused: bool, interval_s: float) -> Callers:
-    """Publish again and again, and wait until the last release serves."""
+    """Publish repeatedly, and wait until the last release serves."""
     first = pipeline(1)
     publish(first, ROWS, name="m", repository=tmp_path)
     quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1"}
@@ -136,7 +136,7 @@ def test_every_answer_is_that_of_the_release_that_it_names(tmp_path: Path, is_fu
 @pytest.mark.long
 @pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
 def test_twenty_publishes_a_second_apart_lose_nothing(tmp_path: Path, is_fused: bool) -> None:
-    """As a pipeline of experiments does; thousands of requests, compared one by one."""
+    """Thousands of requests, each answer compared."""
     callers = publish_under_load(tmp_path, 20, is_fused=is_fused, interval_s=1)
 
     print(f"{callers.n_answers} answers of {len(callers.releases)} releases")
@@ -146,7 +146,7 @@ def test_twenty_publishes_a_second_apart_lose_nothing(tmp_path: Path, is_fused: 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
 def test_a_release_that_is_rolled_back_or_withdrawn_under_load_loses_no_request(tmp_path: Path, is_fused: bool) -> None:
-    """Requests without a version are bound to the release before it; what was bound to it already is answered."""
+    """Requests without a version are bound to the previous release; those that were bound to this one are answered."""
     made = {f"{number}.{number}": pipeline(number) for number in (1, 2, 3)}
     for each in made.values():
         publish(each, ROWS, name="m", repository=tmp_path)
@@ -179,7 +179,7 @@ def test_a_release_that_is_rolled_back_or_withdrawn_under_load_loses_no_request(
 
 @pytest.mark.parametrize("is_gone", ["root", "contents"])
 def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Path, is_gone: str) -> None:
-    """Absence is not withdrawal: what was loaded serves on and says why, until the repository can be read again."""
+    """Absence is not withdrawal: loaded releases keep serving, with a reason, until the repository can be read again."""
     models, away = tmp_path / "models", tmp_path / "away"
     first = pipeline(1)
     publish(first, ROWS, name="m", repository=models)

@@ -33,7 +33,7 @@ NO_BUCKET = "s3://models/prod: not found: The specified bucket does not exist"
 
 
 def publish(repository: Path, number: int, name: str = "m") -> None:
-    """Both halves as this version; what comes out is what goes in, plus the number."""
+    """Both halves as this version; the output is the input plus the version number."""
     rows = np.ones((4, N_FEATURES))
     scaler = StandardScaler(with_mean=False, with_std=False).fit(rows)
     publish_preprocessor(scaler, rows, name=name, repository=repository, version=number)
@@ -68,7 +68,7 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
 def test_services_wait_for_a_bucket_and_a_restart_fetches_nothing(tmp_path: Path, store: ObjectStore, is_fused: bool) -> None:
-    """They are up, say what they wait for, and serve once it is there; afterwards everything is in the cache."""
+    """They run, report what they wait for, and serve once it exists; afterwards everything is in the cache."""
     publish(tmp_path / "models", 1)
     with serving("s3://models/prod", tmp_path / "cache", is_fused=is_fused, **store.environment) as system:
         readers = [process for name, process in system.processes.items() if name != "proxy"]
@@ -155,7 +155,7 @@ def refused(system: System, pair: str) -> str:
 
 
 def test_an_unreliable_web_server_is_tolerated(tmp_path: Path) -> None:
-    """Busy, cut off in the middle, a wrong byte: it is all tried again, and what is served is right."""
+    """Busy, cut off in the middle, a wrong byte: each is retried, and only correct files are served."""
     root = tmp_path / "models"
     publish(root, 1)
     server = FileServer(root)
@@ -205,7 +205,7 @@ def test_a_stop_does_not_wait_for_a_stalled_download(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_url_stops_a_service_before_it_listens() -> None:
-    """Exit status 2, the variable, and what would do."""
+    """Exit status 2, the variable, and the supported forms."""
     process = Process("predict_service", {"MODEL_REPOSITORY": "ftp://host/models"})
 
     assert process.wait() == 2

@@ -74,7 +74,7 @@ def is_served(system: System, files: Files) -> bool:
 
 
 def test_a_call_crosses_all_hops_over_mutual_tls(system: System, files: dict[str, Files]) -> None:
-    """Who has a certificate and a token is answered, in the command too; who lacks one is not; and no service writes down tokens
+    """Callers with a certificate and a token are answered, also through the command; others are not; and no service logs tokens
     or numbers."""
     wait_until(lambda: is_served(system, files["client"]), "the model served")
     ca, cert, key = files["client"]

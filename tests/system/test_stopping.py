@@ -1,4 +1,4 @@
-"""Stopping by a real signal: what is in flight is answered, what comes later is refused."""
+"""Stopping by a real signal: calls in flight are answered, later ones are refused."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_a_service_at_once(folder: Path) -> None:
 
 
 def test_a_call_that_outlasts_the_grace_period_is_cancelled(folder: Path) -> None:
-    """A service waits for its calls as long as its grace, and no longer."""
+    """A service waits for its calls for at most its grace period."""
     with gated_system(folder, PROXY_GRACE_S="1") as system, ThreadPoolExecutor() as pool:
         answer = pool.submit(over_grpc, system)
         wait_until(lambda: list(folder.glob("entered-*")), "the call in flight")

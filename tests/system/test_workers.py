@@ -73,7 +73,7 @@ def crowd(demos: Demos) -> Iterator[Crowd]:
 
 
 def test_every_worker_of_every_service_gets_calls(crowd: Crowd) -> None:
-    """Which one a connection reaches is chance, so the proxy looks until it has one to each."""
+    """The kernel chooses the worker of a connection, so the proxy reconnects until it has one to each."""
 
     def all_have_answered() -> bool:
         with ThreadPoolExecutor(8) as pool:
@@ -85,7 +85,7 @@ def test_every_worker_of_every_service_gets_calls(crowd: Crowd) -> None:
 
 
 def test_a_dead_worker_is_restarted_and_all_stop_together(crowd: Crowd) -> None:
-    """What is sent meanwhile is answered; a signal to the first process stops all, and it says that all went well.
+    """Requests are answered meanwhile; a signal to the first process stops all, with exit status 0.
 
     It stops the processes that the module shares, and so is its last test.
     """
