@@ -53,7 +53,7 @@ def _print_version(is_wanted: bool) -> None:
 
 
 def _folder(repository: str) -> Path:
-    """The model repository as a folder that can be written.
+    """The model repository as a folder, to write its index.
 
     Raises:
         typer.BadParameter: it is a URL.
@@ -61,7 +61,10 @@ def _folder(repository: str) -> Path:
     from splitserve.repository.sources import is_url
 
     if is_url(repository):
-        raise typer.BadParameter(f"{repository} cannot be written; give a folder with --repository and upload it")
+        raise typer.BadParameter(
+            f"{repository}: expected a folder, got a URL: services list buckets themselves and need no index there; for a web "
+            "server, index the folder that is uploaded to it"
+        )
     return Path(repository.removeprefix("file://"))
 
 
@@ -253,15 +256,15 @@ def models(repository: RepositoryOption = DEFAULT_REPOSITORY) -> None:
 def sign(
     key: Annotated[Path, typer.Option("--key", "-k", help="A private key in PEM form: P-256, P-384 or P-521, not encrypted.")],
     models: Annotated[list[str] | None, typer.Argument(help="Names of models; all by default.")] = None,
-    repository: FolderOption = DEFAULT_REPOSITORY,
+    repository: WritableOption = DEFAULT_REPOSITORY,
 ) -> None:
-    """Sign the bundles of a model repository.
+    """Sign the bundles, releases and routes of a model repository.
 
     Services with the public key in MODEL_SIGNATURE_KEY load only signed bundles. Signing again replaces the signature.
     """
     from splitserve.cli.sign import run
 
-    raise typer.Exit(run(_folder(repository), key, models or []))
+    raise typer.Exit(run(repository, key, models or []))
 
 
 @app.command()

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -198,6 +198,14 @@ class Repository:
             BundleError: the repository cannot be written.
         """
         return release_log.append(self.root, model, make)
+
+    def add_signature(self, key: BundleKey | ReleaseKey, file: Path) -> Path:
+        """Nothing to do: it is in its place."""
+        return file
+
+    def add_route_signature(self, model: str, sign: Callable[[Path], Path]) -> Path:
+        """Written in its place."""
+        return sign(self.route_file(model))
 
     def place(self, key: BundleKey | ReleaseKey) -> Path:
         """The place of a bundle or release, for messages."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -60,6 +60,25 @@ class WritableRepository(BundleSource, Protocol):
         Raises:
             BundleError: the repository cannot be written.
         """
+        ...
+
+    def add_signature(self, key: BundleKey | ReleaseKey, file: Path) -> str | Path:
+        """Publish the signature of a bundle or release, which replaces one that is there.
+
+        Args:
+            key: of which.
+            file: has it; in the folder of what `open` or `open_release` returned.
+
+        Returns:
+            Its place.
+
+        Raises:
+            BundleError: the repository cannot be written.
+        """
+        ...
+
+    def add_route_signature(self, model: str, sign: Callable[[Path], Path]) -> str | Path:
+        """As `add_signature`, of a model's route. ``sign`` writes it next to the path of the route that it is given."""
         ...
 
     def place(self, key: BundleKey | ReleaseKey) -> str | Path:

@@ -21,6 +21,10 @@ NOT_IN_TRITONCLIENT = {
     ".inference.RepositoryIndexResponse.ModelIndex.properties",
     ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.key",
     ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.value",
+    # Likewise: predictors that preprocess needs.
+    ".inference.RepositoryIndexRequest.needed",
+    ".inference.RepositoryIndexRequest.ModelVersion.name",
+    ".inference.RepositoryIndexRequest.ModelVersion.version",
 }
 
 

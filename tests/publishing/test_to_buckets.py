@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,21 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from splitserve import PublishError, publish, publish_preprocessor, release, rollback, withdraw
 from splitserve.cli import app
+from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.release import History
 from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.signing import signed_by
 from splitserve.repository.sources import source_of
 from splitserve.repository.sources.bucket import Bucket
 from splitserve.repository.sources.remote_folder import RemoteFolder
 from splitserve.repository.writable import writable
 from tests.object_store import ObjectStore, object_store
+from tests.signing_keys import make_keys
 
 pytestmark = pytest.mark.heavy
 
@@ -248,3 +252,52 @@ def test_a_listing_that_fails_writes_nothing(store: ObjectStore) -> None:
 
     with pytest.raises((BundleError, NotFetched)):
         bucket.next_version("iris", "predict")
+
+
+def test_a_bucket_is_signed_in_place(store: ObjectStore, tmp_path: Path) -> None:
+    """Bundles, releases and the route; signing again with another key replaces the signatures."""
+    publish(PIPELINE, IRIS, name="iris", repository=URL)
+    store.client.put_object(Bucket="models", Key="prod/iris/route.json", Body=b'{"pairs": [{"pair": "1.1"}]}')
+    ours, others = make_keys(tmp_path), make_keys(tmp_path, "others")
+
+    def signed_with(public: Path) -> list[str]:
+        source = signed_by(str(public), source_of(URL))
+        list(source.bundles())
+        reader = ReleaseReader(source)
+        found = [str(each.pair) for each in reader.history("iris").active()]
+        if found:
+            assert source.route("iris") is not None
+            source.open(BundleKey("iris", "predict", 1))
+        return found
+
+    unsigned = signed_with(ours.public)
+    by_others = run("sign", "-r", URL, "--key", others.private)
+    foreign = signed_with(ours.public)
+    by_us = run("sign", "-r", URL, "--key", ours.private, "iris")
+
+    assert (by_others.exit_code, by_us.exit_code) == (0, 0), by_others.output + by_us.output
+    assert f"iris/releases/0001-1.1: {URL}/iris/releases/0001-1.1/model.sig" in by_us.stdout
+    assert (unsigned, foreign, signed_with(ours.public)) == ([], [], ["1.1"])
+
+
+@pytest.mark.parametrize(
+    ("command", "url", "message"),
+    [
+        (
+            ("sign", "--key", "key.pem"),
+            "https://127.0.0.1:1/models",
+            'publish to a folder, run "splitserve index", and upload it',
+        ),
+        (("index",), URL, "services list buckets themselves and need no index there"),
+        (("index",), "https://127.0.0.1:1/models", "index the folder that is uploaded to it"),
+    ],
+)
+def test_what_cannot_be_done_at_a_url_says_what_to_do(command: tuple[str, ...], url: str, message: str) -> None:
+    result = run(*command, "-r", url)
+
+    assert result.exit_code != 0
+    assert message in " ".join(re.sub("[│╭╰─╮╯]", " ", result.output).split())
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])

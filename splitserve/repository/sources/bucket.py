@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -18,10 +19,10 @@ from splitserve.repository import manifest as manifests
 from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.folder import AlreadyPublished, check_version
-from splitserve.repository.manifest import MANIFEST_FILE, BundleError, Kind, Manifest, NotFetched
+from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, Kind, Manifest, NotFetched
 from splitserve.repository.release import RELEASES_FOLDER, Release, ReleaseKey, decode, encode
 from splitserve.repository.release_log import MakeRecord, marked, marker_name
-from splitserve.repository.routes import ROUTE_FILE
+from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE
 from splitserve.repository.sources import FETCH_TIMEOUT_S
 from splitserve.repository.sources.cache import Cache
 from splitserve.repository.sources.remote_folder import RemoteFolder
@@ -113,6 +114,24 @@ class Bucket(RemoteRepository):
         """Sequence numbers that are being allocated, or were when their publisher was killed."""
         names = (path.removeprefix(f"{parent}/") for path in self._folder.list() if path.startswith(f"{parent}/"))
         return [sequence for name in names if (sequence := marked(name))]
+
+    def add_signature(self, key: BundleKey | ReleaseKey, file: Path) -> str:
+        """Put it next to the manifest."""
+        return self._put(f"{key}/{SIGNATURE_FILE}", file.read_bytes())
+
+    def add_route_signature(self, model: str, sign: Callable[[Path], Path]) -> str:
+        """Put it next to the route."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, model)  # a signature names the folder of what it signs
+            folder.mkdir()
+            return self._put(f"{model}/{ROUTE_SIGNATURE_FILE}", sign(folder / ROUTE_FILE).read_bytes())
+
+    def _put(self, path: str, data: bytes) -> str:
+        try:
+            self._folder.put(path, data)
+        except NotFetched as error:
+            raise BundleError(f"{self._folder}/{path}: cannot be written: {error}") from error
+        return f"{self._folder}/{path}"
 
     def place(self, key: BundleKey | ReleaseKey) -> str:
         """Its URL."""

@@ -105,14 +105,24 @@ class RemoteFolder:
             FileExistsError: it exists.
             NotFetched: it cannot be written.
         """
-        name = path.rpartition("/")[2]
-        timeout_s = self._timeout_s * (1 + len(data) // self._piece_bytes)
         try:
-            self._call(name, "pipe_file", path, data, mode="create", timeout_s=timeout_s)
+            self._write(path, data, "create")
         except NotFetched as error:
             if _is_conflict(error.__cause__):
                 raise FileExistsError(f"{self}/{path} exists") from error
             raise
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write a file whole, whether it exists or not.
+
+        Raises:
+            NotFetched: it cannot be written.
+        """
+        self._write(path, data, "overwrite")
+
+    def _write(self, path: str, data: bytes, mode: str) -> None:
+        timeout_s = self._timeout_s * (1 + len(data) // self._piece_bytes)
+        self._call(path.rpartition("/")[2], "pipe_file", path, data, mode=mode, timeout_s=timeout_s)
 
     def delete(self, path: str) -> None:
         """Delete a file.
