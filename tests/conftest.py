@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What is made here is kept: the collector need not look at it, now or later."""
+    """Objects made here are kept, so the garbage collector skips them."""
     gc.disable()
     try:
         return (yield)

@@ -161,5 +161,5 @@ def flip(handler: Handler, body: bytes) -> bool:
 
 
 def nothing(handler: Handler, body: bytes) -> bool:
-    """Answer as if there was no fault, so that the one after comes at the next request."""
+    """Answer without the fault, so that the next fault applies to the next request."""
     return False

@@ -124,7 +124,7 @@ def test_a_new_entry_replaces_the_earlier_one():
 
 
 def test_models_and_versions_are_sorted():
-    """Names by letter, versions as numbers, whatever order they came in; incomplete models are models."""
+    """Names alphabetically, versions numerically, in any order of insertion; incomplete models included."""
     known = catalogue(zebras={1: ready("a")}, penguins={10: ready("b"), 9: ready("a"), 11: BROKEN, 2: LOST})
     known.put_incomplete("digits", "no predictor")
 

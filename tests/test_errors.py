@@ -66,7 +66,7 @@ def test_a_reason_names_one_error_only():
 
 @pytest.mark.parametrize("kind", TABLE)
 def test_every_code_is_a_grpc_status(kind):
-    """The face looks the code up by its name."""
+    """The face finds the code by its name."""
     assert kind.grpc_code in grpc.StatusCode.__members__
 
 
@@ -101,7 +101,7 @@ def test_an_error_is_the_same_after_a_hop(kind):
 )
 @pytest.mark.parametrize("reason", ["", "SOMETHING_NEWER"])
 def test_without_a_known_reason_the_code_decides(code, kind, reason):
-    """For a third-party server, or a newer one of ours, the code decides; of two meanings the less severe one is assumed."""
+    """For a third-party server, or a newer splitserve, the code decides; of two meanings the less severe one is assumed."""
     assert type(from_wire(code, "message", reason)) is kind
 
 

@@ -183,7 +183,7 @@ def test_a_wrong_length_prefix_is_found_while_decoding():
 @pytest.mark.parametrize("name", PYTHON_HAS)
 @given(data=st.data())
 def test_packing_then_unpacking_gives_the_same_values(name, data):
-    """What is packed comes out again as the same values of the same types, NaN, infinities and -0.0 included."""
+    """The same values of the same types, NaN, infinities and -0.0 included."""
     values = data.draw(st.lists(python_values(name), max_size=MAX_ELEMENTS))
 
     raw = pack(WHAT, DATATYPES[name], values)
@@ -216,7 +216,7 @@ def test_unpacking_then_packing_gives_the_same_bytes(tensor):
     ],
 )
 def test_numbers_are_little_endian(name, letter):
-    """The lowest byte comes first, whatever the machine."""
+    """The lowest byte comes first, on every machine."""
     assert pack(WHAT, DATATYPES[name], [1, 100]) == struct.pack(f"<2{letter}", 1, 100)
 
 

@@ -242,7 +242,7 @@ async def test_a_channel_presents_its_new_certificate(tmp_path: Path, files: Fil
 
 
 async def test_a_stream_is_reopened_while_the_files_are_invalid(files: Files) -> None:
-    """What they said before holds until they say something new, for a stream as for a channel."""
+    """The previous content applies until the files are valid again, for a stream as for a channel."""
     metadata = ServerMetadata("test", "0")
     config = GrpcConfig(stage="predict", metadata=metadata, max_message_bytes=10_000, tls=files.mutual)
     face = GrpcFace(FakeInference(ECHO), config)

@@ -74,7 +74,7 @@ def pipeline() -> Any:
 
 
 def test_a_png_is_decoded_exactly():
-    """A PNG is lossless: what comes out is what went in, as uint8 RGB."""
+    """A PNG is lossless: the same pixels, as uint8 RGB."""
     picture = noise()
 
     (decoded,) = decode(encode(picture))
@@ -283,7 +283,7 @@ def test_out_of_memory_is_not_reported_as_a_bad_file(monkeypatch: pytest.MonkeyP
     end=st.integers(10, 1000),
 )
 def test_a_damaged_file_gives_a_picture_or_a_value_error(form: str, changes: list[tuple[int, bytes]], end: int):
-    """Whatever is in a file, nothing but ValueError, which is the caller's error, comes out."""
+    """Any content gives a picture or a ValueError, which is the caller's error."""
     file = bytearray(encode(noise(12, 10), form, exif=exif(6)))
     for start, data in changes:
         file[start : start + len(data)] = data

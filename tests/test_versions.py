@@ -83,7 +83,7 @@ def test_a_version_that_is_not_a_number_is_not_found(version):
     ],
 )
 def test_a_version_that_is_not_a_pair_is_not_found(version):
-    """And how a pair is written is said."""
+    """The message says how a pair is written."""
     with pytest.raises(NotFound) as caught:
         parse_pair("penguins", version)
 

@@ -1,4 +1,4 @@
-"""How many requests are taken: the limit alone, and at a batcher in virtual time, below and far above what its backend can do."""
+"""How many requests are admitted: the limit alone, and at a batcher in virtual time, below and far above its capacity."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ MANY = dict.fromkeys(("fast", "calls that cost"), pytest.mark.heavy)
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=MANY.get(kind, ())) for kind in STAGES])
 def test_at_three_times_the_capacity_throughput_does_not_drop(kind: str) -> None:
-    """Nine tenths of the peak at least, refusals come at once, and the wait of those that are taken is bounded."""
+    """Nine tenths of the peak at least, refusals are immediate, and the wait of admitted requests is bounded."""
     call_s, row_s, n_cores, limits = STAGES[kind]
     seconds = max(6.0, 400 * row_s, 40 * call_s)
 
@@ -166,7 +166,7 @@ def test_a_stage_that_recovers_is_used_again() -> None:
 
 
 def test_without_a_maximum_wait_there_is_no_adaptive_limit() -> None:
-    """``max_queue_wait_ms`` 0: as many as there is room for wait as long as they have to."""
+    """``max_queue_wait_ms`` 0: requests wait without limit while the queue has room."""
 
     async def main() -> None:
         load = Load(Stage(1.0), max_queue_wait_ms=0, max_batch_size=1, max_in_flight=1)
@@ -201,7 +201,7 @@ def test_a_request_that_would_miss_its_deadline_is_refused_at_once() -> None:
 
 
 def test_refusals_by_the_next_stage_lower_the_limit() -> None:
-    """A stage behind that says it is overloaded gets less."""
+    """A later stage that reports overload gets fewer requests."""
 
     async def main() -> float:
         stage = Stage(0.001)
@@ -242,7 +242,7 @@ def test_the_lowest_priority_is_refused_first() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(0, 3)), min_size=1, max_size=40), st.integers(1, 4))
 def test_no_request_is_refused_while_one_of_lower_priority_waits(arrivals: list[tuple[int, float]], queue_size: int) -> None:
-    """Whatever arrives when: at the moment of a refusal all who wait are at least as urgent."""
+    """For any order of arrival: when a request is refused, all waiting ones have at least its priority."""
 
     async def main() -> None:
         stage = Stage(0.5)
@@ -269,7 +269,7 @@ def test_no_request_is_refused_while_one_of_lower_priority_waits(arrivals: list[
 
 @given(st.lists(st.tuples(st.integers(1, 5000), st.floats(0, 100), st.floats(0, 100), st.floats(0, 1)), max_size=200))
 def test_the_limit_is_bounded_by_the_observed_occupancy(samples: list[tuple[int, float, float, float]]) -> None:
-    """Never below what keeps a stage busy, and never above a multiple of what there really was."""
+    """Never below what keeps a stage busy, and never above a multiple of the observed occupancy."""
     limit = AdaptiveLimit(ALLOWED_S)
 
     for n_found, wait_s, call_s, share in samples:
@@ -281,7 +281,7 @@ def test_the_limit_is_bounded_by_the_observed_occupancy(samples: list[tuple[int,
 
 @given(st.floats(0.5, 1000))
 def test_the_limit_is_what_can_be_answered_within_the_maximum_wait(rate: float) -> None:
-    """By Little's law: at so many answers a second as many may be there as are answered while the wait lasts."""
+    """By Little's law: the answers per second times the allowed wait."""
     limit = AdaptiveLimit(ALLOWED_S)
     alone_s = 1 / rate
 
@@ -294,7 +294,7 @@ def test_the_limit_is_what_can_be_answered_within_the_maximum_wait(rate: float) 
 
 
 def test_a_limit_that_is_not_used_is_kept() -> None:
-    """What one caller sees alone says nothing of how many could be served."""
+    """Measurements with one caller say nothing about the capacity."""
     limit = AdaptiveLimit(ALLOWED_S)
 
     for _ in range(100):

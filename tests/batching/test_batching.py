@@ -42,7 +42,7 @@ def values_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 class Backend:
-    """Answers every row with its double, after a while; refuses whatever has a poisoned row in it.
+    """Answers every row with its double, after a while; refuses calls with a poisoned row.
 
     ``sent`` keeps the requests; ``misbehave`` may change an answer or raise, by the number of the call.
     """
@@ -155,7 +155,7 @@ def test_the_answer_keeps_each_callers_id() -> None:
     ids=["name", "outputs", "parameters", "version", "model", "shape", "datatype"],
 )
 def test_only_compatible_requests_are_merged(other: InferRequest) -> None:
-    """Requests that differ in anything but their rows never share a call."""
+    """Only requests that differ in nothing but their rows share a call."""
 
     async def main() -> None:
         backend = Backend()
@@ -367,7 +367,7 @@ def test_no_caller_gets_another_callers_rows(change: int) -> None:
 
 
 def test_a_delay_lets_others_join() -> None:
-    """``max_queue_delay_ms`` holds the first back, until enough have come or the time is over."""
+    """``max_queue_delay_ms`` holds the first back, until enough have arrived or the delay has passed."""
 
     async def main() -> None:
         backend = Backend(call_s=0)
@@ -403,7 +403,7 @@ def test_every_replica_has_calls_in_flight() -> None:
 
 @pytest.mark.parametrize(("max_batch_size", "at_most"), [(2, 8), (100, 1)])
 def test_a_full_call_does_not_block_the_next(max_batch_size: int, at_most: int) -> None:
-    """Waiting for it would fill no other call better; what has room is waited for."""
+    """Waiting for it would not fill the next call further; only calls with room are waited for."""
 
     async def main() -> None:
         backend = Backend()
@@ -443,7 +443,7 @@ def test_slow_rows_are_sent_in_concurrent_calls() -> None:
 
 @given(st.floats(0, 0.05), st.floats(0, 0.05), st.lists(st.integers(1, 64), min_size=2, max_size=50))
 def test_the_cost_of_a_row_is_the_slope(call_s: float, row_s: float, sizes: list[int]) -> None:
-    """Of a call that costs something and each row something more, what the row costs is found."""
+    """The cost of a row is separated from the fixed cost of a call."""
     cost = RowCost()
 
     for n_rows in [*sizes, 1, 64]:
@@ -495,7 +495,7 @@ def test_closing_answers_every_request() -> None:
 
 
 def test_the_callback_is_called_once_and_after_begin_has_returned() -> None:
-    """Never while it begins: the answer or the error, and nothing after that."""
+    """Never during `begin`: once, with the answer or the error."""
 
     async def main() -> None:
         batcher = batcher_on(Backend())
@@ -635,7 +635,7 @@ def test_finished_requests_leave_no_reference_cycles() -> None:
 
 
 def test_each_request_is_counted_by_its_outcome() -> None:
-    """Answered or not, however many share its call; how long it took is the sum of its parts."""
+    """Answered or failed, also in a merged call; the duration is the sum of its parts."""
 
     async def main() -> None:
         statistics = Statistics()
@@ -669,7 +669,7 @@ def test_merging_and_splitting_is_the_identity(parts: list[list[int]]) -> None:
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """A request of the property test: when it comes, from whom, what it holds, when its caller leaves."""
+    """A request of the property test: when it arrives, its caller, its rows, when the caller leaves."""
 
     at: float
     caller: int
@@ -711,7 +711,7 @@ arrivals = st.lists(
     ),
 )
 def test_every_caller_gets_its_own_rows_or_an_error(arriving: list[Arrival], mischief: list[str], limits: dict[str, int]) -> None:
-    """Whatever arrives when, leaves when, and whatever the backend does: nothing hangs, nobody gets another's rows, what is known
+    """For any arrivals, departures and behaviour of the backend: nothing hangs, no caller gets another's rows, a request known
     to be dead is not sent, no row is sent more than twice, the queue's bound holds.
     """
 

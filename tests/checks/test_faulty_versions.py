@@ -155,7 +155,7 @@ def test_no_file_can_be_taken_away(published: Path, file: str) -> None:
 @pytest.mark.parametrize("half", ["preprocess", "predict"])
 @pytest.mark.parametrize("is_renumbered", [False, True], ids=["as it is", "with its number edited"])
 def test_no_half_can_be_replaced_by_another_valid_one(published: Path, tmp_path: Path, half: str, is_renumbered: bool) -> None:
-    """Version 2 in the place of version 1: it loads and fits, and it is not what was released."""
+    """Version 2 in the place of version 1: it loads and fits, but it is not the released bundle."""
     models = Path(shutil.copytree(published, tmp_path / "models"))
     shutil.rmtree(models / "m" / half / "1")
     shutil.copytree(models / "m" / half / "2", models / "m" / half / "1")
@@ -220,7 +220,7 @@ OTHER_FITS: dict[str, tuple[Any, Any, Any]] = {
 
 @pytest.mark.parametrize("kind", OTHER_FITS)
 def test_features_that_mean_something_else_are_not_released(tmp_path: Path, kind: str) -> None:
-    """The shapes agree, and often the names: only numbers tell."""
+    """The shapes agree, and often the names: only the numbers differ."""
     trained, other, rows = OTHER_FITS[kind]
     options: dict[str, Any] = {"name": "m", "repository": tmp_path, "trusted_modules": [__name__]}
     target = np.arange(len(rows), dtype=float) % 5
@@ -407,7 +407,7 @@ def test_an_edited_bundle_with_right_digests_does_not_serve(published: Path, tmp
 
 
 def test_tolerances_beyond_the_bounds_do_not_load_without_a_release_either(published: Path, tmp_path: Path) -> None:
-    """So that nobody proves a release with them."""
+    """So they cannot prove a release either."""
     models = Path(shutil.copytree(published, tmp_path / "models"))
     repository = Repository(models)
     bundle = repository.open(BundleKey("m", "predict", 1))

@@ -1,4 +1,4 @@
-"""Versions that answer as in training, whatever else is different about them: none is refused."""
+"""Versions that answer as in training but differ otherwise: none is refused."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_reordered_outputs(published: Path, tmp_path: Path) -> None:
 
 
 def test_a_repository_that_was_copied_file_by_file(published: Path, tmp_path: Path) -> None:
-    """In any order, without times and modes; while it is copied, what is there in part does not serve and harms nothing."""
+    """In any order, without times and modes; incomplete bundles do not serve and do no harm meanwhile."""
     files = [path for path in published.rglob("*") if path.is_file() and not path.name.startswith(".")]
     random.Random(0).shuffle(files)
     source = LocalFolder(tmp_path / "models")
@@ -179,7 +179,7 @@ def test_a_read_only_volume_with_links(published: Path, tmp_path: Path, whole: b
 
 
 def test_halves_that_were_refitted_to_the_same_numbers(published: Path, tmp_path: Path) -> None:
-    """By another program, in another file: what counts are the numbers."""
+    """By another program, in another file: only the numbers count."""
     models = Path(shutil.copytree(published, tmp_path / "models"))
     again = make_pipeline(StandardScaler()).fit(IRIS)
     publish_preprocessor(again, IRIS, name="m", repository=models)
@@ -189,7 +189,7 @@ def test_halves_that_were_refitted_to_the_same_numbers(published: Path, tmp_path
 
 
 def test_features_of_other_names_and_the_same_numbers(tmp_path: Path) -> None:
-    """A step was renamed, and with it the features: `release` compares numbers, and what it has proven serves."""
+    """A step was renamed, and with it the features: `release` compares numbers, and a proven pair serves."""
     frame = pd.DataFrame(IRIS, columns=["a", "b", "c", "d"])
     first = ColumnTransformer([("scaled", StandardScaler(), list(frame.columns))]).fit(frame)
     second = ColumnTransformer([("standardised", StandardScaler(), list(frame.columns))]).fit(frame)

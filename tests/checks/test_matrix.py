@@ -1,4 +1,4 @@
-"""The support matrix: which releases serve, what could become one, what must not be deployed."""
+"""The support matrix: which releases serve, which pairs could become one, what must not be deployed."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_a_damaged_bundle_is_refused_with_its_pairs_and_no_others(models: Path) 
 
 
 def test_an_unreadable_manifest_refuses_its_pairs_and_no_others(models: Path) -> None:
-    """There is nothing to say of what it was made with."""
+    """The versions it was made with are unknown."""
     (models / "paint" / "preprocess" / "2" / "manifest.json").write_text("{")
 
     matrix = matrix_of(models)
@@ -346,7 +346,7 @@ def test_a_step_says_why_it_cannot_be_taken(models: Path) -> None:
 
 
 def test_environments_that_run_both_halves_stand_for_themselves(published: Path) -> None:
-    """What one of them admits the other need not."""
+    """An environment may refuse what another one admits."""
     reports = {name: report("preprocess", "predict", **bad) for name, bad in {"a": {}, "b": {"paint_predict_1": "no"}}.items()}
 
     matrix = judge(Repository(published), reports)
@@ -355,7 +355,7 @@ def test_environments_that_run_both_halves_stand_for_themselves(published: Path)
 
 
 def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:
-    """What was not tried is not known to work."""
+    """A bundle that was not tried may not work."""
     matrix = judge(Repository(published), {"image": report("preprocess")})
 
     assert matrix.releases[0].verdicts == {}
@@ -363,7 +363,7 @@ def test_a_half_that_no_environment_runs_is_a_problem(published: Path) -> None:
 
 
 def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) -> None:
-    """Environments are asked one after the other; what an earlier one has not seen is not admitted there."""
+    """Environments are asked one after the other; a bundle that an earlier one has not tried is not admitted there."""
     early = report("preprocess", "predict")
     early = msgspec.structs.replace(early, trials=early.trials[1:])
 
@@ -427,7 +427,7 @@ def test_the_command_gives_json_and_markdown(published: Path) -> None:
 
 @pytest.mark.parametrize(("folder", "message"), [("nowhere", "no such folder"), ("", "no models found in")])
 def test_the_command_fails_without_a_repository(tmp_path: Path, folder: str, message: str) -> None:
-    """A gate that looks at nothing must not pass."""
+    """A gate that checks nothing must not pass."""
     result = run("--repository", tmp_path / folder)
 
     assert result.exit_code == 1
@@ -435,7 +435,7 @@ def test_the_command_fails_without_a_repository(tmp_path: Path, folder: str, mes
 
 
 def test_a_broken_route_is_reported_in_one_line(models: Path) -> None:
-    """With its model; everything else is tried all the same."""
+    """With its model; everything else is still tried."""
     (models / "paint" / "route.json").write_text("[]")
 
     result = run("--repository", models)
@@ -497,7 +497,7 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
 
 
 def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
-    """Services that take compiled forms only refuse what has none."""
+    """Services that use compiled forms only refuse bundles without one."""
     manifest = models / "paint" / "preprocess" / "1" / "manifest.json"
     manifest.write_text(
         re.sub(r'"compiled": {.*?}', '"compiled": {"reason": "no such operator"}', manifest.read_text(), flags=re.S)

@@ -36,7 +36,7 @@ PIPELINE = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECI
 
 
 class FakeServer:
-    """Answers every request with these arrays; is said to have these versions."""
+    """Answers every request with these arrays; reports these versions."""
 
     def __init__(self, answer: Mapping[str, Array], versions: tuple[str, ...] = ()) -> None:
         self.answer = answer
@@ -68,7 +68,7 @@ def golden(repository: Repository, model: str = "iris") -> Golden:
 
 
 def arrays(repository: Repository, model: str = "iris") -> dict[str, Array]:
-    """What a system that keeps the promise answers."""
+    """The answer of a correct system."""
     return {tensor.name: to_array(tensor).copy() for tensor in golden(repository, model).outputs}
 
 
@@ -158,7 +158,7 @@ def test_an_answer_that_lacks_an_output_differs(repository: Repository) -> None:
 
 
 def test_a_system_that_refuses_fails_with_its_message(repository: Repository) -> None:
-    """No traceback; how many rows were sent is known all the same."""
+    """No traceback; the number of rows that were sent is still reported."""
 
     class Refusing(FakeServer):
         def infer(self, model: str, inputs: Mapping[str, Any], *, version: str = "") -> Mapping[str, Array]:
@@ -181,7 +181,7 @@ def test_a_pair_without_a_release_cannot_be_verified(repository: Repository) -> 
 
 
 def test_a_damaged_record_is_named(repository: Repository, tmp_path: Path) -> None:
-    """Golden samples that are not those that were recorded prove nothing."""
+    """Changed golden samples prove nothing."""
     models = Path(shutil.copytree(repository.root, tmp_path / "models"))
     file = models / "iris" / "releases" / "0001-1.1" / "golden.npz"
     file.write_bytes(file.read_bytes()[:-1] + b"x")

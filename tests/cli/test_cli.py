@@ -53,7 +53,7 @@ def signed_repository(folder: Path) -> Keys:
 
 
 def test_sign_writes_a_signature_for_every_bundle(tmp_path: Path) -> None:
-    """A line each; what is damaged is named, and the others are signed all the same."""
+    """One line each; damaged ones are named, and the others are signed."""
     keys = signed_repository(tmp_path)
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="damaged", repository=tmp_path / "models")
     (tmp_path / "models" / "damaged" / "predict" / "1" / "model.onnx").write_bytes(b"")
@@ -195,7 +195,7 @@ def test_publish_writes_the_given_files(
 
 
 def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The predictor is told which transforms it was trained on, and has their fingerprint."""
+    """`--trained-on` gives the predictor the fingerprint of the transforms."""
     monkeypatch.chdir(files)
     common = ("publish", "m", "--repository", "models")
     assert run(*common, "--transformer", "transforms.skops", "--data", "rows.npy").exit_code == 0
@@ -209,7 +209,7 @@ def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, mon
 
 
 def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is said, since services refuse it."""
+    """With a warning, since services refuse pickles by default."""
     monkeypatch.chdir(files)
     joblib.dump(FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(IRIS), "pattern.joblib")
     command = ("publish", "m", "--repository", "models", "--transformer", "pattern.joblib", "--data", "rows.npy")
@@ -239,7 +239,7 @@ def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: P
     ],
 )
 def test_publish_reports_errors(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:
-    """A line, not a traceback, and an exit status that a script sees."""
+    """One line, no traceback, and an exit status other than 0."""
     monkeypatch.chdir(files)
 
     result = run("publish", "m", "--repository", "models", *options)
@@ -327,7 +327,7 @@ async def test_infer_reports_an_error_in_one_line(tmp_path: Path) -> None:
 
 
 def test_infer_requires_rows() -> None:
-    """From a file or from the command line, not neither and not both."""
+    """From a file or from the command line, exactly one of them."""
     neither, both = run("infer", "m"), run("infer", "m", "rows.json", "--rows", "[]")
 
     assert (neither.exit_code, both.exit_code) == (2, 2)
@@ -393,7 +393,7 @@ def test_an_example_is_the_first_golden_sample(demos: Demos, model: str) -> None
 
 
 def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
-    """Also when some of it is broken: that is named, and a script sees it."""
+    """Also if some bundles are broken: they are named, and the exit status is 1."""
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
     whole = run("index", "--repository", tmp_path)
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
@@ -410,7 +410,7 @@ def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
 
 
 def test_models_lists_bundles_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fetches manifests only; the reason is told if there is nothing to be had."""
+    """It fetches manifests only; if that fails, the reason is printed."""
     monkeypatch.setenv("MODEL_CACHE", str(tmp_path / "cache"))
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path / "models")
     server = FileServer(tmp_path / "models")
@@ -428,7 +428,7 @@ def test_models_lists_bundles_at_a_url(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 async def test_reload_needs_a_name_where_no_model_is_known() -> None:
-    """There is nothing else to ask for; done would be a lie."""
+    """Without a name there is nothing to reload, which must not look like success."""
     service = FakeInference()
     async with serving(service, allow_control=True) as address:
         nameless = await asyncio.to_thread(run, "reload", "--url", address)
@@ -458,7 +458,7 @@ def test_a_bucket_has_no_index() -> None:
     ],
 )
 def test_a_web_server_is_not_written(files: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    """What is published goes to a folder first."""
+    """The error names the way out: publish to a folder, then upload."""
     monkeypatch.chdir(files)
     result = run(*command, "--repository", "http://127.0.0.1:1/models")
 

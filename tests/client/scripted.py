@@ -1,4 +1,4 @@
-"""An HTTP server that answers what a test tells it, byte for byte, and keeps what it was asked."""
+"""A scripted HTTP server that answers byte for byte and records requests."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ X = {"x": np.zeros((1, 2), np.float32)}
 
 
 class Scripted:
-    """Gives its answers in turn, the last one for ever; questions for a model's metadata have an answer of their own."""
+    """Sends its answers in turn, then repeats the last one; requests for a model's metadata have their own answer."""
 
     def __init__(self, answers: Iterable[bytes], metadata: bytes = METADATA) -> None:
         self.asked: list[Asked] = []

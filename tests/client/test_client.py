@@ -37,7 +37,7 @@ def service() -> FakeInference:
 
 
 def raising(error: BaseException, *, times: int = 1_000) -> Any:
-    """Raises the error as often as told, then echoes."""
+    """Raises an error as often as configured, then echoes."""
     failures = iter([error] * times)
 
     def answer(request: InferRequest) -> InferResponse:
@@ -105,7 +105,7 @@ async def test_server_and_model_metadata_can_be_queried(way: Way, service: FakeI
 
 
 async def test_not_ready_is_no_error(way: Way, service: FakeInference) -> None:
-    """To ask whether something is ready is answered with yes or no."""
+    """The question whether something is ready is answered with true or false."""
     async with way.to(service) as client:
         service.not_ready = "loading"
 
@@ -127,7 +127,7 @@ async def test_every_error_keeps_its_class_over_the_hop(way: Way, kind: type[Spl
 
 
 async def test_without_a_signature_the_datatypes_follow_from_the_values(way: Way, service: FakeInference) -> None:
-    """A server that knows none may infer all the same; what it cannot, it says itself."""
+    """A server without signatures may still infer, and reports itself what it refuses."""
     async with way.to(service) as client:
         answer = await client.infer("other", {"x": [[1, 2]], "t": ["a"]})
         service._answer = raising(NotFound("no such model"))
@@ -138,7 +138,7 @@ async def test_without_a_signature_the_datatypes_follow_from_the_values(way: Way
 
 
 async def test_an_unreachable_server_is_unavailable(way: Way) -> None:
-    """Whatever is asked of it."""
+    """For every method."""
     async with way.at("http://127.0.0.1:1" if way.is_rest else "127.0.0.1:1", max_attempts=2) as client:
         with pytest.raises(Unavailable, match="cannot be reached"):
             await client.infer("echo", {"x": [[1, 2]]})
@@ -156,7 +156,7 @@ class Stuck(FakeInference):
 
 
 async def test_an_answer_after_the_timeout_is_deadline_exceeded(way: Way) -> None:
-    """The client's patience is the call's, unless the call has its own."""
+    """The client's timeout applies unless the call has its own."""
     async with way.to(Stuck(ONLY_X), timeout_s=20) as client:
         with pytest.raises(DeadlineExceeded):
             await client.infer("echo", np.ones((1, 2)), timeout_s=0.2)
@@ -237,7 +237,7 @@ ROWS = np.arange(2 * N_ROWS, dtype=np.float32).reshape(N_ROWS, 2)
 
 
 async def test_a_large_table_is_sent_in_chunks_and_answered_in_order(way: Way) -> None:
-    """All to the version that answered the first, each with its rows; the caller hears how far it is."""
+    """All to the version that answered the first, each with its rows; the progress is reported."""
     service = FakeInference(ONLY_X)
     heard: list[tuple[int, int]] = []
 
@@ -265,7 +265,7 @@ async def test_the_version_that_answers_first_answers_all(grpc_way: Way) -> None
 
 
 async def test_a_frame_is_cut_by_its_bytes(way: Way) -> None:
-    """About a mebibyte at a time, without being told."""
+    """About a mebibyte at a time, by default."""
     service = FakeInference(ONLY_X)
     rows = np.zeros((300_000, 2), np.float32)
 
@@ -288,7 +288,7 @@ async def test_inputs_that_may_not_be_a_table_are_not_chunked(way: Way) -> None:
 
 
 async def test_the_first_chunk_that_fails_ends_the_others_and_names_its_rows(way: Way) -> None:
-    """What was not sent is not sent any more."""
+    """Chunks that were not sent yet are not sent."""
 
     def answer(request: InferRequest) -> InferResponse:
         values = np.frombuffer(request.inputs[0].raw, np.float32)
@@ -341,7 +341,7 @@ async def test_the_number_of_chunks_in_flight_is_as_configured(way: Way) -> None
 
 
 async def test_chunks_in_flight_are_cancelled_when_one_fails(grpc_way: Way) -> None:
-    """The caller does not wait for what is of no use to it."""
+    """The caller does not wait for useless answers."""
 
     class OneFails(FakeInference):
         async def infer(self, request: InferRequest) -> InferResponse:

@@ -83,7 +83,7 @@ async def test_a_trusted_server_is_called(way: Way, authority: Authority) -> Non
 
 
 async def test_a_server_that_is_not_trusted_is_unavailable_at_once(way: Way, authority: Authority) -> None:
-    """No retry makes its certificate a better one."""
+    """A retry cannot help."""
     async with serving(authority, way, asks_clients=False) as url, way.at(url) as client:
         with pytest.raises(Unavailable, match="certificate"):
             await client.is_live()

@@ -36,7 +36,7 @@ def test_the_url_determines_the_protocol(url: str, target: str, is_rest: bool, i
 
 
 def test_certificates_make_a_bare_name_secure() -> None:
-    """Nobody gives certificates for plain text."""
+    """Certificates imply TLS."""
     assert connect("host:8001", TLS(ca_file="ca.pem")).tls == TLS(ca_file="ca.pem")
 
 
@@ -81,6 +81,6 @@ async def test_a_token_is_text_or_a_function() -> None:
 
 @pytest.mark.parametrize("token", ["", " ", "a b", "a\nb: c", "ä"])
 def test_a_token_that_no_header_can_hold_is_refused(token: str) -> None:
-    """It could say more than it should."""
+    """A line break in it could inject a header."""
     with pytest.raises(Unauthenticated):
         request_headers({}, token)

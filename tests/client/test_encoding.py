@@ -1,4 +1,4 @@
-"""What people have -> tensors of the signature."""
+"""Python, numpy and pandas values -> tensors of the signature."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_values_that_a_conversion_would_change_are_refused(case: str) -> None:
-    """The input is named, and what was expected and what came."""
+    """The input is named, with the expected and the given value."""
     values, datatype, message = REFUSED[case]
 
     with pytest.raises(InvalidInput) as raised:

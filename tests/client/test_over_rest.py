@@ -1,4 +1,4 @@
-"""REST against a server that answers byte for byte what it is told."""
+"""REST against a scripted server that answers byte for byte."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_requests_that_reached_no_model_are_retried(rest: Way, failure: by
         (http(503, {}, retry_after="3600"), Unavailable),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{", Unavailable),
     ],
-    ids=["bad input", "told to wait beyond the deadline", "cut off in the middle"],
+    ids=["bad input", "Retry-After beyond the deadline", "cut off in the middle"],
 )
 async def test_errors_that_are_not_retryable_are_not_retried(rest: Way, failure: bytes, kind: type[Exception]) -> None:
     """Nor what was answered already, if only in part."""

@@ -110,7 +110,7 @@ def test_errors_of_other_servers_are_classified_by_status(status: int, body: Any
     ("value", "seconds"), [(None, None), ("7", 7), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("-1", None)]
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
-    """What is neither is as if it were not there."""
+    """Other values are ignored."""
     headers = {} if value is None else {"retry-after": value}
 
     with pytest.raises(Failed) as raised:

@@ -16,7 +16,7 @@ ASK = Ask("infer", "m")
 
 
 class World:
-    """A clock that moves when someone waits, and a server that fails as told."""
+    """A clock that advances when a call waits, and a server that fails as scripted."""
 
     def __init__(self, *failures: Failed) -> None:
         self.now = 100.0
@@ -54,7 +54,7 @@ def test_pauses_grow_and_the_time_left_shrinks() -> None:
 
 
 def test_pauses_are_random() -> None:
-    """Clients that failed together do not come back together: between half and all of the pause."""
+    """Clients that failed together do not retry together: between half and all of the pause."""
     bounds: list[tuple[float, float]] = []
 
     World(gone()).call(retries=plain(2, lambda low, high: bounds.append((low, high)) or high))
@@ -92,7 +92,7 @@ def test_an_attempt_that_is_not_retryable_ends_the_call() -> None:
 
 
 def test_no_pause_extends_beyond_the_deadline() -> None:
-    """An attempt that could only begin too late is not waited for: the failure is told at once."""
+    """If the next attempt would begin after the deadline, the failure is raised at once."""
     world = World(gone(retry_after_s=10))
 
     with pytest.raises(Unavailable):
@@ -102,7 +102,7 @@ def test_no_pause_extends_beyond_the_deadline() -> None:
 
 
 def test_a_deadline_that_passed_before_the_first_attempt_sends_nothing() -> None:
-    """Work for nobody is not begun."""
+    """No work is begun for a caller that no longer waits."""
     world = World()
 
     with pytest.raises(DeadlineExceeded):

@@ -1,4 +1,4 @@
-"""Programs that are built for a newer glibc than the machine's: started by the loader of Debian 13, unpacked beside them."""
+"""Programs that are built for a newer glibc than the machine's: started by the loader of Debian 13, unpacked next to them."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def running(command: list[str | Path], port: int, folder: Path) -> Iterator[str]
 def test_other_servers_can_replace_predict(
     demos: Demos, expected: dict[str, np.ndarray[Any, Any]], tmp_path: Path, server: Any, version: str, pair: str
 ) -> None:
-    """It has no manifest of ours, no health service and no stream; its metadata is what the preprocessor is checked against."""
+    """It has no manifest, no health service and no stream; the preprocessor is checked against its metadata."""
     command, port = server(demos, tmp_path, version)
 
     with running(command, port, tmp_path) as address:

@@ -124,7 +124,7 @@ class Container:
 
     @contextmanager
     def slowed(self) -> Iterator[None]:
-        """A bad line, for a while: what it sends is late, what comes to it is partly lost.
+        """A bad link, for a while: sent packets are delayed, received ones partly lost.
 
         By netem where the kernel has it; else by a thin pipe with a queue in front, and a filter that drops at random.
         """

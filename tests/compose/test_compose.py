@@ -112,7 +112,7 @@ def test_grpc_gives_the_answer_of_the_pipeline(stack: Stack, models: dict[str, M
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_every_line_that_a_service_writes_is_json(stack: Stack, service: str) -> None:
-    """Also what libraries write: one that says something at start gets a second look."""
+    """Also the lines of libraries."""
     for line in stack.container(service).lines():
         assert json.loads(line)["event"]
 

@@ -1,6 +1,6 @@
-"""What callers see of a fault: two replicas of each stage under steady load by the Python client, with the retries that it has.
+"""The effect of a fault on callers: two replicas of each stage under steady load by the Python client, with its retries.
 
-Whatever happens, no answer is wrong (P-44): each is compared with what the pipeline says in this process.
+No answer is ever wrong (P-44): each is compared with that of the pipeline in this process.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_a_replica_that_is_frozen_is_not_waited_for(doubled: Stack, load: Steady
 
 @pytest.mark.parametrize(("service", "how"), [("preprocess", "cut_off"), ("predict", "cut_off"), ("preprocess", "disconnected")])
 def test_a_replica_without_a_network_is_avoided_within_seconds(doubled: Stack, load: SteadyLoad, service: str, how: str) -> None:
-    """Packets that vanish, or an interface that does: nothing fails or outlasts its deadline, and it works once it is mended."""
+    """Lost packets, or a lost interface: no call fails or exceeds its deadline, and the replica is used again afterwards."""
     lost = doubled.containers(service)[0]
 
     with getattr(lost, how)():
@@ -152,7 +152,7 @@ def test_a_rolling_restart_fails_no_call(doubled: Stack, references: dict[str, R
 
 
 def test_services_may_start_in_any_order(doubled: Stack, models: dict[str, Model]) -> None:
-    """The proxies first and predict last; then predict again. Who waits says so, and is ready when the last has come."""
+    """The proxies first and predict last; then predict again. Waiting services say so, and are ready when the last one is."""
     proxies, preprocess, predict = (doubled.containers(service) for service in ("proxy", *STAGES))
     ready = ["127.0.0.1:8001", "--ready"]
     doubled.compose("stop")

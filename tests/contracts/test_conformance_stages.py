@@ -192,7 +192,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("request_", MALFORMED)
 async def test_malformed_requests_are_invalid_argument(stage: Stage, request_: Any) -> None:
-    """Found where it is sent to, and said so."""
+    """Found by the stage that receives it."""
     code, message = await stage.refusal("ModelInfer", request_)
 
     assert code is grpc.StatusCode.INVALID_ARGUMENT

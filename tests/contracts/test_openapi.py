@@ -62,7 +62,7 @@ def test_every_status_that_an_inference_can_have_is_documented() -> None:
 
 
 def test_operations_that_need_a_token_are_marked() -> None:
-    """All but what anyone may ask: health, and what the server is."""
+    """All except health and server metadata, which need no token."""
     document_ = document("0", requires_tokens=True)
 
     needs = {path for path, item in document_["paths"].items() if "security" in (item.get("get") or item["post"])}

@@ -40,7 +40,7 @@ def test_every_public_name_has_a_docstring() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    """Names are looked up when they are used, and say so when they are not there."""
+    """Names are imported when they are used; an unknown one raises AttributeError."""
     assert not hasattr(splitserve, "nonsense")
 
 

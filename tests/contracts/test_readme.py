@@ -56,7 +56,7 @@ EXPECTED = [
 
 
 def test_the_readme_has_the_examples_that_are_tested() -> None:
-    """No block goes untested."""
+    """Every block is tested."""
     assert len(BLOCKS) == len(EXPECTED)
 
 

@@ -68,7 +68,7 @@ def other_weights(content: dict[str, Any], files: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What the matrix prints of a repository in which all goes wrong."""
+    """The output of the matrix for a repository with every kind of fault."""
     folder = tmp_path_factory.mktemp("models")
     repository = Repository(folder)
 

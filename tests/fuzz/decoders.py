@@ -1,4 +1,4 @@
-"""What is fuzzed: bytes from a stranger into each decoder and each connection.
+"""What is fuzzed: untrusted bytes into each decoder and each connection.
 
 Whatever they are, a decoder gives a request or one of our errors, and a connection is closed or waits for more.
 """

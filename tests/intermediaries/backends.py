@@ -1,4 +1,4 @@
-"""What stands behind the intermediaries: proxies as they are deployed, and one stage that they share."""
+"""The backends of the intermediaries: proxies as deployed, and one stage that they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reverse proxies of other makers in front of two of ours, configured as their documentation has it."""
+"""Third-party reverse proxies in front of two splitserve proxies, configured as in their documentation."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ http {{
 
 
 class NginxWithoutKeepalive(Nginx):
-    """As nginx is until told otherwise: a connection to a backend for each call."""
+    """nginx's default: one connection to a backend for each call."""
 
     name = "nginx without keepalive"
     keepalive = ""

@@ -1,4 +1,4 @@
-"""One request over HTTP/2 by the library h2, which has no timers and no retries of its own: what comes is what was sent."""
+"""One request over HTTP/2 by the library h2, which has no timers and no retries: it returns what the peer sent."""
 
 from __future__ import annotations
 

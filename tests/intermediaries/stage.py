@@ -1,4 +1,4 @@
-"""``python -m tests.intermediaries.stage``: what stands behind the proxies, so that a call costs next to nothing but its way.
+"""``python -m tests.intermediaries.stage``: the stage behind the proxies, whose calls cost almost nothing.
 
 Models: ``echo`` returns its bytes; ``hold`` answers after as many milliseconds as its rows say. Logs which rows it holds.
 """

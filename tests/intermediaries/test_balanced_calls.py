@@ -34,7 +34,7 @@ async def test_no_call_is_lost(balancer: Balancer, n_at_once: int) -> None:
 
 @pytest.mark.parametrize("n_mib", [4, 30, 60])
 async def test_large_messages(balancer: Balancer, n_mib: int) -> None:
-    """Both ways, beside small calls on the same connection."""
+    """In both directions, with small calls on the same connection."""
     async with calling(balancer.grpc, balancer.tls) as caller, asyncio.TaskGroup() as group:
         group.create_task(caller.echo(os.urandom(n_mib * MIB)))
         group.create_task(caller.echo_many(50, 1))
@@ -43,7 +43,7 @@ async def test_large_messages(balancer: Balancer, n_mib: int) -> None:
 async def test_a_message_over_the_limit_is_refused_with_a_status(balancer: Balancer) -> None:
     """RESOURCE_EXHAUSTED for that call; the next one on the channel is answered.
 
-    haproxy 2.6 ends a stream that is answered before its request has ended by RST_STREAM, whoever the server is.
+    haproxy 2.6 ends a stream that is answered before its request has ended by RST_STREAM, with any server.
     """
     async with calling(balancer.grpc, balancer.tls) as caller:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -111,7 +111,7 @@ def wait_for_cancelled(pool: Pool, n_before: int) -> None:
 
 
 async def test_a_cancellation_reaches_the_proxy(balancer: Balancer, pool: Pool) -> None:
-    """What nobody waits for any more is given up; the next call on the channel is answered."""
+    """A call without a caller is cancelled; the next call on the channel is answered."""
     ms, n_before = long_ms(), pool.n_ended("CANCELLED")
     async with calling(balancer.grpc, balancer.tls) as caller:
         call = caller.infer(hold_request(ms))

@@ -181,7 +181,7 @@ def test_tritonclients_requests_are_read():
 
 
 def test_tritonclient_reads_our_responses():
-    """Names, shapes and raw contents are where it looks for them."""
+    """Names, shapes and raw contents are where it expects them."""
     message = triton.ModelInferResponse.FromString(protobuf.encode_response(RESPONSE).SerializeToString())
 
     assert (message.model_name, message.model_version, message.id) == ("penguins", "1.2", "r1")

@@ -255,7 +255,7 @@ def test_a_dimension_is_a_non_negative_integer(size):
 )
 @pytest.mark.parametrize("fields", [{"data": [1] * 32}, {"parameters": {"binary_data_size": 0}}], ids=["data", "binary"])
 def test_an_impossible_shape_is_refused(shape, fields):
-    """Before any allocation, by arithmetic that does not wrap (I-07), however the elements come."""
+    """Before any allocation, by arithmetic that does not wrap (I-07), for every form of the elements."""
     with pytest.raises(InvalidInput, match='input "x"'):
         decode(body(entry("FP32", shape, **fields)))
 
@@ -361,7 +361,7 @@ def test_a_parameter_beyond_int64_is_refused(level, number):
     ids=["lists", "unknown", "objects", "data", "data with NaN", "unknown with NaN", "200 deep"],
 )
 def test_deep_nesting_is_an_error_not_a_crash(data):
-    """However deep, wherever it stands (I-27)."""
+    """At any depth and place (I-27)."""
     refusal(data)
 
 
@@ -389,7 +389,7 @@ def test_a_lone_surrogate_is_refused(template, text):
 
 
 def test_a_surrogate_written_as_bytes_is_refused():
-    """Neither is it UTF-8, whatever else is in the body."""
+    """It is not valid UTF-8, in any part of the body."""
     for tail in (b"", b', "x": NaN'):
         refusal(b'{"inputs": [], "id": "\xed\xa0\x80"' + tail + b"}")
 

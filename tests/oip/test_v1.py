@@ -120,7 +120,7 @@ def test_an_image_is_nested_or_flat(image, name):
     ],
 )
 def test_no_instances_are_no_rows(metadata, shapes):
-    """A batch of none is a batch, whatever the signature."""
+    """An empty batch is valid for every signature."""
     assert [tensor.shape for tensor in decode([], metadata)] == shapes
 
 

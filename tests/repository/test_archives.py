@@ -93,7 +93,7 @@ def skops_of(data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def test_a_compressed_skops_file_is_refused() -> None:
-    """Ours never are; so what is read of one is never more than the file has."""
+    """Our skops files are never compressed, so reading one never yields more bytes than the file has."""
     data = a_zip(*skops_of(dump(StandardScaler().fit(NUMBERS))), compression=zipfile.ZIP_DEFLATED)
 
     with pytest.raises(BundleError, match=r"^pipeline\.skops: '.*' is compressed"):
@@ -150,7 +150,7 @@ def test_a_sparse_matrix_that_decompresses_to_gigabytes_is_refused(bomb: bytes) 
 
 
 def test_a_schema_of_any_depth_is_checked() -> None:
-    """Without running out of stack here, whatever json says to it."""
+    """Without exhausting the stack, also where the JSON parser would."""
     deep: Any = {"__loader__": "NdArrayNode", "file": "a.npy", "type": "numpy"}
     for _ in range(500):
         deep = [deep]

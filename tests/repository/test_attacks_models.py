@@ -1,4 +1,4 @@
-"""Artefacts that mean harm, beyond what the tests of each format try: refused with a reason, and nothing of them is run."""
+"""Malicious artefacts, in addition to the tests of each format: refused with a reason, and never executed."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_many_nodes_load_or_are_refused() -> None:
 
 
 class Canary:
-    """What a pickle would run."""
+    """Called if a pickle is executed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,7 +141,7 @@ def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, m
 
 
 def redigest(folder: Path, name: str) -> None:
-    """Have the manifest say what is there: the attacker can write that too."""
+    """Update the manifest's digests: an attacker can write these too."""
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
@@ -149,7 +149,7 @@ def redigest(folder: Path, name: str) -> None:
 
 
 def test_the_checked_bytes_are_the_loaded_bytes(tmp_path: Path) -> None:
-    """E02: a file that is exchanged after it was read changes nothing: the bytes that were checked are those that are used."""
+    """E02: replacing a file after it was read has no effect: the checked bytes are the ones that are used."""
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     path = tmp_path / "m" / "predict" / "1" / "model.onnx"
 
@@ -178,7 +178,7 @@ def test_a_sparse_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
-    """E02: a pipe, which would never end to be read."""
+    """E02: reading a pipe would never end."""
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=tmp_path)
     path = tmp_path / "m" / "predict" / "1" / "model.onnx"
     path.unlink()
@@ -189,7 +189,7 @@ def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
 
 
 def test_transforms_with_nan_parameters_are_refused(tmp_path: Path) -> None:
-    """E07: NaN in what was fitted shows in the golden samples, which are then not what was promised."""
+    """E07: NaN in fitted parameters shows in the golden samples, which then differ from the recorded ones."""
     scaler = StandardScaler().fit(ROWS)
     publish_preprocessor(scaler, ROWS, name="m", repository=tmp_path)
     other = tmp_path / "other"

@@ -56,7 +56,7 @@ def blob(cache: Cache, digest: FileDigest = DIGEST) -> Path:
 
 
 def partial(cache: Cache, data: bytes) -> Path:
-    """What a process that died has left of the file."""
+    """The partial file of a process that died."""
     path = cache.folder / "partial" / DIGEST.sha256
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
@@ -77,14 +77,14 @@ def test_a_file_is_fetched_once(cache: Cache) -> None:
 
 
 def test_an_empty_file_is_a_file(cache: Cache) -> None:
-    """Nothing has to come for it."""
+    """Nothing is fetched for it."""
     cache.fetch(NAME, digest_of(b""), Source(b""))
 
     assert cache.read(NAME, digest_of(b"")) == b""
 
 
 def test_an_interrupted_download_resumes_at_once(cache: Cache) -> None:
-    """From the byte where it broke off, as long as each try brings something."""
+    """From the byte where it was interrupted, as long as each attempt makes progress."""
     source = Source(breaks_after=[100, 200])
 
     cache.fetch(NAME, DIGEST, source)
@@ -136,7 +136,7 @@ def test_wrong_content_is_refused_by_name_and_deleted(cache: Cache, content: byt
 
 
 def test_no_more_bytes_are_written_than_the_manifest_lists(cache: Cache) -> None:
-    """A source that never ends fills no disk."""
+    """An endless source does not fill the disk."""
 
     def endless(offset: int) -> Iterator[bytes]:
         while True:
@@ -265,7 +265,7 @@ def test_the_error_for_an_unwritable_cache_names_the_way_out(tmp_path: Path, wri
 
 
 def test_a_full_disk_is_reported(cache: Cache) -> None:
-    """Whatever was written before."""
+    """Independent of what was written before."""
 
     def download(offset: int) -> Iterator[bytes]:
         yield CONTENT[:10]
@@ -291,7 +291,7 @@ def test_a_cached_path_is_valid_while_its_validator_is_unchanged(cache: Cache) -
 
 
 def test_placed_files_are_the_most_recent_ones(cache: Cache) -> None:
-    """And are gone when there is nothing to place."""
+    """Without files to place there are none."""
     first = cache.place("m/predict/1/model.sig", b"one")
     cache.place("m/predict/1/model.sig", b"two")
     held = first.read_bytes()
@@ -319,7 +319,7 @@ def test_old_unused_leftovers_are_removed(cache: Cache) -> None:
 
 
 def test_sweeping_an_empty_cache_succeeds(cache: Cache) -> None:
-    """The folder need not be there yet."""
+    """The folder may not exist yet."""
     cache.sweep()
 
 

@@ -101,13 +101,13 @@ def an_npy(array: np.ndarray) -> bytes:
     ids=["empty", "junk", "cut", "half", "pickle", "npy", "empty zip", "no arrays", "no npy", "objects"],
 )
 def test_an_invalid_golden_file_is_refused(data):
-    """Whatever it is, the bundle is what is wrong."""
+    """Any defect of the file is an error of the bundle."""
     with pytest.raises(BundleError, match=r"^golden\.npz: "):
         decode(data, INPUTS, OUTPUTS)
 
 
 def test_no_samples_have_no_difference():
-    """A bundle without any would agree with whatever it is made of."""
+    """A bundle without samples would agree with any model."""
     spec = TensorSpec("x", "FP64", ("batch",))
     empty = from_array("x", np.empty((0,)))
 
@@ -164,7 +164,7 @@ def test_equal_answers_have_no_difference(tensor):
 
 
 def test_the_worst_element_is_found():
-    """Its sample, its place, what it should have been and what it is."""
+    """Its sample, its index, the expected and the found value."""
     want = floats([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], "probabilities")
     have = floats([[1.1, 2.0], [3.0, 4.5], [5.2, 6.0]], "probabilities")
 
@@ -266,7 +266,7 @@ def test_all_floats_have_tolerances(datatype):
     ],
 )
 def test_other_datatypes_than_floats_are_compared_exactly(want, have):
-    """Whatever tolerance the manifest has for it."""
+    """A tolerance in the manifest has no effect on them."""
     worst = worst_difference([want], [have], {"y": Tolerance(rtol=1e6, atol=1e6)})
 
     assert worst is not None

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what is read is what was written, and nothing is guessed."""
+"""The manifest of a bundle: reading returns what was written, without guesses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def without(*names: str) -> bytes:
 
 
 def test_a_manifest_is_written_as_this_document():
-    """Bundles outlive the code that wrote them: a field that changes its name or form here is lost to them."""
+    """Bundles outlive the code that wrote them: a renamed or changed field could no longer be read."""
     assert json.loads(manifest.encode(FULL)) == DOCUMENT
 
 
@@ -111,7 +111,7 @@ def test_a_missing_field_is_named(name):
 
 
 def test_an_unknown_field_is_named():
-    """It might change what the others mean."""
+    """It could change the meaning of the others."""
     with pytest.raises(BundleError, match=r"^manifest\.json: .*`surprise`"):
         manifest.decode(changed(surprise=1))
 
@@ -177,7 +177,7 @@ def test_a_name_with_special_characters_is_refused(name):
 
 
 def test_the_environment_is_what_is_installed():
-    """Python and each package that is there; one that is not is left out."""
+    """Python and each installed package; missing ones are left out."""
     found = environment.observe(["numpy", "no-such-package"])
 
     assert found == {"python": platform.python_version(), "numpy": version("numpy")}

@@ -1,4 +1,4 @@
-"""A model repository in a bucket, against a real S3 API: what is asked for, and what is told when it fails."""
+"""A model repository in a bucket, against a real S3 API: which requests are sent, and how failures are reported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """Empty, and what the environment leads to."""
+    """An empty store that the environment points to."""
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     server.requests.clear()
@@ -71,7 +71,7 @@ def filled(store: ObjectStore, repository: Repository) -> ObjectStore:
 
 @pytest.fixture
 def open_source(tmp_path: Path) -> Iterator[Callable[[], RemoteRepository]]:
-    """Makes sources as processes would that share a cache, one after the other."""
+    """Creates sources like processes that share a cache, one after the other."""
     opened: list[RemoteRepository] = []
 
     def open_it(url: str = URL, timeout_s: float = 60) -> RemoteRepository:
@@ -123,7 +123,7 @@ def test_releases_are_read_from_a_bucket_and_fetched_once(
 
 
 def test_a_restart_fetches_nothing(filled: ObjectStore, open_source: Callable[..., RemoteRepository]) -> None:
-    """The listing says that manifests and routes are as they were."""
+    """The listing shows that manifests and routes are unchanged."""
     first = open_source()
     first.bundles()
     first.route("m")
@@ -228,7 +228,7 @@ def test_an_object_with_a_wrong_digest_is_refused_by_name(
 
 @pytest.fixture
 def gateway(filled: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
-    """In front of the store, and what the environment leads to; the package behind the URL does not try again by itself."""
+    """A gateway in front of the store that the environment points to; the fsspec package does not retry."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with Gateway(filled.environment["AWS_ENDPOINT_URL"]).running() as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
@@ -240,7 +240,7 @@ def gateway(filled: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ga
 def test_an_unreliable_object_store_is_tolerated(
     gateway: Gateway, open_source: Callable[..., RemoteRepository], faults: list[Fault]
 ) -> None:
-    """Cut off in the middle, a wrong byte: it is asked again, perhaps by the next try, and what is loaded is right."""
+    """Cut off in the middle, a wrong byte: the object is fetched again, and only correct bytes are loaded."""
     source = open_source()
     gateway.fail(f"models/{MODEL}", *faults)
 

@@ -1,4 +1,4 @@
-"""What makes a pair: shapes that fit, and features that mean the same."""
+"""The conditions of a pair: shapes that fit, and features with the same meaning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def one_hot(*order: str) -> Any:
 
 
 def nameless() -> FunctionTransformer:
-    """Cannot tell what its results are called."""
+    """A transformer without output names."""
     return FunctionTransformer(np.log1p)
 
 
@@ -70,7 +70,7 @@ def test_a_reordered_category_changes_the_meaning_and_no_shape() -> None:
     ],
 )
 def test_vocabularies_count_where_names_do_not_show_them(one: Any, other: Any) -> None:
-    """Which number stands for what, wherever in the transforms it was learnt."""
+    """The mapping of numbers to categories, from any transform that learnt one."""
     rows = ["a", "b"] if isinstance(one, CountVectorizer) else [["a"], ["b"]]
 
     fingerprints = {meaning_of(each.fit(rows)).fingerprint for each in (one, other)}
@@ -101,7 +101,7 @@ def test_vocabularies_count_where_names_do_not_show_them(one: Any, other: Any) -
     ids=["parts", "columns", "union", "slice"],
 )
 def test_without_names_the_order_of_inputs_counts(one: Any, other: Any) -> None:
-    """A function has no names to tell; the columns that it gets have. It is the same after it was written and read."""
+    """A function has no output names, but its input columns have. The result is the same after it was written and read."""
     frame = pd.DataFrame({"size": [1.0, 2.0], "weight": [3.0, 5.0]})
     first, second = (meaning_of(clone(each).fit(frame)) for each in (one, other))
     fitted = clone(one).fit(frame)
@@ -184,7 +184,7 @@ def test_properties_of_other_servers_are_not_misread(nonsense: str) -> None:
 
 
 def test_a_manifest_may_map_names() -> None:
-    """Names count unless the preprocessor says what the predictor calls them."""
+    """Names count unless the preprocessor maps them to the predictor's."""
     wanted = [TensorSpec("input_1", "FP32", ("batch", 2))]
 
     assert misfits(manifest(), wanted, []) == [
@@ -196,7 +196,7 @@ def test_a_manifest_may_map_names() -> None:
 
 
 def test_published_halves_declare_their_meaning(tmp_path: Path) -> None:
-    """Both halves of a pipeline the same; a predictor of one's own if it is told."""
+    """Both halves of a pipeline have the same one; a separate predictor has one if `trained_on` is given."""
     pipeline = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, [0, 1] * 6)
     publish(pipeline, FRAME, name="m", repository=tmp_path)
     sample = np.zeros((2, 4), np.float32)

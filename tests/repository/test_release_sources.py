@@ -1,4 +1,4 @@
-"""Releases as each kind of source gives them out, with the same result."""
+"""Releases from each kind of source, with the same result."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_every_source_lists_the_same_releases(source: BundleSource) -> None:
 
 
 def test_golden_samples_that_were_changed_are_refused(source: BundleSource, published: Repository, tmp_path: Path) -> None:
-    """By the digest in the release's manifest, wherever they come from."""
+    """By the digest in the release's manifest, from every source."""
     source.bundles()
     record = source.open_release(KEY)
     for path in tmp_path.rglob(f"0001-1.1/{GOLDEN_FILE}"):
@@ -176,7 +176,7 @@ def test_a_broken_record_is_named_and_does_not_count(published: Repository) -> N
 
 
 def test_a_record_that_becomes_unreadable_still_counts(published: Repository) -> None:
-    """It was valid once: an accident with its file withdraws nothing, and restores nothing that it withdrew."""
+    """A record that was valid still counts: damage to its file withdraws nothing, and restores nothing that it withdrew."""
     reader = ReleaseReader(published)
     reader.history("m")
 
@@ -197,7 +197,7 @@ def test_a_folder_without_a_manifest_is_not_a_record(published: Repository) -> N
 
 
 def test_a_record_that_cannot_be_fetched_makes_the_history_unknown(published: Repository) -> None:
-    """It may be the one that withdraws what would serve otherwise."""
+    """It may withdraw a release that would serve otherwise."""
 
     class Cut(LocalFolder):
         def open_release(self, key: ReleaseKey):

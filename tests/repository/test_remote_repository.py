@@ -61,7 +61,7 @@ def server(published: Repository) -> Iterator[FileServer]:
 
 @pytest.fixture
 def open_source(tmp_path: Path) -> Iterator[Callable[..., RemoteRepository]]:
-    """Makes sources as processes would that share a cache, one after the other."""
+    """Creates sources like processes that share a cache, one after the other."""
     opened: list[RemoteRepository] = []
 
     def open_it(url: str, *, timeout_s: float = 60, selection: Selection | None = None) -> RemoteRepository:
@@ -162,7 +162,7 @@ def test_a_download_resumes_after_a_restart(server: FileServer, open_source: Cal
 def test_a_failed_download_is_reported_and_retryable(
     server: FileServer, source: RemoteRepository, fault: Fault, message: str
 ) -> None:
-    """The class says that another try may help; the next one succeeds."""
+    """The class says that a retry may help; the next one succeeds."""
     server.fail(MODEL, *[fault] * 10)
     with pytest.raises(NotFetched, match=message):
         fetch_bundle(source, KEY)
@@ -229,7 +229,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_file_with_a_wrong_digest_is_refused_by_name(server: FileServer, source: RemoteRepository, case: str) -> None:
-    """After it was fetched once more; the class says that another try will not help."""
+    """After it was fetched twice; the class says that a retry cannot help."""
     (server.folder / MODEL).write_bytes(BAD[case])
 
     with pytest.raises(WrongContent) as caught:
@@ -415,7 +415,7 @@ def test_an_unsupported_url_is_refused_at_once(where: str, message: str) -> None
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what brings them."""
+    """With the command that installs them."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ValueError, match=r's3:// needs more packages \(s3fs\): pip install "splitserve\[s3\]".*EXTRAS=s3'):

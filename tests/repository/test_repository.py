@@ -1,4 +1,4 @@
-"""The model repository: bundles are written whole or not at all, and read only if they are what was written."""
+"""The model repository: bundles are written atomically, and read only if their bytes are unchanged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_bundle_is_read_as_it_was_written(repository):
 
 
 def test_the_tree_is_model_kind_version(repository):
-    """People and other tools look there too, so every account may."""
+    """Other accounts and tools read it too, so its modes allow that."""
     publish(repository)
 
     assert everything_below(repository.root) == [
@@ -62,7 +62,7 @@ def test_the_tree_is_model_kind_version(repository):
 
 
 def test_a_published_version_never_changes(repository):
-    """A second publish of it is refused, and leaves the first as it was."""
+    """A second publish of it is refused, and does not change the first."""
     publish(repository)
     before = everything_below(repository.root)
 
@@ -74,7 +74,7 @@ def test_a_published_version_never_changes(repository):
 
 
 def test_a_failed_write_leaves_nothing_behind(repository):
-    """Not even for a moment under the bundle's name: what was begun goes with the error."""
+    """Not even temporarily under the bundle's name; the scratch folder is removed."""
     with pytest.raises(BundleError, match=r"^penguins/preprocess/1: cannot be written: No such file or directory$"):
         repository.write(manifest_of(KEY), {**FILES, "no-such-folder/file": b""})
 
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_nothing_behind(repository):
 
 
 def test_an_interrupted_write_leaves_nothing_behind(repository):
-    """Whatever ends it, it ends the scratch folder too."""
+    """The scratch folder is removed after any exception."""
 
     class Interrupted(UserDict):
         def keys(self):  # asked for once the scratch folder is there
@@ -200,7 +200,7 @@ def test_a_missing_bundle_is_named(repository):
     ids=["damaged", "truncated", "longer", "empty", "missing"],
 )
 def test_a_file_with_a_wrong_digest_is_refused(repository, content, message):
-    """By its size, its digest or its absence; the other files are as good as before."""
+    """By its size, its digest or its absence; the other files can be read."""
     file = publish(repository).folder / "pipeline.skops"
     file.unlink() if content is None else file.write_bytes(content)
     bundle = repository.open(KEY)
@@ -234,7 +234,7 @@ def test_a_file_that_the_manifest_does_not_list_is_refused(repository):
     "there", [BundleKey("penguins", "preprocess", 2), BundleKey("penguins", "predict", 1), BundleKey("digits", "preprocess", 1)]
 )
 def test_another_bundles_manifest_is_refused(repository, there):
-    """A folder that was copied or renamed is not the version that its name says."""
+    """A copied or renamed folder is not the version of its name."""
     shutil.copytree(publish(repository).folder, repository.folder(there))
 
     with pytest.raises(BundleError, match=rf"^manifest\.json: expected that of {there}, got that of penguins/preprocess/1$"):
@@ -322,7 +322,7 @@ def test_only_regular_files_are_read(repository, name, make, message):
 
 
 def test_the_size_of_a_manifest_is_limited(repository):
-    """Of a larger one nothing is read; the file here has a terabyte of nothing."""
+    """A larger one is not read; this is a sparse file of a terabyte."""
     with (publish(repository).folder / "manifest.json").open("wb") as sparse:
         sparse.truncate(2**40)
 
@@ -331,7 +331,7 @@ def test_the_size_of_a_manifest_is_limited(repository):
 
 
 def test_a_file_of_another_size_is_not_read(repository):
-    """However large it has become."""
+    """Independent of its size."""
     bundle = publish(repository)
     with (bundle.folder / "golden.npz").open("wb") as sparse:
         sparse.truncate(2**40)
@@ -341,7 +341,7 @@ def test_a_file_of_another_size_is_not_read(repository):
 
 
 def test_loading_names_the_bundle(repository):
-    """Of all that are loaded, the one that failed; what was made of it is given back otherwise."""
+    """An error names the bundle; otherwise the loaded object is returned."""
     publish(repository)
 
     def refuse(bundle: Bundle) -> None:
@@ -355,7 +355,7 @@ def test_loading_names_the_bundle(repository):
 
 
 def test_a_written_bundle_can_be_removed(repository):
-    """As if it had never been; one that is not there can be taken back too."""
+    """Afterwards it does not exist; removing a missing one is no error."""
     publish(repository)
     other = publish(repository, BundleKey("penguins", "preprocess", 2))
 
@@ -366,7 +366,7 @@ def test_a_written_bundle_can_be_removed(repository):
 
 
 def test_the_digests_are_those_of_the_contents(repository):
-    """SHA-256; whatever the caller's manifest said of files is replaced."""
+    """SHA-256; the files in the caller's manifest are replaced."""
     lying = msgspec.structs.replace(
         manifest_of(KEY), files={"golden.npz": manifests.FileDigest("00", 1), "other": manifests.FileDigest("00", 1)}
     )
@@ -379,7 +379,7 @@ def test_the_digests_are_those_of_the_contents(repository):
 
 
 def test_a_stamp_changes_when_a_file_does(repository: Repository) -> None:
-    """Whatever it is that is written, and stays the same otherwise; of what is not there it is empty."""
+    """After any write, and stays the same otherwise; it is empty for a missing bundle."""
     bundle = publish(repository)
     found = [repository.stamp(KEY), repository.stamp(KEY)]
     for change in (

@@ -1,4 +1,4 @@
-"""Which versions are held, and what settings and routes may say of it."""
+"""Which versions are held, by settings and routes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_models_are_a_list_or_all() -> None:
 def test_refused_versions_do_not_count_for_latest(
     published: set[int], refused: set[int], pins: set[int], n_latest: int | None, expected: set[int]
 ) -> None:
-    """The newest that can be served, and what is pinned if it exists."""
+    """The newest that can be served, and the pinned one if it exists."""
     assert wanted(published, refused, pins, n_latest) == expected
 
 
@@ -93,6 +93,6 @@ def test_a_route_pins_its_pairs_halves() -> None:
     ],
 )
 def test_a_broken_route_is_refused(data: bytes, message: str) -> None:
-    """With what is wrong in it."""
+    """With the reason."""
     with pytest.raises(BundleError, match=message):
         decode(data)

@@ -47,7 +47,7 @@ def signed(repository: Repository, keys: Keys) -> Bundle:
 
 
 def check(repository: Repository, keys: Keys, key: BundleKey = KEY) -> Bundle:
-    """What a service that wants signatures does."""
+    """Verification in a service that requires signatures."""
     return signed_by(str(keys.public), repository).open(key)
 
 
@@ -109,7 +109,7 @@ def signature_of(bundle: Bundle) -> Any:
 
 
 def test_a_changed_manifest_is_refused_before_anything_else_is_read(repository: Repository, signed: Bundle, keys: Keys) -> None:
-    """Also one that means the same: what was signed are its bytes. So no digest in it can be exchanged."""
+    """Also if its meaning is unchanged: its bytes are signed. Therefore no digest in it can be replaced."""
     manifest = signed.folder / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     (signed.folder / "pipeline.skops").unlink()
@@ -128,7 +128,7 @@ def test_a_changed_file_is_refused_as_it_is_read(repository: Repository, signed:
 
 
 def test_a_signature_is_of_one_version(repository: Repository, signed: Bundle, keys: Keys) -> None:
-    """Another version's says nothing of this one, and a signed bundle cannot be passed off as another version."""
+    """The signature of another version is refused, and a signed bundle cannot serve as another version."""
     second = publish(repository, BundleKey("penguins", "preprocess", 2))
     shutil.copy(signed.folder / SIGNATURE_FILE, second.folder)
     third = BundleKey("penguins", "preprocess", 3)
@@ -226,7 +226,7 @@ def test_we_accept_signatures_of_the_model_signing_command(repository: Repositor
 
 
 def test_a_signature_that_leaves_a_file_out_is_refused(repository: Repository, keys: Keys) -> None:
-    """What it asks to ignore is not ignored: that file was never vouched for."""
+    """Its list of ignored files has no effect, since such files are not signed."""
     folder = repository.folder(KEY)
     options = ("--signature", folder / SIGNATURE_FILE, "--private_key", keys.private)
     made = model_signing("sign", "key", *options, "--ignore-paths", folder / "pipeline.skops", folder)
@@ -263,7 +263,7 @@ def test_a_damaged_bundle_is_not_signed(repository: Repository, keys: Keys) -> N
 
 
 def test_an_invalid_key_is_named(tmp_path: Path) -> None:
-    """At once, not when the first bundle comes."""
+    """At start, not at the first bundle."""
     rsa_key = make_keys(tmp_path, "rsa", rsa.generate_private_key(public_exponent=65537, key_size=2048))
     other_curve = make_keys(tmp_path, "curve", ec.generate_private_key(ec.SECP256K1()))
     locked = make_keys(tmp_path, "locked", password=b"secret")
@@ -284,7 +284,7 @@ def test_an_invalid_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, keys: Keys) -> None:
-    """With what to install."""
+    """With the package to install."""
     monkeypatch.setitem(sys.modules, "model_signing", None)
 
     for kind, key in ((Signer, keys.private), (Verifier, keys.public)):

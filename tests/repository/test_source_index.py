@@ -104,7 +104,7 @@ def test_an_unwritable_index_leaves_nothing_behind(repository: Repository) -> No
     ],
 )
 def test_an_inconsistent_index_is_refused(change: dict[str, Any], message: str) -> None:
-    """What is in it becomes paths and sizes."""
+    """Its entries become paths and sizes."""
     data = msgspec.json.encode({"schema_version": 2, "bundles": {"m/predict/1": DIGEST}, **change})
 
     with pytest.raises(BundleError) as caught:

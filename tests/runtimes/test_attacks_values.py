@@ -91,7 +91,7 @@ async def test_every_number_is_answered_or_refused_with_a_reason(transform: str,
 
 
 async def test_a_request_larger_than_a_merged_call_is_one_call(tmp_path: Path, executor: Executor) -> None:
-    """D11: ``max_batch_size`` bounds what is merged; what is larger by itself, below the limit of rows, goes out as it is."""
+    """D11: ``max_batch_size`` bounds what is merged; a larger request below the limit of rows is sent alone."""
     publish_preprocessor(StandardScaler().fit(SCALED), SCALED, name="m", repository=tmp_path)
     publish_predictor(affine_model(N, 1, 0), SCALED.astype(np.float32), name="m", repository=tmp_path)
     proxy = await served(tmp_path, executor)

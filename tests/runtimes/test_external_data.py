@@ -20,7 +20,7 @@ PLACES = ["weights.bin", "../weights.bin", "/proc/self/environ", "/dev/zero", ""
 
 
 def outside(location: str = "weights.bin", *, entries: bool = True) -> onnx.TensorProto:
-    """A tensor whose values are said to be elsewhere."""
+    """A tensor with external data."""
     tensor = numpy_helper.from_array(np.zeros((3, 2), np.float32), "weights")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
@@ -77,7 +77,7 @@ def test_weights_in_another_file_are_refused(make: Callable[[], onnx.ModelProto]
 
 @pytest.mark.parametrize("place", PLACES)
 def test_external_data_is_refused_whatever_the_file(place: str) -> None:
-    """Nothing is looked up, so nothing can lead out of the bundle's folder."""
+    """No path is resolved, so none can lead out of the bundle's folder."""
     with pytest.raises(BundleError, match="expected all weights in this file"):
         Predictor(with_initializer(outside(place)).SerializeToString())
 
@@ -109,7 +109,7 @@ def test_a_file_that_is_not_onnx_is_refused(data: bytes) -> None:
 
 
 def test_onnx_runtime_cannot_find_external_files_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a tensor escaped the search: the folder that ONNX Runtime looks in is not the one that the process runs in."""
+    """If a tensor escaped the check: ONNX Runtime searches another folder than the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.bin").write_bytes(np.ones((3, 2), np.float32).tobytes())
     monkeypatch.setattr("splitserve.runtimes.predictor.refuse_external_data", lambda model: None)

@@ -225,7 +225,7 @@ def test_known_transforms_have_a_plan(name):
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_a_plan_equals_scikit_learn_bit_for_bit_and_refuses_the_same(name, data):
-    """Whatever comes: NaN, infinities, extremes, unseen categories, empty text, missing values."""
+    """For any input: NaN, infinities, extremes, unseen categories, empty text, missing values."""
     half, like = half_of(name), PLANNED[name][1]
     rows = data.draw(frames(like) if isinstance(like, pd.DataFrame) else arrays(like))
     inputs = to_tensors(half.rows, half.manifest.inputs, rows)
@@ -244,7 +244,7 @@ def test_unknown_transforms_have_no_plan(name):
 
 
 def test_a_plan_that_differs_is_dropped():
-    """Golden samples that come out otherwise, be it by a bit, and there is no plan."""
+    """If golden samples differ by a single bit, there is no plan."""
     half = published(StandardScaler(), ARRAY)
     other = StandardScaler().fit(ARRAY)
     other.transform = lambda X: np.nextafter(StandardScaler.transform(other, X), np.inf)

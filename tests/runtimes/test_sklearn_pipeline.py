@@ -232,7 +232,7 @@ def a_zip(**members: bytes) -> bytes:
 
 @pytest.mark.parametrize("data", [b"", b"junk", dump(Flatten())[:-30]], ids=["empty", "junk", "cut"])
 def test_a_file_that_is_not_a_zip_is_refused(data):
-    """Before anything looks into it."""
+    """Before its content is read."""
     with pytest.raises(BundleError, match=r"^pipeline\.skops: not a skops file$"):
         load(data)
 
@@ -252,6 +252,6 @@ def test_a_file_that_is_not_a_zip_is_refused(data):
     ids=["empty", "no schema", "no JSON", "no object", "list", "deep", "loader", "wrong type"],
 )
 def test_a_zip_that_is_not_a_skops_file_is_refused(data):
-    """Whatever skops happens to raise."""
+    """For every exception of skops."""
     with pytest.raises(BundleError, match=r"^pipeline\.skops: "):
         load(data)

@@ -1,4 +1,4 @@
-"""What stands around one of our connections in a test: a transport that keeps what is written, a server with methods that echo,
+"""The environment of one of our connections in a test: a transport that keeps what is written, a server with methods that echo,
 hold and fail, and frames as tuples.
 """
 

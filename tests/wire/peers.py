@@ -33,7 +33,7 @@ class Client:
             self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
 
     async def pump(self) -> None:
-        """Carry bytes both ways until nobody has anything more to say."""
+        """Carry bytes both ways until neither side has more to send."""
         quiet = 0
         while quiet < 5:
             data = self.h2.data_to_send()

@@ -1,4 +1,4 @@
-"""Rules of a protocol as data: the section, what the peer sends, what must come back. `docs/wire.md` is written from them."""
+"""Rules of a protocol as data: the section, what the peer sends, the expected reaction. `docs/wire.md` is written from them."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ async def test_a_message_that_is_too_large_is_not_sent() -> None:
 
 
 async def test_a_call_goes_on_after_goaway() -> None:
-    """What is in flight is answered; the owner of the stream is told to open another one."""
+    """Calls in flight are answered; the owner of the stream is notified to open another one."""
     async with stream() as (call, server, messages):
         server.h2.send_headers(1, OPENED)
         server.flush()

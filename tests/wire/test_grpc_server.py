@@ -214,7 +214,7 @@ async def test_content_types_of_grpc(content_type: str) -> None:
 
 @pytest.mark.parametrize(("encoding", "compress"), [("gzip", gzip.compress), ("deflate", zlib.compress)])
 async def test_compressed_messages_are_accepted(encoding: str, compress: Any) -> None:
-    """Beside uncompressed ones in the same call."""
+    """Together with uncompressed ones in the same call."""
     client = Client(FakeServer())
     client.server.gate.set()
 
@@ -254,7 +254,7 @@ async def test_metadata_arrives_as_it_was_sent() -> None:
 
 
 async def test_a_call_ends_at_its_deadline() -> None:
-    """Whatever its handler is doing."""
+    """Independent of its handler."""
     client = Client(FakeServer())
     stream = client.call(HOLD, framed(b"x"), grpc_timeout="10S")
     await client.pump()
@@ -491,7 +491,7 @@ async def test_a_call_that_goes_on_after_end_stream_is_reset(name: str) -> None:
 
 
 async def test_a_deadline_that_passes_while_the_response_is_queued_adds_no_second_headers() -> None:
-    """The status comes behind what is queued."""
+    """The status is sent after the queued data."""
     client = Client(FakeServer(), window=10)
     await client.pump()
     stream = client.call(ECHO, framed(bytes(100)), grpc_timeout="1S")
@@ -505,7 +505,7 @@ async def test_a_deadline_that_passes_while_the_response_is_queued_adds_no_secon
 
 
 async def test_control_frames_between_responses_are_no_flood() -> None:
-    """PING and WINDOW_UPDATE that come with calls, or over time, are what clients send."""
+    """Clients send PING and WINDOW_UPDATE with calls, and over time."""
     client = Client(FakeServer())
     for _ in range(5):
         for _ in range(connection_module.MAX_CONTROL_FRAMES // 2):

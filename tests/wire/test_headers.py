@@ -1,4 +1,4 @@
-"""Header blocks: ours decoded by the library hpack, and its by us, with a dynamic table and without."""
+"""Header blocks: ours decoded by the library hpack, and those of hpack by us, with a dynamic table and without."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_reference_to_an_evicted_entry_is_an_error() -> None:
 
 @pytest.mark.parametrize("is_stateless", [False, True])
 def test_header_lists_are_limited(is_stateless: bool) -> None:
-    """32 bytes count for each field beside its own. A refused block is refused again, and others are not."""
+    """32 bytes count for each field in addition to its own. A refused block is refused again, and others are not."""
     ours = decoder(1_000)
     if is_stateless:
         ours.disable_dynamic_table()

@@ -49,7 +49,7 @@ def rest_face() -> RestFace:
 def test_a_connection_that_is_opened_as_the_server_stops_is_closed(
     make: Callable[[], GrpcFace | RestFace], turns: int, runner: asyncio.Runner
 ) -> None:
-    """However far the event loop has come with it: in the backlog, accepted, or made."""
+    """In any state: in the backlog, accepted, or connected."""
 
     async def open_and_stop() -> None:
         async with make() as face:

@@ -1,4 +1,4 @@
-"""RFC 9113, rule by rule: frame by frame what a client sends to our server connection, and what must come back.
+"""RFC 9113, rule by rule: frame by frame what a client sends to our server connection, and the expected reaction.
 
 The rules are those that an endpoint without server push must keep on receiving. What it sends is checked by the library h2 in the
 other tests.
@@ -302,7 +302,7 @@ LIVES = 2001
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
 async def test_a_rule_of_http_2(rule: Rule) -> None:
-    """What comes back is what the rule says, and nothing else becomes of it."""
+    """The reaction is that of the rule, and there is no other effect."""
     client = RawClient(FakeServer(ServerLimits(max_streams=3)))
     received: list[Frame] = []
     if not rule.is_raw:
@@ -343,7 +343,7 @@ async def assert_that_it_lives(client: RawClient) -> None:
 
 
 async def test_settings_are_the_first_frame_that_we_send() -> None:
-    """3.4: at once, and no PING or GOAWAY before it, whatever the peer does or does not."""
+    """3.4: at once, with no PING or GOAWAY before it, independent of the peer."""
     client = RawClient(FakeServer(ServerLimits(keepalive_time_s=1)))
     client.connection.tick(client.connection.now() + 5)
     await asyncio.sleep(0)

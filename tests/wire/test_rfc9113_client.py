@@ -1,4 +1,4 @@
-"""RFC 9113, rule by rule, at our client connection: frame by frame what a server sends to it, and what must come back."""
+"""RFC 9113, rule by rule, at our client connection: frame by frame what a server sends to it, and the expected reaction."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class RawServer:
 
 @pytest.mark.parametrize("rule", RULES, ids=[rule.name for rule in RULES])
 async def test_a_rule_of_http_2(rule: Rule) -> None:
-    """What comes back is what the rule says. A stream's error ends the call, which is all that its connection is for."""
+    """The reaction is that of the rule. A stream error ends the call, the only one of its connection."""
     server = RawServer()
     await server.send(b"" if rule.is_raw else START)
     received = await server.send(*rule.sends)
