@@ -1,6 +1,6 @@
 """Golden samples of releases, run through the whole chain before a pair serves: transform, the real predict, postprocess.
 
-A release is proven once for each predictor that it is run with. The calls to predict are not counted and do not compete with
+A release is proven once for each predictor that it runs with. The calls to predict are not counted and do not compete with
 requests. A call that fails because predict is not available is tried again; only an answer that differs refuses a release.
 """
 
@@ -101,7 +101,7 @@ class GoldenReplay:
         self._log = structlog.get_logger()
 
     def problem(self, pair: PairUnderProof) -> str | None:
-        """Why a pair is refused, "" if its release is proven, None while that is not known. Begins to prove it if need be."""
+        """Why a pair is refused, "" if its release is proven, None while that is not known. Starts the replay if it is due."""
         proof = self._proofs.setdefault(pair.key, _ReplayState())
         is_due = not pair.predictor_sha256 and self._clock() - proof.proven_at >= REPEAT_S
         if (proof.problem is None or is_due) and (proof.task is None or proof.task.done()):
@@ -109,11 +109,11 @@ class GoldenReplay:
         return proof.problem
 
     def waiting_for(self, pair: PairUnderProof) -> str:
-        """What keeps a proof that is in progress from being made."""
+        """What a replay in progress waits for."""
         return self._proofs[pair.key].waiting
 
     def keep(self, keys: set[tuple[str, str]]) -> None:
-        """Forget all other proofs."""
+        """Forget all other replays."""
         for key in self._proofs.keys() - keys:
             proof = self._proofs.pop(key)
             if proof.task is not None:
@@ -129,7 +129,7 @@ class GoldenReplay:
         """Wait for replays in progress.
 
         Args:
-            timeout_s: most seconds to wait.
+            timeout_s: seconds to wait at most.
         """
         if tasks := [proof.task for proof in self._proofs.values() if proof.task is not None and not proof.task.done()]:
             await asyncio.wait(tasks, timeout=timeout_s)

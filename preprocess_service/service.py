@@ -100,7 +100,7 @@ class PreprocessService:
         return [await self._predict.index()]
 
     async def refresh(self) -> None:
-        """Ask predict what it has, match it with what is here, and prove what is new."""
+        """Fetch predict's index, match it with the loaded preprocessors, and prove new pairs."""
         everything_is_loaded = self._preprocessors.is_loaded
         try:
             indexes = await self._predict_indexes(self._needed_predictors())
@@ -236,7 +236,7 @@ class PreprocessService:
         return states
 
     def _with_properties(self, state: ModelState) -> ModelState:
-        """The state of a pair with what is said of its release."""
+        """The state of a pair, with the facts of its release."""
         if not state.version:
             return state
         pair = parse_pair(state.name, state.version)

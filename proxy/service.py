@@ -269,7 +269,7 @@ class ProxyService:
         return states
 
     def _with_properties(self, state: ModelState) -> ModelState:
-        """The state of a pair with what preprocess says of its release, and which pair is the default here."""
+        """The state of a pair with preprocess's facts about its release, and whether it is the default here."""
         pair = parse_pair(state.name, state.version)
         if pair is None:
             return state
@@ -291,7 +291,7 @@ class ProxyService:
 
 
 def _is_mergeable(signature: ModelMetadata) -> bool:
-    """Whether requests can be merged: each row has its own answer, whatever the others are."""
+    """Whether requests can be merged: the answer to a row does not depend on the other rows."""
     return signature.properties.get(ROW_WISE) != "false" and is_row_wise(signature.inputs, signature.outputs)
 
 

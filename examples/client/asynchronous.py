@@ -1,4 +1,4 @@
-"""Many calls at once, without threads."""
+"""Concurrent calls, without threads."""
 
 import asyncio
 import sys

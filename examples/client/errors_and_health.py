@@ -1,4 +1,4 @@
-"""What can be asked of a server, and what goes wrong: errors have classes, the same over REST and gRPC."""
+"""Health, metadata and errors: each error has a class, the same over REST and gRPC."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A DataFrame in, a DataFrame out: the penguins, with the values that some of them miss."""
+"""A DataFrame in, a DataFrame out: the penguins, with missing values."""
 
 import sys
 

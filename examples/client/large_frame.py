@@ -1,4 +1,4 @@
-"""A frame of many rows: cut into requests of about a mebibyte, eight under way at once, with a bar."""
+"""A frame of many rows: split into requests of about a mebibyte, eight in flight at once, with a progress bar."""
 
 import sys
 

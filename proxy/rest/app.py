@@ -265,7 +265,7 @@ class RestApp:
 
 
 def _body_encoding(incoming: HttpRequest) -> str:
-    """The encoding of the body; "" if it has none. Other content types are accepted, whatever they are.
+    """The encoding of the body; "" if it has none. Every other content type is accepted.
 
     Raises:
         Refused: the media type or encoding of the body is not supported.
@@ -289,7 +289,7 @@ def _refusal(refused: Refused) -> HttpResponse:
 
 
 def _state(state: ModelState) -> dict[str, Any]:
-    """An entry of the index, with what is said of its release if that is known."""
+    """An entry of the index, with the facts of its release if they are known."""
     entry: dict[str, Any] = {"name": state.name, "version": state.version, "state": state.state, "reason": state.reason}
     return {**entry, "properties": dict(state.properties)} if state.properties else entry
 

@@ -40,7 +40,7 @@ _BACK_OFF = 0.9
 """Source: Netflix' AIMD limit, for dropped calls."""
 
 CALLS_WORTH_WAITING = 4
-"""The least allowed wait, in calls for a single request, whatever the setting: below that there is little to merge."""
+"""The least allowed wait, in calls for a single request, for any setting: below that there is little to merge."""
 
 _FORGET = 1.01
 """Each sample raises the least latency seen by a hundredth, so that a stage that has become slower is recognised."""

@@ -97,7 +97,7 @@ class ModelQueue:
         return min(self.limits.max_batch_size, max(1, int(OVERDUE_S / self.cost.row_s)))
 
     def has_room_for_background(self, n_backends: int) -> bool:
-        """Whether a call with nothing but background requests may be sent: beside few others, so that it delays none for long."""
+        """Whether a call with background requests only may be sent: while few others are in flight, to keep the delay short."""
         return len(self.calls) < n_backends * (2 if self.has_slow_rows() else 1)
 
     def discard(self, queued: QueuedRequest) -> None:

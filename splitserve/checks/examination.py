@@ -154,7 +154,7 @@ def replaced(key: BundleKey, expected: str, got: str) -> str:
 
 
 class Trying:
-    """Makes a trial of whatever happens within a ``with`` block: one failure must not end the other trials."""
+    """Records the outcome of a ``with`` block as a trial: one failure must not end the other trials."""
 
     def __init__(self, name: str) -> None:
         self.name = name

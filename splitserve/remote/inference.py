@@ -61,7 +61,7 @@ HEDGE_AFTER_S = 1.0
 Source: gRPC proposal A6, "Hedging policy"."""
 
 RESERVE_SHARE, MAX_RESERVE_S = 0.05, 0.02
-"""What each hop keeps of the remaining time, to return the response or the error: this share, at most so many seconds."""
+"""What each hop keeps of the remaining time, to return the response or the error: this share, up to a maximum in seconds."""
 
 MIN_TIME_S = 0.001
 """With less time left no stage can do anything, and no call is made."""
@@ -114,7 +114,7 @@ class InferenceReplica(Replica):
         return self.keeper.worker if self.keeper.stream is not None else None
 
     def has(self, model: str, version: str, manifest_sha256: str = "") -> bool:
-        """Whether it can be expected to serve a version, by what it said last."""
+        """Whether it can be expected to serve a version, by its last index."""
         if self.offers is None or not version:
             return True
         digest = self.offers.get((model, version))

@@ -27,13 +27,13 @@ WAIT_FOR_REPLICA_S = 1.0
 """How long a call waits for a replica if none is ready: long enough for the restart of a single one, short in an outage."""
 
 AVOID_S = 1.0
-"""How long a replica that failed gets calls only if there is no other."""
+"""How long a replica that failed gets calls only if all others failed, too."""
 
 REACH_INTERVAL_S = 0.1
 """Interval of attempts to connect to every process of an address, until all are connected."""
 
 MAX_REACH_TRIES = 50
-"""After so many attempts the next ones follow when the name is resolved next: a process may be down."""
+"""After this number of attempts the next ones follow the next name resolution: a process may be down."""
 
 RETIRE_TIMEOUT_S = 60.0
 """How long calls in flight to a replica that the name no longer has may take."""

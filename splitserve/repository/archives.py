@@ -34,7 +34,7 @@ def check_npz(data: bytes, what: str) -> None:
         members = archive.infolist()
         check_unpacked(sum(member.file_size for member in members), what)
         for member in members:
-            if _beginning(archive, member) != _NPY:  # numpy would read it at once, whatever its size
+            if _beginning(archive, member) != _NPY:  # numpy would read it at once, with no limit on its size
                 raise BundleError(f"{what}: {member.filename[:64]!r} is not an array")
 
 

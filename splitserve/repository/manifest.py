@@ -56,7 +56,7 @@ BOUNDS: Mapping[str, float] = {"FP64": 1e-12, "FP32": 1e-5, "FP16": 1e-2, "BF16"
 """Largest tolerance by datatype, relative to the output's scale. Loaders refuse larger ones."""
 
 QUANTISED_BOUND = 1e-2
-"""The bound of a model that computes with quantised (8 bit) integers, whatever the datatype of its outputs."""
+"""The bound of a model that computes with quantised (8 bit) integers, for every datatype of its outputs."""
 
 
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):

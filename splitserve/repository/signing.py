@@ -244,7 +244,7 @@ class _Contents:
         return signed.Manifest(Path(model_path).name, items, signed.SerializationType.from_args(form))
 
     def add_ignored_paths(self, *, model_path: Any, paths: Iterable[Any]) -> None:
-        """Ignore nothing, whatever the signature requests."""
+        """Ignore nothing, even if the signature requests it."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The one path that an inference takes through a face, whatever the protocol.
+"""The one path that an inference takes through a face, for every protocol.
 
 1. Credentials are checked: at once if they are listed or cached, otherwise in a task.
 2. The request is received: gRPC messages and most HTTP bodies are complete already; for the others the same task waits.

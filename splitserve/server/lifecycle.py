@@ -29,7 +29,7 @@ WAITING_INTERVAL_S = 0.1
 """Refresh interval of a service that is not ready yet."""
 
 FIRST_LOAD_TIMEOUT_S, FIRST_LOAD_INTERVAL_S = 2.0, 0.02
-"""How long a service that faces clients waits for its models before it opens its ports, and how often it looks."""
+"""How long a service that faces clients waits for its models before it opens its ports, and how often it checks."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 

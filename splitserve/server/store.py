@@ -32,7 +32,7 @@ MODELS_AT_A_TIME = 4
 """Models that are fetched concurrently. They are loaded one after the other, since that takes CPU and memory."""
 
 NEEDED_FOR_S = 120.0
-"""How long a version is held for another stage after that has last said that it needs it."""
+"""How long a version is held after another stage has last reported that it needs it."""
 
 _Place = tuple[str, int]
 """Model and version."""
@@ -384,7 +384,7 @@ class VersionStore(Generic[T]):
             # A check failed. Other versions keep serving; it is retried when its files have changed.
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))
-        except Exception:  # one bundle's failure, whatever it is, must not end the others
+        except Exception:  # any failure of one bundle must not end the others
             # An unexpected error, with its traceback.
             self._log.exception("bundle failed to load", bundle=str(key))
             return Entry(UNAVAILABLE, f"{key}: failed to load; the log has the cause")

@@ -445,7 +445,7 @@ def test_a_broken_route_is_reported_in_one_line(models: Path) -> None:
     assert "served" in result.stdout
 
 
-def test_the_command_reads_whatever_services_read(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_reads_the_same_sources_as_services(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository on a web server, the folder of one model."""
     monkeypatch.setenv("MODEL_CACHE", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(published, tmp_path / "models"))

@@ -368,7 +368,7 @@ async def test_models_are_loaded_on_every_replica() -> None:
 
 
 @pytest.mark.parametrize("engine", ["own", "grpcio"])
-async def test_every_replica_is_told_what_it_has_to_hold(engine: Any) -> None:
+async def test_every_replica_gets_the_versions_to_hold(engine: Any) -> None:
     """With the request for its index; nothing is said where nothing is needed."""
     services = [FakeInference(ECHO), FakeInference(ECHO)]
     one, two = (

@@ -220,7 +220,7 @@ class RemoteRepository:
         return self._cache.read(name, digest)
 
     def fetch(self, name: str, path: str, digest: FileDigest) -> None:
-        """See that a file is in the cache. One that comes wrong is fetched once more."""
+        """Fetch a file into the cache if it is missing. A file with a wrong digest is fetched once more."""
         download = self._folder.download(path, digest.size)
         try:
             self._cache.fetch(name, digest, download)

@@ -30,7 +30,7 @@ AGE_JITTER = 0.1
 """Connections that were opened together reach their maximum age at different times. Source: gRPC proposal A9."""
 
 DRAIN_PING_TIMEOUT_S = 5.0
-"""A client that does not acknowledge the PING after a GOAWAY within this time is considered gone: draining goes on."""
+"""A client that does not acknowledge the PING after a GOAWAY within this time is considered gone, and draining continues."""
 
 _MAX_SKIPPED_IDS = 100
 """Ranges of stream ids that a client skipped and that are remembered, to distinguish them from closed ones."""

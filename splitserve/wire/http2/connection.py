@@ -19,7 +19,7 @@ from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import FRAME_HEADER, FRAME_HEADER_SIZE
 
 STREAM_WINDOW = 4 * 1024 * 1024
-"""Our receive window for a stream: bytes that it may bring before they are consumed."""
+"""Our receive window for a stream: bytes that may arrive before they are consumed."""
 
 CONNECTION_WINDOW = 16 * 1024 * 1024
 """Our receive window for all streams together. It is returned as bytes arrive, so that no stream can block another."""
@@ -28,7 +28,7 @@ FRAME_SIZE = 1024 * 1024
 """The largest frame that we accept and send. DATA is delivered as it arrives, complete or not."""
 
 MAX_HEADER_BLOCK_BYTES = 256 * 1024
-"""Larger header blocks end the connection. Blocks up to this size are decoded, whatever happens to their stream, to keep the
+"""Larger header blocks end the connection. Blocks up to this size are decoded, even if their stream fails, to keep the
 compression state. Source: section 10.5.1."""
 
 MAX_CONTINUATIONS = 64
@@ -88,7 +88,7 @@ class Http2Stream:
         self.remote_closed = False
         """Whether the peer has sent END_STREAM."""
         self.body_left = -1
-        """Bytes that Content-Length says are still to come; -1: it says nothing."""
+        """Bytes that are still to come by Content-Length; -1: unknown."""
         self.send_queue: deque[memoryview] = deque()
         """DATA payload that waits for the peer's windows."""
         self.final_frames = b""

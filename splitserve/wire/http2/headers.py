@@ -164,7 +164,7 @@ def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
 
 
 TABLE_SIZE_ZERO = b"\x20"
-"""Dynamic table size update to 0, at the head of our first block: we use no dynamic table either, whatever the peer allows.
+"""Dynamic table size update to 0, at the head of our first block: we use no dynamic table either, even if the peer allows one.
 Source: RFC 7541, section 6.3."""
 
 
