@@ -121,7 +121,8 @@ def _named(targets: Sequence[str], n_targets: int) -> Sequence[str]:
 
 
 def _predicted(model: Any, rows: Any) -> Array:
-    return np.asarray(model.predict(rows))
+    found = np.asarray(model.predict(rows))
+    return found.reshape(-1) if found.shape[1:] == (1,) else found  # some libraries give labels (n_rows, 1)
 
 
 def _probable(model: Any, rows: Any) -> Array:

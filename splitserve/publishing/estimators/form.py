@@ -154,6 +154,7 @@ def form_of(estimator: Any, x: Value) -> Form:
         raise NotConvertible(f"{type(estimator).__name__}: {reason}")
     for module in _MODULES:
         importlib.import_module(f"splitserve.publishing.estimators.{module}")
+    importlib.import_module("splitserve.publishing.boosting")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn's, about attributes that will go
         return _FORMS.get(name, ByConverter)(estimator, x)

@@ -7,7 +7,7 @@ batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,12 +21,16 @@ from splitserve.publishing.estimators.form import Form, Regressor, Target, const
 from splitserve.publishing.graph import Value, concat
 
 _SUM = 1
+_AT_MOST, _MEMBER = 0, 6
+"""ONNX's BRANCH_LEQ and BRANCH_MEMBER."""
+
 _PARTS = ("feature", "split", "nan", "true id", "true is leaf", "false id", "false is leaf", "root", "target", "number")
 
 
 class Tree(msgspec.Struct, frozen=True):
     """A tree as arrays over its nodes; ``left`` is -1 at leaves. A row goes left where ``feature <= threshold``, and where it is
-    NaN and ``nan_left`` says so.
+    NaN and ``nan_left`` says so. A node in ``members`` asks instead whether the whole part of the feature is one of the
+    categories, numbers from 0; a feature is asked so always or never.
     """
 
     feature: Array
@@ -34,6 +38,7 @@ class Tree(msgspec.Struct, frozen=True):
     left: Array
     right: Array
     nan_left: Array
+    members: Mapping[int, Sequence[int]] = {}
 
     @property
     def leaves(self) -> Array:
@@ -94,7 +99,9 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         n_nodes += max(1, len(inner))
         n_leaves += len(leaves)
     thresholds = np.concatenate(splits).astype(np.float64)
+    modes, sets = _memberships(trees)
     number = np.float64 if is_double else np.float32
+    categorical = np.unique(np.concatenate(features)[modes == _MEMBER])
     attributes = {
         "nodes_featureids": _integers(features),
         "nodes_missing_value_tracks_true": _integers(nans),
@@ -104,13 +111,33 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         "nodes_falseleafs": _integers(false_leaf),
         "leaf_targetids": _integers(targets),
         "tree_roots": roots,
-        "nodes_modes": numpy_helper.from_array(np.zeros(n_nodes, np.uint8), "modes"),  # feature <= threshold
+        "nodes_modes": numpy_helper.from_array(modes, "modes"),
         "nodes_splits": numpy_helper.from_array(thresholds if is_double else float32_at_most(thresholds), "splits"),
         "leaf_weights": numpy_helper.from_array(np.concatenate(numbers).astype(number), "leaves"),
     }
+    if len(sets):
+        attributes["membership_values"] = numpy_helper.from_array(sets.astype(number), "members")
+        places = np.searchsorted(categorical, np.concatenate(features))
+        attributes["nodes_featureids"] = _integers(
+            [np.where(modes == _MEMBER, places, np.concatenate(features) + len(categorical))]
+        )
+        x = concat([-1.0 - x.graph.op("Floor", x.take(categorical)), x])
     found = x.graph.op("TreeEnsemble", x, n_targets=len(trees), aggregate_function=_SUM, post_transform=0, **attributes)
     starts = np.cumsum([0, *(len(tree.leaves) for tree in trees[:-1])])
     return found.astype(np.int64) + x.graph.constant(starts.astype(np.int64))
+
+
+def _memberships(trees: Sequence[Tree]) -> tuple[Array, Array]:
+    """The mode of each inner node, and the categories of those that ask for membership, NaN after each set.
+
+    Categories are -1, -2, … in the operator: from those between 1 and 64, ONNX Runtime makes bit masks that lose some.
+    """
+    modes, sets = [], [np.zeros(0)]
+    for tree in trees:
+        inner = np.flatnonzero(tree.left >= 0)
+        modes.append(np.where(np.isin(inner, list(tree.members)), _MEMBER, _AT_MOST) if len(inner) else np.array([_AT_MOST]))
+        sets += [np.append(-1.0 - np.asarray(tree.members[node], np.float64), np.nan) for node in sorted(tree.members)]
+    return np.concatenate(modes).astype(np.uint8), np.concatenate(sets)
 
 
 def _integers(parts: Sequence[Array]) -> list[int]:

@@ -1,0 +1,120 @@
+"""What the three libraries' forms share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from splitserve.arrays import Array
+from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.form import Form, constant_rows, form_of
+from splitserve.publishing.estimators.trees import Tree, leaf_numbers
+from splitserve.publishing.graph import Graph, Value
+
+LIBRARIES = ("xgboost", "lightgbm", "catboost")
+
+
+class Boosted(Form):
+    """A form of a library's estimator.
+
+    ``library`` is its module, ``versions`` the lowest that is supported and the first that is not, ``compares`` the dtype in
+    which features are compared.
+    """
+
+    library: str
+    versions: tuple[str, str]
+    compares: Any
+
+    def __init__(self, estimator: Any, x: Value) -> None:
+        super().__init__(estimator, x)
+        found = str(sys.modules[self.library].__version__)
+        lowest, beyond = self.versions
+        if not _parsed(lowest) <= _parsed(found) < _parsed(beyond):
+            raise NotConvertible(
+                f"{type(estimator).__name__} of {self.library} {found}: publishing is tested with {lowest} up to, not including, "
+                f"{beyond}; install such a version and load or fit the model with it"
+            )
+
+    @cached_property
+    def trees(self) -> Sequence[Tree]:
+        """Those that `predict` uses."""
+        raise NotImplementedError
+
+    def one_class(self) -> NotConvertible:
+        name = type(self.estimator).__name__
+        return NotConvertible(f"{name} was fitted on one class, which has no ONNX form; fit it on rows of at least two classes")
+
+
+def _parsed(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split(".")[:3]:
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def leaves(x: Value, trees: Sequence[Tree], values: Sequence[Array]) -> Value:
+    """(n_rows, n_trees, n_values) of the leaves that rows come to, in the values' dtype.
+
+    Args:
+        x: in the dtype in which the library compares.
+        trees: any number.
+        values: (n_nodes, n_values) of each tree.
+    """
+    table = np.concatenate([value[tree.leaves] for tree, value in zip(trees, values, strict=True)])
+    return x.graph.constant(table, table.dtype).take(leaf_numbers(x, trees), axis=0)
+
+
+def sums(x: Value, trees: Sequence[Tree], values: Sequence[Array], groups: Sequence[int], start: Array) -> Value:
+    """(n_rows, n_groups): for each group its start and the leaves of its trees, added one after the other in the start's dtype.
+
+    Args:
+        x: as for `leaves`.
+        trees: any number.
+        values: (n_nodes, 1) of each tree.
+        groups: of each tree.
+        start: (n_groups,).
+    """
+    first = constant_rows(x, start, start.dtype)
+    if not trees:
+        return first
+    found = leaves(x, trees, [value.astype(start.dtype) for value in values]).take(0, axis=2)
+    columns = []
+    for group in range(len(start)):
+        chosen = np.flatnonzero(np.asarray(groups) == group)
+        parts = [first.take([group]), found if len(start) == 1 else found.take(chosen)]
+        columns.append(_joined(parts).running_sum(1).reshape(-1, 1))
+    return _joined(columns)
+
+
+def _joined(values: Sequence[Value]) -> Value:
+    graph: Graph = values[0].graph
+    return values[0] if len(values) == 1 else graph.op("Concat", *values, axis=1)
+
+
+def is_boosted(estimator: Any) -> bool:
+    """Whether an object is an estimator of one of the three libraries that `thresholds` knows."""
+    return type(estimator).__module__.partition(".")[0] in LIBRARIES and hasattr(estimator, "predict")
+
+
+def thresholds(estimator: Any) -> list[tuple[Array, Array]]:
+    """What an estimator compares its features with: for each tree, features and thresholds in the dtype of the comparison.
+
+    A row goes left where ``feature <= threshold``. Splits by category are not among them.
+
+    Raises:
+        NotConvertible: the estimator is not supported.
+    """
+    form = form_of(estimator, Graph(np.float64).input("features", 1))
+    assert isinstance(form, Boosted)
+    return [_splits(tree, form.compares) for tree in form.trees]
+
+
+def _splits(tree: Tree, dtype: Any) -> tuple[Array, Array]:
+    chosen = np.setdiff1d(np.flatnonzero(tree.left >= 0), list(tree.members))
+    return tree.feature[chosen], tree.threshold[chosen].astype(dtype)

@@ -1,0 +1,196 @@
+"""LightGBM's estimators: features, thresholds and sums are float64, compared by ``<=``.
+
+Source: LightGBM, include/LightGBM/tree.h (NumericalDecision, CategoricalDecision); src/io/tree.cpp (the text format);
+src/c_api.cpp (RowPairFunctionFromDenseMatric); src/objective (ConvertOutput).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from splitserve.arrays import Array
+from splitserve.publishing.boosting.boosted import Boosted, sums
+from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.form import Regressor, converts, two_columns
+from splitserve.publishing.estimators.trees import Tree
+from splitserve.publishing.graph import Value
+
+Link = Callable[[Value], Value]
+
+
+def _identity(margin: Value) -> Value:
+    return margin
+
+
+OBJECTIVES: Mapping[str, Link] = {
+    **dict.fromkeys(["regression", "regression_l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg"], _identity),
+    **dict.fromkeys(["poisson", "gamma", "tweedie"], Value.exp),
+    **dict.fromkeys(["binary", "multiclassova", "cross_entropy"], Value.sigmoid),
+    "cross_entropy_lambda": lambda margin: (margin.exp() + 1.0).log(),
+    "multiclass": Value.softmax,
+    "": _identity,
+}
+"""By objective, what makes predictions of margins; the objective "" is a callable."""
+
+PREDICT_OPTIONS = {
+    "pred_early_stop": False,
+    "predict_raw_score": False,
+    "raw_score": False,
+    "predict_leaf_index": False,
+    "predict_contrib": False,
+    "start_iteration_predict": 0,
+    "num_iteration_predict": -1,
+}
+"""Parameters of an estimator that change what `predict` gives, with the values that change nothing."""
+
+_ZERO = float(np.float32(1e-35))
+"""Values up to this magnitude are 0: kZeroThreshold."""
+
+_CATEGORICAL, _DEFAULT_LEFT = 1, 2
+_MISSING_ZERO = 1
+
+
+class _Read(msgspec.Struct, frozen=True):
+    """A tree of the text format: its values (n_nodes, 1), and features of which 0 is a missing value."""
+
+    tree: Tree
+    values: Array
+    zero_is_missing: set[int]
+
+
+class _LightGBM(Boosted):
+    library, versions, compares = "lightgbm", ("4.6", "4.8"), np.float64
+
+    @cached_property
+    def blocks(self) -> list[dict[str, str]]:
+        """The header of the text format, then a block for each tree up to the best iteration where training stopped early."""
+        given = self.estimator.get_params()
+        for option, neutral in PREDICT_OPTIONS.items():
+            if given.get(option, neutral) not in (neutral, None):
+                raise NotConvertible(
+                    f"{type(self.estimator).__name__} with {option}={given[option]!r} has no ONNX form, since it changes "
+                    "what predict gives; fit without it"
+                )
+        text = self.estimator.booster_.model_to_string()
+        parts = text.partition("\nend of trees")[0].split("\nTree=")
+        return [dict(line.partition("=")[::2] for line in part.splitlines()) for part in parts]
+
+    @cached_property
+    def read(self) -> list[_Read]:
+        return [_read(fields) for fields in self.blocks[1:]]
+
+    @cached_property
+    def trees(self) -> Sequence[Tree]:
+        return [each.tree for each in self.read]
+
+    @property
+    def n_groups(self) -> int:
+        return int(self.blocks[0]["num_tree_per_iteration"])
+
+    @cached_property
+    def known(self) -> Value:
+        """The rows as trees compare them."""
+        graph, rows = self.graph, self.x.astype(np.float64)
+        is_zero = rows.abs() <= _ZERO
+        found = graph.where(is_zero, 0.0, rows)
+        n_features = int(self.blocks[0]["max_feature_idx"]) + 1
+        if missing := set().union(*(each.zero_is_missing for each in self.read)):
+            found = graph.where(_of(missing, n_features, is_zero), np.nan, found)
+        if codes := {int(each.tree.feature[node]) for each in self.read for node in each.tree.members}:
+            found = graph.where(_of(codes, n_features, found.abs() < 1.0), 0.0, found)  # -0.5 is category 0
+        return found
+
+    @cached_property
+    def result(self) -> Value:
+        """(n_rows, n_groups)."""
+        header = self.blocks[0]
+        objective, _, rest = header.get("objective", "").partition(" ")
+        if objective not in OBJECTIVES:
+            raise NotConvertible(
+                f'{type(self.estimator).__name__} with objective="{objective}" has no ONNX form; use one of '
+                f"{', '.join(filter(None, OBJECTIVES))}"
+            )
+        groups = np.arange(len(self.read)) % self.n_groups
+        margin = sums(self.known, self.trees, [each.values for each in self.read], groups.tolist(), np.zeros(self.n_groups))
+        if "average_output" in header:
+            margin = margin / float(len(self.read) // self.n_groups)
+        words = dict(word.partition(":")[::2] for word in rest.split())
+        if "sqrt" in words:  # of reg_sqrt
+            return margin * margin.abs()
+        return OBJECTIVES[objective](margin * float(words.get("sigmoid", 1.0)))
+
+
+def _of(features: set[int], n_features: int, condition: Value) -> Value:
+    """The condition, where it is about one of the features."""
+    return condition.logical_and(condition.graph.constant([number in features for number in range(n_features)]))
+
+
+def _read(fields: Mapping[str, str]) -> _Read:
+    if fields.get("is_linear") == "1":
+        raise NotConvertible("LightGBM with linear_tree=True has no ONNX form; fit with linear_tree=False")
+    leaf_values = _numbers(fields, "leaf_value", np.float64)
+    n_inner = len(leaf_values) - 1
+    values = np.concatenate([np.zeros(n_inner), leaf_values])[:, np.newaxis]
+    decision, feature, threshold = (
+        _numbers(fields, name, dtype)
+        for name, dtype in (("decision_type", np.int64), ("split_feature", np.int64), ("threshold", np.float64))
+    )
+    left, right = (_children(_numbers(fields, f"{side}_child", np.int64), n_inner) for side in ("left", "right"))
+    in_set, missing = (decision & _CATEGORICAL) != 0, decision >> 2 & 3
+    nan_left = np.where(missing == 0, threshold >= 0.0, (decision & _DEFAULT_LEFT) != 0)  # NaN is 0 where none is expected
+    rest = np.zeros(n_inner + 1)
+    tree = Tree(
+        feature=np.append(feature, rest).astype(np.int64),
+        threshold=np.append(threshold, rest),
+        left=left,
+        right=right,
+        nan_left=np.append(nan_left & ~in_set, rest) != 0,
+        members=_members(fields, threshold, in_set),
+    )
+    return _Read(tree, values, set(feature[(missing == _MISSING_ZERO) & ~in_set].tolist()))
+
+
+def _numbers(fields: Mapping[str, str], name: str, dtype: Any) -> Array:
+    return np.array(fields.get(name, "").split(), dtype=dtype)
+
+
+def _children(numbers: Array, n_inner: int) -> Array:
+    """Leaves, which LightGBM counts from -1 downwards, come after the inner nodes; they have no children."""
+    return np.append(np.where(numbers < 0, n_inner + ~numbers, numbers), np.full(n_inner + 1, -1))
+
+
+def _members(fields: Mapping[str, str], threshold: Array, in_set: Array) -> dict[int, list[int]]:
+    """The categories of each node that has a set, from its bits."""
+    bounds, words = _numbers(fields, "cat_boundaries", np.int64), _numbers(fields, "cat_threshold", np.int64)
+    found = {}
+    for node in np.flatnonzero(in_set).tolist():
+        which = int(threshold[node])
+        bits = words[bounds[which] : bounds[which + 1]].tolist()
+        found[node] = [32 * place + bit for place, word in enumerate(bits) for bit in range(32) if word >> bit & 1]
+    return found
+
+
+@converts("lightgbm.LGBMClassifier")
+class LightGBMClassifier(_LightGBM):
+    @cached_property
+    def predict_proba(self) -> Value:
+        if len(self.classes) < 2:
+            raise self.one_class()
+        if "objective" not in self.blocks[0]:
+            raise NotConvertible(
+                "LGBMClassifier with a callable objective gives raw scores instead of labels and has no ONNX form; use "
+                "LGBMRegressor, or a built-in objective"
+            )
+        return two_columns(self.result) if self.n_groups == 1 else self.result
+
+
+@converts("lightgbm.LGBMRegressor", "lightgbm.LGBMRanker")
+class LightGBMRegressor(_LightGBM, Regressor):
+    @cached_property
+    def predict(self) -> Value:
+        return self.result
