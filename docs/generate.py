@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 from pydantic_core import PydanticUndefined
 
+from docs import estimators
 from docs.log_events import events
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
@@ -27,6 +28,7 @@ from tests.wire.rules import Shown, markdown
 
 DOCS = Path(__file__).parent
 RULES_BEGIN, RULES_END = "<!-- rules: written by make docs -->", "<!-- end of rules -->"
+TABLE_BEGIN, TABLE_END = "<!-- estimators: written by make docs -->", "<!-- end of estimators -->"
 SERVICES: dict[str, type[ServiceSettings]] = {
     "proxy": ProxySettings,
     "preprocess": PreprocessSettings,
@@ -116,6 +118,12 @@ def versions_page() -> str:
     return "\n".join([before + RULES_BEGIN, *rows, RULES_END + rest.split(RULES_END)[1]])
 
 
+def publishing_page() -> str:
+    """docs/publishing.md, with the table of estimators between its marks."""
+    before, rest = (DOCS / "publishing.md").read_text().split(TABLE_BEGIN)
+    return "\n".join([before + TABLE_BEGIN, *estimators.table(), TABLE_END + rest.split(TABLE_END)[1]])
+
+
 def wire_page() -> str:
     """docs/wire.md, with the rules that its tests have put between its marks."""
     before, rest = (DOCS / "wire.md").read_text().split(RULES_BEGIN)
@@ -138,6 +146,7 @@ def main() -> None:
         "manifest.schema.json": manifest_schema(),
         "versions.md": versions_page(),
         "wire.md": wire_page(),
+        "publishing.md": publishing_page(),
     }
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]

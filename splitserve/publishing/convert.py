@@ -140,7 +140,7 @@ def _classified(classifier: Any, targets: Sequence[str]) -> list[Answer]:
         names = tuple(map(str, single.tolist()))
         label_dtype(single)
         found = [Answer(LABEL, LABEL, lambda form: form.predict, ("batch",), _predicted, names)]
-        if hasattr(classifier, "predict_proba"):
+        if gives_probabilities(classifier):
             shape = ("batch", len(single))
             found.append(Answer(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable, names))
         return found
@@ -157,7 +157,8 @@ def _of_target(classifier: Any, number: int, target: str, classes: Array) -> lis
         return labels(form.graph, classes, form.targets[number].class_index)
 
     def predicted(model: Any, rows: Any) -> Array:
-        return np.asarray(model.predict(rows))[:, number]
+        given = np.asarray(model.predict(rows))[:, number]
+        return given.astype(classes.dtype) if classes.dtype.kind in "biuf" else given  # a chain gives floats
 
     def probable(model: Any, rows: Any) -> Array:
         given = model.predict_proba(rows)
@@ -167,7 +168,7 @@ def _of_target(classifier: Any, number: int, target: str, classes: Array) -> lis
         return np.stack([1 - positive, positive], axis=1)
 
     found = [Answer(f"{LABEL}_{target}", LABEL, label, ("batch",), predicted, names)]
-    if hasattr(classifier, "predict_proba"):
+    if gives_probabilities(classifier):
         shape = ("batch", len(classes))
         name = f"{PROBABILITIES}_{target}"
         found.append(Answer(name, PROBABILITIES, lambda form: form.targets[number].predict_proba, shape, probable, names))
@@ -178,11 +179,17 @@ def target_classes(classifier: Any) -> list[Array] | None:
     """The classes of each target of a classifier with several, None if it has one."""
     classes = classifier.classes_
     if isinstance(classes, list):
-        return [np.asarray(each) for each in classes] if len(classes) > 1 else None
-    is_indicator = getattr(classifier, "multilabel_", False) or (
-        type(classifier).__name__ == "MLPClassifier" and classifier._label_binarizer.y_type_ == "multilabel-indicator"
-    )
+        order = np.argsort(classifier.order_) if hasattr(classifier, "order_") else range(len(classes))  # of a chain
+        return [np.asarray(classes[place]) for place in order] if len(classes) > 1 else None
+    binarizer = getattr(classifier, "label_binarizer_", getattr(classifier, "_label_binarizer", None))
+    is_indicator = str(getattr(binarizer, "y_type_", "")).startswith("multilabel")
     return [np.array([0, 1])] * len(classes) if is_indicator else None
+
+
+def gives_probabilities(estimator: Any) -> bool:
+    """Whether ``predict_proba`` works; a Gaussian process of pairs of classes has it and raises."""
+    is_of_pairs = getattr(estimator, "multi_class", "") == "one_vs_one" and getattr(estimator, "n_classes_", 2) > 2
+    return hasattr(estimator, "predict_proba") and not (is_of_pairs and hasattr(estimator, "base_estimator_"))
 
 
 def expected_of(pipeline: Any, rows: Any, targets: Sequence[str] = ()) -> Mapping[str, Array]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
@@ -18,6 +20,7 @@ from splitserve.publishing.agreement import compare, expected_answer, scales_of,
 from splitserve.publishing.convert import LABEL, answers_of, to_onnx
 from splitserve.publishing.equality import Comparison
 from splitserve.publishing.errors import NotConvertible, PublishError
+from splitserve.publishing.estimators.refused import reason_for
 from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
@@ -112,7 +115,8 @@ def publish(
     check_fitted(pipeline)
     estimator = pipeline.steps[-1][1]
     if not hasattr(estimator, "predict"):
-        raise PublishError(f"the last step, {type(estimator).__name__}, has no predict; publish_preprocessor takes transforms")
+        reason = reason_for(estimator) or "has no predict; publish_preprocessor takes transforms"
+        raise PublishError(f"the last step, {type(estimator).__name__}, {reason}")
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
@@ -204,9 +208,23 @@ def _n_features(half: PreprocessorHalf) -> int:
     return int(shape[1])
 
 
-def _refuses(estimator: Any) -> str:
-    """What scikit-learn would not have let the estimator take. Source: its ``check_array`` and estimator tags."""
-    return "inf" if get_tags(estimator).input_tags.allow_nan else "nan"
+def _refuses(estimator: Any) -> Literal["", "inf", "nan"]:
+    """What scikit-learn would not have let the estimator take, found by trying; tags tell it of the validating ones only."""
+    if not hasattr(estimator, "n_features_in_"):
+        return "inf" if get_tags(estimator).input_tags.allow_nan else "nan"
+
+    def takes(value: float) -> bool:
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                estimator.predict(np.full((1, estimator.n_features_in_), value))
+        except Exception:  # whatever it raises, it does not take it
+            return False
+        return True
+
+    if not takes(np.nan):
+        return "nan"
+    return "" if takes(np.inf) else "inf"
 
 
 def _labels(estimator: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,38 @@ class Graph:
             wide = np.result_type(first.dtype, second.dtype)
             first, second = first.astype(wide), second.astype(wide)
         return self.op("Where", condition, first, second, dtype=first.dtype)
+
+    def loop(self, count: int, state: Value, body: Callable[[Value], tuple[Value, Value]]) -> Value:
+        """Repeat a computation.
+
+        Args:
+            count: at most so many times.
+            state: what the first time begins with.
+            body: of a state, makes whether to go on (a boolean without dimensions) and the next state.
+        """
+        outer, self._nodes = self._nodes, []
+        times, going, before = (self._name(kind) for kind in ("times", "going", "before"))
+        goes_on, after = body(Value(self, before, state.dtype))
+        names = [self._name(kind) for kind in ("goes_on", "after")]
+        for value, name in zip((goes_on, after), names, strict=True):
+            self._nodes.append(helper.make_node("Identity", [value.name], [name], name=name))
+        element = _element(state.dtype)
+        inner = helper.make_graph(
+            self._nodes,
+            self._name("body"),
+            [
+                helper.make_tensor_value_info(times, TensorProto.INT64, []),
+                helper.make_tensor_value_info(going, TensorProto.BOOL, []),
+                helper.make_tensor_value_info(before, element, None),
+            ],
+            [
+                helper.make_tensor_value_info(names[0], TensorProto.BOOL, []),
+                helper.make_tensor_value_info(names[1], element, None),
+            ],
+        )
+        self._nodes = outer
+        limit, always = self.constant(np.int64(count)), self.constant(np.bool_(True))
+        return self.op("Loop", limit, always, state, dtype=state.dtype, body=inner)
 
     def inline(self, model: onnx.ModelProto, inputs: Mapping[str, Value]) -> dict[str, Value]:
         """Add the nodes of a model that is written already.

@@ -12,7 +12,7 @@ import msgspec
 from splitserve.arrays import from_array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows
+from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows, tolerances_of
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
@@ -103,6 +103,23 @@ def check_row_wise(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, floa
             f"an answer depends on the other rows of its call, or on chance: {complaint}. Correct the model, or publish it with "
             "row_wise=False: then its requests are never merged with those of others"
         )
+
+
+def settled(run: Run, golden: Golden, bounds: Mapping[str, float] = BOUNDS) -> tuple[Golden, dict[str, Tolerance]]:
+    """The golden samples that are kept, and the tolerances of their outputs, which a service measures by the scale of those.
+
+    Args:
+        run: what gives the outputs.
+        golden: all samples.
+        bounds: of tolerances by datatype, relative to the output's scale.
+    """
+    tolerances = tolerances_of(golden.outputs, bounds)
+    while True:  # fewer rows have a smaller scale, and so smaller tolerances, which may be too small for some of them
+        kept = kept_rows(run, golden, tolerances)
+        of_kept = tolerances_of(kept.outputs, bounds)
+        if of_kept == tolerances or kept.inputs[0].n_rows == golden.inputs[0].n_rows:
+            return kept, of_kept
+        golden, tolerances = kept, of_kept
 
 
 def kept_rows(run: Run, golden: Golden, tolerances: Mapping[str, Tolerance]) -> Golden:

@@ -17,8 +17,8 @@ from splitserve.publishing.halves import (
     PredictorHalf,
     check_row_wise,
     encode_golden,
-    kept_rows,
     new_manifest,
+    settled,
     take_rows,
 )
 from splitserve.publishing.proof import tolerances_of
@@ -103,7 +103,8 @@ def predictor_half(
     if is_row_wise:
         more = tuple(from_array(key, np.asarray(array)) for key, array in (probed if probed is not None else arrays).items())
         check_row_wise(runtime.infer, more, bounds)
-    golden = kept_rows(runtime.infer, golden, manifest.tolerances)
+    golden, tolerances = settled(runtime.infer, golden, bounds)
+    manifest = msgspec.structs.replace(manifest, tolerances=tolerances)
     return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: encode_golden(golden)}, runtime, golden)
 
 

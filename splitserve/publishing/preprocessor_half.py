@@ -21,8 +21,8 @@ from splitserve.publishing.halves import (
     PreprocessorHalf,
     check_row_wise,
     encode_golden,
-    kept_rows,
     new_manifest,
+    settled,
 )
 from splitserve.publishing.proof import tolerances_of
 from splitserve.repository import golden as goldens
@@ -109,7 +109,8 @@ def preprocessor_half(
     if manifest.is_row_wise:
         probed = samples.take(data, samples.spread(len(data), N_PROBED))
         check_row_wise(runtime.transform, to_tensors(rows, inputs, probed))
-    proof = kept_rows(runtime.transform, proof, manifest.tolerances)
+    proof, tolerances = settled(runtime.transform, proof)
+    manifest = msgspec.structs.replace(manifest, tolerances=tolerances)
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}

@@ -105,6 +105,8 @@ class Preprocessor:
 
     def _output(self, features: Array, n_rows: int) -> Tensor:
         spec = self.outputs[0]
+        if n_rows == 1 and features.shape == spec.shape[1:]:  # scikit-learn's SparsePCA loses the dimension of rows
+            features = features[np.newaxis]
         with np.errstate(over="ignore"):  # values beyond float32 become infinite; `check_values` decides
             features = features.astype(DTYPES[spec.datatype], copy=False)
         self.check_values(features)

@@ -28,10 +28,13 @@ _SCORES = "sklearn.feature_selection._univariate_selection"
 _TRUSTED_FUNCTIONS = {
     "numpy.mean",
     *(f"{_SCORES}.{name}" for name in ("chi2", "f_classif", "f_oneway", "f_regression", "r_regression")),
+    "scipy._lib.array_api_compat.numpy._aliases.asarray",
+    "sklearn.cluster._kmeans._kmeans_single_elkan",
+    "sklearn.cluster._kmeans._kmeans_single_lloyd",
     "sklearn.feature_selection._mutual_info.mutual_info_classif",
     "sklearn.feature_selection._mutual_info.mutual_info_regression",
 }
-"""Functions that scikit-learn's own transformers refer to; they are free of side effects."""
+"""Functions that scikit-learn's own transformers refer to (the first, a spline of scipy); they are free of side effects."""
 
 
 def is_pickle(bundle: Bundle) -> bool:

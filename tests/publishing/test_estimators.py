@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from sklearn.base import is_classifier
+from sklearn.cluster import DBSCAN
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, RadiusNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
+from splitserve import PublishError, publish, publish_preprocessor
+from splitserve.arrays import to_array
 from splitserve.publishing.convert import expected_of, to_onnx
+from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.refused import AS_TRANSFORM, REFUSED
+from splitserve.repository.bundle import BundleKey
+from splitserve.repository.folder import Repository
+from splitserve.repository.source import load_bundle
+from splitserve.runtimes import predictor, preprocessor
+from splitserve.runtimes.release import WholeRelease
+from splitserve.runtimes.rows import to_tensors
+from tests.publishing import estimator_cases as cases
 
 RANDOM = np.random.default_rng(0)
 ROWS = RANDOM.normal(size=(60, 4))
@@ -79,3 +99,145 @@ def test_a_boosted_model_begins_with_its_initial_estimator() -> None:
     found = run(estimator, ROWS)
 
     np.testing.assert_allclose(found["probabilities"], estimator.predict_proba(ROWS), atol=1e-6)
+
+
+def whole(repository: Path) -> WholeRelease:
+    """The published pair, its halves loaded as the services load them."""
+    found = Repository(repository)
+    halves = (
+        load_bundle(found, BundleKey("m", "preprocess", 1), preprocessor.load),
+        load_bundle(found, BundleKey("m", "predict", 1), predictor.load),
+    )
+    return WholeRelease(*halves)
+
+
+def served(release: WholeRelease, rows: np.ndarray) -> dict[str, np.ndarray]:
+    manifest = release.preprocessor.manifest
+    assert manifest.rows is not None
+    return {tensor.name: to_array(tensor) for tensor in release.infer(to_tensors(manifest.rows, manifest.inputs, rows))}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: Any, atol: float) -> None:
+    """Labels are equal, numbers within the tolerance, relative to the largest where that is beyond 1."""
+    assert set(found) == set(expected)
+    for name, array in found.items():
+        want = np.asarray(expected[name]).reshape(array.shape)
+        if name.startswith("label"):
+            texts = [each.decode() if isinstance(each, bytes) else each for each in array.ravel().tolist()]
+            assert texts == want.ravel().tolist()
+        else:
+            np.testing.assert_allclose(array, want, rtol=0, atol=atol * max(1.0, float(np.nanmax(np.abs(want)))))
+
+
+@pytest.mark.parametrize("name", cases.with_predict())
+def test_every_estimator_that_predicts_is_published_and_served(tmp_path: Path, name: str) -> None:
+    """The whole answers as the pipeline does to rows that it was not fitted on."""
+    estimator, x = cases.fitted(name)
+    pipeline = make_pipeline(estimator)
+
+    publish(pipeline, x, name="m", repository=tmp_path)
+    asked = cases.rows(name, 200, seed=1)
+
+    assert_same(served(whole(tmp_path), asked), expected_of(pipeline, asked), atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", cases.with_predict())
+def test_every_estimator_answers_to_many_rows(name: str) -> None:
+    """At float64, on 10,000 rows, some of them far from those of training."""
+    estimator, _ = cases.fitted(name, n_rows=300)
+    asked = cases.rows(name, 10_000, seed=1)
+    if name not in cases.COUNTS:
+        asked[::10] *= 10
+
+    assert_same(run(estimator, asked), expected_of(estimator, asked), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", cases.VARIANTS)
+def test_what_an_estimator_is_made_of_may_be_anything(name: str) -> None:
+    """Votes, stacks, bags and targets, with text for classes, two classes, several targets."""
+    estimator, kind = cases.VARIANTS[name]
+    y = {
+        "classes": CLASSES,
+        "two": (CLASSES > 0).astype(int),
+        "text": np.array(["low", "middle", "high"])[CLASSES],
+        "number": np.abs(ROWS[:, 0]) + 0.1,
+        "targets": np.c_[ROWS[:, 0], ROWS[:, 1]],
+        "labels": np.c_[CLASSES > 0, ROWS[:, 1] > 0].astype(int),
+        "": None,
+    }[kind]
+    estimator.fit(ROWS, y)
+    asked = cases.rows(name, 200, seed=1)
+
+    assert_same(run(estimator, asked), expected_of(estimator, asked), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in cases.with_transform() if name not in (*REFUSED, *AS_TRANSFORM)])
+def test_every_transformer_is_published_and_served(tmp_path: Path, name: str) -> None:
+    """The preprocessor gives what the transformer gives, one row at a time too."""
+    transformer, x = cases.fitted_transformer(name)
+
+    bundle = publish_preprocessor(transformer, x, name="m", repository=tmp_path, precision="FP64")
+    half = load_bundle(Repository(tmp_path), bundle.key, preprocessor.load)
+
+    assert bundle.manifest.rows is not None
+    for rows in (x, x[:1]):
+        found = to_array(half.transform(to_tensors(bundle.manifest.rows, bundle.manifest.inputs, np.asarray(rows)))[0])
+        given = transformer.transform(rows)
+        want = given.toarray() if hasattr(given, "toarray") else np.asarray(given)
+        np.testing.assert_allclose(found, want.reshape(found.shape), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(AS_TRANSFORM))
+def test_a_transformer_that_skops_cannot_store_is_refused(tmp_path: Path, name: str) -> None:
+    """It can be the last step, and be published as a pickle."""
+    transformer, x = cases.fitted_transformer(name)
+
+    with pytest.raises(PublishError, match="allow_pickle=True"):
+        publish_preprocessor(transformer, x, name="m", repository=tmp_path)
+
+
+def test_every_class_is_published_in_a_test_or_refused() -> None:
+    """No class of scikit-learn that predicts or transforms is missing, and none is refused that does not exist."""
+    tested = {*cases.with_predict(), *cases.with_transform()}
+
+    assert {name for name in REFUSED if name in cases.with_predict()} == set()
+    assert set(REFUSED) <= {name for name, _ in cases.all_estimators()}
+    assert not {name for name, kind in cases.all_estimators() if hasattr(kind, "predict")} - tested
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (DBSCAN(), "has no predict: it labels the rows that it was fitted on and no others; KMeans"),
+        (DummyClassifier(strategy="uniform"), "answers at random; strategy='prior'"),
+        (LocalOutlierFactor(), "fit it with novelty=True"),
+        (RadiusNeighborsClassifier(50.0), "fit it with outlier_label"),
+        (KNeighborsClassifier(weights=lambda distances: distances + 1), "weights='uniform' or 'distance' has"),
+        (KNeighborsClassifier(metric="cosine", algorithm="brute"), "the metric cosine has no ONNX form; euclidean"),
+        (SVC(kernel=lambda left, right: left @ right.T), "the kernel of your own has no ONNX form; linear"),
+        (HistGradientBoostingClassifier(categorical_features=[0], max_iter=2), "encode the columns in a ColumnTransformer step"),
+    ],
+    ids=lambda each: type(each).__name__ if not isinstance(each, str) else "",
+)
+def test_a_refusal_says_why_and_what_works(tmp_path: Path, estimator: Any, message: str) -> None:
+    """Nothing is written."""
+    x = np.abs(ROWS).round()
+    pipeline = make_pipeline(StandardScaler(with_mean=False, with_std=False), estimator).fit(x, CLASSES)
+
+    with warnings.catch_warnings(), pytest.raises(PublishError, match=message):
+        warnings.simplefilter("ignore")
+        publish(pipeline, x, name="m", repository=tmp_path)
+
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_classes_of_several_types_are_refused() -> None:
+    """They have no datatype on the wire."""
+    estimator = LogisticRegression()
+    estimator.fit(ROWS, CLASSES)
+    estimator.classes_ = np.array(["a", 1, None], dtype=object)
+
+    assert is_classifier(estimator)
+    with pytest.raises(NotConvertible, match="fit on y of one type"):
+        run(estimator, ROWS)

@@ -35,6 +35,11 @@ class Form:
     def graph(self) -> Graph:
         return self.x.graph
 
+    @property
+    def wide(self) -> Value:
+        """The rows in float64, in which scikit-learn computes."""
+        return self.x.astype(np.float64)
+
     @cached_property
     def decision_function(self) -> Value:
         """(n_rows, n_scores), also where scikit-learn gives one dimension."""
@@ -117,7 +122,7 @@ class Regressor(Form):
 
 
 _FORMS: dict[str, Callable[[Any, Value], Form]] = {}
-_MODULES = ("trees", "linear", "others")
+_MODULES = (*("trees", "linear", "bayes", "neighbours", "kernels", "ensembles", "networks", "groups", "others", "steps"),)
 """Modules of this package that register forms."""
 
 

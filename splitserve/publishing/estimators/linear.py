@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.estimators.form import Form, Regressor, converts, two_columns
+from splitserve.publishing.estimators.form import Form, Regressor, Target, converts, two_columns
 from splitserve.publishing.graph import Value, concat
 
 
@@ -107,7 +108,17 @@ converts(
 
 @converts("sklearn.RidgeClassifier", "sklearn.RidgeClassifierCV")
 class RidgeClassifier(LinearClassifier):
-    """With several targets, y is an indicator of each."""
+    """With several targets, each is a class or not."""
+
+    @cached_property
+    def targets(self) -> Sequence[Form]:
+        if not self.estimator._label_binarizer.y_type_.startswith("multilabel"):
+            return [self]
+        scores = self.decision_function
+        return [
+            Target(self, np.array([0, 1]), None, (scores.take(number) > 0.0).astype(np.int64))
+            for number in range(len(self.estimator.coef_))
+        ]
 
 
 @converts("sklearn.LogisticRegression", "sklearn.LogisticRegressionCV")
