@@ -33,7 +33,7 @@ class Secured(NamedTuple):
         certificates.write(folder, self.ca, names=(service, "localhost", "127.0.0.1"))
         folder.chmod(0o755)
         for file in folder.iterdir():
-            file.chmod(0o644)  # the services run as somebody else
+            file.chmod(0o644)  # the services run as another user
 
     def shown(self, service: str) -> str:
         """The certificate that a handshake gets."""

@@ -17,7 +17,7 @@ NOT_IN_TRITONCLIENT = {
     ".inference.ModelMetadataResponse.properties",
     ".inference.ModelMetadataResponse.PropertiesEntry.key",
     ".inference.ModelMetadataResponse.PropertiesEntry.value",
-    # Ours, with a number that the protocol is far from: releases, told between our services. Others skip it.
+    # Ours, with a number that the protocol is far from: releases, which our services send to each other; other servers ignore it.
     ".inference.RepositoryIndexResponse.ModelIndex.properties",
     ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.key",
     ".inference.RepositoryIndexResponse.ModelIndex.PropertiesEntry.value",

@@ -40,7 +40,7 @@ class Backend:
             "PROXY_GRPC_PORT": str(self.grpc_port),
             "PROXY_PREPROCESS_TARGET": stage,
             "PROXY_REFRESH_INTERVAL_S": "0.1",
-            "PROXY_MAX_QUEUE_WAIT_MS": "0",  # a slow machine refuses nobody
+            "PROXY_MAX_QUEUE_WAIT_MS": "0",  # no request is refused on a slow machine
             "LOG_REQUESTS": "all",
             **environment,
         }

@@ -250,7 +250,7 @@ def test_a_count_of_typed_contents_that_contradicts_the_shape_is_refused(values)
 
 
 def test_absent_contents_are_zero_elements():
-    """An empty tensor has nothing to say in any field; FP16 has no field to say it in."""
+    """An empty tensor has no contents in any field; FP16 has no field at all."""
     for datatype in (*FIELDS, "FP16", "BF16"):
         request = protobuf.decode_request(typed_request(datatype, (0,)))
 
@@ -258,7 +258,7 @@ def test_absent_contents_are_zero_elements():
 
 
 def test_an_unknown_datatype_of_typed_contents_is_refused():
-    """There is no field that it could be in."""
+    """No field of the message can hold it."""
     with pytest.raises(InvalidInput, match='input "age": unknown datatype "STRING"'):
         protobuf.decode_request(typed_request("STRING", bytes_contents=[b"a"]))
 
@@ -278,7 +278,7 @@ def test_raw_and_typed_contents_do_not_mix():
 
 @pytest.mark.parametrize("n_raw", [1, 3])
 def test_every_input_has_one_raw_content(n_raw):
-    """One too few would shift the others to the wrong names (G-04)."""
+    """One too few would assign the others to the wrong names (G-04)."""
     message = protobuf.encode_request(REQUEST)
     message.raw_input_contents[:] = [b"a"] * n_raw
 
@@ -324,7 +324,7 @@ def test_unknown_fields_are_skipped():
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", REQUEST_BYTES[:-1], b"\x0a\x02\xff\xfe"], ids=["junk", "cut", "not UTF-8"])
 def test_bytes_that_are_not_a_message_are_invalid_input(data):
-    """The caller's mistake, without a word about classes (G-14)."""
+    """A fault of the caller, without names of Python classes (G-14)."""
     with pytest.raises(InvalidInput, match=r"^the request is not a inference\.ModelInferRequest$"):
         protobuf.parse(pb.ModelInferRequest, data)
 

@@ -59,7 +59,7 @@ def only_input(data: bytes) -> Tensor:
 
 
 def raw_of(datatype: str, values: list[Any]) -> bytes:
-    """What numpy says that the bytes are."""
+    """The bytes, encoded by numpy."""
     return (
         encode_bytes([value.encode() for value in values])
         if datatype == "BYTES"
@@ -78,7 +78,7 @@ def refusal(data: bytes, header_length: int | None = None) -> str:
 
 
 def test_the_tested_values_cover_every_datatype_with_a_json_form():
-    """So that a new datatype is not forgotten below."""
+    """A new datatype must have a test value."""
     assert set(VALUES) == set(JSON_ABLE)
 
 
@@ -151,12 +151,12 @@ def test_nan_and_infinity_may_be_bare_or_strings(datatype, number):
 
 @pytest.mark.parametrize("datatype", ["FP32", "FP64"])
 def test_null_is_nan_for_floats(datatype):
-    """pandas writes a missing number so (D12)."""
+    """pandas writes missing numbers like this (D12)."""
     assert list(map(repr, unpack(only_input(body(entry(datatype, [2], data=[None, 1])))))) == ["nan", "1.0"]
 
 
 def test_null_is_empty_for_bytes():
-    """Which a preprocessor takes for missing where the column may be."""
+    """A preprocessor treats it as missing where the column allows missing values."""
     assert only_input(body(entry("BYTES", [2], data=[None, "a"]))).raw == encode_bytes([b"", b"a"])
 
 
@@ -382,7 +382,7 @@ def test_deep_nesting_is_an_error_not_a_crash(data):
     ],
 )
 def test_a_lone_surrogate_is_refused(template, text):
-    """It is no text that UTF-8 can hold (I-18): let in, it would break the next stage's message or our answer."""
+    """UTF-8 cannot encode it (I-18): accepted, it would break the next stage's message or our answer."""
     message = refusal((template % text).encode())
 
     message.encode()
@@ -476,7 +476,7 @@ def test_bytes_after_the_last_tensor_are_refused():
 
 
 def test_binary_data_that_belongs_to_no_tensor_is_refused():
-    """With inputs in JSON only, there is nothing that it could be."""
+    """With inputs in JSON only, no tensor can claim it."""
     head = body(entry(data=[1]))
 
     assert refusal(head + b"abc", len(head)) == "3 bytes of the body remain after the binary tensors"
@@ -569,7 +569,7 @@ def test_nan_and_infinity_are_null_and_counted(datatype):
 
 
 def test_the_largest_integers_are_exact():
-    """No detour over doubles (I-28)."""
+    """They are not converted to doubles (I-28)."""
     tensors_ = [Tensor("u", "UINT64", (1,), b"\xff" * 8), Tensor("i", "INT64", (1,), b"\x00" * 7 + b"\x80")]
 
     data, _ = rest.encode_response(InferResponse("m", "1", tuple(tensors_)), ASKED)
@@ -690,7 +690,7 @@ def test_an_integral_float_is_accepted_as_an_integer(number):
 
 @pytest.mark.parametrize("value", [1, 0, "true", 1.0])
 def test_a_parameter_of_the_binary_data_extension_is_a_boolean(value):
-    """Ignored, another type would change the form of the answer without a word."""
+    """If another type were ignored, the form of the answer would change silently."""
     shown = json.dumps(value)
 
     whole = refusal(body(entry(data=[1.0]), parameters={"binary_data_output": value}))

@@ -229,7 +229,7 @@ def test_a_body_without_instances_is_refused(body):
 
 
 def test_bare_nan_is_accepted():
-    """Python's writer puts it (D12)."""
+    """Python's json module writes it (D12)."""
     request = v1.decode_request(b'{"instances": [[NaN, 1]]}', PAIRS, "1.2").request
 
     assert list(map(repr, unpack(request.inputs[0]))) == ["nan", "1.0"]

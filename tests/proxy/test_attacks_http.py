@@ -508,7 +508,7 @@ async def test_headers_that_arrive_too_slowly_end_a_kept_alive_connection() -> N
 async def test_a_body_below_the_minimum_rate_ends_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     """G01: a body below the minimum rate gets 408 and is closed, and its request never reaches the service."""
     monkeypatch.setattr(http1, "BODY_GRACE_S", 0.1)
-    monkeypatch.setattr(listener, "BODY_GRACE_S", 0.1)  # what sets how often it is looked at
+    monkeypatch.setattr(listener, "BODY_GRACE_S", 0.1)  # sets how often it is checked
     async with edge_with() as edge:
         answer = await edge.send(request("POST", INFER, f"Content-Length: {len(GOOD)}") + GOOD[:-1])
 

@@ -122,7 +122,7 @@ def manifest_with(inputs):
 
 
 class Canary:
-    """Sings when it is unpickled."""
+    """Records that it was unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,4 +1,4 @@
-"""Values that mean harm to the arithmetic: at both stages, in the runtimes that serve."""
+"""Values that could break the arithmetic: at both stages, in the runtimes that serve."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ async def test_a_poisoned_row_fails_its_own_request_only(tmp_path: Path, executo
 
 
 async def test_a_run_without_waiting_callers_is_cancelled(tmp_path: Path, executor: Executor) -> None:
-    """G05: a model that runs for minutes is stopped when its caller's time is over, and its thread serves others."""
+    """G05: a model that runs for minutes is stopped at its caller's deadline, and its thread serves others."""
     zeros = np.zeros((1, N), np.float32)
     publish_predictor(slow_model(N, n_rounds=10_000_000), zeros, name="slow", repository=tmp_path)
     store = VersionStore(Repository(tmp_path), "predict", predictors.load, allow_unreleased_pairs=True)

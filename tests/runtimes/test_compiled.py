@@ -35,7 +35,7 @@ def bundle(tmp_path_factory):
 
 
 def test_mixed_columns_with_gaps_are_compiled(bundle):
-    """Imputers of text among them, which skl2onnx alone does not convert."""
+    """Including imputers of text, which skl2onnx alone does not convert."""
     assert bundle.manifest.compiled.is_equal
     assert bundle.manifest.compiled.n_checked > 200
     assert COMPILED_FILE in bundle.manifest.files
@@ -85,7 +85,7 @@ def test_without_a_plan_auto_uses_the_compiled_form_if_possible(is_installed, ru
     ],
 )
 def test_an_unverified_compiled_form_is_not_published(transformer, reason, tmp_path):
-    """The manifest says why; who insists on the compiled form is refused with that, others are served by scikit-learn."""
+    """With the reason in its manifest: `PREPROCESS_RUNTIME=onnx` refuses the bundle, otherwise scikit-learn serves it."""
     frame = (
         FRAME if "columns" in type(transformer).__name__.lower() or hasattr(transformer, "transformers_") else FRAME[["length"]]
     )
@@ -99,7 +99,7 @@ def test_an_unverified_compiled_form_is_not_published(transformer, reason, tmp_p
 
 
 def test_generated_rows_are_the_same_in_every_run(bundle):
-    """A proof can be repeated."""
+    """So that a proof can be repeated."""
     golden = preprocessor.goldens.decode(bundle.read("golden.npz"), bundle.manifest.inputs, bundle.manifest.outputs)
 
     assert odd_rows(bundle.manifest.inputs, golden) == odd_rows(bundle.manifest.inputs, golden)

@@ -82,7 +82,7 @@ def put(side: str, field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_a_predictors_signature_is_that_of_its_graph(model: Bundle, change: Any, message: str) -> None:
-    """The manifest is what pairs are judged by, so the graph must agree with it; both are shown."""
+    """Pairs are checked by the manifest, so the graph must agree with it; the error shows both."""
     repository = changed(model, change)
 
     with pytest.raises(BundleError, match=f"^m/predict/1: model.onnx: .*{re.escape(message)}"):
@@ -100,7 +100,7 @@ def test_a_predictors_signature_is_that_of_its_graph(model: Bundle, change: Any,
     ],
 )
 def test_a_preprocessors_signature_is_observed_on_its_golden_samples(scaler: Bundle, change: Any, message: str) -> None:
-    """Fitted transforms do not say what they give: what they do give must be what the manifest says."""
+    """Fitted transforms do not declare their outputs: the observed ones must be those of the manifest."""
     repository = changed(scaler, change)
 
     with pytest.raises(BundleError, match=f"^m/preprocess/1: {re.escape(message)}"):
@@ -108,7 +108,7 @@ def test_a_preprocessors_signature_is_observed_on_its_golden_samples(scaler: Bun
 
 
 def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, model: Bundle) -> None:
-    """What would be loaded is not even there."""
+    """The file that would be loaded does not exist."""
     (scaler.folder / "pipeline.skops").unlink()
     (model.folder / "model.onnx").unlink()
     changed(scaler, lambda manifest: manifest["environment"].update({"scikit-learn": "0.24.2"}))
@@ -162,7 +162,7 @@ def test_pipelines_that_skops_supports_are_never_pickled(tmp_path: Path) -> None
 
 
 class Canary:
-    """Sings when it is unpickled."""
+    """Records that it was unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -172,7 +172,7 @@ class Canary:
 
 
 def test_a_pickle_that_is_refused_is_not_read(tmp_path: Path) -> None:
-    """Its canary stays silent, and sings where it is allowed to: the setting means what it says."""
+    """The canary records an unpickling only where the setting allows it."""
     canary = tmp_path / "sang"
     bundle = publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, allow_pickle=True)
     pickle = io.BytesIO()

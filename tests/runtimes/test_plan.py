@@ -63,7 +63,7 @@ def on_columns(*parts: Any, **options: Any) -> ColumnTransformer:
 
 
 class OtherScaler(StandardScaler):
-    """Who knows what it does."""
+    """A transformer that plans do not know."""
 
 
 PLANNED: dict[str, tuple[Any, Any]] = {

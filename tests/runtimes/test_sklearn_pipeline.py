@@ -61,7 +61,7 @@ def own(tmp_path, monkeypatch) -> Iterator[ModuleType]:
 
 
 class Canary:
-    """Sings when it is unpickled."""
+    """Records that it was unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
