@@ -89,7 +89,7 @@ class PredictService:
                     )
                 request = msgspec.structs.replace(request, version=str(version))
                 if GOLDEN_REPLAY in request.parameters:
-                    return begin_task(self._replay(request, predictor), on_answer)
+                    return begin_task(partial(self._replay, request, predictor), on_answer)
                 return self._batcher.begin(
                     request, on_answer, is_mergeable=predictor.is_row_wise, answer_bytes=answer_bytes, began_at=began
                 )

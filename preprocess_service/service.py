@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 
 import msgspec
 import structlog
@@ -155,7 +156,7 @@ class PreprocessService:
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        return begin_task(self.infer(request), on_answer)
+        return begin_task(partial(self.infer, request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         with at_stage(STAGE, model=request.model):

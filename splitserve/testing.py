@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from splitserve.catalogue import why_not_ready
@@ -50,7 +51,7 @@ class FakeInference:
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         """As `infer`, in a task, so that a test overrides `infer` only."""
-        return begin_task(self.infer(request), on_answer)
+        return begin_task(partial(self.infer, request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Record the request and return the answer."""

@@ -157,7 +157,7 @@ class Batcher:
             self._schedule_expiry(request.deadline - now)
         if not queue.is_scheduled:
             queue.is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._dispatch, queue)
+            queue.loop.call_soon(self._dispatch, queue)
         if preempted is not None:
             self._fail([preempted], Overloaded("preempted by a request of higher priority", model=request.model))
         return queued
@@ -268,7 +268,7 @@ class Batcher:
     def _start_call(self, queue: ModelQueue, batch: Batch) -> None:
         blocking_s = 0.0 if batch.is_full else max(OVERDUE_S, 2 * queue.admission.alone_s)
         call = BatchCall(batch.requests, overdue_at=self._clock() + blocking_s)
-        call.task = asyncio.get_running_loop().create_task(self._run_call(queue, call))
+        call.task = queue.loop.create_task(self._run_call(queue, call))
         call.task.add_done_callback(lambda _: self._call_ended(queue, call))  # runs even if it is cancelled before it began
         self._calls.add(call)
         queue.calls.add(call)

@@ -62,6 +62,7 @@ class ModelQueue:
     """
 
     def __init__(self, limits: BatchLimits, statistics: ModelStatistics) -> None:
+        self.loop = asyncio.get_running_loop()  # asking for it costs a system call
         self.limits = limits
         self.statistics = statistics
         self.compatible: OrderedDict[Hashable, CompatibleRequests] = OrderedDict()
@@ -145,7 +146,7 @@ class ModelQueue:
             self._timer.cancel()
             self._timer = None
         if when != NO_DEADLINE:
-            self._timer = asyncio.get_running_loop().call_later(when - now, dispatch, self)
+            self._timer = self.loop.call_later(when - now, dispatch, self)
 
 
 class RowCost:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -45,7 +46,7 @@ def begin(service: InferenceService, request: InferRequest, on_answer: OnAnswer)
     """
     if not is_requested(request):
         return service.begin(request, on_answer)
-    return begin_task(_infer(service, request), on_answer)
+    return begin_task(partial(_infer, service, request), on_answer)
 
 
 async def _infer(service: InferenceService, request: InferRequest) -> InferResponse:

@@ -6,9 +6,9 @@ Knows no queue and no transport: anything that takes a callback and can be cance
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -47,19 +47,18 @@ def _settle(answer: asyncio.Future[T], outcome: T | Exception) -> None:
         answer.set_result(outcome)
 
 
-def begin_task(answer: Coroutine[Any, Any, T], on_answer: Callable[[T | Exception], None]) -> Pending:
-    """Run ``answer`` in a task of its own and call ``on_answer`` with its result, or with its exception."""
-    # The task is that of the coroutine itself: one around it, cancelled before its first step, would never await it.
-    task = asyncio.get_running_loop().create_task(answer)
-    task.add_done_callback(partial(_deliver, on_answer))
-    return task
+def begin_task(answer: Callable[[], Awaitable[T]], on_answer: Callable[[T | Exception], None]) -> Pending:
+    """Await what ``answer`` returns in a task of its own, and call ``on_answer`` with the result or the exception.
+
+    ``answer`` is called in the task, so that a task cancelled before its first step leaves no coroutine that is never awaited.
+    """
+    return asyncio.get_running_loop().create_task(_answer(answer, on_answer))
 
 
-def _deliver(on_answer: Callable[[T | Exception], None], task: asyncio.Task[T]) -> None:
-    if task.cancelled():
-        return
-    error = task.exception()
-    if error is None:
-        on_answer(task.result())
-    elif isinstance(error, Exception):
-        on_answer(error)
+async def _answer(answer: Callable[[], Awaitable[T]], on_answer: Callable[[T | Exception], None]) -> None:
+    # A callback of the task would cost another iteration of the event loop.
+    try:
+        outcome: T | Exception = await answer()
+    except Exception as error:
+        outcome = error
+    on_answer(outcome)

@@ -210,7 +210,7 @@ class RemoteInference:
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         """As `infer`, in a task."""
-        return begin_task(self.infer(request), on_answer)
+        return begin_task(partial(self.infer, request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """Call ModelInfer, or send it on a stream, with the remaining time less a reserve.

@@ -126,7 +126,7 @@ class InferStream:
         """
         self._n_sent += 1
         identity = str(self._n_sent)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Any] = self._call.create_future()
         self._pending[identity] = answer
         try:
             self._call.write(protobuf.encode_stream_request(request, identity))

@@ -296,6 +296,46 @@ def test_each_request_is_answered_by_its_own_deadline() -> None:
     run(main())
 
 
+def test_a_call_whose_requests_have_expired_is_cancelled() -> None:
+    """No caller waits for it any more; the next call is sent."""
+
+    async def main() -> None:
+        backend = Backend(call_s=10)
+        batcher = batcher_on(backend)
+
+        answers = await outcomes(batcher, [row_request([1], deadline=1)])
+        await asyncio.sleep(0)
+
+        assert isinstance(answers[0], DeadlineExceeded)
+        assert backend.n_at_once == 0
+        assert await outcome(batcher.infer(row_request([2]))) == (4,)
+
+    run(main())
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_a_request_cancelled_at_any_moment_leaves_no_call(turns: int) -> None:
+    """Queued, or before its call has begun, or in flight: the next request finds the place free."""
+
+    async def main() -> None:
+        backend = Backend(call_s=10)
+        batcher = batcher_on(backend, max_in_flight=1)
+        pending = batcher.begin(row_request([1]), lambda _: None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+        pending.cancel()
+        answer = await outcome(batcher.infer(row_request([2])))
+
+        assert answer == (4,)
+        assert asyncio.get_running_loop().time() == pytest.approx(10)
+        await asyncio.sleep(0)
+        assert batcher.occupancy("m") == (0, 0)
+        await batcher.close()
+
+    run(main())
+
+
 def test_a_request_that_expired_in_the_queue_is_not_sent() -> None:
     """No caller waits for its rows."""
 

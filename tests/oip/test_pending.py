@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from functools import partial
 
 from splitserve.oip.pending import begin_task
 
@@ -19,8 +20,8 @@ async def test_a_task_calls_back_with_its_result_or_its_error() -> None:
             raise outcome
         return outcome
 
-    begin_task(answer(1), outcomes.put_nowait)
-    begin_task(answer(error), outcomes.put_nowait)
+    begin_task(partial(answer, 1), outcomes.put_nowait)
+    begin_task(partial(answer, error), outcomes.put_nowait)
 
     assert [await outcomes.get(), await outcomes.get()] == [1, error]
 
@@ -32,7 +33,7 @@ async def test_a_task_cancelled_before_its_first_step_is_cleaned_up() -> None:
     async def answer() -> None:
         raise AssertionError("begun")
 
-    begin_task(answer(), outcomes.append).cancel()
+    begin_task(answer, outcomes.append).cancel()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     gc.collect()

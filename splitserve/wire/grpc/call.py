@@ -152,7 +152,7 @@ class ServerCall(Http2Stream):
                 return None
             self._connection.acknowledge(self, self._n_unread)
             self._n_unread = 0
-            self._read_waiter = asyncio.get_running_loop().create_future()
+            self._read_waiter = self._connection.create_future()
             try:
                 await self._read_waiter
             finally:

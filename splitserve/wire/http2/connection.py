@@ -110,6 +110,7 @@ class Http2Connection(asyncio.Protocol):
     def __init__(self, *, keepalive_time_s: float = math.inf, keepalive_timeout_s: float = 20.0) -> None:
         self._loop = asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
+        self.create_future: Callable[[], asyncio.Future[Any]] = self._loop.create_future
         self._keepalive_time_s = keepalive_time_s
         self._keepalive_timeout_s = keepalive_timeout_s
 
@@ -673,7 +674,7 @@ class Http2Connection(asyncio.Protocol):
         """Wait until the send queue is sent, or the stream is gone."""
         if stream.send_queue:
             if stream.send_waiter is None:
-                stream.send_waiter = self._loop.create_future()
+                stream.send_waiter = self.create_future()
             await asyncio.shield(stream.send_waiter)
 
     def _send_queued(self) -> None:
