@@ -40,6 +40,7 @@ _BY_STATUS: dict[int, type[SplitserveError]] = {
     415: Unsupported,
     502: Unavailable,
     **{error.http_status: error for error in reversed(TABLE)},
+    422: InvalidInput,  # of servers on FastAPI, KServe's among them; ours has a reason, which decides
     500: Internal,
 }
 """The inverse of the error table, and statuses that only other servers and proxies return."""

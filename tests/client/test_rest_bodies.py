@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from splitserve.client import rest_bodies
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask
-from splitserve.errors import Internal, InvalidInput, NotFound, Overloaded, PairMismatch, Unavailable, Unsupported
+from splitserve.errors import (
+    IdempotencyKeyReused,
+    Internal,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    PairMismatch,
+    Unavailable,
+    Unsupported,
+)
 from splitserve.oip import rest
 from splitserve.oip.messages import InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor
@@ -86,6 +95,7 @@ def test_a_body_that_is_not_an_answer_is_a_mismatch(body: bytes, headers: dict[s
     [
         (400, {"error": "no"}, InvalidInput, "no"),
         (422, {"detail": []}, InvalidInput, "the server answered with HTTP status 422"),
+        (422, {"error": "used", "reason": "IDEMPOTENCY_KEY_REUSED"}, IdempotencyKeyReused, "used"),
         (404, {"detail": "Not Found"}, NotFound, "HTTP status 404"),
         (415, {"error": "no gzip"}, Unsupported, "no gzip"),
         (429, {"error": "full"}, Overloaded, "full"),
