@@ -173,4 +173,5 @@ async def test_a_deadline_is_clamped_to_the_maximum_timeout(face: str) -> None:
                 await stream.read()
                 await stream.done_writing()
                 given = 50
-            assert given - 20 < remaining_s(system.backend.requests[0].deadline) <= given
+            most = min(given + 1, 100) if face == "gRPC" else given  # grpcio rounds a timeout up, by at most one in a hundred
+            assert given - 20 < remaining_s(system.backend.requests[0].deadline) <= most

@@ -1,5 +1,6 @@
 """Halves that were published apart are released once they are proven together and mean the same."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from splitserve.publishing.meaning import probes
 from splitserve.repository.folder import Repository
 from splitserve.repository.release import History
 from splitserve.repository.releases import ReleaseReader
+from tests.folders import MadeOnce
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 RANDOM = np.random.default_rng(0)
@@ -57,10 +59,13 @@ def table_transforms(**imputer: Any) -> Pipeline:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(made_once: MadeOnce, tmp_path: Path) -> Path:
     """A model that is released as 1.1."""
-    publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=tmp_path)
-    return tmp_path
+    return Path(shutil.copytree(made_once(publish_first), tmp_path, dirs_exist_ok=True))
+
+
+def publish_first(repository: Path) -> None:
+    publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=repository)
 
 
 def test_a_refit_with_the_same_numbers_is_released(models: Path) -> None:

@@ -132,7 +132,7 @@ def test_an_interrupted_connection_is_resumed(server: FileServer, source: Remote
     assert bundle.read("model.onnx") == FILES["model.onnx"]
     asked = server.asked(MODEL)
     assert asked.count(0) == 1
-    assert any(asked.count(start) == 2 for start in (100, 200, 300))
+    assert any(asked.count(start) == 2 for start in range(PIECE_BYTES, len(FILES["model.onnx"]), PIECE_BYTES))
 
 
 def test_a_download_resumes_after_a_restart(server: FileServer, open_source: Callable[..., RemoteRepository]) -> None:
