@@ -71,9 +71,9 @@ CHECKS := unit types lint imports generated
 check: $(BIN)/.installed
 	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync $(CHECKS)
 
-# More processes than cores, since tests of timeouts wait; nothing that is worth sharing starts, so that any may run anywhere.
+# Unit tests share no running systems: any may run in any process.
 unit:
-	$(BIN)/pytest -m unit -n 3 --dist worksteal
+	$(BIN)/pytest -m unit --dist worksteal
 
 types:
 	$(BIN)/mypy

@@ -70,7 +70,7 @@ class Process:
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Log lines with this event, as dicts."""
-        parsed = [json.loads(line) for line in self.lines if line.startswith("{")]
+        parsed = [json.loads(line) for line in self.lines if line.startswith("{") and name in line]
         return [line for line in parsed if line.get("event") == name]
 
     def wait_for(self, event: str) -> dict[str, Any]:

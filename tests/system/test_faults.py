@@ -72,7 +72,7 @@ def test_the_error_for_a_model_that_cannot_serve_has_the_reason(system: System, 
     """It is known and not ready: 503 and UNAVAILABLE with the reason, on every face; other models are served."""
     status, answer = system.rest(PREDICT.format(model), rows_of(30))
     ready_status, ready = system.rest(f"/v2/models/{model}/ready")
-    with Client(system.grpc) as client, pytest.raises(Unavailable) as raised:
+    with Client(system.grpc, max_attempts=1) as client, pytest.raises(Unavailable) as raised:
         client.infer(model, {"features": np.zeros((1, 30))})
 
     assert (status, ready_status) == (503, 503)

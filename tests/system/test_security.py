@@ -99,7 +99,7 @@ def test_a_call_crosses_all_hops_over_mutual_tls(system: System, files: dict[str
     assert infer(system, files["client"]).tolist() == [[31338.0] * 3]
     with pytest.raises(Unauthenticated):
         infer(system, files["client"], token="")
-    with Client(system.grpc, token=TOKEN, timeout_s=5) as client, pytest.raises(Unavailable):
+    with Client(system.grpc, token=TOKEN, max_attempts=1) as client, pytest.raises(Unavailable):
         client.metadata("m")
     written = "\n".join(line for process in system.processes.values() for line in process.lines)
     assert '"caller":"shop"' in written
