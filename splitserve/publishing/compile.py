@@ -29,7 +29,7 @@ N_RANDOM = 200
 """Rows with edge cases mixed at random, in addition to rows with one edge case each."""
 
 N_ONE_BY_ONE = 64
-"""Largest number of an array's columns that get edge cases one by one."""
+"""Up to so many columns get edge cases one by one; of more, several do at a time, so that the number of rows does not grow."""
 
 _SEED = 0
 _ODD_FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e6, -1e6, 3e38, -3e38, np.nan, np.inf, -np.inf)
@@ -204,7 +204,7 @@ def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
 def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
     """Rows with edge cases, the same in every run: extremes, missing values, unknown text.
 
-    Golden samples with one value replaced by each edge case of its column, then random mixtures.
+    Golden samples with one value (of many columns, some) replaced by each edge case of its column, then random mixtures.
     """
     random = np.random.default_rng(_SEED)
     arrays = [to_array(tensor).reshape(tensor.n_rows, -1) for tensor in golden.inputs]
@@ -212,19 +212,22 @@ def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
     made: list[list[Array]] = []
     infinite: list[list[Array]] = []  # at the end, so that bisection finds them with few calls
     n_golden = golden.inputs[0].n_rows
-    for which, array in enumerate(arrays):
-        for place in range(min(array.shape[1], N_ONE_BY_ONE)):
-            for value in odd[which]:
-                row: list[Array] = [each[(len(made) + len(infinite)) % n_golden].copy() for each in arrays]
+    places = [(which, place) for which, array in enumerate(arrays) for place in range(array.shape[1])]
+    n_groups = min(len(places), N_ONE_BY_ONE if len(places) <= N_ONE_BY_ONE else max(1, N_ONE_BY_ONE**2 // len(places)))
+    for group in (places[start::n_groups] for start in range(n_groups)):
+        for turn in range(max(len(odd[which]) for which, _ in group)):
+            row: list[Array] = [each[(len(made) + len(infinite)) % n_golden].copy() for each in arrays]
+            values = [odd[which][turn % len(odd[which])] for which, _ in group]
+            for (which, place), value in zip(group, values, strict=True):
                 row[which][place] = value
-                (infinite if _is_infinite(value) else made).append(row)
+            (infinite if any(map(_is_infinite, values)) else made).append(row)
+    ordinary = [[value for value in values if not _is_infinite(value)] for values in odd]
     for _ in range(N_RANDOM):
         start = int(random.integers(n_golden))
         row = [each[start].copy() for each in arrays]
-        for values, each in zip(odd, row, strict=True):
-            ordinary = [value for value in values if not _is_infinite(value)]
+        for values, each in zip(ordinary, row, strict=True):
             for chosen in np.flatnonzero(random.random(each.size) < 0.3).tolist():
-                each[chosen] = ordinary[random.integers(len(ordinary))]
+                each[chosen] = values[random.integers(len(values))]
         made.append(row)
     made += infinite
     columns = (np.stack([row[which] for row in made]) for which in range(len(specs)))

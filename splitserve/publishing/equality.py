@@ -74,10 +74,11 @@ class Comparison:
         scales: Mapping[str, Scale],
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._pipeline, self._preprocessor, self._predictor = pipeline, preprocessor, predictor
+        self._preprocessor, self._predictor = preprocessor, predictor
         self._tensors, self._targets, self._tolerance, self._scales = tensors, targets, tolerance, scales
         self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
         self._estimator = pipeline.steps[-1][1]
+        self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
         self._tick = tick
 
     def run(self, *, is_row_wise: bool) -> Equal:
@@ -118,11 +119,9 @@ class Comparison:
             yield block
 
     def _raw_thresholds(self, made: HardRows, splits: Sequence[tuple[int, float]]) -> Block | None:
-        transform = self._pipeline[:-1] if len(self._pipeline.steps) > 1 else None
-
         def features(arrays: list[Array]) -> Array:
             rows = self._rows(tuple(arrays))
-            return np.asarray(to_dense(rows if transform is None else transform.transform(rows)), np.float64)
+            return np.asarray(to_dense(rows if self._transforms is None else self._transforms.transform(rows)), np.float64)
 
         try:
             return made.thresholds(features, splits)
@@ -214,7 +213,9 @@ class Comparison:
         return to_rows(self._preprocessor.rows, self._specs, self._tensors_of(arrays))
 
     def _by_pipeline(self, arrays: tuple[Array, ...]) -> Answer:
-        return expected_answer(self._pipeline, self._rows(arrays), self._targets)
+        rows = self._rows(arrays)
+        features = self._transforms.transform(rows) if self._transforms is not None else rows
+        return expected_answer(self._estimator, features, self._targets)
 
     def _by_split(self, arrays: tuple[Array, ...]) -> Answer:
         features = self._preprocessor.runtime.transform(self._tensors_of(arrays))

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pandas as pd
 
 from splitserve.arrays import Array, from_array
 from splitserve.errors import SplitserveError
@@ -37,9 +38,9 @@ from splitserve.repository.manifest import (
     Rows,
 )
 from splitserve.runtimes import sklearn_pipeline
-from splitserve.runtimes.meaning import meaning_of
+from splitserve.runtimes.meaning import meaning_of, parts
 from splitserve.runtimes.preprocessor import Preprocessor, to_dense
-from splitserve.runtimes.rows import Rowset, UnsupportedRows, observe, to_tensors
+from splitserve.runtimes.rows import Missing, Rowset, UnsupportedRows, observe, to_tensors
 from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 from splitserve.signature import BATCH, TensorSpec
 
@@ -177,21 +178,42 @@ def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequ
 
 def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:
     """Make "" the missing value of text columns without one in the data, if the transforms accept a missing value."""
-    if rows.form == "array":
+    if rows.form == "array" and rows.element != "str":
         return rows
     columns = tuple(
-        msgspec.structs.replace(column, missing="nan") if _takes_missing(column, transformer, data) else column
-        for column in rows.columns
+        msgspec.structs.replace(column, missing=_missing_of(column, rows, transformer, data)) for column in rows.columns
     )
     return msgspec.structs.replace(rows, columns=columns)
 
 
-def _takes_missing(column: Column, transformer: Any, data: Rowset) -> bool:
-    is_text = data[column.name].dtype.kind not in "biuf"
-    if not is_text or column.missing or "" in data[column.name].tolist():
-        return False
-    probe = data.iloc[:1].copy()
-    probe[column.name] = probe[column.name].where([False])
+def _missing_of(column: Column, rows: Rows, transformer: Any, data: Rowset) -> Missing:
+    """The missing value that "" on the wire becomes: that of the data, else one that the transforms accept, else none.
+
+    Of NaN and None, it is the one that the imputers replace.
+    """
+    values = data[column.name] if rows.form == "frame" else np.asarray(data).ravel()
+    if values.dtype.kind in "biufM" or column.missing or "" in values.tolist():
+        return column.missing
+    ranked: tuple[Missing, ...] = ("none", "nan") if _replaces_none(transformer) else ("nan", "none")
+    if rows.form == "frame" and column.dtype != "object":  # pandas' own types of text have one missing value
+        ranked = ("nan",)
+    return next((missing for missing in ranked if _accepts(missing, column, rows, transformer, data)), "")
+
+
+def _replaces_none(transformer: Any) -> bool:
+    return getattr(transformer, "missing_values", "") is None or any(map(_replaces_none, parts(transformer)))
+
+
+def _accepts(missing: Missing, column: Column, rows: Rows, transformer: Any, data: Rowset) -> bool:
+    value = None if missing == "none" else np.nan
+    probe = data[:1].copy()
+    if rows.form == "frame":
+        text = probe[column.name]
+        is_plain = column.dtype == "object"
+        probe[column.name] = pd.Series([value], index=probe.index, dtype=object) if is_plain else text.where([False])
+    else:
+        probe = probe.astype(object)
+        probe[...] = value
     try:
         transformer.transform(probe)
     except Exception:  # it rejects a missing value, with whatever error

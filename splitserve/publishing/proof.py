@@ -26,8 +26,10 @@ N_ULP = 4
 """A golden row is kept if its answer stays within its tolerance when each number moves by so many units in the last place."""
 
 _N_ALONE = 32
-_MAX_MOVED_ELEMENTS = 20_000_000
-_N_PATTERNS = 8
+_N_MOVED_ALONE = 32
+"""Up to so many numbers of a row are also moved one by one; each move runs all rows once."""
+
+_N_PATTERNS = 16
 
 
 def tolerances_of(outputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> dict[str, Tolerance]:
@@ -188,7 +190,7 @@ def _moved(inputs: Sequence[Tensor], arrays: Sequence[Array]) -> Iterator[tuple[
         return
     for sign in (1, -1):
         yield _apply(inputs, arrays, [sign * where for where in movable])
-    if n_features * sum(array.size for array in arrays) * 2 <= _MAX_MOVED_ELEMENTS:
+    if n_features <= _N_MOVED_ALONE:
         for number, where in enumerate(movable):
             for place in map(tuple, np.argwhere(where)):
                 for sign in (1, -1):

@@ -161,6 +161,10 @@ def frame(columns: Sequence[Column], values: Sequence[Values]) -> Any:
     """The DataFrame that the transforms were fitted on, with these values."""
     import pandas as pd
 
+    dtypes, arrays = {column.dtype for column in columns}, [each for each in values if isinstance(each, np.ndarray)]
+    if len(dtypes) == 1 and len(arrays) == len(columns) > 1:  # one block, not many
+        block = np.stack([each.astype(columns[0].dtype, copy=False) for each in arrays], axis=1)
+        return pd.DataFrame(block, columns=[column.name for column in columns], copy=False)
     data = {column.name: _pandas_values(column, each) for column, each in zip(columns, values, strict=True)}
     return pd.DataFrame(data, copy=False)
 

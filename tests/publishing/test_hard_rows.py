@@ -8,18 +8,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from splitserve import PublishError, publish
+from splitserve.arrays import from_array, to_array
 from splitserve.publishing.estimators import trees
 from splitserve.publishing.hard_rows import N_A_KIND, HardRows, feature_thresholds, splits_of
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.release import ReleaseKey, ReleaseManifest, decode
+from splitserve.repository.source import load_bundle
+from splitserve.runtimes import preprocessor
 from splitserve.versions import Pair
 from tests.publishing import pipelines
 
@@ -203,6 +208,44 @@ def test_trees_that_compare_in_float32_stay_at_float32(tmp_path: Path) -> None:
     publish(make_pipeline(DecisionTreeClassifier()).fit(rows, pipelines.two(rows)), rows, name="m", repository=tmp_path)
 
     assert Repository(tmp_path).open(BundleKey("m", "predict", 1)).manifest.inputs[0].datatype == "FP32"
+
+
+@pytest.mark.parametrize("missing", [None, np.nan], ids=["None", "NaN"])
+@pytest.mark.parametrize("is_frame", [True, False], ids=["frame", "array"])
+def test_missing_text_is_what_the_imputer_replaces(tmp_path: Path, missing: Any, is_frame: bool) -> None:
+    """Also where the training data has none: NaN and None are not the same to scikit-learn."""
+    cities = np.array([["Lima"], ["Oslo"], ["Lima"]] * 10, dtype=object)
+    rows = pd.DataFrame(cities, columns=["city"], dtype=object) if is_frame else cities
+    imputer = SimpleImputer(missing_values=missing, strategy="most_frequent")
+    pipeline = make_pipeline(imputer, OneHotEncoder(handle_unknown="ignore"), LogisticRegression())
+    pipeline.fit(rows, [0, 1, 0] * 10)
+
+    publish(pipeline, rows, name="m", repository=tmp_path)
+    half = load_bundle(Repository(tmp_path), BundleKey("m", "preprocess", 1), preprocessor.load)
+    name = half.inputs[0].name
+    empty, lima = (half.transform((from_array(name, np.array([[text]], object)),)) for text in (b"", b"Lima"))
+
+    assert to_array(empty[0]).tolist() == to_array(lima[0]).tolist()
+
+
+def test_the_transforms_run_as_often_whatever_the_number_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the time of a publication is linear in it."""
+    n_cells: list[int] = []
+    original = StandardScaler.transform
+
+    def counted(scaler: Any, rows: Any, copy: Any = None) -> Any:
+        n_cells[-1] += rows.size
+        return original(scaler, rows, copy)
+
+    monkeypatch.setattr(StandardScaler, "transform", counted)
+    for n_columns in (80, 160):
+        rows = pd.DataFrame(RANDOM.normal(size=(100, n_columns)), columns=[f"c{number}" for number in range(n_columns)])
+        scaler = make_column_transformer((StandardScaler(), list(rows.columns)))
+        n_cells.append(0)
+        pipeline = make_pipeline(scaler, LogisticRegression()).fit(rows, pipelines.two(rows.to_numpy()))
+        publish(pipeline, rows, name=f"m{n_columns}", repository=tmp_path)
+
+    assert n_cells[1] < 2.2 * n_cells[0]
 
 
 def test_a_frame_of_columns_of_all_kinds_is_proven(tmp_path: Path) -> None:
