@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled modules are kept: tests start hundreds of processes, and each would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
-PACKAGES := splitserve proxy preprocess_service predict_service fused_service
+PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
 .PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-compose conformance images fix stubs docs lock clean
 

@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from docs import estimators
 from docs.log_events import events
+from jobs_service.settings import JobsSettings
 from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
@@ -33,6 +34,7 @@ SERVICES: dict[str, type[ServiceSettings]] = {
     "proxy": ProxySettings,
     "preprocess": PreprocessSettings,
     "predict": PredictSettings,
+    "jobs": JobsSettings,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("splitserve", "proxy", "preprocess_service", "predict_service", "fused_service")
+PACKAGES = ("splitserve", "proxy", "preprocess_service", "predict_service", "jobs_service", "fused_service")
 
 LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error", "critical": "critical"}
 LOGGERS = ("log", "_log")

@@ -1,12 +1,17 @@
 """``python -m fused_service``: the proxy's faces over preprocess and predict in one process.
 
-Each stage reads the settings that it reads as a service; those of the connections between them have no effect.
+Each stage reads the settings that it reads as a service; those of the connections between them have no effect. Jobs are part of
+the process if ``JOBS_DIR`` or ``JOBS_DATABASE_URL`` is set.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from jobs_service.building import build
+from jobs_service.settings import JobsSettings
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
@@ -54,7 +59,20 @@ async def serve(config: ProxySettings) -> None:
             ),
             why_not_ready=service.not_ready_reason,
         )
-        await process.serve(await process.enter_async_context(Faces(service, config)))
+        jobs_config = _jobs_settings(config)
+        jobs = await process.enter_async_context(build(service, jobs_config)) if jobs_config else None
+        await process.serve(await process.enter_async_context(Faces(service, config, jobs)))
+
+
+def _jobs_settings(config: ProxySettings) -> JobsSettings | None:
+    """The settings of jobs; None if they are not wanted."""
+    if not (os.environ.get("JOBS_DIR") or os.environ.get("JOBS_DATABASE_URL")):
+        return None
+    jobs_config = settings.read(JobsSettings)
+    if config.workers > 1 and not jobs_config.database_url:
+        print("PROXY_WORKERS: several processes cannot share a folder of jobs; set JOBS_DATABASE_URL", file=sys.stderr)
+        raise SystemExit(2)
+    return jobs_config
 
 
 if __name__ == "__main__":

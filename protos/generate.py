@@ -2,8 +2,9 @@
 
 ``python protos/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 
-The generated module registers its messages in a descriptor pool of its own instead of protobuf's default one: tritonclient,
-kserve and mlserver each register the package ``inference`` there, and a second registration of a name is an error.
+The generated modules register their messages in a descriptor pool of splitserve's own instead of protobuf's default one:
+tritonclient, kserve and mlserver each register the package ``inference`` there, and a second registration of a name is an error.
+They import each other below ``splitserve.api``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 
 PROTOS = Path(__file__).parent
 API = PROTOS.parent / "splitserve" / "api"
-SHARED_POOL = "_descriptor_pool.Default()"
-OWN_POOL = "_descriptor_pool.DescriptorPool()"
+DEFAULT_POOL = ("from google.protobuf import descriptor_pool as _descriptor_pool", "_descriptor_pool.Default()")
+OWN_POOL = ("from splitserve.api import pool as _descriptor_pool", "_descriptor_pool.POOL")
+IMPORT, OWN_IMPORT = "from inference import", "from splitserve.api.inference import"
 
 
 def generate(into: Path) -> None:
@@ -28,9 +30,13 @@ def generate(into: Path) -> None:
     )
     for module in into.rglob("*_pb2.py"):
         text = module.read_text()
-        if text.count(SHARED_POOL) != 1:
-            raise SystemExit(f"{module.name}: expected one {SHARED_POOL}, so that one replacement isolates its messages")
-        module.write_text(text.replace(SHARED_POOL, OWN_POOL))
+        for default, own in zip(DEFAULT_POOL, OWN_POOL, strict=True):
+            if text.count(default) != 1:
+                raise SystemExit(f"{module.name}: expected one {default}, so that one replacement isolates its messages")
+            text = text.replace(default, own)
+        module.write_text(text)
+    for module in into.rglob("*_pb2.py*"):
+        module.write_text(module.read_text().replace(IMPORT, OWN_IMPORT))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from proxy.faces import Faces
+from proxy.remote_jobs import RemoteJobs
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.remote.inference import RemoteInference
@@ -27,7 +28,8 @@ async def serve(config: ProxySettings) -> None:
             lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
             why_not_ready=service.not_ready_reason,
         )
-        await process.serve(await process.enter_async_context(Faces(service, config)))
+        jobs = await process.enter_async_context(RemoteJobs(config)) if config.jobs_target else None
+        await process.serve(await process.enter_async_context(Faces(service, config, jobs)))
 
 
 if __name__ == "__main__":

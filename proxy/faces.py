@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import structlog
 
 from proxy.guard import Guard
+from proxy.jobs import ProxyJobs
 from proxy.rest.app import RestApp
 from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
+from splitserve.jobs.service import Jobs
 from splitserve.server import lifecycle
 from splitserve.server.grpc_face import GrpcFace
 
@@ -21,19 +23,30 @@ if TYPE_CHECKING:
     from proxy.auth import BearerAuthenticator
 
 
-class Faces:
-    """Listens on both ports while entered."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-    def __init__(self, service: ProxyService, config: ProxySettings) -> None:
+
+class Faces:
+    """Listens on both ports while entered. ``jobs`` None: jobs are not supported."""
+
+    def __init__(self, service: ProxyService, config: ProxySettings, jobs: Jobs | None = None) -> None:
         self._config = config
         self._stack = AsyncExitStack()
         self.authenticator = _authenticator(config)
         served = Guard(service) if self.authenticator else service
         budget = config.byte_budget()
-        app = RestApp(served, config.rest_config, authenticator=self.authenticator)
+        self._jobs = ProxyJobs(
+            served, jobs, config.limits, is_authenticated=self.authenticator is not None, is_local=config.host in LOOPBACK
+        )
+        app = RestApp(served, config.rest_config, authenticator=self.authenticator, jobs=self._jobs)
         self.http = RestFace(app, budget=budget)
         self.grpc = GrpcFace(
-            served, config.grpc_config, statistics=service.statistics, authenticator=self.authenticator, budget=budget
+            served,
+            config.grpc_config,
+            statistics=service.statistics,
+            authenticator=self.authenticator,
+            budget=budget,
+            more=self._jobs.methods,
         )
 
     @property
@@ -44,7 +57,7 @@ class Faces:
     async def __aenter__(self) -> Faces:
         await self._stack.enter_async_context(self.http)
         await self._stack.enter_async_context(self.grpc)
-        is_local = self._config.host in ("127.0.0.1", "::1", "localhost")
+        is_local = self._config.host in LOOPBACK
         if not (is_local or self.authenticator or self._config.tls_client_ca_file):
             # The proxy listens beyond loopback, without an authorization file or mutual TLS.
             structlog.get_logger().warning("authentication not configured", host=self._config.host, see="docs/security.md")
@@ -59,6 +72,7 @@ class Faces:
 
     async def drain(self) -> None:
         """Report "not ready", refuse new calls after the delay, and let those in flight finish."""
+        self._jobs.drain()
         await asyncio.gather(self.http.drain(), self.grpc.drain())
 
 

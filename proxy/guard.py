@@ -26,7 +26,10 @@ def _authenticated_caller() -> Caller:
     return caller
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Raises:
+    Unauthenticated, PermissionDenied: the caller may not call the model.
+    """
     if not _authenticated_caller().may_call(model):
         raise PermissionDenied(f'no permission to call a model "{model[:64]}"', model=model[:128])
 
@@ -47,20 +50,25 @@ class Guard:
         return self._service.is_loaded
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        _check_model(request.model)
+        check_model(request.model)
         return self._service.begin(request, on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        _check_model(request.model)
+        check_model(request.model)
         return await self._service.infer(request)
+
+    def bind(self, request: InferRequest) -> InferRequest:
+        """As `ProxyService.bind`."""
+        check_model(request.model)
+        return self._service.bind(request)
 
     def choose(self, model: str, version: str) -> tuple[Pair, ModelMetadata]:
         """As `ProxyService.choose`."""
-        _check_model(model)
+        check_model(model)
         return self._service.choose(model, version)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        _check_model(model)
+        check_model(model)
         return await self._service.metadata(model, version)
 
     async def index(self) -> list[ModelState]:

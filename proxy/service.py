@@ -144,15 +144,7 @@ class ProxyService:
         began = time.monotonic()
         bound = self._bound.get((request.model, request.version)) or self._bind(request)
         try:
-            bound.check(request.inputs)
-            wanted: Sequence[str] = ()
-            if request.outputs:
-                wanted = choose_outputs(bound.signature.outputs, [output.name for output in request.outputs])
-            answer_bytes = bound.output_bytes.at_least(request.n_rows, request.inputs, wanted)
-            if answer_bytes > self._max_message_bytes:
-                raise message_too_large(
-                    "the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes
-                )
+            answer_bytes = self._check(bound, request)
             if request.version:
                 request = msgspec.structs.replace(request, version=bound.pair, parameters={**request.parameters, BY_CALLER: True})
             else:
@@ -172,6 +164,32 @@ class ProxyService:
             self.statistics.of(request.model, bound.pair).failed(time.monotonic() - began)
             with at_stage(STAGE, model=request.model, pair=bound.pair):
                 raise
+
+    def bind(self, request: InferRequest) -> InferRequest:
+        """The request with the pair that it gets now, checked against its signature: what a job keeps until it is sent.
+
+        Raises:
+            SplitserveError: as `begin`.
+        """
+        bound = self._bound.get((request.model, request.version)) or self._bind(request)
+        with at_stage(STAGE, model=request.model, pair=bound.pair):
+            self._check(bound, request)
+        return msgspec.structs.replace(request, version=bound.pair)
+
+    def _check(self, bound: BoundPair, request: InferRequest) -> int:
+        """The bytes that the answer will have at least.
+
+        Raises:
+            SplitserveError: the request does not fit the signature, or its answer would be too large.
+        """
+        bound.check(request.inputs)
+        wanted: Sequence[str] = ()
+        if request.outputs:
+            wanted = choose_outputs(bound.signature.outputs, [output.name for output in request.outputs])
+        answer_bytes = bound.output_bytes.at_least(request.n_rows, request.inputs, wanted)
+        if answer_bytes > self._max_message_bytes:
+            raise message_too_large("the answer", request.n_rows, answer_bytes, stage=STAGE, max_bytes=self._max_message_bytes)
+        return answer_bytes
 
     def _bind(self, request: InferRequest) -> BoundPair:
         with at_stage(STAGE, model=request.model):

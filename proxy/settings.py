@@ -10,7 +10,7 @@ from proxy.rest.config import RestConfig
 from splitserve.oip.messages import ServerMetadata
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
-from splitserve.server.settings import BatchingSettings, Target
+from splitserve.server.settings import BatchingSettings, Target, check_target
 from splitserve.server.tls_settings import NextStageTlsSettings
 from splitserve.wire.http1.listener import HttpLimits
 
@@ -32,6 +32,10 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
 
     preprocess_target: Target = "127.0.0.1:8011"
     """gRPC target of preprocess. `dns:///preprocess:8011` uses every address of the name."""
+
+    jobs_target: str = ""
+    """gRPC target of the jobs service, e.g. `127.0.0.1:8031`; over TLS if the next service is (NEXT_CA_FILE). Without one, jobs
+    are refused with status 501."""
 
     default_timeout_s: float = Field(30.0, gt=0)
     """Deadline, in seconds, of requests that set none."""
@@ -118,6 +122,11 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
             keep_alive_s=self.keep_alive_s,
             write_timeout_s=self.write_timeout_s,
         )
+
+    @field_validator("jobs_target")
+    @classmethod
+    def _check_jobs_target(cls, target: str) -> str:
+        return check_target(target) if target else ""
 
     @field_validator("auth_file")
     @classmethod

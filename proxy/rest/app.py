@@ -6,7 +6,6 @@ Knows HTTP; bodies are encoded by `splitserve.oip.rest` and `splitserve.oip.v1`,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 
 from proxy.guard import Guard
+from proxy.jobs import ProxyJobs
 from proxy.rest import compression
 from proxy.rest.config import RestConfig
 from proxy.rest.inference import (
@@ -26,7 +26,9 @@ from proxy.rest.inference import (
     may_be_compressed,
     receive,
 )
+from proxy.rest.jobs import PREFER, JobRoutes, prefers_async
 from proxy.rest.openapi import document
+from proxy.rest.routing import Handler, Refused, RoutedRequest, json_response
 from proxy.service import STAGE, ProxyService
 from splitserve.errors import (
     InvalidInput,
@@ -48,7 +50,7 @@ from splitserve.oip.model_config import config_of
 from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
 from splitserve.versions import is_named
-from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
+from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
 
 N_REMEMBERED_PATHS = 512
 """Size of the cache of routes by path."""
@@ -56,26 +58,6 @@ N_REMEMBERED_PATHS = 512
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
 
-
-class RoutedRequest(msgspec.Struct):
-    """An HTTP request for a handler. ``path`` has the named parts of its path; ``body`` is decompressed."""
-
-    path: dict[str, str]
-    incoming: HttpRequest
-    body: bytes
-    deadline: float
-
-
-class Refused(Exception):
-    """A request that is refused by the rules of HTTP: unknown path, wrong method, unsupported media type or encoding."""
-
-    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-
-
-Handler = Callable[[RoutedRequest], Coroutine[Any, Any, HttpResponse]]
 
 _MODEL = r"/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[^/:]+))?"
 
@@ -87,9 +69,17 @@ class RestApp:
         service: to serve.
         config: how to serve it.
         authenticator: None: calls are not authenticated.
+        jobs: None: jobs are not supported.
     """
 
-    def __init__(self, service: ProxyService | Guard, config: RestConfig, *, authenticator: Authenticator | None = None) -> None:
+    def __init__(
+        self,
+        service: ProxyService | Guard,
+        config: RestConfig,
+        *,
+        authenticator: Authenticator | None = None,
+        jobs: ProxyJobs | None = None,
+    ) -> None:
         self._service = service
         self.config = config
         self._rules = RestRules(
@@ -101,7 +91,11 @@ class RestApp:
             max_timeout_s=config.max_timeout_s,
             failure=self.failure,
         )
-        self._openapi = msgspec.json.encode(document(config.metadata.version, requires_tokens=authenticator is not None))
+        jobs = jobs or ProxyJobs(service, None, config.request_limits)
+        self._jobs = JobRoutes(jobs, self._rules)
+        self._openapi = msgspec.json.encode(
+            document(config.metadata.version, requires_tokens=authenticator is not None, has_jobs=jobs.is_enabled)
+        )
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """While it is set, readiness is false and calls are still answered."""
@@ -109,6 +103,10 @@ class RestApp:
             (rf"/v2{_MODEL}/infer", {"POST": RestInference}),
             (rf"/v1{_MODEL}:predict", {"POST": V1Inference}),
             (rf"/v1{_MODEL}:explain", {"POST": self._explain}),
+            (rf"/v2{_MODEL}/jobs", {"POST": self._jobs.submit}),
+            (r"/v2/jobs", {"GET": self._jobs.list_jobs}),
+            (r"/v2/jobs/(?P<job>[^/]+)", {"GET": self._jobs.get, "DELETE": self._jobs.delete}),
+            (r"/v2/jobs/(?P<job>[^/]+)/result", {"GET": self._jobs.result}),
             (r"/v2/health/live", {"GET": self._live}),
             (r"/v2/health/ready", {"GET": self._ready}),
             (r"/v2/models/stats", {"GET": self._all_statistics}),
@@ -147,6 +145,8 @@ class RestApp:
     def _infer(
         self, kind: type[RestInference], path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond
     ) -> Handled:
+        if PREFER in incoming.headers and prefers_async(incoming):
+            return self._answer(self._jobs.submitting(kind), path, incoming, encoding)
         try:
             inference = kind(self._rules, path, incoming, encoding, respond)
             inference.begin()
@@ -186,21 +186,22 @@ class RestApp:
         raise Unsupported("explanations are not supported")
 
     async def _live(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, {"live": True})
+        return json_response(200, {"live": True})
 
     async def _ready(self, request: RoutedRequest) -> HttpResponse:
         if reason := "draining" if self.is_draining else await self._service.not_ready_reason():
             raise Unavailable(reason)
-        return _json(200, {"ready": True, "live": True})
+        return json_response(200, {"ready": True, "live": True})
 
     async def _server_metadata(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, self.config.metadata)
+        return json_response(200, self.config.metadata)
 
     async def _models(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, {"models": sorted({state.name for state in await self._service.index()})})
+        return json_response(200, {"models": sorted({state.name for state in await self._service.index()})})
 
     async def _model_metadata(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, rest.encode_metadata(await self._service.metadata(request.path["model"], request.path["version"])))
+        metadata = await self._service.metadata(request.path["model"], request.path["version"])
+        return json_response(200, rest.encode_metadata(metadata))
 
     async def _model_ready(self, request: RoutedRequest) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
@@ -209,35 +210,35 @@ class RestApp:
         if not any(state.state == READY for state in states):
             reasons = "; ".join(f"{state.version}: {state.reason}" for state in states)
             raise Unavailable(f'model "{model}" is not ready: {reasons}', model=model, pair=version)
-        return _json(200, {"name": model, "ready": True})
+        return json_response(200, {"name": model, "ready": True})
 
     async def _model_status(self, request: RoutedRequest) -> HttpResponse:
         """In a form that KServe's and TensorFlow Serving's clients both read."""
         model, version = request.path["model"], request.path["version"]
         ready = await self._model_ready(request)
         states = [state for state in await self._service.index() if state.name == model and is_named(state.version, version)]
-        return _json(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
+        return json_response(200, {**msgspec.json.decode(ready.body), **v1.status_of(states)})
 
     async def _v1_metadata(self, request: RoutedRequest) -> HttpResponse:
         """In TensorFlow Serving's form."""
         pair, metadata = self._service.choose(request.path["model"], request.path["version"])
-        return _json(200, v1.metadata_of(metadata, str(pair)))
+        return json_response(200, v1.metadata_of(metadata, str(pair)))
 
     async def _model_config(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
+        return json_response(200, config_of(await self._service.metadata(request.path["model"], request.path["version"])))
 
     async def _model_statistics(self, request: RoutedRequest) -> HttpResponse:
         model, version = request.path["model"], request.path["version"]
-        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
+        return json_response(200, {"model_stats": self._service.statistics.report(await self._service.index(), model, version)})
 
     async def _all_statistics(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, {"model_stats": self._service.statistics.report(await self._service.index())})
+        return json_response(200, {"model_stats": self._service.statistics.report(await self._service.index())})
 
     async def _repository_index(self, request: RoutedRequest) -> HttpResponse:
         options = rest.decode_json(request.body) if request.body else {}
         only_ready = isinstance(options, dict) and options.get("ready") is True
         states = [state for state in await self._service.index() if state.state == READY or not only_ready]
-        return _json(200, [_state(state) for state in states])
+        return json_response(200, [_state(state) for state in states])
 
     async def _repository_control(self, request: RoutedRequest) -> HttpResponse:
         if not self.config.allow_control:
@@ -252,7 +253,7 @@ class RestApp:
             raise InvalidInput("parameters are not supported: the model repository determines what is loaded")
         act = self._service.load if request.path["action"] == "load" else self._service.unload
         await act(request.path["model"])
-        return _json(200, {})
+        return json_response(200, {})
 
     async def _openapi_document(self, request: RoutedRequest) -> HttpResponse:
         return HttpResponse(200, self._openapi)
@@ -261,7 +262,7 @@ class RestApp:
         return HttpResponse(200, self._page, "text/html; charset=utf-8")
 
     async def _alive(self, request: RoutedRequest) -> HttpResponse:
-        return _json(200, {"status": "alive"})
+        return json_response(200, {"status": "alive"})
 
 
 def _body_encoding(incoming: HttpRequest) -> str:
@@ -285,17 +286,13 @@ def _body_encoding(incoming: HttpRequest) -> str:
 
 
 def _refusal(refused: Refused) -> HttpResponse:
-    return _json(refused.status, {"error": str(refused)}, refused.headers)
+    return json_response(refused.status, {"error": str(refused)}, refused.headers)
 
 
 def _state(state: ModelState) -> dict[str, Any]:
     """An entry of the index, with the facts of its release if they are known."""
     entry: dict[str, Any] = {"name": state.name, "version": state.version, "state": state.state, "reason": state.reason}
     return {**entry, "properties": dict(state.properties)} if state.properties else entry
-
-
-def _json(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
-    return HttpResponse(status, msgspec.json.encode(content), JSON, headers)
 
 
 def _error(error: SplitserveError, retry_after_s: int) -> HttpResponse:
@@ -306,4 +303,4 @@ def _error(error: SplitserveError, retry_after_s: int) -> HttpResponse:
         headers = (("www-authenticate", _CHALLENGE),)
     elif isinstance(error, PermissionDenied):
         headers = (("www-authenticate", f'{_CHALLENGE}, error="insufficient_scope"'),)
-    return _json(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)
+    return json_response(error.http_status, {"error": error.message, "reason": error.reason, **error.metadata}, headers)

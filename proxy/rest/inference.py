@@ -120,10 +120,11 @@ class RestInference(Inference[HttpResponse]):
 
     def _decode(self) -> InferRequest:
         body, self._body = self._body, None
-        self.request = self._decode_body(self._incoming.body.content() if body is None else body)
+        self.request = self.decode_body(self._incoming.body.content() if body is None else body)
         return self.request
 
-    def _decode_body(self, body: bytes) -> InferRequest:
+    def decode_body(self, body: bytes) -> InferRequest:
+        """The request in a decompressed body."""
         model, version, incoming = self.model, self.version, self._incoming
         header_length = _header_length(incoming) if HEADER_LENGTH in incoming.headers else None
         if header_length == 0:
@@ -151,7 +152,7 @@ class V1Inference(RestInference):
 
     __slots__ = ("is_columnar",)
 
-    def _decode_body(self, body: bytes) -> InferRequest:
+    def decode_body(self, body: bytes) -> InferRequest:
         pair, metadata = self._rest.service.choose(self.model, self.version)
         decoded = v1.decode_request(body, metadata, str(pair), deadline=self.deadline)
         self.is_columnar = decoded.is_columnar

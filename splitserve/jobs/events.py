@@ -54,7 +54,7 @@ def shown(job: Job) -> dict[str, Any]:
         "started": rfc3339(job.started),
         "finished": rfc3339(job.finished),
         "expires": rfc3339(job.expires),
-        "removed_at": rfc3339(job.remove_at),
+        "remove_at": rfc3339(job.remove_at),
         "attempt": job.attempt,
         "error": None,
         "urls": {"self": f"/v2/jobs/{job.id}", "result": f"/v2/jobs/{job.id}/result"},

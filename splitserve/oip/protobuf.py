@@ -92,6 +92,15 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     return message.SerializeToString()
 
 
+def timeout_s(message: pb.ModelInferRequest) -> float | None:
+    """The seconds that a message on a stream may take, by its parameter ``timeout``; None: it does not say.
+
+    A stream has no deadline for each of its messages: there the parameter is what gRPC's timeout is to a unary call.
+    """
+    microseconds = message.parameters[TIMEOUT].int64_param if TIMEOUT in message.parameters else 0
+    return microseconds / 1e6 if microseconds > 0 else None
+
+
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
     """A response as a message on a stream, with the id of its request."""
     message = pb.ModelStreamInferResponse()

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import structlog
-from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.catalogue import why_model_not_ready
-from splitserve.errors import DOMAIN, InvalidInput, PermissionDenied, SplitserveError, Unsupported
+from splitserve.errors import InvalidInput, PermissionDenied, SplitserveError, Unsupported
 from splitserve.oip import protobuf
 from splitserve.oip.limits import check_model_name
 from splitserve.oip.messages import (
@@ -35,18 +33,14 @@ from splitserve.oip.statistics import Statistics
 from splitserve.server import callers, failures, health, reflection
 from splitserve.server.callers import Authenticator
 from splitserve.server.grpc_config import GrpcConfig
+from splitserve.server.grpc_engine import bound_server
 from splitserve.server.grpc_inference import GrpcInferences, credentials
+from splitserve.server.grpc_status import call_error
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.inference import InferenceRules
-from splitserve.server.tls import following_ssl_context
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import MethodHandler, ServerCall, UnaryHandler
-from splitserve.wire.grpc.messages import CallError, status_code
-from splitserve.wire.grpc.server import GrpcServer
-from splitserve.wire.listening import listen
-
-if TYPE_CHECKING:
-    from splitserve.server.grpcio_server import GrpcioServer
+from splitserve.wire.grpc.messages import CallError
 
 HEALTH_INTERVAL_S = 0.2
 
@@ -54,6 +48,14 @@ _MAX_REASON_LENGTH = 1000
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """Methods that need no credentials; grpc.health.v1 and reflection need none either."""
+
+
+class MoreMethods(msgspec.Struct, frozen=True):
+    """Another gRPC service of a face: its name, its handlers by method, and the file that declares it."""
+
+    service: str
+    handlers: Mapping[str, UnaryHandler]
+    file: Any
 
 
 class GrpcFace:
@@ -69,6 +71,7 @@ class GrpcFace:
         authenticator: None: calls are not authenticated.
         budget: of the bytes that requests hold; None: unlimited.
         on_needed: called with the versions that callers of the index need.
+        more: another service that it serves.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class GrpcFace:
         authenticator: Authenticator | None = None,
         budget: ByteBudget | None = None,
         on_needed: Callable[[Needed], None] | None = None,
+        more: MoreMethods | None = None,
     ) -> None:
         self._service = service
         self._on_needed = on_needed
@@ -97,26 +101,8 @@ class GrpcFace:
             rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
         )
         self._streams = InferStreams(self._inferences.begin_on_stream)
-        self._server, self.port = self._bound_server(budget)
-
-    def _bound_server(self, budget: ByteBudget) -> tuple[GrpcServer | GrpcioServer, int]:
-        """The server of the engine that is configured, and the port that it will listen on."""
-        config = self._config
-        if config.engine == "grpcio":
-            from splitserve.server.grpcio_server import GrpcioServer  # imports grpcio, which our own server does not need
-
-            grpcio_server = GrpcioServer(self._methods(), config, status_of=self._status_of, new_reservation=budget.reservation)
-            return grpcio_server, grpcio_server.port
-        socket = listen(config.host, config.port, shares_port=config.shares_port)
-        server = GrpcServer(
-            self._methods(),
-            socket,
-            msgspec.structs.replace(config.connection_limits, max_message_bytes=config.max_message_bytes),
-            context=following_ssl_context(config.tls, "h2") if config.tls else None,
-            status_of=self._status_of,
-            new_reservation=budget.reservation,
-        )
-        return server, socket.getsockname()[1]
+        self._more = more
+        self._server, self.port = bound_server(self._methods(), config, status_of=self._status_of, budget=budget)
 
     @property
     def ports(self) -> dict[str, int]:
@@ -185,8 +171,20 @@ class GrpcFace:
                 f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=self._authenticated(handler, name in _OPEN))
                 for name, handler in handlers.items()
             },
+            **self._more_methods(),
             **self._health.methods,
-            **reflection.methods((protobuf.SERVICE, health.SERVICE), (pb.DESCRIPTOR, health_pb2.DESCRIPTOR)),
+            **reflection.methods(
+                (protobuf.SERVICE, health.SERVICE, *([self._more.service] if self._more else [])),
+                (pb.DESCRIPTOR, health_pb2.DESCRIPTOR, *([self._more.file] if self._more else [])),
+            ),
+        }
+
+    def _more_methods(self) -> dict[str, MethodHandler]:
+        if self._more is None:
+            return {}
+        return {
+            f"/{self._more.service}/{name}": MethodHandler(unary=self._authenticated(handler, is_open=False))
+            for name, handler in self._more.handlers.items()
         }
 
     def _authenticated(self, handler: UnaryHandler, is_open: bool) -> UnaryHandler:
@@ -203,19 +201,10 @@ class GrpcFace:
 
     def _status_of(self, error: Exception) -> CallError:
         """The status of an error; the only place that renders one."""
-        failure = self._named(error)
-        return CallError(failure.grpc_code, failure.message, self._trailing_metadata(failure))
+        return call_error(self._named(error), stage=self._config.stage, retry_after_s=self._config.retry_after_s)
 
     def _named(self, error: Exception) -> SplitserveError:
         return failures.named(error, self._config.stage)
-
-    def _trailing_metadata(self, error: SplitserveError) -> tuple[tuple[str, str | bytes], ...]:
-        metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, _rich_status(error)),)
-        if error.is_retryable and self._config.retry_after_s:
-            metadata += ((protobuf.PUSHBACK_KEY, str(round(self._config.retry_after_s * 1000))),)
-        elif error.is_retryable and error.stage != self._config.stage:
-            metadata += ((protobuf.PUSHBACK_KEY, "-1"),)
-        return metadata
 
     async def _server_live(self, data: bytes, call: ServerCall) -> bytes:
         return pb.ServerLiveResponse(live=True).SerializeToString()
@@ -295,12 +284,3 @@ def _set_reason(call: ServerCall, reason: str) -> None:
     """Send the reason of "not ready" as trailing metadata: the protocol's message has no field for it."""
     if reason:
         call.trailing_metadata = ((protobuf.REASON_KEY, reason[:_MAX_REASON_LENGTH].encode()),)
-
-
-def _rich_status(error: SplitserveError) -> bytes:
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
-    detail = any_pb2.Any()
-    detail.Pack(info)
-    code = status_code(error.grpc_code)
-    status: bytes = status_pb2.Status(code=code, message=error.message, details=[detail]).SerializeToString()
-    return status

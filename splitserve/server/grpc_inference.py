@@ -135,7 +135,7 @@ class _StreamInference(_GrpcInference):
     def _decode(self) -> InferRequest:
         message = self._parse()
         self.identity = message.id
-        return protobuf.decode_request(message, self._face.deadline(None), self._call.peer)
+        return protobuf.decode_request(message, self._face.deadline(protobuf.timeout_s(message)), self._call.peer)
 
     def _encode(self, response: InferResponse) -> bytes:
         return self._face.check_size(protobuf.encode_stream_response(response, self.identity))

@@ -31,10 +31,10 @@ def test_every_documented_path_is_served_and_every_served_one_documented() -> No
         ProxyService(FakeInference()), RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=1, default_timeout_s=1)
     )
     documented = {
-        (re.sub(r"\{version\}", "1.1", re.sub(r"\{model\}", "m", path)), method.upper())
+        (re.sub(r"\{version\}", "1.1", re.sub(r"\{(model|job)\}", "m", path)), method.upper())
         for path, item in document("0")["paths"].items()
         for method in item
-        if method in ("get", "post")
+        if method in ("get", "post", "delete")
     }
 
     served = {(path, method) for path, method in documented if any(
@@ -52,13 +52,22 @@ def test_every_documented_path_is_served_and_every_served_one_documented() -> No
 
 
 def test_every_status_that_an_inference_can_have_is_documented() -> None:
-    """The error table and the document agree, but for what has no client (499) or is not for inference (501)."""
-    for requires_tokens, never in ((False, {"499", "501", "401", "403"}), (True, {"499", "501"})):
+    """The error table and the document agree, but for what has no client (499) or is not for inference (409, 501)."""
+    for requires_tokens, never in ((False, {"499", "501", "409", "401", "403"}), (True, {"499", "501", "409"})):
         paths = document("0", requires_tokens=requires_tokens)["paths"]
         responses = set(paths["/v2/models/{model}/infer"]["post"]["responses"])
 
         expected = {str(error.http_status) for error in TABLE} - never
-        assert responses == expected | {"200", "415"}
+        assert responses == expected | {"200", "202", "415"}
+
+
+def test_without_a_jobs_service_there_are_no_jobs_in_the_document() -> None:
+    """And no inference says that it could be one."""
+    without = document("0", has_jobs=False)
+
+    assert not [path for path in without["paths"] if "jobs" in path]
+    assert "202" not in without["paths"]["/v2/models/{model}/infer"]["post"]["responses"]
+    validate(without)
 
 
 def test_operations_that_need_a_token_are_marked() -> None:

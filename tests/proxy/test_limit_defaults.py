@@ -154,9 +154,20 @@ async def test_bytes_in_flight_are_counted_over_all_faces() -> None:
         assert (await post(system)).status_code == 200
 
 
+async def test_a_message_on_a_stream_that_does_not_say_has_the_default_deadline() -> None:
+    """As a unary call without a timeout has."""
+    async with served(max_timeout_s=100, default_timeout_s=50) as system:
+        stream = system.channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")()
+        await stream.write(message())
+        await stream.read()
+        await stream.done_writing()
+
+        assert 30 < remaining_s(system.backend.requests[0].deadline) <= 50
+
+
 @pytest.mark.parametrize("face", ["REST", "gRPC", "stream"])
 async def test_a_deadline_is_clamped_to_the_maximum_timeout(face: str) -> None:
-    """A longer timeout is reduced to the maximum; on a stream, whose messages have no deadline, the default applies."""
+    """A longer timeout is reduced to the maximum; on a stream, whose messages have no deadline, it is that of the parameter."""
     async with served(max_timeout_s=100, default_timeout_s=50) as system:
         for asked, given in ((99, 99), (101, 100), (10**6, 100)):
             system.backend.requests.clear()
@@ -172,6 +183,5 @@ async def test_a_deadline_is_clamped_to_the_maximum_timeout(face: str) -> None:
                 await stream.write(message(parameters={"timeout": pb.InferParameter(int64_param=asked * 10**6)}))
                 await stream.read()
                 await stream.done_writing()
-                given = 50
             most = min(given + 1, 100) if face == "gRPC" else given  # grpcio rounds a timeout up, by at most one in a hundred
             assert given - 20 < remaining_s(system.backend.requests[0].deadline) <= most

@@ -1,0 +1,1 @@
+"""The jobs service: durable asynchronous inference. Stores jobs and works them off through the proxy."""

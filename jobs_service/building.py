@@ -1,0 +1,77 @@
+"""The jobs service around any `InferenceService`: its store, its worker, its queue. The process and the fused service use it."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import structlog
+
+from jobs_service.settings import JobsSettings
+from splitserve.errors import InvalidInput
+from splitserve.jobs.payloads import Payloads
+from splitserve.jobs.records import Webhook
+from splitserve.jobs.service import JobQueue
+from splitserve.jobs.sqlite import FolderInUse, NetworkFileSystem, SqliteStore
+from splitserve.jobs.store import JobStore
+from splitserve.jobs.worker import Worker
+from splitserve.oip.messages import InferenceService
+from splitserve.server.lifecycle import background
+
+
+@contextlib.asynccontextmanager
+async def build(inference: InferenceService, config: JobsSettings) -> AsyncIterator[JobQueue]:
+    """The queue of jobs, worked off while the block runs. Leaving it drains the worker.
+
+    Args:
+        inference: what answers jobs: the proxy, or a client of it.
+        config: the settings.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        store = await stack.enter_async_context(opened_store(config))
+        payloads = Payloads(config.payloads_place, inline_bytes=config.inline_bytes)
+        queue = JobQueue(store, payloads, config.job_rules, check_webhook=_refuse)
+        queue.worker = Worker(store, inference, payloads, config.worker_rules, on_ended=queue.ended)
+        # How long jobs and results are kept, and where.
+        structlog.get_logger().info("jobs open", store=_place(config), ttl_s=config.ttl_s, key_ttl_s=config.key_ttl_s)
+        await stack.enter_async_context(background(queue.run(), queue.worker.run()))
+        try:
+            yield queue
+        finally:
+            queue.release_waiters()
+            await queue.worker.drain(config.grace_s)
+
+
+def _refuse(_: Webhook) -> None:
+    raise InvalidInput("webhooks are not supported yet")
+
+
+def _place(config: JobsSettings) -> str:
+    return "postgresql" if config.database_url else config.dir
+
+
+@contextlib.asynccontextmanager
+async def opened_store(config: JobsSettings) -> AsyncIterator[JobStore]:
+    """The store that is configured. A folder that cannot be used ends the process with the reason."""
+    if config.database_url:
+        from splitserve.jobs.postgres import PostgresStore  # needs the extra jobs-postgres
+
+        async with PostgresStore(
+            config.database_url,
+            config.store_rules,
+            direct_url=config.database_direct_url,
+            max_connections=config.max_database_connections,
+        ) as postgres:
+            yield postgres
+        return
+    store = SqliteStore(Path(config.dir), config.store_rules, reserve_bytes=config.reserve_bytes)
+    try:
+        store.open(wait_s=config.lock_wait_s)
+    except (FolderInUse, NetworkFileSystem, OSError, sqlite3.Error) as error:
+        raise SystemExit(f"JOBS_DIR: {error}") from None
+    try:
+        yield store
+    finally:
+        await store.close()

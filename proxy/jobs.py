@@ -1,0 +1,243 @@
+"""Jobs at the proxy: requests are bound to a release and checked, callers are named, and the jobs service does the rest.
+
+Both faces use it: REST through `proxy.rest.jobs`, gRPC through `ProxyJobs.methods`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from proxy.guard import Guard, check_model
+from proxy.service import ProxyService
+from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
+from splitserve.errors import PermissionDenied, Unauthenticated, Unsupported
+from splitserve.jobs import protobuf
+from splitserve.jobs.records import Job, Submitted
+from splitserve.jobs.service import JobAnswer, JobCaller, Jobs, Submission
+from splitserve.oip import protobuf as oip
+from splitserve.oip.limits import RequestLimits
+from splitserve.oip.messages import NO_DEADLINE, PRIORITY, InferRequest, Parameter, RequestedOutput
+from splitserve.server.callers import NOBODY, current
+from splitserve.server.grpc_face import MoreMethods
+from splitserve.wire.grpc.call import ServerCall
+
+
+class Form(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the answer of a job is rendered over REST: what `splitserve.oip.rest` and `v1` need of its request."""
+
+    api: str = "v2"
+    is_columnar: bool = False
+    outputs: tuple[RequestedOutput, ...] = ()
+    parameters: dict[str, Parameter] = {}
+
+    @classmethod
+    def of(cls, request: InferRequest, *, api: str = "v2", is_columnar: bool = False) -> Form:
+        """The form that a request asks for."""
+        return cls(api, is_columnar, request.outputs, dict(request.parameters))
+
+    def request(self, model: str) -> InferRequest:
+        """The part of the request that says how its answer is rendered."""
+        return InferRequest(model, (), outputs=self.outputs, parameters=self.parameters)
+
+
+class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a submit says beside the request. ``fingerprint`` is of all that gives the request its meaning."""
+
+    key: str = ""
+    fingerprint: bytes = b""
+    priority: int = 0
+    timeout_s: float = 0.0
+    expires_s: float = 0.0
+    webhook: Any = None
+
+
+class ProxyJobs:
+    """The verbs of jobs for the callers of the proxy.
+
+    Args:
+        service: of the proxy; guarded if callers are authenticated.
+        jobs: the jobs service; None: there is none.
+        limits: on requests.
+        is_authenticated: whether callers are. Otherwise all are one.
+        is_local: whether only this machine can reach the proxy.
+    """
+
+    def __init__(
+        self,
+        service: ProxyService | Guard,
+        jobs: Jobs | None,
+        limits: RequestLimits,
+        *,
+        is_authenticated: bool = False,
+        is_local: bool = True,
+    ) -> None:
+        self._service = service
+        self._given = jobs
+        self._limits = limits
+        self._is_authenticated = is_authenticated
+        self._is_local = is_local
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Answer everyone who waits for the end of a job, with the job as it is."""
+        self._draining.set()
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether there is a jobs service."""
+        return self._given is not None
+
+    @property
+    def _jobs(self) -> Jobs:
+        if self._given is None:
+            raise Unsupported("jobs are not supported: the proxy has no jobs service (PROXY_JOBS_TARGET)")
+        return self._given
+
+    def _caller(self) -> JobCaller:
+        if not self._is_authenticated:
+            return JobCaller()
+        caller = current.get()
+        if caller is None or caller is NOBODY:
+            raise Unauthenticated("credentials are required: Authorization: Bearer TOKEN")
+        return JobCaller(caller.name, caller.models)
+
+    def check_enabled(self) -> None:
+        """Raises:
+        Unsupported: there is no jobs service; it says which setting is missing.
+        """
+        _ = self._jobs
+
+    async def submit(self, request: InferRequest, form: Form, options: JobOptions) -> Submitted:
+        """Bind the request to the release that it gets now, check it, and store it as a job."""
+        jobs, caller = self._jobs, self._caller()
+        self._limits.check(request)
+        bound = self._service.bind(request)
+        parameters = {name: value for name, value in bound.parameters.items() if name != PRIORITY}
+        bound = msgspec.structs.replace(bound, parameters=parameters)
+        submission = Submission(
+            model=bound.model,
+            version=bound.version,
+            request=oip.encode_request(bound).SerializeToString(),
+            form=msgspec.json.encode(form),
+            key=options.key,
+            fingerprint=options.fingerprint,
+            priority=options.priority,
+            timeout_s=options.timeout_s,
+            expires_s=options.expires_s,
+            webhook=options.webhook,
+        )
+        return await jobs.submit(caller, submission)
+
+    async def get(self, job_id: str, wait_s: float = 0.0) -> Job:
+        """As `Jobs.get`."""
+        jobs, caller = self._jobs, self._caller()
+        if not wait_s > 0 or self._draining.is_set():
+            return await jobs.get(caller, job_id)
+        ended = asyncio.ensure_future(jobs.get(caller, job_id, wait_s))
+        draining = asyncio.ensure_future(self._draining.wait())
+        try:
+            await asyncio.wait((ended, draining), return_when=asyncio.FIRST_COMPLETED)
+            return ended.result() if ended.done() else await jobs.get(caller, job_id)
+        finally:
+            ended.cancel()
+            draining.cancel()
+
+    async def result(self, job_id: str) -> JobAnswer:
+        """As `Jobs.result`, if the caller may still call the model."""
+        answer = await self._jobs.result(self._caller(), job_id)
+        if self._is_authenticated:
+            check_model(answer.job.model)
+        return answer
+
+    async def delete(self, job_id: str) -> Job:
+        """As `Jobs.delete`."""
+        return await self._jobs.delete(self._caller(), job_id)
+
+    async def list_jobs(self, *, model: str = "", status: str = "", limit: int = 0, after: str = "") -> list[Job]:
+        """As `Jobs.list_jobs`.
+
+        Raises:
+            PermissionDenied: callers are not authenticated, and anyone in the network would see the jobs of all.
+        """
+        jobs, caller = self._jobs, self._caller()
+        if not (self._is_authenticated or self._is_local):
+            raise PermissionDenied("jobs are listed for authenticated callers only (PROXY_AUTH_FILE), or on loopback")
+        return await jobs.list_jobs(caller, model=model, status=status, limit=limit, after=after)
+
+    # Over gRPC.
+
+    @property
+    def methods(self) -> MoreMethods:
+        """The gRPC service."""
+        handlers = {
+            "SubmitJob": self._grpc_submit,
+            "GetJob": self._grpc_get,
+            "GetJobResult": self._grpc_result,
+            "DeleteJob": self._grpc_delete,
+            "ListJobs": self._grpc_list,
+        }
+        return MoreMethods(protobuf.SERVICE, handlers, pb.DESCRIPTOR)
+
+    async def _grpc_submit(self, data: bytes, call: ServerCall) -> bytes:
+        self.check_enabled()
+        message = oip.parse(pb.SubmitJobRequest, data)
+        options = JobOptions(
+            key=message.idempotency_key,
+            fingerprint=fingerprint([b"grpc", _meaning(message)]) if message.idempotency_key else b"",
+            priority=message.priority,
+            timeout_s=message.timeout_s,
+            expires_s=message.expires_s,
+            webhook=protobuf.decode_webhook(message.webhook) if message.HasField("webhook") else None,
+        )
+        request = oip.decode_request(message.request, NO_DEADLINE)
+        submitted = await self.submit(request, Form.of(request), options)
+        return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))
+
+    async def _grpc_get(self, data: bytes, call: ServerCall) -> bytes:
+        message = oip.parse(pb.GetJobRequest, data)
+        return _bytes(pb.GetJobResponse(job=protobuf.encode_job(await self.get(message.id, message.wait_s))))
+
+    async def _grpc_result(self, data: bytes, call: ServerCall) -> bytes:
+        result = await self.result(oip.parse(pb.GetJobResultRequest, data).id)
+        answer = pb.GetJobResultResponse(job=protobuf.encode_job(result.job))
+        answer.answer.ParseFromString(result.answer)
+        return _bytes(answer)
+
+    async def _grpc_delete(self, data: bytes, call: ServerCall) -> bytes:
+        job = await self.delete(oip.parse(pb.DeleteJobRequest, data).id)
+        return _bytes(pb.DeleteJobResponse(job=protobuf.encode_job(job)))
+
+    async def _grpc_list(self, data: bytes, call: ServerCall) -> bytes:
+        message = oip.parse(pb.ListJobsRequest, data)
+        status = protobuf.decode_status(message.status)
+        jobs = await self.list_jobs(model=message.model, status=status, limit=message.limit, after=message.after)
+        return _bytes(pb.ListJobsResponse(jobs=[protobuf.encode_job(job) for job in jobs]))
+
+
+def fingerprint(parts: Iterable[bytes]) -> bytes:
+    """A digest of parts, each with its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _meaning(message: Any) -> bytes:
+    """The request without its key and without what the proxy sets."""
+    copy = pb.SubmitJobRequest()
+    copy.CopyFrom(message)
+    for field in ("idempotency_key", "fingerprint", "form"):
+        copy.ClearField(field)
+    data: bytes = copy.SerializeToString(deterministic=True)
+    return data
+
+
+def _bytes(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data

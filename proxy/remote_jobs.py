@@ -1,0 +1,120 @@
+"""The jobs service, called over gRPC."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from proxy.settings import ProxySettings
+from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
+from splitserve.errors import SplitserveError
+from splitserve.jobs import protobuf
+from splitserve.jobs.records import Job, Submitted
+from splitserve.jobs.service import JobAnswer, JobCaller, Submission
+from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
+from splitserve.remote.inference import translate
+from splitserve.watched import Watched
+
+STAGE = "jobs"
+CALL_TIMEOUT_S = 15.0
+"""Of a call, beside the time that it waits for the end of a job: longer than a call to the database may take."""
+
+MAX_WAIT_S = 300.0
+
+_METHODS: dict[str, tuple[Any, Any]] = {
+    "SubmitJob": (pb.SubmitJobRequest, pb.SubmitJobResponse),
+    "GetJob": (pb.GetJobRequest, pb.GetJobResponse),
+    "GetJobResult": (pb.GetJobResultRequest, pb.GetJobResultResponse),
+    "DeleteJob": (pb.DeleteJobRequest, pb.DeleteJobResponse),
+    "ListJobs": (pb.ListJobsRequest, pb.ListJobsResponse),
+}
+
+
+class RemoteJobs:
+    """Implements `splitserve.jobs.service.Jobs`. Call it inside its ``async with``.
+
+    Calls are not retried: a submit might be stored twice. Channels reconnect by themselves.
+    """
+
+    def __init__(self, config: ProxySettings) -> None:
+        self._target = config.jobs_target
+        self._tls = config.next_tls
+        self._files = Watched(self._tls.files, self._tls.credentials) if self._tls else None
+        self._options: list[tuple[str, Any]] = [
+            *channel_options(config.max_message_bytes, BETWEEN_SERVICES)[1:],  # the first is the health check of inference
+            ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+            *(self._tls.options() if self._tls else []),
+        ]
+
+    async def __aenter__(self) -> RemoteJobs:
+        self._connect()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._channel.close()
+
+    def _connect(self) -> None:
+        if self._files is None:
+            self._channel = grpc.aio.insecure_channel(self._target, self._options)
+        else:
+            self._channel = grpc.aio.secure_channel(self._target, self._files.value, self._options)
+        self._methods = {
+            name: self._channel.unary_unary(
+                f"/{protobuf.SERVICE}/{name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            for name, (request, response) in _METHODS.items()
+        }
+
+    async def _call(self, name: str, caller: JobCaller, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        if self._files is not None and self._files.has_changed():
+            old = self._channel
+            self._connect()
+            await old.close(CALL_TIMEOUT_S)
+        try:
+            return await self._methods[name](request, timeout=timeout_s, metadata=protobuf.encode_caller(caller))
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, STAGE) from error
+
+    async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
+        request = pb.SubmitJobRequest(
+            idempotency_key=submission.key,
+            priority=submission.priority,
+            timeout_s=submission.timeout_s,
+            expires_s=submission.expires_s,
+            fingerprint=submission.fingerprint,
+            form=submission.form,
+        )
+        request.request.ParseFromString(submission.request)
+        if submission.webhook is not None:
+            request.webhook.CopyFrom(protobuf.encode_webhook(submission.webhook))
+        answer = await self._call("SubmitJob", caller, request)
+        return Submitted(protobuf.decode_job(answer.job), answer.is_new)
+
+    async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
+        wait_s = min(max(0.0, wait_s), MAX_WAIT_S)
+        answer = await self._call("GetJob", caller, pb.GetJobRequest(id=job_id, wait_s=wait_s), wait_s + CALL_TIMEOUT_S)
+        return protobuf.decode_job(answer.job)
+
+    async def result(self, caller: JobCaller, job_id: str) -> JobAnswer:
+        answer = await self._call("GetJobResult", caller, pb.GetJobResultRequest(id=job_id))
+        return JobAnswer(protobuf.decode_job(answer.job), answer.answer.SerializeToString(), answer.form)
+
+    async def delete(self, caller: JobCaller, job_id: str) -> Job:
+        return protobuf.decode_job((await self._call("DeleteJob", caller, pb.DeleteJobRequest(id=job_id))).job)
+
+    async def list_jobs(
+        self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""
+    ) -> list[Job]:
+        request = pb.ListJobsRequest(model=model, status=protobuf.encode_status(status), limit=limit, after=after)
+        return [protobuf.decode_job(job) for job in (await self._call("ListJobs", caller, request)).jobs]
+
+    async def not_ready_reason(self) -> str:
+        try:
+            await self.list_jobs(JobCaller(), limit=1)
+        except SplitserveError as error:
+            return error.message
+        return ""

@@ -1,0 +1,173 @@
+"""Jobs over REST: submit, look, wait, fetch, cancel, list. Source: RFC 7240, "Prefer"; the IETF draft "Idempotency-Key"."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qsl, urlsplit
+
+import msgspec
+
+from proxy.jobs import Form, JobOptions, ProxyJobs, fingerprint
+from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference
+from proxy.rest.routing import Handler, RoutedRequest, json_response
+from splitserve.api.inference import inference_pb2
+from splitserve.errors import InvalidInput
+from splitserve.jobs import events
+from splitserve.jobs.records import Job, Webhook
+from splitserve.oip import protobuf, rest, v1
+from splitserve.wire.http1.messages import HttpRequest, HttpResponse
+
+PREFER, KEY = b"prefer", b"idempotency-key"
+RETRY_AFTER_S = 1
+_ASYNC = "respond-async"
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_SUBMIT_OPTIONS = frozenset({"priority", "timeout", "expires", "webhook", "webhook_events"})
+_LIST_OPTIONS = frozenset({"model", "status", "limit", "after"})
+_form = msgspec.json.Decoder(Form)
+
+
+def prefers_async(incoming: HttpRequest) -> bool:
+    """Whether the request asks for a job. Source: RFC 7240, section 4.1."""
+    preferences = (incoming.header(PREFER) or "").split(",")
+    return any(preference.partition(";")[0].strip().lower() == _ASYNC for preference in preferences)
+
+
+class JobRoutes:
+    """The handlers.
+
+    Args:
+        jobs: the verbs.
+        rules: of inferences: bodies of jobs are decoded as theirs.
+    """
+
+    def __init__(self, jobs: ProxyJobs, rules: RestRules) -> None:
+        self._jobs = jobs
+        self._rules = rules
+        self.submit: Handler = self._submitting(RestInference, "")
+        self._preferred = {kind: self._submitting(kind, _ASYNC) for kind in (RestInference, V1Inference)}
+
+    def submitting(self, kind: type[RestInference]) -> Handler:
+        """The handler of an inference that prefers to be a job."""
+        return self._preferred[kind]
+
+    def _submitting(self, kind: type[RestInference], preference: str) -> Handler:
+        async def submit(request: RoutedRequest) -> HttpResponse:
+            self._jobs.check_enabled()
+            inference = kind(self._rules, request.path, request.incoming, "", lambda _: None)
+            decoded = inference.decode_body(request.body)
+            form = Form.of(decoded)
+            if isinstance(inference, V1Inference):
+                form = Form(api="v1", is_columnar=inference.is_columnar)
+            submitted = await self._jobs.submit(decoded, form, _options(request, api=form.api))
+            headers = [("location", _path(submitted.job)), ("retry-after", str(RETRY_AFTER_S))]
+            if preference:
+                headers.append(("preference-applied", preference))
+            return json_response(202, events.shown(submitted.job), tuple(headers))
+
+        return submit
+
+    async def get(self, request: RoutedRequest) -> HttpResponse:
+        """``GET /v2/jobs/JOB?wait=SECONDS``"""
+        options = _query(request, frozenset({"wait"}))
+        job = await self._jobs.get(request.path["job"], _number("wait", options.get("wait", "0")))
+        return json_response(200, events.shown(job), () if job.is_finished else (("retry-after", str(RETRY_AFTER_S)),))
+
+    async def result(self, request: RoutedRequest) -> HttpResponse:
+        """``GET /v2/jobs/JOB/result``: the body that the inference would have had."""
+        result = await self._jobs.result(request.path["job"])
+        form = _form.decode(result.form)
+        response = protobuf.decode_response(protobuf.parse(inference_pb2.ModelInferResponse, result.answer))
+        if form.api == "v1":
+            return HttpResponse(200, v1.encode_response(response, is_columnar=form.is_columnar))
+        body, header_length = rest.encode_response(response, form.request(response.model))
+        if header_length is None:
+            return HttpResponse(200, body)
+        return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))
+
+    async def delete(self, request: RoutedRequest) -> HttpResponse:
+        """``DELETE /v2/jobs/JOB``"""
+        return json_response(200, events.shown(await self._jobs.delete(request.path["job"])))
+
+    async def list_jobs(self, request: RoutedRequest) -> HttpResponse:
+        """``GET /v2/jobs?model=&status=&limit=&after=``"""
+        options = _query(request, _LIST_OPTIONS)
+        limit = options.get("limit", "0")
+        if not (limit.isascii() and limit.isdecimal() and len(limit) < 10):
+            raise InvalidInput(f'limit: expected a number, got "{limit[:32]}"')
+        jobs = await self._jobs.list_jobs(
+            model=options.get("model", ""),
+            status=options.get("status", ""),
+            limit=int(limit),
+            after=options.get("after", ""),
+        )
+        return json_response(200, {"jobs": [events.shown(job) for job in jobs]})
+
+
+def _path(job: Job) -> str:
+    return f"/v2/jobs/{job.id}"
+
+
+def _query(request: RoutedRequest, known: frozenset[str]) -> dict[str, str]:
+    """The parameters of the URL.
+
+    Raises:
+        InvalidInput: one is unknown, or there twice.
+    """
+    pairs = parse_qsl(urlsplit(request.incoming.target.decode("latin-1")).query, keep_blank_values=True)
+    options = dict(pairs)
+    if unknown := options.keys() - known:
+        raise InvalidInput(f'the URL\'s parameter "{min(unknown)[:32]}" is unknown, expected some of {", ".join(sorted(known))}')
+    if len(options) < len(pairs):
+        raise InvalidInput("the URL has a parameter twice")
+    return options
+
+
+def _number(name: str, text: str) -> float:
+    if not _NUMBER.fullmatch(text):
+        raise InvalidInput(f'{name}: expected a number of seconds, got "{text[:32]}"')
+    return float(text)
+
+
+def _options(request: RoutedRequest, *, api: str) -> JobOptions:
+    options = _query(request, _SUBMIT_OPTIONS)
+    priority = options.get("priority", "0")
+    if priority not in set("0123456789"):
+        raise InvalidInput(f'priority: expected a number from 1 to 9, got "{priority[:32]}"')
+    webhook = None
+    if url := options.get("webhook"):
+        names = options.get("webhook_events")
+        webhook = Webhook(url, tuple(names.split(","))) if names else Webhook(url)
+    key = _key(request.incoming)
+    return JobOptions(
+        key=key,
+        fingerprint=_fingerprint(request, api, options) if key else b"",
+        priority=int(priority),
+        timeout_s=_number("timeout", options.get("timeout", "0")),
+        expires_s=_number("expires", options.get("expires", "0")),
+        webhook=webhook,
+    )
+
+
+def _key(incoming: HttpRequest) -> str:
+    """The idempotency key: a string of RFC 8941, or the bare text that most clients send."""
+    value = (incoming.header(KEY) or "").strip()
+    if len(value) >= 2 and value[0] == value[-1] == '"':
+        value = value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    if KEY in incoming.headers and not value:
+        raise InvalidInput("Idempotency-Key: expected a key, got none")
+    return value
+
+
+def _fingerprint(request: RoutedRequest, api: str, options: dict[str, str]) -> bytes:
+    """Of all that gives the request its meaning; the way to ask for a job (path or Prefer) and compression are no part of it."""
+    return fingerprint(
+        [
+            b"rest",
+            api.encode(),
+            request.path["model"].encode(),
+            request.path["version"].encode(),
+            msgspec.json.encode(sorted(options.items())),
+            request.incoming.headers.get(HEADER_LENGTH, b""),
+            request.body,
+        ]
+    )

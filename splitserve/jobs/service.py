@@ -1,0 +1,395 @@
+"""The verbs of asynchronous inference as an interface without a transport, and `JobQueue`, which implements them on a store.
+
+The proxy calls the interface: in the same process, or over gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from splitserve.errors import Conflict, InvalidInput, NotFinished, NotFound, Overloaded, SplitserveError, TooLarge
+from splitserve.jobs.payloads import Payloads
+from splitserve.jobs.records import (
+    ACTIVE,
+    DEFAULT_PRIORITY,
+    FINISHED,
+    HIGHEST_PRIORITY,
+    JOB_ID,
+    LOWEST_PRIORITY,
+    Job,
+    NewJob,
+    Rights,
+    StoreState,
+    Submitted,
+    Webhook,
+    new_id,
+)
+from splitserve.jobs.store import JobStore
+from splitserve.jobs.worker import Worker
+
+STAGE = "jobs"
+MAX_KEY_LENGTH = 255
+MAX_LISTED = 1000
+SWEEP_INTERVAL_S = 1.0
+STRAYS_INTERVAL_S = 3600.0
+STALE_STATE_S = 10.0
+"""A store whose counts are older than this is reported as one that cannot be reached."""
+
+EVENTS = tuple(f"job.{status}" for status in FINISHED)
+
+
+class JobCaller(msgspec.Struct, frozen=True):
+    """Who calls: ``name`` owns what it submits; ``models`` are the shell patterns that it may call, None where callers are not
+    authenticated and all are one.
+    """
+
+    name: str = ""
+    models: tuple[str, ...] | None = None
+
+
+class Submission(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as it is submitted. ``request`` is a ``ModelInferRequest`` that was checked and names its release."""
+
+    model: str
+    version: str
+    request: bytes
+    form: bytes = b""
+    key: str = ""
+    fingerprint: bytes = b""
+    priority: int = 0
+    timeout_s: float = 0.0
+    expires_s: float = 0.0
+    webhook: Webhook | None = None
+
+
+class JobAnswer(msgspec.Struct, frozen=True):
+    """The answer of a job: a ``ModelInferResponse``, and how it is rendered."""
+
+    job: Job
+    answer: bytes
+    form: bytes
+
+
+class Jobs(Protocol):
+    """The verbs. Every method may raise `Unavailable`; a job of another caller is `NotFound`."""
+
+    async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
+        """Store a job; it is on disk when this returns.
+
+        Raises:
+            InvalidInput: an option is out of its range.
+            IdempotencyKeyReused, Gone: as `JobStore.submit`.
+            Overloaded: the caller has as many jobs as it may have.
+            StorageFull: the disk is full.
+        """
+        ...
+
+    async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
+        """A job, once it has ended or after ``wait_s``."""
+        ...
+
+    async def result(self, caller: JobCaller, job_id: str) -> JobAnswer:
+        """The answer of a job that has succeeded.
+
+        Raises:
+            NotFinished: it has not ended.
+            Conflict: it was cancelled.
+            SplitserveError: its own error, if it failed.
+        """
+        ...
+
+    async def delete(self, caller: JobCaller, job_id: str) -> Job:
+        """Cancel a job that has not ended, remove one that has. Returns it as it is, or was when it was removed."""
+        ...
+
+    async def list_jobs(
+        self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""
+    ) -> list[Job]:
+        """The caller's jobs, the newest first."""
+        ...
+
+    async def not_ready_reason(self) -> str:
+        """Why jobs cannot be submitted; "" if they can."""
+        ...
+
+
+class JobRules(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits on jobs of callers."""
+
+    timeout_s: float = 300.0
+    """Of jobs that set none."""
+
+    max_timeout_s: float = 300.0
+    max_expires_s: float = 30 * 86_400.0
+    max_wait_s: float = 30.0
+    max_jobs_per_caller: int = 1_000_000
+    """Queued and running."""
+
+    max_request_bytes: int = 64 * 1024 * 1024
+
+
+class JobQueue:
+    """Implements `Jobs`. `run` has to run meanwhile: it works jobs off, sweeps, and wakes callers that wait.
+
+    Args:
+        store: where jobs are.
+        payloads: of large requests.
+        worker: works them off; its ``on_ended`` is to be `ended`.
+        rules: limits.
+        check_webhook: raises if a webhook is not allowed.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        payloads: Payloads,
+        rules: JobRules | None = None,
+        *,
+        check_webhook: Callable[[Webhook], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._payloads = payloads
+        self._rules = rules or JobRules()
+        self._check_webhook = check_webhook
+        self._clock = clock
+        self._log = structlog.get_logger()
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._look = asyncio.Event()
+        self._active: dict[str, int] = {}
+        """Jobs of each caller that have not ended, at the last count, and those submitted since."""
+        self.worker: Worker | None = None
+        self.state: StoreState | None = None
+        """At the last count."""
+        self._counted_at = clock()
+        self._problem = "starting"
+        self._is_draining = False
+        self.on_webhook: Callable[[], None] = lambda: None
+        store.on_announcement(self._announced)
+
+    # The verbs.
+
+    async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
+        self._check(submission)
+        # Before the limit: a caller that repeats a key gets its job, however many it has.
+        if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller and not submission.key:
+            raise self._too_many(caller)
+        payload = await self._payloads.store(submission.request)
+        new = NewJob(
+            id=new_id(),
+            owner=caller.name,
+            rights=Rights(caller.models),
+            model=submission.model,
+            version=submission.version,
+            request=payload,
+            form=submission.form,
+            priority=submission.priority or DEFAULT_PRIORITY,
+            timeout_s=submission.timeout_s or self._rules.timeout_s,
+            expires_s=submission.expires_s,
+            key=submission.key,
+            fingerprint=submission.fingerprint,
+            webhook=submission.webhook,
+        )
+        try:
+            submitted = await self._store.submit(new)
+        except SplitserveError as error:
+            if error.reason != "UNAVAILABLE":  # then the job may be stored after all
+                await self._payloads.remove([payload.ref])
+            raise
+        if submitted.is_new:
+            self._active[caller.name] = self._active.get(caller.name, 0) + 1
+            self._store.announce()
+            if self.worker is not None:
+                self.worker.wake()
+        else:
+            await self._payloads.remove([payload.ref])
+        return submitted
+
+    def _too_many(self, caller: JobCaller) -> Overloaded:
+        return Overloaded(
+            f"{self._active[caller.name]} jobs of the caller have not ended, the limit is {self._rules.max_jobs_per_caller}",
+            stage=STAGE,
+        )
+
+    def _check(self, submission: Submission) -> None:
+        rules = self._rules
+        if len(submission.request) > rules.max_request_bytes:
+            raise TooLarge(f"the request has {len(submission.request)} bytes, the limit is {rules.max_request_bytes}")
+        if submission.priority and not HIGHEST_PRIORITY <= submission.priority <= LOWEST_PRIORITY:
+            raise InvalidInput(f"priority: expected {HIGHEST_PRIORITY} to {LOWEST_PRIORITY}, got {submission.priority}")
+        for name, value, limit in (
+            ("timeout", submission.timeout_s, rules.max_timeout_s),
+            ("expires", submission.expires_s, rules.max_expires_s),
+        ):
+            if not 0 <= value <= limit:
+                raise InvalidInput(f"{name}: expected up to {limit:g} seconds, got {value:g}")
+        if len(submission.key) > MAX_KEY_LENGTH or not submission.key.isprintable():
+            raise InvalidInput(f"idempotency key: expected up to {MAX_KEY_LENGTH} printable characters")
+        if submission.webhook is not None:
+            if unknown := set(submission.webhook.events) - set(EVENTS):
+                raise InvalidInput(f"webhook events: expected some of {', '.join(EVENTS)}, got {', '.join(sorted(unknown))[:64]}")
+            self._check_webhook(submission.webhook)
+
+    async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
+        job = await self._get(caller, job_id)
+        wait_s = min(wait_s, self._rules.max_wait_s)
+        if job.is_finished or not wait_s > 0 or self._is_draining:
+            return job
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(job_id, set()).add(waiter)
+        try:
+            job = await self._get(caller, job_id)  # it may have ended before anybody knew of the waiter
+            if not job.is_finished:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(waiter, wait_s)
+                job = await self._get(caller, job_id)
+        finally:
+            waiters = self._waiting.get(job_id, set())
+            waiters.discard(waiter)
+            if not waiters:
+                self._waiting.pop(job_id, None)
+        return job
+
+    async def _get(self, caller: JobCaller, job_id: str) -> Job:
+        job = await self._store.get(caller.name, job_id) if JOB_ID.fullmatch(job_id) else None
+        if job is None:
+            raise _unknown(job_id)
+        return job
+
+    async def result(self, caller: JobCaller, job_id: str) -> JobAnswer:
+        found = await self._store.result(caller.name, job_id) if JOB_ID.fullmatch(job_id) else None
+        if found is None:
+            raise _unknown(job_id)
+        job = found.job
+        if job.status in ACTIVE:
+            raise NotFinished(f"the job is {job.status}", stage=STAGE, model=job.model, pair=job.version)
+        if job.status == "cancelled":
+            raise Conflict("the job was cancelled", stage=STAGE, model=job.model, pair=job.version)
+        if job.error is not None:
+            raise job.error.error()
+        try:
+            answer = await self._payloads.read(found.answer)
+        except FileNotFoundError:
+            raise _unknown(job_id) from None
+        return JobAnswer(job, answer, found.form)
+
+    async def delete(self, caller: JobCaller, job_id: str) -> Job:
+        found = await self._store.delete(caller.name, job_id) if JOB_ID.fullmatch(job_id) else None
+        if found is None:
+            raise _unknown(job_id)
+        job, freed = found
+        if self.worker is not None:
+            self.worker.cancel(job_id)
+        self.ended([job_id])
+        await self._payloads.remove(freed)
+        return job
+
+    async def list_jobs(
+        self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""
+    ) -> list[Job]:
+        if status and status not in (*ACTIVE, *FINISHED):
+            raise InvalidInput(f'status: expected one of {", ".join((*ACTIVE, *FINISHED))}, got "{status[:32]}"')
+        if not 0 <= limit <= MAX_LISTED:
+            raise InvalidInput(f"limit: expected up to {MAX_LISTED}, got {limit}")
+        return await self._store.list_jobs(caller.name, model=model, status=status, limit=limit or 100, after=after)
+
+    async def not_ready_reason(self) -> str:
+        if self._clock() - self._counted_at > STALE_STATE_S:
+            return self._problem or "the job store cannot be reached"
+        return self._problem
+
+    # In the background.
+
+    async def run(self) -> None:
+        """Sweep, count, and wake callers that wait, until cancelled."""
+        await asyncio.gather(self._keep_sweeping(), self._keep_looking(), self._keep_removing_strays())
+
+    def ended(self, job_ids: Iterable[str]) -> None:
+        """Jobs have ended, or may have: wake those who wait for them."""
+        for job_id in job_ids:
+            for waiter in self._waiting.get(job_id, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
+        self._store.announce()
+        self.on_webhook()
+
+    def release_waiters(self) -> None:
+        """Answer everyone who waits, with the job as it is: the service is draining."""
+        self._is_draining = True
+        for waiters in self._waiting.values():
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    @property
+    def n_waiting(self) -> int:
+        """Callers that wait for the end of a job."""
+        return sum(map(len, self._waiting.values()))
+
+    def _announced(self) -> None:
+        self._look.set()
+        if self.worker is not None:
+            self.worker.wake()
+        self.on_webhook()
+
+    async def _keep_looking(self) -> None:
+        """Find out which of the jobs that somebody waits for have ended elsewhere."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), SWEEP_INTERVAL_S)
+            self._look.clear()
+            if self._waiting:
+                with contextlib.suppress(SplitserveError):
+                    for job_id in await self._store.finished_among(list(self._waiting)):
+                        for waiter in self._waiting.get(job_id, ()):
+                            if not waiter.done():
+                                waiter.set_result(None)
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            try:
+                await self._sweep()
+                self._problem = ""
+            except SplitserveError as error:
+                self._problem = error.message
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+
+    async def _sweep(self) -> None:
+        state = await self._store.state()
+        self.state, self._counted_at = state, self._clock()
+        active: dict[str, int] = {}
+        for tally in state.tallies:
+            if tally.status in ACTIVE:
+                active[tally.owner] = active.get(tally.owner, 0) + tally.n
+        self._active = active
+        swept = await self._store.sweep()
+        while True:
+            if swept.ended:
+                self.ended(swept.ended)
+            await self._payloads.remove(swept.freed)
+            if swept.is_complete:
+                return
+            swept = await self._store.sweep()
+
+    async def _keep_removing_strays(self) -> None:
+        while True:
+            with contextlib.suppress(SplitserveError, OSError):
+                if n_removed := await self._payloads.remove_strays(self._known_refs):
+                    # Files of requests or answers whose jobs were never stored, or are gone.
+                    self._log.info("stray payloads removed", files=n_removed)
+            await asyncio.sleep(STRAYS_INTERVAL_S)
+
+    async def _known_refs(self, refs: Sequence[str]) -> Sequence[str]:
+        return await self._store.known_refs(refs)
+
+
+def _unknown(job_id: str) -> NotFound:
+    return NotFound(f'there is no job "{job_id[:64]}"', stage=STAGE)
