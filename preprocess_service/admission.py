@@ -63,6 +63,12 @@ class AdmittedPair(msgspec.Struct, frozen=True):
         return facts if self.release.manifest.is_row_wise else {**facts, ROW_WISE: "false"}
 
     @property
+    def _labels(self) -> tuple[Sequence[str], Mapping[str, Sequence[str]]]:
+        """Those of the release, which has the predictor's too; without a release the preprocessor's."""
+        known = self.release.manifest if self.release is not None else self.preprocessor.manifest
+        return known.labels, known.output_labels
+
+    @property
     def properties(self) -> dict[str, str]:
         """Facts about the pair, for its metadata."""
         facts = {
@@ -72,7 +78,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             "predictor_created": self.predictor.properties.get("created", ""),
             "warnings": "; ".join(self.warnings),
             "accepted": "; ".join(self.release.manifest.accepted) if self.release else "",
-            classification.LABELS: msgspec.json.encode(labels).decode() if (labels := self.preprocessor.manifest.labels) else "",
+            classification.LABELS: classification.encode_labels(*self._labels),
             **self.release_properties,
         }
         return {name: fact for name, fact in facts.items() if fact}

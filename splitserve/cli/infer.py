@@ -12,14 +12,15 @@ from typing import Any
 from splitserve.cli.connection import connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import InvalidInput, SplitserveError
-from splitserve.oip.messages import InferResponse, ModelMetadata, deadline_after
+from splitserve.oip.classification import LABELS, labels_of
+from splitserve.oip.messages import DEFAULT, InferResponse, ModelMetadata, deadline_after
 from splitserve.oip.rest import decode_json
 from splitserve.oip.v1 import from_instances
 from splitserve.tensors import DATATYPES, Tensor, unpack
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 N_SHOWN = 5
-"""Of a long row of numbers, this many are shown: the largest, with their indices."""
+"""Of a long row of numbers, this many are shown: the largest, with their classes or indices."""
 
 
 def run(model: str, file: Path | None, *, rows: str | None, url: str, version: str, timeout_s: float) -> int:
@@ -28,13 +29,13 @@ def run(model: str, file: Path | None, *, rows: str | None, url: str, version: s
         print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
     try:
-        response = asyncio.run(_infer(model, _reader(file, rows), url, version, timeout_s))
+        response, metadata = asyncio.run(_infer(model, _reader(file, rows), url, version, timeout_s))
     except (SplitserveError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{response.model} {response.version}")
-    header = [tensor.name for tensor in response.outputs]
-    print_table(header, zip(*map(_cells, response.outputs), strict=True))
+    columns = [column for tensor in response.outputs for column in _columns(tensor, labels_of(metadata, tensor.name))]
+    print_table([name for name, _ in columns], zip(*(cells for _, cells in columns), strict=True))
     return 0
 
 
@@ -88,29 +89,38 @@ def _value(cell: str, datatype: str) -> Any:
 
 async def _infer(
     model: str, read: Callable[[ModelMetadata], list[Any]], url: str, version: str, timeout_s: float
-) -> InferResponse:
+) -> tuple[InferResponse, ModelMetadata]:
+    """The answer, and the metadata of the version that gave it."""
     deadline = deadline_after(timeout_s)
     async with connect(url) as remote:
         metadata = await remote.metadata(model, version)
         instances = read(metadata)
-        return await remote.infer(from_instances(instances, metadata, version, deadline=deadline))
+        response = await remote.infer(from_instances(instances, metadata, version, deadline=deadline))
+        if LABELS in metadata.properties and response.version not in (version, metadata.properties.get(DEFAULT)):
+            metadata = await remote.metadata(response.model, response.version)
+        return response, metadata
 
 
-def _cells(tensor: Tensor) -> list[str]:
-    """The text of each row of an output."""
+def _columns(tensor: Tensor, labels: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Name and cells of each column of the table that shows an output: one for each of a few classes, otherwise one."""
     values = [each.decode("utf-8", "replace") if isinstance(each, bytes) else each for each in unpack(tensor)]
     if len(tensor.shape) < 2:
-        return [_shown(value) for value in values]
+        return [(tensor.name, [_shown(value) for value in values])]
     n_rows = tensor.n_rows
     width = len(values) // n_rows if n_rows else 0
-    return [_row(values[row * width : (row + 1) * width]) for row in range(n_rows)]
+    rows = [values[row * width : (row + 1) * width] for row in range(n_rows)]
+    if len(tensor.shape) != 2 or width != len(labels):
+        return [(tensor.name, [_row(row, range(width)) for row in rows])]
+    if width > 2 * N_SHOWN:
+        return [(tensor.name, [_row(row, labels) for row in rows])]
+    return [(f"{tensor.name}_{label}", [_shown(row[place]) for row in rows]) for place, label in enumerate(labels)]
 
 
-def _row(values: Sequence[Any]) -> str:
+def _row(values: Sequence[Any], names: Sequence[object]) -> str:
     if len(values) <= 2 * N_SHOWN or isinstance(values[0], str):
         return " ".join(map(_shown, values))
     largest = sorted(range(len(values)), key=lambda index: values[index], reverse=True)[:N_SHOWN]
-    return " ".join(f"{_shown(values[index])} [{index}]" for index in largest) + f" … of {len(values)}"
+    return " ".join(f"{_shown(values[index])} [{names[index]}]" for index in largest) + f" … of {len(values)}"
 
 
 def _shown(value: Any) -> str:

@@ -16,17 +16,28 @@ class Answer(dict[str, Array]):
     ``model`` and ``version`` are those that answered; with splitserve the version is a pair, ``"K.M"``.
     """
 
-    def __init__(self, outputs: Mapping[str, Array], *, model: str, version: str, index: Any = None) -> None:
+    def __init__(
+        self,
+        outputs: Mapping[str, Array],
+        *,
+        model: str,
+        version: str,
+        index: Any = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         super().__init__(outputs)
         self.model = model
         self.version = version
+        self.labels: dict[str, list[str]] = {output: list(names) for output, names in (labels or {}).items()}
+        """By output, what its columns are: the classes of probabilities, in their order; empty if the server does not say."""
         self._index = index
 
     def to_frame(self, names: Mapping[str, Sequence[str]] | None = None) -> Any:
         """The outputs as a pandas DataFrame, with the index of the DataFrame that was sent, if any.
 
-        An output with one value per row becomes a column of its name, one with k values per row k columns, ``name_0`` to
-        ``name_{k-1}``, row-major for more dimensions. BYTES become text if they are UTF-8.
+        An output with one value per row becomes a column of its name, one with k values per row k columns: ``name_LABEL`` for
+        each of its `labels`, else ``name_0`` to ``name_{k-1}``, row-major for more dimensions. BYTES become text
+        if they are UTF-8.
 
         Args:
             names: of the columns, by output, e.g. ``{"probabilities": ["Adelie", "Chinstrap", "Gentoo"]}``.
@@ -36,7 +47,8 @@ class Answer(dict[str, Array]):
         """
         from splitserve.client.frames import to_frame
 
-        return to_frame(self, names or {}, self._index)
+        labelled = {output: [f"{output}_{label}" for label in labels] for output, labels in self.labels.items()}
+        return to_frame(self, {**labelled, **(names or {})}, self._index)
 
 
 def outputs_of(response: InferResponse) -> dict[str, Array]:

@@ -16,7 +16,8 @@ from splitserve.client.encoding import InputColumn, is_frame, to_columns
 from splitserve.client.retries import Retries
 from splitserve.client.steps import Ask, Steps, attempts
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.oip.classification import LABELS, labels_of
+from splitserve.oip.messages import DEFAULT, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 Outputs = dict[str, Array]
 
@@ -114,6 +115,7 @@ class InferCall:
         self._columns: list[InputColumn] = []
         self._chunks: list[range] = [range(0)]
         self._model_name = model
+        self._labels: dict[str, list[str]] = {}
 
     @property
     def rest(self) -> list[range]:
@@ -150,9 +152,29 @@ class InferCall:
         self._columns = to_columns(self._inputs, signature.inputs if signature else None)
         self._chunks = self._cut(signature)
         response = yield from self._send(self._chunks[0], deadline)
-        self._version = response.version or self._version
+        asked, self._version = self._version, response.version or self._version
         self._model_name = response.model or self._model
-        return outputs_of(response)
+        outputs = outputs_of(response)
+        self._labels = yield from self._labels_of(outputs, signature, asked, deadline)
+        return outputs
+
+    def _labels_of(
+        self, outputs: Outputs, signature: ModelMetadata | None, asked: str, deadline: float
+    ) -> Steps[dict[str, list[str]]]:
+        """What the columns of each output are, by the metadata of the version that answered."""
+        if signature is None or LABELS not in signature.properties:
+            return {}
+        known: ModelMetadata | None = signature
+        if self._version not in (asked, signature.properties.get(DEFAULT)):
+            known = self._core.known_signature(self._model, self._version)
+            if known is None:
+                known = yield from self._core.fetch_signature(self._model, self._version, deadline)
+        if known is None:
+            return {}
+        found = {name: labels_of(known, name) for name in outputs}
+        return {
+            name: labels for name, labels in found.items() if outputs[name].ndim == 2 and outputs[name].shape[1] == len(labels)
+        }
 
     def _cut(self, signature: ModelMetadata | None) -> list[range]:
         is_table = can_be_cut(self._columns)
@@ -193,7 +215,7 @@ class InferCall:
             PairMismatch: the outputs do not have as many rows as were sent.
         """
         index = self._inputs.index if is_frame(self._inputs) else None
-        return Answer(join(parts, self._chunks), model=self._model_name, version=self._version, index=index)
+        return Answer(join(parts, self._chunks), model=self._model_name, version=self._version, index=index, labels=self._labels)
 
 
 def _at_rows(error: SplitserveError, rows: range) -> SplitserveError:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import msgspec
@@ -27,7 +27,8 @@ from splitserve.tensors import DATATYPES, Tensor, encode_bytes, unpack
 
 PARAMETER = "classification"
 LABELS = "labels"
-"""The property of a model's metadata with the names of its classes, a JSON list."""
+"""The property of a model's metadata with the names of its classes, a JSON list; of a model with several targets a JSON object of
+lists, by the name of the output whose columns they are."""
 
 
 def is_requested(request: InferRequest) -> bool:
@@ -52,9 +53,10 @@ def begin(service: InferenceService, request: InferRequest, on_answer: OnAnswer)
 async def _infer(service: InferenceService, request: InferRequest) -> InferResponse:
     requested = {output.name: output.parameters[PARAMETER] for output in request.outputs if PARAMETER in output.parameters}
     response = await service.infer(_without_parameter(request))
-    labels = labels_of(await service.metadata(response.model, response.version))
+    metadata = await service.metadata(response.model, response.version)
     outputs = tuple(
-        _classes(tensor, requested[tensor.name], labels) if tensor.name in requested else tensor for tensor in response.outputs
+        _classes(tensor, requested[tensor.name], labels_of(metadata, tensor.name)) if tensor.name in requested else tensor
+        for tensor in response.outputs
     )
     return msgspec.structs.replace(response, outputs=outputs)
 
@@ -67,10 +69,25 @@ def _without_parameter(request: InferRequest) -> InferRequest:
     return msgspec.structs.replace(request, outputs=outputs)
 
 
-def labels_of(metadata: ModelMetadata) -> list[str]:
-    """The names of a model's classes; empty if unknown."""
+def encode_labels(labels: Sequence[str], output_labels: Mapping[str, Sequence[str]]) -> str:
+    """The property; "" without labels.
+
+    Args:
+        labels: of the classes of a model with one target.
+        output_labels: by output, of a model with several.
+    """
+    known = output_labels or labels
+    return msgspec.json.encode(known).decode() if known else ""
+
+
+def labels_of(metadata: ModelMetadata, output: str) -> list[str]:
+    """The names of an output's columns, i.e. of the classes; empty if unknown. There may be more or fewer than columns."""
     text = metadata.properties.get(LABELS)
-    return msgspec.json.decode(text, type=list[str]) if text else []
+    try:
+        known = msgspec.json.decode(text, type=list[str] | dict[str, list[str]]) if text else []
+    except msgspec.DecodeError:  # another maker's property of that name
+        return []
+    return known.get(output, []) if isinstance(known, dict) else known
 
 
 def _classes(tensor: Tensor, count: Parameter, labels: Sequence[str]) -> Tensor:

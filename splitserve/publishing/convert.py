@@ -195,3 +195,24 @@ def gives_probabilities(estimator: Any) -> bool:
 def expected_of(pipeline: Any, rows: Any, targets: Sequence[str] = ()) -> Mapping[str, Array]:
     """What a fitted pipeline answers to these rows, by the names of `answers_of`."""
     return {answer.name: answer.expected(pipeline, rows) for answer in answers_of(pipeline, targets)}
+
+
+class Names(msgspec.Struct, frozen=True):
+    """What an estimator's outputs hold: ``labels``, its classes, or with several targets ``output_labels`` by output."""
+
+    labels: tuple[str, ...] = ()
+    output_labels: dict[str, tuple[str, ...]] = {}
+
+
+def names_of(estimator: Any, targets: Sequence[str] = ()) -> Names:
+    """The names of a fitted estimator's classes and targets.
+
+    Raises:
+        NotConvertible: as `answers_of`.
+    """
+    answers = answers_of(estimator, targets)
+    if answers[0].name == LABEL:
+        return Names(labels=answers[0].classes)
+    if answers[0].name == PREDICTION:
+        return Names(output_labels={PREDICTION: tuple(targets)} if len(targets) > 1 else {})
+    return Names(output_labels={answer.name: answer.classes for answer in answers if answer.kind == PROBABILITIES})

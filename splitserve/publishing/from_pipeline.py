@@ -17,7 +17,7 @@ from sklearn.utils import get_tags
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
-from splitserve.publishing.convert import LABEL, answers_of, to_onnx
+from splitserve.publishing.convert import names_of, to_onnx
 from splitserve.publishing.equality import Comparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
@@ -121,6 +121,7 @@ def publish(
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
+        named = names_of(estimator, targets)
         expected = expected_answer(pipeline, checked, targets)
     except NotConvertible as error:
         raise PublishError(str(error)) from error
@@ -140,6 +141,8 @@ def publish(
             refuses=_refuses(estimator),
             is_row_wise=row_wise,
             golden=golden,
+            labels=named.labels,
+            output_labels=named.output_labels,
         )
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
@@ -151,7 +154,8 @@ def publish(
             model.SerializeToString(),
             features,
             name=name,
-            labels=_labels(estimator),
+            labels=named.labels,
+            output_labels=named.output_labels,
             meaning=meaning_of(transformer),
             rows=preprocessor.golden.inputs,
             is_row_wise=row_wise,
@@ -225,8 +229,3 @@ def _refuses(estimator: Any) -> Literal["", "inf", "nan"]:
     if not takes(np.nan):
         return "nan"
     return "" if takes(np.inf) else "inf"
-
-
-def _labels(estimator: Any) -> list[str]:
-    answers = answers_of(estimator)
-    return list(answers[0].classes) if answers[0].name == LABEL else []

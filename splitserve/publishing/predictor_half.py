@@ -39,6 +39,7 @@ def predictor_half(
     *,
     name: str,
     labels: Sequence[object],
+    output_labels: Mapping[str, Sequence[str]] | None = None,
     meaning: Meaning = NO_MEANING,
     rows: Sequence[Tensor] = (),
     is_row_wise: bool = True,
@@ -53,6 +54,7 @@ def predictor_half(
             evenly, become the golden samples.
         name: of the model.
         labels: class names in the order of its scores.
+        output_labels: of models with several targets, names of the columns of each output.
         meaning: of the features that it was trained on.
         rows: raw rows (n_samples, …) that ``sample_inputs`` were made from, if known.
         is_row_wise: prove that each answer depends on its own row alone; False: it need not, and requests are never merged.
@@ -91,6 +93,7 @@ def predictor_half(
         _PREDICT_PACKAGES,
         {"ONNX IR": str(parsed.ir_version), **made_with},
         labels=tuple(map(str, labels)),
+        output_labels={output: tuple(names) for output, names in (output_labels or {}).items()},
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
         is_row_wise=is_row_wise,

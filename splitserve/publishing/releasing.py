@@ -102,6 +102,7 @@ def record(
             server_outputs=() if predictor else tuple(whole.predictor.outputs),
             tolerances=tolerances_of(golden.outputs, bounds_of_pair(whole)),
             labels=labels,
+            output_labels=preprocessor.manifest.output_labels or (predictor.manifest.output_labels if predictor else {}),
             is_row_wise=whole.is_row_wise,
             golden=golden_rows,
             accepted=tuple(accepted),

@@ -115,7 +115,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """``manifest.json`` of a bundle.
 
     ``files`` lists every other file except ``model.sig``. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what
-    clients send and what the predictor receives. ``labels`` name the classes in the order of the scores. The rest is for
+    clients send and what the predictor receives. ``labels`` name the classes in the order of the scores; where there are several
+    targets, ``output_labels`` name the columns of each output: the classes of a target, or the targets. The rest is for
     preprocessors only: ``rows``, ``postprocess``, ``compiled``; ``names`` maps an output to the predictor's input where the names
     differ; ``refuses`` is what the features must not contain because the estimator behind the predictor would have rejected it:
     "inf" infinities, "nan" infinities and NaN.
@@ -139,6 +140,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     environment: dict[str, str]
     tolerances: dict[str, Tolerance] = {}
     labels: tuple[str, ...] = ()
+    output_labels: dict[str, tuple[str, ...]] = {}
     rows: Rows | None = None
     postprocess: Postprocess | None = None
     refuses: Literal["", "inf", "nan"] = ""

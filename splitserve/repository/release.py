@@ -111,6 +111,7 @@ class ReleaseManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     server_outputs: tuple[TensorSpec, ...] = ()
     tolerances: dict[str, Tolerance] = {}
     labels: tuple[str, ...] = ()
+    output_labels: dict[str, tuple[str, ...]] = {}
     is_row_wise: bool = True
     golden: GoldenRows = "rows"
     accepted: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import joblib
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -304,6 +305,39 @@ async def test_infer_sends_a_file_and_prints_a_table(tmp_path: Path, form: str) 
     ]
     size = next(tensor for tensor in service.requests[0].inputs if tensor.name == "size")
     np.testing.assert_array_equal(np.frombuffer(size.raw), [1.5, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("labels", "header", "row"),
+    [
+        (["no", "yes"], ["label", "scores_no", "scores_yes"], ["one", "0.25", "0.75"]),
+        (["no", "yes", "third"], ["label", "scores"], ["one", "0.25", "0.75"]),
+    ],
+    ids=["a column each", "of another number"],
+)
+async def test_infer_names_the_columns_after_the_classes(labels: list[str], header: list[str], row: list[str]) -> None:
+    """Of the model's metadata."""
+    service = echo_service()
+    known = service.signatures["m", "1.1"]
+    service.signatures["m", "1.1"] = msgspec.structs.replace(known, properties={"labels": json.dumps(labels)})
+
+    result = await run_beside(service, "infer", "m", "--rows", '[{"size": 1, "word": "one"}]')
+
+    assert [line.split() for line in result.stdout.splitlines()] == [["m", "1.1"], header, row]
+
+
+async def test_infer_names_the_best_of_many_classes() -> None:
+    """Their indices where there are no labels."""
+    service = FakeInference(signature("m", [TensorSpec("x", "FP32", ("batch", 1))], [TensorSpec("y", "FP32", ("batch", 20))]))
+    known = service.signatures["m", "1"]
+    labels = json.dumps([f"class {number}" for number in range(20)])
+    service.signatures["m", "1"] = msgspec.structs.replace(known, properties={"labels": labels})
+    values = np.arange(20, dtype=np.float32)
+    service._answer = lambda request: InferResponse("m", "1", (Tensor("y", "FP32", (1, 20), values.tobytes()),))
+
+    result = await run_beside(service, "infer", "m", "--rows", "[[1.0]]")
+
+    assert "19 [class 19] 18 [class 18] 17 [class 17] 16 [class 16] 15 [class 15] … of 20" in result.stdout
 
 
 async def test_infer_sends_an_image_as_it_is(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -400,3 +401,29 @@ async def test_invalid_options_are_named(way: Way, options: dict[str, Any], mess
     async with way.at("http://127.0.0.1:1" if way.is_rest else "127.0.0.1:1") as client:
         with pytest.raises(ValueError, match=message):
             await client.infer("echo", ROWS, **options)
+
+
+async def test_columns_are_named_after_the_classes_of_the_version_that_answered(way: Way) -> None:
+    """The metadata's labels; those of another version are not used for its answers."""
+    scores = TensorSpec("scores", "FP32", ("batch", 2))
+    old, new = (
+        msgspec.structs.replace(signature("m", [X], [scores], version=version), properties=properties)
+        for version, properties in (
+            ("1.1", {"labels": '["no", "yes"]', "default": "1.1"}),
+            ("2.2", {"labels": '{"scores": ["yes", "no"]}', "default": "2.2"}),
+        )
+    )
+    service = FakeInference(old, new, answer=lambda request: _scores(request, "1.1"))
+    async with way.to(service) as client:
+        first = await client.infer("m", {"x": [[1, 2]]})
+        service._answer = lambda request: _scores(request, "2.2")
+        second = await client.infer("m", {"x": [[1, 2]]})
+
+    assert first.to_frame().to_dict("list") == {"scores_no": [0.25], "scores_yes": [0.75]}
+    assert second.to_frame().to_dict("list") == {"scores_yes": [0.25], "scores_no": [0.75]}
+    assert list(second.to_frame(names={"scores": ["a", "b"]})) == ["a", "b"]
+
+
+def _scores(request: InferRequest, version: str) -> InferResponse:
+    values = np.array([[0.25, 0.75]], np.float32)
+    return InferResponse(request.model, version, (Tensor("scores", "FP32", (1, 2), values.tobytes()),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
+from sklearn.tree import DecisionTreeClassifier
 
 from predict_service.service import PredictService
 from preprocess_service.service import PreprocessService
@@ -22,7 +24,8 @@ from splitserve import publish, publish_predictor, publish_preprocessor, release
 from splitserve.arrays import from_array, to_array
 from splitserve.catalogue import STILL_LOADING
 from splitserve.errors import NotFound, Unavailable
-from splitserve.oip.messages import EXPECTED_MANIFEST, LOADING, READY, InferRequest, InferResponse, ModelState
+from splitserve.oip import classification
+from splitserve.oip.messages import EXPECTED_MANIFEST, LOADING, READY, InferRequest, InferResponse, ModelState, RequestedOutput
 from splitserve.publishing.from_bundles import withdraw
 from splitserve.repository import golden as goldens
 from splitserve.repository import manifest as manifests
@@ -105,6 +108,29 @@ async def test_what_was_published_serves_and_says_what_it_is(services: Services,
     assert metadata.properties["release_digest"] == recorded.manifest_sha256
     assert state.properties == {"default": "true", "release_sequence": "1", "release_digest": recorded.manifest_sha256}
     assert await service.not_ready_reason() == ""
+
+
+async def test_metadata_says_what_the_columns_are_and_classification_answers_with_it(services: Services, tmp_path: Path) -> None:
+    """A list of classes for one target; with several targets, a list for each output."""
+    kinds = np.array(["cat", "dog"])[(TARGETS.ravel() > np.median(TARGETS)).astype(int)]
+    one = make_pipeline(DecisionTreeClassifier(max_depth=1)).fit(ROWS, kinds)
+    several = make_pipeline(DecisionTreeClassifier(max_depth=1)).fit(ROWS, np.c_[kinds, kinds])
+    publish(one, ROWS, name="one", repository=tmp_path)
+    publish(several, ROWS, name="several", repository=tmp_path, targets=["left", "right"])
+
+    service = await services.refresh()
+    labels = {model: msgspec.json.decode((await service.metadata(model)).properties["labels"]) for model in ("one", "several")}
+    requested = RequestedOutput("probabilities_right", {"classification": 1})
+    asked = InferRequest("several", (from_array("features", ROWS[:1]),), outputs=(requested,))
+    answered: asyncio.Future[InferResponse] = asyncio.get_running_loop().create_future()
+    classification.begin(service, asked, lambda result: answered.set_result(result))
+    best = to_array((await answered).outputs[0]).ravel()
+
+    assert labels == {
+        "one": ["cat", "dog"],
+        "several": {"probabilities_left": ["cat", "dog"], "probabilities_right": ["cat", "dog"]},
+    }
+    assert best.tolist()[0].decode().rpartition(":")[2] == one.predict(ROWS[:1])[0]
 
 
 async def test_the_pair_in_between_never_serves(services: Services, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sklearn.base import is_classifier
 from sklearn.cluster import DBSCAN
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, RadiusNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -241,3 +242,42 @@ def test_classes_of_several_types_are_refused() -> None:
     assert is_classifier(estimator)
     with pytest.raises(NotConvertible, match="fit on y of one type"):
         run(estimator, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "y", "targets", "labels", "output_labels"),
+    [
+        (LogisticRegression(), np.array(["a", "b", "c"])[CLASSES], (), ("a", "b", "c"), {}),
+        (
+            RandomForestClassifier(3),
+            np.c_[CLASSES, CLASSES > 1],
+            ("kind", "is_large"),
+            (),
+            {"probabilities_kind": ("0", "1", "2"), "probabilities_is_large": ("0", "1")},
+        ),
+        (LinearRegression(), ROWS[:, :2], ("price", "weight"), (), {"prediction": ("price", "weight")}),
+        (LinearRegression(), ROWS[:, 0], (), (), {}),
+    ],
+    ids=["one target", "several", "numbers", "one number"],
+)
+def test_halves_and_release_say_what_columns_are(
+    tmp_path: Path, estimator: Any, y: Any, targets: Any, labels: Any, output_labels: Any
+) -> None:
+    """The classes of probabilities, the targets of predictions."""
+    publish(make_pipeline(estimator).fit(ROWS, y), ROWS, name="m", repository=tmp_path, targets=targets)
+
+    halves = [Repository(tmp_path).open(BundleKey("m", kind, 1)).manifest for kind in ("preprocess", "predict")]
+    record = json.loads(next(tmp_path.glob("m/releases/*/manifest.json")).read_text())
+
+    for manifest in halves:
+        assert (manifest.labels, manifest.output_labels) == (labels, output_labels)
+    assert tuple(record.get("labels", ())) == labels
+    assert {name: tuple(names) for name, names in record.get("output_labels", {}).items()} == output_labels
+
+
+def test_the_number_of_target_names_is_that_of_the_targets(tmp_path: Path) -> None:
+    """Both numbers are named."""
+    pipeline = make_pipeline(LinearRegression()).fit(ROWS, ROWS[:, :2])
+
+    with pytest.raises(PublishError, match="targets: expected 2 names, got 1"):
+        publish(pipeline, ROWS, name="m", repository=tmp_path, targets=["price"])
