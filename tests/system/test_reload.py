@@ -164,7 +164,7 @@ def test_a_bad_new_version_does_not_affect_the_served_one(tmp_path: Path) -> Non
             model.write_bytes(model.read_bytes()[:-1] + b"\xff")
             for part in ("preprocess/2", "predict/2", "releases/0002-2.2"):
                 (elsewhere / part).rename(tmp_path / "models" / "m" / part)
-            wait_until(lambda: index(system).get("m 2.2", ("LOADING",))[0] != "LOADING", "the report")
+            wait_until(lambda: "model.onnx" in index(system).get("m 2.2", ("", ""))[1], "the reason")  # preprocess may poll first
             states = index(system)
         finally:
             load.stop()
