@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 
@@ -24,8 +24,11 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
     grpc_port: int = Field(ge=0, le=65535)
     """Port of the gRPC face."""
 
-    grpc_engine: Engine = Field("own", validation_alias=AliasChoices("GRPC_ENGINE"))
-    """The gRPC server: own, or grpcio for a peer that is not compatible with our own (docs/interoperation.md)."""
+    grpc_engine: Engine | Literal[""] = ""
+    """The gRPC server of this service, own or grpcio; that of `GRPC_ENGINE` when empty."""
+
+    grpc_engine_of_all: Engine = Field("own", validation_alias=AliasChoices("GRPC_ENGINE"))
+    """The gRPC server of every service: own, or grpcio for a peer that is not compatible with our own (docs/interoperation.md)."""
 
     @property
     def server_metadata(self) -> ServerMetadata:
@@ -43,7 +46,7 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
             port=self.grpc_port,
             shares_port=self.shares_ports,
             tls=self.tls,
-            engine=self.grpc_engine,
+            engine=self.grpc_engine or self.grpc_engine_of_all,
             max_message_bytes=self.max_message_bytes,
             allow_control=self.allow_repository_control,
             request_limits=self.limits,

@@ -98,11 +98,25 @@ def test_one_variable_chooses_the_grpc_engine_of_every_service(monkeypatch: pyte
     assert settings.read(kind).grpc_config.engine == "grpcio"
 
 
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(("own", "of_all"), [("grpcio", "own"), ("own", "grpcio"), ("grpcio", "")])
+def test_a_service_may_have_another_grpc_engine_than_the_others(
+    monkeypatch: pytest.MonkeyPatch, kind: type[FaceSettings], own: str, of_all: str
+) -> None:
+    """Its own variable comes first."""
+    monkeypatch.setenv(f"{kind.stage.upper()}_GRPC_ENGINE", own)
+    if of_all:
+        monkeypatch.setenv("GRPC_ENGINE", of_all)
+
+    assert settings.read(kind).grpc_config.engine == own
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
         ("PROXY_HTTP_PORT", "70000"),
         ("GRPC_ENGINE", "other"),
+        ("PROXY_GRPC_ENGINE", "other"),
         ("PROXY_GRACE_S", "-1"),
         ("LOG_LEVEL", "loud"),
         ("PROXY_DEFAULT_TIMEOUT_S", "x"),
