@@ -28,7 +28,7 @@ class FaceSettings(ListenerTlsSettings, LimitSettings, ServiceSettings):
     """The gRPC server of this service, own or grpcio; that of `GRPC_ENGINE` when empty."""
 
     grpc_engine_of_all: Engine = Field("own", validation_alias=AliasChoices("GRPC_ENGINE"))
-    """The gRPC server of every service: own, or grpcio for a peer that is not compatible with our own (docs/interoperation.md)."""
+    """The gRPC server of all services: own, or grpcio for a peer that is not compatible with our own (docs/interoperation.md)."""
 
     @property
     def server_metadata(self) -> ServerMetadata:

@@ -13,6 +13,8 @@ from splitserve.wire.grpc.server import ServerLimits
 
 Engine = Literal["own", "grpcio"]
 
+_INT_MAX = 2**31 - 1
+
 
 class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Configuration of a gRPC face. Settings classes build it; the defaults are those of tests."""
@@ -61,3 +63,20 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     grace_s: float = 30.0
     """How long calls in flight may take to finish after that."""
+
+    @property
+    def grpcio_options(self) -> list[tuple[str, int]]:
+        """The limits as channel arguments of grpcio. Source: grpc-core, channel_arg_names.h."""
+        limits = self.connection_limits
+        times = ("keepalive_time", "keepalive_timeout", "max_connection_age", "max_connection_age_grace", "max_connection_idle")
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_metadata_size", limits.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+            ("grpc.max_concurrent_streams", limits.max_streams),
+            ("grpc.max_allowed_incoming_connections", limits.max_connections),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.so_reuseport", int(self.shares_port)),
+            *((f"grpc.{name}_ms", round(min(getattr(limits, f"{name}_s") * 1000, _INT_MAX))) for name in times),
+        ]

@@ -37,7 +37,7 @@ def bound_server(
     if config.engine == "grpcio":
         from splitserve.server.grpcio_server import GrpcioServer  # imports grpcio, which our own server does not need
 
-        grpcio_server = GrpcioServer(methods, config, status_of=status_of, new_reservation=budget.reservation)
+        grpcio_server = GrpcioServer(methods, config, status_of, budget.reservation)
         return grpcio_server, grpcio_server.port
     socket = listen(config.host, config.port, shares_port=config.shares_port)
     server = GrpcServer(

@@ -8,105 +8,73 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import grpc
 
 from splitserve.oip.pending import awaited
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.tls import following_credentials
-from splitserve.wire.grpc.call import CallReservation, MethodHandler, ServerCall
-from splitserve.wire.grpc.messages import CallError, Metadata, too_large
-
-_INT_MAX = 2**31 - 1
-
-_STREAMED = grpc.stream_stream_rpc_method_handler
-_ANSWERED = grpc.unary_unary_rpc_method_handler
+from splitserve.wire.grpc.call import CallReservation, MethodHandler
+from splitserve.wire.grpc.messages import CallError, Metadata, message_prefix
 
 
+@dataclass(eq=False)
 class GrpcioServer(grpc.GenericRpcHandler):
     """As `splitserve.wire.grpc.server.GrpcServer`, whose arguments mean the same. Binds at once, see ``port``."""
 
-    def __init__(
-        self,
-        methods: Mapping[str, MethodHandler],
-        config: GrpcConfig,
-        *,
-        status_of: Callable[[Exception], CallError],
-        new_reservation: Callable[[], CallReservation],
-    ) -> None:
-        self._methods, self._status_of, self._new_reservation = methods, status_of, new_reservation
-        self._max_message_bytes = config.max_message_bytes
-        limits = config.connection_limits
-        options = {
-            "grpc.max_receive_message_length": config.max_message_bytes,
-            "grpc.max_send_message_length": config.max_message_bytes,
-            "grpc.max_metadata_size": limits.max_metadata_bytes,
-            "grpc.absolute_max_metadata_size": limits.max_metadata_bytes,
-            "grpc.max_concurrent_streams": limits.max_streams,
-            "grpc.max_allowed_incoming_connections": limits.max_connections,
-            "grpc.keepalive_time_ms": _ms(limits.keepalive_time_s),
-            "grpc.keepalive_timeout_ms": _ms(limits.keepalive_timeout_s),
-            "grpc.keepalive_permit_without_calls": 1,
-            "grpc.max_connection_age_ms": _ms(limits.max_connection_age_s),
-            "grpc.max_connection_age_grace_ms": _ms(limits.max_connection_age_grace_s),
-            "grpc.max_connection_idle_ms": _ms(limits.max_connection_idle_s),
-            "grpc.so_reuseport": int(config.shares_port),
-        }
-        self._server = grpc.aio.server(handlers=[self], options=list(options.items()))
-        address = f"{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}"
-        add_port = self._server.add_insecure_port
-        if config.tls is not None:
-            add_port = partial(self._server.add_secure_port, server_credentials=following_credentials(config.tls))
-        self.port: int = add_port(address)
+    methods: Mapping[str, MethodHandler]
+    config: GrpcConfig
+    status_of: Callable[[Exception], CallError]
+    new_reservation: Callable[[], CallReservation]
 
-    async def start(self) -> None:
-        await self._server.start()
+    def __post_init__(self) -> None:
+        host, port, tls = self.config.host, self.config.port, self.config.tls
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._server = grpc.aio.server(handlers=[self], options=self.config.grpcio_options)
+        if tls is None:
+            self.port: int = self._server.add_insecure_port(address)
+        else:
+            self.port = self._server.add_secure_port(address, following_credentials(tls))
+        self.start = self._server.start
 
     async def stop(self, grace_s: float = 0.0) -> None:
         await self._server.stop(grace_s)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        method = self._methods.get(details.method)
-        if method is None:
-            return None
-        handle = _STREAMED if method.streaming is not None else _ANSWERED
-        return handle(partial(self._stream if method.streaming is not None else self._unary, method))
+        method = self.methods.get(details.method)
+        return grpc.stream_stream_rpc_method_handler(partial(self._serve, method)) if method else None
 
-    async def _unary(self, method: Any, message: bytes, context: Any) -> bytes:
-        call = cast(ServerCall, _GrpcioCall(context, self._max_message_bytes))
-        reservation = self._new_reservation()
-        try:
-            reservation.reserve(len(message))
-            answering = awaited(partial(method.begin, message, call)) if method.begin else method.unary(message, call)
-            answer: bytes = await answering
-            context.set_trailing_metadata(tuple(call.trailing_metadata))
-            return answer
-        except Exception as error:
-            await self._abort(context, error)
-            raise  # never reached: abort raises
-        finally:
-            reservation.release()
-
-    async def _stream(self, method: Any, _: object, context: Any) -> None:
-        call = _GrpcioCall(context, self._max_message_bytes)
+    async def _serve(self, method: MethodHandler, _: object, context: Any) -> None:
+        call: Any = _GrpcioCall(context, self.config.max_message_bytes)
         sending = asyncio.create_task(call.send_all())
         try:
-            await method.streaming(call)
+            await (method.streaming(call) if method.streaming else self._answer_one(method, call))
             await call.drain()
             context.set_trailing_metadata(tuple(call.trailing_metadata))
         except (Exception, asyncio.CancelledError) as error:
             failure = call.failure or error
             if isinstance(failure, asyncio.CancelledError):
                 raise
-            await self._abort(context, failure)
+            status = failure if isinstance(failure, CallError) else self.status_of(failure)
+            await context.abort(grpc.StatusCode[status.code], status.message, tuple(status.trailing))
         finally:
             sending.cancel()
 
-    async def _abort(self, context: Any, error: Exception) -> Any:
-        status = error if isinstance(error, CallError) else self._status_of(error)
-        await context.abort(grpc.StatusCode[status.code], status.message, tuple(status.trailing))
+    async def _answer_one(self, method: Any, call: Any) -> None:
+        """A unary call: on the wire it is a stream of one message each way."""
+        message = await call.read()
+        if message is None or await call.read() is not None:
+            raise CallError("UNIMPLEMENTED", "expected one message")
+        reservation = self.new_reservation()
+        try:
+            reservation.reserve(len(message))
+            answer = awaited(partial(method.begin, message, call)) if method.begin else method.unary(message, call)
+            call.write_nowait(await answer)
+        finally:
+            reservation.release()
 
 
 class _GrpcioCall:
@@ -115,7 +83,7 @@ class _GrpcioCall:
     def __init__(self, context: Any, max_message_bytes: int) -> None:
         self._context, self._max_message_bytes = context, max_message_bytes
         self._unsent: asyncio.Queue[tuple[Callable[[Any], Any], object]] = asyncio.Queue()
-        self._task = asyncio.current_task()
+        self._task: Any = asyncio.current_task()
         self.metadata = tuple((name, value) for name, value in context.invocation_metadata() if isinstance(value, str))
         self.peer, self.time_remaining, self.drain = context.peer(), context.time_remaining, self._unsent.join
         self.trailing_metadata: Metadata = ()
@@ -133,8 +101,7 @@ class _GrpcioCall:
         self._unsent.put_nowait((self._context.send_initial_metadata, tuple(metadata)))
 
     def write_nowait(self, message: bytes) -> None:
-        if len(message) > self._max_message_bytes:
-            raise too_large("Sent", len(message), self._max_message_bytes)
+        message_prefix(message, self._max_message_bytes)  # raises if it is too large
         self._unsent.put_nowait((self._context.write, message))
 
     async def write(self, message: bytes) -> None:
@@ -143,15 +110,10 @@ class _GrpcioCall:
 
     def fail(self, error: CallError) -> None:
         self.failure = error
-        if self._task is not None:
-            self._task.cancel()
+        self._task.cancel()
 
     async def send_all(self) -> None:
         while True:
             send, what = await self._unsent.get()
             await send(what)
             self._unsent.task_done()
-
-
-def _ms(seconds: float) -> int:
-    return round(min(seconds * 1000, _INT_MAX))
