@@ -16,7 +16,7 @@ C11 D01 D02 D03 D04 D05 D06 D07 D08 D09 D10 D11 D13 D15 E01 E02 E03 E04 E05 E06 
 G01 G02 G03 G05 G06 G07 G08 G09 G11 H01 H03 H04 H06
 """
 ATTACKS = _ATTACKS.split()
-PAGES = {"attacks.md": ATTACKS, "reliability.md": [f"P-{number:02}" for number in range(1, 45)]}
+PAGES = {"attacks.md": ATTACKS, "reliability.md": [f"P-{number:02}" for number in range(1, 47)]}
 
 
 def rows(page: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -177,14 +178,13 @@ def test_a_release_that_is_rolled_back_or_withdrawn_under_load_loses_no_request(
     np.testing.assert_allclose(np.ravel(next(iter(still.values()))), callers.truths["2.2"], rtol=RELATIVE)
 
 
-@pytest.mark.parametrize("is_gone", ["root", "contents"])
-def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Path, is_gone: str) -> None:
-    """Absence is not withdrawal: loaded releases keep serving, with a reason, until the repository can be read again."""
+def serve_while_unmounted(tmp_path: Path, is_gone: str, *, is_fused: bool, for_s: float) -> tuple[Callers, str]:
+    """Move the repository away under load and back again; the callers, and why the model was not loaded from it meanwhile."""
     models, away = tmp_path / "models", tmp_path / "away"
     first = pipeline(1)
     publish(first, ROWS, name="m", repository=models)
     quick = {"PREDICT_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_REFRESH_INTERVAL_S": "0.1", "PREPROCESS_UNLOAD_DELAY_S": "0.2"}
-    system = System(models, is_fused=True, PREDICT_UNLOAD_DELAY_S="0.2", **quick)
+    system = System(models, is_fused=True, PREDICT_UNLOAD_DELAY_S="0.2", **quick) if is_fused else Replicated(models)
 
     def reason() -> str:
         return str(system.rest("/v2/repository/index", {})[1][0]["reason"])
@@ -198,11 +198,105 @@ def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Pa
             source.rename(target)
             gone = wait_until(reason, "the reason")
             n_answers = callers.n_answers
+            threading.Event().wait(for_s)
             wait_until(lambda: callers.n_answers > n_answers + 200, "answers meanwhile")
             target.rename(source)
             wait_until(lambda: not reason(), "the repository read again")
     finally:
         system.stop()
+    return callers, gone
+
+
+@pytest.mark.parametrize("is_gone", ["root", "contents"])
+def test_a_repository_that_is_unmounted_under_load_loses_no_request(tmp_path: Path, is_gone: str) -> None:
+    """Absence is not withdrawal: what was loaded serves on and says why, until the repository can be read again."""
+    callers, gone = serve_while_unmounted(tmp_path, is_gone, is_fused=True, for_s=0)
 
     assert callers.complaints == []
     assert "no such folder" in gone or "are no longer in the repository" in gone
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("is_gone", ["root", "contents"])
+@pytest.mark.parametrize("is_fused", [False, True], ids=["replicas", "fused"])
+def test_a_repository_that_is_unmounted_for_a_minute_loses_no_request(tmp_path: Path, is_gone: str, is_fused: bool) -> None:
+    """Longer than any delay and grace."""
+    callers, _ = serve_while_unmounted(tmp_path, is_gone, is_fused=is_fused, for_s=60)
+
+    print(f"{callers.n_answers} answers")
+    assert callers.complaints == []
+    assert callers.n_answers > 2000
+
+
+class Rolled(System):
+    """Three replicas of preprocess and of predict, each at an address of its own, whose images have their own repositories."""
+
+    ADDRESSES = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+
+    def __init__(self, models: Path) -> None:
+        self._environment = {}
+        self._ports = dict(zip(("predict", "preprocess"), free_ports(2), strict=True))
+        self.processes = {}
+        for service in self._ports:
+            for number in range(len(self.ADDRESSES)):
+                self.start(service, number, models)
+        named = self._named("preprocess")
+        target = {"PROXY_PREPROCESS_TARGET": f"preprocess.test:{self._ports['preprocess']}"}
+        settings = {"PROXY_HTTP_PORT": "0", "PROXY_GRPC_PORT": "0", "PROXY_REFRESH_INTERVAL_S": "0.5"}
+        self.processes["proxy"] = Process("tests.system.named", {**settings, **target}, arguments=["proxy", named])
+        ports = self.processes["proxy"].wait_for("listening")
+        self.http, self.grpc = (f"127.0.0.1:{ports[name]}" for name in ("http_port", "grpc_port"))
+
+    def _named(self, service: str) -> str:
+        return f"{service}.test={','.join(self.ADDRESSES)}"
+
+    def start(self, service: str, number: int, models: Path) -> None:
+        """Start a replica with the models of its image, and wait until it is ready."""
+        prefix = service.upper()
+        settings = {
+            "MODEL_REPOSITORY": str(models),
+            f"{prefix}_HOST": self.ADDRESSES[number],
+            f"{prefix}_GRPC_PORT": str(self._ports[service]),
+            f"{prefix}_DRAIN_DELAY_S": "1",
+            "PREPROCESS_PREDICT_TARGET": f"predict.test:{self._ports['predict']}",
+        }
+        arguments = [f"{service}_service", self._named("predict")]
+        self.processes[f"{service} {number}"] = process = Process("tests.system.named", settings, arguments=arguments)
+        process.wait_for("ready")
+
+    def replace(self, service: str, number: int, models: Path) -> None:
+        """Stop a replica and start it with another image."""
+        assert self.processes[f"{service} {number}"].stop() == 0
+        self.start(service, number, models)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_images_that_are_rolled_forward_and_back_one_by_one_lose_no_request(tmp_path: Path) -> None:
+    """Each image has its models inside: the old one two releases, the new one a third. A replica at a time, half by half."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    made = {f"{number}.{number}": pipeline(number) for number in (1, 2, 3)}
+    for number, each in enumerate(made.values(), start=1):
+        publish(each, ROWS, name="m", repository=new)
+        if number == 2:
+            shutil.copytree(new, old)
+    system = Rolled(old)
+    try:
+        wait_until(lambda: system.rest("/v2/models/m/ready")[0] == 200, "ready")
+        callers = Callers(system)
+        callers.truths = {pair: float(each.predict(ROW)[0]) for pair, each in made.items()}
+        with callers:
+            for models, last in ((new, "3.3"), (old, "2.2")):
+                for number in range(len(system.ADDRESSES)):
+                    for service in ("predict", "preprocess"):
+                        system.replace(service, number, models)
+                default = lambda: system.rest("/v2/models/m")[1].get("properties", {}).get("default")  # noqa: E731
+                wait_until(lambda: default() == last, f"{last} as the default")  # noqa: B023
+    finally:
+        system.stop()
+
+    print(f"{callers.n_answers} answers of {sorted(callers.releases)}")
+    assert callers.complaints == []
+    assert callers.releases == {"2.2", "3.3"}
+    assert callers.n_answers > 2000
