@@ -227,8 +227,8 @@ class RemoteInference:
             reserve_s = min(MAX_RESERVE_S, RESERVE_SHARE * timeout_s)
             request = msgspec.structs.replace(request, deadline=request.deadline - reserve_s)
             timeout_s -= reserve_s
-        try:
-            async with asyncio.timeout(None if request.deadline == NO_DEADLINE else timeout_s):
+        try:  # deadlines are on the clock of the event loop, asyncio's and uvloop's
+            async with asyncio.timeout_at(None if request.deadline == NO_DEADLINE else request.deadline):
                 return await self._infer_with_retries(request, timeout_s)
         except TimeoutError:
             raise DeadlineExceeded(f"the {self._stage} service did not answer in time", stage=self._stage) from None
