@@ -121,16 +121,32 @@ def _named(targets: Sequence[str], n_targets: int) -> Sequence[str]:
 
 
 def _predicted(model: Any, rows: Any) -> Array:
-    found = np.asarray(model.predict(rows))
+    found = _as_array(model, "predict", model.predict(rows))
     return found.reshape(-1) if found.shape[1:] == (1,) else found  # some libraries give labels (n_rows, 1)
 
 
 def _probable(model: Any, rows: Any) -> Array:
-    return np.asarray(model.predict_proba(rows))
+    return _as_array(model, "predict_proba", model.predict_proba(rows))
 
 
 def _decided(model: Any, rows: Any) -> Array:
-    return np.asarray(model.decision_function(rows))
+    return _as_array(model, "decision_function", model.decision_function(rows))
+
+
+def _as_array(model: Any, method: str, given: Any) -> Array:
+    """What a method gave.
+
+    Raises:
+        NotConvertible: its rows have different lengths.
+    """
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        last = model.steps[-1][1] if hasattr(model, "steps") else model
+        raise NotConvertible(
+            f"{type(last).__name__}.{method} gives rows of different lengths, which no tensor can hold; give all rows the same "
+            "columns, e.g. one for each class"
+        ) from error
 
 
 def _classified(classifier: Any, targets: Sequence[str]) -> list[Answer]:

@@ -26,7 +26,7 @@ from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
-from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
+from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted, not_a_pipeline
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import GoldenRows
 from splitserve.repository.release import Compared
@@ -110,8 +110,7 @@ def publish(
             version exists. Nothing has been written then.
     """
     if not isinstance(pipeline, Pipeline):
-        raise PublishError(f"expected a scikit-learn Pipeline, got {type(pipeline).__name__}; publish_preprocessor and "
-                           "publish_predictor take the halves")  # fmt: skip
+        raise PublishError(not_a_pipeline(pipeline))
     check_fitted(pipeline)
     estimator = pipeline.steps[-1][1]
     if not hasattr(estimator, "predict"):

@@ -162,7 +162,10 @@ def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:
     try:
         return PICKLE_FILE, sklearn_pipeline.dump_pickle(transformer)
     except BundleError as error:
-        raise PublishError(str(error)) from error
+        raise PublishError(
+            f"{error}; skops cannot hold them either. A lambda, or a function inside of another, has no name to load it by: "
+            "define it in a module of its own"
+        ) from error
 
 
 def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequence[str]) -> Preprocessor:
@@ -171,9 +174,27 @@ def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequ
     try:
         return Preprocessor(manifest, sklearn_pipeline.load(file, trusted_modules))
     except BundleError as error:
+        if nowhere := _only_here(sklearn_pipeline.untrusted_types(file)):
+            raise PublishError(nowhere) from error
         modules = sklearn_pipeline.untrusted_modules(file, trusted_modules)
         way_out = f"trusted_modules={modules}" if modules else "allow_pickle=True, and services that allow it too"
         raise PublishError(f"{error} (to publish: {way_out})") from error
+
+
+def _only_here(names: Sequence[str]) -> str:
+    """What to do about functions and classes that no service can import; "" if there are none."""
+    for name in names:
+        if "<" in name:
+            return (
+                f"the transforms hold {name}: a lambda, or a function inside of another, has no name to load it by; take a "
+                "function of numpy such as np.log1p, or one of a module of yours that is named in trusted_modules, and fit again"
+            )
+        if name.startswith("__main__."):
+            return (
+                f"the transforms hold {name}, which is defined in the script or notebook that publishes and which a service does "
+                "not have; move it to a module of its own, import it, fit again, and name that module in trusted_modules"
+            )
+    return ""
 
 
 def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:

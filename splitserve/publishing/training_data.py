@@ -24,6 +24,25 @@ def check_fitted(transformer: Any) -> None:
         raise PublishError(f"expected a scikit-learn estimator, got {type(transformer).__name__}") from error
 
 
+def not_a_pipeline(given: Any) -> str:
+    """What to publish in place of something that is no pipeline."""
+    name = type(given).__name__
+    if hasattr(given, "best_estimator_"):
+        best = type(given.best_estimator_).__name__
+        way_out = "best_estimator_" if best == "Pipeline" else f"make_pipeline(search.best_estimator_), a {best}"
+        return f"expected a scikit-learn Pipeline, got {name}; publish its {way_out}"
+    if hasattr(given, "refit") and hasattr(given, "cv_results_"):
+        return f"expected a scikit-learn Pipeline, got {name} without best_estimator_; fit it with refit=True and publish that"
+    if hasattr(given, "predict"):
+        return (
+            f"expected a scikit-learn Pipeline, got {name}; publish make_pipeline(model), after the transforms that it was "
+            "fitted behind, if any"
+        )
+    if hasattr(given, "transform"):
+        return f"expected a scikit-learn Pipeline that ends with an estimator, got {name}; publish_preprocessor takes transforms"
+    return f"expected a scikit-learn Pipeline, got {name}; publish_preprocessor and publish_predictor take the halves"
+
+
 def as_rows(X: Any) -> Rowset:
     """A DataFrame as it is, anything else as an array whose leading dimension is the rows."""
     if hasattr(X, "columns") and hasattr(X, "iloc"):

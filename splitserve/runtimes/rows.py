@@ -64,12 +64,26 @@ def _observe_column(name: str, series: Any) -> Column:
     dtype = str(series.dtype)
     if dtype not in _TEXT_DTYPES:
         if _plain_datatype(dtype) is None:
-            raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; convert it, e.g. with .astype("float64")')
+            raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; {_conversion(name, dtype)}')
         return Column(name, dtype)
     values = series.tolist()
     _check_text(f'column "{name}"', [value for value in values if not is_missing(value)])
     categories = tuple(str(value) for value in series.cat.categories) if dtype == "category" else ()
     return Column(name, dtype, _missing_value(values), categories, dtype == "category" and bool(series.cat.ordered))
+
+
+def _conversion(name: str, dtype: str) -> str:
+    """How to make numbers or text of a column, in training and in what clients send."""
+    if dtype.startswith("datetime64"):
+        start = 'pd.Timestamp(0, tz="UTC")' if "," in dtype else "pd.Timestamp(0)"
+        return f'send seconds and fit on them: X["{name}"] = (X["{name}"] - {start}) / pd.Timedelta(seconds=1)'
+    if dtype.startswith("timedelta64"):
+        return f'send seconds and fit on them: X["{name}"] = X["{name}"] / pd.Timedelta(seconds=1)'
+    if dtype.startswith(("period", "interval")):
+        return f'send text and fit on it: X["{name}"] = X["{name}"].astype(str)'
+    if dtype.startswith("complex"):
+        return "send its real and imaginary parts as two columns"
+    return f'fit on X["{name}"].astype("float64"), in which a missing value is NaN'
 
 
 def _observe_elements(array: Array, name: str) -> str:

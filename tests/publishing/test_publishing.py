@@ -18,7 +18,8 @@ from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingClas
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.naive_bayes import MultinomialNB
+from sklearn.model_selection import GridSearchCV
+from sklearn.naive_bayes import GaussianNB, MultinomialNB
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
@@ -180,9 +181,59 @@ class Unknown(ClassifierMixin, BaseEstimator):
         return np.zeros(len(X), int)
 
 
+class Ragged(Unknown):
+    """An estimator whose rows have one probability or two."""
+
+    def predict_proba(self, X: Any) -> Any:
+        return [[1.0] * (1 + row % 2) for row in range(len(X))]
+
+
 FITTED = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
 MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
-    "not a pipeline": (LogisticRegression(), IRIS, {}, "expected a scikit-learn Pipeline, got LogisticRegression"),
+    "not a pipeline": (
+        LogisticRegression(),
+        IRIS,
+        {},
+        r"got LogisticRegression; publish make_pipeline\(",
+    ),
+    "a search of pipelines": (
+        GridSearchCV(make_pipeline(GaussianNB()), {"gaussiannb__priors": [None]}, cv=2).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "expected a scikit-learn Pipeline, got GridSearchCV; publish its best_estimator_$",
+    ),
+    "a search of estimators": (
+        GridSearchCV(GaussianNB(), {"priors": [None]}, cv=2).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        r"got GridSearchCV; publish its make_pipeline\(search.best_estimator_\), a GaussianNB",
+    ),
+    "a search without a best": (
+        GridSearchCV(GaussianNB(), {"priors": [None]}, cv=2, refit=False).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "fit it with refit=True",
+    ),
+    "a transformer": (StandardScaler(), IRIS, {}, "publish_preprocessor takes transforms"),
+    "neither": (object(), IRIS, {}, "got object; publish_preprocessor and publish_predictor take the halves"),
+    "a lambda": (
+        make_pipeline(FunctionTransformer(lambda x: x), GaussianNB()).fit(IRIS, SPECIES),
+        IRIS,
+        {"trusted_modules": ["tests"]},
+        "a lambda, or a function inside of another, has no name to load it by; take a function of numpy",
+    ),
+    "a lambda as a pickle": (
+        make_pipeline(FunctionTransformer(lambda x: x), GaussianNB()).fit(IRIS, SPECIES),
+        IRIS,
+        {"allow_pickle": True},
+        "A lambda, or a function inside of another, has no name to load it by",
+    ),
+    "ragged answers": (
+        make_pipeline(StandardScaler(), Ragged()).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "Ragged.predict_proba gives rows of different lengths, which no tensor can hold",
+    ),
     "not fitted": (make_pipeline(StandardScaler(), LogisticRegression()), IRIS, {}, "Pipeline is not fitted; call fit first"),
     "no estimator": (make_pipeline(StandardScaler()).fit(IRIS), IRIS, {}, "the last step, StandardScaler, has no predict"),
     "unsupported estimator": (
