@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
 	@echo "make test-jobs     tests of jobs in PostgreSQL; installs it"
+	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
@@ -153,13 +154,33 @@ test-jobs: $(BIN)/.installed
 	bash tests/jobs/install.sh
 	$(BIN)/pytest -n 0 -m postgres tests/jobs
 
+# The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
+# xgboost-cpu is xgboost without code for GPUs, a tenth of its size.
+.venv-boosting/highest/.installed: $(BIN)/.installed
+	$(BIN)/uv pip install --quiet --target .venv-boosting/highest --no-deps xgboost-cpu==3.2.0 lightgbm==4.7.0 catboost==1.2.10 \
+		narwhals==2.29.0
+	@touch $@
+
+.venv-boosting/lowest/.installed: $(BIN)/.installed
+	$(PYTHON) -m venv --without-pip .venv-boosting/lowest
+	$(BIN)/uv pip install --quiet --python .venv-boosting/lowest/bin/python --resolution lowest-direct xgboost-cpu==2.1.4 \
+		lightgbm==4.6.0 catboost==1.2.8 --editable ".[preprocess,predict,publish]" "hypothesis>=6.130" "pytest>=8.3" \
+		"pytest-asyncio>=0.26" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
+	@touch $@
+
+test-boosting: .venv-boosting/highest/.installed .venv-boosting/lowest/.installed
+	PYTHONPATH=.venv-boosting/highest $(BIN)/pytest -m boosting tests/publishing/boosting
+	.venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -m boosting tests/publishing/boosting
+
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
 
 # One resolution for everything; each image's lock is a part of it.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+# All extras but publish-boosting, whose libraries are large and have environments of their own.
+EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres predict preprocess proxy publish s3 server signing
 lock: $(BIN)/.installed
-	$(BIN)/$(COMPILE) --upgrade --all-extras --group dev -o requirements/dev.txt
+	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
 	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 
 clean:

@@ -21,6 +21,7 @@ from predict_service.settings import PredictSettings
 from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
 from splitserve.errors import TABLE
+from splitserve.publishing.boosting.options import OPTIONS
 from splitserve.repository.environment import RULES
 from splitserve.repository.manifest import Manifest
 from splitserve.server.settings import ServiceSettings, variable_name
@@ -28,6 +29,8 @@ from tests.wire import test_rfc7541, test_rfc9113, test_rfc9113_client
 from tests.wire.rules import Shown, markdown
 
 DOCS = Path(__file__).parent
+LIBRARY_NAMES = {"xgboost": "XGBoost", "lightgbm": "LightGBM", "catboost": "CatBoost"}
+OPTIONS_BEGIN, OPTIONS_END = "<!-- options: written by make docs -->", "<!-- end of options -->"
 RULES_BEGIN, RULES_END = "<!-- rules: written by make docs -->", "<!-- end of rules -->"
 TABLE_BEGIN, TABLE_END = "<!-- estimators: written by make docs -->", "<!-- end of estimators -->"
 SERVICES: dict[str, type[ServiceSettings]] = {
@@ -126,6 +129,17 @@ def publishing_page() -> str:
     return "\n".join([before + TABLE_BEGIN, *estimators.table(), TABLE_END + rest.split(TABLE_END)[1]])
 
 
+def boosting_page() -> str:
+    """docs/boosting.md, with the tables of options between its marks."""
+    before, rest = (DOCS / "boosting.md").read_text().split(OPTIONS_BEGIN)
+    lines = []
+    for library, options in groupby(OPTIONS, key=lambda option: option.library):
+        lines += ["", f"### {LIBRARY_NAMES[library]}", "", "| choice | published | use instead |", "|---|---|---|"]
+        for option in options:
+            lines.append(f"| `{option.choice}` | {'equal' if option.is_equal else 'refused'} | {option.instead} |")
+    return "\n".join([before + OPTIONS_BEGIN, *lines, "", OPTIONS_END + rest.split(OPTIONS_END)[1]])
+
+
 def wire_page() -> str:
     """docs/wire.md, with the rules that its tests have put between its marks."""
     before, rest = (DOCS / "wire.md").read_text().split(RULES_BEGIN)
@@ -149,6 +163,7 @@ def main() -> None:
         "versions.md": versions_page(),
         "wire.md": wire_page(),
         "publishing.md": publishing_page(),
+        "boosting.md": boosting_page(),
     }
     if "--check" in sys.argv[1:]:
         stale = [name for name, text in pages.items() if not (DOCS / name).exists() or (DOCS / name).read_text() != text]

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from splitserve.arrays import Array, from_array, to_array
-from splitserve.publishing import samples
+from splitserve.publishing import boosting, samples
 from splitserve.repository.manifest import Rows
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -285,7 +285,9 @@ def _trees(part: Any, seen: set[int]) -> Iterator[tuple[Array, Array]]:
         if part.dtype.kind == "O":
             for each in part.ravel().tolist():
                 yield from _trees(each, seen)
-    elif type(part).__module__.startswith(("sklearn.", "xgboost.", "lightgbm.", "catboost.")):
+    elif boosting.is_boosted(part):
+        yield from boosting.thresholds(part)
+    elif type(part).__module__.startswith("sklearn."):
         for each in list(getattr(part, "__dict__", {}).values()):
             yield from _trees(each, seen)
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import check_is_fitted
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
@@ -98,8 +100,14 @@ def _joined(values: Sequence[Value]) -> Value:
 
 
 def is_boosted(estimator: Any) -> bool:
-    """Whether an object is an estimator of one of the three libraries that `thresholds` knows."""
-    return type(estimator).__module__.partition(".")[0] in LIBRARIES and hasattr(estimator, "predict")
+    """Whether an object is a fitted estimator of one of the three libraries, so that `thresholds` knows it."""
+    if type(estimator).__module__.partition(".")[0] not in LIBRARIES:
+        return False
+    try:
+        check_is_fitted(estimator)
+    except (NotFittedError, TypeError):  # or it is another object of the library
+        return False
+    return True
 
 
 def thresholds(estimator: Any) -> list[tuple[Array, Array]]:

@@ -35,20 +35,16 @@ CLASSIFIERS: Mapping[str, Link] = {
 }
 """By loss function, what makes probabilities of margins."""
 
+RANKERS = (
+    *("QueryRMSE", "QuerySoftMax", "PairLogit", "PairLogitPairwise", "YetiRank", "YetiRankPairwise", "StochasticRank"),
+    *("LambdaMart",),
+)
+
 REGRESSORS: Mapping[str, Link] = {
     **dict.fromkeys(
         [
             *("RMSE", "MAE", "Quantile", "MultiQuantile", "LogLinQuantile", "MAPE", "Lq", "Expectile", "Huber", "LogCosh"),
-            *("MultiRMSE", "MultiRMSEWithMissingValues", "SurvivalAft", "Cox", "QueryRMSE", "QuerySoftMax", "PairLogit"),
-            *(
-                "PairLogitPairwise",
-                "YetiRank",
-                "YetiRankPairwise",
-                "StochasticRank",
-                "StochasticFilter",
-                "LambdaMart",
-                "callable",
-            ),
+            *("MultiRMSE", "MultiRMSEWithMissingValues", "SurvivalAft", "Cox", *RANKERS, "callable"),
         ],
         _identity,
     ),
@@ -63,17 +59,17 @@ class _CatBoost(Boosted):
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
+        names = self.estimator.feature_names_
+        for kind in ("cat", "text", "embedding"):
+            if found := [str(names[index]) for index in getattr(self.estimator, f"get_{kind}_feature_indices")()]:
+                raise NotConvertible(
+                    f"{type(self.estimator).__name__} with {kind}_features ({', '.join(found)}) has no ONNX form; encode these "
+                    "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them"
+                )
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.json")
             self.estimator.save_model(str(file), format="json")
             model: dict[str, Any] = json.loads(file.read_bytes())
-        for kind, found in model["features_info"].items():
-            if kind.endswith("_features") and kind != "float_features" and found:
-                names = ", ".join(str(each.get("feature_id") or each["flat_feature_index"]) for each in found)
-                raise NotConvertible(
-                    f"{type(self.estimator).__name__} with {kind.replace('_', ' ')} ({names}) has no ONNX form; encode these "
-                    "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them"
-                )
         return model
 
     @cached_property

@@ -106,8 +106,8 @@ class _LightGBM(Boosted):
         return found
 
     @cached_property
-    def result(self) -> Value:
-        """(n_rows, n_groups)."""
+    def answer(self) -> tuple[Value, Value]:
+        """What `predict` gives for each group, and the margins (n_rows, n_groups)."""
         header = self.blocks[0]
         objective, _, rest = header.get("objective", "").partition(" ")
         if objective not in OBJECTIVES:
@@ -121,8 +121,8 @@ class _LightGBM(Boosted):
             margin = margin / float(len(self.read) // self.n_groups)
         words = dict(word.partition(":")[::2] for word in rest.split())
         if "sqrt" in words:  # of reg_sqrt
-            return margin * margin.abs()
-        return OBJECTIVES[objective](margin * float(words.get("sigmoid", 1.0)))
+            return margin * margin.abs(), margin
+        return OBJECTIVES[objective](margin * float(words.get("sigmoid", 1.0))), margin
 
 
 def _of(features: set[int], n_features: int, condition: Value) -> Value:
@@ -186,11 +186,22 @@ class LightGBMClassifier(_LightGBM):
                 "LGBMClassifier with a callable objective gives raw scores instead of labels and has no ONNX form; use "
                 "LGBMRegressor, or a built-in objective"
             )
-        return two_columns(self.result) if self.n_groups == 1 else self.result
+        found, _ = self.answer
+        return two_columns(found) if self.n_groups == 1 else found
+
+    @cached_property
+    def decision_function(self) -> Value:
+        return self.answer[1]
+
+    @cached_property
+    def class_index(self) -> Value:
+        if self.n_groups == 1:
+            return self.predict_proba.argmax()
+        return self.answer[1].argmax()  # the exponentials of equal ones may differ in the last place
 
 
 @converts("lightgbm.LGBMRegressor", "lightgbm.LGBMRanker")
 class LightGBMRegressor(_LightGBM, Regressor):
     @cached_property
     def predict(self) -> Value:
-        return self.result
+        return self.answer[0]

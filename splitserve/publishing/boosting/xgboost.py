@@ -66,7 +66,7 @@ REGRESSORS: Mapping[str, tuple[Link, Callable[[float], float]]] = {
     ),
     **dict.fromkeys(["reg:logistic", "binary:logistic"], (_sigmoid, _logit)),
     "binary:hinge": (_hinge, float),
-    **dict.fromkeys(["count:poisson", "reg:gamma", "reg:tweedie", "survival:cox", "survival:aft"], (_exponential, math.log)),
+    **dict.fromkeys(["count:poisson", "reg:gamma", "reg:tweedie", "survival:cox"], (_exponential, math.log)),
     "multi:softprob": (_softmax, float),
 }
 """Likewise, predictions."""
