@@ -159,6 +159,19 @@ async def test_a_pin_is_followed_although_newer_releases_are_ready() -> None:
         assert (await proxy.metadata("m")).properties[DEFAULT] == "1.1"
 
 
+async def test_without_a_default_requests_have_to_name_a_version() -> None:
+    """After a restart with a broken route nobody can tell what was to serve: 503 with the reason, and named ones are answered."""
+    fake = Preprocess("1.1", "2.2")
+    for state in fake.states:
+        dict.pop(state.properties, DEFAULT, None)  # type: ignore[arg-type]
+    fake.states.append(ModelState("m", "", UNAVAILABLE, "m: route.json: Input data was truncated"))
+    async with edge(fake) as proxy:
+        with pytest.raises(Unavailable, match=r"no release is chosen: m: route\.json: Input data was truncated; name a version"):
+            await proxy.infer(request())
+
+        assert (await proxy.infer(request("1.1"))).version == "1.1"
+
+
 async def test_the_index_tells_the_release_and_the_default() -> None:
     """Over every transport."""
     async with edge(Preprocess("1.1", "2.2")) as proxy:
