@@ -141,6 +141,9 @@ def publish(
         str,
         typer.Option(help='What is stored as golden rows: "rows" of the data, "synthetic" ones, or those of a file like --data.'),
     ] = "rows",
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds that converting and comparing may take, with --pipeline or --transformer.")
+    ] = 600.0,
 ) -> None:
     """Publish a model, or half of one, to a model repository."""
     from splitserve.cli.publish import run
@@ -158,6 +161,7 @@ def publish(
         trusted_modules=trusted_module or [],
         allow_pickle=allow_pickle,
         golden=golden,
+        time_limit_s=time_limit,
     )
 
 

@@ -30,6 +30,7 @@ def run(
     trusted_modules: Sequence[str],
     allow_pickle: bool,
     golden: str,
+    time_limit_s: float,
 ) -> None:
     """Publish the one of pipeline, transformer and onnx that is given; exits 1 with the reason if that fails."""
     if sum(path is not None for path in (pipeline, transformer, onnx)) != 1:
@@ -44,7 +45,7 @@ def run(
         raise typer.Exit(1) from None
     sys.path.insert(0, "")  # so that --trusted-module finds modules of this folder
     common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
-    form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle}
+    form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle, "time_limit_s": time_limit_s}
     if onnx is not None and golden != "rows":
         raise typer.BadParameter("--golden goes with --pipeline or --transformer: the data of --onnx are its golden samples")
     try:

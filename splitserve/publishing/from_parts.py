@@ -10,10 +10,12 @@ from typing import Any
 import onnx
 
 from splitserve.arrays import Array
+from splitserve.publishing import as_served
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import repository_at, write
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
+from splitserve.publishing.progress import TIME_LIMIT_S, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
@@ -42,6 +44,7 @@ def publish_preprocessor(
     allow_pickle: bool = False,
     row_wise: bool = True,
     golden: Any = "rows",
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Bundle:
     """Publish fitted transforms as a preprocessor.
 
@@ -60,26 +63,32 @@ def publish_preprocessor(
         allow_pickle: as for `publish`.
         row_wise: as for `publish`.
         golden: as for `publish`.
+        time_limit_s: as for `publish`.
 
     Raises:
-        PublishError: not fitted, ``X`` does not fit, or the version exists. Nothing has been written then.
+        PublishError: not fitted, ``X`` does not fit, a service could not load it, or the version exists. Nothing has been
+            written then.
     """
     check_fitted(transformer)
-    half = preprocessor_half(
-        transformer,
-        as_rows(X),
-        name=name,
-        input_name=input_name,
-        output_name=output_name,
-        precision=precision,
-        all_as_floats=False,
-        trusted_modules=trusted_modules,
-        allow_pickle=allow_pickle,
-        labels=tuple(map(str, labels)),
-        postprocess=postprocess,
-        is_row_wise=row_wise,
-        golden=golden,
-    )
+    with Progress(name, time_limit_s) as progress:
+        progress.step("the transforms")
+        half = preprocessor_half(
+            transformer,
+            as_rows(X),
+            name=name,
+            input_name=input_name,
+            output_name=output_name,
+            precision=precision,
+            all_as_floats=False,
+            trusted_modules=trusted_modules,
+            allow_pickle=allow_pickle,
+            labels=tuple(map(str, labels)),
+            postprocess=postprocess,
+            is_row_wise=row_wise,
+            golden=golden,
+        )
+        progress.step("loading as a service does")
+        as_served.check(half, trusted_modules=trusted_modules, allow_pickle=allow_pickle)
     return write(repository_at(repository), half, version=version)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,16 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
 
 from splitserve.arrays import Array, to_array
-from splitserve.publishing import samples
+from splitserve.publishing import as_served, samples
 from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
 from splitserve.publishing.convert import names_of, to_onnx
 from splitserve.publishing.equality import Comparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
-from splitserve.publishing.halves import N_PROBED, PreprocessorHalf, repository_at, said_of_golden
+from splitserve.publishing.halves import N_PROBED, PredictorHalf, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.progress import TIME_LIMIT_S, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted, not_a_pipeline
@@ -34,7 +36,7 @@ from splitserve.runtimes.meaning import meaning_of
 from splitserve.runtimes.rows import Rowset, to_tensors
 
 DEFAULT_TOLERANCE = 1e-4
-"""How far the answers of the split may be from the pipeline's: absolute for probabilities, relative to the largest value for
+"""How far the answers of the split may be from the pipeline's: absolute for probabilities, relative to their spread for
 predictions.
 
 ONNX models compute in float32 where scikit-learn uses float64: that alone makes a difference of up to about 1e-6.
@@ -81,6 +83,7 @@ def publish(
     row_wise: bool = True,
     golden: Any = "rows",
     targets: Sequence[str] = (),
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Published:
     """Split a fitted pipeline before its estimator, publish both halves, and release the pair.
 
@@ -95,7 +98,7 @@ def publish(
         repository: folder or URL of the model repository.
         version: of both halves; the next free number of each by default.
         input_name: what clients call the input if ``X`` is an array; a DataFrame's inputs are its columns.
-        tolerance: how far probabilities (absolute) and predictions (relative to the largest) may be from the pipeline's.
+        tolerance: how far probabilities (absolute) and predictions (relative to their spread) may be from the pipeline's.
         trusted_modules: modules of your own transformers; the service must be told to trust them too.
         allow_pickle: write the transforms as a pickle if skops cannot store them; a service loads one only if it is allowed to,
             since that runs any code in it.
@@ -104,10 +107,11 @@ def publish(
         golden: what is stored as golden rows: "rows", rows of ``X``; "synthetic", rows drawn from each column's range and
             categories; or rows of your own, a DataFrame or array like ``X``, of which at most 64 are taken.
         targets: names of what an estimator with several targets predicts, in the order of y's columns; numbers by default.
+        time_limit_s: seconds that converting and comparing may take.
 
     Raises:
-        PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, or the
-            version exists. Nothing has been written then.
+        PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, a service
+            could not load it, the time is over, or the version exists. Nothing has been written then.
     """
     if not isinstance(pipeline, Pipeline):
         raise PublishError(not_a_pipeline(pipeline))
@@ -116,6 +120,71 @@ def publish(
     if not hasattr(estimator, "predict"):
         reason = reason_for(estimator) or "has no predict; publish_preprocessor takes transforms"
         raise PublishError(f"the last step, {type(estimator).__name__}, {reason}")
+    with Progress(name, time_limit_s) as progress:
+        as_served.start()
+        proven = _proven(
+            pipeline,
+            X,
+            name=name,
+            input_name=input_name,
+            tolerance=tolerance,
+            trusted_modules=trusted_modules,
+            allow_pickle=allow_pickle,
+            row_wise=row_wise,
+            golden=golden,
+            targets=targets,
+            progress=progress,
+        )
+    n_hard = sum(proven.hard_rows.values())
+    compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES)
+    target, half = repository_at(repository), proven.preprocessor
+    release = write_released(target, half, proven.predictor, version=version, proven="pipeline", compared=compared)
+    pair = release.pair
+    return Published(
+        name,
+        str(pair),
+        target.place(BundleKey(name, "preprocess", pair.preprocessor)),
+        target.place(BundleKey(name, "predict", pair.predictor)),
+        proven.n_checked,
+        proven.worst,
+        release.sequence,
+        half.manifest.golden,
+        half.golden.inputs[0].n_rows,
+        proven.hard_rows,
+    )
+
+
+class _Proven(msgspec.Struct, frozen=True):
+    """Halves that answer as the pipeline does, and on what that was compared."""
+
+    preprocessor: PreprocessorHalf
+    predictor: PredictorHalf
+    n_checked: int
+    hard_rows: dict[str, int]
+    worst: float
+
+
+def _proven(
+    pipeline: Pipeline,
+    X: Any,
+    *,
+    name: str,
+    input_name: str,
+    tolerance: float,
+    trusted_modules: Sequence[str],
+    allow_pickle: bool,
+    row_wise: bool,
+    golden: Any,
+    targets: Sequence[str],
+    progress: Progress,
+) -> _Proven:
+    """The halves of a pipeline, at the first precision at which they answer as it does.
+
+    Raises:
+        PublishError: there is none, or a service could not load them.
+    """
+    estimator = pipeline.steps[-1][1]
+    progress.step("the pipeline's own answers")
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
@@ -127,6 +196,7 @@ def publish(
 
     complaints: list[str] = []
     for precision in ("FP32", "FP64"):
+        progress.step(f"transforms at {precision}")
         preprocessor = preprocessor_half(
             transformer,
             rows,
@@ -143,6 +213,7 @@ def publish(
             labels=named.labels,
             output_labels=named.output_labels,
         )
+        progress.step(f"conversion at {precision}")
         try:
             model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
         except NotConvertible as error:
@@ -161,36 +232,40 @@ def publish(
             probed=_features(preprocessor, checked),
             source=preprocessor.manifest.golden,
         )
+        progress.step(f"rows of X at {precision}")
         scales = scales_of(expected)
         found = split_answer(preprocessor, predictor, checked)
         worst, complaint = compare(found, expected, tolerance, precision=precision, scales=scales)
         if not complaint:
             tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, checked)
             comparison = Comparison(
-                pipeline, preprocessor, predictor, tensors, targets=targets, tolerance=tolerance, scales=scales
+                pipeline,
+                preprocessor,
+                predictor,
+                tensors,
+                targets=targets,
+                tolerance=tolerance,
+                scales=scales,
+                tick=partial(_hard_step, progress, precision),
             )
             equal = comparison.run(is_row_wise=row_wise)
             worst, complaint = max(worst, equal.worst), equal.complaint
         if not complaint:
-            n_hard = sum(equal.hard_rows.values())
-            compared = Compared(len(checked) + n_hard, hard_rows=equal.hard_rows, batch_sizes=BATCH_SIZES)
-            target = repository_at(repository)
-            release = write_released(target, preprocessor, predictor, version=version, proven="pipeline", compared=compared)
-            pair = release.pair
-            return Published(
-                name,
-                str(pair),
-                target.place(BundleKey(name, "preprocess", pair.preprocessor)),
-                target.place(BundleKey(name, "predict", pair.predictor)),
-                len(checked),
-                worst,
-                release.sequence,
-                preprocessor.manifest.golden,
-                preprocessor.golden.inputs[0].n_rows,
-                equal.hard_rows,
+            progress.step("loading as a service does")
+            as_served.check(
+                preprocessor,
+                predictor,
+                trusted_modules=trusted_modules,
+                allow_pickle=allow_pickle,
+                inputs=preprocessor.golden.inputs,
             )
+            return _Proven(preprocessor, predictor, len(checked), equal.hard_rows, worst)
         complaints.append(f"at {precision}, {complaint}")
     raise PublishError("; ".join(complaints))
+
+
+def _hard_step(progress: Progress, precision: str, kind: str) -> None:
+    progress.step(f"hard rows at {precision}: {kind}")
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -6,6 +6,7 @@ has to be allowed explicitly.
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 import zipfile
@@ -35,6 +36,9 @@ _TRUSTED_FUNCTIONS = {
     "sklearn.feature_selection._mutual_info.mutual_info_regression",
 }
 """Functions that scikit-learn's own transformers refer to (the first, a spline of scipy); they are free of side effects."""
+
+_EXPERIMENTAL = ("sklearn.impute._iterative",)
+"""Modules of transformers that scikit-learn imports only for those who ask for its experimental features."""
 
 
 def is_pickle(bundle: Bundle) -> bool:
@@ -159,5 +163,7 @@ def _is_trusted(type_name: str, trusted_modules: Sequence[str]) -> bool:
         return True
     if module.partition(".")[0] not in _TRUSTED_PACKAGES:
         return False
+    if module in _EXPERIMENTAL:
+        importlib.import_module(module)
     loaded = sys.modules.get(module)  # a file must not choose what is imported; skops has imported scikit-learn
     return isinstance(getattr(loaded, attribute, None), type)

@@ -59,7 +59,8 @@ def test_publish_releases_the_pair(tmp_path: Path) -> None:
     bundles = [Repository(tmp_path).open(BundleKey("iris", kind, 1)) for kind in ("preprocess", "predict")]  # type: ignore[arg-type]
     assert (str(key.pair), key.sequence) == (published.pair, published.sequence) == ("1.1", 1)
     assert [release.manifest.preprocessor, release.manifest.predictor] == [bundle.manifest_sha256 for bundle in bundles]
-    assert (release.manifest.proven, release.manifest.compared.rows) == ("pipeline", 150)
+    n_hard = sum(published.hard_rows.values())
+    assert (release.manifest.proven, release.manifest.compared.rows) == ("pipeline", 150 + n_hard)
     assert release.manifest.is_row_wise
     assert {spec.name for spec in release.manifest.outputs} == {"label", "probabilities"}
     golden = golden_of(release.manifest, data)

@@ -1,0 +1,116 @@
+"""A publication ends: with a release, or with an error once its time is over."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from splitserve import PublishError, publish
+from splitserve.publishing import progress
+from splitserve.publishing.progress import Progress
+from tests.publishing import pipelines
+
+
+def loop_for_ever() -> None:
+    """As a converter that does not end; what it raises itself it also catches."""
+    while True:
+        try:
+            pass
+        except Exception:
+            continue
+
+
+def test_a_loop_is_interrupted_and_named() -> None:
+    """Although it catches every exception."""
+    message = r"took longer than 0.05 s, at the step: conversion at FP64; .*time_limit_s"
+    with pytest.raises(PublishError, match=message), Progress("m", 0.05) as steps:
+        steps.step("conversion at FP64")
+        loop_for_ever()
+
+
+def test_a_loop_in_another_thread_is_interrupted() -> None:
+    """Of a web application, say."""
+    found: list[str] = []
+
+    def run() -> None:
+        try:
+            with Progress("m", 0.05) as steps:
+                steps.step("a step")
+                loop_for_ever()
+        except PublishError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+
+    assert "at the step: a step" in found[0]
+
+
+def test_what_ends_in_time_is_not_interrupted() -> None:
+    """Neither within nor afterwards; its own errors pass."""
+    for _ in range(20):
+        with Progress("m", 60):
+            pass
+    with pytest.raises(KeyError), Progress("m", 60):
+        raise KeyError
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+class Endless(TransformerMixin, BaseEstimator):
+    """Transforms a few calls, then never ends."""
+
+    n_calls = 0
+
+    def fit(self, X: object, y: object = None) -> Endless:
+        self.fitted_ = True
+        return self
+
+    def transform(self, X: object) -> object:
+        Endless.n_calls += 1
+        if Endless.n_calls > 3:
+            loop_for_ever()
+        return X
+
+
+def test_a_publication_that_takes_too_long_writes_nothing(tmp_path: Path) -> None:
+    """The error names the step."""
+    rows = pipelines.numbers(50, 0)
+    pipeline = make_pipeline(Endless(), LogisticRegression()).fit(rows, pipelines.two(rows))
+
+    with pytest.raises(PublishError, match=r"publishing took longer than 1 s, at the step: transforms at FP32"):
+        publish(pipeline, rows, name="m", repository=tmp_path, time_limit_s=1, trusted_modules=[Endless.__module__])
+
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan")])
+def test_a_time_limit_is_positive(limit: float) -> None:
+    with pytest.raises(PublishError, match="time_limit_s: expected more than 0 seconds"):
+        Progress("m", limit).__enter__()
+
+
+def test_a_bar_is_shown_once_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the step that is done; not before."""
+    shown: list[str] = []
+    begins = threading.Event()
+
+    def bar(name: str, _: object) -> object:
+        begins.set()
+        return lambda what, _: shown.append(f"{name}: {what}")
+
+    monkeypatch.setattr(progress, "_bar", bar)
+    monkeypatch.setattr(progress, "BAR_AFTER_S", 0.01)
+
+    with Progress("m", 60, shows=True) as steps:
+        steps.step("early")
+        assert begins.wait(60)
+        while not shown:
+            steps.step("late")
+
+    assert set(shown) == {"m: late"}
