@@ -89,14 +89,16 @@ def test_sign_reports_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ar
 
 
 async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own, against a server in this one."""
-    import asyncio
-
+    """The command as a process of its own, against a server in this one, whose log would else be part of the output."""
     async with serving(service, stage="proxy") as address:
-        process = await asyncio.create_subprocess_exec(
-            COMMAND, *map(str, arguments), "--url", address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        out, err = await process.communicate()
+        return await run_at(address, *arguments)
+
+
+async def run_at(address: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    process = await asyncio.create_subprocess_exec(
+        COMMAND, *map(str, arguments), "--url", address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    out, err = await process.communicate()
     assert process.returncode is not None
     return subprocess.CompletedProcess(arguments, process.returncode, out.decode(), err.decode())
 
@@ -399,9 +401,9 @@ async def test_health_says_which_release_serves_by_default() -> None:
 async def test_health_without_models_reports_what_the_system_waits_for() -> None:
     """Instead of an empty table."""
     async with serving(FakeInference(not_ready="waiting for the model repository: s3://m: not found")) as address:
-        result = await asyncio.to_thread(run, "health", "--url", address)
+        result = await run_at(address, "health")
 
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith(
         f"{address}: the proxy service is not ready: waiting for the model repository: s3://m: not found"
     )
@@ -465,11 +467,10 @@ async def test_reload_needs_a_name_where_no_model_is_known() -> None:
     """Without a name there is nothing to reload, which must not look like success."""
     service = FakeInference()
     async with serving(service, allow_control=True) as address:
-        nameless = await asyncio.to_thread(run, "reload", "--url", address)
-        named = await asyncio.to_thread(run, "reload", "m", "--url", address)
+        nameless, named = await run_at(address, "reload"), await run_at(address, "reload", "m")
 
-    assert (nameless.exit_code, nameless.stderr) == (1, f"{address}: no models yet; name the new model\n")
-    assert (named.exit_code, named.stdout) == (0, "reloaded m\n")
+    assert (nameless.returncode, nameless.stderr) == (1, f"{address}: no models yet; name the new model\n")
+    assert (named.returncode, named.stdout) == (0, "reloaded m\n")
     assert service.controlled == [("load", "m")]
 
 
