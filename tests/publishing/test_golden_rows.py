@@ -194,13 +194,16 @@ def test_a_release_of_halves_takes_over_where_its_rows_come_from(tmp_path: Path)
     assert release("m", "2.1", repository=tmp_path, rows=IRIS[:5]).manifest.golden == "own"
 
 
-def test_a_file_of_golden_rows_is_at_most_8_mib(tmp_path: Path) -> None:
-    """Fewer rows are kept where they are large."""
-    wide = RANDOM.normal(size=(40, 200_000)).astype(np.float32)
+def test_a_file_of_golden_rows_is_at_most_8_mib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows are kept where they are large; here a hundredth of the limit and of the rows' size."""
+    limit = MAX_GOLDEN_BYTES // 100
+    monkeypatch.setattr(halves, "MAX_GOLDEN_BYTES", limit)
+    wide = RANDOM.normal(size=(40, 2_000)).astype(np.float32)
     publish_preprocessor(FunctionTransformer().fit(wide), wide, name="m", repository=tmp_path)
 
     file = tmp_path / "m" / "preprocess" / "1" / GOLDEN_FILE
-    assert file.stat().st_size <= MAX_GOLDEN_BYTES
+    assert MAX_GOLDEN_BYTES == 8 * 2**20
+    assert file.stat().st_size <= limit
     assert golden(tmp_path, "preprocess")[0].inputs[0].n_rows >= 2
 
 
