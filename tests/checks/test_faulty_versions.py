@@ -337,9 +337,7 @@ def test_t7_halves_with_the_labels_in_another_order_are_not_released(tmp_path: P
     )
     publish_predictor(model, features, name="m", repository=tmp_path, labels=[0, 1, 2], trained_on=scaler, rows=IRIS)
 
-    with pytest.raises(
-        PublishError, match=r"the preprocessor has the labels 2, 1, 0, the predictor 0, 1, 2|the halves do not fit"
-    ):
+    with pytest.raises(PublishError, match=r"the preprocessor has the labels 2, 1, 0, the predictor 0, 1, 2"):
         release("m", "1.1", repository=tmp_path)
 
 
