@@ -10,7 +10,7 @@ PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fus
 .PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
 
 help:
-	@echo "make up            start the three services with the demo models (FUSED=1: in one process)"
+	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
 	@echo "make demo          publish the demo models into ./models if it is empty or missing"
 	@echo "make check         format, lint, types, import rules, generated files, unit tests"
 	@echo "make test          make check, and the tests that start processes or train models"
@@ -41,7 +41,7 @@ $(BIN)/.installed: requirements/dev.txt pyproject.toml
 	@touch $@
 
 up: $(BIN)/.installed demo
-	@exec $(BIN)/splitserve up --repository $(MODELS) $(if $(FUSED),--fused)
+	@exec $(BIN)/splitserve up --repository $(MODELS) $(if $(FUSED),--fused) $(if $(NO_JOBS),--no-jobs)
 
 demo: $(BIN)/.installed
 	@if [ -z "$$(ls -A $(MODELS) 2>/dev/null)" ]; then $(BIN)/python -m training.demo --repository $(MODELS); fi

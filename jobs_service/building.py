@@ -11,10 +11,11 @@ import structlog
 
 from jobs_service.settings import JobsSettings
 from splitserve.errors import InvalidInput
+from splitserve.jobs.folder import FolderInUse, NetworkFileSystem
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Webhook
 from splitserve.jobs.service import JobQueue
-from splitserve.jobs.sqlite import FolderInUse, NetworkFileSystem, SqliteStore
+from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.store import JobStore
 from splitserve.jobs.worker import Worker
 from splitserve.oip.messages import InferenceService

@@ -17,8 +17,8 @@ from proxy.service import ProxyService
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import PermissionDenied, Unauthenticated, Unsupported
 from splitserve.jobs import protobuf
-from splitserve.jobs.records import Job, Submitted
-from splitserve.jobs.service import JobAnswer, JobCaller, Jobs, Submission
+from splitserve.jobs.records import Job, JobCaller, Submitted
+from splitserve.jobs.service import JobAnswer, Jobs, Submission
 from splitserve.oip import protobuf as oip
 from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import NO_DEADLINE, PRIORITY, InferRequest, Parameter, RequestedOutput

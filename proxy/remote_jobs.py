@@ -11,8 +11,8 @@ from proxy.settings import ProxySettings
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import SplitserveError
 from splitserve.jobs import protobuf
-from splitserve.jobs.records import Job, Submitted
-from splitserve.jobs.service import JobAnswer, JobCaller, Submission
+from splitserve.jobs.records import Job, JobCaller, Submitted
+from splitserve.jobs.service import JobAnswer, Submission
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
 from splitserve.remote.inference import translate
 from splitserve.watched import Watched

@@ -86,6 +86,9 @@ def up(
     grpc_port: Annotated[int, typer.Option(help="gRPC port of the proxy.")] = 8001,
     preprocess_port: Annotated[int, typer.Option(help="gRPC port of preprocess, on loopback.")] = 8011,
     predict_port: Annotated[int, typer.Option(help="gRPC port of predict, on loopback.")] = 8021,
+    jobs_port: Annotated[int, typer.Option(help="gRPC port of jobs, on loopback.")] = 8031,
+    jobs_dir: Annotated[str, typer.Option(envvar="JOBS_DIR", help="Folder of the jobs.")] = "./jobs",
+    no_jobs: Annotated[bool, typer.Option("--no-jobs", help="Without the jobs service.")] = False,
 ) -> None:
     """Start all services on this machine.
 
@@ -93,13 +96,13 @@ def up(
     """
     from splitserve.cli.up import Ports, run
 
-    ports = Ports(http=http_port, grpc=grpc_port, preprocess=preprocess_port, predict=predict_port)
-    raise typer.Exit(run(repository, host=host, ports=ports, is_fused=fused))
+    ports = Ports(http=http_port, grpc=grpc_port, preprocess=preprocess_port, predict=predict_port, jobs=jobs_port)
+    raise typer.Exit(run(repository, host=host, ports=ports, is_fused=fused, jobs_dir="" if no_jobs else jobs_dir))
 
 
 @app.command()
 def serve(
-    service: Annotated[Literal["proxy", "preprocess", "predict", "fused"], typer.Argument(help="Which service.")],
+    service: Annotated[Literal["proxy", "preprocess", "predict", "jobs", "fused"], typer.Argument(help="Which service.")],
 ) -> None:
     """Run one service in the foreground.
 
@@ -337,6 +340,119 @@ def infer(
     from splitserve.cli.infer import run
 
     raise typer.Exit(run(model, file, rows=rows, url=url, version=version, timeout_s=timeout_s))
+
+
+jobs_app = typer.Typer(help="Inferences that are answered later.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(jobs_app, name="jobs")
+
+ClientUrlOption = Annotated[
+    str, typer.Option("--url", "-u", help="The system: http://host:port, or grpc://host:port or host:port.")
+]
+JobsFolderOption = Annotated[Path, typer.Option("--dir", envvar="JOBS_DIR", help="Folder of the jobs service.")]
+
+
+@jobs_app.command("submit")
+def submit_job(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    file: Annotated[Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")] = None,
+    rows: Annotated[str | None, typer.Option(help="The rows themselves, as JSON.")] = None,
+    url: ClientUrlOption = GRPC_URL,
+    version: Annotated[str, typer.Option(help='A pair, "K.M"; the one that serves now by default.')] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
+    wait_s: Annotated[float | None, typer.Option(help="Wait for so many seconds at most; the job goes on.")] = None,
+    key: Annotated[str, typer.Option(help="Idempotency key: the same one with the same rows gives the same job.")] = "",
+    priority: Annotated[int, typer.Option(help="Among jobs: 1, the highest, to 9.")] = 0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that an attempt may take; 0: the service's default.")] = 0.0,
+    expires_s: Annotated[float, typer.Option(help="Seconds that the job may be queued; 0: any time.")] = 0.0,
+    webhook: Annotated[str, typer.Option(help="https URL that is told when the job has ended.")] = "",
+) -> None:
+    """Submit rows as a job, and print its id, or with --wait its answer."""
+    from splitserve.cli.jobs import submit
+
+    options = {
+        "idempotency_key": key,
+        "priority": priority,
+        "job_timeout_s": timeout_s,
+        "expires_s": expires_s,
+        "webhook": webhook,
+    }
+    is_awaited = wait or wait_s is not None
+    raise typer.Exit(
+        submit(model, file, rows=rows, url=url, version=version, options=options, is_awaited=is_awaited, wait_s=wait_s)
+    )
+
+
+@jobs_app.command("list")
+def list_jobs(
+    url: ClientUrlOption = GRPC_URL,
+    model: Annotated[str, typer.Option(help="Only jobs for this model.")] = "",
+    status: Annotated[str, typer.Option(help="Only jobs in this state.")] = "",
+    limit: Annotated[int, typer.Option(help="How many.")] = 50,
+) -> None:
+    """List jobs, the newest first."""
+    from splitserve.cli.jobs import list_jobs as run
+
+    raise typer.Exit(run(url, model=model, status=status, limit=limit))
+
+
+JobArgument = Annotated[str, typer.Argument(help="The id of a job.")]
+
+
+@jobs_app.command("show")
+def show_job(
+    job: JobArgument,
+    url: ClientUrlOption = GRPC_URL,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for its end.")] = 0.0,
+) -> None:
+    """Show a job as JSON."""
+    from splitserve.cli.jobs import show
+
+    raise typer.Exit(show(job, url, wait_s=wait_s))
+
+
+@jobs_app.command("result")
+def job_result(
+    job: JobArgument,
+    url: ClientUrlOption = GRPC_URL,
+    wait_s: Annotated[float | None, typer.Option(help="Seconds to wait for its end; by default as long as it takes.")] = None,
+) -> None:
+    """Print the answer of a job as a table."""
+    from splitserve.cli.jobs import result
+
+    raise typer.Exit(result(job, url, wait_s=wait_s))
+
+
+@jobs_app.command("cancel")
+def cancel_jobs(
+    jobs: Annotated[list[str], typer.Argument(help="Ids of jobs.")],
+    url: ClientUrlOption = GRPC_URL,
+) -> None:
+    """Cancel jobs that have not ended."""
+    from splitserve.cli.jobs import cancel
+
+    raise typer.Exit(cancel(jobs, url))
+
+
+@jobs_app.command("backup")
+def backup_jobs(
+    to: Annotated[Path, typer.Argument(help="A folder that is empty or does not exist.")],
+    folder: JobsFolderOption = Path("./jobs"),
+) -> None:
+    """Copy the folder of a jobs service, also while it runs."""
+    from splitserve.cli.jobs import backup
+
+    raise typer.Exit(backup(folder, to))
+
+
+@jobs_app.command("restore")
+def restore_jobs(
+    source: Annotated[Path, typer.Argument(help="A backup.")],
+    folder: JobsFolderOption = Path("./jobs"),
+) -> None:
+    """Put a backup in the place of the folder of a jobs service that is stopped."""
+    from splitserve.cli.jobs import restore
+
+    raise typer.Exit(restore(folder, source))
 
 
 @app.command()

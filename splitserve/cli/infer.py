@@ -29,17 +29,22 @@ def run(model: str, file: Path | None, *, rows: str | None, url: str, version: s
         print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
     try:
-        response, metadata = asyncio.run(_infer(model, _reader(file, rows), url, version, timeout_s))
+        response, metadata = asyncio.run(_infer(model, reader(file, rows), url, version, timeout_s))
     except (SplitserveError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{response.model} {response.version}")
-    columns = [column for tensor in response.outputs for column in _columns(tensor, labels_of(metadata, tensor.name))]
-    print_table([name for name, _ in columns], zip(*(cells for _, cells in columns), strict=True))
+    print_outputs(response.outputs, metadata)
     return 0
 
 
-def _reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
+def print_outputs(outputs: Sequence[Tensor], metadata: ModelMetadata) -> None:
+    """Print the outputs of an answer as a table, with the labels that the model's metadata has."""
+    columns = [column for tensor in outputs for column in _columns(tensor, labels_of(metadata, tensor.name))]
+    print_table([name for name, _ in columns], zip(*(cells for _, cells in columns), strict=True))
+
+
+def reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
     """A function from the model's metadata to the instances in the input."""
     if rows is not None:
         return lambda _: _from_json(rows.encode())

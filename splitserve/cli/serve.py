@@ -9,6 +9,7 @@ MODULES = {
     "proxy": "proxy",
     "preprocess": "preprocess_service",
     "predict": "predict_service",
+    "jobs": "jobs_service",
     "fused": "fused_service",
 }
 """The module that ``python -m`` runs for each service. The library imports none of them."""

@@ -25,6 +25,8 @@ STOP_TIMEOUT_S = 35.0
 
 REPORT_AFTER_S = 5.0
 POLL_INTERVAL_S = 0.1
+RESTART_DELAY_S = 1.0
+ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not bound
 
 
 class Ports(NamedTuple):
@@ -34,28 +36,40 @@ class Ports(NamedTuple):
     grpc: int
     preprocess: int
     predict: int
+    jobs: int
 
 
 class Service(NamedTuple):
-    """One process to start: its name, settings and addresses."""
+    """One process to start: its name, settings and addresses. One that is not vital is started again if it ends."""
 
     name: str
     environment: Mapping[str, str]
     addresses: str
+    is_vital: bool = True
 
 
-def run(repository: str, *, host: str, ports: Ports, is_fused: bool) -> int:
-    """Start, wait, follow the logs, stop; 1 if a service exited unexpectedly."""
-    return asyncio.run(_run(repository, host, ports, is_fused))
+def run(repository: str, *, host: str, ports: Ports, is_fused: bool, jobs_dir: str) -> int:
+    """Start, wait, follow the logs, stop; 1 if a service exited unexpectedly. ``jobs_dir`` "": without jobs."""
+    return asyncio.run(_run(plan(repository, host, ports, is_fused, jobs_dir), repository, host, ports))
 
 
-def plan(repository: str, host: str, ports: Ports, is_fused: bool) -> list[Service]:
+def plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str = "") -> list[Service]:
     """The services in the order in which they start; they stop in the reverse."""
     proxy = {"PROXY_HOST": host, "PROXY_HTTP_PORT": str(ports.http), "PROXY_GRPC_PORT": str(ports.grpc)}
     models = {"MODEL_REPOSITORY": repository}
     edge = f"{_scheme()}://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
     if is_fused:
-        return [Service("fused", {**proxy, **models}, edge)]
+        jobs = {"JOBS_DIR": jobs_dir} if jobs_dir else {"JOBS_DIR": "", "JOBS_DATABASE_URL": ""}
+        return [Service("fused", {**proxy, **models, **jobs}, edge)]
+    more = []
+    if jobs_dir:
+        proxy["PROXY_JOBS_TARGET"] = f"127.0.0.1:{ports.jobs}"
+        environment = {
+            "JOBS_DIR": jobs_dir,
+            "JOBS_GRPC_PORT": str(ports.jobs),
+            "JOBS_PROXY_TARGET": f"{'127.0.0.1' if host in ANY_ADDRESS else host}:{ports.grpc}",
+        }
+        more = [Service("jobs", environment, f"127.0.0.1:{ports.jobs} (gRPC), {jobs_dir}", is_vital=False)]
     return [
         Service("predict", {**models, "PREDICT_GRPC_PORT": str(ports.predict)}, f"127.0.0.1:{ports.predict} (gRPC)"),
         Service(
@@ -68,6 +82,7 @@ def plan(repository: str, host: str, ports: Ports, is_fused: bool) -> list[Servi
             f"127.0.0.1:{ports.preprocess} (gRPC)",
         ),
         Service("proxy", {**proxy, "PROXY_PREPROCESS_TARGET": f"127.0.0.1:{ports.preprocess}"}, edge),
+        *more,
     ]
 
 
@@ -75,12 +90,11 @@ def _scheme() -> str:
     return "https" if os.environ.get("PROXY_TLS_CERT_FILE") else "http"
 
 
-async def _run(repository: str, host: str, ports: Ports, is_fused: bool) -> int:
+async def _run(services: Sequence[Service], repository: str, host: str, ports: Ports) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    services = plan(repository, host, ports, is_fused)
     fleet = _Fleet()
     try:
         for service in services:
@@ -109,6 +123,8 @@ class _Fleet:
     def __init__(self) -> None:
         self.processes: dict[str, asyncio.subprocess.Process] = {}
         self._followers: list[asyncio.Task[None]] = []
+        self._vital: list[str] = []
+        self._restarting: list[asyncio.Task[None]] = []
 
     async def start(self, service: Service) -> None:
         """In a session of its own: Ctrl-C reaches this process only, which stops the others in order."""
@@ -122,6 +138,10 @@ class _Fleet:
             start_new_session=True,
         )  # fmt: skip
         self.processes[service.name] = process
+        if service.is_vital:
+            self._vital.append(service.name)
+        else:
+            self._restarting.append(asyncio.create_task(self._restart(service, process)))
         self._followers.append(asyncio.create_task(self._follow(service.name, process)))
 
     async def _follow(self, name: str, process: asyncio.subprocess.Process) -> None:
@@ -129,9 +149,16 @@ class _Fleet:
         async for line in process.stdout:
             print(f"{name:<10} | {line.decode(errors='replace').rstrip()}", flush=True)
 
+    async def _restart(self, service: Service, process: asyncio.subprocess.Process) -> None:
+        """Start a process again once it has ended. Nothing else stops because of it."""
+        await process.wait()
+        print(f"{service.name} exited unexpectedly; its log above says why; starting it again", file=sys.stderr, flush=True)
+        await asyncio.sleep(RESTART_DELAY_S)
+        await self.start(service)
+
     async def first_end(self) -> str:
-        """Name of the first process to end."""
-        waits = {asyncio.create_task(process.wait()): name for name, process in self.processes.items()}
+        """Name of the first process to end of those without which nothing works."""
+        waits = {asyncio.create_task(self.processes[name].wait()): name for name in self._vital}
         done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in rest:
             task.cancel()
@@ -139,6 +166,8 @@ class _Fleet:
 
     async def stop(self) -> None:
         """Stop in reverse order of start, one after the other, so that no call in flight loses its next stage."""
+        for task in self._restarting:
+            task.cancel()
         for process in reversed(self.processes.values()):
             if process.returncode is None:
                 process.terminate()
@@ -166,6 +195,9 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, 
         print(f"REST   curl -s {http_url}/v1/models/{model}:predict -d {shlex.quote(body)}")
         command = shlex.join([_own_command(), "infer", model, "--url", grpc_url, "--rows", json.dumps([instance])])
         print(f"gRPC   {command}")
+        if any(service.environment.get("JOBS_DIR") for service in services):
+            options = ["--url", grpc_url, "--rows", json.dumps([instance]), "--wait"]
+            print(f"job    {shlex.join([_own_command(), 'jobs', 'submit', model, *options])}")
     print(f"docs   {http_url}/docs\n\nCtrl-C stops everything.\n", flush=True)
 
 

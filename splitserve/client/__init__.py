@@ -10,5 +10,6 @@ from splitserve.client.answer import Answer
 from splitserve.client.awaiting import AsyncClient
 from splitserve.client.blocking import Client
 from splitserve.client.connection import TLS
+from splitserve.client.jobs import AsyncJob, Job
 
-__all__ = ["TLS", "Answer", "AsyncClient", "Client"]
+__all__ = ["TLS", "Answer", "AsyncClient", "AsyncJob", "Client", "Job"]

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from splitserve.client import jobs
 from splitserve.client.answer import Answer
 from splitserve.client.blocking import CONCURRENCY
 from splitserve.client.connection import TLS, AsyncToken, Compression, ConnectionOptions, connection_options
 from splitserve.client.inference import Core, InferCall, Outputs
+from splitserve.client.jobs import AsyncJob
 from splitserve.client.progress import Progress, ReportProgress, reporting
 from splitserve.client.steps import Ask, Send, Steps, run_async
 from splitserve.oip.limits import MAX_MESSAGE_BYTES
@@ -125,6 +127,52 @@ class AsyncClient:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
         return [parts[rows] for rows in inference.rest]
+
+    async def submit(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: str = "",
+        outputs: Sequence[str] = (),
+        parameters: Mapping[str, Parameter] | None = None,
+        idempotency_key: str = "",
+        priority: int = 0,
+        job_timeout_s: float = 0.0,
+        expires_s: float = 0.0,
+        webhook: str = "",
+        webhook_events: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> AsyncJob:
+        """As `splitserve.Client.submit`."""
+        options = jobs.options_of(
+            key=idempotency_key,
+            priority=priority,
+            job_timeout_s=job_timeout_s,
+            expires_s=expires_s,
+            webhook=webhook,
+            webhook_events=webhook_events,
+        )
+        steps = jobs.submit(
+            self._core,
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            parameters=parameters,
+            options=options,
+            timeout_s=timeout_s,
+        )
+        return AsyncJob(self._core, await self._run(steps), self._run)
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """As `splitserve.Client.job`."""
+        return AsyncJob(self._core, await self._run(jobs.get(self._core, job_id)), self._run)
+
+    async def jobs(self, *, model: str = "", status: str = "", limit: int = 100, after: str = "") -> list[AsyncJob]:
+        """As `splitserve.Client.jobs`."""
+        found = await self._run(jobs.list_jobs(self._core, model=model, status=status, limit=limit, after=after))
+        return [AsyncJob(self._core, info, self._run) for info in found]
 
     async def is_live(self) -> bool:
         """As `splitserve.Client.is_live`."""

@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from splitserve.client import jobs
 from splitserve.client.answer import Answer
 from splitserve.client.connection import TLS, Compression, ConnectionOptions, Token, connection_options
 from splitserve.client.inference import Core, InferCall, Outputs
+from splitserve.client.jobs import Job
 from splitserve.client.progress import Progress, ReportProgress, reporting
 from splitserve.client.steps import Ask, Send, Steps, run
 from splitserve.client.stop import Stop
@@ -172,6 +174,83 @@ class Client:
         except Exception as error:
             stop.set(error)  # at once: this thread may take the next chunk before the caller's thread runs
             raise
+
+    def submit(
+        self,
+        model: str,
+        inputs: Any,
+        *,
+        version: str = "",
+        outputs: Sequence[str] = (),
+        parameters: Mapping[str, Parameter] | None = None,
+        idempotency_key: str = "",
+        priority: int = 0,
+        job_timeout_s: float = 0.0,
+        expires_s: float = 0.0,
+        webhook: str = "",
+        webhook_events: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> Job:
+        """Submit a job: an inference whose answer is fetched later. It is on disk when this returns.
+
+        Inputs are encoded as by `infer`, and sent in one request.
+
+        Args:
+            model: its name.
+            inputs: as for `infer`.
+            version: a pair; by default the one that serves now, also if the job runs later.
+            outputs: names of the requested outputs; all by default.
+            parameters: of the request.
+            idempotency_key: the same key with the same request gives the same job; made up by default.
+            priority: among jobs: 1, the highest, to 9.
+            job_timeout_s: how long an attempt may take; 0: the service's default.
+            expires_s: how long the job may be queued; 0: any time.
+            webhook: https URL that is told when the job has ended.
+            webhook_events: some of job.succeeded, job.failed, job.cancelled; all by default.
+            timeout_s: of the submit, in place of the client's. It does not bound the job.
+
+        Raises:
+            SplitserveError: as `infer`; `Unsupported` if the server has no jobs.
+        """
+        options = jobs.options_of(
+            key=idempotency_key,
+            priority=priority,
+            job_timeout_s=job_timeout_s,
+            expires_s=expires_s,
+            webhook=webhook,
+            webhook_events=webhook_events,
+        )
+        steps = jobs.submit(
+            self._core,
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            parameters=parameters,
+            options=options,
+            timeout_s=timeout_s,
+        )
+        return Job(self._core, self._run(steps), self._run)
+
+    def job(self, job_id: str) -> Job:
+        """A job, by its id.
+
+        Raises:
+            NotFound: there is none of the caller's.
+        """
+        return Job(self._core, self._run(jobs.get(self._core, job_id)), self._run)
+
+    def jobs(self, *, model: str = "", status: str = "", limit: int = 100, after: str = "") -> list[Job]:
+        """The caller's jobs, the newest first.
+
+        Args:
+            model: only those for this model.
+            status: only those in this state.
+            limit: how many.
+            after: those that follow the job with this id.
+        """
+        found = self._run(jobs.list_jobs(self._core, model=model, status=status, limit=limit, after=after))
+        return [Job(self._core, info, self._run) for info in found]
 
     def is_live(self) -> bool:
         """Whether the server is live.

@@ -49,6 +49,10 @@ class Core:
             raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
         return self._clock() + timeout_s
 
+    def now(self) -> float:
+        """The time on the clock."""
+        return self._clock()
+
     def ask(self, ask: Ask, deadline: float) -> Steps[Any]:
         """Ask, with retries."""
         return attempts(ask, deadline, self._retries, self._clock)

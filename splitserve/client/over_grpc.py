@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import grpc
 
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.api.splitserve.jobs.v1 import jobs_pb2
 from splitserve.client.connection import TLS, AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
 from splitserve.client.retries import Failed
-from splitserve.client.steps import Ask, Send, Verb
+from splitserve.client.steps import Ask, JobAsk, Send, Verb
 from splitserve.client.stop import Stop
 from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
+from splitserve.jobs import protobuf as jobs
 from splitserve.oip import protobuf
 from splitserve.oip.messages import ServerMetadata
 from splitserve.remote.channel import TO_ANY_SERVER, channel_options
@@ -25,14 +27,15 @@ _STAGE = "server"
 class _Method(NamedTuple):
     name: str
     decode: Callable[[Any], Any]
+    service: str = protobuf.SERVICE
 
     @property
     def request(self) -> Any:
-        return getattr(pb, f"{self.name}Request")
+        return getattr(pb if self.service == protobuf.SERVICE else jobs_pb2, f"{self.name}Request")
 
     @property
     def response(self) -> Any:
-        return getattr(pb, f"{self.name}Response")
+        return getattr(pb if self.service == protobuf.SERVICE else jobs_pb2, f"{self.name}Response")
 
 
 _METHODS: dict[Verb, _Method] = {
@@ -45,6 +48,11 @@ _METHODS: dict[Verb, _Method] = {
     "model_metadata": _Method("ModelMetadata", protobuf.decode_metadata),
     "index": _Method("RepositoryIndex", protobuf.decode_index),
     "infer": _Method("ModelInfer", protobuf.decode_response),
+    "submit": _Method("SubmitJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "job": _Method("GetJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "job_result": _Method("GetJobResult", lambda answer: protobuf.decode_response(answer.answer), jobs.SERVICE),
+    "job_delete": _Method("DeleteJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "jobs": _Method("ListJobs", lambda answer: [jobs.decode_job(job) for job in answer.jobs], jobs.SERVICE),
 }
 
 
@@ -131,7 +139,7 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
 def _calls(channel: Any) -> dict[Verb, Any]:
     return {
         verb: channel.unary_unary(
-            f"/{protobuf.SERVICE}/{method.name}",
+            f"/{method.service}/{method.name}",
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.response.FromString,
         )
@@ -140,10 +148,30 @@ def _calls(channel: Any) -> dict[Verb, Any]:
 
 
 def _encode(ask: Ask) -> Any:
+    if ask.job is not None:
+        return _encode_job_verb(ask, ask.job)
     if ask.request is not None:
         return protobuf.encode_request(ask.request)
     request = _METHODS[ask.verb].request
     return request(name=ask.model, version=ask.version) if ask.model else request()
+
+
+def _encode_job_verb(ask: Ask, job: JobAsk) -> Any:
+    request = _METHODS[ask.verb].request
+    if ask.verb == "jobs":
+        return request(model=ask.model, status=jobs.encode_status(job.status), limit=job.limit, after=job.after)
+    if ask.verb == "job":
+        return request(id=job.id, wait_s=job.wait_s)
+    if ask.request is None:
+        return request(id=job.id)
+    return request(
+        request=protobuf.encode_request(ask.request),
+        idempotency_key=job.key,
+        priority=job.priority,
+        timeout_s=job.timeout_s,
+        expires_s=job.expires_s,
+        webhook=None if job.webhook is None else jobs.encode_webhook(job.webhook),
+    )
 
 
 def _decode(ask: Ask, answer: Any) -> Any:

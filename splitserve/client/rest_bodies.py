@@ -8,14 +8,15 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import msgspec
 
 from splitserve.client.retries import Failed
-from splitserve.client.steps import Ask
+from splitserve.client.steps import Ask, JobAsk
 from splitserve.errors import (
     TABLE,
     DeadlineExceeded,
@@ -27,6 +28,7 @@ from splitserve.errors import (
     Unsupported,
     from_wire,
 )
+from splitserve.jobs.records import Delivered, Job, JobError, Status, Webhook
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
 from splitserve.oip.rest import decode_json, flatten, pack_values
 from splitserve.signature import TensorSpec
@@ -69,13 +71,47 @@ def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
             return RestRequest("GET", model, {}, b"")
         case "index":
             return RestRequest("POST", "/v2/repository/index", {"content-type": "application/json"}, b"{}")
+    if ask.job is not None and ask.request is None:
+        return _job_request(ask, ask.job)
     assert ask.request is not None
     body, header_length = encode_request(ask.request)
     headers = {"content-type": "application/octet-stream", _LENGTH_HEADER: str(header_length)}
     if compress and len(body) >= _MIN_COMPRESSED_BYTES:
         body = gzip.compress(body, compresslevel=1, mtime=0)
         headers["content-encoding"] = "gzip"
+    if ask.job is not None:
+        headers["idempotency-key"] = ask.job.key
+        return RestRequest("POST", f"{model}/jobs{_submit_options(ask.job)}", headers, body)
     return RestRequest("POST", f"{model}/infer", headers, body)
+
+
+def _job_request(ask: Ask, job: JobAsk) -> RestRequest:
+    path = f"/v2/jobs/{quote(job.id, safe='')}"
+    match ask.verb:
+        case "job":
+            return RestRequest("GET", path + _query(wait=f"{job.wait_s:.3f}" if job.wait_s else ""), {}, b"")
+        case "job_result":
+            return RestRequest("GET", f"{path}/result", {}, b"")
+        case "job_delete":
+            return RestRequest("DELETE", path, {}, b"")
+    query = _query(model=ask.model, status=job.status, limit=str(job.limit or ""), after=job.after)
+    return RestRequest("GET", f"/v2/jobs{query}", {}, b"")
+
+
+def _submit_options(job: JobAsk) -> str:
+    return _query(
+        priority=str(job.priority or ""),
+        timeout=f"{job.timeout_s:.3f}" if job.timeout_s else "",
+        expires=f"{job.expires_s:.3f}" if job.expires_s else "",
+        webhook=job.webhook.url if job.webhook else "",
+        webhook_events=",".join(job.webhook.events) if job.webhook else "",
+    )
+
+
+def _query(**options: str) -> str:
+    """The query of a URL, of the options that are not empty."""
+    given = {name: value for name, value in options.items() if value}
+    return f"?{urlencode(given)}" if given else ""
 
 
 def encode_request(request: InferRequest) -> tuple[bytes, int]:
@@ -133,7 +169,41 @@ class _DecodedMetadata(msgspec.Struct):
     properties: dict[str, str] | None = None
 
 
-_TYPES: dict[str, Any] = {"server_metadata": ServerMetadata, "model_metadata": _DecodedMetadata, "index": list[ModelState]}
+class _DecodedWebhook(msgspec.Struct):
+    url: str
+    events: tuple[str, ...] = ()
+    delivery: Delivered | None = None
+
+
+class _DecodedJob(msgspec.Struct):
+    id: str
+    status: Status
+    model: str
+    version: str
+    created: datetime
+    priority: int = 0
+    started: datetime | None = None
+    finished: datetime | None = None
+    expires: datetime | None = None
+    remove_at: datetime | None = None
+    attempt: int = 0
+    error: dict[str, Any] | None = None
+    webhook: _DecodedWebhook | None = None
+
+
+class _DecodedJobs(msgspec.Struct):
+    jobs: list[_DecodedJob]
+
+
+_TYPES: dict[str, Any] = {
+    "server_metadata": ServerMetadata,
+    "model_metadata": _DecodedMetadata,
+    "index": list[ModelState],
+    "submit": _DecodedJob,
+    "job": _DecodedJob,
+    "job_delete": _DecodedJob,
+    "jobs": _DecodedJobs,
+}
 _DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
 _answer_decoder = msgspec.json.Decoder(_DecodedAnswer)
 
@@ -152,15 +222,47 @@ def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> An
     """
     if ask.verb in ("live", "ready", "model_ready") and (status in (200, 400, 404, 503)):
         return status == 200
-    if status != 200:
+    if status != (202 if ask.verb == "submit" else 200):
         raise _failed(status, headers, body)
     try:
-        if ask.verb == "infer":
+        if ask.verb in ("infer", "job_result"):
             return decode_response(body, _header_length(headers, body))
         answer = decode_json(body, _DECODERS[ask.verb])
     except InvalidInput as error:  # not the caller's fault
         raise Failed(PairMismatch(f"malformed response: {error.message}", stage="server")) from error
-    return _model_metadata(answer) if isinstance(answer, _DecodedMetadata) else answer
+    match answer:
+        case _DecodedMetadata():
+            return _model_metadata(answer)
+        case _DecodedJob():
+            return _job(answer)
+        case _DecodedJobs():
+            return [_job(job) for job in answer.jobs]
+    return answer
+
+
+def _job(answer: _DecodedJob) -> Job:
+    error = None
+    if answer.error is not None:
+        facts = {name: str(value) for name, value in answer.error.items()}
+        kind = from_wire("INTERNAL", facts.get("error", ""), facts.get("reason", ""), facts)
+        error = JobError.of(kind)
+    return Job(
+        id=answer.id,
+        owner="",
+        status=answer.status,
+        model=answer.model,
+        version=answer.version,
+        priority=answer.priority,
+        created=answer.created.timestamp(),
+        started=answer.started.timestamp() if answer.started else 0.0,
+        finished=answer.finished.timestamp() if answer.finished else 0.0,
+        expires=answer.expires.timestamp() if answer.expires else 0.0,
+        remove_at=answer.remove_at.timestamp() if answer.remove_at else 0.0,
+        attempt=answer.attempt,
+        error=error,
+        webhook=Webhook(answer.webhook.url, answer.webhook.events) if answer.webhook else None,
+        delivery=answer.webhook.delivery if answer.webhook else None,
+    )
 
 
 def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:

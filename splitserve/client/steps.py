@@ -13,11 +13,28 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from splitserve.client.retries import Failed, Retries
 from splitserve.errors import DeadlineExceeded
+from splitserve.jobs.records import Webhook
 from splitserve.oip.messages import InferRequest
 
-Verb = Literal["live", "ready", "model_ready", "server_metadata", "model_metadata", "index", "infer"]
+JobVerb = Literal["submit", "job", "job_result", "job_delete", "jobs"]
+Verb = Literal["live", "ready", "model_ready", "server_metadata", "model_metadata", "index", "infer"] | JobVerb
 
 T = TypeVar("T")
+
+
+class JobAsk(NamedTuple):
+    """What a verb of jobs has besides model and version: which job, how it is submitted, which are listed."""
+
+    id: str = ""
+    wait_s: float = 0.0
+    key: str = ""
+    priority: int = 0
+    timeout_s: float = 0.0
+    expires_s: float = 0.0
+    webhook: Webhook | None = None
+    status: str = ""
+    limit: int = 0
+    after: str = ""
 
 
 class Ask(NamedTuple):
@@ -27,6 +44,7 @@ class Ask(NamedTuple):
     model: str = ""
     version: str = ""
     request: InferRequest | None = None
+    job: JobAsk | None = None
 
 
 class Send(NamedTuple):

@@ -7,8 +7,7 @@ from typing import Any
 
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
-from splitserve.jobs.records import Delivered, Job, JobError, Status, Webhook
-from splitserve.jobs.service import JobCaller
+from splitserve.jobs.records import Delivered, Job, JobCaller, JobError, Status, Webhook
 
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 

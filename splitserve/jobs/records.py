@@ -70,6 +70,15 @@ class Rights(msgspec.Struct, frozen=True, omit_defaults=True):
     models: tuple[str, ...] | None = None
 
 
+class JobCaller(msgspec.Struct, frozen=True):
+    """Who calls: ``name`` owns what it submits; ``models`` are the shell patterns that it may call, None where callers are not
+    authenticated and all are one.
+    """
+
+    name: str = ""
+    models: tuple[str, ...] | None = None
+
+
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     """A job to store. ``request`` is a ``ModelInferRequest`` that names the release; ``form`` says how its answer is rendered."""
 

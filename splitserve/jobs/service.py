@@ -24,6 +24,7 @@ from splitserve.jobs.records import (
     JOB_ID,
     LOWEST_PRIORITY,
     Job,
+    JobCaller,
     NewJob,
     Rights,
     StoreState,
@@ -43,15 +44,6 @@ STALE_STATE_S = 10.0
 """A store whose counts are older than this is reported as one that cannot be reached."""
 
 EVENTS = tuple(f"job.{status}" for status in FINISHED)
-
-
-class JobCaller(msgspec.Struct, frozen=True):
-    """Who calls: ``name`` owns what it submits; ``models`` are the shell patterns that it may call, None where callers are not
-    authenticated and all are one.
-    """
-
-    name: str = ""
-    models: tuple[str, ...] | None = None
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):

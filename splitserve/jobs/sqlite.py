@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import queue
 import shutil
@@ -30,6 +29,7 @@ import structlog
 
 from splitserve.errors import SplitserveError, StorageFull
 from splitserve.jobs import events
+from splitserve.jobs.folder import DATABASE, LOCK, check_file_system, locked
 from splitserve.jobs.records import (
     OLDEST_SHARE,
     Claimed,
@@ -56,8 +56,6 @@ from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reuse
 T = TypeVar("T")
 Connection = sqlite3.Connection
 
-DATABASE, LOCK = "jobs.sqlite", "lock"
-
 MAX_GROUP = 512
 """Calls in one transaction at most."""
 
@@ -67,37 +65,10 @@ JOURNAL_LIMIT_BYTES = 64 * 1024 * 1024
 VACUUM_PAGES = 1000
 """Free pages given back after each step of a sweep."""
 
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "afs",
-        "ceph",
-        "fuse.sshfs",
-        "glusterfs",
-        "fuse.glusterfs",
-        "lustre",
-        "virtiofs",
-    }
-)
-"""File systems on which SQLite's locks or shared memory are not reliable."""
-
 _COLUMNS = (
     "id, owner, status, model, version, priority, created, started, finished, attempt, timeout_s, expires, remove_at, error, "
     "webhook, delivery"
 )
-
-
-class FolderInUse(Exception):
-    """Another process owns the folder; the message names it."""
-
-
-class NetworkFileSystem(Exception):
-    """The folder is on a network file system; the message names it and the way out."""
 
 
 class _Call(NamedTuple):
@@ -150,7 +121,7 @@ class SqliteStore:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.chmod(0o700)
         check_file_system(self._folder)
-        self._lock = _locked(self._folder / LOCK, wait_s)
+        self._lock = locked(self._folder / LOCK, wait_s)
         began: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(began,), name="job store", daemon=True)
         self._thread.start()
@@ -598,47 +569,6 @@ def migrate(connection: Connection) -> None:
     for number, text in known:
         if number > version:
             connection.executescript(f"BEGIN IMMEDIATE; {text}; PRAGMA user_version = {number}; COMMIT;")
-
-
-def check_file_system(folder: Path) -> None:
-    """Raises:
-    NetworkFileSystem: SQLite's WAL does not work on the file system of the folder.
-    """
-    kind = file_system_of(folder)
-    if kind in NETWORK_FILE_SYSTEMS:
-        raise NetworkFileSystem(
-            f"{folder} is on {kind}, where SQLite can lose or corrupt jobs: use a local disk, or PostgreSQL (JOBS_DATABASE_URL)"
-        )
-
-
-def file_system_of(folder: Path, mounts: str = "/proc/self/mounts") -> str:
-    """The type of the file system that a folder is on; "" where that is unknown."""
-    try:
-        lines = [line.split() for line in Path(mounts).read_text().splitlines()]
-    except OSError:
-        return ""
-    found = folder.resolve()
-    kinds = {Path(parts[1].replace("\\040", " ")): parts[2] for parts in lines if len(parts) > 2}
-    return next((kinds[parent] for parent in (found, *found.parents) if parent in kinds), "")
-
-
-def _locked(path: Path, wait_s: float) -> int:
-    """An exclusive lock on a file, which then names this process. The kernel releases it when the process ends."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    end = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError:
-            if time.monotonic() >= end:
-                holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
-                os.close(lock)
-                raise FolderInUse(f"{path.parent} is in use by {holder or 'another process'}") from None
-            time.sleep(0.05)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}\n".encode(), 0)
-    return lock
 
 
 def _settle(settled: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:

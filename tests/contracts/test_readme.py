@@ -31,7 +31,7 @@ def folder(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def system(folder: Path) -> System:
-    running = System(folder / "models", is_fused=True).wait_until_settled()
+    running = System(folder / "models", is_fused=True, JOBS_DIR=str(folder / "jobs")).wait_until_settled()
     yield running
     running.stop()
 
@@ -39,7 +39,8 @@ def system(folder: Path) -> System:
 def run(system: System, folder: Path, language: str, code: str) -> str:
     """What a block prints; its addresses are those of the system under test."""
     code = code.replace("127.0.0.1:8000", system.http).replace("127.0.0.1:8001", system.grpc)
-    code = code.replace("splitserve infer", f"splitserve infer --url {system.grpc}")
+    for command in ("infer", "jobs submit"):
+        code = code.replace(f"splitserve {command}", f"splitserve {command} --url {system.grpc}")
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
@@ -50,6 +51,7 @@ EXPECTED = [
     ("our client", "[1 1]"),
     ("tritonclient", "[1]"),
     ("the command", "Chinstrap"),
+    ("a job", "Gentoo"),
     ("publishing", "wine 1.1"),
 ]
 """What each block prints, in the README's order."""

@@ -12,7 +12,7 @@ from jobs_service.settings import JobsSettings, check
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
 from splitserve.jobs.protobuf import CALLER_KEY, decode_caller, encode_caller
-from splitserve.jobs.service import JobCaller
+from splitserve.jobs.records import JobCaller
 from tests.contracts.faces import served
 from tests.jobs.whole import Whole, body, whole
 

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from splitserve.errors import StorageFull, Unavailable
-from splitserve.jobs import sqlite
+from splitserve.jobs import folder, sqlite
+from splitserve.jobs.folder import DATABASE, FolderInUse, NetworkFileSystem, file_system_of
 from splitserve.jobs.records import Finish, NewJob, Payload, StoreRules, new_id
-from splitserve.jobs.sqlite import DATABASE, FolderInUse, NetworkFileSystem, SqliteStore, file_system_of
+from splitserve.jobs.sqlite import SqliteStore
 
 HOUR = 3600.0
 
@@ -137,7 +138,7 @@ async def test_a_step_of_the_clock_moves_no_lease(tmp_path):
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "9p"])
 def test_a_network_file_system_is_refused_by_name(tmp_path, monkeypatch, kind):
     """SQLite's locks are not reliable there; the message says what to do instead."""
-    monkeypatch.setattr(sqlite, "file_system_of", lambda _: kind)
+    monkeypatch.setattr(folder, "file_system_of", lambda _: kind)
 
     with pytest.raises(NetworkFileSystem, match=f"{kind}.*PostgreSQL"):
         SqliteStore(tmp_path).open()

@@ -17,15 +17,16 @@ from tests.demo_models import Demos
 from tests.system.processes import free_ports, wait_until
 
 COMMAND = Path(sys.executable).with_name("splitserve")
-PORT_OPTIONS = ("--http-port", "--grpc-port", "--preprocess-port", "--predict-port")
+PORT_OPTIONS = ("--http-port", "--grpc-port", "--preprocess-port", "--predict-port", "--jobs-port")
 
 
 class Up:
     """A running ``splitserve up``; what it prints goes to a file."""
 
     def __init__(self, repository: Path, output: Path, *options: str) -> None:
-        self.ports = free_ports(4)
+        self.ports = free_ports(5)
         arguments = [part for name, port in zip(PORT_OPTIONS, self.ports, strict=True) for part in (name, str(port))]
+        arguments += ["--jobs-dir", str(output.with_name("jobs"))]
         self._output = output
         with output.open("w") as stdout:
             self.process = subprocess.Popen(
@@ -60,17 +61,19 @@ def up(request: pytest.FixtureRequest, demos: Demos, tmp_path: Path) -> Iterator
 
 
 def test_up_prints_an_example_call_and_stops_on_ctrl_c(up: Up) -> None:
-    """A table of what runs where, two calls that work as they are pasted, the page of the API; then a clean end."""
+    """A table of what runs where, calls that work as they are pasted, the page of the API; then a clean end."""
     text = up.wait_for("Ctrl-C stops everything.")
 
     rest = subprocess.run(re.search(r"REST +(.*)", text)[1], shell=True, check=True, capture_output=True, text=True)
     grpc = subprocess.run(re.search(r"gRPC +(.*)", text)[1], shell=True, check=True, capture_output=True, text=True)
+    job = subprocess.run(re.search(r"job +(.*)", text)[1], shell=True, check=True, capture_output=True, text=True)
     page = re.search(r"docs +(\S+)", text)[1]
     document = subprocess.run(["curl", "-sf", page], check=True, capture_output=True, text=True).stdout
     up.process.send_signal(signal.SIGINT)
 
     assert json.loads(rest.stdout)["predictions"][0]["label"] == "Adelie"
     assert "Adelie" in grpc.stdout
+    assert "Adelie" in job.stdout
     assert "openapi.json" in document
     assert "models: breast-cancer, digits, penguins" in text
     assert up.process.wait(60) == 0
@@ -89,6 +92,42 @@ def test_up_exits_when_a_service_exits(demos: Demos, tmp_path: Path) -> None:
     assert up.process.wait(60) == 1
     assert "preprocess exited unexpectedly" in up.text
     assert not any(up.is_listening())
+
+
+def test_up_starts_jobs_again_when_they_exit(demos: Demos, tmp_path: Path) -> None:
+    """Nothing else stops because of it, and what was submitted is still there."""
+    up = Up(demos.repository, tmp_path / "output")
+    text = up.wait_for("Ctrl-C stops everything.")
+    job = re.search(r"job +(.*)", text)[1]
+    submitted = subprocess.run(job.replace(" --wait", ""), shell=True, check=True, capture_output=True, text=True).stdout.strip()
+    pid = int(re.search(r"jobs +127.0.0.1:\d+ \(gRPC\), \S+ +(\d+)", text)[1])
+
+    subprocess.run(["kill", "-9", str(pid)], check=True)
+    wait_until(lambda: up.text.count('"jobs open"') == 2, "the second start of jobs")
+    wait_until(lambda: subprocess.run(job, shell=True, capture_output=True).returncode == 0, "a job that is answered")
+    shown = subprocess.run(
+        [COMMAND, "jobs", "result", submitted, "--url", f"127.0.0.1:{up.ports[1]}"], check=True, capture_output=True, text=True
+    )
+    up.process.send_signal(signal.SIGTERM)
+
+    assert "Adelie" in shown.stdout
+    assert "jobs exited unexpectedly" in up.text
+    assert up.process.wait(60) == 0
+    assert not any(up.is_listening())
+
+
+def test_up_without_jobs(demos: Demos, tmp_path: Path) -> None:
+    """They are refused, by the name of the setting, and no folder is made."""
+    up = Up(demos.repository, tmp_path / "output", "--fused", "--no-jobs")
+    text = up.wait_for("Ctrl-C stops everything.")
+
+    refused = subprocess.run([COMMAND, "jobs", "list", "--url", f"127.0.0.1:{up.ports[1]}"], capture_output=True, text=True)
+    up.process.send_signal(signal.SIGTERM)
+
+    assert "PROXY_JOBS_TARGET" in refused.stderr
+    assert "job " not in text.partition("REST")[2]
+    assert not (tmp_path / "jobs").exists()
+    assert up.process.wait(60) == 0
 
 
 def test_up_prints_what_it_waits_for(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""``splitserve jobs …``: submit, list, show, fetch, cancel; back up and restore the folder of a jobs service."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from splitserve.cli.connection import client
+from splitserve.cli.infer import print_outputs, reader
+from splitserve.cli.tables import print_table
+from splitserve.errors import SplitserveError
+
+if TYPE_CHECKING:
+    from splitserve.client import Client, Job
+
+TIMEOUT_S = 30.0
+
+
+def _run(url: str, act: Callable[[Client], int]) -> int:
+    """What ``act`` returns; 1 and the reason if it fails."""
+    try:
+        with client(url, timeout_s=TIMEOUT_S) as connection:
+            return act(connection)
+    except (SplitserveError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def submit(
+    model: str,
+    file: Path | None,
+    *,
+    rows: str | None,
+    url: str,
+    version: str,
+    options: dict[str, Any],
+    is_awaited: bool,
+    wait_s: float | None,
+) -> int:
+    """Print the job, or, if it is awaited, its answer."""
+    if (file is None) == (rows is None):
+        print("expected a file or --rows, got both or neither", file=sys.stderr)
+        return 2
+    read = reader(file, rows)
+
+    def act(connection: Client) -> int:
+        metadata = connection.metadata(model, version)
+        job = connection.submit(model, _columns(read(metadata), metadata), version=version, **options)
+        if not is_awaited:
+            print(job.id)
+            return 0
+        print(f"job {job.id}", file=sys.stderr, flush=True)
+        job.wait(wait_s)
+        return _print_result(connection, job)
+
+    return _run(url, act)
+
+
+def _columns(instances: list[Any], metadata: Any) -> Any:
+    """The instances by input: records, or rows of a model's only input."""
+    if instances and all(isinstance(instance, dict) for instance in instances):
+        names = [spec.name for spec in metadata.inputs]
+        return {name: [instance.get(name) for instance in instances] for name in names}
+    return instances
+
+
+def _print_result(connection: Client, job: Job) -> int:
+    from splitserve.arrays import from_array
+
+    answer = job.result()
+    print(f"{answer.model} {answer.version}")
+    outputs = [from_array(name, array) for name, array in answer.items()]
+    print_outputs(outputs, connection.metadata(answer.model, answer.version))
+    return 0
+
+
+def list_jobs(url: str, *, model: str, status: str, limit: int) -> int:
+    """Print a table."""
+
+    def act(connection: Client) -> int:
+        found = connection.jobs(model=model, status=status, limit=limit)
+        header = ("id", "status", "model", "version", "created", "attempt", "error")
+        print_table(
+            header,
+            [
+                (
+                    *(job.id, job.status, job.model, job.version, _time(job.info.created), str(job.info.attempt)),
+                    job.info.error.message if job.info.error else "",
+                )
+                for job in found
+            ],
+        )
+        return 0
+
+    return _run(url, act)
+
+
+def show(job_id: str, url: str, *, wait_s: float) -> int:
+    """Print the job as JSON, after waiting for its end."""
+    import msgspec
+
+    from splitserve.jobs.events import shown
+
+    def act(connection: Client) -> int:
+        job = connection.job(job_id)
+        if wait_s:
+            try:
+                job.wait(wait_s)
+            except SplitserveError as error:
+                if error.reason != "DEADLINE_EXCEEDED":
+                    raise
+                job.refresh()
+        print(json.dumps(msgspec.to_builtins(shown(job.info)), indent=2))
+        return 0
+
+    return _run(url, act)
+
+
+def result(job_id: str, url: str, *, wait_s: float | None) -> int:
+    """Print the answer as a table, once it is there."""
+    return _run(url, lambda connection: _print_result(connection, connection.job(job_id).wait(wait_s)))
+
+
+def cancel(job_ids: list[str], url: str) -> int:
+    """Cancel jobs and print in which state each is; those that have ended stay as they are."""
+
+    def act(connection: Client) -> int:
+        for job_id in job_ids:
+            job = connection.job(job_id).cancel()
+            print(f"{job.id} {job.status}")
+        return 0
+
+    return _run(url, act)
+
+
+def backup(folder: Path, to: Path) -> int:
+    """Copy a folder of jobs to an empty one, also while its service runs."""
+    if to.exists() and any(to.iterdir()):
+        print(f"{to}: expected an empty folder", file=sys.stderr)
+        return 1
+    database = folder / "jobs.sqlite"
+    if not database.exists():
+        print(f"{folder}: there are no jobs", file=sys.stderr)
+        return 1
+    to.mkdir(mode=0o700, parents=True, exist_ok=True)
+    copied = sqlite3.connect(to / "jobs.sqlite")
+    source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    try:
+        source.backup(copied, pages=1000)
+        copied.execute("PRAGMA journal_mode = DELETE")
+    finally:
+        source.close()
+        copied.close()
+    n_files = 0
+    payloads = folder / "payloads"
+    if payloads.is_dir():  # after the database: each file that a row of the copy names is there, unless its job is gone by now
+        (to / "payloads").mkdir(mode=0o700, exist_ok=True)
+        for path in payloads.iterdir():
+            try:
+                shutil.copy2(path, to / "payloads" / path.name)
+                n_files += 1
+            except FileNotFoundError:
+                continue
+    print(f"{to}: the database and {n_files} payloads")
+    return 0
+
+
+def restore(folder: Path, source: Path) -> int:
+    """Put a backup in the place of a folder of jobs, whose service must not run."""
+    from splitserve.jobs.folder import DATABASE, LOCK, FolderInUse, locked
+
+    if not (source / DATABASE).exists():
+        print(f"{source}: expected a backup, which has {DATABASE}", file=sys.stderr)
+        return 1
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        lock = locked(folder / LOCK, 0.0)
+    except FolderInUse as error:
+        print(f"{error}: stop it first", file=sys.stderr)
+        return 1
+    try:
+        for suffix in ("", "-wal", "-shm"):  # a WAL that is left would be replayed over the restored database
+            (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+        shutil.copy2(source / DATABASE, folder / DATABASE)
+        if (source / "payloads").is_dir():
+            shutil.copytree(source / "payloads", folder / "payloads", dirs_exist_ok=True)
+    finally:
+        os.close(lock)
+    print(f"{folder}: restored; jobs that have ended since the backup are run again")
+    return 0
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,252 @@
+"""Jobs at the client: `Job` and `AsyncJob`, and the steps that both run. Knows no transport.
+
+A submit carries an idempotency key, made up if the caller gives none, so that it can be retried without a duplicate.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from splitserve.client.answer import Answer, outputs_of
+from splitserve.client.encoding import to_columns
+from splitserve.client.inference import Core
+from splitserve.client.steps import Ask, JobAsk, Steps
+from splitserve.errors import DeadlineExceeded, InvalidInput
+from splitserve.jobs.records import Job as JobRecord
+from splitserve.jobs.records import Webhook
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+
+T = TypeVar("T")
+
+POLL_S = 20.0
+"""How long one call waits for the end of a job; less than the idle timeouts of load balancers."""
+
+
+def submit(
+    core: Core,
+    model: str,
+    inputs: Any,
+    *,
+    version: str,
+    outputs: Sequence[str],
+    parameters: Mapping[str, Parameter] | None,
+    options: JobAsk,
+    timeout_s: float | None,
+) -> Steps[JobRecord]:
+    """Encode the inputs and store the job. A known signature that no longer fits is fetched again."""
+    deadline = core.deadline_after(timeout_s)
+    options = options._replace(key=options.key or uuid.uuid4().hex)
+
+    def send(signature: ModelMetadata | None) -> Steps[JobRecord]:
+        columns = to_columns(inputs, signature.inputs if signature else None)
+        request = InferRequest(
+            model,
+            tuple(column.tensor() for column in columns),
+            version=version,
+            outputs=tuple(map(RequestedOutput, outputs)),
+            parameters=parameters or {},
+        )
+        record: JobRecord = yield from core.ask(Ask("submit", model, version, request, options), deadline)
+        return record
+
+    known = core.known_signature(model, version)
+    if known is None:
+        return (yield from send((yield from core.fetch_signature(model, version, deadline))))
+    try:
+        return (yield from send(known))
+    except InvalidInput as error:
+        refused = error
+    signature = yield from core.fetch_signature(model, version, deadline)
+    if signature is None or signature.inputs == known.inputs:
+        raise refused
+    return (yield from send(signature))
+
+
+def get(core: Core, job_id: str) -> Steps[JobRecord]:
+    """The job as it is."""
+    record: JobRecord = yield from core.ask(Ask("job", job=JobAsk(job_id)), core.deadline_after(None))
+    return record
+
+
+def wait(core: Core, record: JobRecord, timeout_s: float | None) -> Steps[JobRecord]:
+    """The job once it has ended, in whatever state.
+
+    Raises:
+        DeadlineExceeded: it has not within ``timeout_s``. It goes on.
+        NotFound: it was removed.
+    """
+    end = None if timeout_s is None else core.now() + timeout_s
+    while not record.is_finished:
+        wait_s = POLL_S if end is None else min(POLL_S, end - core.now())
+        if wait_s <= 0:
+            raise DeadlineExceeded(f"job {record.id} is still {record.status} after {timeout_s:g} s", model=record.model)
+        ask = Ask("job", job=JobAsk(record.id, wait_s=wait_s))
+        record = yield from core.ask(ask, core.deadline_after(None) + wait_s)
+    return record
+
+
+def result(core: Core, record: JobRecord) -> Steps[Answer]:
+    """The answer of a job that has ended. Raises its error."""
+    response: InferResponse = yield from core.ask(Ask("job_result", job=JobAsk(record.id)), core.deadline_after(None))
+    return Answer(outputs_of(response), model=response.model or record.model, version=response.version or record.version)
+
+
+def delete(core: Core, job_id: str) -> Steps[JobRecord]:
+    """Cancel it if it has not ended, remove it if it has."""
+    record: JobRecord = yield from core.ask(Ask("job_delete", job=JobAsk(job_id)), core.deadline_after(None))
+    return record
+
+
+def list_jobs(core: Core, *, model: str, status: str, limit: int, after: str) -> Steps[list[JobRecord]]:
+    """One page."""
+    ask = Ask("jobs", model, job=JobAsk(status=status, limit=limit, after=after))
+    records: list[JobRecord] = yield from core.ask(ask, core.deadline_after(None))
+    return records
+
+
+def options_of(
+    *,
+    key: str,
+    priority: int,
+    job_timeout_s: float,
+    expires_s: float,
+    webhook: str,
+    webhook_events: Sequence[str],
+) -> JobAsk:
+    """The options of a submit."""
+    hook = None
+    if webhook:
+        hook = Webhook(webhook, tuple(webhook_events)) if webhook_events else Webhook(webhook)
+    return JobAsk(key=key, priority=priority, timeout_s=job_timeout_s, expires_s=expires_s, webhook=hook)
+
+
+class _Job:
+    """What a job was when it was last looked at: ``info``, and its fields."""
+
+    def __init__(self, core: Core, info: JobRecord) -> None:
+        self._core = core
+        self.info = info
+
+    @property
+    def id(self) -> str:
+        """128 random bits, as text."""
+        return self.info.id
+
+    @property
+    def status(self) -> str:
+        """queued, running, succeeded, failed or cancelled."""
+        return self.info.status
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self.info.model
+
+    @property
+    def version(self) -> str:
+        """The release, which was chosen when the job was submitted."""
+        return self.info.version
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it failed, or its last attempt did."""
+        return None if self.info.error is None else self.info.error.error()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its state is final."""
+        return self.info.is_finished
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.model} {self.version}: {self.status}>"
+
+
+class Job(_Job):
+    """A job, as `Client.submit` returns it."""
+
+    def __init__(self, core: Core, info: JobRecord, run: Callable[[Steps[Any]], Any]) -> None:
+        super().__init__(core, info)
+        self._run = run
+
+    def refresh(self) -> Job:
+        """Look at it again.
+
+        Raises:
+            NotFound: it was removed.
+        """
+        self.info = self._run(get(self._core, self.id))
+        return self
+
+    def wait(self, timeout_s: float | None = None) -> Job:
+        """Wait until it has ended, in whatever state.
+
+        Raises:
+            DeadlineExceeded: it has not within ``timeout_s``. It goes on.
+            NotFound: it was removed.
+        """
+        self.info = self._run(wait(self._core, self.info, timeout_s))
+        return self
+
+    def result(self, timeout_s: float | None = None) -> Answer:
+        """Wait for its answer.
+
+        Raises:
+            SplitserveError: its own, if it failed.
+            Conflict: it was cancelled.
+            DeadlineExceeded, NotFound: as `wait`.
+        """
+        self.wait(timeout_s)
+        answer: Answer = self._run(result(self._core, self.info))
+        return answer
+
+    def cancel(self) -> Job:
+        """Cancel it, if it has not ended; ``status`` says what holds.
+
+        Raises:
+            NotFound: it was removed.
+        """
+        if not self.refresh().is_finished:
+            self.info = self._run(delete(self._core, self.id))
+        return self
+
+    def remove(self) -> None:
+        """Remove it with its result. One that has not ended is cancelled before."""
+        self.cancel()
+        self._run(delete(self._core, self.id))
+
+
+class AsyncJob(_Job):
+    """A job, as `AsyncClient.submit` returns it: as `Job`, awaited."""
+
+    def __init__(self, core: Core, info: JobRecord, run: Callable[[Steps[Any]], Awaitable[Any]]) -> None:
+        super().__init__(core, info)
+        self._run = run
+
+    async def refresh(self) -> AsyncJob:
+        """As `Job.refresh`."""
+        self.info = await self._run(get(self._core, self.id))
+        return self
+
+    async def wait(self, timeout_s: float | None = None) -> AsyncJob:
+        """As `Job.wait`."""
+        self.info = await self._run(wait(self._core, self.info, timeout_s))
+        return self
+
+    async def result(self, timeout_s: float | None = None) -> Answer:
+        """As `Job.result`."""
+        await self.wait(timeout_s)
+        answer: Answer = await self._run(result(self._core, self.info))
+        return answer
+
+    async def cancel(self) -> AsyncJob:
+        """As `Job.cancel`."""
+        if not (await self.refresh()).is_finished:
+            self.info = await self._run(delete(self._core, self.id))
+        return self
+
+    async def remove(self) -> None:
+        """As `Job.remove`."""
+        await self.cancel()
+        await self._run(delete(self._core, self.id))
