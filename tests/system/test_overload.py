@@ -100,6 +100,7 @@ class Load:
         return sum(answer.status == 200 and answer.ended < SECONDS for answer in self.answers) / SECONDS
 
 
+@pytest.mark.long  # needs the machine to itself; tests/batching/test_admission.py does the same in virtual time
 async def test_beyond_saturation_throughput_does_not_drop(system: System) -> None:
     """P-12: nine tenths of the peak at least; the others get 429 while the first are still served; every answer is correct.
 
