@@ -115,8 +115,20 @@ def serve(
 
 @app.command()
 def publish(
-    name: Annotated[str, typer.Argument(help="What clients call the model.")],
-    data: Annotated[Path, typer.Option("--data", "-d", help="Sample rows: .csv (with a header), .npy or .npz.")],
+    name: Annotated[
+        str, typer.Argument(help="What clients call the model; with --mlflow its registered name by default.", show_default=False)
+    ] = "",
+    data: Annotated[Path | None, typer.Option("--data", "-d", help="Sample rows: .csv (with a header), .npy or .npz.")] = None,
+    mlflow: Annotated[
+        str,
+        typer.Option(
+            help="A scikit-learn model in MLflow's registry, models:/NAME@ALIAS or models:/NAME/VERSION: publishes both halves, "
+            "with its input example as sample rows. Only its files are read."
+        ),
+    ] = "",
+    rows: Annotated[
+        Path | None, typer.Option(help="With --mlflow, more sample rows; required if the input example has fewer than 30.")
+    ] = None,
     pipeline: Annotated[
         Path | None, typer.Option(help="A fitted Pipeline (.skops, or .joblib with --allow-pickle): publishes both halves.")
     ] = None,
@@ -154,6 +166,8 @@ def publish(
     run(
         name,
         data,
+        mlflow=mlflow,
+        rows=rows,
         pipeline=pipeline,
         transformer=transformer,
         onnx=onnx,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import typer
 
@@ -18,8 +16,10 @@ _PICKLES = (".joblib", ".pkl", ".pickle")
 
 def run(
     name: str,
-    data: Path,
+    data: Path | None,
     *,
+    mlflow: str,
+    rows: Path | None,
     pipeline: Path | None,
     transformer: Path | None,
     onnx: Path | None,
@@ -32,9 +32,13 @@ def run(
     golden: str,
     time_limit_s: float,
 ) -> None:
-    """Publish the one of pipeline, transformer and onnx that is given; exits 1 with the reason if that fails."""
-    if sum(path is not None for path in (pipeline, transformer, onnx)) != 1:
-        raise typer.BadParameter("give one of --pipeline, --transformer and --onnx")
+    """Publish the one of pipeline, transformer, onnx and mlflow that is given; exits 1 with the reason if that fails."""
+    if sum(bool(given) for given in (pipeline, transformer, onnx, mlflow)) != 1:
+        raise typer.BadParameter("give one of --pipeline, --transformer, --onnx and --mlflow")
+    if mlflow and data is not None:
+        raise typer.BadParameter("--data does not go with --mlflow, whose input example is used; --rows adds more")
+    if not mlflow and (data is None or not name or rows is not None):
+        raise typer.BadParameter("give NAME and --data; --rows goes with --mlflow")
     if trained_on is not None and onnx is None:
         raise typer.BadParameter("--trained-on goes with --onnx")
     try:
@@ -50,24 +54,39 @@ def run(
         raise typer.BadParameter("--golden goes with --pipeline or --transformer: the data of --onnx are its golden samples")
     try:
         form["golden"] = golden if golden in ("rows", "synthetic") else read_data(Path(golden))
-        rows = read_data(data)
+        if mlflow:
+            _publish_registered(mlflow, rows, {**common, "input_name": input_name}, form)
+            return
+        assert data is not None, "checked above"
+        samples = read_data(data)
         if onnx is not None:
             known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
-            _say_written(publish_predictor(onnx, rows, trained_on=known, **common).key, repository)
+            _say_written(publish_predictor(onnx, samples, trained_on=known, **common).key, repository)
         elif transformer is not None:
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
-            bundle = publish_preprocessor(fitted, rows, input_name=input_name, **form, **common)
+            bundle = publish_preprocessor(fitted, samples, input_name=input_name, **form, **common)
             _say_written(bundle.key, repository)
             print(said_of_golden(bundle.manifest.golden, _n_golden(bundle)))
             _warn_of_pickle(bundle.key, repository)
         elif pipeline is not None:
             fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
-            published = publish(fitted, rows, input_name=input_name, **form, **common)
+            published = publish(fitted, samples, input_name=input_name, **form, **common)
             print(published)
             _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), repository)
     except PublishError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+def _publish_registered(address: str, rows: Path | None, common: dict[str, Any], form: dict[str, Any]) -> None:
+    from splitserve.publishing import from_mlflow, publish
+
+    registered = from_mlflow.read(address, trusted_modules=form["trusted_modules"], allow_pickle=form["allow_pickle"])
+    samples = from_mlflow.sample_rows(registered, None if rows is None else read_data(rows))
+    name = common["name"] or registered.name
+    published = publish(registered.pipeline, samples, origin=registered.origin, **form, **{**common, "name": name})
+    print(f"{registered.origin} is {published}")
+    _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), common["repository"])
 
 
 def run_test_models(repository: str) -> None:
@@ -155,16 +174,7 @@ def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bo
 
             return joblib.load(path)
         if path.suffix == ".skops":
-            return sklearn_pipeline.load(_uncompressed(path.read_bytes()), trusted_modules)
-    except (OSError, BundleError, BadZipFile) as error:
+            return sklearn_pipeline.load(sklearn_pipeline.uncompressed(path.read_bytes()), trusted_modules)
+    except (OSError, BundleError) as error:
         raise PublishError(f"{path}: {error}") from error
     raise PublishError(f"{path}: expected .skops, or .joblib or .pkl with --allow-pickle")
-
-
-def _uncompressed(data: bytes) -> bytes:
-    """A skops file with its members as they are, which skops can also compress. A bundle's never are."""
-    buffer = io.BytesIO()
-    with ZipFile(io.BytesIO(data)) as source, ZipFile(buffer, "w") as target:
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    return buffer.getvalue()

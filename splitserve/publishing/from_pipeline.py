@@ -84,6 +84,7 @@ def publish(
     golden: Any = "rows",
     targets: Sequence[str] = (),
     time_limit_s: float = TIME_LIMIT_S,
+    origin: str = "",
 ) -> Published:
     """Split a fitted pipeline before its estimator, publish both halves, and release the pair.
 
@@ -108,6 +109,7 @@ def publish(
             categories; or rows of your own, a DataFrame or array like ``X``, of which at most 64 are taken.
         targets: names of what an estimator with several targets predicts, in the order of y's columns; numbers by default.
         time_limit_s: seconds that converting and comparing may take.
+        origin: where the pipeline comes from, e.g. ``models:/wine/7``; recorded in both manifests.
 
     Raises:
         PublishError: the pipeline is not fitted or not supported, ``X`` does not fit it, the split differs from it, a service
@@ -133,6 +135,7 @@ def publish(
             row_wise=row_wise,
             golden=golden,
             targets=targets,
+            origin=origin,
             progress=progress,
         )
     n_hard = sum(proven.hard_rows.values())
@@ -176,6 +179,7 @@ def _proven(
     row_wise: bool,
     golden: Any,
     targets: Sequence[str],
+    origin: str,
     progress: Progress,
 ) -> _Proven:
     """The halves of a pipeline, at the first precision at which they answer as it does.
@@ -196,71 +200,76 @@ def _proven(
 
     complaints: list[str] = []
     for precision in ("FP32", "FP64"):
-        progress.step(f"transforms at {precision}")
-        preprocessor = preprocessor_half(
-            transformer,
-            rows,
-            name=name,
-            input_name=input_name,
-            output_name=INPUT_NAME,
-            precision=precision,
-            all_as_floats=True,
-            trusted_modules=trusted_modules,
-            allow_pickle=allow_pickle,
-            refuses=_refuses(estimator),
-            is_row_wise=row_wise,
-            golden=golden,
-            labels=named.labels,
-            output_labels=named.output_labels,
-        )
-        progress.step(f"conversion at {precision}")
         try:
-            model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
-        except NotConvertible as error:
-            complaints.append(str(error) if not complaints else f"at {precision}, {error}")
-            break
-        features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
-        predictor = predictor_half(
-            model.SerializeToString(),
-            features,
-            name=name,
-            labels=named.labels,
-            output_labels=named.output_labels,
-            meaning=meaning_of(transformer),
-            rows=preprocessor.golden.inputs,
-            is_row_wise=row_wise,
-            probed=_features(preprocessor, checked),
-            source=preprocessor.manifest.golden,
-        )
-        progress.step(f"rows of X at {precision}")
-        scales = scales_of(expected)
-        found = split_answer(preprocessor, predictor, checked)
-        worst, complaint = compare(found, expected, tolerance, precision=precision, scales=scales)
-        if not complaint:
-            tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, checked)
-            comparison = Comparison(
-                pipeline,
-                preprocessor,
-                predictor,
-                tensors,
-                targets=targets,
-                tolerance=tolerance,
-                scales=scales,
-                tick=partial(_hard_step, progress, precision),
-            )
-            equal = comparison.run(is_row_wise=row_wise)
-            worst, complaint = max(worst, equal.worst), equal.complaint
-        if not complaint:
-            progress.step("loading as a service does")
-            as_served.check(
-                preprocessor,
-                predictor,
+            progress.step(f"transforms at {precision}")
+            preprocessor = preprocessor_half(
+                transformer,
+                rows,
+                name=name,
+                input_name=input_name,
+                output_name=INPUT_NAME,
+                precision=precision,
+                all_as_floats=True,
                 trusted_modules=trusted_modules,
                 allow_pickle=allow_pickle,
-                inputs=preprocessor.golden.inputs,
+                refuses=_refuses(estimator),
+                is_row_wise=row_wise,
+                golden=golden,
+                labels=named.labels,
+                output_labels=named.output_labels,
+                origin=origin,
             )
-            return _Proven(preprocessor, predictor, len(checked), equal.hard_rows, worst)
-        complaints.append(f"at {precision}, {complaint}")
+            progress.step(f"conversion at {precision}")
+            try:
+                model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
+            except NotConvertible as error:
+                complaints.append(str(error) if not complaints else f"at {precision}, {error}")
+                break
+            features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
+            predictor = predictor_half(
+                model.SerializeToString(),
+                features,
+                name=name,
+                labels=named.labels,
+                output_labels=named.output_labels,
+                origin=origin,
+                meaning=meaning_of(transformer),
+                rows=preprocessor.golden.inputs,
+                is_row_wise=row_wise,
+                probed=_features(preprocessor, checked),
+                source=preprocessor.manifest.golden,
+            )
+            progress.step(f"rows of X at {precision}")
+            scales = scales_of(expected)
+            found = split_answer(preprocessor, predictor, checked)
+            worst, complaint = compare(found, expected, tolerance, precision=precision, scales=scales)
+            if not complaint:
+                tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, checked)
+                comparison = Comparison(
+                    pipeline,
+                    preprocessor,
+                    predictor,
+                    tensors,
+                    targets=targets,
+                    tolerance=tolerance,
+                    scales=scales,
+                    tick=partial(_hard_step, progress, precision),
+                )
+                equal = comparison.run(is_row_wise=row_wise)
+                worst, complaint = max(worst, equal.worst), equal.complaint
+            if not complaint:
+                progress.step("loading as a service does")
+                as_served.check(
+                    preprocessor,
+                    predictor,
+                    trusted_modules=trusted_modules,
+                    allow_pickle=allow_pickle,
+                    inputs=preprocessor.golden.inputs,
+                )
+                return _Proven(preprocessor, predictor, len(checked), equal.hard_rows, worst)
+            complaints.append(f"at {precision}, {complaint}")
+        except PublishError as error:
+            raise PublishError("; ".join([*complaints, f"at {precision}, {error}"]) if complaints else str(error)) from error
     raise PublishError("; ".join(complaints))
 
 

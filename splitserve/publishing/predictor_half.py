@@ -45,6 +45,7 @@ def predictor_half(
     is_row_wise: bool = True,
     probed: Mapping[str, Array] | None = None,
     source: GoldenRows = "own",
+    origin: str = "",
 ) -> PredictorHalf:
     """An ONNX model as a bundle.
 
@@ -60,6 +61,7 @@ def predictor_half(
         is_row_wise: prove that each answer depends on its own row alone; False: it need not, and requests are never merged.
         probed: arrays to prove that on, by input name; ``sample_inputs`` by default.
         source: where ``sample_inputs`` come from.
+        origin: where the model comes from.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
@@ -98,6 +100,7 @@ def predictor_half(
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
         is_row_wise=is_row_wise,
         golden=source,
+        origin=origin,
         is_quantised=is_quantised,
         trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )

@@ -123,7 +123,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     ``is_row_wise``: the result for a row does not depend on the other rows of the call. ``is_quantised``: the model computes with
     8 bit integers, so `QUANTISED_BOUND` bounds its tolerances. ``trained_on`` is the signature of the raw rows that the golden
-    samples of a predictor were made from; empty if unknown. ``golden`` is where the golden samples come from.
+    samples of a predictor were made from; empty if unknown. ``golden`` is where the golden samples come from, ``origin`` where
+    the model does: a version in a registry, ``models:/NAME/VERSION`` of MLflow.
 
     ``fingerprint`` and ``feature_names`` describe the meaning of the features (`splitserve.runtimes.meaning`): those that a
     preprocessor makes, those that a predictor was trained on. Empty if unknown.
@@ -152,6 +153,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     is_quantised: bool = False
     trained_on: tuple[TensorSpec, ...] = ()
     golden: GoldenRows = "rows"
+    origin: str = ""
 
 
 class _ManifestVersion(msgspec.Struct):

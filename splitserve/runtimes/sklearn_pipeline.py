@@ -10,6 +10,7 @@ import importlib
 import io
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import sklearn
 import skops.io
 from skops.io.exceptions import UntrustedTypesFoundException
 
-from splitserve.repository.archives import check_skops
+from splitserve.repository.archives import check_skops, check_unpacked
 from splitserve.repository.bundle import Bundle
 from splitserve.repository.manifest import PIPELINE_FILE, BundleError
 
@@ -142,6 +143,23 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
         raise BundleError(f"{PIPELINE_FILE}: {error}") from None
     except Exception as error:
         raise BundleError(f"{PIPELINE_FILE}: cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def uncompressed(data: bytes) -> bytes:
+    """A skops file with its members as they are, which skops can also compress. A bundle's never are.
+
+    Raises:
+        BundleError: not a skops file, or too large unpacked.
+    """
+    buffer = io.BytesIO()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(buffer, "w") as target:
+            check_unpacked(sum(member.file_size for member in source.infolist()), PIPELINE_FILE)
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise BundleError(f"not a skops file: {error}") from error
+    return buffer.getvalue()
 
 
 def untrusted_modules(data: bytes, trusted_modules: Sequence[str] = ()) -> list[str]:

@@ -234,7 +234,7 @@ def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: P
         (["--pipeline", "rows.npy", "--data", "rows.npy"], "expected .skops"),
         (["--pipeline", "pipeline.skops", "--data", "model.onnx"], "expected .csv, .npy or .npz"),
         (["--pipeline", "pipeline.skops", "--data", "missing.csv"], "missing.csv"),
-        (["--data", "rows.npy"], "give one of --pipeline, --transformer and --onnx"),
+        (["--data", "rows.npy"], "give one of --pipeline, --transformer, --onnx and --mlflow"),
         (
             ["--pipeline", "pipeline.skops", "--trained-on", "transforms.skops", "--data", "rows.npy"],
             "--trained-on goes with --onnx",
