@@ -28,6 +28,7 @@ from sklearn.svm import LinearSVC
 from splitserve import PublishError, publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
+from splitserve.publishing import from_pipeline
 from splitserve.publishing.agreement import compare
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
@@ -267,6 +268,21 @@ def test_errors_are_named_and_nothing_is_written(tmp_path: Path, case: str) -> N
         publish(pipeline, rows, **{"name": "m", "repository": tmp_path / "models", **options})
 
     assert not list((tmp_path / "models").rglob("*"))
+
+
+def test_what_fails_at_float64_does_not_hide_why_float32_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both complaints are shown, each with its precision."""
+    make = from_pipeline.predictor_half
+
+    def failing(model: bytes, *arguments: Any, **options: Any) -> Any:
+        if onnx.load_from_string(model).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE:
+            raise PublishError("no float64 here")
+        return make(model, *arguments, **options)
+
+    monkeypatch.setattr(from_pipeline, "predictor_half", failing)
+
+    with pytest.raises(PublishError, match="at FP32, probabilities of row .*; at FP64, no float64 here"):
+        publish(FITTED, IRIS, name="m", repository=tmp_path, tolerance=0.0)
 
 
 def test_an_unwritable_repository_is_named(tmp_path: Path) -> None:
