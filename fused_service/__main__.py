@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 
-from jobs_service.building import build
-from jobs_service.settings import JobsSettings
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
@@ -21,6 +20,7 @@ from preprocess_service.settings import PreprocessSettings
 from proxy.faces import Faces
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
+from splitserve.jobs.service import Jobs
 from splitserve.server import lifecycle, settings
 from splitserve.server.lifecycle import keep_refreshing
 
@@ -59,20 +59,24 @@ async def serve(config: ProxySettings) -> None:
             ),
             why_not_ready=service.not_ready_reason,
         )
-        jobs_config = _jobs_settings(config)
-        jobs = await process.enter_async_context(build(service, jobs_config)) if jobs_config else None
+        jobs = await process.enter_async_context(_jobs(service, config)) if _has_jobs() else None
         await process.serve(await process.enter_async_context(Faces(service, config, jobs)))
 
 
-def _jobs_settings(config: ProxySettings) -> JobsSettings | None:
-    """The settings of jobs; None if they are not wanted."""
-    if not (os.environ.get("JOBS_DIR") or os.environ.get("JOBS_DATABASE_URL")):
-        return None
+def _has_jobs() -> bool:
+    return bool(os.environ.get("JOBS_DIR") or os.environ.get("JOBS_DATABASE_URL"))
+
+
+def _jobs(service: ProxyService, config: ProxySettings) -> AbstractAsyncContextManager[Jobs]:
+    """The jobs service in this process."""
+    from jobs_service.building import build  # needs the extra jobs
+    from jobs_service.settings import JobsSettings
+
     jobs_config = settings.read(JobsSettings)
     if config.workers > 1 and not jobs_config.database_url:
         print("PROXY_WORKERS: several processes cannot share a folder of jobs; set JOBS_DATABASE_URL", file=sys.stderr)
         raise SystemExit(2)
-    return jobs_config
+    return build(service, jobs_config)
 
 
 if __name__ == "__main__":

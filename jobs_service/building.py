@@ -10,13 +10,12 @@ from pathlib import Path
 import structlog
 
 from jobs_service.settings import JobsSettings
-from splitserve.errors import InvalidInput
 from splitserve.jobs.folder import FolderInUse, NetworkFileSystem
 from splitserve.jobs.payloads import Payloads
-from splitserve.jobs.records import Webhook
 from splitserve.jobs.service import JobQueue
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.store import JobStore
+from splitserve.jobs.webhooks import WebhookSender
 from splitserve.jobs.worker import Worker
 from splitserve.oip.messages import InferenceService
 from splitserve.server.lifecycle import background
@@ -33,20 +32,19 @@ async def build(inference: InferenceService, config: JobsSettings) -> AsyncItera
     async with contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(opened_store(config))
         payloads = Payloads(config.payloads_place, inline_bytes=config.inline_bytes)
-        queue = JobQueue(store, payloads, config.job_rules, check_webhook=_refuse)
+        policy = config.webhook_policy
+        queue = JobQueue(store, payloads, config.job_rules, check_webhook=policy.check)
+        sender = WebhookSender(store, policy)
+        queue.on_webhook = sender.wake
         queue.worker = Worker(store, inference, payloads, config.worker_rules, on_ended=queue.ended)
         # How long jobs and results are kept, and where.
         structlog.get_logger().info("jobs open", store=_place(config), ttl_s=config.ttl_s, key_ttl_s=config.key_ttl_s)
-        await stack.enter_async_context(background(queue.run(), queue.worker.run()))
+        await stack.enter_async_context(background(queue.run(), queue.worker.run(), sender.run()))
         try:
             yield queue
         finally:
             queue.release_waiters()
             await queue.worker.drain(config.grace_s)
-
-
-def _refuse(_: Webhook) -> None:
-    raise InvalidInput("webhooks are not supported yet")
 
 
 def _place(config: JobsSettings) -> str:

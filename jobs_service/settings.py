@@ -10,6 +10,7 @@ from pydantic_settings import SettingsConfigDict
 
 from splitserve.jobs.records import StoreRules
 from splitserve.jobs.service import JobRules
+from splitserve.jobs.webhooks import WebhookPolicy, read_secrets
 from splitserve.jobs.worker import WorkerRules
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.settings import Target
@@ -87,6 +88,14 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     max_jobs_per_caller: int = Field(1_000_000, ge=1)
     """Maximum number of queued and running jobs of one caller; more are refused with status 429."""
 
+    webhook_hosts: str = ""
+    """Hosts that webhooks may be sent to, separated by commas: names, or patterns like `*.example.org`. None: webhooks are
+    refused. Their addresses have to be public ones."""
+
+    webhook_secrets_file: str = ""
+    """JSON file with the secrets that webhooks are signed with: `{"CALLER": ["whsec_BASE64"]}`; `*` is for callers without one of
+    their own. With two secrets each webhook has both signatures. Reread when it changes."""
+
     lock_wait_s: float = Field(10.0, ge=0)
     """Seconds to wait for another process to release JOBS_DIR, e.g. one that is stopping."""
 
@@ -120,6 +129,22 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     def proxy_token(self) -> str:
         """The token for the proxy; "" without one."""
         return Path(self.proxy_token_file).read_text().strip() if self.proxy_token_file else ""
+
+    @property
+    def webhook_policy(self) -> WebhookPolicy:
+        """Which webhooks are allowed, and how they are signed."""
+        hosts = [host.strip() for host in self.webhook_hosts.split(",") if host.strip()]
+        return WebhookPolicy(hosts, self.webhook_secrets_file)
+
+    @field_validator("webhook_secrets_file")
+    @classmethod
+    def _check_secrets(cls, path: str) -> str:
+        if path:
+            try:
+                read_secrets(path)
+            except OSError as error:
+                raise ValueError(str(error)) from None
+        return path
 
     @field_validator("proxy_token_file")
     @classmethod

@@ -133,7 +133,6 @@ class JobQueue:
     Args:
         store: where jobs are.
         payloads: of large requests.
-        worker: works them off; its ``on_ended`` is to be `ended`.
         rules: limits.
         check_webhook: raises if a webhook is not allowed.
         clock: monotonic seconds.
@@ -145,7 +144,7 @@ class JobQueue:
         payloads: Payloads,
         rules: JobRules | None = None,
         *,
-        check_webhook: Callable[[Webhook], None] = lambda _: None,
+        check_webhook: Callable[[JobCaller, Webhook], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
@@ -170,7 +169,7 @@ class JobQueue:
     # The verbs.
 
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
-        self._check(submission)
+        self._check(caller, submission)
         # Before the limit: a caller that repeats a key gets its job, however many it has.
         if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller and not submission.key:
             raise self._too_many(caller)
@@ -211,7 +210,7 @@ class JobQueue:
             stage=STAGE,
         )
 
-    def _check(self, submission: Submission) -> None:
+    def _check(self, caller: JobCaller, submission: Submission) -> None:
         rules = self._rules
         if len(submission.request) > rules.max_request_bytes:
             raise TooLarge(f"the request has {len(submission.request)} bytes, the limit is {rules.max_request_bytes}")
@@ -228,7 +227,7 @@ class JobQueue:
         if submission.webhook is not None:
             if unknown := set(submission.webhook.events) - set(EVENTS):
                 raise InvalidInput(f"webhook events: expected some of {', '.join(EVENTS)}, got {', '.join(sorted(unknown))[:64]}")
-            self._check_webhook(submission.webhook)
+            self._check_webhook(caller, submission.webhook)
 
     async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
         job = await self._get(caller, job_id)
@@ -241,7 +240,8 @@ class JobQueue:
             job = await self._get(caller, job_id)  # it may have ended before anybody knew of the waiter
             if not job.is_finished:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waiter, wait_s)
+                    async with asyncio.timeout(wait_s):
+                        await waiter
                 job = await self._get(caller, job_id)
         finally:
             waiters = self._waiting.get(job_id, set())
@@ -336,7 +336,8 @@ class JobQueue:
         """Find out which of the jobs that somebody waits for have ended elsewhere."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), SWEEP_INTERVAL_S)
+                async with asyncio.timeout(SWEEP_INTERVAL_S):
+                    await self._look.wait()
             self._look.clear()
             if self._waiting:
                 with contextlib.suppress(SplitserveError):

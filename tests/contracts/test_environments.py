@@ -18,6 +18,7 @@ SERVICES = {
     "proxy": ("proxy", {"numpy", "sklearn", "skops", "pandas", "onnxruntime", "onnx"}),
     "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "httptools"}),
     "predict": ("predict_service", {"sklearn", "skops", "pandas", "scipy", "httptools"}),
+    "jobs": ("jobs_service", {"numpy", "sklearn", "onnxruntime", "httptools", "psycopg"}),
 }
 """The module of each service, and what its environment must not hold."""
 
@@ -32,7 +33,7 @@ def environment(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Pa
     return request.param, python
 
 
-def test_a_service_starts_with_its_own_lock_alone(environment: tuple[str, Path], demos: Demos) -> None:
+def test_a_service_starts_with_its_own_lock_alone(environment: tuple[str, Path], demos: Demos, tmp_path: Path) -> None:
     """It listens and loads its bundles; what the other services need is not there."""
     name, python = environment
     module, foreign = SERVICES[name]
@@ -45,10 +46,11 @@ def test_a_service_starts_with_its_own_lock_alone(environment: tuple[str, Path],
             "PYTHONPATH": str(ROOT),
             f"{prefix}_GRPC_PORT": "0",
             f"{prefix}_HTTP_PORT": "0",
+            "JOBS_DIR": str(tmp_path / "jobs"),
         },
         python,
     )
-    process.wait_for("listening" if name == "proxy" else "bundle loaded")
+    process.wait_for("listening" if name in ("proxy", "jobs") else "bundle loaded")
     found = subprocess.run(
         [python, "-c", f"import importlib.util as u; print({{n for n in {foreign!r} if u.find_spec(n)}})"],
         check=True,
