@@ -45,8 +45,8 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 class Published(msgspec.Struct, frozen=True):
     """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
-    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``sequence`` is the number of the release;
-    ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
+    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``notes`` are about columns;
+    ``sequence`` is the number of the release; ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
     """
 
     name: str
@@ -59,13 +59,14 @@ class Published(msgspec.Struct, frozen=True):
     golden: GoldenRows = "rows"
     n_golden: int = 0
     hard_rows: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}; on {self.n_checked} "
             f"rows of X and {sum(self.hard_rows.values())} hard rows ({_listed(self.hard_rows)}) the split differs from the "
             f"original by at most {self.worst_difference:.1e}; "
-            f"{said_of_golden(self.golden, self.n_golden)}"
+            + "; ".join((said_of_golden(self.golden, self.n_golden), *self.notes))
         )
 
 
@@ -154,6 +155,7 @@ def publish(
         half.manifest.golden,
         half.golden.inputs[0].n_rows,
         proven.hard_rows,
+        half.notes,
     )
 
 

@@ -50,9 +50,7 @@ def choose(golden: Any, data: Rowset, form: Rows, learnt: Collection[str]) -> Ch
         wanted = [column.name for column in form.columns]
         if not hasattr(own, "columns") or set(wanted) - set(own.columns):
             raise PublishError(f"golden: expected a DataFrame with the columns of X ({', '.join(wanted[:10])})")
-        own = own[wanted].astype(
-            {column.name: data[column.name].dtype for column in form.columns if _is_number(data[column.name])}
-        )
+        own = own[wanted].astype({column.name: column.dtype for column in form.columns if _is_number(data[column.name])})
     elif hasattr(own, "columns") or own.shape[1:] != data.shape[1:]:
         raise PublishError(f"golden: expected an array of shape (n_rows, {', '.join(map(str, data.shape[1:]))}) like X")
     else:
@@ -91,6 +89,11 @@ def synthetic(data: Rowset, form: Rows, learnt: Collection[str] = ()) -> Rowset:
 def _column(column: Any, learnt: Collection[str], random: np.random.Generator) -> Any:
     if _is_number(column):
         return _numbers(column.to_numpy(), (N_SYNTHETIC,), learnt, random).astype(column.dtype)
+    if column.dtype.kind in "Mm":
+        return column.min() + (column.max() - column.min()) * random.uniform(size=N_SYNTHETIC)
+    if column.dtype.kind in "fiub" and str(column.dtype) != "category":  # pandas' nullable numbers
+        drawn = _numbers(column.to_numpy(dtype=np.float64, na_value=np.nan), (N_SYNTHETIC,), learnt, random)
+        return np.where(np.isnan(drawn), np.nan, drawn >= 0.5) if column.dtype.kind == "b" else drawn
     if str(column.dtype) == "category":
         present = column.cat.remove_unused_categories().cat.categories
         return _cycled([str(value) for value in present], column.isna().any())

@@ -33,13 +33,17 @@ N_FEATURE_NAMES = 10_000
 
 
 class PreprocessorHalf(msgspec.Struct, frozen=True):
-    """A preprocessor's bundle before it is written: manifest, files, golden samples, and the loaded `Preprocessor`."""
+    """A preprocessor's bundle before it is written: manifest, files, golden samples, and the loaded `Preprocessor`.
+
+    ``notes``: what who publishes should know about the columns.
+    """
 
     manifest: Manifest
     files: dict[str, bytes]
     golden: Golden
     rows: Rows
     runtime: Any
+    notes: tuple[str, ...] = ()
 
 
 class PredictorHalf(msgspec.Struct, frozen=True):

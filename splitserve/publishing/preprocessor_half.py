@@ -11,7 +11,7 @@ import pandas as pd
 
 from splitserve.arrays import Array, from_array
 from splitserve.errors import SplitserveError
-from splitserve.publishing import samples
+from splitserve.publishing import columns, samples
 from splitserve.publishing.compile import compile_transforms
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.golden_rows import choose
@@ -81,10 +81,14 @@ def preprocessor_half(
     """
     meaning = meaning_of(transformer)
     learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
+    data, unused = columns.without_unused(transformer, data)
     try:
         rows, inputs = observe(data, input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
+    refuses = manifest_fields.get("refuses", "")
+    takes_nan = refuses == "inf" or (all_as_floats and not refuses)
+    rows, inputs, gaps = columns.with_gaps(transformer, data, rows, inputs, takes_nan=takes_nan, all_as_floats=all_as_floats)
     chosen = choose(golden, data, rows, learnt)
     golden_rows, source = chosen.rows, chosen.source
     features = _transform(transformer, golden_rows, "X" if source == "rows" else "golden")
@@ -115,7 +119,7 @@ def preprocessor_half(
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
-    return PreprocessorHalf(manifest, files, proof, rows, runtime)
+    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, gaps))
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
@@ -201,10 +205,10 @@ def _settle_missing(rows: Rows, transformer: Any, data: Rowset) -> Rows:
     """Make "" the missing value of text columns without one in the data, if the transforms accept a missing value."""
     if rows.form == "array" and rows.element != "str":
         return rows
-    columns = tuple(
+    settled_columns = tuple(
         msgspec.structs.replace(column, missing=_missing_of(column, rows, transformer, data)) for column in rows.columns
     )
-    return msgspec.structs.replace(rows, columns=columns)
+    return msgspec.structs.replace(rows, columns=settled_columns)
 
 
 def _missing_of(column: Column, rows: Rows, transformer: Any, data: Rowset) -> Missing:

@@ -149,6 +149,7 @@ def _column_transformer(columns: Any, layout: Layout) -> tuple[Step, Layout]:
         indices = list(columns._transformer_to_input_indices[name])
         if not indices or transformer == "drop":
             continue
+        indices = _places(columns, layout, indices)
         step, given = _part(transformer, layout, indices, is_single=isinstance(selected, str | int))
         steps.append(step)
         dtypes.append(given.dtype)
@@ -164,6 +165,17 @@ def _column_transformer(columns: Any, layout: Layout) -> tuple[Step, Layout]:
         return stacked + dtype.type(0) if is_sparse else stacked  # a sparse matrix has no negative zero
 
     return run, _Block(dtype, (width,))
+
+
+def _places(columns: Any, layout: Layout, indices: list[int]) -> list[int]:
+    """Where columns of training are in the layout, which need not have those that nothing selects."""
+    if isinstance(layout, _Block):
+        return indices
+    places = {column.name: place for place, column in enumerate(layout)}
+    names = getattr(columns, "feature_names_in_", None)
+    if names is None or any(names[index] not in places for index in indices):
+        raise _NotPlanned
+    return [places[names[index]] for index in indices]
 
 
 def _part(transformer: Any, layout: Layout, indices: list[int], *, is_single: bool) -> tuple[Step, _Block]:

@@ -27,6 +27,15 @@ Values = Array | list[Any]
 Missing = Literal["", "nan", "none"]
 
 _TEXT_DTYPES = ("object", "str", "string", "category")
+_NULLABLE = {
+    **{f"{sign}Int{bits}": "FP64" for sign in ("", "U") for bits in (8, 16, 32, 64)},
+    "Float32": "FP32",
+    "Float64": "FP64",
+    "boolean": "FP64",
+}
+"""The datatype of pandas' nullable dtypes, whose missing value is NaN on the wire. Booleans are 0 and 1."""
+
+_DATETIME = "datetime64"
 _MISSING = {"nan": np.nan, "none": None}
 
 
@@ -45,7 +54,12 @@ def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]
         UnsupportedRows: a column or the array has a type without a wire datatype.
     """
     if hasattr(rows, "columns"):
-        if not all(isinstance(name, str) for name in rows.columns) or not rows.columns.is_unique:
+        if not rows.columns.is_unique:
+            twice = ", ".join(f'"{name}"' for name in dict.fromkeys(rows.columns[rows.columns.duplicated()]))
+            raise UnsupportedRows(
+                f"columns become inputs, which have unique names; {twice} occurs more than once: rename or drop it"
+            )
+        if not all(isinstance(name, str) for name in rows.columns):
             raise UnsupportedRows(
                 "the columns of a DataFrame become inputs: expected unique text as names; rename them, or publish with "
                 "X.to_numpy()"
@@ -62,8 +76,10 @@ def observe(rows: Rowset, input_name: str) -> tuple[Rows, tuple[TensorSpec, ...]
 
 def _observe_column(name: str, series: Any) -> Column:
     dtype = str(series.dtype)
+    if dtype.startswith(_DATETIME):
+        return Column(name, dtype, "nan")
     if dtype not in _TEXT_DTYPES:
-        if _plain_datatype(dtype) is None:
+        if not _datatype(dtype):
             raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; {_conversion(name, dtype)}')
         return Column(name, dtype)
     values = series.tolist()
@@ -74,9 +90,6 @@ def _observe_column(name: str, series: Any) -> Column:
 
 def _conversion(name: str, dtype: str) -> str:
     """How to make numbers or text of a column, in training and in what clients send."""
-    if dtype.startswith("datetime64"):
-        start = 'pd.Timestamp(0, tz="UTC")' if "," in dtype else "pd.Timestamp(0)"
-        return f'send seconds and fit on them: X["{name}"] = (X["{name}"] - {start}) / pd.Timedelta(seconds=1)'
     if dtype.startswith("timedelta64"):
         return f'send seconds and fit on them: X["{name}"] = X["{name}"] / pd.Timedelta(seconds=1)'
     if dtype.startswith(("period", "interval")):
@@ -133,7 +146,10 @@ def _plain_datatype(dtype: str) -> str | None:
 
 
 def _datatype(dtype: str) -> str:
-    return "BYTES" if dtype in (*_TEXT_DTYPES, "bytes") else _plain_datatype(dtype) or ""
+    """The datatype of a column of this dtype; "" if it cannot be sent."""
+    if dtype in (*_TEXT_DTYPES, "bytes") or dtype.startswith(_DATETIME):
+        return "BYTES"
+    return _NULLABLE.get(dtype) or _plain_datatype(dtype) or ""
 
 
 def to_rows(rows: Rows, specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> Rowset:
@@ -176,7 +192,7 @@ def frame(columns: Sequence[Column], values: Sequence[Values]) -> Any:
     import pandas as pd
 
     dtypes, arrays = {column.dtype for column in columns}, [each for each in values if isinstance(each, np.ndarray)]
-    if len(dtypes) == 1 and len(arrays) == len(columns) > 1:  # one block, not many
+    if len(dtypes) == 1 and len(arrays) == len(columns) > 1 and columns[0].dtype not in _NULLABLE:  # one block, not many
         block = np.stack([each.astype(columns[0].dtype, copy=False) for each in arrays], axis=1)
         return pd.DataFrame(block, columns=[column.name for column in columns], copy=False)
     data = {column.name: _pandas_values(column, each) for column, each in zip(columns, values, strict=True)}
@@ -214,6 +230,10 @@ def _text(column: Column, tensor: Tensor) -> list[Any]:
 def _pandas_values(column: Column, values: Values) -> Any:
     import pandas as pd
 
+    if column.dtype in _NULLABLE:
+        return _nullable(column, np.asarray(values))
+    if column.dtype.startswith(_DATETIME):
+        return _datetimes(column, values)
     if isinstance(values, np.ndarray):
         return values.astype(column.dtype, copy=False)
     if column.dtype == "category":
@@ -224,6 +244,40 @@ def _pandas_values(column: Column, values: Values) -> Any:
     return pd.Series(values, dtype="object")  # a bare array of text would become pandas' own text dtype
 
 
+def _nullable(column: Column, values: Array) -> Any:
+    """A column of a nullable dtype, from floats in which NaN is missing."""
+    import pandas as pd
+
+    if not column.dtype.startswith("Float"):
+        low, high = (0, 1) if column.dtype == "boolean" else _bounds(column.dtype)
+        present = values[~np.isnan(values)]
+        if not ((present == np.rint(present)) & (present >= low) & (present <= high)).all():
+            raise InvalidInput(
+                f'input "{column.name}": expected whole numbers from {low} to {high} or NaN, as {column.dtype} in training'
+            )
+    return pd.array(values, dtype=column.dtype)
+
+
+def _bounds(dtype: str) -> tuple[int, int]:
+    """The range of an integer dtype, as far as float64 counts by 1."""
+    limits = np.iinfo(dtype.lower())
+    return max(int(limits.min), -(2**53)), min(int(limits.max), 2**53)
+
+
+def _datetimes(column: Column, values: Values) -> Any:
+    """A column of ISO 8601 text; a zone is that of training, UTC where the text names none."""
+    import pandas as pd
+
+    has_zone = "," in column.dtype
+    try:
+        parsed = pd.to_datetime(pd.Series(values, dtype=object), format="ISO8601", utc=has_zone)
+        return parsed.astype(column.dtype)
+    except (ValueError, TypeError, OverflowError):
+        raise InvalidInput(
+            f'input "{column.name}": expected dates and times in ISO 8601, e.g. 2026-01-31T12:00:00{"+00:00" if has_zone else ""}'
+        ) from None
+
+
 def to_tensors(rows: Rows, specs: Sequence[TensorSpec], data: Rowset) -> tuple[Tensor, ...]:
     """The tensors that a client would send for these rows."""
     if rows.form == "array":
@@ -231,13 +285,19 @@ def to_tensors(rows: Rows, specs: Sequence[TensorSpec], data: Rowset) -> tuple[T
         array = np.asarray(data)
         return (_to_tensor(rows.columns[0], spec, array.reshape(array.shape[0], *spec.wire_shape[1:])),)
     return tuple(
-        _to_tensor(column, spec, np.asarray(data[column.name], dtype=_numpy_dtype(column)).reshape(-1, 1))
+        _to_tensor(column, spec, _sent(column, data[column.name]).reshape(-1, 1))
         for column, spec in zip(rows.columns, specs, strict=True)
     )
 
 
-def _numpy_dtype(column: Column) -> Any:
-    return np.object_ if column.dtype in _TEXT_DTYPES else column.dtype
+def _sent(column: Column, series: Any) -> Array:
+    """A column's values as they are sent: (n_rows,)."""
+    if column.dtype in _NULLABLE:
+        values: Array = series.astype(column.dtype).to_numpy(dtype=np.float64, na_value=np.nan)
+        return values.astype(np.float32) if column.dtype == "Float32" else values
+    if column.dtype.startswith(_DATETIME):
+        return objects([value if is_missing(value) else value.isoformat() for value in series.tolist()], (len(series),))
+    return np.asarray(series, dtype=np.object_ if column.dtype in _TEXT_DTYPES else column.dtype)
 
 
 def _to_tensor(column: Column, spec: TensorSpec, array: Array) -> Tensor:

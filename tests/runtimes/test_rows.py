@@ -205,13 +205,32 @@ def test_no_rows_become_an_empty_frame():
 
 
 @pytest.mark.parametrize(
+    ("column", "datatype"),
+    [
+        (pd.Series([1, None, 2**53], dtype="Int64"), "FP64"),
+        (pd.Series([1, None, 255], dtype="UInt8"), "FP64"),
+        (pd.Series([True, None, False], dtype="boolean"), "FP64"),
+        (pd.Series([1.5, None, 0.1], dtype="Float64"), "FP64"),
+        (pd.Series([1.5, None, 0.1], dtype="Float32"), "FP32"),
+        (pd.Series(["a", None, "b"], dtype="string"), "BYTES"),
+        (pd.Series(pd.to_datetime(["2020-01-01", None, "2026-11-30T12:00:00.000001"], format="ISO8601")), "BYTES"),
+        (pd.Series(pd.to_datetime(["2020-01-01", None], utc=True)), "BYTES"),
+        (pd.Series(pd.to_datetime(["2020-01-01", None])).dt.tz_localize("Europe/Oslo"), "BYTES"),
+    ],
+    ids=lambda each: str(getattr(each, "dtype", "")),
+)
+def test_a_column_of_pandas_own_dtypes_is_the_same_after_the_wire(column, datatype):
+    """Missing ones too, with the dtype of training."""
+    frame = pd.DataFrame({"x": column})
+    rows, specs = observe(frame, "x")
+
+    assert specs[0].datatype == datatype
+    assert_same(to_rows(rows, specs, to_tensors(rows, specs, frame)), frame)
+
+
+@pytest.mark.parametrize(
     "column",
     [
-        pd.Series([1, None], dtype="Int64"),
-        pd.Series([True, None], dtype="boolean"),
-        pd.Series([1.5, None], dtype="Float64"),
-        pd.Series(pd.to_datetime(["2020-01-01"])),
-        pd.Series(pd.to_datetime(["2020-01-01"])).dt.tz_localize("UTC"),
         pd.Series(pd.to_timedelta(["1 days"])),
         pd.Series(pd.period_range("2020", periods=2, freq="D")),
         pd.Series(pd.interval_range(0, 2)),
