@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier, is_clusterer, is_outlier_detector
-from sklearn.compose import TransformedTargetRegressor
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.cluster import Birch, BisectingKMeans, MeanShift
+from sklearn.compose import ColumnTransformer, TransformedTargetRegressor
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis
+from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.ensemble import (
     AdaBoostClassifier,
     AdaBoostRegressor,
     BaggingClassifier,
     BaggingRegressor,
+    GradientBoostingClassifier,
+    GradientBoostingRegressor,
+    HistGradientBoostingRegressor,
+    IsolationForest,
     RandomForestClassifier,
     RandomForestRegressor,
     StackingClassifier,
@@ -21,10 +29,53 @@ from sklearn.ensemble import (
     VotingClassifier,
     VotingRegressor,
 )
-from sklearn.linear_model import LinearRegression, LogisticRegression, Perceptron, Ridge, RidgeClassifier
+from sklearn.feature_selection import SelectKBest
+from sklearn.gaussian_process import GaussianProcessClassifier, GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import (
+    RBF,
+    ConstantKernel,
+    DotProduct,
+    Matern,
+    RationalQuadratic,
+    WhiteKernel,
+)
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import (
+    GammaRegressor,
+    LinearRegression,
+    LogisticRegression,
+    Perceptron,
+    Ridge,
+    RidgeClassifier,
+    RidgeClassifierCV,
+    SGDClassifier,
+    TweedieRegressor,
+)
+from sklearn.mixture import BayesianGaussianMixture, GaussianMixture
+from sklearn.model_selection import FixedThresholdClassifier
+from sklearn.multiclass import OneVsOneClassifier, OneVsRestClassifier, OutputCodeClassifier
+from sklearn.multioutput import ClassifierChain, MultiOutputClassifier, MultiOutputRegressor, RegressorChain
 from sklearn.naive_bayes import GaussianNB
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
+from sklearn.neighbors import (
+    KNeighborsClassifier,
+    KNeighborsRegressor,
+    LocalOutlierFactor,
+    NearestCentroid,
+    RadiusNeighborsClassifier,
+    RadiusNeighborsRegressor,
+)
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import (
+    MinMaxScaler,
+    PolynomialFeatures,
+    PowerTransformer,
+    QuantileTransformer,
+    RobustScaler,
+    StandardScaler,
+)
+from sklearn.semi_supervised import LabelPropagation, LabelSpreading, SelfTrainingClassifier
+from sklearn.svm import SVC, SVR, LinearSVC, NuSVC, NuSVR, OneClassSVM
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 from sklearn.utils import all_estimators
 
@@ -132,25 +183,167 @@ def fitted(name: str, n_rows: int = 60) -> tuple[Any, np.ndarray]:
 
 _TREE = DecisionTreeClassifier(max_depth=2)
 _SEVERAL = [("a", GaussianNB()), ("b", LogisticRegression())]
-VARIANTS: dict[str, tuple[Any, str]] = {
-    "soft vote": (VotingClassifier(_SEVERAL, voting="soft", weights=[1, 2]), "text"),
-    "hard vote, two classes": (VotingClassifier([*_SEVERAL, ("c", _TREE)]), "two"),
-    "stack with the rows": (StackingClassifier(_SEVERAL, passthrough=True, cv=2), "two"),
-    "stack of predictions": (StackingClassifier(_SEVERAL, stack_method="predict", cv=2), "classes"),
-    "boosted trees of text": (AdaBoostClassifier(_TREE, n_estimators=5), "text"),
-    "boosted, two classes": (AdaBoostClassifier(_TREE, n_estimators=5), "two"),
-    "bagged, columns apart": (BaggingClassifier(LogisticRegression(), 5, max_features=2, random_state=0), "text"),
-    "bagged, without probabilities": (BaggingClassifier(RidgeClassifier(), 5, random_state=0), "classes"),
-    "bagged, several targets": (BaggingRegressor(Ridge(), 5, random_state=0), "targets"),
-    "boosted regression": (AdaBoostRegressor(DecisionTreeRegressor(max_depth=3), n_estimators=9, random_state=0), "number"),
-    "forest, several targets": (RandomForestRegressor(5, random_state=0), "targets"),
-    "forest, several labels": (RandomForestClassifier(5, random_state=0), "labels"),
-    "target, scaled": (TransformedTargetRegressor(LinearRegression(), transformer=StandardScaler()), "number"),
-    "vote of several": (VotingRegressor([("a", Ridge()), ("b", RandomForestRegressor(3, random_state=0))]), "number"),
-    "stack of forests": (StackingRegressor([("a", RandomForestRegressor(3, random_state=0))], cv=2), "number"),
-}
-"""More of a class: an estimator and its y: "classes", "two", "text", "number", "targets" or "labels"."""
+_VARIANTS: list[tuple[Any, str]] = [
+    (VotingClassifier(_SEVERAL, voting="soft", weights=[1, 2]), "text"),
+    (VotingClassifier([*_SEVERAL, ("c", _TREE)]), "two"),
+    (StackingClassifier(_SEVERAL, passthrough=True, cv=2), "two"),
+    (StackingClassifier(_SEVERAL, stack_method="predict", cv=2), "classes"),
+    (AdaBoostClassifier(_TREE, n_estimators=5), "text"),
+    (AdaBoostClassifier(_TREE, n_estimators=5), "two"),
+    (BaggingClassifier(LogisticRegression(), 5, max_features=2, random_state=0), "text"),
+    (BaggingClassifier(RidgeClassifier(), 5, random_state=0), "classes"),
+    (BaggingRegressor(Ridge(), 5, random_state=0), "targets"),
+    (AdaBoostRegressor(DecisionTreeRegressor(max_depth=3), n_estimators=9, random_state=0), "number"),
+    (RandomForestRegressor(5, random_state=0), "targets"),
+    (RandomForestClassifier(5, random_state=0), "labels"),
+    (TransformedTargetRegressor(LinearRegression(), transformer=StandardScaler()), "number"),
+    (VotingRegressor([("a", Ridge()), ("b", RandomForestRegressor(3, random_state=0))]), "number"),
+    (StackingRegressor([("a", RandomForestRegressor(3, random_state=0))], cv=2), "number"),
+    (SVC(probability=True), "two"),
+    (SVC(probability=True), "classes"),
+    (NuSVC(probability=True, nu=0.3), "text"),
+    (SVC(kernel="poly", degree=2, coef0=1), "text"),
+    (SVC(kernel="sigmoid"), "classes"),
+    (SVC(break_ties=True), "classes"),
+    (SVC(decision_function_shape="ovo"), "classes"),
+    (SVC(kernel="linear"), "two"),
+    (KNeighborsClassifier(3, weights="distance"), "text"),
+    (KNeighborsClassifier(4), "both"),
+    (KNeighborsClassifier(4, metric="manhattan"), "classes"),
+    (KNeighborsClassifier(4, p=3), "classes"),
+    (KNeighborsClassifier(4, metric="chebyshev", algorithm="brute"), "two"),
+    (KNeighborsRegressor(4, weights="distance"), "targets"),
+    (RadiusNeighborsClassifier(1.0, outlier_label="zz", weights="distance"), "text"),
+    (RadiusNeighborsRegressor(1.0), "number"),
+    (RadiusNeighborsRegressor(1.5, weights="distance"), "targets"),
+    (LogisticRegression(solver="liblinear"), "two"),
+    (SGDClassifier(loss="log_loss"), "classes"),
+    (SGDClassifier(loss="modified_huber"), "text"),
+    (SGDClassifier(loss="modified_huber"), "two"),
+    (Perceptron(), "text"),
+    (RidgeClassifier(), "two"),
+    (RidgeClassifier(), "labels"),
+    (RidgeClassifierCV(), "text"),
+    (LinearDiscriminantAnalysis(), "two"),
+    (QuadraticDiscriminantAnalysis(), "two"),
+    (GaussianProcessClassifier(1.0 * RBF(1.0)), "two"),
+    (GaussianProcessClassifier(1.0 * Matern(nu=1.5), multi_class="one_vs_one"), "classes"),
+    (GaussianProcessRegressor(RBF(1.0) + WhiteKernel() + DotProduct(), normalize_y=True), "targets"),
+    (
+        GaussianProcessRegressor(RationalQuadratic() * ConstantKernel(2.0) + WhiteKernel(), optimizer=None),
+        "number",
+    ),
+    (OneVsRestClassifier(SVC()), "classes"),
+    (OneVsRestClassifier(DecisionTreeClassifier(max_depth=2)), "text"),
+    (OneVsRestClassifier(LogisticRegression()), "labels"),
+    (OneVsRestClassifier(LinearSVC()), "labels"),
+    (OneVsRestClassifier(LogisticRegression()), "two"),
+    (OneVsOneClassifier(LinearSVC()), "text"),
+    (OneVsOneClassifier(DecisionTreeClassifier(max_depth=2)), "two"),
+    (OneVsOneClassifier(Perceptron()), "two"),
+    (OutputCodeClassifier(LinearSVC(), random_state=0), "text"),
+    (ClassifierChain(LogisticRegression(), order=[1, 0]), "labels"),
+    (ClassifierChain(DecisionTreeClassifier(max_depth=3), chain_method="predict_proba"), "labels"),
+    (RegressorChain(Ridge(), order=[1, 0]), "targets"),
+    (MultiOutputClassifier(RandomForestClassifier(3)), "both"),
+    (MultiOutputClassifier(LinearSVC()), "both"),
+    (CalibratedClassifierCV(LinearSVC(), cv=2), "text"),
+    (CalibratedClassifierCV(LinearSVC(), cv=2), "two"),
+    (CalibratedClassifierCV(GaussianNB(), method="isotonic", cv=2), "classes"),
+    (CalibratedClassifierCV(RandomForestClassifier(5), method="isotonic", cv=2), "two"),
+    (CalibratedClassifierCV(LinearSVC(), method="temperature", cv=2), "classes"),
+    (CalibratedClassifierCV(GaussianNB(), method="temperature", cv=2), "two"),
+    (CalibratedClassifierCV(LinearSVC(), method="temperature", cv=2), "two"),
+    (MLPClassifier((5,), activation="tanh"), "labels"),
+    (MLPClassifier((5,), activation="logistic"), "two"),
+    (MLPRegressor(hidden_layer_sizes=(5, 3)), "targets"),
+    (DummyClassifier(strategy="prior"), "text"),
+    (DummyClassifier(strategy="most_frequent"), "both"),
+    (DummyClassifier(strategy="constant", constant="low"), "text"),
+    (DummyRegressor(), "targets"),
+    (GaussianMixture(3, covariance_type="tied"), ""),
+    (GaussianMixture(3, covariance_type="diag"), ""),
+    (GaussianMixture(3, covariance_type="spherical"), ""),
+    (BayesianGaussianMixture(n_components=3, weight_concentration_prior_type="dirichlet_distribution"), ""),
+    (BayesianGaussianMixture(n_components=3, covariance_type="diag"), ""),
+    (LabelPropagation("knn"), "classes"),
+    (LabelSpreading(gamma=2), "text"),
+    (KernelRidge(kernel="laplacian"), "targets"),
+    (KernelRidge(kernel="polynomial", gamma=0.5), "number"),
+    (SVR(), "number"),
+    (NuSVR(kernel="linear"), "number"),
+    (OneClassSVM(nu=0.1), ""),
+    (IsolationForest(max_features=2, n_estimators=10, contamination=0.1), ""),
+    (LocalOutlierFactor(novelty=True, n_neighbors=5), ""),
+    (TransformedTargetRegressor(Ridge(), func=np.log, inverse_func=np.exp), "number"),
+    (TransformedTargetRegressor(Ridge(), transformer=PowerTransformer()), "targets"),
+    (TransformedTargetRegressor(Ridge(), transformer=PowerTransformer("box-cox")), "number"),
+    (TransformedTargetRegressor(Ridge(), transformer=QuantileTransformer(n_quantiles=50)), "number"),
+    (
+        TransformedTargetRegressor(Ridge(), transformer=QuantileTransformer(n_quantiles=50, output_distribution="normal")),
+        "number",
+    ),
+    (TransformedTargetRegressor(Ridge(), transformer=MinMaxScaler()), "number"),
+    (
+        VotingClassifier(
+            [
+                ("a", make_pipeline(StandardScaler(), PCA(2), LogisticRegression())),
+                (
+                    "b",
+                    make_pipeline(
+                        ColumnTransformer(
+                            [("a", RobustScaler(), [0, 1]), ("b", "passthrough", slice(2, 3))], remainder=MinMaxScaler()
+                        ),
+                        PolynomialFeatures(2),
+                        SelectKBest(k=3),
+                        RidgeClassifier(),
+                    ),
+                ),
+            ]
+        ),
+        "text",
+    ),
+    (StackingClassifier([("a", KNeighborsClassifier()), ("b", SVC())], final_estimator=RandomForestClassifier(5), cv=2), "text"),
+    (AdaBoostClassifier(n_estimators=5), "two"),
+    (GradientBoostingClassifier(n_estimators=5), "text"),
+    (HistGradientBoostingRegressor(max_iter=5, loss="gamma"), "number"),
+    (FixedThresholdClassifier(LogisticRegression(), threshold=0.3, pos_label=0, response_method="predict_proba"), "two"),
+    (FixedThresholdClassifier(LinearSVC(), threshold=0.1), "two"),
+    (GammaRegressor(), "number"),
+    (TweedieRegressor(power=1.5), "number"),
+    (TweedieRegressor(power=0, link="log"), "number"),
+    (NearestCentroid(priors="empirical"), "text"),
+    (NearestCentroid(metric="manhattan"), "text"),
+    (LinearRegression(), "targets"),
+    (Ridge(), "targets"),
+    (SelfTrainingClassifier(SVC(probability=True)), "two"),
+    (Birch(n_clusters=3), ""),
+    (MeanShift(), ""),
+    (BisectingKMeans(4), ""),
+    (VotingClassifier([("a", LogisticRegression()), ("b", QuadraticDiscriminantAnalysis())]), "two"),
+    (MultiOutputRegressor(GradientBoostingRegressor(n_estimators=3)), "targets"),
+    (BaggingRegressor(n_estimators=5), "targets"),
+]
+VARIANTS: dict[str, tuple[Any, str]] = {f"{' '.join(repr(each).split())}, {kind}": (each, kind) for each, kind in _VARIANTS}
+"""More of a class: an estimator and its y: "classes", "two", "text", "number", "targets", "labels", "both" or ""."""
 
+
+def _classes(x: np.ndarray) -> np.ndarray:
+    signal = x[:, 0] + 0.5 * x[:, -1]
+    return np.digitize(signal, np.quantile(signal, [1 / 3, 2 / 3]))
+
+
+TARGETS: dict[str, Any] = {
+    "classes": _classes,
+    "two": lambda x: (_classes(x) > 0).astype(int),
+    "text": lambda x: np.array(["low", "middle", "to the top"])[_classes(x)],
+    "number": lambda x: np.abs(x[:, 0]) + 0.1,
+    "targets": lambda x: x[:, [0, -1]],
+    "labels": lambda x: np.c_[_classes(x) > 0, x[:, 1] > 0].astype(int),
+    "both": lambda x: np.c_[_classes(x), x[:, 1] > 0],
+    "": lambda x: None,
+}
+"""y of each kind, made from rows."""
 
 TEXTS = np.array(["a good film", "a bad film", "hello world", "very good"] * 15)
 TRANSFORMS: dict[str, dict[str, Any]] = {
