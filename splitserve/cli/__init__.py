@@ -156,6 +156,10 @@ def publish(
         str,
         typer.Option(help='What is stored as golden rows: "rows" of the data, "synthetic" ones, or those of a file like --data.'),
     ] = "rows",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="The name of a target, in the order of y's columns, if there are several; may be given several times."),
+    ] = None,
     time_limit: Annotated[
         float, typer.Option(help="Seconds that converting and comparing may take, with --pipeline or --transformer.")
     ] = 600.0,
@@ -178,6 +182,7 @@ def publish(
         trusted_modules=trusted_module or [],
         allow_pickle=allow_pickle,
         golden=golden,
+        targets=target or [],
         time_limit_s=time_limit,
     )
 

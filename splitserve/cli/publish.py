@@ -30,6 +30,7 @@ def run(
     trusted_modules: Sequence[str],
     allow_pickle: bool,
     golden: str,
+    targets: Sequence[str],
     time_limit_s: float,
 ) -> None:
     """Publish the one of pipeline, transformer, onnx and mlflow that is given; exits 1 with the reason if that fails."""
@@ -37,6 +38,8 @@ def run(
         raise typer.BadParameter("give one of --pipeline, --transformer, --onnx and --mlflow")
     if mlflow and data is not None:
         raise typer.BadParameter("--data does not go with --mlflow, whose input example is used; --rows adds more")
+    if targets and (transformer is not None or onnx is not None):
+        raise typer.BadParameter("--target goes with --pipeline or --mlflow")
     if not mlflow and (data is None or not name or rows is not None):
         raise typer.BadParameter("give NAME and --data; --rows goes with --mlflow")
     if trained_on is not None and onnx is None:
@@ -55,7 +58,7 @@ def run(
     try:
         form["golden"] = golden if golden in ("rows", "synthetic") else read_data(Path(golden))
         if mlflow:
-            _publish_registered(mlflow, rows, {**common, "input_name": input_name}, form)
+            _publish_registered(mlflow, rows, {**common, "input_name": input_name, "targets": targets}, form)
             return
         assert data is not None, "checked above"
         samples = read_data(data)
@@ -70,7 +73,7 @@ def run(
             _warn_of_pickle(bundle.key, repository)
         elif pipeline is not None:
             fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
-            published = publish(fitted, samples, input_name=input_name, **form, **common)
+            published = publish(fitted, samples, input_name=input_name, targets=targets, **form, **common)
             print(published)
             _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), repository)
     except PublishError as error:

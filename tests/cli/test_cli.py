@@ -18,7 +18,7 @@ import pytest
 import skops.io
 from PIL import Image
 from sklearn.datasets import load_iris
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from typer.testing import CliRunner
@@ -195,6 +195,22 @@ def test_publish_writes_the_given_files(
 
     assert result.output.startswith(printed), result.output
     assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
+
+
+def test_publish_names_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of y's columns."""
+    monkeypatch.chdir(tmp_path)
+    rows = np.arange(60.0).reshape(30, 2) % 7
+    skops.io.dump(make_pipeline(LinearRegression()).fit(rows, rows[:, ::-1]), "pipeline.skops")
+    np.save("rows.npy", rows)
+    common = ("publish", "m", "--repository", "models", "--data", "rows.npy", "--target", "price", "--target", "weight")
+
+    result, wrong = run(*common, "--pipeline", "pipeline.skops"), run(*common, "--transformer", "pipeline.skops")
+
+    assert result.exit_code == 0, result.output
+    manifest = Repository("models").open(BundleKey("m", "preprocess", 1)).manifest
+    assert manifest.output_labels == {"prediction": ("price", "weight")}
+    assert "--target goes with --pipeline or --mlflow" in wrong.output
 
 
 def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
