@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet train bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-peers   compare them with other systems, each in its own environment; BENCH=... as above"
 	@echo "make soak          ten minutes of mixed load: memory, file descriptors, answers; SOAK=\"--seconds 60\""
 	@echo "make imagenet      publish the picture model (downloads torch once)"
+	@echo "make train         train, build, evaluate and register the tables example (docs/training.md)"
 	@echo "make lock          update the locks in requirements/"
 	@echo "make stubs docs    regenerate stubs and documents"
 
@@ -55,6 +56,10 @@ demo: $(BIN)/.installed
 
 imagenet: $(BIN)/.installed .venv-imagenet/.installed
 	$(BIN)/python -m training.imagenet --repository $(MODELS)
+
+# The tables example, from data to a registered release; TRAIN="--set seed=1"
+train: $(BIN)/.installed
+	$(BIN)/python -m training run tables $(TRAIN)
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)
@@ -178,10 +183,11 @@ test-compose: $(BIN)/.installed
 # One resolution for everything; each image's lock is a part of it.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 # All extras but publish-boosting, whose libraries are large and have environments of their own.
-EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish s3 server signing
+EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish s3 server signing training
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
 	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o splitserve/pipeline/templates/tables/requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

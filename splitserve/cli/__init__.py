@@ -514,3 +514,21 @@ def reload(
     from splitserve.cli.reload import run
 
     raise typer.Exit(run(models or [], url))
+
+
+pipeline_app = typer.Typer(help="Training pipelines (docs/training.md).", no_args_is_help=True)
+app.add_typer(pipeline_app, name="pipeline")
+
+
+@pipeline_app.command("new")
+def pipeline_new(
+    folder: Annotated[Path, typer.Argument(help="A new folder; its name is the pipeline's, and a Python package's.")],
+    template: Annotated[str, typer.Option(help="Which example to copy.")] = "tables",
+) -> None:
+    """Copy an example pipeline into a new folder.
+
+    It runs by python -m NAME run, from the folder above.
+    """
+    from splitserve.cli.pipeline import run
+
+    run(folder, template)

@@ -1,0 +1,160 @@
+"""What a step's function gets. Standard library only: a step's environment may have nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitserve.pipeline.record import Record
+
+CHECKPOINTS_KEPT = 2
+
+
+class StepFailed(Exception):
+    """A step cannot go on; the message says what, expected, found, and the way out."""
+
+
+class Context:
+    """One attempt to run one step.
+
+    Attributes:
+        step: its name.
+        parameters: values of those that it declares.
+        outputs: an empty folder; what is in it when the function returns are the step's outputs.
+        checkpoints: kept from one attempt to the next of the same digest, and for no other.
+        record: MLflow, for a step that runs in the runner; None for others.
+        run_id: of the step's MLflow run; "" for others.
+    """
+
+    def __init__(
+        self,
+        step: str,
+        *,
+        parameters: Mapping[str, Any],
+        files: Mapping[str, str],
+        inputs: Path,
+        outputs: Path,
+        scratch: Path,
+    ) -> None:
+        self.step, self.parameters, self.outputs = step, dict(parameters), outputs
+        self.checkpoints = Checkpoints(scratch / "checkpoints")
+        self.record: Record | None = None
+        self.run_id = ""
+        self._files, self._inputs = dict(files), inputs
+        self._metrics = scratch / "metrics.jsonl"
+        self._shown = 0.0
+
+    def input(self, path: str) -> Path:
+        """A file or folder of an earlier step, e.g. ``"data/train.csv"``: a copy.
+
+        Raises:
+            StepFailed: there is none, or the step does not declare it.
+        """
+        found = self._inputs / path
+        if not found.exists():
+            raise StepFailed(f'input "{path}" does not exist: step "{self.step}" does not declare it, or it was not written')
+        return found
+
+    def file(self, parameter: str) -> Path:
+        """The file that a parameter names."""
+        return Path(self._files[parameter])
+
+    def metric(self, name: str, value: float, *, at: int = 0) -> None:
+        """Record a number, e.g. a loss at an epoch.
+
+        Raises:
+            StepFailed: it is not finite.
+        """
+        number = float(value)
+        if not math.isfinite(number):
+            raise StepFailed(f'metric "{name}" at {at}: expected a finite number, got {number}')
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"name": name, "value": number, "at": at, "time": time.time()}) + "\n")
+
+    def forget_metrics(self, *, after: int) -> None:
+        """Drop what an interrupted attempt recorded after its last checkpoint, so that each (metric, step) has one value."""
+        kept = [line for line in read_metrics(self._metrics) if line["at"] <= after]
+        self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def progress(self, done: int, total: int, what: str = "") -> None:
+        """Say how far the step is: in place on a terminal, at most one line in five seconds elsewhere."""
+        is_terminal, now = sys.stdout.isatty(), time.monotonic()
+        if done < total and now - self._shown < (0.1 if is_terminal else 5):
+            return
+        self._shown = now
+        filled = 20 * done // max(total, 1)
+        text = f"{self.step}: [{'#' * filled}{'.' * (20 - filled)}] {done} of {total} {what}".rstrip()
+        print(f"\r{text}\033[K" if is_terminal else text, end="\n" if done >= total or not is_terminal else "", flush=True)
+
+    def fail_unless(self, holds: bool, message: str) -> None:
+        """Raises:
+        StepFailed: it does not hold.
+        """
+        if not holds:
+            raise StepFailed(message)
+
+
+class Checkpoints:
+    """Files of one step of one digest: written beside, synced, renamed; the last two are kept; a broken one is skipped."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, number: int, content: bytes) -> None:
+        """Durable when it returns. ``number`` ascends, e.g. an epoch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(content).hexdigest()
+        write_durably(self.folder / f"{number:06d}-{digest}", content)
+        for old in self._files()[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+
+    def newest(self) -> tuple[int, bytes] | None:
+        """The newest whose bytes are those that were written."""
+        for file in reversed(self._files()):
+            number, _, digest = file.name.partition("-")
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == digest:
+                return int(number), content
+            print(f"checkpoint {file} is damaged, using the one before it", flush=True)
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(file for file in self.folder.glob("*-*") if not file.name.endswith(".tmp"))
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """All of it or nothing, also after a power cut: a temporary file beside it, synced, renamed, the folder synced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; a last one that was cut short is left out."""
+    return list(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue

@@ -1,0 +1,179 @@
+"""The record of runs in MLflow, and the only module that imports it.
+
+By default a SQLite file and an artifact folder in the pipeline's store; with ``MLFLOW_TRACKING_URI`` a tracking server. Each call
+names its run; an open run of the caller, or ``MLFLOW_RUN_ID``, is left alone. Only files are read, never ``load_model``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.digests import digests_of_folder
+from splitserve.pipeline.index import Finished
+
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the tables that it creates
+from mlflow.entities import Metric, Param, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+RecordError = MlflowException
+
+STEP, DIGEST, REUSED, ERROR = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
+_METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
+
+
+class Record:
+    """MLflow's client for one pipeline. Made while the store's lock is held: creating the tables twice at once would fail."""
+
+    def __init__(self, store: Path, pipeline: str) -> None:
+        self.is_remote = bool(os.environ.get("MLFLOW_TRACKING_URI"))
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
+        self.uri = uri
+        self.client = MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        self._store = store
+        found = self.client.get_experiment_by_name(pipeline)
+        location = None if self.is_remote else (store / "artifacts" / pipeline).as_uri()
+        self._experiment = found.experiment_id if found else self.client.create_experiment(pipeline, artifact_location=location)
+
+    def start(self, name: str, *, parameters: Mapping[str, Any], parent: str = "", tags: Mapping[str, str] | None = None) -> str:
+        """Start a run and log its parameters, which are never logged again.
+
+        Returns:
+            its id.
+        """
+        nested = {"mlflow.parentRunId": parent} if parent else {}
+        run = self.client.create_run(self._experiment, tags={**nested, **(tags or {})}, run_name=name)
+        values = [Param(legal_name(key), json.dumps(value)[:_LONGEST_VALUE]) for key, value in parameters.items()]
+        for begin in range(0, len(values), _PARAMETERS_IN_ONE_CALL):
+            self.client.log_batch(run.info.run_id, params=values[begin : begin + _PARAMETERS_IN_ONE_CALL])
+        return str(run.info.run_id)
+
+    def keep_outputs(self, run_id: str, outputs: Path) -> Path:
+        """Upload a step's outputs.
+
+        Returns:
+            the folder that has them from now on: in the artifact store if it is a folder, else beside the index.
+        """
+        self.client.log_artifacts(run_id, str(outputs), "outputs")
+        if (there := self.artifacts(run_id)) is not None:
+            return there / "outputs"
+        kept = self._store / "fetched" / run_id
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(outputs, kept)
+        return kept
+
+    def artifacts(self, run_id: str) -> Path | None:
+        """The folder of a run's artifacts; None if they are on a server or in a bucket."""
+        uri = self.client.get_run(run_id).info.artifact_uri
+        return Path(local_file_uri_to_path(uri)) if uri.startswith(("file:", "/")) else None
+
+    def finish(self, run_id: str, finished: Finished) -> None:
+        """Log metrics and the step's own record, and end the run: the last mark."""
+        self.log_metrics(run_id, finished.metrics)
+        self.client.log_dict(run_id, asdict(finished), "step.json")
+        self.end(run_id, "FINISHED")
+
+    def log_metrics(self, run_id: str, metrics: Sequence[Mapping[str, Any]]) -> None:
+        """Each (name, at) once; the last value counts."""
+        once = {(line["name"], line["at"]): line for line in metrics}
+        values = [Metric(legal_name(line["name"]), line["value"], int(line["time"] * 1000), line["at"]) for line in once.values()]
+        for begin in range(0, len(values), _METRICS_IN_ONE_CALL):
+            self.client.log_batch(run_id, metrics=values[begin : begin + _METRICS_IN_ONE_CALL])
+
+    def end(self, run_id: str, status: str, *, error: str = "") -> None:
+        """End a run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        if error:
+            self.client.set_tag(run_id, ERROR, error[:_LONGEST_VALUE])
+        self.client.set_terminated(run_id, status)
+
+    def close(self, run_id: str, reason: str) -> None:
+        """End a run whose runner is dead, and its steps, if they are not ended."""
+        try:
+            nested = self.client.search_runs([self._experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
+            for run in (self.client.get_run(run_id), *nested):
+                if not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
+                    self.end(run.info.run_id, "KILLED", error=reason)
+        except MlflowException:
+            return  # deleted, or of another store
+
+    def fetch(self, step: str, digest: str) -> Finished | None:
+        """A step that finished elsewhere on the same tracking server, with its outputs beside the index; None if there is none,
+        or if what comes back is not what was recorded.
+        """
+        query = f"tags.`{DIGEST}` = '{digest}' and tags.`{STEP}` = '{step}' and attributes.status = 'FINISHED'"
+        for run in self.client.search_runs([self._experiment], query):
+            if REUSED in run.data.tags:
+                continue
+            run_id = run.info.run_id
+            with tempfile.TemporaryDirectory(dir=self._store) as scratch:
+                try:
+                    own = Path(self.client.download_artifacts(run_id, "step.json", scratch)).read_text()
+                    fetched = Path(self.client.download_artifacts(run_id, "outputs", scratch))
+                    finished = Finished(**json.loads(own))
+                except (MlflowException, OSError, ValueError, TypeError):
+                    continue
+                if finished.digest != digest or digests_of_folder(fetched) != finished.outputs:
+                    continue
+                kept = self._store / "fetched" / run_id
+                shutil.rmtree(kept, ignore_errors=True)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(fetched, kept)
+                finished.folder = str(kept)
+                return finished
+        return None
+
+    def register(self, run_id: str, folder: Path, *, model: str, tags: Mapping[str, str]) -> str:
+        """Upload a folder, read it back, and make it a version of a registered model, without an alias.
+
+        Returns:
+            the version's number.
+
+        Raises:
+            StepFailed: what comes back is not what was uploaded; there is no version then.
+        """
+        self.client.log_artifacts(run_id, str(folder), "model")
+        with tempfile.TemporaryDirectory() as scratch:
+            back = digests_of_folder(Path(self.client.download_artifacts(run_id, "model", scratch)))
+        expected = digests_of_folder(folder)
+        if back != expected:
+            differing = sorted(set(back.items()) ^ set(expected.items()))[0][0]
+            raise StepFailed(
+                f"the artifact store does not give back what was uploaded: {differing} differs; nothing is registered"
+            )
+        try:
+            self.client.get_registered_model(model)
+        except MlflowException:
+            self.client.create_registered_model(model)
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
+        return str(self.client.create_model_version(model, source, run_id, tags=dict(tags)).version)
+
+    def champion(self, model: str, alias: str) -> tuple[str, Mapping[str, str]] | None:
+        """The version with an alias, and its tags."""
+        try:
+            found = self.client.get_model_version_by_alias(model, alias)
+        except MlflowException:
+            return None
+        return str(found.version), dict(found.tags)
+
+    def move_alias(self, model: str, alias: str, version: str) -> None:
+        self.client.set_registered_model_alias(model, alias, version)
+
+
+def legal_name(name: str) -> str:
+    """A name as MLflow takes it: other characters than letters, digits and ``_-. /`` become hexadecimal, ``:`` ``_x3A_``."""
+    return re.sub(r"[^A-Za-z0-9_\-. /]", lambda found: f"_x{ord(found.group()):X}_", name)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

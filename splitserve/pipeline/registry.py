@@ -1,0 +1,72 @@
+"""A release -> a version of a registered model in MLflow, and the rule of its champion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from splitserve.pipeline.context import Context, StepFailed
+from splitserve.pipeline.digests import digests_of_folder
+from splitserve.repository.folder import Repository
+from splitserve.repository.releases import ReleaseReader
+
+CHAMPION = "champion"
+
+
+def register_release(
+    context: Context, models: Path, *, model: str, metric: str, value: float, margin: float = 0.0, alias: str = CHAMPION
+) -> None:
+    """Register the newest release of a model, and let the alias name it if it is good enough.
+
+    Uploads the repository, reads it back, compares digests, registers the version, then moves the alias: whatever fails before
+    that leaves the alias where it was. The version's artifacts are a model repository, in the folder ``model`` of the run.
+
+    Args:
+        context: of a step with ``in_runner=True``.
+        models: the model repository that build wrote.
+        model: its name, also in the registry.
+        metric: what the alias is decided by; higher is better.
+        value: of this release.
+        margin: the alias moves if ``value`` is at least the present champion's minus this.
+        alias: which alias.
+
+    Raises:
+        StepFailed: the value is not finite, there is no release, or the artifact store does not give back what it got.
+    """
+    if context.record is None:
+        raise StepFailed(f'step "{context.step}" needs in_runner=True to use the registry')
+    if not math.isfinite(value):
+        raise StepFailed(f"metric {metric}: expected a finite number, got {value}; nothing is registered")
+    release = ReleaseReader(Repository(models)).history(model).current()
+    if release is None:
+        raise StepFailed(f"{models}: model {model} has no release")
+    tags = {
+        "splitserve.pair": str(release.pair),
+        "splitserve.metric": metric,
+        f"splitserve.metric.{metric}": repr(float(value)),
+        "splitserve.digests": json.dumps(digests_of_folder(models))[:5000],
+    }
+    version = context.record.register(context.run_id, models, model=model, tags=tags)
+    champion = context.record.champion(model, alias)
+    is_better, reason = beats(champion, metric, value, margin)
+    if is_better:
+        context.record.move_alias(model, alias, version)
+    print(f"{model} version {version} is registered; {alias}: {reason}", flush=True)
+    result = {"model": model, "version": version, "alias": alias, "is_champion": is_better, "reason": reason}
+    (context.outputs / "registered.json").write_text(json.dumps(result))
+
+
+def beats(champion: tuple[str, Mapping[str, str]] | None, metric: str, value: float, margin: float) -> tuple[bool, str]:
+    """Whether a version becomes champion, and why."""
+    if champion is None:
+        return True, "moved, there was none"
+    version, tags = champion
+    try:
+        present = float(tags[f"splitserve.metric.{metric}"])
+    except (KeyError, ValueError):
+        return False, f"stays at version {version}, whose {metric} is not recorded; move it by hand"
+    if not math.isfinite(present) or value >= present - margin:
+        return True, f"moved from version {version}: {metric} {value:.4f}, before {present:.4f}, margin {margin}"
+    return False, f"stays at version {version}: {metric} {value:.4f} is below {present:.4f} minus the margin {margin}"

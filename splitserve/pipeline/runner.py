@@ -1,0 +1,276 @@
+"""Runs a pipeline: reuses what is finished and unchanged, runs the rest, and records it.
+
+1. The store is locked; runs of dead runners are closed.
+2. For each step in order: its digest, over all that it depends on, the digests of its inputs' bytes included.
+3. A step that has finished with this digest, and whose outputs have the recorded bytes, is reused.
+4. Any other runs in a process of its own, on copies of its inputs.
+5. Its outputs are uploaded, its MLflow run is ended, and last its mark is written to the index. Before that, it has not finished.
+6. A step that fails ends the run; nothing after it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from splitserve.pipeline.attempt import Attempt
+from splitserve.pipeline.context import StepFailed, read_metrics
+from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
+from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
+from splitserve.pipeline.digests import digest_of, digests_of_folder
+from splitserve.pipeline.index import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PENDING,
+    REUSED,
+    RUNNING,
+    Finished,
+    Index,
+    RunState,
+    StepState,
+)
+from splitserve.pipeline.sources import SourceError
+
+if TYPE_CHECKING:
+    from splitserve.pipeline.record import Record
+
+
+class RunFailed(Exception):
+    """A step failed; the message names it and says why."""
+
+
+class Runner:
+    """Runs one pipeline, and says what a run would do."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.store = pipeline.store_folder()
+        self.index = Index(self.store, pipeline.name)
+        self._dependencies = Dependencies(pipeline, self.store / "index" / "imports.json")
+        self._attempts = self.store / "attempts"
+        self._record: Record | None = None
+
+    def states(self) -> list[StepState]:
+        """What a run would do with each step: reuse it, run it and why, or wait for an earlier one."""
+        states, finished = [], dict[str, Finished]()
+        for step in self.pipeline.steps:
+            if missing := [name for name in step.upstream() if name not in finished]:
+                states.append(StepState(step.name, PENDING, why=f"waits for {', '.join(missing)}"))
+                continue
+            depends_on = self._dependencies.of(step, finished)
+            state, found = self._state(step, depends_on)
+            states.append(state)
+            if found is not None:
+                finished[step.name] = found
+        return states
+
+    def _state(self, step: Step, depends_on: dict[str, Any], *, is_forced: bool = False) -> tuple[StepState, Finished | None]:
+        digest = digest_of(depends_on)
+        found = self.index.finished(step.name, digest)
+        if found is not None and not is_forced and not (problem := found.problem()):
+            return StepState(step.name, FINISHED, digest, found.run_id, found.seconds), found
+        if is_forced:
+            why = "asked for by --from"
+        elif found is not None:
+            why = problem
+        elif (last := self.index.last(step.name)) is None:
+            why = "has never finished"
+        else:
+            why = f"changed: {_first(changes(last.depends_on, depends_on)) or 'back to what finished before, and was removed'}"
+        return StepState(step.name, PENDING, digest, why=why), None
+
+    def run(self, *, first: str = "", until: str = "") -> RunState | None:
+        """Run what is not finished.
+
+        Args:
+            first: this step, and all that depend on it, run again in any case.
+            until: the last step to run; all by default.
+
+        Returns:
+            the run; None if there was nothing to do.
+
+        Raises:
+            RunFailed: a step failed.
+            DeclarationError: there is no such step.
+        """
+        forced = self._downstream(first) if first else set[str]()
+        names = [step.name for step in self.pipeline.steps]
+        wanted = names[: names.index(self.pipeline.step(until).name) + 1] if until else names
+        with self.index.locked(), _sigterm_as_interrupt():
+            shutil.rmtree(self._attempts, ignore_errors=True)  # of runners that were killed
+            self.close_dead()
+            return self._run([step for step in self.pipeline.steps if step.name in wanted], forced)
+
+    def _run(self, steps: list[Step], forced: set[str]) -> RunState | None:
+        finished: dict[str, Finished] = {}
+        reused: list[StepState] = []
+        run: RunState | None = None
+        for step in steps:
+            try:
+                depends_on = self._dependencies.of(step, finished)
+            except (DeclarationError, SourceError) as error:
+                if run is not None:
+                    self._end(run, FAILED, str(error))
+                raise
+            state, found = self._state(step, depends_on, is_forced=step.name in forced)
+            if found is None and not state.why.startswith("asked") and os.environ.get("MLFLOW_TRACKING_URI"):
+                found = self.record.fetch(step.name, state.digest)
+                if found is not None:
+                    self.index.finish(found)
+                    state = StepState(step.name, FINISHED, found.digest, found.run_id, found.seconds)
+            if found is not None:
+                finished[step.name] = found
+                state.state = REUSED
+                (run.steps if run else reused).append(state)
+                if run:
+                    self._note_reuse(run, state)
+                continue
+            if run is None:
+                run = self._begin(reused)
+            run.steps.append(state)
+            finished[step.name] = self._run_step(run, step, state, depends_on, finished)
+        if run is not None:
+            self._end(run, FINISHED)
+        return run
+
+    @property
+    def record(self) -> Record:
+        """MLflow; imported on first use."""
+        if self._record is None:
+            from splitserve.pipeline.record import Record
+
+            self._record = Record(self.store, self.pipeline.name)
+        return self._record
+
+    def _begin(self, reused: list[StepState]) -> RunState:
+        from splitserve.pipeline.record import now
+
+        values = dict(self.pipeline.parameters)
+        run_id = self.record.start(self.pipeline.name, parameters=values)
+        run = RunState(run_id, self.pipeline.name, RUNNING, os.getpid(), socket.gethostname(), now(), values)
+        self.index.write_run(run)
+        for state in reused:
+            run.steps.append(state)
+            self._note_reuse(run, state)
+        return run
+
+    def _note_reuse(self, run: RunState, state: StepState) -> None:
+        """A nested run that says whose outputs are used."""
+        from splitserve.pipeline import record
+
+        print(f"{state.step}: reused from run {state.run_id}", flush=True)
+        tags = {record.STEP: state.step, record.DIGEST: state.digest, record.REUSED: state.run_id}
+        self.record.end(self.record.start(state.step, parameters={}, parent=run.id, tags=tags), "FINISHED")
+
+    def _run_step(
+        self, run: RunState, step: Step, state: StepState, depends_on: dict[str, Any], finished: Mapping[str, Finished]
+    ) -> Finished:
+        from splitserve.pipeline import record
+
+        print(f"{step.name}: running ({state.why})", flush=True)
+        self.index.forget(step.name, state.digest)
+        tags = {record.STEP: step.name, record.DIGEST: state.digest}
+        state.run_id = self.record.start(step.name, parameters=depends_on["parameters"], parent=run.id, tags=tags)
+        state.state = RUNNING
+        self.index.write_run(run)
+        began = time.monotonic()
+        scratch = self.index.scratch(step.name, state.digest)
+        scratch.mkdir(parents=True, exist_ok=True)
+        if not (scratch / "checkpoints").exists():
+            (scratch / "metrics.jsonl").unlink(missing_ok=True)  # nothing to resume from: they are an earlier attempt's
+        try:
+            self._attempts.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._attempts, prefix=f"{step.name}-") as attempt:
+                outputs = Attempt(self.pipeline, step, Path(attempt), scratch).run(
+                    inputs_of(step, finished), run_id=state.run_id, record=self.record
+                )
+                state.seconds = round(time.monotonic() - began, 2)
+                result = Finished(
+                    step=step.name,
+                    digest=state.digest,
+                    depends_on=depends_on,
+                    run_id=state.run_id,
+                    folder="",
+                    outputs=digests_of_folder(outputs),
+                    metrics=read_metrics(scratch / "metrics.jsonl"),
+                    seconds=state.seconds,
+                    finished_at=record.now(),
+                )
+                result.folder = str(self.record.keep_outputs(state.run_id, outputs))
+                if problem := result.problem():
+                    raise StepFailed(f"{problem}: the artifact store does not hold what was written")
+                self.record.finish(state.run_id, result)
+        except (StepFailed, OSError, record.RecordError) as error:
+            self._failed(run, state, str(error), read_metrics(scratch / "metrics.jsonl"))
+        except KeyboardInterrupt:
+            self._end(run, INTERRUPTED, "interrupted by a signal")
+            raise
+        self.index.finish(result)
+        shutil.rmtree(scratch, ignore_errors=True)
+        state.state = FINISHED
+        self.index.write_run(run)
+        print(f"{step.name}: finished in {state.seconds:.1f} s", flush=True)
+        return result
+
+    def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> NoReturn:
+        state.state, state.why = FAILED, reason
+        from splitserve.pipeline.record import RecordError
+
+        with suppress(RecordError):  # it may be what failed; the next run closes what it could not
+            self.record.log_metrics(state.run_id, metrics)
+            self.record.end(state.run_id, "FAILED", error=reason)
+            self._end(run, FAILED, f"step {state.step} failed")
+        raise RunFailed(f"step {state.step} failed: {reason}")
+
+    def _end(self, run: RunState, state: str, reason: str = "") -> None:
+        run.state = state
+        for step in run.steps:
+            if step.state == RUNNING:
+                step.state, step.why = state, reason
+        self.index.write_run(run)
+        if state == INTERRUPTED:
+            self.record.close(run.id, reason)
+        else:
+            self.record.end(run.id, state.upper(), error=reason)
+
+    def close_dead(self) -> None:
+        """End the runs that a dead runner left, here and in MLflow. The store must be locked, or not in use."""
+        for run in self.index.unclosed():
+            self._end(run, INTERRUPTED, f"its runner, process {run.pid} on {run.host}, is dead")
+
+    def _downstream(self, name: str) -> set[str]:
+        reached = {self.pipeline.step(name).name}
+        for step in self.pipeline.steps:
+            if reached & set(step.upstream()):
+                reached.add(step.name)
+        return reached
+
+
+def _first(names: list[str], n_names: int = 3) -> str:
+    rest = f" and {len(names) - n_names} more" if len(names) > n_names else ""
+    return ", ".join(names[:n_names]) + rest
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,136 @@
+"""The built services, started for an evaluation: what clients would get is what is measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitserve.checks.verify import verify
+from splitserve.client import Answer, Client
+from splitserve.errors import SplitserveError
+from splitserve.pipeline.context import StepFailed
+from splitserve.repository.sources import source_of
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 40.0
+_START = "from splitserve.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class RunningSystem:
+    """A system that is ready; ``clients`` are one for each transport, ``rest`` and ``grpc``."""
+
+    models: Path
+    clients: Mapping[str, Client]
+
+    def verify(self, model: str) -> int:
+        """Send the golden rows of the release over both transports, as ``splitserve verify`` does.
+
+        Returns:
+            how many rows agreed.
+
+        Raises:
+            StepFailed: an answer differs from the recorded one, or there is none.
+        """
+        n_rows = 0
+        for transport, client in self.clients.items():
+            outcomes = verify(source_of(str(self.models)), client, model)
+            if not outcomes:
+                raise StepFailed(f"over {transport}, no pair of {model} is ready")
+            for outcome in outcomes:
+                if outcome.problem:
+                    raise StepFailed(f"over {transport}, {model} {outcome.pair}: {outcome.problem}")
+                n_rows += outcome.n_rows
+        return n_rows
+
+
+@contextmanager
+def running(models: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[RunningSystem]:
+    """Predict, preprocess and proxy on free ports of this machine, by ``splitserve up``; stopped at the end.
+
+    Their log is in ``services.log`` beside the models; its last lines are part of the error if they do not start.
+
+    Raises:
+        StepFailed: they do not start.
+    """
+    http, grpc, preprocess, predict = _free_ports(4)
+    command = [sys.executable, "-c", _START, "up", "--repository", str(models), "--http-port", str(http)]
+    command += ["--grpc-port", str(grpc), "--preprocess-port", str(preprocess), "--predict-port", str(predict)]
+    log = models.parent / "services.log"
+    ignored = ("PROXY_", "PREPROCESS_", "PREDICT_", "MODEL_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}
+    with log.open("wb") as output, ExitStack() as stack:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        stack.callback(_stop, process)
+        clients = {
+            "rest": stack.enter_context(closing(Client(f"http://127.0.0.1:{http}"))),
+            "grpc": stack.enter_context(closing(Client(f"127.0.0.1:{grpc}"))),
+        }
+        _wait_until_ready(process, clients, log, start_timeout_s)
+        yield RunningSystem(models, clients)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], clients: Mapping[str, Client], log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if all(client.is_ready() for client in clients.values()):
+                return
+        except SplitserveError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    what = f"did not become ready in {timeout_s:.0f} s" if process.poll() is None else f"exited with {process.returncode}"
+    raise StepFailed(f"the services {what}; their last log lines:\n{last}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def labels_of(answer: Answer) -> list[str]:
+    """The labels of a classifier's answer, as text."""
+    return [label.decode() if isinstance(label, bytes) else str(label) for label in answer["label"].reshape(-1)]
+
+
+def time_requests(client: Client, model: str, rows: Any, n_requests: int) -> tuple[float, float]:
+    """Median and 99th percentile, in milliseconds, of requests of one row, one after the other.
+
+    Args:
+        client: of the system.
+        model: its name.
+        rows: a DataFrame or an array; its rows are sent in turn.
+        n_requests: how many.
+    """
+    taken = []
+    for index in range(n_requests):
+        begin = index % len(rows)
+        row = rows.iloc[begin : begin + 1] if hasattr(rows, "iloc") else rows[begin : begin + 1]
+        began = time.perf_counter()
+        client.infer(model, row)
+        taken.append((time.perf_counter() - began) * 1000)
+    taken.sort()
+    return taken[len(taken) // 2], taken[min(len(taken) - 1, len(taken) * 99 // 100)]
+
+
+def _free_ports(n_ports: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n_ports)]
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,1 @@
+"""From a CSV file to a served release: data, train, build, evaluate, register."""

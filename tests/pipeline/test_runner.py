@@ -1,0 +1,217 @@
+"""Which steps run, what is reused, and what is left when something fails. MLflow is real, its store a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from splitserve.pipeline.declaration import DeclarationError
+from splitserve.pipeline.index import Index
+from splitserve.pipeline.runner import RunFailed, Runner
+from tests.folders import MadeOnce
+from tests.pipeline import tiny
+from tests.pipeline.tiny import ran, run
+
+pytest.importorskip("mlflow")
+
+pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline")]
+
+
+def _finished(folder: Path) -> None:
+    run(tiny.write(folder))
+
+
+@pytest.fixture
+def package(made_once: MadeOnce, tmp_path: Path) -> Path:
+    """The package of a pipeline that has run once: a copy, in which the absolute paths of artifacts are changed."""
+    source = made_once(_finished)
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "store" / "index").rglob("*.json"):
+        file.write_text(file.read_text().replace(str(source), str(tmp_path)))
+    return tmp_path / "tiny"
+
+
+def mlflow_runs(package: Path) -> dict[str, list[str]]:
+    """Statuses of the runs in MLflow by name, newest first."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{package.parent / 'store' / 'mlflow.db'}")
+    found: dict[str, list[str]] = {}
+    for each in client.search_runs([client.get_experiment_by_name("tiny").experiment_id]):
+        found.setdefault(each.info.run_name, []).append(each.info.status)
+    return found
+
+
+def test_a_run_with_nothing_to_do_runs_nothing_and_imports_no_mlflow(package: Path):
+    for command in ("run", "status"):
+        program = (
+            f"import sys; from tests.pipeline.tiny import pipeline; from splitserve.pipeline.commands import main; "
+            f"from pathlib import Path; code = main(pipeline(Path({str(package)!r})), [{command!r}]); "
+            f"print('mlflow' in sys.modules, code)"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert done.stdout.endswith("False 0\n"), done.stdout
+
+
+def _append(name: str, text: str = "x = 1\n"):
+    def change(package: Path) -> None:
+        with (package / name).open("a") as file:
+            file.write(text)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        (_append("words.txt", "four\n"), ["data", "train", "evaluate"]),
+        (_append("words.txt", "\n"), ["data"]),  # its output is the same
+        (_append("data.py"), ["data"]),
+        (_append("train.py"), ["train"]),
+        (_append("deeper.py", "SUFFIX = '?'\n"), ["train", "evaluate"]),  # a helper of a helper
+        (_append("deeper.py", "# a comment\n"), []),
+        (_append("evaluate.py"), ["evaluate"]),
+        (_append("lock.txt", "scipy==1.0\n"), ["train"]),
+        (_append("lock.txt", "    --hash=sha256:11\n"), []),
+        (lambda package: os.utime(package / "words.txt", (1, 1)), []),
+    ],
+    ids=["data", "data without effect", "step", "later step", "helper", "comment", "last step", "lock", "hash", "touched"],
+)
+def test_a_change_reruns_what_is_downstream(package: Path, change, rerun: list[str]):
+    """Exactly: a step whose inputs have the same bytes as before is reused."""
+    change(package)
+    assert ran(run(package)) == rerun
+    assert run(package) is None
+
+
+def test_parameters_rerun_the_steps_that_read_them(package: Path, monkeypatch: pytest.MonkeyPatch):
+    assert ran(run(package, rate=0.2)) == ["train", "evaluate"]
+    assert run(package, rate=0.1) is None, "the earlier result is still there"
+    assert run(package, unused=2) is None
+    assert ran(run(package, floor=2)) == ["evaluate"]
+    assert ran(run(package, floor=2.0)) == ["evaluate"]
+    monkeypatch.setenv("TINY_SWITCH", "1")
+    assert ran(run(package)) == ["train"]
+
+
+def test_from_and_until_choose_steps(package: Path):
+    assert ran(run(package, first="train")) == ["train", "evaluate"]
+    assert ran(run(package, until="train", rate=0.3)) == ["train"]
+    with pytest.raises(DeclarationError, match='"tarin" does not exist; there are: data, train, evaluate'):
+        run(package, first="tarin")
+
+
+def test_an_output_that_is_gone_or_changed_makes_its_step_run_again(package: Path):
+    """The step says why; what is downstream is reused, since the output comes back with the same bytes."""
+    index = Index(package.parent / "store", "tiny")
+    model = Path(index.last("train").folder) / "model.txt"
+    model.unlink()
+    state = run(package)
+    assert ran(state) == ["train"]
+    assert "model.txt is missing" in state.steps[1].why
+
+    model = Path(index.last("train").folder) / "model.txt"
+    model.write_text(model.read_text().replace("1", "2", 1))
+    state = run(package)
+    assert "model.txt" in state.steps[1].why
+    assert ran(state) == ["train"]
+
+
+def test_a_step_that_writes_into_its_input_changes_a_copy(package: Path):
+    """`evaluate` of this pipeline does; the store has what train wrote."""
+    assert Index(package.parent / "store", "tiny").last("train").problem() == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss": 1e999}, 'parameter "loss"'),
+        ({"words": "none.txt"}, "none.txt, which is not a file"),
+    ],
+)
+def test_invalid_parameters_start_no_run(package: Path, changed, message: str):
+    before = mlflow_runs(package)
+    with pytest.raises(DeclarationError, match=message):
+        run(package, **changed)
+    assert mlflow_runs(package) == before
+
+
+def test_a_failing_step_ends_the_run(package: Path):
+    """It is marked as failed, with the reason; nothing after it runs; the next run tries it again."""
+    with pytest.raises(RunFailed, match="step train failed: TypeError"):
+        run(package, rate=None)
+    with pytest.raises(RunFailed, match="step evaluate failed: fewer epochs than the floor"):
+        run(package, floor=9)
+    found = mlflow_runs(package)
+    assert (found["tiny"][:2], found["train"][1], found["evaluate"][0]) == (["FAILED", "FAILED"], "FAILED", "FAILED")
+    assert len(found["evaluate"]) == 2, "not after the failed train"
+    assert ran(run(package, floor=2)) == ["evaluate"]
+
+
+def start(package: Path) -> subprocess.Popen[bytes]:
+    paths = os.pathsep.join([str(package.parent), str(Path(__file__).parents[2])])
+    return subprocess.Popen([sys.executable, "-m", "tiny", "run"], env={**os.environ, "PYTHONPATH": paths})
+
+
+def wait_for(claim, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not claim():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path):
+    """With the result of an uninterrupted run, one value of each metric and epoch, and the dead run closed in MLflow."""
+    index = Index(package.parent / "store", "tiny")
+    whole = index.last("train")
+    (package / "words.txt").write_text("one two four\n")  # as many words: another digest, the same model
+    (package / "hold").touch()
+    process = start(package)
+    work = package.parent / "store" / "work"
+    wait_for(lambda: any(file.name.startswith("000002") for file in work.rglob("*-*")), process)
+    wait_for(lambda: any('"at": 3' in file.read_text() for file in work.rglob("metrics.jsonl")), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (package / "hold").unlink()
+
+    state = run(package)
+
+    assert ran(state) == ["train"]
+    trained = index.last("train")
+    assert trained.digest != whole.digest
+    assert trained.outputs == whole.outputs
+    assert [(line["name"], line["at"]) for line in trained.metrics] == [("loss", epoch) for epoch in (1, 2, 3, 4)]
+    runs = mlflow_runs(package)
+    assert runs["tiny"][:2] == ["FINISHED", "KILLED"]
+    assert runs["train"][1] == "KILLED"
+    assert not list((package.parent / "store" / "work" / "tiny").iterdir())
+
+
+def test_two_runs_at_once_follow_each_other(tmp_path: Path):
+    """On a store that does not exist yet: the second waits, and finds everything done."""
+    package = tiny.write(tmp_path)
+    processes = [start(package), start(package)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert mlflow_runs(package)["tiny"] == ["FINISHED"]
+
+
+def test_status_says_what_a_run_would_do(package: Path):
+    _append("train.py")(package)
+    states = Runner(tiny.pipeline(package)).states()
+    assert [state.state for state in states] == ["finished", "pending", "pending"]
+    assert states[1].why == "changed: sources tiny.train"
+    assert states[2].why == "waits for train"
+
+
+def test_an_open_run_of_the_caller_is_not_touched(package: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    _append("evaluate.py")(package)
+    assert ran(run(package)) == ["evaluate"]
