@@ -13,7 +13,7 @@ from splitserve.errors import SplitserveError
 from splitserve.jobs import protobuf
 from splitserve.jobs.records import Job, JobCaller, Submitted
 from splitserve.jobs.service import JobAnswer, Submission
-from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
+from splitserve.remote.channel import BETWEEN_SERVICES, channel_options, unary_methods
 from splitserve.remote.inference import translate
 from splitserve.watched import Watched
 
@@ -43,8 +43,7 @@ class RemoteJobs:
         self._tls = config.next_tls
         self._files = Watched(self._tls.files, self._tls.credentials) if self._tls else None
         self._options: list[tuple[str, Any]] = [
-            *channel_options(config.max_message_bytes, BETWEEN_SERVICES)[1:],  # the first is the health check of inference
-            ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+            *channel_options(config.max_message_bytes, BETWEEN_SERVICES, health_service=""),
             *(self._tls.options() if self._tls else []),
         ]
 
@@ -60,14 +59,7 @@ class RemoteJobs:
             self._channel = grpc.aio.insecure_channel(self._target, self._options)
         else:
             self._channel = grpc.aio.secure_channel(self._target, self._files.value, self._options)
-        self._methods = {
-            name: self._channel.unary_unary(
-                f"/{protobuf.SERVICE}/{name}",
-                request_serializer=request.SerializeToString,
-                response_deserializer=response.FromString,
-            )
-            for name, (request, response) in _METHODS.items()
-        }
+        self._methods = unary_methods(self._channel, protobuf.SERVICE, _METHODS)
 
     async def _call(self, name: str, caller: JobCaller, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         if self._files is not None and self._files.has_changed():

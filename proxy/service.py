@@ -101,6 +101,7 @@ class ProxyService:
 
     @property
     def is_loaded(self) -> bool:
+        """Always: the proxy loads nothing. Until it knows preprocess's pairs, each call is refused as UNAVAILABLE."""
         return True
 
     async def _only_index(self) -> list[list[ModelState]]:

@@ -1,4 +1,4 @@
-"""Jobs over REST: submit, look, wait, fetch, cancel, list. Source: RFC 7240, "Prefer"; the IETF draft "Idempotency-Key"."""
+"""Jobs over REST: submit, get, wait, fetch the result, cancel, list. Source: RFC 7240, "Prefer"; draft "Idempotency-Key"."""
 
 from __future__ import annotations
 

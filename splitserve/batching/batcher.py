@@ -266,6 +266,7 @@ class Batcher:
                 self._start_call(queue, batch)
 
     def _start_call(self, queue: ModelQueue, batch: Batch) -> None:
+        # A full call does not block the next one; any other does until it is overdue.
         blocking_s = 0.0 if batch.is_full else max(OVERDUE_S, 2 * queue.admission.alone_s)
         call = BatchCall(batch.requests, overdue_at=self._clock() + blocking_s)
         call.task = queue.loop.create_task(self._run_call(queue, call))

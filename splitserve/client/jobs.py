@@ -123,7 +123,7 @@ def options_of(
 
 
 class _Job:
-    """What a job was when it was last looked at: ``info``, and its fields."""
+    """The state of a job as it was fetched last: ``info``, and its fields."""
 
     def __init__(self, core: Core, info: JobRecord) -> None:
         self._core = core
@@ -171,7 +171,7 @@ class Job(_Job):
         self._run = run
 
     def refresh(self) -> Job:
-        """Look at it again.
+        """Fetch its state again.
 
         Raises:
             NotFound: it was removed.
@@ -202,7 +202,7 @@ class Job(_Job):
         return answer
 
     def cancel(self) -> Job:
-        """Cancel it, if it has not ended; ``status`` says what holds.
+        """Cancel it if it has not ended. ``status`` says what it came to: it may have ended before.
 
         Raises:
             NotFound: it was removed.

@@ -60,7 +60,7 @@ EXPECTED_MANIFEST = "splitserve_manifest_sha256"
 """Parameter of a call from preprocess to predict: the digest of the predictor's manifest that the release recorded."""
 
 GOLDEN_REPLAY = "splitserve_golden_replay"
-"""Parameter of the same: these are golden rows, which are not counted and wait for what clients sent."""
+"""Parameter of such a call: these are golden rows, which are not counted and wait for what clients sent."""
 
 MANIFEST_SHA256 = "manifest_sha256"
 """Property of a predictor's metadata: the digest of its manifest, by which a release names it."""

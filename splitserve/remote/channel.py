@@ -1,17 +1,14 @@
-"""The options of every gRPC channel that splitserve opens: message limits, reconnection, health checks, keepalive."""
+"""Options and calls of every gRPC channel that splitserve opens: message limits, reconnection, health checks, keepalive."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from splitserve.oip import protobuf
-
-_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": protobuf.SERVICE}}
-"""A replica that drains or loads is not READY. Source: gRPC, "Health Checking": round_robin supports it, pick_first does not.
-Retries are not gRPC's: ours know the deadline, the replica and the budget."""
 
 
 class Keepalive(msgspec.Struct, frozen=True):
@@ -33,15 +30,24 @@ TO_ANY_SERVER = Keepalive(60_000, 10_000)
 """Servers other than splitserve's end connections that send PINGs much more often."""
 
 
-def channel_options(max_message_bytes: int, keepalive: Keepalive) -> list[tuple[str, Any]]:
+def channel_options(
+    max_message_bytes: int, keepalive: Keepalive, *, health_service: str = protobuf.SERVICE
+) -> list[tuple[str, Any]]:
     """Options of a channel that outlives its server: a dead connection is detected, a restarted server is found within a second.
 
     Args:
         max_message_bytes: the largest message sent or received.
         keepalive: depends on who the peer is.
+        health_service: the service whose health is watched: a peer that drains or loads gets no calls. "": none is.
+
+    Source: gRPC, "Health Checking": round_robin supports it, pick_first does not.
     """
+    # Retries are not gRPC's: ours know the deadline, the replica and the budget.
+    service_config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if health_service:
+        service_config["healthCheckConfig"] = {"serviceName": health_service}
     return [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ("grpc.service_config", json.dumps(service_config)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
@@ -57,3 +63,19 @@ def channel_options(max_message_bytes: int, keepalive: Keepalive) -> list[tuple[
         # A proxy in the environment is for traffic that leaves the cluster.
         ("grpc.enable_http_proxy", 0),
     ]
+
+
+def unary_methods(channel: Any, service: str, messages: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """What calls each unary method of a service.
+
+    Args:
+        channel: of `grpc.aio`.
+        service: its full name.
+        messages: types of request and response by name of the method.
+    """
+    return {
+        name: channel.unary_unary(
+            f"/{service}/{name}", request_serializer=request.SerializeToString, response_deserializer=response.FromString
+        )
+        for name, (request, response) in messages.items()
+    }

@@ -44,7 +44,7 @@ from splitserve.oip.messages import (
     remaining_s,
 )
 from splitserve.oip.pending import Pending, begin_task
-from splitserve.remote.channel import BETWEEN_SERVICES, channel_options
+from splitserve.remote.channel import BETWEEN_SERVICES, channel_options, unary_methods
 from splitserve.remote.replicas import Replica, Replicas
 from splitserve.remote.retry_budget import RetryBudget
 from splitserve.remote.stream import StreamKeeper, StreamTarget
@@ -99,14 +99,7 @@ class InferenceReplica(Replica):
         self.offers: dict[tuple[str, str], str] | None = None
         """The digest of each version that was ready in its last index, "" if it has none; None while unknown."""
         self.keeper = StreamKeeper(channel, stream_target)
-        self.methods = {
-            name: channel.unary_unary(
-                f"/{protobuf.SERVICE}/{name}",
-                request_serializer=request.SerializeToString,
-                response_deserializer=response.FromString,
-            )
-            for name, (request, response) in METHODS.items()
-        }
+        self.methods = unary_methods(channel, protobuf.SERVICE, METHODS)
 
     @property
     def worker(self) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ PAGES = [
 FILE = re.compile(r"`((?:splitserve|[a-z]+_service|proxy|protos|tests|docs|deploy|examples|training|benchmarks)/[\w./-]*)`")
 
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
-CODE = ("splitserve", "proxy", "preprocess_service", "predict_service", "fused_service")
+CODE = ("splitserve", "proxy", "preprocess_service", "predict_service", "jobs_service", "fused_service")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -50,3 +50,18 @@ def test_the_architecture_names_what_its_files_define() -> None:
     assert [
         name for name, file in defined if not re.search(rf"^\s*(async def|def|class) {name}\b", (ROOT / file).read_text(), re.M)
     ] == []
+
+
+def test_the_architecture_names_methods_that_exist() -> None:
+    """Where it says `CLASS.METHOD`."""
+    sources = [path.read_text() for folder in CODE for path in (ROOT / folder).rglob("*.py")]
+    named = re.findall(r"`([A-Z]\w+)\.(\w+)`", ARCHITECTURE)
+
+    assert len(named) > 5
+    assert [f"{owner}.{name}" for owner, name in named if not any(_has(source, owner, name) for source in sources)] == []
+
+
+def _has(source: str, owner: str, name: str) -> bool:
+    """Whether a module has a class with a method or field of that name, as far as the next definition at its level."""
+    found = re.search(rf"^class {owner}\b.*?(?=^\S|\Z)", source, re.M | re.S)
+    return found is not None and re.search(rf"^    (async def|def) {name}\b|^    {name}:", found.group(), re.M) is not None
