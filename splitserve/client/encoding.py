@@ -7,11 +7,12 @@ Knows no transport; recognises pandas objects without importing pandas.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from splitserve.arrays import DTYPES, Array, datatype_of, from_array
+from splitserve.arrays import DTYPES, Array, datatype_of, from_array, objects
 from splitserve.errors import InvalidInput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -107,6 +108,9 @@ def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
     elements = array.ravel().tolist()
     missing = [_is_missing(element) for element in elements]
     kinds = {type(element) for element, is_missing in zip(elements, missing, strict=True) if not is_missing}
+    if kinds and all(issubclass(kind, date) for kind in kinds):
+        texts = ["" if is_missing else element.isoformat() for element, is_missing in zip(elements, missing, strict=True)]
+        return objects(texts, array.shape)
     if all(issubclass(kind, str | bytes) for kind in kinds) and (kinds or datatype in (None, "BYTES")):
         filled: Array = np.empty(len(elements), dtype=np.object_)
         filled[:] = ["" if is_missing else element for element, is_missing in zip(elements, missing, strict=True)]
@@ -154,8 +158,12 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
 
 
 def _as_text(name: str, array: Array) -> Array:
+    """Text as it is; dates and times as ISO 8601."""
     if array.dtype.kind in "OSU":
         return array
+    if array.dtype.kind == "M":
+        texts = np.datetime_as_string(array).astype(np.object_)
+        return np.where(np.isnat(array), "", texts)
     if array.dtype.kind == "f" and np.isnan(array).all():  # a column of missing values only, which pandas reads as numbers
         return np.full(array.shape, "", dtype=np.object_)
     raise InvalidInput(f'input "{name}": expected text or bytes, got {array.dtype}')

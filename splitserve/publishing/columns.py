@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from splitserve.oip.limits import RequestLimits
 from splitserve.publishing import samples
 from splitserve.repository.manifest import Column, Rows
 from splitserve.runtimes.preprocessor import to_dense
@@ -118,9 +119,14 @@ def _accepts_all(transformer: Any, rows: Rowset, names: list[str], takes_nan: bo
     return takes_nan or features.dtype.kind != "f" or not np.isnan(features).any()
 
 
-def said(unused: Sequence[str], gaps: Sequence[str]) -> tuple[str, ...]:
+def said(unused: Sequence[str], gaps: Sequence[str], n_inputs: int) -> tuple[str, ...]:
     """Messages for who publishes."""
     found = []
+    if n_inputs > RequestLimits().max_inputs:
+        found.append(
+            f"requests have {n_inputs} inputs, one a column: set PROXY_MAX_INPUTS and PREPROCESS_MAX_INPUTS to that, or publish "
+            "with X.to_numpy(), which is one input"
+        )
     if unused:
         found.append(f"no transform selects {_listed(unused)}, so clients need not send it")
     if gaps:

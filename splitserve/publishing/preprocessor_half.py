@@ -119,7 +119,7 @@ def preprocessor_half(
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
-    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, gaps))
+    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, gaps, len(inputs)))
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:

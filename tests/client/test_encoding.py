@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,17 @@ CONVERTED: dict[str, tuple[Any, str | None, list[Any]]] = {
     "nullable integers": (pd.Series([1, None], dtype="Int64"), "FP64", [1, NAN]),
     "nullable integers without a gap": (pd.Series([1, 2], dtype="Int64"), "INT64", [1, 2]),
     "nullable booleans": (pd.Series([True, False], dtype="boolean"), "BOOL", [True, False]),
+    "times": (
+        pd.Series(pd.to_datetime(["2026-11-30T12:00:00", None])).astype("datetime64[s]"),
+        "BYTES",
+        [b"2026-11-30T12:00:00", b""],
+    ),
+    "times with a zone": (
+        pd.Series(pd.to_datetime(["2026-11-30T12:00:00+01:00", None], utc=True)),
+        "BYTES",
+        [b"2026-11-30T11:00:00+00:00", b""],
+    ),
+    "dates": ([date(2026, 11, 30), None], "BYTES", [b"2026-11-30", b""]),
     "categories that are numbers": (pd.Series([1, 2], dtype="category"), "INT64", [1, 2]),
     "guessed integers": ([1, 2], None, [1, 2]),
     "guessed text": (["a", None], None, [b"a", b""]),

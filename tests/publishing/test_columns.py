@@ -193,6 +193,15 @@ def test_a_column_that_occurs_twice_is_refused() -> None:
         observe(frame, "features")
 
 
+def test_a_table_of_many_columns_needs_settings(tmp_path: Path) -> None:
+    """Publish names them."""
+    frame = pd.DataFrame(RANDOM.normal(size=(N, 70)), columns=[f"c{number}" for number in range(70)])
+
+    said, _, _ = published(tmp_path, StandardScaler(), frame)
+
+    assert "requests have 70 inputs, one a column: set PROXY_MAX_INPUTS and PREPROCESS_MAX_INPUTS" in str(said)
+
+
 @pytest.mark.parametrize("golden", ["rows", "synthetic"])
 def test_golden_rows_of_these_columns(tmp_path: Path, golden: str) -> None:
     """Generated ones too."""
