@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -113,6 +113,63 @@ class NormaliseImage(_Stateless):
         offset = np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
         normalised = X.astype(np.float32) * scale - offset
         return np.ascontiguousarray(np.moveaxis(normalised, -1, 1))
+
+
+Unseen = Literal["missing", "after", "next"]
+
+
+class CategoryCodes(_Stateless):
+    """(n, n_features) rows with columns of categories -> (n, n_features) float64 with their codes, as boosted trees compute with.
+
+    Args:
+        categories: of each column, those with the codes 0, 1, 2 …; None for a column of numbers.
+        unseen: the code of other categories: "missing": NaN, as of a missing value; "after": one more than the last; "next": that
+            of the next category in the order of their UTF-8 bytes, signed, as XGBoost 3 looks them up.
+        order: of the columns in the result; as they come by default.
+
+    Raises:
+        ValueError: "next", and there is no next category.
+    """
+
+    def __init__(self, categories: list[list[Any] | None], unseen: Unseen = "missing", order: list[int] | None = None) -> None:
+        self.categories = categories
+        self.unseen = unseen
+        self.order = order
+
+    @property
+    def categories_(self) -> list[list[Any]]:
+        """As of scikit-learn's encoders."""
+        return [each for each in self.categories if each is not None]
+
+    def transform(self, X: Any) -> Array:
+        frame = X.iloc if hasattr(X, "iloc") else np.asarray(X)
+        numbers = range(len(self.categories)) if self.order is None else self.order
+        codes = np.empty((len(X), len(self.categories)))
+        for place, number in enumerate(numbers):
+            column, known = frame[:, number], self.categories[number]
+            codes[:, place] = np.asarray(column, np.float64) if known is None else self._codes(column.tolist(), known)
+        return codes
+
+    def _codes(self, values: list[Any], known: list[Any]) -> list[float]:
+        code_of = {category: float(code) for code, category in enumerate(known)}
+        for value in set(values).difference(code_of):
+            code_of[value] = np.nan if value is None or value != value else self._unseen_code(value, known)
+        return [code_of[value] for value in values]
+
+    def _unseen_code(self, value: Any, known: list[Any]) -> float:
+        if self.unseen == "missing":
+            return np.nan
+        if self.unseen == "after":
+            return float(len(known))
+        later = [(_signed_bytes(each), code) for code, each in enumerate(known) if _signed_bytes(each) > _signed_bytes(value)]
+        if not later:
+            raise ValueError(f"{value!r} is not a category that the model knows")
+        return float(min(later)[1])
+
+
+def _signed_bytes(text: Any) -> list[int]:
+    listed: list[int] = np.frombuffer(str(text).encode(), np.int8).tolist()
+    return listed
 
 
 def _open(file: object, index: int) -> ImageFile:

@@ -104,6 +104,8 @@ def answers_of(estimator: Any, targets: Sequence[str] = ()) -> list[Answer]:
 
 def n_targets_of(regressor: Any) -> int:
     """How many numbers a fitted regressor gives for a row."""
+    if hasattr(regressor, "_preprocessor"):  # HistGradientBoosting, which may take text
+        return 1
     n_features = getattr(regressor, "n_features_in_", 1)
     with np.errstate(all="ignore"):
         one = np.asarray(regressor.predict(np.zeros((1, n_features))))

@@ -55,6 +55,7 @@ class Comparison:
         pipeline: fitted.
         preprocessor: its one half, loaded.
         predictor: its other half, loaded.
+        estimator: what the predictor was made from: the pipeline's, or a copy that takes codes instead of categories.
         tensors: rows of the training data, by the inputs of the signature.
         targets: as for `publish`.
         tolerance: as for `publish`.
@@ -67,6 +68,7 @@ class Comparison:
         pipeline: Any,
         preprocessor: PreprocessorHalf,
         predictor: PredictorHalf,
+        estimator: Any,
         tensors: Sequence[Tensor],
         *,
         targets: Sequence[str],
@@ -77,7 +79,7 @@ class Comparison:
         self._preprocessor, self._predictor = preprocessor, predictor
         self._tensors, self._targets, self._tolerance, self._scales = tensors, targets, tolerance, scales
         self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
-        self._estimator = pipeline.steps[-1][1]
+        self._last, self._estimator = pipeline.steps[-1][1], estimator
         self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
         self._tick = tick
 
@@ -215,7 +217,7 @@ class Comparison:
     def _by_pipeline(self, arrays: tuple[Array, ...]) -> Answer:
         rows = self._rows(arrays)
         features = self._transforms.transform(rows) if self._transforms is not None else rows
-        return expected_answer(self._estimator, features, self._targets)
+        return expected_answer(self._last, features, self._targets)
 
     def _by_split(self, arrays: tuple[Array, ...]) -> Answer:
         features = self._preprocessor.runtime.transform(self._tensors_of(arrays))

@@ -18,6 +18,7 @@ from sklearn.utils import get_tags
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import as_served, samples
 from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
+from splitserve.publishing.category_columns import coded
 from splitserve.publishing.convert import names_of, to_onnx
 from splitserve.publishing.equality import Comparison
 from splitserve.publishing.errors import NotConvertible, PublishError
@@ -195,6 +196,10 @@ def _proven(
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
+        inner = coded(estimator, transformer.transform(samples.take(rows, [0])))
+        if inner.step is not None:
+            transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
+        estimator = inner.estimator
         named = names_of(estimator, targets)
         expected = expected_answer(pipeline, checked, targets)
     except NotConvertible as error:
@@ -251,6 +256,7 @@ def _proven(
                     pipeline,
                     preprocessor,
                     predictor,
+                    estimator,
                     tensors,
                     targets=targets,
                     tolerance=tolerance,

@@ -53,19 +53,28 @@ REGRESSORS: Mapping[str, Link] = {
 """Likewise, predictions; "callable" is an object with derivatives."""
 
 
+def check_columns(estimator: Any) -> None:
+    """Refuse columns that are encoded inside of CatBoost, by names.
+
+    Raises:
+        NotConvertible: there are some.
+    """
+    for kind in ("cat", "text", "embedding"):
+        numbers = getattr(estimator, f"get_{kind}_feature_indices")()
+        if found := [str(estimator.feature_names_[number]) for number in numbers]:
+            raise NotConvertible(
+                f"{type(estimator).__name__} with {kind}_features ({', '.join(found)}) has no ONNX form; encode these "
+                "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them"
+            )
+
+
 class _CatBoost(Boosted):
     library, versions, compares = "catboost", ("1.2.8", "1.3"), np.float32
     losses = REGRESSORS
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
-        names = self.estimator.feature_names_
-        for kind in ("cat", "text", "embedding"):
-            if found := [str(names[index]) for index in getattr(self.estimator, f"get_{kind}_feature_indices")()]:
-                raise NotConvertible(
-                    f"{type(self.estimator).__name__} with {kind}_features ({', '.join(found)}) has no ONNX form; encode these "
-                    "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them"
-                )
+        check_columns(self.estimator)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "model.json")
             self.estimator.save_model(str(file), format="json")

@@ -281,18 +281,44 @@ class BoostedClassifier(_Boosted):
         return int(self.estimator.estimators_.shape[1])
 
 
+def _categories_to_the_left(predictor: Any, known: Array, place_of: Array) -> dict[int, list[int]]:
+    """By node. A category that the node's feature never had goes where NaN goes.
+
+    Args:
+        predictor: scikit-learn's tree.
+        known: (n_categorical, 8) bits of the categories in training.
+        place_of: by feature, its place among those.
+
+    Source: sklearn, ensemble/_hist_gradient_boosting/_predictor.pyx.
+    """
+    found = {}
+    for node in np.flatnonzero((predictor.nodes["is_categorical"] != 0) & (predictor.nodes["is_leaf"] == 0)).tolist():
+        fields = predictor.nodes[node]
+        left, seen = (
+            _bits(row) for row in (predictor.raw_left_cat_bitsets[fields["bitset_idx"]], known[place_of[fields["feature_idx"]]])
+        )
+        found[node] = np.flatnonzero(left | ~seen if fields["missing_go_to_left"] else left).tolist()
+    return found
+
+
+def _bits(words: Array) -> Array:
+    """(8,) of 32 bits -> (256,) booleans."""
+    return np.unpackbits(np.asarray(words, "<u4").view(np.uint8), bitorder="little") != 0
+
+
 class _Histogram(Form):
-    """HistGradientBoosting on numbers; its columns of categories are left to skl2onnx, which refuses them."""
+    """HistGradientBoosting on numbers and on codes of categories, which come first."""
 
     @cached_property
     def raw(self) -> Value:
         """(n_rows, n_trees_per_iteration)."""
         model = self.estimator
-        if model.is_categorical_ is not None and np.any(model.is_categorical_):
+        if getattr(model, "_preprocessor", None) is not None:
             raise NotConvertible(
-                f"{type(model).__name__} with categorical_features has no ONNX form; encode the columns in a ColumnTransformer "
-                "step (OneHotEncoder or TargetEncoder) and fit without categorical_features"
+                f"{type(model).__name__} with categorical_features has no ONNX form inside of another estimator; encode the "
+                "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without categorical_features"
             )
+        known, place_of = model._bin_mapper.make_known_categories_bitsets()
         stages = model._predictors
         trees, values = [], []
         for each in (tree for stage in stages for tree in stage):
@@ -305,6 +331,7 @@ class _Histogram(Form):
                     left=np.where(is_leaf, -1, nodes["left"].astype(np.int64)),
                     right=nodes["right"].astype(np.int64),
                     nan_left=nodes["missing_go_to_left"] != 0,
+                    members=_categories_to_the_left(each, known, place_of),
                 )
             )
             values.append(nodes["value"][:, np.newaxis])

@@ -1,0 +1,83 @@
+"""Columns of pandas' categories into LightGBM, XGBoost and CatBoost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import catboost as cb
+import lightgbm as lgb
+import numpy as np
+import pandas as pd
+import pytest
+import xgboost as xgb
+from sklearn.compose import make_column_transformer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from splitserve import PublishError, publish
+from tests.publishing.test_category_columns import ROWS, TARGET, unusual
+from tests.publishing.test_publishing import answer
+
+pytestmark = [pytest.mark.boosting, pytest.mark.filterwarnings("ignore")]
+
+HIGH = np.median(TARGET) < TARGET
+MODELS: dict[str, Any] = {
+    "lightgbm": lgb.LGBMRegressor(n_estimators=10, verbose=-1, min_data_per_group=3, cat_smooth=1.0),
+    "lightgbm, one against the rest": lgb.LGBMRegressor(n_estimators=10, verbose=-1, max_cat_to_onehot=300),
+    "xgboost": xgb.XGBRegressor(n_estimators=10, enable_categorical=True),
+    "xgboost, one against the rest": xgb.XGBRegressor(n_estimators=10, enable_categorical=True, max_cat_to_onehot=300),
+    "xgboost, partitions": xgb.XGBRegressor(n_estimators=10, enable_categorical=True, max_cat_to_onehot=1),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_categories_are_served(tmp_path: Path, model: str) -> None:
+    """Of 3 and of 200 values; missing, unused and unknown ones; the same in another order as far as the library knows its own."""
+    pipeline = make_pipeline(MODELS[model]).fit(ROWS, TARGET)
+
+    published = publish(pipeline, ROWS, name="m", repository=tmp_path)
+
+    assert published.hard_rows["missing"]
+    orders = [ROWS] if "xgboost" in model else [ROWS, unusual()]
+    for rows in orders:
+        np.testing.assert_allclose(answer(tmp_path, "m", rows)["prediction"].ravel(), pipeline.predict(rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["lightgbm", "xgboost"])
+def test_a_row_is_answered_the_same_whatever_else_is_in_its_frame(tmp_path: Path, model: str) -> None:
+    """Its code does not depend on the categories of the frame at hand."""
+    pipeline = make_pipeline(MODELS[model]).fit(ROWS, TARGET)
+    publish(pipeline, ROWS, name="m", repository=tmp_path)
+    together = answer(tmp_path, "m", ROWS)["prediction"]
+
+    for row in range(0, 40, 7):
+        alone = ROWS.iloc[[row]].assign(colour=lambda frame: frame["colour"].cat.remove_unused_categories())
+        assert answer(tmp_path, "m", alone)["prediction"].tolist() == together[[row]].tolist()
+
+
+@pytest.mark.parametrize("library", ["lightgbm", "xgboost"])
+def test_categories_behind_transforms_that_keep_a_frame_are_served(tmp_path: Path, library: str) -> None:
+    """Columns change their order and their names on the way."""
+    kind = lgb.LGBMClassifier(n_estimators=8, verbose=-1) if library == "lightgbm" else None
+    model = kind or xgb.XGBClassifier(n_estimators=8, enable_categorical=True)
+    transforms = make_column_transformer(
+        ("passthrough", ["shop"]), (StandardScaler(), ["count", "amount"]), ("passthrough", ["colour"])
+    ).set_output(transform="pandas")
+    pipeline = make_pipeline(transforms, model).fit(ROWS, HIGH.astype(int))
+
+    publish(pipeline, ROWS, name="m", repository=tmp_path)
+
+    found = answer(tmp_path, "m", ROWS)
+    assert found["label"].tolist() == pipeline.predict(ROWS).tolist()
+    np.testing.assert_allclose(found["probabilities"], pipeline.predict_proba(ROWS), atol=1e-6)
+
+
+def test_catboosts_own_categories_are_refused_by_name(tmp_path: Path) -> None:
+    """With the way out, before anything is converted."""
+    rows = pd.DataFrame({"amount": np.nan_to_num(ROWS["amount"]), "colour": ROWS["colour"].astype(object).fillna("none")})
+    pipeline = make_pipeline(cb.CatBoostRegressor(iterations=5, verbose=0, allow_writing_files=False, cat_features=["colour"]))
+    pipeline.fit(rows, TARGET)
+
+    with pytest.raises(PublishError, match=r"cat_features \(colour\) has no ONNX form; encode these columns"):
+        publish(pipeline, rows, name="m", repository=tmp_path)
