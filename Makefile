@@ -162,20 +162,20 @@ test-jobs: $(BIN)/.installed
 # The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
 # xgboost-cpu is xgboost without code for GPUs, a tenth of its size.
 .venv-boosting/highest/.installed: $(BIN)/.installed
-	$(BIN)/uv pip install --quiet --target .venv-boosting/highest --no-deps xgboost-cpu==3.2.0 lightgbm==4.7.0 catboost==1.2.10 \
+	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/highest --no-deps xgboost-cpu==3.2.0 lightgbm==4.7.0 catboost==1.2.10 \
 		narwhals==2.29.0
 	@touch $@
 
 .venv-boosting/lowest/.installed: $(BIN)/.installed
 	$(PYTHON) -m venv --without-pip .venv-boosting/lowest
-	$(BIN)/uv pip install --quiet --python .venv-boosting/lowest/bin/python --resolution lowest-direct xgboost-cpu==2.1.4 \
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-boosting/lowest/bin/python --resolution lowest-direct xgboost-cpu==2.1.4 \
 		lightgbm==4.6.0 catboost==1.2.8 --editable ".[preprocess,predict,publish]" "hypothesis>=6.130" "pytest>=8.3" \
 		"pytest-asyncio>=0.26" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 	@touch $@
 
 test-boosting: .venv-boosting/highest/.installed .venv-boosting/lowest/.installed
 	PYTHONPATH=.venv-boosting/highest $(BIN)/pytest -m boosting tests/publishing/boosting
-	.venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -m boosting tests/publishing/boosting
+	.venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -W ignore -m boosting tests/publishing/boosting
 
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
