@@ -196,7 +196,7 @@ def _proven(
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
-        inner = coded(estimator, transformer.transform(samples.take(rows, [0])))
+        inner = coded(estimator, _first_features(transformer, rows))
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
         estimator = inner.estimator
@@ -287,6 +287,14 @@ def _hard_step(progress: Progress, precision: str, kind: str) -> None:
 
 def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+
+def _first_features(transformer: Any, rows: Rowset) -> Any:
+    """What the estimator gets for the first row; None if the transforms refuse it, which is told later."""
+    try:
+        return transformer.transform(samples.take(rows, [0]))
+    except Exception:  # a transform may raise anything
+        return None
 
 
 def _features(half: PreprocessorHalf, rows: Rowset) -> dict[str, Array]:

@@ -96,7 +96,9 @@ def test_a_regressor_is_served(tmp_path: Path, library: str) -> None:
 @pytest.mark.parametrize("kind", [xgb.XGBRanker, lgb.LGBMRanker, cb.CatBoostRanker])
 def test_a_ranker_is_served(tmp_path: Path, kind: Any) -> None:
     """Its scores are predictions."""
-    quiet = {"verbose": 0} if kind is cb.CatBoostRanker else {"verbose": -1} if kind is lgb.LGBMRanker else {}
+    quiet: dict[str, Any] = {"verbose": -1} if kind is lgb.LGBMRanker else {}
+    if kind is cb.CatBoostRanker:
+        quiet = {"verbose": 0, "allow_writing_files": False}
     name = "group_id" if kind is cb.CatBoostRanker else "group" if kind is lgb.LGBMRanker else "qid"
     groups = [10] * (len(ROWS) // 10) if kind is lgb.LGBMRanker else np.arange(len(ROWS)) // 10
     pipeline = make_pipeline(SimpleImputer(), kind(n_estimators=6, **quiet))
