@@ -103,6 +103,7 @@ test: check
 	@$(MAKE) --no-print-directory heavy
 
 test-long: $(BIN)/.installed
+	bash tests/jobs/install.sh
 	$(BIN)/pytest -m "long and not intermediaries"
 
 # Fuzzes each decoder and connection for SECONDS. Findings are kept in tests/fuzz/corpus.
@@ -157,7 +158,7 @@ test-kserve: .venv-kserve/.installed
 # The job store in PostgreSQL, whose package is installed once.
 test-jobs: $(BIN)/.installed
 	bash tests/jobs/install.sh
-	$(BIN)/pytest -n 0 -m postgres tests/jobs
+	$(BIN)/pytest -n 0 -m "postgres and not long" tests/jobs
 
 # The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
 # xgboost-cpu is xgboost without code for GPUs, a tenth of its size.

@@ -189,6 +189,17 @@ class BearerAuthenticator:
         if self._keys_url and await self._keys_url.has_changed():
             self._remembered.clear()
 
+    def models_of(self, name: str) -> Sequence[str] | None:
+        """The models that a caller with this name may call now, by its token; None: it may have been one with a JWT.
+
+        A name that no token has any more may call nothing.
+        """
+        policy = self._policy.value
+        found = [token.models for token in policy.tokens if token.name == name]
+        if not found and policy.jwt is not None:
+            return None
+        return [pattern for models in found for pattern in models]
+
     def _take_policy(self) -> None:
         self._remembered.clear()
         self._keys_file, self._keys_url = None, None

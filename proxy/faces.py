@@ -33,7 +33,7 @@ class Faces:
         self._config = config
         self._stack = AsyncExitStack()
         self.authenticator = _authenticator(config)
-        served = Guard(service) if self.authenticator else service
+        served = Guard(service, self.authenticator.models_of) if self.authenticator else service
         budget = config.byte_budget()
         self._jobs = ProxyJobs(
             served, jobs, config.limits, is_authenticated=self.authenticator is not None, is_local=config.host in LOOPBACK

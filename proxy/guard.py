@@ -5,10 +5,14 @@ A verb that is not listed here is allowed to operators only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from splitserve.errors import PermissionDenied, Unauthenticated
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer
+from splitserve.oip.messages import ON_BEHALF_OF, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import NOBODY, Caller, current
 from splitserve.versions import Pair
@@ -40,22 +44,37 @@ def _check_operator() -> None:
 
 
 class Guard:
-    """The proxy's service, for callers that are allowed to use it."""
+    """The proxy's service, for callers that are allowed to use it.
 
-    def __init__(self, service: ProxyService) -> None:
+    Args:
+        service: of the proxy.
+        models_of: the models that a caller may call now, by its name; None: that is not known here.
+    """
+
+    def __init__(self, service: ProxyService, models_of: Callable[[str], Sequence[str] | None] = lambda _: None) -> None:
         self._service = service
+        self._models_of = models_of
+
+    def _checked(self, request: InferRequest) -> InferRequest:
+        """The request, if its caller may call the model, and who submitted it may, if it is a job."""
+        check_model(request.model)
+        if ON_BEHALF_OF not in request.parameters:
+            return request
+        models = self._models_of(str(request.parameters[ON_BEHALF_OF]))
+        if models is not None and not any(fnmatchcase(request.model, pattern) for pattern in models):
+            raise PermissionDenied(f'no permission to call a model "{request.model[:64]}" any more', model=request.model[:128])
+        parameters = {name: value for name, value in request.parameters.items() if name != ON_BEHALF_OF}
+        return msgspec.structs.replace(request, parameters=parameters)
 
     @property
     def is_loaded(self) -> bool:
         return self._service.is_loaded
 
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
-        check_model(request.model)
-        return self._service.begin(request, on_answer)
+        return self._service.begin(self._checked(request), on_answer)
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        check_model(request.model)
-        return await self._service.infer(request)
+        return await self._service.infer(self._checked(request))
 
     def bind(self, request: InferRequest) -> InferRequest:
         """As `ProxyService.bind`."""

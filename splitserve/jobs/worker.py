@@ -44,7 +44,7 @@ from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, Retry, new_id
 from splitserve.jobs.store import JobStore
 from splitserve.oip import protobuf
-from splitserve.oip.messages import PRIORITY, InferenceService, InferResponse, deadline_after
+from splitserve.oip.messages import ON_BEHALF_OF, PRIORITY, InferenceService, InferResponse, deadline_after
 
 STAGE = "jobs"
 
@@ -116,7 +116,7 @@ class Worker:
         self._has_ended = asyncio.Event()
         self._work = asyncio.Event()
         self._has_room = asyncio.Event()
-        self._slowed_at = self._renewed_at = clock()
+        self._slowed_at = self._renewed_at = self._asked_at = clock()
         self._is_draining = False
         self._not_ready = "starting"
 
@@ -170,7 +170,7 @@ class Worker:
             self._work.clear()
             n_claimed = 0
             try:
-                if not self._is_draining and await self._is_inference_ready():
+                if not self._is_draining and await self._is_inference_ready() and not self._is_draining:
                     n_claimed = await self._claim()
             except SplitserveError as error:
                 self._log.debug("no jobs claimed", reason=error.message)
@@ -191,6 +191,9 @@ class Worker:
             await self._has_room.wait()
 
     async def _is_inference_ready(self) -> bool:
+        if not self._not_ready and self._clock() - self._asked_at < self._rules.poll_s:
+            return True
+        self._asked_at = self._clock()
         reason = await self._inference.not_ready_reason()
         if reason != self._not_ready:
             self._not_ready = reason
@@ -206,6 +209,9 @@ class Worker:
         if free < 1:
             return 0
         claims = await self._store.claim(self.name, free, self._rules.lease_s)
+        if self._is_draining:
+            await self._store.retry([Retry(claimed.lease) for claimed in claims])
+            return 0
         for claimed in claims:
             self.n_attempts += 1
             running = self._running[claimed.lease] = _Running(claimed)
@@ -234,6 +240,8 @@ class Worker:
         message = protobuf.parse(pb.ModelInferRequest, await self._payloads.read(claimed.request))
         request = protobuf.decode_request(message, deadline_after(claimed.timeout_s))
         parameters = {**request.parameters, PRIORITY: BACKGROUND_PRIORITY}
+        if claimed.rights.models is not None:
+            parameters[ON_BEHALF_OF] = claimed.owner
         request = msgspec.structs.replace(request, parameters=parameters, version=claimed.version)
         response: InferResponse = await self._inference.infer(request)
         return await self._payloads.store(protobuf.encode_response(response).SerializeToString())
@@ -249,7 +257,8 @@ class Worker:
             return Finish(claimed.lease, error=msgspec.structs.replace(record, message=message))
         if not isinstance(error, RETRIED) or (isinstance(error, Internal) and claimed.attempt >= INTERNAL_ATTEMPTS):
             return Finish(claimed.lease, error=record)
-        if isinstance(error, Unavailable) and await self._inference.not_ready_reason():
+        if isinstance(error, Unavailable) and (reason := await self._inference.not_ready_reason()):
+            self._not_ready = reason
             return Retry(claimed.lease, FIRST_BACKOFF_S)  # the proxy is away: nothing was tried
         return Retry(claimed.lease, backoff_s(claimed.attempt), record)
 

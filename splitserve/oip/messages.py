@@ -62,6 +62,10 @@ EXPECTED_MANIFEST = "splitserve_manifest_sha256"
 GOLDEN_REPLAY = "splitserve_golden_replay"
 """Parameter of such a call: these are golden rows, which are not counted and wait for what clients sent."""
 
+ON_BEHALF_OF = "splitserve_on_behalf_of"
+"""Parameter of a job's request at the proxy: the caller that submitted it, whose rights of now count beside those of the jobs
+service."""
+
 MANIFEST_SHA256 = "manifest_sha256"
 """Property of a predictor's metadata: the digest of its manifest, by which a release names it."""
 

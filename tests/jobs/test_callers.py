@@ -76,6 +76,24 @@ async def test_rights_are_checked_at_submit_and_at_the_result(system, tmp_path):
     assert (refused.status_code, before.status_code, after.status_code) == (403, 200, 403)
 
 
+@pytest.mark.parametrize("rights", [{"bob": ["echo"]}, {}])
+async def test_rights_are_checked_when_the_job_runs(system, tmp_path, rights):
+    """By what the authorization file says then: what was taken from the caller, or the caller itself, is not used any more."""
+    system.queue.worker._is_draining = True
+    job = await system.submitted("identity_fp32", headers=as_("bob"))
+    write_policy(tmp_path, ann=["*"], worker=["*"], **rights)
+    while (await system.rest.get("/v2/models/identity_fp32", headers=as_("bob"))).status_code == 200:
+        pass
+    system.queue.worker._is_draining = False
+    system.queue.worker.wake()
+
+    found = await system.queue.get(JobCaller("bob", ()), job["id"], 25)
+
+    assert found.status == "failed", found
+    assert found.error.reason == "PERMISSION_DENIED"
+    assert system.backend.requests == []
+
+
 async def test_credentials_are_not_stored(system, tmp_path):
     """Neither the token nor its digest is in any file of the jobs."""
     await system.submitted(headers=as_("ann"))

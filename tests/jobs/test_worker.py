@@ -377,6 +377,24 @@ async def test_a_drained_worker_finishes_what_it_can(workshop):
     assert (now.status, now.attempt) == ("queued", 0)
 
 
+async def test_what_is_claimed_while_draining_begins_is_given_back(workshop):
+    """The claim was under way."""
+    job = await workshop.submit()
+    claim = workshop.store.claim
+
+    async def claim_and_drain(*arguments):
+        claimed = await claim(*arguments)
+        workshop.worker._is_draining = True
+        return claimed
+
+    workshop.store.claim = claim_and_drain
+    async with workshop.working():
+        await workshop.until(job, lambda now: workshop.worker._is_draining and now.status == "queued")
+
+    now = await workshop.store.get("ann", job.id)
+    assert (now.status, now.attempt, workshop.proxy.requests) == ("queued", 0, [])
+
+
 async def test_rolling_restarts_use_up_no_attempts(workshop):
     """Ten workers one after the other, each drained while the job runs."""
 
