@@ -116,9 +116,12 @@ class Comparison:
     def _raw_blocks(self) -> Iterator[Block]:
         made = hard_rows.of_raw(self._tensors, self._preprocessor.rows, self._specs)
         yield from made.blocks()
-        splits = hard_rows.splits_of(self._estimator, self._output.wire_shape[1])
+        splits = self._splits(self._output.wire_shape[1])
         if splits and (block := self._raw_thresholds(made, splits)):
             yield block
+
+    def _splits(self, n_features: int) -> list[tuple[int, float]]:
+        return hard_rows.splits_of(self._estimator, n_features, self._predictor.files[MODEL_FILE])
 
     def _raw_thresholds(self, made: HardRows, splits: Sequence[tuple[int, float]]) -> Block | None:
         def features(arrays: list[Array]) -> Array:
@@ -135,7 +138,7 @@ class Comparison:
         features = to_array(inputs[0])
         if features.ndim != 2 or features.dtype.kind != "f" or not len(features):
             return
-        block = hard_rows.feature_thresholds(features, hard_rows.splits_of(self._estimator, features.shape[1]))
+        block = hard_rows.feature_thresholds(features, self._splits(features.shape[1]))
         if block is not None:
             yield block
         for made in hard_rows.of_features(features).blocks():

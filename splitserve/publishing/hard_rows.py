@@ -14,6 +14,8 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
+from onnx import numpy_helper
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.publishing import boosting, samples
@@ -252,15 +254,16 @@ def feature_thresholds(features: Array, splits: Sequence[tuple[int, float]]) -> 
     return Block("thresholds", (rows,), tuple(f"features[{feature}] = {value!r}" for feature, value in made))
 
 
-def splits_of(estimator: Any, n_features: int) -> list[tuple[int, float]]:
+def splits_of(estimator: Any, n_features: int, model: bytes = b"") -> list[tuple[int, float]]:
     """Features and thresholds of the trees in an estimator, wherever they are: at most `N_THRESHOLDS`, spread evenly.
 
     Args:
         estimator: fitted.
         n_features: of its input.
+        model: what it was converted to, whose trees are looked at, too: those of other libraries are no Python objects.
     """
     found: dict[tuple[int, float], None] = {}
-    for features, thresholds in _trees(estimator, set()):
+    for features, thresholds in (*_trees(estimator, set()), *(_converted_trees(model) if model else ())):
         chosen = np.isfinite(thresholds) & (features < n_features)
         found.update(dict.fromkeys(zip(features[chosen].tolist(), thresholds[chosen].tolist(), strict=True)))
     every = sorted(found)
@@ -290,6 +293,26 @@ def _trees(part: Any, seen: set[int]) -> Iterator[tuple[Array, Array]]:
     elif type(part).__module__.startswith("sklearn."):
         for each in list(getattr(part, "__dict__", {}).values()):
             yield from _trees(each, seen)
+
+
+def _converted_trees(model: bytes) -> Iterator[tuple[Array, Array]]:
+    """Features and thresholds of each tree operator of a model that is applied to columns of the model's input."""
+    graph = onnx.load_from_string(model).graph
+    known = {each.name: each for each in graph.initializer}
+    columns: dict[str, Array | None] = {value.name: None for value in graph.input}  # None: all of them
+    for node in graph.node:  # in topological order
+        if not node.input or node.input[0] not in columns:
+            continue
+        of = columns[node.input[0]]
+        given = {each.name: each for each in node.attribute}
+        if node.op_type in ("Cast", "Identity"):
+            columns[node.output[0]] = of
+        elif node.op_type == "Gather" and node.input[1] in known and given["axis"].i == 1:
+            chosen = numpy_helper.to_array(known[node.input[1]]).ravel()
+            columns[node.output[0]] = chosen if of is None else of[chosen]
+        elif node.op_type == "TreeEnsemble":
+            features = np.array(given["nodes_featureids"].ints, np.int64)
+            yield features if of is None else of[features], numpy_helper.to_array(given["nodes_splits"].t).astype(np.float64)
 
 
 def _shown(group: Sequence[tuple[_Column, Any]]) -> str:

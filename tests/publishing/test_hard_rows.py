@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.compose import make_column_transformer
-from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.ensemble import BaggingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -18,6 +18,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from splitserve import PublishError, publish
 from splitserve.arrays import from_array, to_array
+from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.estimators import trees
 from splitserve.publishing.hard_rows import N_A_KIND, HardRows, feature_thresholds, splits_of
 from splitserve.repository.bundle import BundleKey
@@ -115,6 +116,25 @@ def test_thresholds_are_found_wherever_trees_are() -> None:
     for estimator in (forest, histograms):
         assert len(splits_of(estimator, 5)) > 3
     assert splits_of(LogisticRegression().fit(rows, pipelines.two(rows)), 5) == []
+
+
+def test_thresholds_of_a_converted_model_are_of_the_columns_of_its_input() -> None:
+    """A bagged tree counts only the columns that it was given; and other libraries' trees are no Python objects."""
+    rows = pipelines.tenths(100, 0)
+    bagged = BaggingClassifier(DecisionTreeClassifier(max_depth=2), 4, max_features=0.4, random_state=0)
+    bagged.fit(rows, pipelines.two(rows))
+    wanted = {
+        (int(chosen[feature]), float(np.float32(at)))
+        for tree, chosen in zip(bagged.estimators_, bagged.estimators_features_, strict=True)
+        for feature, at in zip(tree.tree_.feature, tree.tree_.threshold, strict=True)
+        if feature >= 0
+    }
+
+    model = to_onnx(bagged, 5, input_name="x", precision="FP32").SerializeToString()
+    found = splits_of(None, 5, model)
+
+    near = {(feature, float(other)) for feature, at in found for other in (at, np.nextafter(np.float32(at), np.float32(np.inf)))}
+    assert wanted <= near
 
 
 def test_a_release_records_the_rows_that_were_compared(tmp_path: Path) -> None:
