@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest
-from splitserve.repository.release import RELEASES_FOLDER, Release, ReleaseKey, ReleaseManifest, decode, encode, parse_folder_name
+from splitserve.repository.release import (
+    MAX_SEQUENCE,
+    RELEASES_FOLDER,
+    Release,
+    ReleaseKey,
+    ReleaseManifest,
+    decode,
+    encode,
+    parse_folder_name,
+)
+from splitserve.versions import is_number
 
 try:
     import fcntl
@@ -99,9 +109,17 @@ def allocated(
         claim: create the marker of a number; False if somebody has.
         unclaim: remove it.
         first: the lowest number to try.
+
+    Raises:
+        BundleError: numbers are used up: a record with a higher one would never be read.
     """
     sequence = max(first, following())
     while True:
+        if sequence > MAX_SEQUENCE:
+            raise BundleError(
+                f"expected the next sequence number to be at most {MAX_SEQUENCE}, got {sequence}: a folder in {RELEASES_FOLDER} "
+                "that no publisher made has the highest one; remove it"
+            )
         if not claim(sequence):
             sequence += 1
             continue
@@ -136,9 +154,11 @@ def _allocated(root: Path, model: str) -> contextlib.AbstractContextManager[int]
             return False
         return True
 
-    return allocated(
-        lambda: _next_sequence(root, model), claim, lambda sequence: (folder / marker_name(sequence)).unlink(missing_ok=True)
-    )
+    def unclaim(sequence: int) -> None:
+        with contextlib.suppress(OSError):  # what was recorded counts; the number stays unused, and gaps do no harm
+            (folder / marker_name(sequence)).unlink()
+
+    return allocated(lambda: _next_sequence(root, model), claim, unclaim)
 
 
 def _next_sequence(root: Path, model: str) -> int:
@@ -212,7 +232,13 @@ def _sweep(model: Path) -> None:
     """Remove scratch folders, and markers of sequence numbers, that are older than an hour."""
     oldest = time.time() - SCRATCH_AGE_S
     for part in ("preprocess", "predict", RELEASES_FOLDER):
-        for left in (model / part).glob(".*"):
+        for left in filter(_is_ours, (model / part).glob(".*")):
             with contextlib.suppress(OSError):
                 if left.lstat().st_mtime < oldest:
                     shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a hidden name is that of a marker, or of a scratch folder of a bundle or record. Others are somebody else's."""
+    name = path.name
+    return bool(marked(name)) or name.startswith(SCRATCH_PREFIX) or is_number(name[1:].partition("-")[0])

@@ -1,5 +1,6 @@
 """The releases of a model in a folder: appended whole or not at all, by several publishers."""
 
+import errno
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -65,6 +66,25 @@ def test_the_number_of_a_killed_publisher_is_skipped(tmp_path):
     assert append(tmp_path, MODEL, record()).sequence == 2
 
 
+def test_a_number_that_no_reader_would_see_is_not_used(tmp_path):
+    (tmp_path / MODEL / "releases" / "999999999-1.1").mkdir(parents=True)
+
+    with pytest.raises(BundleError, match="at most 999999999, got 1000000000"):
+        append(tmp_path, MODEL, record())
+
+    assert names(tmp_path / MODEL / "releases") == ["999999999-1.1"]
+
+
+def test_what_was_recorded_counts_although_its_marker_cannot_be_removed(tmp_path, monkeypatch):
+    def fail(path: Path, missing_ok: bool = False):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+
+    assert append(tmp_path, MODEL, record()).sequence == 1
+    assert [key.sequence for key in listing(tmp_path, MODEL)] == [1]
+
+
 def test_a_failed_write_leaves_no_record(tmp_path):
     def fail(sequence: int):
         raise BundleError("not this one")
@@ -111,6 +131,26 @@ def test_leftovers_of_a_killed_publisher_are_removed_after_an_hour(tmp_path):
 
     with publishing(tmp_path, MODEL):
         assert not scratch.exists()
+
+
+@pytest.mark.parametrize("name", [".gitkeep", ".snapshot", ".nfs0001", "..data"])
+def test_what_no_publisher_left_is_kept(tmp_path, name):
+    other = tmp_path / MODEL / "predict" / name
+    other.mkdir(parents=True)
+    os.utime(other, (0, 0))
+
+    with publishing(tmp_path, MODEL):
+        assert other.exists()
+
+
+@pytest.mark.parametrize("name", [".0007", ".7-abc", ".scratch-abc"])
+def test_every_kind_of_leftover_is_removed(tmp_path, name):
+    left = tmp_path / MODEL / "releases" / name
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+
+    with publishing(tmp_path, MODEL):
+        assert not left.exists()
 
 
 def test_recent_leftovers_are_kept(tmp_path):
