@@ -230,7 +230,8 @@ def rollback(model: str, *, repository: str | os.PathLike[str]) -> Release:
         repository: folder or URL of the model repository.
 
     Raises:
-        PublishError: there is no earlier release, a route pins a pair, or the repository cannot be written.
+        PublishError: there is no earlier release, a route pins a pair, the releases have changed meanwhile, or the repository
+            cannot be written.
     """
     source = _listed(repository)
     try:
@@ -242,7 +243,7 @@ def rollback(model: str, *, repository: str | os.PathLike[str]) -> Release:
             raise PublishError(f"{model}: no release before {current.sequence} ({current.pair}) can be rolled back to")
         refuse_pinned(source, model, None)
         with source.publishing(model):
-            return rollback_record(source, target, source.open_release(target.key).read(GOLDEN_FILE), rolls_back=current.sequence)
+            return rollback_record(source, target, source.open_release(target.key).read(GOLDEN_FILE), current=current)
     except BundleError as error:
         raise PublishError(str(error)) from error
 

@@ -16,6 +16,7 @@ from splitserve.repository.bundle import Bundle
 from splitserve.repository.golden import Golden, not_finite_complaint
 from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, GoldenRows, Manifest
 from splitserve.repository.release import SCHEMA_VERSION, Compared, Proof, Release, ReleaseManifest
+from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes.release import WholeRelease
 from splitserve.tensors import Tensor
@@ -151,11 +152,22 @@ def write_released(
                 source = preprocessor.manifest.golden
                 return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=source)
             except BundleError:
-                for bundle in (first, second):
-                    repository.remove(bundle.key)
+                if not _is_recorded(repository, first.key.model, first.manifest_sha256):  # a store may have written it and not said so
+                    for bundle in (first, second):
+                        repository.remove(bundle.key)
                 raise
     except BundleError as error:
         raise PublishError(str(error)) from error
+
+
+def _is_recorded(repository: WritableRepository, model: str, preprocessor_sha256: str) -> bool:
+    """Whether a release names this preprocessor, or may do: it cannot be read."""
+    try:
+        list(repository.bundles())
+        history = ReleaseReader(repository).history(model)
+    except BundleError:
+        return True
+    return any(each.manifest.preprocessor == preprocessor_sha256 for each in history.records)
 
 
 def labels_of(preprocessor: Manifest, predictor: Manifest) -> tuple[str, ...]:
@@ -182,24 +194,38 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def rollback_record(repository: WritableRepository, target: Release, golden: bytes, *, rolls_back: int) -> Release:
+def rollback_record(repository: WritableRepository, target: Release, golden: bytes, *, current: Release) -> Release:
     """Append a release of an earlier release's pair, with its proof.
 
     Args:
         repository: where to.
         target: the earlier release.
         golden: the bytes of its golden samples.
-        rolls_back: the sequence number of the release to move away from.
+        current: the release to move away from.
 
     Raises:
-        BundleError: the repository cannot be written.
+        BundleError: the repository cannot be written, or another record has been added since these two were chosen.
     """
 
     def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
-        again = msgspec.structs.replace(target.manifest, sequence=sequence, created=now(), rolls_back=rolls_back)
+        _check_unchanged(repository, target, current)
+        again = msgspec.structs.replace(target.manifest, sequence=sequence, created=now(), rolls_back=current.sequence)
         return again, {GOLDEN_FILE: golden}
 
     return repository.append(target.key.model, make)
+
+
+def _check_unchanged(repository: WritableRepository, target: Release, current: Release) -> None:
+    """Raises:
+    BundleError: the one is not the target of a rollback any more, or the other not current.
+    """
+    list(repository.bundles())
+    history = ReleaseReader(repository).history(target.key.model)
+    if (history.rollback_target(), history.current()) != (target, current):
+        raise BundleError(
+            f"{target.key.model}: its releases have changed since release {current.sequence} was to be rolled back to "
+            f"{target.sequence} ({target.pair}); splitserve releases {target.key.model} lists them; roll back again if still needed"
+        )
 
 
 def withdraw_record(repository: WritableRepository, release: Release) -> Release:

@@ -29,7 +29,8 @@ from splitserve.publishing import propose
 from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.meaning import probes
 from splitserve.repository.folder import Repository
-from splitserve.repository.release import History
+from splitserve.repository.release import History, Release
+from splitserve.repository.release_log import MakeRecord
 from splitserve.repository.releases import ReleaseReader
 from tests.folders import MadeOnce
 
@@ -224,6 +225,31 @@ def test_rollback_releases_the_previous_pair(models: Path) -> None:
     assert (record.sequence, str(record.pair), record.manifest.rolls_back) == (3, "1.1", 2)
     with pytest.raises(PublishError, match=r"no release before 3 \(1.1\) can be rolled back to"):
         rollback("m", repository=models)
+
+
+@pytest.mark.parametrize("change", ["a withdrawal", "a release"])
+def test_a_rollback_counts_what_was_recorded_while_it_was_prepared(
+    models: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It does not bring back a release that was withdrawn, nor roll back one that nobody has seen."""
+    pipeline = make_pipeline(MinMaxScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+    publish(pipeline, IRIS, name="m", repository=models)
+    append = Repository.append
+
+    def others_first(repository: Repository, model: str, make: MakeRecord) -> Release:
+        monkeypatch.setattr(Repository, "append", append)
+        if change == "a release":
+            publish(pipeline, IRIS, name="m", repository=models)
+        else:
+            withdraw("m", 1, repository=models)
+        return append(repository, model, make)
+
+    monkeypatch.setattr(Repository, "append", others_first)
+
+    with pytest.raises(PublishError, match=r"have changed since release 2 was to be rolled back to 1 \(1.1\)"):
+        rollback("m", repository=models)
+
+    assert [each.manifest.rolls_back for each in history(models).records] == [0, 0, 0]
 
 
 def test_a_release_is_withdrawn_once(models: Path) -> None:

@@ -158,6 +158,26 @@ def write_both(root: Path, halves: tuple[PreprocessorHalf, PredictorHalf]) -> Re
     return write_released(Repository(root), *halves, version=None, proven="pipeline", compared=Compared(150))
 
 
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_an_error_after_the_release_was_recorded_leaves_its_halves(
+    tmp_path: Path, halves: tuple[PreprocessorHalf, PredictorHalf], monkeypatch: pytest.MonkeyPatch, is_recorded: bool
+) -> None:
+    """A store can fail after it has written: the release serves, and needs what it names."""
+    append = Repository.append
+
+    def fail(repository: Repository, model: str, make: release_log.MakeRecord) -> Release:
+        if is_recorded:
+            append(repository, model, make)
+        raise BundleError("the connection was lost")
+
+    monkeypatch.setattr(Repository, "append", fail)
+
+    with pytest.raises(PublishError, match="the connection was lost"):
+        write_both(tmp_path, halves)
+
+    assert len(list(Repository(tmp_path).bundles())) == (2 if is_recorded else 0)
+
+
 _WRITES = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.utime", "os.truncate", "fcntl.flock")
 
 
