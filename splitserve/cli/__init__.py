@@ -242,7 +242,7 @@ def releases(
     model: ModelArgument,
     repository: RepositoryOption = DEFAULT_REPOSITORY,
 ) -> None:
-    """List the releases of a model: sequence, pair, when, how it was proven, what serves now."""
+    """List the releases of a model: sequence, pair, when, how it was proven, and which one serves by default."""
     from splitserve.cli.release import run_list
 
     raise typer.Exit(run_list(model, repository))

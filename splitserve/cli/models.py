@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.repository.bundle import BundleKey
+from splitserve.repository.defaults import said_of_route
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.release import History
 from splitserve.repository.releases import ReleaseReader
@@ -35,6 +36,8 @@ def run(where: str) -> int:
         ("model", "release", "pair", "earlier releases", "without a release"),
         [_released(model, history, [key for key in keys if key.model == model]) for model, history in models.items()],
     )
+    for said in filter(None, (said_of_route(source, model, history) for model, history in models.items())):
+        print(said, file=sys.stderr)
     problems = [problem for each in reader.problems.values() for problem in each]
     for problem in problems:
         print(problem, file=sys.stderr)

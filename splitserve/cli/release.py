@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
+from splitserve.repository.defaults import said_of_record, said_of_route
 from splitserve.repository.manifest import BundleError
-from splitserve.repository.release import History
+from splitserve.repository.release import History, Release
 from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.writable import writable
 from splitserve.versions import UNNAMED
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ def run(
         print(f"{predict}: {error.message}", file=sys.stderr)
         return 1
     print(f"released {model} {pair} as release {release.sequence}")
+    _say_consequences(release, repository)
     return 0
 
 
@@ -122,6 +125,7 @@ def run_withdraw(model: str, sequence: str, *, repository: str) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"withdrew release {record.manifest.withdraws} of {model} ({record.pair}); recorded as {record.sequence}")
+    _say_consequences(record, repository)
     return 0
 
 
@@ -139,7 +143,15 @@ def run_rollback(model: str, *, repository: str) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"rolled {model} back from release {record.manifest.rolls_back} to {record.pair}, as release {record.sequence}")
+    _say_consequences(record, repository)
     return 0
+
+
+def _say_consequences(record: Release, repository: str) -> None:
+    """What serves after a record was added, where that may surprise."""
+    sys.stdout.flush()
+    for line in said_of_record(writable(repository), record):
+        print(line, file=sys.stderr)
 
 
 def run_list(model: str, where: str) -> int:
@@ -158,6 +170,9 @@ def run_list(model: str, where: str) -> int:
         print(f"{model}: no releases in {where}; splitserve release {model} K.M records one", file=sys.stderr)
         return 1
     print_table(("release", "pair", "when", "proven by", "accepted", "state"), _rows(history))
+    if said := said_of_route(source, model, history):
+        sys.stdout.flush()
+        print(said, file=sys.stderr)
     return int(bool(reader.problems.get(model)))
 
 

@@ -21,6 +21,7 @@ from splitserve.publishing.training_data import as_rows
 from splitserve.repository import golden as goldens
 from splitserve.repository import pairing
 from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.defaults import default_release
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, GoldenRows
 from splitserve.repository.release import Compared, History, Release
@@ -169,7 +170,7 @@ def propose(
         golden = proven_golden(whole, inputs)
         history = ReleaseReader(source).history(model)
         features = _features(source, history, numbers, preprocessor, second) if second else _served_features(preprocessor, server)
-        current = history.current()
+        current = default_release(source, model, history)
         compared = _compare(source, whole, current) if current is not None else None
     except BundleError as error:
         raise PublishError(str(error)) from error

@@ -31,6 +31,7 @@ from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted, not_a_pipeline
 from splitserve.repository.bundle import BundleKey
+from splitserve.repository.defaults import said_of_record
 from splitserve.repository.manifest import GoldenRows
 from splitserve.repository.release import Compared
 from splitserve.runtimes.meaning import meaning_of
@@ -46,8 +47,9 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 class Published(msgspec.Struct, frozen=True):
     """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
-    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``notes`` are about columns;
-    ``sequence`` is the number of the release; ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
+    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``notes`` are about columns, and say why the pair does not
+    serve by default if a route pins another or it has to be signed; ``sequence`` is the number of the release; ``preprocessor`` and
+    ``predictor`` are the places of the bundles, folders or URLs.
     """
 
     name: str
@@ -156,7 +158,7 @@ def publish(
         half.manifest.golden,
         half.golden.inputs[0].n_rows,
         proven.hard_rows,
-        half.notes,
+        (*half.notes, *said_of_record(target, release)),
     )
 
 

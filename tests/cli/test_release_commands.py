@@ -131,3 +131,45 @@ def test_models_names_a_record_that_cannot_be_read(models: Path) -> None:
     assert listed.exit_code == 1
     assert "m/releases/0001-1.1: manifest.json" in listed.stderr
     assert "none" in listed.stdout.splitlines()[-1]
+
+
+def test_a_withdrawal_says_what_serves_then(models: Path) -> None:
+    """A pair may have another release; what was rolled back may be current again; and nothing may be left."""
+    splitserve("release", "m", "2.1", "-r", models, "--yes")
+    splitserve("rollback", "m", "-r", models)
+
+    rolled_back = splitserve("release", "--withdraw", "m", "3", "-r", models)
+    older = splitserve("release", "--withdraw", "m", "1", "-r", models)
+    last = splitserve("release", "--withdraw", "m", "2", "-r", models)
+
+    assert "m: 1.1 still serves, since release 1 names it too" in rolled_back.stderr
+    assert "m: the current release is now 2 (2.1), which release 3 had rolled back" in rolled_back.stderr
+    assert older.stderr == ""
+    assert "m: no release is left, so it does not serve any more" in last.stderr
+
+
+def test_what_a_route_pins_is_said_wherever_the_current_release_is_shown(models: Path) -> None:
+    splitserve("release", "m", "2.1", "-r", models, "--yes")
+    (models / "m" / "route.json").write_text('{"pairs": [{"pair": "1.1"}]}')
+    pinned = "m: route.json pins 1.1: requests that name no version get it, not release 2 (2.1)"
+
+    assert pinned in splitserve("releases", "m", "-r", models).stderr
+    assert pinned in splitserve("models", "-r", models).stderr
+    assert "against release 1 (1.1), on its" in splitserve("release", "m", "2.1", "-r", models).stdout
+
+    (models / "m" / "route.json").write_text('{"pairs": [{"pair": "9.9"}]}')
+    assert "m: route.json pins 9.9, which has no release, so it is not followed" in splitserve("releases", "m", "-r", models).stderr
+
+    (models / "m" / "route.json").write_text("{")
+    assert "m: route.json: " in splitserve("releases", "m", "-r", models).stderr
+
+
+def test_a_record_beside_signed_ones_has_to_be_signed(models: Path, tmp_path: Path) -> None:
+    """Services with the key do not follow it before, which an operator who withdraws a release must know."""
+    (models / "m" / "releases" / "0001-1.1" / "model.sig").write_text("{}")
+
+    added = splitserve("release", "m", "2.1", "-r", models, "--yes")
+    withdrawn = splitserve("release", "--withdraw", "m", "1", "-r", models)
+
+    assert "m/releases/0002-2.1 is not signed: services with MODEL_SIGNATURE_KEY do not follow it until" in added.stderr
+    assert "m/releases/0003-1.1 is not signed" in withdrawn.stderr
