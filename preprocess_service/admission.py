@@ -28,7 +28,7 @@ from splitserve.oip.messages import (
     Parameter,
 )
 from splitserve.repository import pairing
-from splitserve.repository.release import Release
+from splitserve.repository.release import History, Release
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.server.repository_view import ModelView
 from splitserve.server.store import VersionStore
@@ -39,7 +39,7 @@ from splitserve.versions import UNNAMED, Pair, is_predictor
 class AdmittedPair(msgspec.Struct, frozen=True):
     """A preprocessor, the signature of the predictor that it fits, and the release that proves the two.
 
-    ``release`` is None where a setting allows pairs without one, and where the pair's last release was withdrawn.
+    ``release`` is None where a setting allows pairs without one.
     """
 
     preprocessor: Preprocessor
@@ -153,7 +153,7 @@ class PairMatcher:
             if incomplete := self._why_incomplete(model, states, predictors):
                 pairs.put_incomplete(model, incomplete)
             releases = view.history.by_pair()
-            for pair in self._candidates(model, predictors, releases):
+            for pair in self._candidates(model, predictors, view.history):
                 entry = self._admit(model, pair, releases.get(pair), predictors, proofs)
                 pairs.put(model, pair, entry)
                 if entry.state == UNAVAILABLE and pair.predictor in predictors:  # what predict does not know it may still load
@@ -186,15 +186,18 @@ class PairMatcher:
             return ": ".join(["it has a preprocessor but no predictor", *reasons[:1]])
         return ""
 
-    def _candidates(self, model: str, predictors: Collection[int], releases: Collection[Pair]) -> list[Pair]:
-        """Pairs with a release whose halves are held, or should be; where a setting allows it, all pairs of held halves."""
+    def _candidates(self, model: str, predictors: Collection[int], history: History) -> list[Pair]:
+        """Pairs with a release whose halves are held, or should be; where a setting allows it, all pairs of held halves whose
+        releases were not withdrawn.
+        """
+        releases = history.by_pair()
         preprocessors = self._preprocessors.catalogue.entries(model)
         wanted = self._preprocessors.selected_pairs(model)
         found = {
             pair for pair in releases if pair.preprocessor in preprocessors and (pair.predictor in predictors or pair in wanted)
         }
         if self._allow_unreleased_pairs:
-            found |= {Pair(preprocessor, predictor) for preprocessor in preprocessors for predictor in predictors}
+            found |= {Pair(preprocessor, predictor) for preprocessor in preprocessors for predictor in predictors} - history.taken_back()
         return sorted(found)
 
     def _admit(

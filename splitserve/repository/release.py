@@ -242,6 +242,10 @@ class History:
         """The newest release of a pair that is not withdrawn."""
         return self.by_pair().get(pair)
 
+    def taken_back(self) -> set[Pair]:
+        """Pairs of which every release is withdrawn."""
+        return {each.pair for each in self.records} - self.by_pair().keys()
+
     def rollback_target(self) -> Release | None:
         """The newest release that is not current, not withdrawn and was not rolled away from; None if there is none."""
         current = self.current()

@@ -448,6 +448,22 @@ async def test_a_setting_allows_pairs_that_no_release_names(tmp_path: Path, exec
     assert "release_sequence" not in metadata.properties
 
 
+async def test_the_setting_does_not_bring_back_what_was_withdrawn(tmp_path: Path, executor: Executor) -> None:
+    """An operator who withdraws a release wants it gone, whatever else is allowed."""
+    services = Services(tmp_path, executor, allow_unreleased_pairs=True)
+    for scaler in (StandardScaler(), MinMaxScaler()):
+        publish_model(tmp_path, scaler)
+    await services.refresh()
+    withdraw("m", 2, repository=tmp_path)
+
+    service = await services.refresh()
+    defaults = (await service.infer(request())).version
+
+    assert defaults == "1.1"
+    assert "2.2" not in {state.version for state in await service.index()}
+    assert (await service.infer(request("2.2"))).version == "2.2", "it is within its grace"
+
+
 async def test_ready_means_that_everything_has_been_tried(services: Services, tmp_path: Path) -> None:
     """Predict has one model and loads the other; preprocess has both: a request for the other would fail."""
     publish_model(tmp_path)
