@@ -194,7 +194,7 @@ def release(
     repository: WritableOption = DEFAULT_REPOSITORY,
     rows: Annotated[Path | None, typer.Option(help="More rows to prove it on: .csv, .npy or .npz.")] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Record the release; without it nothing is written.")] = False,
-    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back.")] = False,
+    withdraw: Annotated[bool, typer.Option("--withdraw", help="Take a release back, at once.")] = False,
     predict: Annotated[str, typer.Option(help="HOST:PORT of a third-party predict server, which has the predictor; gRPC.")] = "",
     accept_changed_features: Annotated[
         bool,

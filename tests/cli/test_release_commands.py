@@ -173,3 +173,11 @@ def test_a_record_beside_signed_ones_has_to_be_signed(models: Path, tmp_path: Pa
 
     assert "m/releases/0002-2.1 is not signed: services with MODEL_SIGNATURE_KEY do not follow it until" in added.stderr
     assert "m/releases/0003-1.1 is not signed" in withdrawn.stderr
+
+
+def test_publishing_beside_a_pin_says_that_it_is_not_the_default(models: Path) -> None:
+    (models / "m" / "route.json").write_text('{"pairs": [{"pair": "1.1"}]}')
+
+    published = publish(make_pipeline(MinMaxScaler(), LogisticRegression()).fit(IRIS, SPECIES), IRIS, name="m", repository=models)
+
+    assert "m: route.json pins 1.1: requests that name no version get it, not release 2 (4.2)" in str(published)
