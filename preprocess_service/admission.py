@@ -197,7 +197,9 @@ class PairMatcher:
             pair for pair in releases if pair.preprocessor in preprocessors and (pair.predictor in predictors or pair in wanted)
         }
         if self._allow_unreleased_pairs:
-            found |= {Pair(preprocessor, predictor) for preprocessor in preprocessors for predictor in predictors} - history.taken_back()
+            found |= {
+                Pair(preprocessor, predictor) for preprocessor in preprocessors for predictor in predictors
+            } - history.taken_back()
         return sorted(found)
 
     def _admit(
@@ -215,7 +217,9 @@ class PairMatcher:
             return Entry(held.state, held.reason)
         predictor = predictors.get(pair.predictor)
         if predictor is None:
-            why = "".join(sorted({f": {state.reason}" for state in predictors.values() if state.reason})[:1])
+            # One that is ready has a reason if the repository cannot be read there; another's says nothing about this one.
+            reasons = {f": {state.reason}" for state in predictors.values() if state.state == READY and state.reason}
+            why = "".join(sorted(reasons)[:1])
             return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}{why}")
         signature = self._signatures.get(_signature_key(predictor))
         if signature is None:

@@ -5,15 +5,16 @@ Answers of the whole are recorded in each release, so nothing is computed here: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import SplitserveError, Unavailable
-from splitserve.oip.messages import ModelMetadata
+from splitserve.oip.messages import DEFAULT, ModelMetadata
 from splitserve.repository import golden as goldens
+from splitserve.repository.defaults import default_release
 from splitserve.repository.golden import Difference, Golden
 from splitserve.repository.manifest import GOLDEN_FILE, BundleError
 from splitserve.repository.release import History, Release
@@ -62,7 +63,7 @@ def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair
         server: the system.
         model: its name.
         pair: only this one. By default those that the system says are ready, with the pair that it must serve: that of the route
-            and of the current release.
+            and of the current release; what serves by default is compared, too.
 
     Raises:
         BundleError: the releases or the route cannot be read.
@@ -72,7 +73,18 @@ def verify(source: BundleSource, server: ServerUnderTest, model: str, pair: Pair
     history = reader.history(model)
     pairs = [pair] if pair else pairs_of(source, server, model, history)
     outcomes = [_verified(source, server, model, each, history.release_of(each)) for each in pairs]
-    return [*outcomes, *(Outcome(model, "", problem=problem) for problem in reader.problems.get(model, ()))]
+    problems = [*reader.problems.get(model, ()), *(() if pair else _other_default(source, server, model, history))]
+    return [*outcomes, *(Outcome(model, "", problem=problem) for problem in problems)]
+
+
+def _other_default(source: BundleSource, server: ServerUnderTest, model: str, history: History) -> Iterator[str]:
+    """How what requests without a version get differs from what the repository says: a rollback may not be followed."""
+    found, expected = server.metadata(model).properties.get(DEFAULT, ""), default_release(source, model, history)
+    if found and expected is not None and found != str(expected.pair):
+        yield (
+            f"requests that name no version get {found}, expected {expected.pair}, as release {expected.sequence} or the route "
+            "says; splitserve health may say why"
+        )
 
 
 def pairs_of(source: BundleSource, server: ServerUnderTest, model: str, history: History) -> list[Pair]:

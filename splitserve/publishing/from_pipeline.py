@@ -47,9 +47,9 @@ ONNX models compute in float32 where scikit-learn uses float64: that alone makes
 
 class Published(msgspec.Struct, frozen=True):
     """What `publish` wrote. ``worst_difference`` is the largest one between the split and the original over the rows checked;
-    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``notes`` are about columns, and say why the pair does not
-    serve by default if a route pins another or it has to be signed; ``sequence`` is the number of the release; ``preprocessor`` and
-    ``predictor`` are the places of the bundles, folders or URLs.
+    ``hard_rows`` counts the rows that were made to be difficult, by kind; ``notes`` are about columns, and say why the pair does
+    not serve by default if a route pins another or it has to be signed; ``sequence`` is the number of the release;
+    ``preprocessor`` and ``predictor`` are the places of the bundles, folders or URLs.
     """
 
     name: str

@@ -152,7 +152,8 @@ def write_released(
                 source = preprocessor.manifest.golden
                 return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=source)
             except BundleError:
-                if not _is_recorded(repository, first.key.model, first.manifest_sha256):  # a store may have written it and not said so
+                # A store may have written the release and not said so.
+                if not _is_recorded(repository, first.key.model, first.manifest_sha256):
                     for bundle in (first, second):
                         repository.remove(bundle.key)
                 raise
@@ -224,7 +225,7 @@ def _check_unchanged(repository: WritableRepository, target: Release, current: R
     if (history.rollback_target(), history.current()) != (target, current):
         raise BundleError(
             f"{target.key.model}: its releases have changed since release {current.sequence} was to be rolled back to "
-            f"{target.sequence} ({target.pair}); splitserve releases {target.key.model} lists them; roll back again if still needed"
+            f"{target.sequence} ({target.pair}); splitserve releases {target.key.model} lists them"
         )
 
 

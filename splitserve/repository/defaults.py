@@ -30,7 +30,10 @@ def said_of_route(source: BundleSource, model: str, history: History) -> str:
         return ""
     pair = route.named()[0]
     if history.release_of(pair) is None:
-        return f'{model}: {ROUTE_FILE} pins {pair}, which has no release, so it is not followed; "splitserve release {model} {pair}" makes one'
+        return (
+            f"{model}: {ROUTE_FILE} pins {pair}, which has no release, so it is not followed; "
+            f'"splitserve release {model} {pair}" makes one'
+        )
     instead = f", not release {current.sequence} ({current.pair})" if current else ""
     return f"{model}: {ROUTE_FILE} pins {pair}: requests that name no version get it{instead}"
 
@@ -47,7 +50,9 @@ def said_of_record(source: BundleSource, added: Release) -> list[str]:
     withdrawn = next((each for each in history.records if each.sequence == added.manifest.withdraws), None)
     said = [*(_said_of_withdrawal(withdrawn, history) if withdrawn else ()), said_of_route(source, model, history)]
     if is_unsigned:
-        said.append(f"{added.key} is not signed: services with MODEL_SIGNATURE_KEY do not follow it until splitserve sign has signed it")
+        said.append(
+            f"{added.key} is not signed: services with MODEL_SIGNATURE_KEY do not follow it until splitserve sign has signed it"
+        )
     return [each for each in said if each]
 
 

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
-from splitserve import publish, publish_predictor, publish_preprocessor, release, withdraw
+from splitserve import publish, publish_predictor, publish_preprocessor, release, rollback, withdraw
 from splitserve.arrays import Array, to_array
 from splitserve.checks.verify import Outcome, golden_rows, pairs_of, verify
 from splitserve.errors import Unavailable
@@ -38,8 +38,9 @@ PIPELINE = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECI
 class FakeServer:
     """Answers every request with these arrays; reports these versions."""
 
-    def __init__(self, answer: Mapping[str, Array], versions: tuple[str, ...] = ()) -> None:
+    def __init__(self, answer: Mapping[str, Array], versions: tuple[str, ...] = (), default: str = "") -> None:
         self.answer = answer
+        self.default = default
         self.versions = versions
         self.asked: list[tuple[str, str, Mapping[str, Any]]] = []
 
@@ -48,7 +49,7 @@ class FakeServer:
         return self.answer
 
     def metadata(self, model: str, version: str = "") -> ModelMetadata:
-        return ModelMetadata(model, self.versions, "fake", (), ())
+        return ModelMetadata(model, self.versions, "fake", (), (), {"default": self.default} if self.default else {})
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,19 @@ def test_ready_and_required_pairs_are_verified(repository: Repository, tmp_path:
     assert pairs("3.1") == [Pair(3, 1)]
     with pytest.raises(Unavailable, match='model "iris" has no release, and no pair that is ready'):
         pairs()
+
+
+def test_a_system_that_does_not_follow_a_rollback_fails(repository: Repository, tmp_path: Path) -> None:
+    """Every pair answers as recorded, and requests that name no version still get the pair that was rolled back."""
+    copy = Repository(shutil.copytree(repository.root, tmp_path, dirs_exist_ok=True))
+    release("iris", "2.1", repository=tmp_path, accept_changed_features=True)
+    rollback("iris", repository=tmp_path)
+    follows, does_not = (FakeServer(arrays(repository), ("1.1",), default=default) for default in ("1.1", "2.1"))
+
+    assert [outcome.problem for outcome in verify(copy, follows, "iris")] == [""]
+    [agrees, other] = verify(copy, does_not, "iris")
+    assert not agrees.problem
+    assert "requests that name no version get 2.1, expected 1.1, as release 3 or the route says" in other.problem
 
 
 def test_a_broken_route_is_an_error(repository: Repository, tmp_path: Path) -> None:

@@ -158,7 +158,9 @@ def test_what_a_route_pins_is_said_wherever_the_current_release_is_shown(models:
     assert "against release 1 (1.1), on its" in splitserve("release", "m", "2.1", "-r", models).stdout
 
     (models / "m" / "route.json").write_text('{"pairs": [{"pair": "9.9"}]}')
-    assert "m: route.json pins 9.9, which has no release, so it is not followed" in splitserve("releases", "m", "-r", models).stderr
+    assert (
+        "m: route.json pins 9.9, which has no release, so it is not followed" in splitserve("releases", "m", "-r", models).stderr
+    )
 
     (models / "m" / "route.json").write_text("{")
     assert "m: route.json: " in splitserve("releases", "m", "-r", models).stderr

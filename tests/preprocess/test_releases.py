@@ -349,6 +349,19 @@ async def test_a_release_is_proven_once_and_not_counted(services: Services, tmp_
     assert counted == 0
 
 
+async def test_what_is_wrong_with_another_predictor_is_no_reason(services: Services, tmp_path: Path) -> None:
+    publish_model(tmp_path)
+    (tmp_path / "m" / "predict" / "1" / "model.onnx").write_bytes(b"damaged")
+    await services.refresh()
+    publish_model(tmp_path)
+
+    await services.preprocessors.refresh()
+    await services.service.refresh()
+
+    assert "model.onnx" in (await state_of(services.service, "1.1")).reason
+    assert (await state_of(services.service, "2.2")).reason == "the predict service does not have predictor 2"
+
+
 async def test_predict_that_is_not_available_refuses_nothing(services: Services, tmp_path: Path) -> None:
     """The release waits, and is proven when predict answers again."""
     publish_model(tmp_path)
