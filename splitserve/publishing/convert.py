@@ -83,7 +83,7 @@ def answers_of(estimator: Any, targets: Sequence[str] = ()) -> list[Answer]:
         targets: their names; numbers from 0 by default.
 
     Raises:
-        NotConvertible: the number of names is not that of the targets.
+        NotConvertible: the number of names is not that of the targets, or two are the same.
     """
     last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
     if is_regressor(last) or not (is_classifier(last) or is_outlier_detector(last) or is_clusterer(last) or _is_mixture(last)):
@@ -119,6 +119,8 @@ def _is_mixture(estimator: Any) -> bool:
 def _named(targets: Sequence[str], n_targets: int) -> Sequence[str]:
     if targets and len(targets) != n_targets:
         raise NotConvertible(f"targets: expected {n_targets} names, got {len(targets)}")
+    if len(set(targets)) != len(targets) or "" in targets:
+        raise NotConvertible(f"targets: expected names that differ, got {', '.join(map(repr, targets))}")
     return list(targets) or [str(number) for number in range(n_targets)]
 
 

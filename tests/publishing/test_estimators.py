@@ -274,9 +274,16 @@ def test_halves_and_release_say_what_columns_are(
     assert {name: tuple(names) for name, names in record.get("output_labels", {}).items()} == output_labels
 
 
-def test_the_number_of_target_names_is_that_of_the_targets(tmp_path: Path) -> None:
-    """Both numbers are named."""
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["price"], "targets: expected 2 names, got 1"),
+        (["price", "price"], "targets: expected names that differ, got 'price', 'price'"),
+    ],
+)
+def test_each_target_needs_a_name_of_its_own(tmp_path: Path, targets: list[str], message: str) -> None:
+    """If any is named."""
     pipeline = make_pipeline(LinearRegression()).fit(ROWS, ROWS[:, :2])
 
-    with pytest.raises(PublishError, match="targets: expected 2 names, got 1"):
-        publish(pipeline, ROWS, name="m", repository=tmp_path, targets=["price"])
+    with pytest.raises(PublishError, match=message):
+        publish(pipeline, ROWS, name="m", repository=tmp_path, targets=targets)
