@@ -127,7 +127,11 @@ def publish(
         ),
     ] = "",
     rows: Annotated[
-        Path | None, typer.Option(help="With --mlflow, more sample rows; required if the input example has fewer than 30.")
+        Path | None,
+        typer.Option(
+            help="With --onnx, raw rows that the data were made from, in the same order: a release compares features on them. "
+            "With --mlflow, more sample rows; required if the input example has fewer than 30."
+        ),
     ] = None,
     pipeline: Annotated[
         Path | None, typer.Option(help="A fitted Pipeline (.skops, or .joblib with --allow-pickle): publishes both halves.")

@@ -40,8 +40,10 @@ def run(
         raise typer.BadParameter("--data does not go with --mlflow, whose input example is used; --rows adds more")
     if targets and (transformer is not None or onnx is not None):
         raise typer.BadParameter("--target goes with --pipeline or --mlflow")
-    if not mlflow and (data is None or not name or rows is not None):
-        raise typer.BadParameter("give NAME and --data; --rows goes with --mlflow")
+    if not mlflow and (data is None or not name):
+        raise typer.BadParameter("give NAME and --data")
+    if rows is not None and not mlflow and onnx is None:
+        raise typer.BadParameter("--rows goes with --onnx or --mlflow; --data has the rows of --pipeline and --transformer")
     if trained_on is not None and onnx is None:
         raise typer.BadParameter("--trained-on goes with --onnx")
     try:
@@ -64,7 +66,9 @@ def run(
         samples = read_data(data)
         if onnx is not None:
             known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
-            _say_written(publish_predictor(onnx, samples, trained_on=known, **common).key, repository)
+            raw = None if rows is None else read_data(rows)
+            bundle = publish_predictor(onnx, samples, trained_on=known, rows=raw, input_name=input_name, **common)
+            _say_written(bundle.key, repository)
         elif transformer is not None:
             fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
             bundle = publish_preprocessor(fitted, samples, input_name=input_name, **form, **common)

@@ -102,7 +102,7 @@ def _show(proposal: Proposal) -> None:
         return
     print(
         f"against release {current.release.sequence} ({current.release.pair}), on its {current.n_rows} golden rows: "
-        f"{current.n_labels_changed} labels change"
+        f"labels that change: {current.n_labels_changed}"
     )
     for output, change in current.changes.items():
         print(f'  output "{output}": largest change {change:.3g}')

@@ -208,7 +208,7 @@ async def _loaded_models(grpc_url: str) -> list[str]:
         while True:
             try:
                 states = await proxy.index()
-                reason = why_not_ready(states) or await proxy.not_ready_reason()
+                reason = await proxy.not_ready_reason() or why_not_ready(states)
             except SplitserveError as error:
                 states, reason = [], error.message
             loading = [f"{state.name} {state.version}" for state in states if state.state == LOADING]

@@ -114,7 +114,8 @@ def _unaccepted(proposal: Proposal) -> str:
     if proposal.features is None:
         return (
             f"{proposal.model} {proposal.pair}: it is unknown what the predictor was trained on, so nothing shows that the "
-            "features mean the same; publish it with trained_on and rows, or accept it with --accept-unknown-features"
+            "features mean the same; publish it with trained_on and rows (--trained-on and --rows), or accept it with "
+            "--accept-unknown-features"
         )
     return (
         f"{proposal.model} {proposal.pair}: {len(proposal.features)} features differ from those that the predictor was trained "
@@ -269,7 +270,7 @@ def withdraw(model: str, sequence: int, *, repository: str | os.PathLike[str]) -
             raise PublishError(f"{model}: release {sequence} {'is withdrawn already' if is_withdrawn else 'does not exist'}")
         route = source.route(model)
         if route is not None and found.pair in route.named():
-            raise PublishError(f"{model}: {source.route_place(model)} pins {found.pair}; change the route first")
+            raise PublishError(f"{model}: {source.route_place(model)} pins {found.pair}; change or remove the route first")
         with source.publishing(model):
             return withdraw_record(source, found)
     except BundleError as error:

@@ -227,6 +227,24 @@ def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, mon
     assert first.fingerprint == second.fingerprint != ""
 
 
+def test_halves_of_the_same_rows_are_released_from_the_shell(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--trained-on` and `--rows`, the rows that the data were made from, a release knows that the features are equal."""
+    monkeypatch.chdir(files)
+    transforms = make_pipeline(StandardScaler()).fit(IRIS)
+    np.savez("features.npz", features=transforms.transform(IRIS).astype(np.float32))
+    common = ("publish", "m", "--repository", "models")
+    written = [
+        run(*common, "--transformer", "transforms.skops", "--data", "rows.npy"),
+        run(*common, "--onnx", "model.onnx", "--data", "features.npz", "--trained-on", "transforms.skops", "--rows", "rows.npy"),
+    ]
+
+    released = run("release", "m", "1.1", "--repository", "models", "--yes")
+
+    assert [result.exit_code for result in written] == [0, 0], [result.output for result in written]
+    assert "features: equal to those trained on" in released.output
+    assert "released m 1.1 as release 1" in released.output
+
+
 def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a warning, since services refuse pickles by default."""
     monkeypatch.chdir(files)
@@ -255,6 +273,7 @@ def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: P
             ["--pipeline", "pipeline.skops", "--trained-on", "transforms.skops", "--data", "rows.npy"],
             "--trained-on goes with --onnx",
         ),
+        (["--pipeline", "pipeline.skops", "--rows", "rows.npy", "--data", "rows.npy"], "--rows goes with --onnx or --mlflow"),
     ],
 )
 def test_publish_reports_errors(files: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str) -> None:

@@ -135,7 +135,7 @@ def test_up_prints_what_it_waits_for(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     up = Up(tmp_path / "models", tmp_path / "output", "--fused")
 
-    up.wait_for("waiting: no models found")
+    up.wait_for("waiting: the proxy service is not ready: no models found")
     up.process.send_signal(signal.SIGTERM)
 
     assert up.process.wait(60) == 0
