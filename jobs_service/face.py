@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-import structlog
 from grpc_health.v1 import health_pb2
 
 from splitserve.api.inference import inference_pb2
@@ -23,8 +22,6 @@ from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import MethodHandler, ServerCall, UnaryHandler
 from splitserve.wire.grpc.messages import CallError
 
-HEALTH_INTERVAL_S = 0.2
-
 
 class JobsFace:
     """Listens while entered. Callers are whom the metadata says: it must be reachable for the proxy only.
@@ -38,10 +35,8 @@ class JobsFace:
     def __init__(self, queue: JobQueue, config: GrpcConfig, budget: ByteBudget) -> None:
         self._queue = queue
         self._config = config
-        self._log = structlog.get_logger()
         self._health = health.Health()
-        self._is_draining = False
-        self._reported_reason: str | None = None
+        self._readiness = health.Readiness(self._health, protobuf.SERVICE, queue.not_ready_reason)
         self._server, self.port = bound_server(self._methods(), config, status_of=self._status_of, budget=budget)
 
     @property
@@ -51,41 +46,22 @@ class JobsFace:
 
     async def __aenter__(self) -> JobsFace:
         await self._server.start()
-        self._watching = asyncio.create_task(self._watch_health())
+        self._readiness.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._watching.cancel()
+        self._readiness.stop()
         await self._server.stop()
 
     async def drain(self) -> None:
         """Report "not ready", stop claims, let jobs in flight finish, then refuse new calls."""
-        self._is_draining = True
-        await self._set_health()
+        await self._readiness.drain()
         self._queue.release_waiters()
         if self._queue.worker is not None:
             await self._queue.worker.drain(self._config.grace_s)
         await asyncio.sleep(self._config.drain_delay_s)
         self._health.end()
         await self._server.stop(self._config.grace_s)
-
-    async def _watch_health(self) -> None:
-        while True:
-            await self._set_health()
-            await asyncio.sleep(HEALTH_INTERVAL_S)
-
-    async def _set_health(self) -> None:
-        reason = "draining" if self._is_draining else await self._queue.not_ready_reason()
-        if reason != self._reported_reason:
-            self._reported_reason = reason
-            if reason:
-                # Why jobs cannot be submitted now; logged when the reason changes.
-                self._log.info("not ready", reason=reason)
-            else:
-                # Jobs can be submitted.
-                self._log.info("ready")
-        self._health.set("", not reason)
-        self._health.set(protobuf.SERVICE, not self._is_draining)
 
     def _methods(self) -> Mapping[str, MethodHandler]:
         handlers: dict[str, UnaryHandler] = {

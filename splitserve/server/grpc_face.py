@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-import structlog
 from grpc_health.v1 import health_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
@@ -41,8 +40,6 @@ from splitserve.server.inference import InferenceRules
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import MethodHandler, ServerCall, UnaryHandler
 from splitserve.wire.grpc.messages import CallError
-
-HEALTH_INTERVAL_S = 0.2
 
 _MAX_REASON_LENGTH = 1000
 
@@ -91,11 +88,10 @@ class GrpcFace:
         self._statistics = statistics
         self._authenticator = authenticator
         budget = budget or ByteBudget(sys.maxsize)
-        self._log = structlog.get_logger()
         self._health = health.Health()
-        self._is_draining = False
-        self._reported_reason: str | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._readiness = health.Readiness(
+            self._health, protobuf.SERVICE, service.not_ready_reason, accepts_calls=lambda: service.is_loaded
+        )
         rules = InferenceRules(service, config.request_limits, authenticator)
         self._inferences = GrpcInferences(
             rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
@@ -111,45 +107,20 @@ class GrpcFace:
 
     async def __aenter__(self) -> GrpcFace:
         await self._server.start()
-        self._watching = asyncio.create_task(self._watch_health())
+        self._readiness.start()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
+        self._readiness.stop()
         await self._server.stop()
 
     async def drain(self) -> None:
         """Report "not ready", keep serving for the delay, then refuse new calls and let those in flight finish."""
-        self._is_draining = True
-        await self._set_health()
+        await self._readiness.drain()
         await asyncio.sleep(self._config.drain_delay_s)
         self._streams.stop()
         self._health.end()
         await self._server.stop(self._config.grace_s)
-
-    async def _watch_health(self) -> None:
-        while True:
-            await self._set_health()
-            await asyncio.sleep(HEALTH_INTERVAL_S)
-
-    async def _set_health(self) -> None:
-        reason = "draining" if self._is_draining else await self._service.not_ready_reason()
-        self._report(reason)
-        accepts_calls = not self._is_draining and self._service.is_loaded
-        self._health.set("", not reason)
-        self._health.set(protobuf.SERVICE, accepts_calls)
-
-    def _report(self, reason: str) -> None:
-        """Log when readiness or its reason changes."""
-        if reason != self._reported_reason:
-            self._reported_reason = reason
-            if reason:
-                # Why the service cannot infer now; logged when the reason changes.
-                self._log.info("not ready", reason=reason)
-            else:
-                # At least one model can be inferred.
-                self._log.info("ready")
 
     def _methods(self) -> dict[str, MethodHandler]:
         handlers: dict[str, UnaryHandler] = {
@@ -210,14 +181,14 @@ class GrpcFace:
         return pb.ServerLiveResponse(live=True).SerializeToString()
 
     async def _server_ready(self, data: bytes, call: ServerCall) -> bytes:
-        reason = "draining" if self._is_draining else await self._service.not_ready_reason()
+        reason = await self._readiness.reason()
         _set_reason(call, reason)
         return pb.ServerReadyResponse(ready=not reason).SerializeToString()
 
     async def _model_ready(self, data: bytes, call: ServerCall) -> bytes:
         request = protobuf.parse(pb.ModelReadyRequest, data)
         states = await self._service.index()
-        reason = "draining" if self._is_draining else why_model_not_ready(states, request.name, request.version)
+        reason = "draining" if self._readiness.is_draining else why_model_not_ready(states, request.name, request.version)
         _set_reason(call, reason)
         return pb.ModelReadyResponse(ready=not reason).SerializeToString()
 

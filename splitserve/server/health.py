@@ -6,9 +6,10 @@ Source: gRPC, doc/health-checking.md.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import structlog
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 
@@ -16,6 +17,9 @@ from splitserve.wire.grpc.call import MethodHandler, ServerCall
 from splitserve.wire.grpc.messages import CallError
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+
+HEALTH_INTERVAL_S = 0.2
+"""How often a service is asked whether it is ready."""
 
 
 class Health:
@@ -74,6 +78,70 @@ class Health:
         if service not in self._is_serving:
             return response(status=response.SERVICE_UNKNOWN)
         return response(status=response.SERVING if self._is_serving[service] else response.NOT_SERVING)
+
+
+class Readiness:
+    """Keeps the health of a server up to date, and logs when it becomes ready or not ready, or the reason changes.
+
+    Args:
+        health: of the server: "" is whether it is ready.
+        service: name of its gRPC service, whose health is whether calls are accepted.
+        not_ready_reason: why it is not ready; "" if it is.
+        accepts_calls: whether it accepts calls, ready or not.
+    """
+
+    def __init__(
+        self,
+        health: Health,
+        service: str,
+        not_ready_reason: Callable[[], Awaitable[str]],
+        *,
+        accepts_calls: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._health = health
+        self._service = service
+        self._not_ready_reason = not_ready_reason
+        self._accepts_calls = accepts_calls
+        self._log = structlog.get_logger()
+        self._reported_reason: str | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self.is_draining = False
+
+    def start(self) -> None:
+        """Ask the service every `HEALTH_INTERVAL_S`."""
+        self._watching = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """Stop asking."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+    async def drain(self) -> None:
+        """Report "not ready" from now on, whatever the service says."""
+        self.is_draining = True
+        await self._set_health()
+
+    async def reason(self) -> str:
+        """Why the server is not ready now; "" if it is."""
+        return "draining" if self.is_draining else await self._not_ready_reason()
+
+    async def _watch(self) -> None:
+        while True:
+            await self._set_health()
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _set_health(self) -> None:
+        reason = await self.reason()
+        if reason != self._reported_reason:
+            self._reported_reason = reason
+            if reason:
+                # Why the service cannot serve now; logged when the reason changes.
+                self._log.info("not ready", reason=reason)
+            else:
+                # At least one model can be inferred; at the jobs service, jobs can be submitted.
+                self._log.info("ready")
+        self._health.set("", not reason)
+        self._health.set(self._service, not self.is_draining and self._accepts_calls())
 
 
 def _service_in(data: bytes) -> str:
