@@ -1,6 +1,6 @@
 # An image per service, by target:
 #
-#   docker build --target proxy|preprocess|predict .
+#   docker build --target proxy|preprocess|predict|jobs .
 #
 # Each contains the packages of its own lock and its own code, and nothing of the other services.
 # Further packages, such as those for models in a bucket (docs/loading.md), are added by the name of their lock:
@@ -35,6 +35,7 @@ COPY splitserve splitserve
 COPY proxy proxy
 COPY preprocess_service preprocess_service
 COPY predict_service predict_service
+COPY jobs_service jobs_service
 # A checkout may be readable by its owner only; the services run as another user.
 RUN chmod -R a+rX . && python -m compileall -q .
 
@@ -61,6 +62,13 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,t
     pip install --quiet --requirement /requirements/predict.txt && \
     for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
     find /venv -type d -name tests -prune -exec rm -r {} +
+
+FROM build AS jobs-venv
+ARG EXTRAS
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,source=requirements,target=/requirements \
+    pip install --quiet --requirement /requirements/jobs.txt && \
+    for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done
 
 # No models, unless a build context of this name is given.
 FROM scratch AS models
@@ -130,3 +138,18 @@ EXPOSE 8021
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s \
     CMD exec python -m splitserve.server.probe "127.0.0.1:$PREDICT_GRPC_PORT"
 ENTRYPOINT ["python", "-m", "predict_service"]
+
+# Listens on loopback: the proxy says who calls. See docker-compose.jobs.yml.
+FROM service AS jobs
+USER root
+# A volume for the jobs is mounted here and inherits this owner.
+RUN install --directory --owner=10001 --group=10001 --mode=700 /var/lib/splitserve
+USER 10001:10001
+COPY --from=jobs-venv /venv /venv
+COPY --from=code /app/splitserve splitserve
+COPY --from=code /app/jobs_service jobs_service
+ENV JOBS_DIR=/var/lib/splitserve/jobs \
+    JOBS_GRPC_PORT=8031
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s \
+    CMD exec python -m splitserve.server.probe "127.0.0.1:$JOBS_GRPC_PORT" --ready
+ENTRYPOINT ["python", "-m", "jobs_service"]

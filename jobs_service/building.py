@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -69,7 +70,8 @@ async def opened_store(config: JobsSettings) -> AsyncIterator[JobStore]:
     try:
         store.open(wait_s=config.lock_wait_s)
     except (FolderInUse, NetworkFileSystem, OSError, sqlite3.Error) as error:
-        raise SystemExit(f"JOBS_DIR: {error}") from None
+        print(f"JOBS_DIR: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     try:
         yield store
     finally:

@@ -7,12 +7,15 @@ between leaves a file without a row, which a sweep removes once it is old. Files
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from splitserve.errors import StorageFull, Unavailable
 from splitserve.jobs.records import Payload
@@ -79,8 +82,8 @@ class Payloads:
 
 
 def _translated(error: OSError) -> StorageFull | Unavailable:
-    import errno
-
+    # What the file system says of payloads of jobs that cannot be read or written. Callers get a 503, or 507 if it is full.
+    structlog.get_logger().error("job payloads failed", reason=str(error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageFull("the disk for payloads of jobs is full", stage="jobs")
     return Unavailable("payloads of jobs cannot be read or written", stage="jobs")

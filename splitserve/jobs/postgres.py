@@ -196,6 +196,8 @@ class PostgresStore:
                 found = await (await connection.execute(f"SELECT number FROM {_T}.migrations")).fetchall()
                 known = migrations("postgres")
                 if found and max(found)[0] > known[-1][0]:
+                    reason = f"the database has schema {max(found)[0]}, this splitserve knows up to {known[-1][0]}; upgrade it"
+                    self._log.error("job store failed", reason=reason, code="schema")
                     raise store_failed()
                 for number, text in known:
                     if (number,) not in found:

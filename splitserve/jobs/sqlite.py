@@ -565,7 +565,7 @@ def migrate(connection: Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     known = migrations("sqlite")
     if version > known[-1][0]:
-        raise sqlite3.DatabaseError(f"the database has schema {version}, this splitserve knows up to {known[-1][0]}")
+        raise sqlite3.DatabaseError(f"the database has schema {version}, this splitserve knows up to {known[-1][0]}; upgrade it")
     for number, text in known:
         if number > version:
             connection.executescript(f"BEGIN IMMEDIATE; {text}; PRAGMA user_version = {number}; COMMIT;")

@@ -65,9 +65,15 @@ def read_secrets(path: str) -> Secrets:
     """
     try:
         content = msgspec.json.decode(Path(path).read_bytes(), type=dict[str, list[str]])
-        return {name: [decode_secret(secret) for secret in secrets] for name, secrets in content.items()}
-    except (msgspec.DecodeError, binascii.Error):
+    except msgspec.DecodeError:
         raise ValueError(f'{path}: expected a JSON object of lists of secrets, {{"CALLER": ["whsec_BASE64"]}}') from None
+    found = {}
+    for name, secrets in content.items():
+        try:
+            found[name] = [decode_secret(secret) for secret in secrets]
+        except binascii.Error:
+            raise ValueError(f'{path}: secrets of "{name}": expected "whsec_" and base64 of 24 bytes or more') from None
+    return found
 
 
 def decode_secret(text: str) -> bytes:
