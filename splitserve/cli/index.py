@@ -23,5 +23,5 @@ def run(root: Path) -> int:
         return 1
     for problem in problems:
         print(f"omitted: {problem}", file=sys.stderr)
-    print(f"{path}: {len(found.bundles)} bundles, {len(found.routes)} routes")
+    print(f"{path}: {len(found.bundles)} bundles, {len(found.releases)} releases, {len(found.routes)} routes")
     return int(bool(problems))

@@ -264,6 +264,10 @@ def withdraw(model: str, sequence: int, *, repository: str | os.PathLike[str]) -
     source = _listed(repository)
     try:
         history = ReleaseReader(source).history(model)
+        if not isinstance(sequence, int):
+            raise PublishError(
+                f"{model}: release {sequence!r}: expected a sequence number; splitserve releases {model} lists them"
+            )
         found = next((each for each in history.active() if each.sequence == sequence), None)
         if found is None:
             is_withdrawn = sequence in history.withdrawn
@@ -303,11 +307,11 @@ def _listed(where: str | os.PathLike[str]) -> WritableRepository:
 
 def _parse(model: str, pair: str) -> Pair:
     try:
-        numbers = parse_pair(model, pair)
+        numbers = parse_pair(model, pair) if isinstance(pair, str) else None
     except NotFound:
         numbers = None
     if numbers is None:
-        raise PublishError(f'pair "{pair}": expected K.M, preprocessor version K with predictor version M, e.g. 2.1')
+        raise PublishError(f'pair {pair!r}: expected the text K.M, preprocessor version K with predictor version M, e.g. "2.1"')
     return numbers
 
 

@@ -472,7 +472,7 @@ def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
     broken = run("index", "--repository", tmp_path)
     nowhere = run("index", "--repository", tmp_path / "nowhere")
 
-    listed = f"{tmp_path}/index.json: 1 bundles, 0 routes\n"
+    listed = f"{tmp_path}/index.json: 1 bundles, 0 releases, 0 routes\n"
     assert (whole.exit_code, whole.output) == (0, listed)
     assert broken.exit_code == 1
     assert broken.stderr.startswith("omitted: m/predict/2: manifest.json: ")

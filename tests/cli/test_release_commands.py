@@ -86,7 +86,7 @@ def test_rollback_and_withdraw_change_what_serves(models: Path) -> None:
     ("arguments", "complaint"),
     [
         (("release", "m", "9.9"), "m/preprocess/9"),
-        (("release", "m", "one"), "expected K.M"),
+        (("release", "m", "one"), "expected the text K.M"),
         (("release", "none", "1.1"), "none/preprocess/1"),
         (("release", "--withdraw", "m", "9"), "release 9 does not exist"),
         (("release", "--withdraw", "m", "1.1"), "expected the sequence number of a release; splitserve releases m lists them"),

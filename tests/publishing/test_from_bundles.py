@@ -206,10 +206,16 @@ def test_a_proposal_shows_what_would_change(models: Path) -> None:
     assert len(history(models).records) == 1, "nothing is written"
 
 
-@pytest.mark.parametrize("pair", ["1", "x", "1.1.1", ""])
-def test_an_invalid_pair_is_named(models: Path, pair: str) -> None:
-    with pytest.raises(PublishError, match="expected K.M"):
+@pytest.mark.parametrize("pair", ["1", "x", "1.1.1", "", 1.1, None])
+def test_an_invalid_pair_is_named(models: Path, pair: Any) -> None:
+    """A number is none: 1.10 would be 1.1."""
+    with pytest.raises(PublishError, match="expected the text K.M"):
         release("m", pair, repository=models)
+
+
+def test_a_sequence_number_is_a_number(models: Path) -> None:
+    with pytest.raises(PublishError, match="release '1': expected a sequence number; splitserve releases m lists them"):
+        withdraw("m", "1", repository=models)  # type: ignore[arg-type]
 
 
 def test_a_missing_half_is_named(models: Path) -> None:
