@@ -68,7 +68,7 @@ def other_weights(content: dict[str, Any], files: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The output of the matrix for a repository with every kind of fault."""
+    """The output of the matrix for a repository with every kind of fault, and of a release that is refused."""
     folder = tmp_path_factory.mktemp("models")
     repository = Repository(folder)
 
@@ -89,7 +89,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "rents" / "route.json").write_text('{"pairs": [{"pair": "3.1"}]}')
     publish_predictor(softmax_model(4), ROWS.astype(np.float32), name="route", repository=folder)
     (folder / "route" / "route.json").write_text('{"pairs": [')
-    return CliRunner().invoke(app, ["matrix", "--repository", str(folder)]).output
+    publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="cats", repository=folder)
+    publish_predictor(softmax_model(4), ROWS.astype(np.float32), name="cats", repository=folder)
+    release = ["release", "cats", "1.1", "--yes"]
+    return "".join(CliRunner().invoke(app, [*command, "--repository", str(folder)]).output for command in (["matrix"], release))
 
 
 def plain(line: str) -> str:

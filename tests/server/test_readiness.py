@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from grpc_health.v1 import health_pb2
 from structlog.testing import capture_logs
@@ -19,9 +18,18 @@ class Example:
     def __init__(self) -> None:
         self.reason = "still loading"
         self.is_loaded = False
+        self.n_asked = 0
 
     async def not_ready_reason(self) -> str:
+        self.n_asked += 1
         return self.reason
+
+    async def asked_twice(self) -> None:
+        """Wait until the present state has been seen twice."""
+        n_asked = self.n_asked
+        async with asyncio.timeout(30):
+            while self.n_asked < n_asked + 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def is_serving(health: Health, service: str) -> bool:
@@ -31,12 +39,6 @@ async def is_serving(health: Health, service: str) -> bool:
     return health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 async def test_changes_are_logged_once_and_draining_overrides_the_service() -> None:
     """Each reason is logged when it changes. Calls are accepted before the service is ready, and not while it drains."""
     service, health = Example(), Health()
@@ -44,13 +46,13 @@ async def test_changes_are_logged_once_and_draining_overrides_the_service() -> N
     seen = []
     with capture_logs() as logs:
         readiness.start()
-        await until(lambda: len(logs) == 1)
+        await service.asked_twice()
         seen.append((await is_serving(health, ""), await is_serving(health, SERVICE)))
         service.reason, service.is_loaded = "no models found", True
-        await until(lambda: len(logs) == 2)
+        await service.asked_twice()
         seen.append((await is_serving(health, ""), await is_serving(health, SERVICE)))
         service.reason = ""
-        await until(lambda: len(logs) == 3)
+        await service.asked_twice()
         seen.append((await is_serving(health, ""), await is_serving(health, SERVICE)))
         await readiness.drain()
         seen.append((await is_serving(health, ""), await is_serving(health, SERVICE)))
