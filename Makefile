@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet train bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet diabetes train bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -30,6 +30,7 @@ help:
 	@echo "make soak          ten minutes of mixed load: memory, file descriptors, answers; SOAK=\"--seconds 60\""
 	@echo "make imagenet      publish the picture model (downloads torch once)"
 	@echo "make train         train, build, evaluate and register the tables example (docs/training.md)"
+	@echo "make diabetes      publish the demo model of LightGBM (downloads LightGBM once)"
 	@echo "make lock          update the locks in requirements/"
 	@echo "make stubs docs    regenerate stubs and documents"
 
@@ -60,6 +61,13 @@ imagenet: $(BIN)/.installed .venv-imagenet/.installed
 # The tables example, from data to a registered release; TRAIN="--set seed=1"
 train: $(BIN)/.installed
 	$(BIN)/python -m training run tables $(TRAIN)
+
+.venv-boosting/lightgbm/.installed: $(BIN)/.installed
+	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/lightgbm --no-deps lightgbm==4.7.0 narwhals==2.29.0
+	@touch $@
+
+diabetes: $(BIN)/.installed .venv-boosting/lightgbm/.installed
+	PYTHONPATH=.venv-boosting/lightgbm $(BIN)/python -m training.diabetes --repository $(MODELS)
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,7 +108,8 @@ def n_targets_of(regressor: Any) -> int:
     if hasattr(regressor, "_preprocessor"):  # HistGradientBoosting, which may take text
         return 1
     n_features = getattr(regressor, "n_features_in_", 1)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numbers instead of the DataFrame of training
         one = np.asarray(regressor.predict(np.zeros((1, n_features))))
     return int(one.size)
 

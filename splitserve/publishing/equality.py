@@ -55,6 +55,7 @@ class Comparison:
         pipeline: fitted.
         preprocessor: its one half, loaded.
         predictor: its other half, loaded.
+        transformer: what the preprocessor was made from: the pipeline's transforms, and possibly codes of categories.
         estimator: what the predictor was made from: the pipeline's, or a copy that takes codes instead of categories.
         tensors: rows of the training data, by the inputs of the signature.
         targets: as for `publish`.
@@ -68,6 +69,7 @@ class Comparison:
         pipeline: Any,
         preprocessor: PreprocessorHalf,
         predictor: PredictorHalf,
+        transformer: Any,
         estimator: Any,
         tensors: Sequence[Tensor],
         *,
@@ -79,7 +81,7 @@ class Comparison:
         self._preprocessor, self._predictor = preprocessor, predictor
         self._tensors, self._targets, self._tolerance, self._scales = tensors, targets, tolerance, scales
         self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
-        self._last, self._estimator = pipeline.steps[-1][1], estimator
+        self._last, self._transformer, self._estimator = pipeline.steps[-1][1], transformer, estimator
         self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
         self._tick = tick
 
@@ -126,7 +128,7 @@ class Comparison:
     def _raw_thresholds(self, made: HardRows, splits: Sequence[tuple[int, float]]) -> Block | None:
         def features(arrays: list[Array]) -> Array:
             rows = self._rows(tuple(arrays))
-            return np.asarray(to_dense(rows if self._transforms is None else self._transforms.transform(rows)), np.float64)
+            return np.asarray(to_dense(self._transformer.transform(rows)), np.float64)
 
         try:
             return made.thresholds(features, splits)

@@ -258,6 +258,7 @@ def _proven(
                     pipeline,
                     preprocessor,
                     predictor,
+                    transformer,
                     estimator,
                     tensors,
                     targets=targets,
