@@ -61,6 +61,7 @@ def test_categories_of_histogram_boosting_are_served(tmp_path: Path, how: str) -
     published = publish(pipeline, ROWS, name="m", repository=tmp_path)
 
     assert published.hard_rows["unseen text"]
+    assert published.hard_rows["thresholds"]
     for rows in (ROWS, unusual()):
         np.testing.assert_allclose(answer(tmp_path, "m", rows)["prediction"].ravel(), pipeline.predict(rows), rtol=1e-6)
 

@@ -80,6 +80,10 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
             raise NotConvertible(f"a tree of {len(leaves)} leaves is too large; limit max_depth or max_leaf_nodes")
         place = np.zeros(len(tree.left), np.int64)  # of each node among the inner ones or among the leaves
         place[inner], place[leaves] = n_nodes + np.arange(len(inner)), n_leaves + np.arange(len(leaves))
+        if len(inner) and place[tree.left[0]] == place[tree.right[0]]:  # ONNX Runtime 1.22 takes that for a tree of one leaf
+            alone = tree.left[0] if tree.left[tree.left[0]] < 0 else tree.right[0]
+            other = leaves[leaves != alone][0]
+            place[[alone, other]] = place[[other, alone]]
         roots.append(n_nodes)
         if not len(inner):  # a tree of one leaf: a question with the same leaf on both sides
             children = [(np.array([n_leaves]), np.array([True]))] * 2
@@ -95,7 +99,7 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
             ids.append(new_ids)
             leaf_or_not.append(new_leaf)
         targets.append(np.full(len(leaves), which))
-        numbers.append(np.arange(len(leaves)))
+        numbers.append(np.argsort(place[leaves]))
         n_nodes += max(1, len(inner))
         n_leaves += len(leaves)
     thresholds = np.concatenate(splits).astype(np.float64)

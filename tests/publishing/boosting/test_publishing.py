@@ -15,7 +15,6 @@ from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import BaggingClassifier, StackingClassifier, StackingRegressor, VotingClassifier, VotingRegressor
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
@@ -103,7 +102,7 @@ def test_a_ranker_is_served(tmp_path: Path, kind: Any) -> None:
         quiet = {"verbose": 0, "allow_writing_files": False}
     name = "group_id" if kind is cb.CatBoostRanker else "group" if kind is lgb.LGBMRanker else "qid"
     groups = [10] * (len(ROWS) // 10) if kind is lgb.LGBMRanker else np.arange(len(ROWS)) // 10
-    pipeline = make_pipeline(SimpleImputer(), kind(n_estimators=6, **quiet))
+    pipeline = make_pipeline(StandardScaler(), kind(n_estimators=6, **quiet))
 
     pipeline.fit(ROWS, THREE / 2 if kind is cb.CatBoostRanker else THREE, **{f"{kind.__name__.lower()}__{name}": groups})
 
