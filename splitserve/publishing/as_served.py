@@ -45,7 +45,7 @@ def check(
         inputs: raw rows (n_rows, …) that the whole answers.
 
     Raises:
-        PublishError: a service would refuse to load them, or answer otherwise.
+        PublishError: a service would refuse to load them, or answer differently.
     """
     from splitserve.publishing.halves import repository_at, write
     from splitserve.repository import golden as goldens
@@ -174,7 +174,7 @@ def _answer(line: bytes, out: int) -> None:
 
 
 def _complaint(request: dict[str, Any]) -> str:
-    """Why a service would refuse the halves, or answer otherwise; "" if it would not."""
+    """Why a service would refuse the halves, or answer differently; "" if it would not."""
     from splitserve.publishing.proof import tolerances_of
     from splitserve.repository import golden as goldens
     from splitserve.repository.bundle import BundleKey

@@ -57,7 +57,7 @@ def feature_differences(preprocessor: Preprocessor, predictor: Manifest, golden:
 
 
 def differences_between(first: Preprocessor, second: Preprocessor, rows: Sequence[Tensor]) -> list[FeatureDifference]:
-    """Features that two preprocessors make otherwise of rows that show their fitted parameters.
+    """Features in which two preprocessors differ, on rows that show their fitted parameters.
 
     Args:
         first: the one that made the features that a predictor was trained on.

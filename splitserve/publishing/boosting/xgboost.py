@@ -186,9 +186,8 @@ class XGBoostClassifier(_XGBoost):
         if n_classes < 2:
             raise self.one_class()
         if self.n_groups != (n_classes if n_classes > 2 else 1):
-            raise NotConvertible(
-                f"{type(self.estimator).__name__} with several targets has no ONNX form; MultiOutputClassifier of it has"
-            )
+            name = type(self.estimator).__name__
+            raise NotConvertible(f"{name} with several targets has no ONNX form; use MultiOutputClassifier({name}(...))")
         result = link(self.margin)
         return result if n_classes > 2 else two_columns(result)
 

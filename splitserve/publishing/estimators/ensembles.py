@@ -185,7 +185,7 @@ class _Stacking(Form):
         model, columns = self.estimator, []
         if isinstance(getattr(model, "_label_encoder", None), list):
             raise NotConvertible(
-                "StackingClassifier with several targets has no ONNX form; MultiOutputClassifier(StackingClassifier(...)) has"
+                "StackingClassifier with several targets has no ONNX form; use MultiOutputClassifier(StackingClassifier(...))"
             )
         for estimator, method in zip(model.estimators_, model.stack_method_, strict=True):
             form = form_of(estimator, self.x)

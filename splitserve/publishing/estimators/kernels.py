@@ -27,8 +27,8 @@ def kernel(x: Value, points: Array, name: Any, *, gamma: float, coef0: float, de
         NotConvertible: it has no ONNX form.
     """
     if name not in _KERNELS:
-        shown = name if isinstance(name, str) else "of your own"
-        raise NotConvertible(f"the kernel {shown} has no ONNX form; {', '.join(_KERNELS)} have")
+        shown = f"the kernel {name}" if isinstance(name, str) else "a callable kernel"
+        raise NotConvertible(f"{shown} has no ONNX form; use one of {', '.join(_KERNELS)}")
     known = np.asarray(points.toarray() if hasattr(points, "toarray") else points, np.float64)
     if name == "rbf":
         return (-gamma * distances(x, known)).exp()
@@ -218,7 +218,7 @@ def covariance(x: Value, known: Array, of: Any) -> Value:
     if isinstance(of, gp.ExpSineSquared):
         waves = x.graph.op("Sin", distances(x, known).sqrt() * (np.pi / float(of.periodicity))) / float(of.length_scale)
         return (-2.0 * waves * waves).exp()
-    raise NotConvertible(f"the kernel {type(of).__name__} has no ONNX form; RBF, Matern and RationalQuadratic have")
+    raise NotConvertible(f"the kernel {type(of).__name__} has no ONNX form; use RBF, Matern or RationalQuadratic")
 
 
 def _nothing(x: Value, known: Array) -> Value:
@@ -237,7 +237,7 @@ def _matern(squares: Value, nu: float) -> Value:
     if nu == 2.5:
         scaled = root * np.sqrt(5.0)
         return (1.0 + scaled + scaled * scaled / 3.0) * (-scaled).exp()
-    raise NotConvertible(f"Matern with nu={nu:g} has no ONNX form; 0.5, 1.5, 2.5 and inf have")
+    raise NotConvertible(f"Matern with nu={nu:g} has no ONNX form; use 0.5, 1.5, 2.5 or inf")
 
 
 @converts("sklearn.GaussianProcessRegressor")
@@ -291,7 +291,7 @@ class BinaryProcess(Form):
         diagonal = np.asarray(model.kernel_.diag(known))
         if not np.allclose(diagonal, diagonal[0], rtol=1e-12, atol=0):
             raise NotConvertible(
-                "GaussianProcessClassifier with a kernel that is not stationary has no ONNX form; RBF, Matern and their sums have"
+                "GaussianProcessClassifier with a kernel that is not stationary has no ONNX form; use RBF, Matern or sums of them"
             )
         inverse = solve_triangular(model.L_, np.diag(model.W_sr_), lower=True)
         solved = self.covariance @ inverse.T

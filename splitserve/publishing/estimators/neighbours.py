@@ -53,8 +53,8 @@ def power_of(metric: Any, p: float = 2.0) -> float:
     if metric == "minkowski":
         return float(p)
     if not isinstance(metric, str) or metric not in names:
-        shown = metric if isinstance(metric, str) else "of your own"
-        raise NotConvertible(f"the metric {shown} has no ONNX form; euclidean, manhattan, chebyshev and minkowski have")
+        shown = f"the metric {metric}" if isinstance(metric, str) else "a callable metric"
+        raise NotConvertible(f"{shown} has no ONNX form; use euclidean, manhattan, chebyshev or minkowski")
     return names[metric]
 
 
@@ -71,7 +71,7 @@ def _weights(model: Any, found: Value, is_neighbour: Value | None = None) -> Val
         return None if is_neighbour is None else is_neighbour.astype(np.float64)
     if model.weights != "distance":
         raise NotConvertible(
-            f"{type(model).__name__} with weights of your own has no ONNX form; weights='uniform' or 'distance' has"
+            f"{type(model).__name__} with callable weights has no ONNX form; use weights='uniform' or 'distance'"
         )
     is_zero = found.equals(0.0)
     at_zero = is_zero.astype(np.float64)
@@ -169,7 +169,7 @@ class RadiusRegressor(Neighbours, Regressor):
 class RadiusClassifier(Neighbours):
     @cached_property
     def targets(self) -> Sequence[Form]:
-        raise NotConvertible("RadiusNeighborsClassifier with several targets has no ONNX form; KNeighborsClassifier has")
+        raise NotConvertible("RadiusNeighborsClassifier with several targets has no ONNX form; use KNeighborsClassifier")
 
     @cached_property
     def votes(self) -> Value:
@@ -180,7 +180,7 @@ class RadiusClassifier(Neighbours):
                 "it with outlier_label='most_frequent' or a label"
             )
         if model.outputs_2d_:
-            raise NotConvertible("RadiusNeighborsClassifier with several targets has no ONNX form; KNeighborsClassifier has")
+            raise NotConvertible("RadiusNeighborsClassifier with several targets has no ONNX form; use KNeighborsClassifier")
         found, is_near = self.within
         return _weights_within(model, found, is_near) @ _one_hot(np.ravel(model._y), len(model.classes_))
 
@@ -250,7 +250,7 @@ class Propagated(Form):
             _, indices = distances(self.x, model.X_).smallest(model.n_neighbors)
             found = self.graph.constant(model.label_distributions_, np.float64).take(indices, axis=0).running_sum(1)
         else:
-            raise NotConvertible(f"{type(model).__name__} with a kernel of your own has no ONNX form; kernel='rbf' or 'knn' has")
+            raise NotConvertible(f"{type(model).__name__} with a callable kernel has no ONNX form; use kernel='rbf' or 'knn'")
         return found / found.sum()
 
 

@@ -45,7 +45,7 @@ LIMITS: dict[str, str] = {
         "metrics euclidean, manhattan, chebyshev, minkowski; which of several neighbours at one distance counts is not defined",
     ),
     "RadiusNeighborsClassifier": "with outlier_label: without it, rows without neighbours are refused, which a graph cannot",
-    **dict.fromkeys(("SVC", "NuSVC", "SVR", "NuSVR", "OneClassSVM", "KernelRidge"), "not with a kernel of your own"),
+    **dict.fromkeys(("SVC", "NuSVC", "SVR", "NuSVR", "OneClassSVM", "KernelRidge"), "not with a callable kernel"),
     "GaussianProcessClassifier": "stationary kernels: RBF, Matern, RationalQuadratic and what is made of them",
     "TransformedTargetRegressor": "functions of numpy (np.log1p and np.expm1, np.sqrt and np.square …), scalers, "
     "PowerTransformer, QuantileTransformer",

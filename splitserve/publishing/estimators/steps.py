@@ -48,7 +48,7 @@ def function_of(function: Any) -> Callable[[Value], Value]:
     except (KeyError, TypeError):
         name = getattr(function, "__name__", type(function).__name__)
         known = ", ".join(sorted(f"np.{each.__name__}" for each in _FUNCTIONS if each is not None))
-        raise NotConvertible(f"the function {name} has no ONNX form; these have: {known}") from None
+        raise NotConvertible(f"the function {name} has no ONNX form; use one of {known}") from None
 
 
 def inverse_of(transformer: Any, x: Value) -> Value:
@@ -88,8 +88,8 @@ def inverse_of(transformer: Any, x: Value) -> Value:
             columns.append(interpolated(inside, transformer.references_, np.asarray(quantiles)))
         return concat(columns)
     raise NotConvertible(
-        f"TransformedTargetRegressor with transformer={name} has no ONNX form; func=np.log1p, inverse_func=np.expm1, "
-        "StandardScaler, PowerTransformer and QuantileTransformer have"
+        f"TransformedTargetRegressor with transformer={name} has no ONNX form; use func=np.log1p and "
+        "inverse_func=np.expm1, StandardScaler, PowerTransformer or QuantileTransformer"
     )
 
 
