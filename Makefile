@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet diabetes train bench bench-peers soak fuzz check test test-long test-imagenet test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet diabetes train bench bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-jobs     tests of jobs in PostgreSQL; installs it"
 	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
+	@echo "make test-training tests of the images pipeline; downloads torch once, installs Fashion-MNIST"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
 	@echo "make test-intermediaries  tests behind nginx, haproxy and Envoy, and with gRPC clients in other languages; installs them"
@@ -68,6 +69,16 @@ train: $(BIN)/.installed
 
 diabetes: $(BIN)/.installed .venv-boosting/lightgbm/.installed
 	PYTHONPATH=.venv-boosting/lightgbm $(BIN)/python -m training.diabetes --repository $(MODELS)
+# What the images example trains with; by pip, whose index has a build of PyTorch for CPUs.
+IMAGES := splitserve/pipeline/templates/images
+.venv-torch/.installed: $(IMAGES)/torch-requirements.txt
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/pip install --quiet --disable-pip-version-check -r $(IMAGES)/torch-requirements.txt
+	@touch $@
+
+test-training: $(BIN)/.installed .venv-torch/.installed
+	bash tests/pipeline/install.sh
+	$(BIN)/pytest -n 0 -m training tests/pipeline/test_images.py
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)
@@ -197,6 +208,7 @@ lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
 	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o splitserve/pipeline/templates/tables/requirements.txt
+	cp splitserve/pipeline/templates/tables/requirements.txt $(IMAGES)/
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

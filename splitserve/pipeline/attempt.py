@@ -96,6 +96,8 @@ class Attempt:
     def _process(self, call: Path) -> int:
         """Run the step's process; its exit code. It ends when the pipe to its standard input is closed, so with this process."""
         python = str(self.pipeline.path(self.step.python)) if self.step.python else sys.executable
+        if not Path(python).exists():
+            raise StepFailed(f"{python} does not exist: the step has an environment of its own, with what is in {self.step.lock}")
         paths = [str(root_of(self.pipeline))]
         library = Path(splitserve.__file__).parents[1]
         if "site-packages" not in library.parts:

@@ -110,7 +110,7 @@ def labels_of(answer: Answer) -> list[str]:
     return [label.decode() if isinstance(label, bytes) else str(label) for label in answer["label"].reshape(-1)]
 
 
-def time_requests(client: Client, model: str, rows: Any, n_requests: int) -> tuple[float, float]:
+def time_requests(client: Client, model: str, rows: Any, n_requests: int, *, input_name: str = "") -> tuple[float, float]:
     """Median and 99th percentile, in milliseconds, of requests of one row, one after the other.
 
     Args:
@@ -118,13 +118,14 @@ def time_requests(client: Client, model: str, rows: Any, n_requests: int) -> tup
         model: its name.
         rows: a DataFrame or an array; its rows are sent in turn.
         n_requests: how many.
+        input_name: of the only input, for an array.
     """
     taken = []
     for index in range(n_requests):
         begin = index % len(rows)
         row = rows.iloc[begin : begin + 1] if hasattr(rows, "iloc") else rows[begin : begin + 1]
         began = time.perf_counter()
-        client.infer(model, row)
+        client.infer(model, {input_name: row} if input_name else row)
         taken.append((time.perf_counter() - began) * 1000)
     taken.sort()
     return taken[len(taken) // 2], taken[min(len(taken) - 1, len(taken) * 99 // 100)]

@@ -1,0 +1,40 @@
+"""evaluate: start what was built, verify it, and send it the test images as files, over REST and gRPC."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from splitserve.pipeline import Context
+from splitserve.pipeline.serving import labels_of, running, time_requests
+
+from .data import read_files
+
+
+def evaluate(context: Context) -> None:
+    """Every served label has to be that of the trained network, and enough of them right."""
+    values = context.parameters
+    files = read_files(context.input("data/test_files.npz"))
+    classes = json.loads(context.input("data/classes.json").read_text())
+    with np.load(context.input("data/test.npz")) as stored:
+        labels = [classes[index] for index in stored["labels"].tolist()]
+    expected = json.loads(context.input("train/expected.json").read_text())
+    with running(context.input("build/models")) as system:
+        n_golden = system.verify(values["model"])
+        found = {}
+        for transport, client in system.clients.items():
+            served = labels_of(client.infer(values["model"], {"image": files}, chunk_rows=64))
+            n_other = sum(a != b for a, b in zip(served, expected, strict=True))
+            context.fail_unless(not n_other, f"over {transport}, {n_other} of {len(expected)} labels differ from training's")
+            found[transport] = sum(a == b for a, b in zip(served, labels, strict=True)) / len(labels)
+            p50_ms, p99_ms = time_requests(client, values["model"], files, values["n_timed"], input_name="image")
+            context.metric(f"{transport} p50 ms", p50_ms)
+            context.metric(f"{transport} p99 ms", p99_ms)
+    accuracy = min(found.values())
+    context.metric("accuracy", accuracy)
+    context.fail_unless(
+        accuracy >= values["min_accuracy"], f"accuracy {accuracy:.4f} is below min_accuracy, {values['min_accuracy']}"
+    )
+    result = {"accuracy": accuracy, "images": len(labels), "golden rows": n_golden}
+    (context.outputs / "evaluation.json").write_text(json.dumps(result))
