@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from sklearn.ensemble import (
+    BaggingClassifier,
     ExtraTreesClassifier,
     GradientBoostingClassifier,
     GradientBoostingRegressor,
@@ -16,7 +17,9 @@ from sklearn.ensemble import (
     HistGradientBoostingRegressor,
     RandomForestClassifier,
     RandomForestRegressor,
+    VotingClassifier,
 )
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor, ExtraTreeClassifier
 
 from splitserve.publishing.convert import to_onnx
@@ -44,6 +47,15 @@ CLASSIFIERS: dict[str, tuple[Any, Any, Any]] = {
     "boosted, exponential": (GradientBoostingClassifier(n_estimators=10, loss="exponential"), GRID, CLASSES > 0),
     "histograms": (HistGradientBoostingClassifier(max_iter=10), GAPS, CLASSES),
     "histograms, two classes": (HistGradientBoostingClassifier(max_iter=10), GAPS, CLASSES > 0),
+    "bagged": (BaggingClassifier(DecisionTreeClassifier(), 20, max_features=3, random_state=0), GAPS, CLASSES),
+    "one against the rest": (OneVsRestClassifier(DecisionTreeClassifier()), GRID, CLASSES),
+    "voting": (
+        VotingClassifier(
+            [(str(seed), DecisionTreeClassifier(max_depth=3, random_state=seed)) for seed in range(4)], voting="soft"
+        ),
+        GAPS,
+        CLASSES,
+    ),
 }
 REGRESSORS: dict[str, tuple[Any, Any, Any]] = {
     "tree": (DecisionTreeRegressor(), GAPS, FAR),
@@ -105,6 +117,17 @@ def test_a_prediction_far_from_zero_is_that_of_scikit_learn(case: str) -> None:
 
     for (found,) in answers(estimator, rows, "FP64"):
         np.testing.assert_allclose(found.reshape(expected[: len(found)].shape), expected[: len(found)], rtol=1e-15)
+
+
+def test_probabilities_that_are_all_zero_stay_zero() -> None:
+    """Of a row that every tree rejects: scikit-learn does not divide by their sum."""
+    estimator, rows = fitted(CLASSIFIERS["one against the rest"])
+    rejected = rows[estimator.predict_proba(rows).sum(axis=1) == 0][:100]
+
+    assert len(rejected) > 0
+    for label, scores in answers(estimator, np.resize(rejected, (100, 5)), "FP32"):
+        assert not scores.any()
+        assert not label.any()
 
 
 @pytest.mark.parametrize("precision", ["FP32", "FP64"])
