@@ -35,6 +35,8 @@ from splitserve.server.store import VersionStore
 from splitserve.signature import OutputBytes
 from splitserve.versions import UNNAMED, Pair, is_predictor
 
+NO_PREDICTOR = "the predict service does not have predictor"
+
 
 class AdmittedPair(msgspec.Struct, frozen=True):
     """A preprocessor, the signature of the predictor that it fits, and the release that proves the two.
@@ -220,7 +222,7 @@ class PairMatcher:
             # One that is ready has a reason if the repository cannot be read there; another's says nothing about this one.
             reasons = {f": {state.reason}" for state in predictors.values() if state.state == READY and state.reason}
             why = "".join(sorted(reasons)[:1])
-            return Entry(UNAVAILABLE, f"the predict service does not have predictor {pair.predictor}{why}")
+            return Entry(UNAVAILABLE, f"{NO_PREDICTOR} {pair.predictor}{why}")
         signature = self._signatures.get(_signature_key(predictor))
         if signature is None:
             return Entry(predictor.state, predictor.reason)

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import structlog
 
-from preprocess_service.admission import Admission, AdmittedPair, PairMatcher
+from preprocess_service.admission import NO_PREDICTOR, Admission, AdmittedPair, PairMatcher
 from preprocess_service.default_pairs import DefaultPairs
 from preprocess_service.golden_replay import GoldenReplay
 from splitserve.catalogue import STILL_LOADING, Catalogue, merged_index, why_not_ready
@@ -151,7 +151,12 @@ class PreprocessService:
                     facts = {key: properties[key] for key in ("preprocess_runtime", "warnings") if key in properties}
                     # The pair can serve. Further fields: `preprocess_runtime`, and `warnings` if there are any.
                     self._log.info("pair admitted", model=model, pair=str(pair), **facts)
-                elif entry.state == UNAVAILABLE and entry.reason != (was.reason if was else ""):
+                elif entry.state != UNAVAILABLE or entry.reason == (was.reason if was else ""):
+                    continue
+                elif entry.reason.startswith(NO_PREDICTOR):
+                    # Predict has not loaded it, or not yet: preprocess may see a new release first.
+                    self._log.warning("predictor missing", model=model, pair=str(pair), reason=entry.reason)
+                else:
                     # The halves do not fit, or one of them is not loaded.
                     self._log.error("pair refused", model=model, pair=str(pair), reason=entry.reason)
 

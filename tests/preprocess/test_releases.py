@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
+from structlog.testing import capture_logs
 
 from predict_service.service import PredictService
 from preprocess_service.service import PreprocessService
@@ -360,6 +361,20 @@ async def test_what_is_wrong_with_another_predictor_is_no_reason(services: Servi
 
     assert "model.onnx" in (await state_of(services.service, "1.1")).reason
     assert (await state_of(services.service, "2.2")).reason == "the predict service does not have predictor 2"
+
+
+async def test_a_release_that_predict_has_not_seen_yet_is_no_error(services: Services, tmp_path: Path) -> None:
+    """The two poll the repository at different times, so each publish may look like this for a moment."""
+    publish_model(tmp_path)
+    with capture_logs() as log:
+        await services.preprocessors.refresh()
+        await services.service.refresh()
+        await services.refresh()
+        await services.refresh()
+
+    assert [line["log_level"] for line in log if line["event"] == "predictor missing"] == ["warning"]
+    assert "error" not in {line["log_level"] for line in log}
+    assert (await state_of(services.service)).state == READY
 
 
 async def test_predict_that_is_not_available_refuses_nothing(services: Services, tmp_path: Path) -> None:
