@@ -54,13 +54,13 @@ class Attempt:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
             if digest_of_file(target) != digest:
-                raise StepFailed(f"input {path}: {file} is not what was recorded")
+                raise StepFailed(f"input {path}: expected SHA-256 {digest}, {file} has another; it was changed during the run")
         step, pipeline = self.step, self.pipeline
         module, _, function = step.run.partition(":")
         files = {name: str(file_of(pipeline, step, name)) for name in step.files}
         values = {name: pipeline.parameters[name] for name in (*step.parameters, *step.files)}
         context = Context(step.name, parameters=values, files=files, inputs=inputs, outputs=outputs, scratch=self.scratch)
-        if step.in_runner:
+        if step.runs_in_runner:
             context.record, context.run_id = record, run_id
             self._call(pipeline.module_of(module), function, context)
             return outputs
@@ -78,7 +78,8 @@ class Attempt:
         }
         (self.folder / "call.json").write_text(json.dumps(call))
         if code := self._process(self.folder / "call.json"):
-            died = f"its process was killed by signal {-code}" if code < 0 else f"its process exited with {code}"
+            ended = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
+            died = f"its process {ended}; its output is above"
             raise StepFailed(error.read_text() if error.exists() else died)
         return outputs
 

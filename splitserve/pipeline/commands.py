@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from splitserve.pipeline.context import StepFailed
@@ -37,7 +38,7 @@ def main(pipelines: Pipeline | Mapping[str, Pipeline], arguments: Sequence[str] 
 
 
 def _parser(pipelines: Pipeline | Mapping[str, Pipeline]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run a training pipeline")
+    parser = argparse.ArgumentParser(prog=f"python -m {Path(sys.argv[0]).parent.name}")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="run what has not finished, or has changed")
     status = commands.add_parser("status", help="what a run would do, and the last runs")
@@ -82,6 +83,7 @@ def _run(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
     else:
         _print_steps(run.steps)
         print(f"run {run.id} in {time.monotonic() - began:.1f} s; record: {runner.record.uri}")
+        print(f"report: {runner.report(run.id)}")
     _print_models(runner)
     return 0
 
@@ -111,7 +113,9 @@ def _show(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
     runner = Runner(pipeline)
     found = [run for run in runner.index.runs() if run.id.startswith(parsed.run)]
     if len(found) != 1:
-        raise DeclarationError(f"run {parsed.run}: {len(found)} runs of {pipeline.name} in {runner.store} begin so, expected one")
+        raise DeclarationError(
+            f"run {parsed.run}: expected one run of {pipeline.name} whose id begins so, got {len(found)} in {runner.store}"
+        )
     run: RunState = found[0]
     print(f"run {run.id} of {run.pipeline}, {run.state}, started {run.started_at} by process {run.pid} on {run.host}")
     print("parameters: " + ", ".join(f"{name}={json.dumps(value)}" for name, value in run.parameters.items()))

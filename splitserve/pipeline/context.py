@@ -85,7 +85,7 @@ class Context:
         self._metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def progress(self, done: int, total: int, what: str = "") -> None:
-        """Say how far the step is: in place on a terminal, at most one line in five seconds elsewhere."""
+        """Report progress: in place on a terminal, at most one line in five seconds elsewhere."""
         is_terminal, now = sys.stdout.isatty(), time.monotonic()
         if done < total and now - self._shown < (0.1 if is_terminal else 5):
             return
@@ -95,8 +95,10 @@ class Context:
         print(f"\r{text}\033[K" if is_terminal else text, end="\n" if done >= total or not is_terminal else "", flush=True)
 
     def fail_unless(self, holds: bool, message: str) -> None:
-        """Raises:
-        StepFailed: it does not hold.
+        """Fail the step with this message unless a condition holds.
+
+        Raises:
+            StepFailed: it does not.
         """
         if not holds:
             raise StepFailed(message)

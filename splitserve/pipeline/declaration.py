@@ -28,10 +28,10 @@ class Step:
         files: those of its parameters that are paths of files, relative to the pipeline's folder; their bytes are part of the
             step's digest.
         environment: environment variables that the step reads.
-        also: further modules whose source the step depends on without importing them, e.g. what it starts as a process.
+        extra_modules: further modules whose source the step depends on without importing them, e.g. what it starts as a process.
         lock: file with the versions of its libraries, relative to the pipeline's folder.
         python: the interpreter of the step's own environment, relative to the pipeline's folder; by default that of the runner.
-        in_runner: the step runs in the runner's process and may use ``context.record``: steps that talk to MLflow.
+        runs_in_runner: the step runs in the runner's process and may use ``context.record``: steps that talk to MLflow.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Step:
     parameters: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
+    extra_modules: tuple[str, ...] = ()
     lock: str = ""
     python: str = ""
-    in_runner: bool = False
+    runs_in_runner: bool = False
 
     def upstream(self) -> tuple[str, ...]:
         """Names of the steps whose outputs it reads."""

@@ -16,7 +16,7 @@ from splitserve.pipeline.sources import Sources
 
 
 class Dependencies:
-    """Of the steps of one pipeline; ``cache`` is a file for what is known of parsed modules."""
+    """What the digests of a pipeline's steps are made of; parsed modules are kept in the file ``cache``."""
 
     def __init__(self, pipeline: Pipeline, cache: Path) -> None:
         self.pipeline = pipeline
@@ -42,7 +42,7 @@ class Dependencies:
             "lock": locked_versions(self.pipeline.path(step.lock)) if step.lock else None,
             "python": "{}.{}".format(*sys.version_info),
             "splitserve": splitserve.__version__,
-            "sources": self._sources.reached([module, *map(self.pipeline.module_of, step.also)]),
+            "sources": self._sources.reached([module, *map(self.pipeline.module_of, step.extra_modules)]),
             "inputs": {path: digest for path, digest, _ in inputs_of(step, finished)},
         }
 
@@ -103,6 +103,6 @@ def locked_versions(lock: Path) -> list[str]:
     try:
         lines = lock.read_text().splitlines()
     except OSError as error:
-        raise DeclarationError(f"lock {lock}: {error.strerror}") from None
+        raise DeclarationError(f"lock {lock}: {error.strerror}; it is relative to the pipeline's folder") from None
     requirements = (line.partition("#")[0].rstrip(" \\").strip() for line in lines)
     return sorted(line for line in requirements if line and not line.startswith("--"))

@@ -1,7 +1,8 @@
 """The record of runs in MLflow, and the only module that imports it.
 
 By default a SQLite file and an artifact folder in the pipeline's store; with ``MLFLOW_TRACKING_URI`` a tracking server. Each call
-names its run; an open run of the caller, or ``MLFLOW_RUN_ID``, is left alone. Only files are read, never ``load_model``.
+names its run; an open run of the caller, or ``MLFLOW_RUN_ID``, is left alone. Importing this module makes
+MLflow quiet. Only files are read, never ``load_model``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 RecordError = MlflowException
 
-STEP, DIGEST, REUSED, ERROR = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
+STEP_TAG, DIGEST_TAG, REUSED_TAG, ERROR_TAG = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
 _METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
 
 
@@ -94,7 +95,7 @@ class Record:
     def end(self, run_id: str, status: str, *, error: str = "") -> None:
         """End a run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if error:
-            self.client.set_tag(run_id, ERROR, error[:_LONGEST_VALUE])
+            self.client.set_tag(run_id, ERROR_TAG, error[:_LONGEST_VALUE])
         self.client.set_terminated(run_id, status)
 
     def close(self, run_id: str, reason: str) -> None:
@@ -111,9 +112,9 @@ class Record:
         """A step that finished elsewhere on the same tracking server, with its outputs beside the index; None if there is none,
         or if what comes back is not what was recorded.
         """
-        query = f"tags.`{DIGEST}` = '{digest}' and tags.`{STEP}` = '{step}' and attributes.status = 'FINISHED'"
+        query = f"tags.`{DIGEST_TAG}` = '{digest}' and tags.`{STEP_TAG}` = '{step}' and attributes.status = 'FINISHED'"
         for run in self.client.search_runs([self._experiment], query):
-            if REUSED in run.data.tags:
+            if REUSED_TAG in run.data.tags:
                 continue
             run_id = run.info.run_id
             with tempfile.TemporaryDirectory(dir=self._store) as scratch:

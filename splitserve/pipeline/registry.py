@@ -24,7 +24,7 @@ def register_release(
     that leaves the alias where it was. The version's artifacts are a model repository, in the folder ``model`` of the run.
 
     Args:
-        context: of a step with ``in_runner=True``.
+        context: of a step with ``runs_in_runner=True``.
         models: the model repository that build wrote.
         model: its name, also in the registry.
         metric: what the alias is decided by; higher is better.
@@ -36,12 +36,12 @@ def register_release(
         StepFailed: the value is not finite, there is no release, or the artifact store does not give back what it got.
     """
     if context.record is None:
-        raise StepFailed(f'step "{context.step}" needs in_runner=True to use the registry')
+        raise StepFailed(f'step "{context.step}" needs runs_in_runner=True to use the registry')
     if not math.isfinite(value):
         raise StepFailed(f"metric {metric}: expected a finite number, got {value}; nothing is registered")
     release = ReleaseReader(Repository(models)).history(model).current()
     if release is None:
-        raise StepFailed(f"{models}: model {model} has no release")
+        raise StepFailed(f"{models}: model {model} has no release; the build step has to publish one")
     tags = {
         "splitserve.pair": str(release.pair),
         "splitserve.metric": metric,

@@ -20,10 +20,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
-from splitserve.pipeline.context import StepFailed, read_metrics
+from splitserve.pipeline.context import StepFailed, read_metrics, write_durably
 from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
 from splitserve.pipeline.digests import digest_of, digests_of_folder
@@ -39,6 +39,7 @@ from splitserve.pipeline.index import (
     RunState,
     StepState,
 )
+from splitserve.pipeline.report import render
 from splitserve.pipeline.sources import SourceError
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Runner:
                     self._end(run, FAILED, str(error))
                 raise
             state, found = self._state(step, depends_on, is_forced=step.name in forced)
-            if found is None and not state.why.startswith("asked") and os.environ.get("MLFLOW_TRACKING_URI"):
+            if found is None and step.name not in forced and os.environ.get("MLFLOW_TRACKING_URI"):
                 found = self.record.fetch(step.name, state.digest)
                 if found is not None:
                     self.index.finish(found)
@@ -141,6 +142,7 @@ class Runner:
             finished[step.name] = self._run_step(run, step, state, depends_on, finished)
         if run is not None:
             self._end(run, FINISHED)
+            self._write_report(run)
         return run
 
     @property
@@ -169,7 +171,7 @@ class Runner:
         from splitserve.pipeline import record
 
         print(f"{state.step}: reused from run {state.run_id}", flush=True)
-        tags = {record.STEP: state.step, record.DIGEST: state.digest, record.REUSED: state.run_id}
+        tags = {record.STEP_TAG: state.step, record.DIGEST_TAG: state.digest, record.REUSED_TAG: state.run_id}
         self.record.end(self.record.start(state.step, parameters={}, parent=run.id, tags=tags), "FINISHED")
 
     def _run_step(
@@ -179,7 +181,7 @@ class Runner:
 
         print(f"{step.name}: running ({state.why})", flush=True)
         self.index.forget(step.name, state.digest)
-        tags = {record.STEP: step.name, record.DIGEST: state.digest}
+        tags = {record.STEP_TAG: step.name, record.DIGEST_TAG: state.digest}
         state.run_id = self.record.start(step.name, parameters=depends_on["parameters"], parent=run.id, tags=tags)
         state.state = RUNNING
         self.index.write_run(run)
@@ -211,7 +213,7 @@ class Runner:
                     raise StepFailed(f"{problem}: the artifact store does not hold what was written")
                 self.record.finish(state.run_id, result)
         except (StepFailed, OSError, record.RecordError) as error:
-            self._failed(run, state, str(error), read_metrics(scratch / "metrics.jsonl"))
+            raise self._failed(run, state, str(error), read_metrics(scratch / "metrics.jsonl")) from error
         except KeyboardInterrupt:
             self._end(run, INTERRUPTED, "interrupted by a signal")
             raise
@@ -222,7 +224,7 @@ class Runner:
         print(f"{step.name}: finished in {state.seconds:.1f} s", flush=True)
         return result
 
-    def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> NoReturn:
+    def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> RunFailed:
         state.state, state.why = FAILED, reason
         from splitserve.pipeline.record import RecordError
 
@@ -230,7 +232,8 @@ class Runner:
             self.record.log_metrics(state.run_id, metrics)
             self.record.end(state.run_id, "FAILED", error=reason)
             self._end(run, FAILED, f"step {state.step} failed")
-        raise RunFailed(f"step {state.step} failed: {reason}")
+        self._write_report(run)
+        return RunFailed(f"step {state.step} failed: {reason}")
 
     def _end(self, run: RunState, state: str, reason: str = "") -> None:
         run.state = state
@@ -242,6 +245,20 @@ class Runner:
             self.record.close(run.id, reason)
         else:
             self.record.end(run.id, state.upper(), error=reason)
+
+    def report(self, run_id: str) -> Path:
+        """Where the report of a run is."""
+        return self.store / "reports" / f"{run_id}.html"
+
+    def _write_report(self, run: RunState) -> None:
+        """Beside the index, and as an artifact of the run."""
+        found = {step.step: self.index.finished(step.step, step.digest) for step in run.steps}
+        path = self.report(run.id)
+        write_durably(path, render(run, {name: step for name, step in found.items() if step is not None}).encode())
+        from splitserve.pipeline.record import RecordError
+
+        with suppress(RecordError):
+            self.record.client.log_artifact(run.id, str(path))
 
     def close_dead(self) -> None:
         """End the runs that a dead runner left, here and in MLflow. The store must be locked, or not in use."""

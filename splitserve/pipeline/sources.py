@@ -2,7 +2,7 @@
 
 A module is the project's if it lies neither in Python's own folders nor in ``site-packages``, which are what the lock fixes.
 Files are parsed, not imported. Imports in functions count; those under ``if TYPE_CHECKING:`` do not. Modules that are imported by
-a computed name are not found; a step names them in ``also``. The digest is of the syntax tree, without comments and formatting.
+a computed name are not found; a step names them in ``extra_modules``. The digest is of the syntax tree, without comments.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from splitserve.pipeline.context import Context, StepFailed
 
-FAILED, CRASHED = 3, 4
+EXIT_FAILED, EXIT_CRASHED = 3, 4
 """Exit codes: the step raised `StepFailed`; it raised something else. In both cases the call's ``error`` file says what."""
 
 
@@ -40,11 +40,11 @@ def main() -> int:
             getattr(importlib.import_module(call["module"]), call["function"])(context)
         except StepFailed as error:
             Path(call["error"]).write_text(str(error))
-            return FAILED
+            return EXIT_FAILED
         except Exception as error:
             traceback.print_exc()
             Path(call["error"]).write_text(f"{type(error).__name__}: {error}")
-            return CRASHED
+            return EXIT_CRASHED
     return 0
 
 

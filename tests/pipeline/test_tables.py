@@ -66,9 +66,11 @@ def test_the_example_ends_with_a_registered_release(folder: Path, index: Index):
     assert metrics["accuracy"] == index.last("train").last_metrics()["accuracy"] >= 0.9
     assert {"rest p50 ms", "rest p99 ms", "grpc p50 ms", "grpc p99 ms"} <= set(metrics)
 
+    assert len(list((folder / "training-store" / "reports").glob("*.html"))) >= 1
+
     version = registry(folder).get_model_version_by_alias("penguins", "champion")
     assert (str(version.version), version.tags["splitserve.pair"]) == ("1", "1.1")
-    release = ReleaseReader(Repository(Path(version.source))).history("penguins").current()
+    release = ReleaseReader(Repository(Path(version.source.removeprefix("file://")))).history("penguins").current()
     assert str(release.pair) == "1.1"
     built = {path.removeprefix("models/"): digest for path, digest in index.last("build").outputs.items()}
     assert json.loads(version.tags["splitserve.digests"]) == built

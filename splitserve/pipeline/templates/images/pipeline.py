@@ -55,7 +55,7 @@ PIPELINE = Pipeline(
             ".evaluate:evaluate",
             inputs=("data/test.npz", "data/test_files.npz", "data/classes.json", "train/expected.json", "build"),
             parameters=("model", "min_accuracy", "n_timed"),
-            also=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
+            extra_modules=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
             lock=LOCK,
         ),
         Step(
@@ -64,7 +64,7 @@ PIPELINE = Pipeline(
             inputs=("build", "evaluate"),
             parameters=("model", "champion_margin"),
             lock=LOCK,
-            in_runner=True,
+            runs_in_runner=True,
         ),
     ],
 )

@@ -10,12 +10,12 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 
 def make_model(*, max_iter: int, learning_rate: float, seed: int) -> Pipeline:
-    """Numbers are scaled, words encoded, missing values filled in."""
+    """Numbers are scaled, texts encoded, missing values filled in."""
     numbers = make_pipeline(SimpleImputer(), StandardScaler())
-    words = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore", sparse_output=False))
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore", sparse_output=False))
     columns = make_column_transformer(
         (numbers, make_column_selector(dtype_include="number")),
-        (words, make_column_selector(dtype_exclude="number")),
+        (texts, make_column_selector(dtype_exclude="number")),
     )
     boosting = HistGradientBoostingClassifier(max_iter=max_iter, learning_rate=learning_rate, random_state=seed)
     return make_pipeline(columns, boosting)

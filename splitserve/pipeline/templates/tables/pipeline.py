@@ -40,7 +40,7 @@ PIPELINE = Pipeline(
             ".evaluate:evaluate",
             inputs=("data/test.csv", "train/expected.json", "build"),
             parameters=("target", "model", "min_accuracy", "n_timed"),
-            also=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
+            extra_modules=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
             lock=LOCK,
         ),
         Step(
@@ -49,7 +49,7 @@ PIPELINE = Pipeline(
             inputs=("build", "evaluate"),
             parameters=("model", "champion_margin"),
             lock=LOCK,
-            in_runner=True,
+            runs_in_runner=True,
         ),
     ],
 )
