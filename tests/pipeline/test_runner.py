@@ -215,3 +215,23 @@ def test_an_open_run_of_the_caller_is_not_touched(package: Path, monkeypatch: py
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     _append("evaluate.py")(package)
     assert ran(run(package)) == ["evaluate"]
+
+
+def test_a_step_that_finished_elsewhere_is_reused_by_its_digest(
+    tmp_path: Path, made_once: MadeOnce, monkeypatch: pytest.MonkeyPatch
+):
+    """With a shared record, another store downloads the outputs; one whose bytes are not what was recorded runs again."""
+    shutil.copyfile(made_once(_finished) / "store" / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    first, second = tiny.write(tmp_path / "first"), tiny.write(tmp_path / "second")
+    assert ran(run(first, rate=7)) == ["train", "evaluate"], "data was in the copied record"
+
+    assert run(second, rate=7) is None
+    model = Path(Index(second.parent / "store", "tiny").last("train").folder) / "model.txt"
+    assert model.is_relative_to(second.parent / "store")
+    assert model.read_text().startswith("1 21!")
+
+    recorded = Path(Index(first.parent / "store", "tiny").last("train").folder) / "model.txt"
+    recorded.write_text("changed")
+    third = tiny.write(tmp_path / "third")
+    assert ran(run(third, rate=7)) == ["train"]
