@@ -19,8 +19,6 @@ from tests.folders import MadeOnce
 from tests.pipeline import tiny
 from tests.pipeline.tiny import ran, run
 
-pytest.importorskip("mlflow")
-
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline")]
 
 

@@ -18,8 +18,6 @@ from splitserve.repository.folder import Repository
 from splitserve.repository.releases import ReleaseReader
 from tests.folders import MadeOnce
 
-pytest.importorskip("mlflow")
-
 pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline-tables")]
 
 ROOT = Path(__file__).parents[2]
