@@ -164,9 +164,7 @@ def publish(
         list[str] | None,
         typer.Option(help="The name of a target, in the order of y's columns, if there are several; may be given several times."),
     ] = None,
-    time_limit: Annotated[
-        float, typer.Option(help="Seconds that converting and comparing may take, with --pipeline or --transformer.")
-    ] = 600.0,
+    time_limit: Annotated[float, typer.Option(help="Seconds that converting and comparing may take.")] = 600.0,
 ) -> None:
     """Publish a model, or half of one, to a model repository."""
     from splitserve.cli.publish import run

@@ -49,37 +49,39 @@ def run(
     try:
         from splitserve.publishing import PublishError, publish, publish_predictor, publish_preprocessor
         from splitserve.publishing.halves import said_of_golden
+        from splitserve.publishing.progress import ending_process
     except ImportError as error:
         print(f'publishing needs more packages ({error.name}): pip install "splitserve[publish]"', file=sys.stderr)
         raise typer.Exit(1) from None
     sys.path.insert(0, "")  # so that --trusted-module finds modules of this folder
-    common: dict[str, Any] = {"name": name, "repository": repository, "version": version}
-    form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle, "time_limit_s": time_limit_s}
+    common: dict[str, Any] = {"name": name, "repository": repository, "version": version, "time_limit_s": time_limit_s}
+    form: dict[str, Any] = {"trusted_modules": trusted_modules, "allow_pickle": allow_pickle}
     if onnx is not None and golden != "rows":
         raise typer.BadParameter("--golden goes with --pipeline or --transformer: the data of --onnx are its golden samples")
     try:
-        form["golden"] = golden if golden in ("rows", "synthetic") else read_data(Path(golden))
-        if mlflow:
-            _publish_registered(mlflow, rows, {**common, "input_name": input_name, "targets": targets}, form)
-            return
-        assert data is not None, "checked above"
-        samples = read_data(data)
-        if onnx is not None:
-            known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
-            raw = None if rows is None else read_data(rows)
-            bundle = publish_predictor(onnx, samples, trained_on=known, rows=raw, input_name=input_name, **common)
-            _say_written(bundle.key, repository)
-        elif transformer is not None:
-            fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
-            bundle = publish_preprocessor(fitted, samples, input_name=input_name, **form, **common)
-            _say_written(bundle.key, repository)
-            print(said_of_golden(bundle.manifest.golden, _n_golden(bundle)))
-            _warn_of_pickle(bundle.key, repository)
-        elif pipeline is not None:
-            fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
-            published = publish(fitted, samples, input_name=input_name, targets=targets, **form, **common)
-            print(published)
-            _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), repository)
+        with ending_process():
+            form["golden"] = golden if golden in ("rows", "synthetic") else read_data(Path(golden))
+            if mlflow:
+                _publish_registered(mlflow, rows, {**common, "input_name": input_name, "targets": targets}, form)
+                return
+            assert data is not None, "checked above"
+            samples = read_data(data)
+            if onnx is not None:
+                known = None if trained_on is None else _read_estimator(trained_on, trusted_modules, allow_pickle)
+                raw = None if rows is None else read_data(rows)
+                bundle = publish_predictor(onnx, samples, trained_on=known, rows=raw, input_name=input_name, **common)
+                _say_written(bundle.key, repository)
+            elif transformer is not None:
+                fitted = _read_estimator(transformer, trusted_modules, allow_pickle)
+                bundle = publish_preprocessor(fitted, samples, input_name=input_name, **form, **common)
+                _say_written(bundle.key, repository)
+                print(said_of_golden(bundle.manifest.golden, _n_golden(bundle)))
+                _warn_of_pickle(bundle.key, repository)
+            elif pipeline is not None:
+                fitted = _read_estimator(pipeline, trusted_modules, allow_pickle)
+                published = publish(fitted, samples, input_name=input_name, targets=targets, **form, **common)
+                print(published)
+                _warn_of_pickle(BundleKey(name, "preprocess", int(published.pair.split(".")[0])), repository)
     except PublishError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None

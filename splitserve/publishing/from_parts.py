@@ -27,6 +27,8 @@ from splitserve.runtimes.meaning import NO_MEANING, meaning_of
 from splitserve.runtimes.rows import UnsupportedRows, observe, to_tensors
 from splitserve.tensors import Tensor
 
+_ON_SAMPLES = "the model on the sample inputs"
+
 
 def publish_preprocessor(
     transformer: Any,
@@ -104,6 +106,7 @@ def publish_predictor(
     rows: Any = None,
     input_name: str = INPUT_NAME,
     row_wise: bool = True,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Bundle:
     """Publish an ONNX model, made by whatever means, as a predictor.
 
@@ -121,20 +124,19 @@ def publish_predictor(
             can show that the features of a preprocessor are, in numbers, those of training.
         input_name: what clients call the input if ``rows`` is an array, as for `publish_preprocessor`.
         row_wise: as for `publish`.
+        time_limit_s: seconds that running the model on the samples may take.
 
     Raises:
-        PublishError: ONNX Runtime cannot run it, the samples do not fit, or the version exists. Nothing has been written then.
+        PublishError: ONNX Runtime cannot run it, the samples do not fit, the time is over, or the version exists. Nothing has
+            been written then.
     """
-    meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
-    half = predictor_half(
-        _model_bytes(model),
-        sample_inputs,
-        name=name,
-        labels=labels,
-        meaning=meaning,
-        rows=_raw_rows(rows, input_name),
-        is_row_wise=row_wise,
-    )
+    with Progress(name, time_limit_s) as progress:
+        progress.step("reading the model")
+        data = _model_bytes(model)
+        meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
+        raw = _raw_rows(rows, input_name)
+        progress.step(_ON_SAMPLES)
+        half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning, rows=raw, is_row_wise=row_wise)
     return write(repository_at(repository), half, version=version)[0]
 
 
@@ -158,6 +160,7 @@ def publish_onnx(
     version: int | None = None,
     labels: Sequence[object] = (),
     row_wise: bool = True,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> tuple[Bundle, Bundle]:
     """Publish an ONNX model that needs no transforms, and release it: a preprocessor passes the inputs on unchanged.
 
@@ -169,12 +172,18 @@ def publish_onnx(
         version: of both halves; the next free number of each by default.
         labels: class names in the order of its scores.
         row_wise: as for `publish`.
+        time_limit_s: as for `publish_predictor`.
 
     Raises:
         PublishError: as for `publish_predictor`. Nothing has been written then.
     """
-    predictor = predictor_half(_model_bytes(model), sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
-    preprocessor = passing_half(predictor, sample_inputs)
+    with Progress(name, time_limit_s) as progress:
+        progress.step("reading the model")
+        data = _model_bytes(model)
+        progress.step(_ON_SAMPLES)
+        predictor = predictor_half(data, sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
+        progress.step("the preprocessor that passes the inputs on")
+        preprocessor = passing_half(predictor, sample_inputs)
     written = repository_at(repository)
     compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
     pair = write_released(written, preprocessor, predictor, version=version, proven="halves", compared=compared).pair

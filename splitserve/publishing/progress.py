@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from splitserve.publishing.errors import PublishError
@@ -14,9 +16,28 @@ from splitserve.publishing.errors import PublishError
 TIME_LIMIT_S = 600.0
 """Seconds that converting and comparing may take by default."""
 
+ENDS_PROCESS_AFTER_S = 5.0
+"""Seconds after the limit in which native code may still return, where `ending_process` applies."""
+
 BAR_AFTER_S = 2.0
 N_STEPS = 36
 """Steps of a publication at one precision, roughly; the bar waits at its end for those that come on top."""
+
+
+_ENDS_PROCESS: ContextVar[bool] = ContextVar("ends_process", default=False)
+
+
+@contextmanager
+def ending_process() -> Iterator[None]:
+    """Within, a publication in native code that does not return ends the process, with its error on stderr and code 1.
+
+    For commands; a library must not end its caller's process.
+    """
+    token = _ENDS_PROCESS.set(True)
+    try:
+        yield
+    finally:
+        _ENDS_PROCESS.reset(token)
 
 
 class _OutOfTime(BaseException):
@@ -26,7 +47,8 @@ class _OutOfTime(BaseException):
 class Progress:
     """What is being done. A context manager that ends its body with an error when the time is over.
 
-    The body is interrupted between two bytecodes, so a loop in Python ends at once; a call into native code, when it returns.
+    The body is interrupted between two bytecodes, so a loop in Python ends at once; a call into native code, when it returns, or
+    with the process (`ending_process`).
 
     Args:
         name: of the model.
@@ -57,6 +79,8 @@ class Progress:
             raise PublishError(f"time_limit_s: expected more than 0 seconds, got {self._limit:g}")
         self._thread = threading.get_ident()
         timers = [threading.Timer(self._limit, self._interrupt)]
+        if _ENDS_PROCESS.get():
+            timers.append(threading.Timer(self._limit + ENDS_PROCESS_AFTER_S, self._end_process))
         if self._shows:
             timers.append(threading.Timer(BAR_AFTER_S, self._show))
         for timer in timers:
@@ -75,15 +99,24 @@ class Progress:
             kind, error = _OutOfTime, late
             self._stack.close()
         if kind is not None and issubclass(kind, _OutOfTime):
-            raise PublishError(
-                f"publishing took longer than {self._limit:g} s, at the step: {self._what}; give it more time (time_limit_s=, "
-                "--time-limit), fewer rows, or a smaller model"
-            ) from error
+            raise PublishError(self._complaint()) from error
+
+    def _complaint(self) -> str:
+        return (
+            f"publishing took longer than {self._limit:g} s, at the step: {self._what}; give it more time (time_limit_s=, "
+            "--time-limit), fewer rows, or a smaller model"
+        )
 
     def _interrupt(self) -> None:
         with self._lock:
             if not self._is_over:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(_OutOfTime))
+
+    def _end_process(self) -> None:
+        with self._lock:
+            if not self._is_over:
+                print(self._complaint(), file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _show(self) -> None:
         with self._lock:

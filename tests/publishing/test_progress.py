@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from splitserve import PublishError, publish
-from splitserve.publishing import progress
+from splitserve import PublishError, publish, publish_predictor
+from splitserve.publishing import progress, publish_onnx
 from splitserve.publishing.progress import Progress
 from tests.publishing import pipelines
+from tests.system.models import softmax_model
 
 
 def loop_for_ever() -> None:
@@ -83,9 +91,70 @@ def test_a_publication_that_takes_too_long_writes_nothing(tmp_path: Path) -> Non
     rows = pipelines.numbers(50, 0)
     pipeline = make_pipeline(Endless(), LogisticRegression()).fit(rows, pipelines.two(rows))
 
-    with pytest.raises(PublishError, match=r"publishing took longer than 1 s, at the step: transforms at FP32"):
+    with pytest.raises(
+        PublishError, match=r"publishing took longer than 1 s, at the step: (the pipeline's own answers|transforms at FP32);"
+    ):
         publish(pipeline, rows, name="m", repository=tmp_path, time_limit_s=1, trusted_modules=[Endless.__module__])
 
+    assert not list(tmp_path.rglob("*.json"))
+
+
+class EndlessSamples(dict[str, np.ndarray]):
+    """Sample inputs that are read for ever."""
+
+    def items(self) -> Any:
+        loop_for_ever()
+
+
+@pytest.mark.parametrize("publish_model", [publish_predictor, publish_onnx])
+def test_a_model_that_takes_too_long_is_not_written(publish_model: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match=r"took longer than 0.3 s, at the step: the model on the sample inputs"):
+        publish_model(softmax_model(3), EndlessSamples(), name="m", repository=tmp_path, time_limit_s=0.3)
+
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def endless_model() -> bytes:
+    """An ONNX model that ONNX Runtime runs for ever, in one call."""
+
+    def value(name: str, kind: int, shape: list[Any]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go_on"], ["goes_on"]), helper.make_node("Identity", ["old"], ["new"])],
+        "body",
+        [
+            value("number", TensorProto.INT64, []),
+            value("go_on", TensorProto.BOOL, []),
+            value("old", TensorProto.FLOAT, [None, 1]),
+        ],
+        [value("goes_on", TensorProto.BOOL, []), value("new", TensorProto.FLOAT, [None, 1])],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["", "always", "features"], ["scores"], body=body)],
+        "endless",
+        [value("features", TensorProto.FLOAT, ["n", 1])],
+        [value("scores", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor("always", TensorProto.BOOL, [], [True])],
+    )
+    model: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+    return model
+
+
+def test_the_command_ends_although_native_code_does_not_return(tmp_path: Path) -> None:
+    (tmp_path / "endless.onnx").write_bytes(endless_model())
+    np.save(tmp_path / "rows.npy", np.zeros((3, 1), np.float32))
+    command = (
+        "from splitserve.cli import app; from splitserve.publishing import progress; progress.ENDS_PROCESS_AFTER_S = 0.1; app()"
+    )
+    options = ["--onnx", "endless.onnx", "--data", "rows.npy", "--repository", "models", "--time-limit", "0.3"]
+
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "publish", "m", *options], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+
+    assert ended.returncode == 1
+    assert "publishing took longer than 0.3 s, at the step: the model on the sample inputs" in ended.stderr
     assert not list(tmp_path.rglob("*.json"))
 
 
