@@ -24,7 +24,7 @@ def expected_answer(pipeline: Any, rows: Rowset, targets: Sequence[str] = ()) ->
     """The pipeline's answer, under the output names of the converted model.
 
     Raises:
-        NotConvertible: as `answers_of`.
+        NotConvertible: as `outputs_of`.
         PublishError: the rows do not fit the pipeline.
     """
     try:

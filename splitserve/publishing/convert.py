@@ -19,7 +19,7 @@ from splitserve.publishing.graph import Graph, Value
 PROBABILITIES, LABEL, PREDICTION, SCORES = "probabilities", "label", "prediction", "scores"
 
 
-class Answer(msgspec.Struct, frozen=True):
+class ModelOutput(msgspec.Struct, frozen=True):
     """One output of a model: what it is in the graph, and what it is in scikit-learn.
 
     ``kind`` is how it is compared: `LABEL`, `PROBABILITIES`, `PREDICTION` or `SCORES`; ``value`` and ``shape`` are made from the
@@ -42,10 +42,10 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
         n_features: columns of its input.
         input_name: name of the model's only input, (batch, n_features).
         precision: "FP32" or "FP64", the datatype of that input and of floating-point outputs.
-        targets: names of the targets, as for `answers_of`.
+        targets: names of the targets, as for `outputs_of`.
 
     Returns:
-        A model with the outputs that `answers_of` lists.
+        A model with the outputs that `outputs_of` lists.
 
     Raises:
         NotConvertible: says why, and what works instead.
@@ -54,7 +54,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
     try:
         form = form_of(estimator, graph.input(input_name, n_features))
         outputs = {}
-        for answer in answers_of(estimator, targets):
+        for answer in outputs_of(estimator, targets):
             value = answer.value(form)
             if answer.kind != LABEL:
                 value = value.astype(graph.dtype)
@@ -71,7 +71,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
         ) from error
 
 
-def answers_of(estimator: Any, targets: Sequence[str] = ()) -> list[Answer]:
+def outputs_of(estimator: Any, targets: Sequence[str] = ()) -> list[ModelOutput]:
     """The outputs of an estimator's model.
 
     A classifier gives ``label`` (batch,) and, if it has ``predict_proba``, ``probabilities`` (batch, n_classes); with several
@@ -90,16 +90,16 @@ def answers_of(estimator: Any, targets: Sequence[str] = ()) -> list[Answer]:
     if is_regressor(last) or not (is_classifier(last) or is_outlier_detector(last) or is_clusterer(last) or _is_mixture(last)):
         n_targets = n_targets_of(last)
         _named(targets, n_targets)
-        return [Answer(PREDICTION, PREDICTION, lambda form: form.predict, ("batch", n_targets), _predicted)]
+        return [ModelOutput(PREDICTION, PREDICTION, lambda form: form.predict, ("batch", n_targets), _predicted)]
     if is_classifier(last):
         return _classified(last, targets)
-    found = [Answer(LABEL, LABEL, lambda form: form.predict.astype(np.int64), ("batch",), _predicted)]
+    found = [ModelOutput(LABEL, LABEL, lambda form: form.predict.astype(np.int64), ("batch",), _predicted)]
     if is_outlier_detector(last):
         if hasattr(last, "decision_function"):
-            found.append(Answer(SCORES, SCORES, lambda form: form.decision_function, ("batch",), _decided))
+            found.append(ModelOutput(SCORES, SCORES, lambda form: form.decision_function, ("batch",), _decided))
     elif hasattr(last, "predict_proba"):
         shape = ("batch", int(last.n_components))
-        found.append(Answer(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable))
+        found.append(ModelOutput(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable))
     return found
 
 
@@ -155,16 +155,16 @@ def _as_array(model: Any, method: str, given: Any) -> Array:
         ) from error
 
 
-def _classified(classifier: Any, targets: Sequence[str]) -> list[Answer]:
+def _classified(classifier: Any, targets: Sequence[str]) -> list[ModelOutput]:
     classes = target_classes(classifier)
     if classes is None:
         single = np.asarray(classifier.classes_)
         names = tuple(map(str, single.tolist()))
         label_dtype(single)
-        found = [Answer(LABEL, LABEL, lambda form: form.predict, ("batch",), _predicted, names)]
+        found = [ModelOutput(LABEL, LABEL, lambda form: form.predict, ("batch",), _predicted, names)]
         if gives_probabilities(classifier):
             shape = ("batch", len(single))
-            found.append(Answer(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable, names))
+            found.append(ModelOutput(PROBABILITIES, PROBABILITIES, lambda form: form.predict_proba, shape, _probable, names))
         return found
     found = []
     for number, (target, known) in enumerate(zip(_named(targets, len(classes)), classes, strict=True)):
@@ -172,7 +172,7 @@ def _classified(classifier: Any, targets: Sequence[str]) -> list[Answer]:
     return found
 
 
-def _of_target(classifier: Any, number: int, target: str, classes: Array) -> list[Answer]:
+def _of_target(classifier: Any, number: int, target: str, classes: Array) -> list[ModelOutput]:
     names = tuple(map(str, classes.tolist()))
 
     def label(form: Form) -> Value:
@@ -189,11 +189,11 @@ def _of_target(classifier: Any, number: int, target: str, classes: Array) -> lis
         positive = np.asarray(given)[:, number]
         return np.stack([1 - positive, positive], axis=1)
 
-    found = [Answer(f"{LABEL}_{target}", LABEL, label, ("batch",), predicted, names)]
+    found = [ModelOutput(f"{LABEL}_{target}", LABEL, label, ("batch",), predicted, names)]
     if gives_probabilities(classifier):
         shape = ("batch", len(classes))
         name = f"{PROBABILITIES}_{target}"
-        found.append(Answer(name, PROBABILITIES, lambda form: form.targets[number].predict_proba, shape, probable, names))
+        found.append(ModelOutput(name, PROBABILITIES, lambda form: form.targets[number].predict_proba, shape, probable, names))
     return found
 
 
@@ -215,8 +215,8 @@ def gives_probabilities(estimator: Any) -> bool:
 
 
 def expected_of(pipeline: Any, rows: Any, targets: Sequence[str] = ()) -> Mapping[str, Array]:
-    """What a fitted pipeline answers to these rows, by the names of `answers_of`."""
-    return {answer.name: answer.expected(pipeline, rows) for answer in answers_of(pipeline, targets)}
+    """What a fitted pipeline answers to these rows, by the names of `outputs_of`."""
+    return {answer.name: answer.expected(pipeline, rows) for answer in outputs_of(pipeline, targets)}
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -230,9 +230,9 @@ def names_of(estimator: Any, targets: Sequence[str] = ()) -> Names:
     """The names of a fitted estimator's classes and targets.
 
     Raises:
-        NotConvertible: as `answers_of`.
+        NotConvertible: as `outputs_of`.
     """
-    answers = answers_of(estimator, targets)
+    answers = outputs_of(estimator, targets)
     if answers[0].name == LABEL:
         return Names(labels=answers[0].classes)
     if answers[0].name == PREDICTION:

@@ -36,11 +36,11 @@ _N_THREADS = 4
 _N_TRIED = 6
 _ULPS = 4
 
-Answer = Mapping[str, Array]
-Answering = Callable[[tuple[Array, ...]], Answer]
+Outputs = Mapping[str, Array]
+Answering = Callable[[tuple[Array, ...]], Outputs]
 
 
-class Equal(msgspec.Struct, frozen=True):
+class ComparisonOutcome(msgspec.Struct, frozen=True):
     """What was compared: hard rows by kind, the largest difference; ``complaint`` is "" if the answers are equal."""
 
     hard_rows: dict[str, int]
@@ -48,7 +48,7 @@ class Equal(msgspec.Struct, frozen=True):
     complaint: str = ""
 
 
-class Comparison:
+class HardRowComparison:
     """Compares a split with a pipeline on hard rows.
 
     Args:
@@ -85,7 +85,7 @@ class Comparison:
         self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
         self._tick = tick
 
-    def run(self, *, is_row_wise: bool) -> Equal:
+    def run(self, *, is_row_wise: bool) -> ComparisonOutcome:
         """Compare raw rows through the whole, then feature rows through the predictor.
 
         Args:
@@ -95,7 +95,7 @@ class Comparison:
             warnings.simplefilter("ignore")  # scikit-learn's, about values that are made to be strange
             return self._run(is_row_wise)
 
-    def _run(self, is_row_wise: bool) -> Equal:
+    def _run(self, is_row_wise: bool) -> ComparisonOutcome:
         counts: Counter[str] = Counter()
         worst, kept = 0.0, list[tuple[Array, ...]]()
         levels: list[tuple[Iterator[Block], Answering, Answering, str]] = [
@@ -107,13 +107,13 @@ class Comparison:
                 self._tick(block.kind)
                 n_compared, difference, complaint, rows = self._compared(block, original, split)
                 if complaint:
-                    return Equal(dict(counts), worst, complaint)
+                    return ComparisonOutcome(dict(counts), worst, complaint)
                 counts[f"{block.kind} ({level})" if level else block.kind] += n_compared
                 worst = max(worst, difference)
                 if not level and n_compared:
                     kept.append(rows)
         complaint = self._together(kept) if kept and is_row_wise else ""
-        return Equal({kind: count for kind, count in counts.items() if count}, worst, complaint)
+        return ComparisonOutcome({kind: count for kind, count in counts.items() if count}, worst, complaint)
 
     def _raw_blocks(self) -> Iterator[Block]:
         made = hard_rows.of_raw(self._tensors, self._preprocessor.rows, self._specs)
@@ -151,15 +151,14 @@ class Comparison:
         """How many rows were compared, the largest difference, the complaint, and the rows."""
         if block.kind in FAR_KINDS:
             block = self._determined(block, original)
-        expected, answered = _answered(original, block.arrays, Exception)
+        expected, answered, _ = _answered(original, block.arrays, Exception)
         rows = tuple(array[answered] for array in block.arrays)
         if not len(answered):
             return 0, 0.0, "", rows
-        found, places = _answered(split, rows, SplitserveError)
+        found, places, refused = _answered(split, rows, SplitserveError)
         if len(places) < len(answered):
             if block.kind != "infinite":
-                lost = answered[min(set(range(len(answered))) - set(places.tolist()))]
-                return 0, 0.0, f"the split refuses a row that the pipeline answers: {block.shown[lost]} ({block.kind})", rows
+                return 0, 0.0, _refusal(block, answered, refused), rows
             expected = {name: want[places] for name, want in expected.items()}
             answered, rows = answered[places], tuple(array[places] for array in rows)
             if not len(answered):
@@ -169,7 +168,7 @@ class Comparison:
             complaint = self._with_row(complaint, block, answered, found, expected)
         return len(answered), difference, complaint, rows
 
-    def _with_row(self, complaint: str, block: Block, answered: Array, found: Answer, expected: Answer) -> str:
+    def _with_row(self, complaint: str, block: Block, answered: Array, found: Outputs, expected: Outputs) -> str:
         """The complaint with what is special about its row."""
         for place, row in enumerate(answered.tolist()):
             have, want = ({name: values[place : place + 1] for name, values in side.items()} for side in (found, expected))
@@ -178,15 +177,15 @@ class Comparison:
         return complaint
 
     def _determined(self, block: Block, original: Answering) -> Block:
-        """Without rows that the pipeline itself answers otherwise when their numbers move by a few units in the last place."""
+        """Without rows that the pipeline itself answers differently when their numbers move by a few units in the last place."""
         kept = np.ones(block.n_rows, bool)
-        want, answered = _answered(original, block.arrays, Exception)
+        want, answered, _ = _answered(original, block.arrays, Exception)
         if not len(answered):
             return block
         rows = tuple(array[answered] for array in block.arrays)
         for sign in (1, -1):
             moved = tuple(_moved(array, sign) for array in rows)
-            have, places = _answered(original, moved, Exception)
+            have, places, _ = _answered(original, moved, Exception)
             for place, row in enumerate(places.tolist()):
                 one = {name: values[place : place + 1] for name, values in have.items()}
                 other = {name: values[row : row + 1] for name, values in want.items()}
@@ -219,19 +218,19 @@ class Comparison:
     def _rows(self, arrays: tuple[Array, ...]) -> Any:
         return to_rows(self._preprocessor.rows, self._specs, self._tensors_of(arrays))
 
-    def _by_pipeline(self, arrays: tuple[Array, ...]) -> Answer:
+    def _by_pipeline(self, arrays: tuple[Array, ...]) -> Outputs:
         rows = self._rows(arrays)
         features = self._transforms.transform(rows) if self._transforms is not None else rows
         return expected_answer(self._last, features, self._targets)
 
-    def _by_split(self, arrays: tuple[Array, ...]) -> Answer:
+    def _by_split(self, arrays: tuple[Array, ...]) -> Outputs:
         features = self._preprocessor.runtime.transform(self._tensors_of(arrays))
         return {tensor.name: to_array(tensor) for tensor in self._predictor.runtime.infer(features)}
 
-    def _by_estimator(self, arrays: tuple[Array, ...]) -> Answer:
+    def _by_estimator(self, arrays: tuple[Array, ...]) -> Outputs:
         return expected_answer(self._estimator, arrays[0].astype(np.float64), self._targets)
 
-    def _by_predictor(self, arrays: tuple[Array, ...]) -> Answer:
+    def _by_predictor(self, arrays: tuple[Array, ...]) -> Outputs:
         features = arrays[0].astype(DTYPES[self._output.datatype])
         self._preprocessor.runtime.check_values(features)
         tensor = from_array(self._predictor.runtime.inputs[0].name, features)
@@ -246,37 +245,51 @@ def _moved(array: Array, sign: int) -> Array:
     return moved
 
 
-def _answered(answer: Answering, arrays: tuple[Array, ...], refusals: type[Exception]) -> tuple[Answer, Array]:
-    """The answers to the rows that are not refused, and the numbers of these rows.
+def _refusal(block: Block, answered: Array, refused: Mapping[int, str]) -> str:
+    """The complaint about the first row of ``answered`` that the split refused."""
+    place = min(refused)
+    return f"the split refuses a row that the pipeline answers ({block.kind}: {block.shown[answered[place]]}): {refused[place]}"
 
-    Rows are halved to find those that are refused; if a few that are spread evenly all are, no more is tried.
+
+def _answered(answer: Answering, arrays: tuple[Array, ...], refusals: type[Exception]) -> tuple[Outputs, Array, dict[int, str]]:
+    """The answers to the rows that are not refused, the numbers of these rows, and why rows were refused alone.
+
+    Rows are halved to find those that are refused; if `_N_TRIED` evenly spread rows are all refused, so are the others, without
+    being tried.
     """
     n_rows = len(arrays[0])
-    parts: list[tuple[Array, Answer]] = []
+    parts: list[tuple[Array, Outputs]] = []
+    refused: dict[int, str] = {}
     if n_rows:
-        _halve(answer, arrays, np.arange(n_rows), refusals, parts)
+        _halve(answer, arrays, np.arange(n_rows), refusals, parts, refused)
     if not parts:
-        return {}, np.array([], np.int64)
+        return {}, np.array([], np.int64), refused
     rows = np.concatenate([rows for rows, _ in parts])
-    return {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}, rows
+    return {name: np.concatenate([part[name] for _, part in parts]) for name in parts[0][1]}, rows, refused
 
 
 def _halve(
-    answer: Answering, arrays: tuple[Array, ...], rows: Array, refusals: type[Exception], parts: list[tuple[Array, Answer]]
+    answer: Answering,
+    arrays: tuple[Array, ...],
+    rows: Array,
+    refusals: type[Exception],
+    parts: list[tuple[Array, Outputs]],
+    refused: dict[int, str],
 ) -> None:
     try:
         with np.errstate(all="ignore"):
             parts.append((rows, answer(tuple(array[rows] for array in arrays))))
             return
-    except refusals:
+    except refusals as error:
         if len(rows) == 1:
+            refused[int(rows[0])] = str(error)
             return
     if len(rows) > 2 * _N_TRIED:
         tried = [rows[index] for index in samples.spread(len(rows), _N_TRIED)]
-        alone: list[tuple[Array, Answer]] = []
+        alone: list[tuple[Array, Outputs]] = []
         for row in tried:
-            _halve(answer, arrays, np.array([row]), refusals, alone)
+            _halve(answer, arrays, np.array([row]), refusals, alone, refused)
         if not alone:
             return
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        _halve(answer, arrays, half, refusals, parts)
+        _halve(answer, arrays, half, refusals, parts, refused)

@@ -19,8 +19,8 @@ from splitserve.arrays import Array, to_array
 from splitserve.publishing import as_served, samples
 from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
 from splitserve.publishing.category_columns import coded
-from splitserve.publishing.convert import names_of, to_onnx
-from splitserve.publishing.equality import Comparison
+from splitserve.publishing.convert import Names, names_of, to_onnx
+from splitserve.publishing.equality import HardRowComparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
 from splitserve.publishing.halves import N_PROBED, PredictorHalf, PreprocessorHalf, repository_at, said_of_golden
@@ -128,20 +128,9 @@ def publish(
         raise PublishError(f"the last step, {type(estimator).__name__}, {reason}")
     with Progress(name, time_limit_s) as progress:
         as_served.start()
-        proven = _proven(
-            pipeline,
-            X,
-            name=name,
-            input_name=input_name,
-            tolerance=tolerance,
-            trusted_modules=trusted_modules,
-            allow_pickle=allow_pickle,
-            row_wise=row_wise,
-            golden=golden,
-            targets=targets,
-            origin=origin,
-            progress=progress,
-        )
+        original = _original(pipeline, X, targets, progress)
+        options = _Options(name, input_name, tolerance, trusted_modules, allow_pickle, row_wise, golden, targets, origin)
+        proven = _proven(original, options, progress)
     n_hard = sum(proven.hard_rows.values())
     compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES)
     target, half = repository_at(repository), proven.preprocessor
@@ -172,116 +161,145 @@ class _Proven(msgspec.Struct, frozen=True):
     worst: float
 
 
-def _proven(
-    pipeline: Pipeline,
-    X: Any,
-    *,
-    name: str,
-    input_name: str,
-    tolerance: float,
-    trusted_modules: Sequence[str],
-    allow_pickle: bool,
-    row_wise: bool,
-    golden: Any,
-    targets: Sequence[str],
-    origin: str,
-    progress: Progress,
-) -> _Proven:
-    """The halves of a pipeline, at the first precision at which they answer as it does.
+class _Options(msgspec.Struct, frozen=True):
+    """The arguments of `publish` that decide what the halves are and how they are compared."""
 
-    Raises:
-        PublishError: there is none, or a service could not load them.
-    """
-    estimator = pipeline.steps[-1][1]
+    name: str
+    input_name: str
+    tolerance: float
+    trusted_modules: Sequence[str]
+    allow_pickle: bool
+    row_wise: bool
+    golden: Any
+    targets: Sequence[str]
+    origin: str
+
+
+class _Original(msgspec.Struct, frozen=True):
+    """A pipeline that is split: what each half is made from, rows of ``X``, and its answers to some of them, ``checked``."""
+
+    pipeline: Pipeline
+    transformer: Any
+    estimator: Any
+    names: Names
+    rows: Any
+    checked: Any
+    expected: Mapping[str, Array]
+
+
+def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Progress) -> _Original:
     progress.step("the pipeline's own answers")
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
-        inner = coded(estimator, _first_features(transformer, rows))
+        inner = coded(pipeline.steps[-1][1], _first_features(transformer, rows))
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
-        estimator = inner.estimator
-        named = names_of(estimator, targets)
+        names = names_of(inner.estimator, targets)
         expected = expected_answer(pipeline, checked, targets)
     except NotConvertible as error:
         raise PublishError(str(error)) from error
+    return _Original(pipeline, transformer, inner.estimator, names, rows, checked, expected)
 
+
+def _proven(original: _Original, options: _Options, progress: Progress) -> _Proven:
+    """The halves at the first precision at which they answer as the pipeline does.
+
+    Raises:
+        PublishError: there is none, or a service could not load them.
+    """
     complaints: list[str] = []
     for precision in ("FP32", "FP64"):
         try:
-            progress.step(f"transforms at {precision}")
-            preprocessor = preprocessor_half(
-                transformer,
-                rows,
-                name=name,
-                input_name=input_name,
-                output_name=INPUT_NAME,
-                precision=precision,
-                all_as_floats=True,
-                trusted_modules=trusted_modules,
-                allow_pickle=allow_pickle,
-                refuses=_refuses(estimator),
-                is_row_wise=row_wise,
-                golden=golden,
-                labels=named.labels,
-                output_labels=named.output_labels,
-                origin=origin,
-            )
-            progress.step(f"conversion at {precision}")
-            try:
-                model = to_onnx(estimator, _n_features(preprocessor), input_name=INPUT_NAME, precision=precision, targets=targets)
-            except NotConvertible as error:
-                complaints.append(str(error) if not complaints else f"at {precision}, {error}")
-                break
-            features = {tensor.name: to_array(tensor) for tensor in preprocessor.golden.outputs}
-            predictor = predictor_half(
-                model.SerializeToString(),
-                features,
-                name=name,
-                labels=named.labels,
-                output_labels=named.output_labels,
-                origin=origin,
-                meaning=meaning_of(transformer),
-                rows=preprocessor.golden.inputs,
-                is_row_wise=row_wise,
-                probed=_features(preprocessor, checked),
-                source=preprocessor.manifest.golden,
-            )
-            progress.step(f"rows of X at {precision}")
-            scales = scales_of(expected)
-            found = split_answer(preprocessor, predictor, checked)
-            worst, complaint = compare(found, expected, tolerance, precision=precision, scales=scales)
-            if not complaint:
-                tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, checked)
-                comparison = Comparison(
-                    pipeline,
-                    preprocessor,
-                    predictor,
-                    transformer,
-                    estimator,
-                    tensors,
-                    targets=targets,
-                    tolerance=tolerance,
-                    scales=scales,
-                    tick=partial(_hard_step, progress, precision),
-                )
-                equal = comparison.run(is_row_wise=row_wise)
-                worst, complaint = max(worst, equal.worst), equal.complaint
-            if not complaint:
-                progress.step("loading as a service does")
-                as_served.check(
-                    preprocessor,
-                    predictor,
-                    trusted_modules=trusted_modules,
-                    allow_pickle=allow_pickle,
-                    inputs=preprocessor.golden.inputs,
-                )
-                return _Proven(preprocessor, predictor, len(checked), equal.hard_rows, worst)
-            complaints.append(f"at {precision}, {complaint}")
-        except PublishError as error:
+            found = _at_precision(original, options, precision, progress)
+        except (NotConvertible, PublishError) as error:
             raise PublishError("; ".join([*complaints, f"at {precision}, {error}"]) if complaints else str(error)) from error
+        if isinstance(found, _Proven):
+            return found
+        complaints.append(f"at {precision}, {found}")
     raise PublishError("; ".join(complaints))
+
+
+def _at_precision(original: _Original, options: _Options, precision: str, progress: Progress) -> _Proven | str:
+    """The halves at one precision, or how they differ from the pipeline.
+
+    Raises:
+        NotConvertible: the estimator has no ONNX form.
+        PublishError: a half cannot be made, or a service could not load it.
+    """
+    progress.step(f"transforms at {precision}")
+    preprocessor = _preprocessor_of(original, options, precision)
+    progress.step(f"conversion at {precision}")
+    predictor = _predictor_of(original, options, preprocessor, precision)
+    progress.step(f"rows of X at {precision}")
+    scales = scales_of(original.expected)
+    answers = split_answer(preprocessor, predictor, original.checked)
+    worst, complaint = compare(answers, original.expected, options.tolerance, precision=precision, scales=scales)
+    if complaint:
+        return complaint
+    comparison = HardRowComparison(
+        original.pipeline,
+        preprocessor,
+        predictor,
+        original.transformer,
+        original.estimator,
+        to_tensors(preprocessor.rows, preprocessor.manifest.inputs, original.checked),
+        targets=options.targets,
+        tolerance=options.tolerance,
+        scales=scales,
+        tick=partial(_hard_step, progress, precision),
+    )
+    outcome = comparison.run(is_row_wise=options.row_wise)
+    if outcome.complaint:
+        return outcome.complaint
+    progress.step("loading as a service does")
+    as_served.check(
+        preprocessor,
+        predictor,
+        trusted_modules=options.trusted_modules,
+        allow_pickle=options.allow_pickle,
+        inputs=preprocessor.golden.inputs,
+    )
+    return _Proven(preprocessor, predictor, len(original.checked), outcome.hard_rows, max(worst, outcome.worst))
+
+
+def _preprocessor_of(original: _Original, options: _Options, precision: str) -> PreprocessorHalf:
+    return preprocessor_half(
+        original.transformer,
+        original.rows,
+        name=options.name,
+        input_name=options.input_name,
+        output_name=INPUT_NAME,
+        precision=precision,
+        all_as_floats=True,
+        trusted_modules=options.trusted_modules,
+        allow_pickle=options.allow_pickle,
+        refuses=_refuses(original.estimator),
+        is_row_wise=options.row_wise,
+        golden=options.golden,
+        labels=original.names.labels,
+        output_labels=original.names.output_labels,
+        origin=options.origin,
+    )
+
+
+def _predictor_of(original: _Original, options: _Options, half: PreprocessorHalf, precision: str) -> PredictorHalf:
+    """The predictor whose golden inputs are the golden features of the preprocessor ``half``."""
+    model = to_onnx(original.estimator, _n_features(half), input_name=INPUT_NAME, precision=precision, targets=options.targets)
+    return predictor_half(
+        model.SerializeToString(),
+        {tensor.name: to_array(tensor) for tensor in half.golden.outputs},
+        name=options.name,
+        labels=original.names.labels,
+        output_labels=original.names.output_labels,
+        origin=options.origin,
+        meaning=meaning_of(original.transformer),
+        rows=half.golden.inputs,
+        is_row_wise=options.row_wise,
+        probed=_features(half, original.checked),
+        source=half.manifest.golden,
+    )
 
 
 def _hard_step(progress: Progress, precision: str, kind: str) -> None:
@@ -315,7 +333,10 @@ def _n_features(half: PreprocessorHalf) -> int:
 
 
 def _refuses(estimator: Any) -> Literal["", "inf", "nan"]:
-    """What scikit-learn would not have let the estimator take, found by trying; tags tell it of the validating ones only."""
+    """Which values ``predict`` rejects: "nan" (NaN and infinity), "inf" (infinity) or "" (neither).
+
+    Found by calling it: the tags of estimators that do not validate say nothing.
+    """
     if not hasattr(estimator, "n_features_in_"):
         return "inf" if get_tags(estimator).input_tags.allow_nan else "nan"
 

@@ -110,7 +110,7 @@ def preprocessor_half(
     direct = from_array(output.name, features, output.datatype)
     manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(proof.outputs))
     if worst := goldens.worst_difference((direct,), proof.outputs, manifest.tolerances):
-        raise PublishError(f"the transforms answer otherwise when they are loaded from disk: {worst}")
+        raise PublishError(f"the transforms answer differently when they are loaded from disk: {worst}")
     if manifest.is_row_wise:
         probed = samples.take(data, samples.spread(len(data), N_PROBED))
         check_row_wise(runtime.transform, to_tensors(rows, inputs, probed))

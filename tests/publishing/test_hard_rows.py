@@ -18,6 +18,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from splitserve import PublishError, publish
 from splitserve.arrays import from_array, to_array
+from splitserve.publishing import from_pipeline
 from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.estimators import trees
 from splitserve.publishing.hard_rows import N_A_KIND, HardRows, feature_thresholds, splits_of
@@ -200,6 +201,17 @@ def test_a_wrong_conversion_is_refused_with_the_row_that_shows_it(
         publish(pipeline, rows, name="m", repository=tmp_path)
 
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_row_that_only_the_split_refuses_is_shown_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the manifest says that a tree, which takes missing values, does not."""
+    monkeypatch.setattr(from_pipeline, "_refuses", lambda _: "nan")
+    rows = pipelines.numbers(100, 0).astype(np.float32)
+    pipeline = make_pipeline(DecisionTreeClassifier(max_depth=2)).fit(rows, pipelines.two(rows))
+
+    message = r"that the pipeline answers \(missing: .* = nan\): .*the features contain a missing or infinite value"
+    with pytest.raises(PublishError, match=message):
+        publish(pipeline, rows, name="m", repository=tmp_path)
 
 
 FLOAT64: dict[str, tuple[Any, Any, Any]] = {

@@ -20,7 +20,7 @@ _ACTIVATIONS = {
 }
 
 
-class Perceptron(Form):
+class MultiLayerPerceptron(Form):
     @cached_property
     def outputs(self) -> Value:
         """(n_rows, n_outputs) of the last layer."""
@@ -33,14 +33,14 @@ class Perceptron(Form):
 
 
 @converts("sklearn.MLPRegressor")
-class PerceptronRegressor(Perceptron, Regressor):
+class MultiLayerPerceptronRegressor(MultiLayerPerceptron, Regressor):
     @cached_property
     def predict(self) -> Value:
         return self.outputs
 
 
 @converts("sklearn.MLPClassifier")
-class PerceptronClassifier(Perceptron):
+class MultiLayerPerceptronClassifier(MultiLayerPerceptron):
     @cached_property
     def targets(self) -> Sequence[Form]:
         if self.estimator._label_binarizer.y_type_ != "multilabel-indicator":

@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from splitserve.publishing.boosting.options import OPTIONS, Option
-from splitserve.publishing.convert import answers_of, to_onnx
+from splitserve.publishing.convert import outputs_of, to_onnx
 from splitserve.publishing.errors import NotConvertible
 from tests.publishing.boosting.cases import CASES
 from tests.publishing.boosting.hard import hard_rows
@@ -46,7 +46,7 @@ def test_a_supported_option_is_equal(option: Option) -> None:
 
     found = run(model, hard)
 
-    for answer in answers_of(estimator):
+    for answer in outputs_of(estimator):
         want = answer.expected(estimator, hard)
         have = found[answer.name].reshape(want.shape)
         if want.dtype.kind in "OUSbiu":
@@ -83,7 +83,7 @@ def test_another_option_is_refused(option: Option) -> None:
     estimator, rows = CASES[option.library, option.choice]()
 
     with pytest.raises(NotConvertible, match=r"has no ONNX form.*(use|fit|encode|MultiOutputClassifier)") as refused:
-        answers_of(estimator)
+        outputs_of(estimator)
         to_onnx(estimator, rows.shape[1], input_name="features", precision="FP64")
 
     words = [_NAMES[option.choice]] if option.choice in _NAMES else option.choice.replace("=", " ").split()

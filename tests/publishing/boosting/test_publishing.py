@@ -24,7 +24,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from splitserve import PublishError, publish
 from splitserve.publishing.boosting import boosted, catboost, lightgbm, xgboost
-from splitserve.publishing.convert import answers_of, to_onnx
+from splitserve.publishing.convert import outputs_of, to_onnx
 from tests.publishing.boosting.cases import NAMES, REAL, ROWS, THREE, TWO, WHOLE
 from tests.publishing.boosting.test_options import run
 from tests.publishing.test_publishing import answer
@@ -129,7 +129,7 @@ def assert_equal(estimator: Any) -> None:
     """On rows of training, and on others with and without repetitions."""
     rows = np.concatenate([WHOLE, np.random.default_rng(2).normal(size=(200, WHOLE.shape[1])) * 3, WHOLE[:3]])
     found = run(to_onnx(estimator, rows.shape[1], input_name="features", precision="FP64").SerializeToString(), rows)
-    for answer_ in answers_of(estimator):
+    for answer_ in outputs_of(estimator):
         want, have = answer_.expected(estimator, rows), found[answer_.name]
         if want.dtype.kind == "f":
             np.testing.assert_allclose(have.reshape(want.shape), want, rtol=0, atol=1e-6)
