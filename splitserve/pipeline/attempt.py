@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import splitserve
 from splitserve.pipeline.context import Context, StepFailed
 from splitserve.pipeline.declaration import Pipeline, Step
-from splitserve.pipeline.dependencies import file_of, root_of
+from splitserve.pipeline.dependencies import file_of, locked_versions, root_of
 from splitserve.pipeline.digests import digest_of_file
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Attempt:
             "module": pipeline.module_of(module),
             "function": function,
             "parameters": values,
+            "locked": locked_versions(pipeline.path(step.lock)) if step.lock else [],
             "files": files,
             "inputs": str(inputs),
             "outputs": str(outputs),

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 
 from splitserve.pipeline.context import Context, StepFailed
+from splitserve.pipeline.environment import differences
 
 EXIT_FAILED, EXIT_CRASHED = 3, 4
 """Exit codes: the step raised `StepFailed`; it raised something else. In both cases the call's ``error`` file says what."""
@@ -24,6 +25,9 @@ EXIT_FAILED, EXIT_CRASHED = 3, 4
 def main() -> int:
     call = json.loads(Path(sys.argv[1]).read_text())
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    if differing := differences(call["locked"]):
+        shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        print(f"{call['step']}: warning: the environment is not that of the lock: {shown}", flush=True)
     scratch = Path(call["scratch"])
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / "lock").open("w") as lock:

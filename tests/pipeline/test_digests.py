@@ -15,6 +15,7 @@ from splitserve.pipeline.context import Checkpoints, Context, StepFailed
 from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
 from splitserve.pipeline.dependencies import changes, locked_versions
 from splitserve.pipeline.digests import NotPlainData, canonical, digest_of
+from splitserve.pipeline.environment import differences
 from splitserve.pipeline.registry import beats
 from splitserve.pipeline.sources import SourceError, Sources
 
@@ -65,6 +66,13 @@ def test_a_lock_is_its_versions_and_not_its_hashes(tmp_path: Path):
     assert locked_versions(lock) == ["a==1 ; python_version < '4'", "b==2"]
     with pytest.raises(DeclarationError, match=r"none\.txt"):
         locked_versions(tmp_path / "none.txt")
+
+
+def test_an_environment_that_is_not_the_locks_is_told():
+    """Missing packages and other versions; what is for other environments does not count."""
+    version = np.__version__
+    lock = [f"numpy=={version}", "numpy==1.0", "no-such-package==1", "no-such-package==1 ; python_version < '3'"]
+    assert differences(lock) == [f"numpy {version} instead of ==1.0", "no no-such-package"]
 
 
 def write_modules(folder: Path, **modules: str) -> Sources:
