@@ -334,7 +334,9 @@ def _simple_imputer(imputer: Any, layout: Layout) -> tuple[Step, Layout]:
         return _text_imputer(imputer, select), block
     if block.dtype.kind != "f" or imputer._fit_dtype != block.dtype:
         raise _NotPlanned
-    fills = fills.astype(imputer._fill_dtype).astype(block.dtype)
+    fills = fills.astype(getattr(imputer, "_fill_dtype", fills.dtype)).astype(
+        block.dtype
+    )  # scikit-learn 1.6 has no such attribute
 
     def run(values: Any) -> Array:
         X: Array = select(values)

@@ -34,6 +34,7 @@ from splitserve.publishing.halves import PreprocessorHalf
 from splitserve.publishing.preprocessor_half import preprocessor_half
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import Compiled
+from splitserve.runtimes.plan import plan_of
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor
@@ -213,6 +214,13 @@ def arrays(draw: st.DrawFn, like: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         elements = st.sampled_from([*like.ravel().tolist(), "", "never seen"])
         return draw(hnp.arrays(object, shape, elements=elements))
     return draw(hnp.arrays(like.dtype, shape, elements=numbers(like.dtype)))
+
+
+def test_an_imputer_of_scikit_learn_1_6_has_a_plan() -> None:
+    """It does not record the datatype of its fill values."""
+    half = published(SimpleImputer(), GAPPY)
+    del half.runtime.transformer._fill_dtype
+    assert plan_of(half.runtime.transformer, half.manifest.rows, half.manifest.inputs) is not None
 
 
 @pytest.mark.parametrize("name", PLANNED)
