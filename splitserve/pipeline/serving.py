@@ -57,19 +57,22 @@ class RunningSystem:
 def running(models: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[RunningSystem]:
     """Predict, preprocess and proxy on free ports of this machine, by ``splitserve up``; stopped at the end.
 
-    Their log is in ``services.log`` beside the models; its last lines are part of the error if they do not start.
+    They run without jobs. Their log, ``services.log``, is beside the models; its last lines are part of the error if they do not
+    start.
 
     Raises:
         StepFailed: they do not start.
     """
     http, grpc, preprocess, predict = _free_ports(4)
     command = [sys.executable, "-c", _START, "up", "--repository", str(models), "--http-port", str(http)]
-    command += ["--grpc-port", str(grpc), "--preprocess-port", str(preprocess), "--predict-port", str(predict)]
+    command += ["--grpc-port", str(grpc), "--preprocess-port", str(preprocess), "--predict-port", str(predict), "--no-jobs"]
     log = models.parent / "services.log"
-    ignored = ("PROXY_", "PREPROCESS_", "PREDICT_", "MODEL_")
+    ignored = ("JOBS_", "PROXY_", "PREPROCESS_", "PREDICT_", "MODEL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}
     with log.open("wb") as output, ExitStack() as stack:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=models.parent, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
         stack.callback(_stop, process)
         clients = {
             "rest": stack.enter_context(closing(Client(f"http://127.0.0.1:{http}"))),

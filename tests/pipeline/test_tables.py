@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from splitserve.cli import app
 from splitserve.pipeline.index import Index
+from splitserve.pipeline.new import TEMPLATES
 from splitserve.repository.folder import Repository
 from splitserve.repository.releases import ReleaseReader
 from tests.folders import MadeOnce
@@ -72,6 +73,13 @@ def test_the_example_ends_with_a_registered_release(folder: Path, index: Index):
     assert str(release.pair) == "1.1"
     built = {path.removeprefix("models/"): digest for path, digest in index.last("build").outputs.items()}
     assert json.loads(version.tags["splitserve.digests"]) == built
+
+
+def test_a_run_writes_nothing_beside_the_pipelines_own_files(folder: Path):
+    """What the evaluated services write goes with the attempt."""
+    copied = {path.name for path in (folder / "birds").iterdir()} - {"__pycache__"}
+    assert copied == {path.name for path in (TEMPLATES / "tables").iterdir()} - {"__pycache__"}
+    assert "jobs" not in copied
 
 
 def test_status_finds_nothing_to_do_from_any_working_directory(folder: Path):
