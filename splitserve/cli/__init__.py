@@ -38,7 +38,7 @@ EnvironmentMismatchOption = Annotated[
 ]
 UnsafePickleOption = Annotated[bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")]
 ModelArgument = Annotated[str, typer.Argument(help="Name of the model.")]
-UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face.")]
+UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face, host:port.")]
 
 
 def main() -> None:
@@ -382,7 +382,7 @@ def submit_job(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")] = False,
     wait_s: Annotated[float | None, typer.Option(help="Wait for so many seconds at most; the job goes on.")] = None,
     key: Annotated[str, typer.Option(help="Idempotency key: the same one with the same rows gives the same job.")] = "",
-    priority: Annotated[int, typer.Option(help="Among jobs: 1, the highest, to 9.")] = 0,
+    priority: Annotated[int, typer.Option(help="Among jobs: 1, the highest, to 9.", show_default="5")] = 0,
     timeout_s: Annotated[float, typer.Option(help="Seconds that an attempt may take; 0: the service's default.")] = 0.0,
     expires_s: Annotated[float, typer.Option(help="Seconds that the job may be queued; 0: any time.")] = 0.0,
     webhook: Annotated[str, typer.Option(help="https URL that is told when the job has ended.")] = "",
@@ -407,7 +407,7 @@ def submit_job(
 def list_jobs(
     url: ClientUrlOption = GRPC_URL,
     model: Annotated[str, typer.Option(help="Only jobs for this model.")] = "",
-    status: Annotated[str, typer.Option(help="Only jobs in this state.")] = "",
+    status: Annotated[str, typer.Option(help="Only jobs that are queued, running, succeeded, failed or cancelled.")] = "",
     limit: Annotated[int, typer.Option(help="How many.")] = 50,
 ) -> None:
     """List jobs, the newest first."""

@@ -15,9 +15,14 @@ _FILES = "SPLITSERVE_CA_FILE, _CERT_FILE, _KEY_FILE or _TOKEN_FILE"
 
 
 def connect(url: str, *, stage: str = "proxy") -> RemoteInference:
-    """Connect to the proxy, or another stage, at ``url``. Invalid files end the process with the reason."""
+    """Connect to the proxy, or another stage, at ``url``. An invalid address or invalid files end the process with the reason."""
+    if url.startswith(("http://", "https://", "grpcs://")):
+        print(f'expected the address of a gRPC face, host:port, got "{url}"', file=sys.stderr)
+        raise SystemExit(2)
     try:
-        return RemoteInference(url, stage=stage, tls=tls.from_environment(), token=tls.token_from_environment())
+        return RemoteInference(
+            url.removeprefix("grpc://"), stage=stage, tls=tls.from_environment(), token=tls.token_from_environment()
+        )
     except (OSError, ValueError) as error:
         print(f"{_FILES}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

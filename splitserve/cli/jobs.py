@@ -16,6 +16,7 @@ from splitserve.cli.connection import client
 from splitserve.cli.infer import print_outputs, reader
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
+from splitserve.oip.v1 import from_instances
 
 if TYPE_CHECKING:
     from splitserve.client import Client, Job
@@ -48,11 +49,15 @@ def submit(
     if (file is None) == (rows is None):
         print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
+    from splitserve.arrays import to_array
+
     read = reader(file, rows)
 
     def act(connection: Client) -> int:
         metadata = connection.metadata(model, version)
-        job = connection.submit(model, _columns(read(metadata), metadata), version=version, **options)
+        inputs = from_instances(read(metadata), metadata).inputs
+        arrays = {tensor.name: to_array(tensor) for tensor in inputs}
+        job = connection.submit(model, arrays, version=version, **options)
         if not is_awaited:
             print(job.id)
             return 0
@@ -61,14 +66,6 @@ def submit(
         return _print_result(connection, job)
 
     return _run(url, act)
-
-
-def _columns(instances: list[Any], metadata: Any) -> Any:
-    """The instances by input: records, or rows of a model's only input."""
-    if instances and all(isinstance(instance, dict) for instance in instances):
-        names = [spec.name for spec in metadata.inputs]
-        return {name: [instance.get(name) for instance in instances] for name in names}
-    return instances
 
 
 def _print_result(connection: Client, job: Job) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
-from splitserve.jobs.records import Delivered, Job, JobCaller, JobError, Status, Webhook
+from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, Status, Webhook
 
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -49,7 +49,7 @@ def encode_status(status: str) -> Any:
     try:
         return pb.JobStatus.Value(_STATUS_PREFIX + (status.upper() or "UNSPECIFIED"))
     except ValueError:
-        raise InvalidInput(f'status: "{status[:32]}" is unknown') from None
+        raise InvalidInput(f'status: expected one of {", ".join((*ACTIVE, *FINISHED))}, got "{status[:32]}"') from None
 
 
 def decode_status(value: int) -> str:

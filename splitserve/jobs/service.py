@@ -221,7 +221,7 @@ class JobQueue:
             ("expires", submission.expires_s, rules.max_expires_s),
         ):
             if not 0 <= value <= limit:
-                raise InvalidInput(f"{name}: expected up to {limit:g} seconds, got {value:g}")
+                raise InvalidInput(f"{name}: expected 0 to {limit:.15g} seconds, got {value:.15g}")
         if len(submission.key) > MAX_KEY_LENGTH or not submission.key.isprintable():
             raise InvalidInput(f"idempotency key: expected up to {MAX_KEY_LENGTH} printable characters")
         if submission.webhook is not None:

@@ -405,6 +405,14 @@ def test_infer_requires_rows() -> None:
     assert neither.output == both.output == "expected a file or --rows, got both or neither\n"
 
 
+def test_a_rest_address_is_no_grpc_address() -> None:
+    """Of the commands that speak gRPC only; a port that answers in HTTP/1.1 would look like one that is away."""
+    result = run("health", "--url", "http://127.0.0.1:8000")
+
+    assert result.exit_code == 2
+    assert 'expected the address of a gRPC face, host:port, got "http://127.0.0.1:8000"' in result.output
+
+
 async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
     """Exit status 1 only if nothing is ready."""
     service = echo_service()

@@ -183,6 +183,29 @@ async def test_the_commands_submit_list_show_fetch_and_cancel(system, capsys):
     assert "there is no job" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [({"y": [1.0, 2.0]}, 'instance 0: missing "x"'), ({"x": [1.0, 2.0], "y": 3.0}, 'instance 0: unknown "y", expected "x"')],
+    ids=["missing", "unknown"],
+)
+async def test_the_command_submits_no_other_columns_than_the_models(system, capsys, record, message):
+    """As ``splitserve infer``: a column that is forgotten or misspelled is an error, and no missing value."""
+    options: dict[str, Any] = {"url": system.grpc_url, "version": "", "options": {}, "is_awaited": True, "wait_s": 25}
+    status = await asyncio.to_thread(commands.submit, "echo", None, rows=json.dumps([record]), **options)
+
+    assert status == 1
+    assert message in capsys.readouterr().err
+
+
+async def test_the_command_names_the_statuses_to_list(system, capsys):
+    """Where it is asked for one that does not exist."""
+    status = await asyncio.to_thread(commands.list_jobs, system.grpc_url, model="", status="done", limit=5)
+
+    assert status == 1
+    expected = 'status: expected one of queued, running, succeeded, failed, cancelled, got "done"'
+    assert expected in capsys.readouterr().err
+
+
 async def test_a_backup_has_every_job_that_was_acknowledged(tmp_path, capsys):
     """It is made while the service runs. Restored, it has those jobs and not what was written afterwards."""
     folder, copy = tmp_path / "jobs", tmp_path / "copy"
