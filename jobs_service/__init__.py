@@ -1,1 +1,1 @@
-"""The jobs service: durable asynchronous inference. Stores jobs and works them off through the proxy."""
+"""The jobs service: durable asynchronous inference. Stores jobs and runs them through the proxy."""

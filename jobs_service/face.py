@@ -88,7 +88,7 @@ class JobsFace:
             model=message.request.model_name,
             version=message.request.model_version,
             request=message.request.SerializeToString(),
-            form=message.form,
+            rendering=message.rendering,
             key=message.idempotency_key,
             fingerprint=message.fingerprint,
             priority=message.priority,
@@ -107,7 +107,7 @@ class JobsFace:
     async def _result(self, data: bytes, call: ServerCall) -> bytes:
         message = parse(pb.GetJobResultRequest, data)
         result = await self._queue.result(protobuf.decode_caller(call.metadata), message.id)
-        answer = pb.GetJobResultResponse(job=protobuf.encode_job(result.job), form=result.form)
+        answer = pb.GetJobResultResponse(job=protobuf.encode_job(result.job), rendering=result.rendering)
         answer.answer.ParseFromString(result.answer)
         return _bytes(answer)
 

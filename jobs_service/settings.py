@@ -66,8 +66,8 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     """Seconds that an idempotency key is remembered."""
 
     max_attempts: int = Field(8, ge=1)
-    """Attempts to answer a job that fails for the system's sake. Those that end because of a restart, of 429, or because the
-    proxy is away do not count."""
+    """Maximum number of attempts at a job whose failures are the system's (unavailable, deadline, not loaded), not its content's.
+    Attempts that end because of a restart, a 429 or an unreachable proxy do not count."""
 
     lease_s: float = Field(10.0, gt=0)
     """Seconds without a heartbeat after which a worker's jobs are given to another one."""

@@ -6,7 +6,6 @@ A verb that is not listed here is allowed to operators only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,6 +13,7 @@ import msgspec
 from splitserve.errors import PermissionDenied, Unauthenticated
 from splitserve.oip.messages import ON_BEHALF_OF, InferRequest, InferResponse, ModelMetadata, ModelState, OnAnswer
 from splitserve.oip.pending import Pending
+from splitserve.oip.permission import is_permitted, not_permitted
 from splitserve.server.callers import NOBODY, Caller, current
 from splitserve.versions import Pair
 
@@ -35,7 +35,7 @@ def check_model(model: str) -> None:
     Unauthenticated, PermissionDenied: the caller may not call the model.
     """
     if not _authenticated_caller().may_call(model):
-        raise PermissionDenied(f'no permission to call a model "{model[:64]}"', model=model[:128])
+        raise not_permitted(model)
 
 
 def _check_operator() -> None:
@@ -61,8 +61,8 @@ class Guard:
         if ON_BEHALF_OF not in request.parameters:
             return request
         models = self._models_of(str(request.parameters[ON_BEHALF_OF]))
-        if models is not None and not any(fnmatchcase(request.model, pattern) for pattern in models):
-            raise PermissionDenied(f'no permission to call a model "{request.model[:64]}" any more', model=request.model[:128])
+        if models is not None and not is_permitted(models, request.model):
+            raise not_permitted(request.model, any_more=True)
         parameters = {name: value for name, value in request.parameters.items() if name != ON_BEHALF_OF}
         return msgspec.structs.replace(request, parameters=parameters)
 

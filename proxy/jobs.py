@@ -27,7 +27,7 @@ from splitserve.server.grpc_face import MoreMethods
 from splitserve.wire.grpc.call import ServerCall
 
 
-class Form(msgspec.Struct, frozen=True, omit_defaults=True):
+class Rendering(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the answer of a job is rendered over REST: what `splitserve.oip.rest` and `v1` need of its request."""
 
     api: str = "v2"
@@ -36,8 +36,8 @@ class Form(msgspec.Struct, frozen=True, omit_defaults=True):
     parameters: dict[str, Parameter] = {}
 
     @classmethod
-    def of(cls, request: InferRequest, *, api: str = "v2", is_columnar: bool = False) -> Form:
-        """The form that a request asks for."""
+    def of(cls, request: InferRequest, *, api: str = "v2", is_columnar: bool = False) -> Rendering:
+        """The rendering that a request asks for."""
         return cls(api, is_columnar, request.outputs, dict(request.parameters))
 
     def request(self, model: str) -> InferRequest:
@@ -112,7 +112,7 @@ class ProxyJobs:
         """
         _ = self._jobs
 
-    async def submit(self, request: InferRequest, form: Form, options: JobOptions) -> Submitted:
+    async def submit(self, request: InferRequest, rendering: Rendering, options: JobOptions) -> Submitted:
         """Bind the request to the release that it gets now, check it, and store it as a job."""
         jobs, caller = self._jobs, self._caller()
         self._limits.check(request)
@@ -123,7 +123,7 @@ class ProxyJobs:
             model=bound.model,
             version=bound.version,
             request=oip.encode_request(bound).SerializeToString(),
-            form=msgspec.json.encode(form),
+            rendering=msgspec.json.encode(rendering),
             key=options.key,
             fingerprint=options.fingerprint,
             priority=options.priority,
@@ -195,7 +195,7 @@ class ProxyJobs:
             webhook=protobuf.decode_webhook(message.webhook) if message.HasField("webhook") else None,
         )
         request = oip.decode_request(message.request, NO_DEADLINE)
-        submitted = await self.submit(request, Form.of(request), options)
+        submitted = await self.submit(request, Rendering.of(request), options)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))
 
     async def _grpc_get(self, data: bytes, call: ServerCall) -> bytes:
@@ -232,7 +232,7 @@ def _meaning(message: Any) -> bytes:
     """The request without its key and without what the proxy sets."""
     copy = pb.SubmitJobRequest()
     copy.CopyFrom(message)
-    for field in ("idempotency_key", "fingerprint", "form"):
+    for field in ("idempotency_key", "fingerprint", "rendering"):
         copy.ClearField(field)
     data: bytes = copy.SerializeToString(deterministic=True)
     return data

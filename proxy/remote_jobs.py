@@ -78,7 +78,7 @@ class RemoteJobs:
             timeout_s=submission.timeout_s,
             expires_s=submission.expires_s,
             fingerprint=submission.fingerprint,
-            form=submission.form,
+            rendering=submission.rendering,
         )
         request.request.ParseFromString(submission.request)
         if submission.webhook is not None:
@@ -93,7 +93,7 @@ class RemoteJobs:
 
     async def result(self, caller: JobCaller, job_id: str) -> JobAnswer:
         answer = await self._call("GetJobResult", caller, pb.GetJobResultRequest(id=job_id))
-        return JobAnswer(protobuf.decode_job(answer.job), answer.answer.SerializeToString(), answer.form)
+        return JobAnswer(protobuf.decode_job(answer.job), answer.answer.SerializeToString(), answer.rendering)
 
     async def delete(self, caller: JobCaller, job_id: str) -> Job:
         return protobuf.decode_job((await self._call("DeleteJob", caller, pb.DeleteJobRequest(id=job_id))).job)

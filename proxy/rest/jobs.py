@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from proxy.jobs import Form, JobOptions, ProxyJobs, fingerprint
+from proxy.jobs import JobOptions, ProxyJobs, Rendering, fingerprint
 from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference
 from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
@@ -23,7 +23,7 @@ _ASYNC = "respond-async"
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _SUBMIT_OPTIONS = frozenset({"priority", "timeout", "expires", "webhook", "webhook_events"})
 _LIST_OPTIONS = frozenset({"model", "status", "limit", "after"})
-_form = msgspec.json.Decoder(Form)
+_rendering = msgspec.json.Decoder(Rendering)
 
 
 def prefers_async(incoming: HttpRequest) -> bool:
@@ -55,10 +55,10 @@ class JobRoutes:
             self._jobs.check_enabled()
             inference = kind(self._rules, request.path, request.incoming, "", lambda _: None)
             decoded = inference.decode_body(request.body)
-            form = Form.of(decoded)
+            rendering = Rendering.of(decoded)
             if isinstance(inference, V1Inference):
-                form = Form(api="v1", is_columnar=inference.is_columnar)
-            submitted = await self._jobs.submit(decoded, form, _options(request, api=form.api))
+                rendering = Rendering(api="v1", is_columnar=inference.is_columnar)
+            submitted = await self._jobs.submit(decoded, rendering, _options(request, api=rendering.api))
             headers = [("location", _path(submitted.job)), ("retry-after", str(RETRY_AFTER_S))]
             if preference:
                 headers.append(("preference-applied", preference))
@@ -75,11 +75,11 @@ class JobRoutes:
     async def result(self, request: RoutedRequest) -> HttpResponse:
         """``GET /v2/jobs/JOB/result``: the body that the inference would have had."""
         result = await self._jobs.result(request.path["job"])
-        form = _form.decode(result.form)
+        rendering = _rendering.decode(result.rendering)
         response = protobuf.decode_response(protobuf.parse(inference_pb2.ModelInferResponse, result.answer))
-        if form.api == "v1":
-            return HttpResponse(200, v1.encode_response(response, is_columnar=form.is_columnar))
-        body, header_length = rest.encode_response(response, form.request(response.model))
+        if rendering.api == "v1":
+            return HttpResponse(200, v1.encode_response(response, is_columnar=rendering.is_columnar))
+        body, header_length = rest.encode_response(response, rendering.request(response.model))
         if header_length is None:
             return HttpResponse(200, body)
         return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))

@@ -139,7 +139,7 @@ class PostgresStore:
         self._is_migrated = False
         self._migrating = asyncio.Lock()
         self._has_news = asyncio.Event()
-        self._look: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None] = lambda: None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> PostgresStore:
@@ -210,8 +210,8 @@ class PostgresStore:
     def announce(self) -> None:
         self._has_news.set()
 
-    def on_announcement(self, look: Callable[[], None]) -> None:
-        self._look = look
+    def on_announcement(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
 
     async def _keep_announcing(self) -> None:
         while True:
@@ -228,9 +228,9 @@ class PostgresStore:
                 connection = await AsyncConnection.connect(self._direct_url, autocommit=True)
                 async with connection:
                     await connection.execute(f"LISTEN {CHANNEL}")
-                    self._look()
+                    self._notify()
                     async for _ in connection.notifies():
-                        self._look()
+                        self._notify()
             await asyncio.sleep(1.0)
 
     # The interface.
@@ -270,12 +270,13 @@ class PostgresStore:
                 return await self._known(cursor, new)
         row = await _one(
             cursor,
-            f"INSERT INTO {_T}.jobs (id, owner, rights, model, version, status, priority, timeout_s, expires, form, request, "
-            "request_ref, webhook) VALUES (%s, %s, %s, %s, %s, 'queued', %s, %s, now() + make_interval(secs => %s), %s, %s, %s, "
+            f"INSERT INTO {_T}.jobs (id, owner, rights, model, version, status, priority, timeout_s, expires, rendering, "
+            "request, request_ref, webhook) "
+            "VALUES (%s, %s, %s, %s, %s, 'queued', %s, %s, now() + make_interval(secs => %s), %s, %s, %s, "
             f"%s) RETURNING {_COLUMNS}",
             (
                 *(new.id, new.owner, encode(new.rights), new.model, new.version, new.priority, new.timeout_s),
-                *(new.expires_s or None, new.form, new.request.data, new.request.ref, encoded(new.webhook)),
+                *(new.expires_s or None, new.rendering, new.request.data, new.request.ref, encoded(new.webhook)),
             ),
         )
         assert row is not None, "an INSERT returns its row"
@@ -303,7 +304,7 @@ class PostgresStore:
         async with self._transaction() as cursor:
             row = await _one(
                 cursor,
-                f"SELECT {_COLUMNS}, form, answer, answer_ref FROM {_T}.jobs WHERE id = %s AND owner = %s",
+                f"SELECT {_COLUMNS}, rendering, answer, answer_ref FROM {_T}.jobs WHERE id = %s AND owner = %s",
                 (job_id, owner),
             )
         return None if row is None else Result(job_of(row[:-3]), row[-3], Payload(row[-2], row[-1]))

@@ -80,14 +80,17 @@ class JobCaller(msgspec.Struct, frozen=True):
 
 
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
-    """A job to store. ``request`` is a ``ModelInferRequest`` that names the release; ``form`` says how its answer is rendered."""
+    """A job to store.
+
+    ``request`` is a ``ModelInferRequest`` that names the release; ``rendering`` is how the proxy renders its answer.
+    """
 
     id: str
     owner: str
     model: str
     version: str
     request: Payload
-    form: bytes = b""
+    rendering: bytes = b""
     rights: Rights = Rights()
     priority: int = DEFAULT_PRIORITY
     timeout_s: float = 300.0
@@ -149,7 +152,7 @@ class Result(msgspec.Struct, frozen=True):
     """The answer of a job that has succeeded: a ``ModelInferResponse``, and how it is rendered."""
 
     job: Job
-    form: bytes
+    rendering: bytes
     answer: Payload
 
 
@@ -182,7 +185,7 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class Retry(msgspec.Struct, frozen=True):
-    """Another attempt, after ``delay_s``. ``error`` None: the attempt does not count (drain, 429, the proxy is away)."""
+    """Another attempt, after ``delay_s``. ``error`` None: the attempt does not count (drain, 429, the proxy is unreachable)."""
 
     lease: Lease
     delay_s: float = 0.0

@@ -52,7 +52,7 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     version: str
     request: bytes
-    form: bytes = b""
+    rendering: bytes = b""
     key: str = ""
     fingerprint: bytes = b""
     priority: int = 0
@@ -66,7 +66,7 @@ class JobAnswer(msgspec.Struct, frozen=True):
 
     job: Job
     answer: bytes
-    form: bytes
+    rendering: bytes
 
 
 class Jobs(Protocol):
@@ -128,7 +128,7 @@ class JobRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobQueue:
-    """Implements `Jobs`. `run` has to run meanwhile: it works jobs off, sweeps, and wakes callers that wait.
+    """Implements `Jobs`. `run` has to run meanwhile: it sweeps, counts, and wakes callers that wait.
 
     Args:
         store: where jobs are.
@@ -154,7 +154,7 @@ class JobQueue:
         self._clock = clock
         self._log = structlog.get_logger()
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
-        self._look = asyncio.Event()
+        self._poll_now = asyncio.Event()
         self._active: dict[str, int] = {}
         """Jobs of each caller that have not ended, at the last count, and those submitted since."""
         self.worker: Worker | None = None
@@ -181,7 +181,7 @@ class JobQueue:
             model=submission.model,
             version=submission.version,
             request=payload,
-            form=submission.form,
+            rendering=submission.rendering,
             priority=submission.priority or DEFAULT_PRIORITY,
             timeout_s=submission.timeout_s or self._rules.timeout_s,
             expires_s=submission.expires_s,
@@ -271,7 +271,7 @@ class JobQueue:
             answer = await self._payloads.read(found.answer)
         except FileNotFoundError:
             raise _unknown(job_id) from None
-        return JobAnswer(job, answer, found.form)
+        return JobAnswer(job, answer, found.rendering)
 
     async def delete(self, caller: JobCaller, job_id: str) -> Job:
         found = await self._store.delete(caller.name, job_id) if JOB_ID.fullmatch(job_id) else None
@@ -302,7 +302,7 @@ class JobQueue:
 
     async def run(self) -> None:
         """Sweep, count, and wake callers that wait, until cancelled."""
-        await asyncio.gather(self._keep_sweeping(), self._keep_looking(), self._keep_removing_strays())
+        await asyncio.gather(self._keep_sweeping(), self._keep_polling(), self._keep_removing_strays())
 
     def ended(self, job_ids: Iterable[str]) -> None:
         """Jobs have ended, or may have: wake those who wait for them."""
@@ -327,18 +327,18 @@ class JobQueue:
         return sum(map(len, self._waiting.values()))
 
     def _announced(self) -> None:
-        self._look.set()
+        self._poll_now.set()
         if self.worker is not None:
             self.worker.wake()
         self.on_webhook()
 
-    async def _keep_looking(self) -> None:
+    async def _keep_polling(self) -> None:
         """Find out which of the jobs that somebody waits for have ended elsewhere."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_INTERVAL_S):
-                    await self._look.wait()
-            self._look.clear()
+                    await self._poll_now.wait()
+            self._poll_now.clear()
             if self._waiting:
                 with contextlib.suppress(SplitserveError):
                     for job_id in await self._store.finished_among(list(self._waiting)):

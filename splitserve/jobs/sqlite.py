@@ -257,11 +257,11 @@ class SqliteStore:
             )
         expires = now + new.expires_s if new.expires_s else 0.0
         connection.execute(
-            "INSERT INTO jobs (id, owner, rights, model, version, status, priority, created, timeout_s, expires, form, request, "
-            "request_ref, webhook) VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO jobs (id, owner, rights, model, version, status, priority, created, timeout_s, expires, rendering, "
+            "request, request_ref, webhook) VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(new.id, new.owner, encode(new.rights), new.model, new.version, new.priority, now, new.timeout_s, expires),
-                *(new.form, new.request.data, new.request.ref, encoded(new.webhook)),
+                *(new.rendering, new.request.data, new.request.ref, encoded(new.webhook)),
             ),
         )  # fmt: skip
         job = Job(
@@ -284,7 +284,7 @@ class SqliteStore:
     async def result(self, owner: str, job_id: str) -> Result | None:
         def read(connection: Connection) -> Result | None:
             row = connection.execute(
-                f"SELECT {_COLUMNS}, form, answer, answer_ref FROM jobs WHERE id = ? AND owner = ?",
+                f"SELECT {_COLUMNS}, rendering, answer, answer_ref FROM jobs WHERE id = ? AND owner = ?",
                 (job_id, owner),
             ).fetchone()
             return None if row is None else Result(job_of(row[:-3]), row[-3], Payload(row[-2], row[-1]))
@@ -354,10 +354,10 @@ class SqliteStore:
         return job_id
 
     def announce(self) -> None:
-        """Nothing: no other process shares the store."""
+        """Does nothing: no other process shares the store."""
 
-    def on_announcement(self, look: Callable[[], None]) -> None:
-        """Nothing."""
+    def on_announcement(self, notify: Callable[[], None]) -> None:
+        """Does nothing: no other process shares the store."""
 
     async def claim(self, worker: str, n: int, lease_s: float) -> Sequence[Claimed]:
         def act(connection: Connection) -> list[Claimed]:

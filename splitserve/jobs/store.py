@@ -34,7 +34,7 @@ from splitserve.jobs.records import (
 )
 
 SWEEP_SIZE = 500
-"""Jobs that one step of a sweep removes at most, so that it holds up nobody."""
+"""Jobs that one step of a sweep removes at most, so that other calls do not wait for it."""
 
 
 class JobStore(Protocol):
@@ -71,11 +71,11 @@ class JobStore(Protocol):
         ...
 
     def announce(self) -> None:
-        """Jobs were queued or have ended: other processes that share the store should look soon. Costs the caller nothing."""
+        """Jobs were queued or have ended: other processes that share the store should poll it soon. Costs the caller nothing."""
         ...
 
-    def on_announcement(self, look: Callable[[], None]) -> None:
-        """Call ``look`` when another process has announced something."""
+    def on_announcement(self, notify: Callable[[], None]) -> None:
+        """Call ``notify`` when another process has announced something."""
         ...
 
     async def claim(self, worker: str, n: int, lease_s: float) -> Sequence[Claimed]:

@@ -1,11 +1,11 @@
-"""Webhooks: which are allowed, how they are signed, and the sender that works the outbox off.
+"""Webhooks: which are allowed, how they are signed, and the sender of what is in the outbox.
 
 1. At submit: https, a host of the allow-list, no credentials in the URL, a secret for the caller.
 2. At every attempt the name is resolved, all of its addresses have to be public, and the connection is made to one of those; the
    certificate is that of the name. Redirects are not followed.
 3. The stored bytes are signed and sent, with every secret of the caller, so that secrets can be replaced.
 4. 2xx is success and 410 the end. Anything else is tried again with backoff for a day; Retry-After is obeyed, within limits.
-5. One receiver gets few deliveries at once, so that a slow one holds up only its own. An attempt has a deadline below its lease.
+5. One receiver gets few deliveries at once, so that a slow one delays only its own. An attempt has a deadline below its lease.
 
 Source: Standard Webhooks 1.0.
 """
@@ -181,7 +181,7 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
 
 
 class WebhookSender:
-    """Works the outbox off while `run` runs.
+    """Sends what is in the outbox until `run` is cancelled.
 
     Args:
         store: where the outbox is.

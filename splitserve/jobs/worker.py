@@ -4,10 +4,10 @@
    grows again with successes.
 2. Leases are renewed by a task of its own, whatever the jobs do. A job whose lease is lost is dropped: what it would write is
    refused.
-3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is away, the group is
-   kept and written again; meanwhile its jobs hold their leases and their places in the window, so that the buffer is bounded.
-4. What fails for its content ends at once; what fails for the system is tried again with backoff, up to the store's limit of
-   attempts. An attempt that the proxy refused (429), or that ended because the proxy was away, is given back.
+3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is unreachable, the
+   group is kept and written again; meanwhile its jobs hold their leases and their places in the window, which bounds the buffer.
+4. An error of the request's content ends the job; an error of the system is retried with backoff, up to the store's limit of
+   attempts. An attempt that the proxy refused (429), or that ended because the proxy was unreachable, is given back.
 5. Draining: nothing is claimed any more; what is in flight may finish within the grace, and is given back after that.
 
 It knows no transport: ``inference`` is any `InferenceService`.
@@ -20,7 +20,6 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 import msgspec
 import structlog
@@ -33,7 +32,6 @@ from splitserve.errors import (
     Internal,
     NotFound,
     Overloaded,
-    PermissionDenied,
     SplitserveError,
     StorageFull,
     Unauthenticated,
@@ -45,6 +43,7 @@ from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, R
 from splitserve.jobs.store import JobStore
 from splitserve.oip import protobuf
 from splitserve.oip.messages import ON_BEHALF_OF, PRIORITY, InferenceService, InferResponse, deadline_after
+from splitserve.oip.permission import is_permitted, not_permitted
 
 STAGE = "jobs"
 
@@ -77,7 +76,7 @@ class _Running(msgspec.Struct, eq=False):
 
 
 class Worker:
-    """Works jobs off while `run` runs.
+    """Runs jobs until `run` is cancelled.
 
     Args:
         store: where jobs come from.
@@ -236,11 +235,13 @@ class Worker:
         self._end(outcome)
 
     async def _answer(self, claimed: Claimed) -> Payload:
-        check_rights(claimed)
+        models = claimed.rights.models  # of its caller, when it submitted the job
+        if models is not None and not is_permitted(models, claimed.model):
+            raise not_permitted(claimed.model)
         message = protobuf.parse(pb.ModelInferRequest, await self._payloads.read(claimed.request))
         request = protobuf.decode_request(message, deadline_after(claimed.timeout_s))
         parameters = {**request.parameters, PRIORITY: BACKGROUND_PRIORITY}
-        if claimed.rights.models is not None:
+        if models is not None:
             parameters[ON_BEHALF_OF] = claimed.owner
         request = msgspec.structs.replace(request, parameters=parameters, version=claimed.version)
         response: InferResponse = await self._inference.infer(request)
@@ -259,7 +260,7 @@ class Worker:
             return Finish(claimed.lease, error=record)
         if isinstance(error, Unavailable) and (reason := await self._inference.not_ready_reason()):
             self._not_ready = reason
-            return Retry(claimed.lease, FIRST_BACKOFF_S)  # the proxy is away: nothing was tried
+            return Retry(claimed.lease, FIRST_BACKOFF_S)  # the proxy is unreachable: nothing was tried
         return Retry(claimed.lease, backoff_s(claimed.attempt), record)
 
     def _slow_down(self) -> None:
@@ -279,7 +280,7 @@ class Worker:
         self._has_ended.set()
 
     def _free(self, outcome: Finish | Retry) -> None:
-        """Forget the payload of an answer that nobody will read; a sweep removes what this misses."""
+        """Remove the payload of an answer that nobody will read; a sweep removes what this misses."""
         if isinstance(outcome, Finish) and outcome.answer is not None and outcome.answer.ref:
             asyncio.get_running_loop().create_task(self._payloads.remove([outcome.answer.ref]))
 
@@ -340,15 +341,6 @@ class Worker:
                 self._log.info("lease lost", job=lease.id)
                 self._drop(lease)
         self._renewed_at = self._clock()
-
-
-def check_rights(claimed: Claimed) -> None:
-    """Raises:
-    PermissionDenied: the caller might not call the model when it submitted the job.
-    """
-    models = claimed.rights.models
-    if models is not None and not any(fnmatchcase(claimed.model, pattern) for pattern in models):
-        raise PermissionDenied(f'no permission to call a model "{claimed.model[:64]}"', model=claimed.model[:128])
 
 
 def backoff_s(attempt: int) -> float:

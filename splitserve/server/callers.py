@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Sequence
 from contextvars import Context, ContextVar
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 import msgspec
 import structlog
 
 from splitserve.errors import SplitserveError
+from splitserve.oip.permission import is_permitted
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -23,7 +23,7 @@ class Caller(msgspec.Struct, frozen=True):
 
     def may_call(self, model: str) -> bool:
         """Whether one of the patterns matches the model's name."""
-        return any(fnmatchcase(model, pattern) for pattern in self.models)
+        return is_permitted(self.models, model)
 
 
 NOBODY = Caller("")

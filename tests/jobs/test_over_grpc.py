@@ -84,7 +84,7 @@ async def test_errors_are_those_of_the_table(system):
 async def test_a_key_gives_the_same_job(system):
     """Whatever the client says in the fields that the proxy sets."""
     first = await system.call("SubmitJob", submit_request(idempotency_key="same", fingerprint=b"1"))
-    second = await system.call("SubmitJob", submit_request(idempotency_key="same", fingerprint=b"2", form=b"junk"))
+    second = await system.call("SubmitJob", submit_request(idempotency_key="same", fingerprint=b"2", rendering=b"junk"))
 
     assert (first.is_new, second.is_new) == (True, False)
     assert first.job.id == second.job.id

@@ -62,7 +62,7 @@ async def test_a_submitted_job_can_be_read_with_all_that_was_given(open_store):
 async def test_a_job_is_still_there_when_the_store_is_opened_again(open_store):
     """What a call has returned is on disk."""
     store = await open_store()
-    found = await submitted(store, form=b"as JSON")
+    found = await submitted(store, rendering=b"as JSON")
 
     again = await open_store()
 
@@ -249,13 +249,13 @@ async def test_a_job_that_kills_its_workers_ends_as_failed(open_store):
 async def test_a_finished_job_has_its_answer(open_store):
     """And the times of its life, in order."""
     store = await open_store()
-    found = await submitted(store, form=b"as JSON")
+    found = await submitted(store, rendering=b"as JSON")
     claimed = await claim_one(store)
 
     assert await store.finish([Finish(claimed.lease, Payload(b"answer"))]) == [True]
 
     result = await store.result("ann", found.id)
-    assert (result.job.status, result.answer, result.form) == ("succeeded", Payload(b"answer"), b"as JSON")
+    assert (result.job.status, result.answer, result.rendering) == ("succeeded", Payload(b"answer"), b"as JSON")
     assert result.job.created <= result.job.started <= result.job.finished < result.job.remove_at
 
 

@@ -18,7 +18,7 @@ CREATE TABLE splitserve_jobs.jobs (
     timeout_s double precision NOT NULL,
     expires timestamptz,
     remove_at timestamptz,
-    form bytea NOT NULL,
+    rendering bytea NOT NULL,
     request bytea NOT NULL,
     request_ref text NOT NULL,
     answer bytea NOT NULL DEFAULT '',

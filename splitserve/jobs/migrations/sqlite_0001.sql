@@ -19,7 +19,7 @@ CREATE TABLE jobs (
     timeout_s REAL NOT NULL,
     expires REAL NOT NULL,
     remove_at REAL NOT NULL DEFAULT 0,
-    form BLOB NOT NULL,
+    rendering BLOB NOT NULL,
     request BLOB NOT NULL,
     request_ref TEXT NOT NULL,
     answer BLOB NOT NULL DEFAULT x'',

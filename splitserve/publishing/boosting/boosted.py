@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,13 @@ from splitserve.publishing.estimators.trees import Tree, leaf_numbers
 from splitserve.publishing.graph import Graph, Value
 
 LIBRARIES = ("xgboost", "lightgbm", "catboost")
+
+Link = Callable[[Value], Value]
+"""From the sums of leaves to what `predict` or `predict_proba` gives."""
+
+
+def identity(margin: Value) -> Value:
+    return margin
 
 
 class Boosted(Form):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,11 @@ from typing import Any
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, leaves
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity, leaves
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, constant_rows, converts, two_columns
 from splitserve.publishing.estimators.trees import Tree
 from splitserve.publishing.graph import Value, concat
-
-Link = Callable[[Value], Value]
-
-
-def _identity(margin: Value) -> Value:
-    return margin
-
 
 CLASSIFIERS: Mapping[str, Link] = {
     **dict.fromkeys(["Logloss", "CrossEntropy", "MultiClassOneVsAll"], Value.sigmoid),
@@ -46,7 +39,7 @@ REGRESSORS: Mapping[str, Link] = {
             *("RMSE", "MAE", "Quantile", "MultiQuantile", "LogLinQuantile", "MAPE", "Lq", "Expectile", "Huber", "LogCosh"),
             *("MultiRMSE", "MultiRMSEWithMissingValues", "SurvivalAft", "Cox", *RANKERS, "callable"),
         ],
-        _identity,
+        identity,
     ),
     **dict.fromkeys(["Poisson", "Tweedie"], Value.exp),
 }

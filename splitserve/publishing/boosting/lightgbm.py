@@ -6,7 +6,7 @@ src/c_api.cpp (RowPairFunctionFromDenseMatric); src/objective (ConvertOutput).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,26 +14,19 @@ import msgspec
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, sums
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity, sums
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, converts, two_columns
 from splitserve.publishing.estimators.trees import Tree
 from splitserve.publishing.graph import Value
 
-Link = Callable[[Value], Value]
-
-
-def _identity(margin: Value) -> Value:
-    return margin
-
-
 OBJECTIVES: Mapping[str, Link] = {
-    **dict.fromkeys(["regression", "regression_l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg"], _identity),
+    **dict.fromkeys(["regression", "regression_l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg"], identity),
     **dict.fromkeys(["poisson", "gamma", "tweedie"], Value.exp),
     **dict.fromkeys(["binary", "multiclassova", "cross_entropy"], Value.sigmoid),
     "cross_entropy_lambda": lambda margin: (margin.exp() + 1.0).log(),
     "multiclass": Value.softmax,
-    "": _identity,
+    "": identity,
 }
 """By objective, what makes predictions of margins; the objective "" is a callable."""
 

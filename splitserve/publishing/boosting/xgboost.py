@@ -14,17 +14,11 @@ from typing import Any
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, sums
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity, sums
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, converts, two_columns
 from splitserve.publishing.estimators.trees import Tree
 from splitserve.publishing.graph import Value
-
-Link = Callable[[Value], Value]
-
-
-def _identity(margin: Value) -> Value:
-    return margin
 
 
 def _hinge(margin: Value) -> Value:
@@ -62,7 +56,7 @@ REGRESSORS: Mapping[str, tuple[Link, Callable[[float], float]]] = {
             *("reg:squarederror", "reg:squaredlogerror", "reg:pseudohubererror", "reg:absoluteerror", "reg:quantileerror"),
             *("binary:logitraw", "rank:ndcg", "rank:map", "rank:pairwise"),
         ],
-        (_identity, float),
+        (identity, float),
     ),
     **dict.fromkeys(["reg:logistic", "binary:logistic"], (_sigmoid, _logit)),
     "binary:hinge": (_hinge, float),

@@ -92,7 +92,7 @@ class WebhookDelivery(_message.Message):
     def __init__(self, status: _Optional[str] = ..., attempt: _Optional[int] = ..., http_status: _Optional[int] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
-    __slots__ = ("request", "idempotency_key", "priority", "timeout_s", "expires_s", "webhook", "fingerprint", "form")
+    __slots__ = ("request", "idempotency_key", "priority", "timeout_s", "expires_s", "webhook", "fingerprint", "rendering")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -100,7 +100,7 @@ class SubmitJobRequest(_message.Message):
     EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
     WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
-    FORM_FIELD_NUMBER: _ClassVar[int]
+    RENDERING_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.ModelInferRequest
     idempotency_key: str
     priority: int
@@ -108,8 +108,8 @@ class SubmitJobRequest(_message.Message):
     expires_s: float
     webhook: Webhook
     fingerprint: bytes
-    form: bytes
-    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., expires_s: _Optional[float] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., form: _Optional[bytes] = ...) -> None: ...
+    rendering: bytes
+    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., expires_s: _Optional[float] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., rendering: _Optional[bytes] = ...) -> None: ...
 
 class SubmitJobResponse(_message.Message):
     __slots__ = ("job", "is_new")
@@ -140,14 +140,14 @@ class GetJobResultRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class GetJobResultResponse(_message.Message):
-    __slots__ = ("job", "answer", "form")
+    __slots__ = ("job", "answer", "rendering")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_NUMBER: _ClassVar[int]
-    FORM_FIELD_NUMBER: _ClassVar[int]
+    RENDERING_FIELD_NUMBER: _ClassVar[int]
     job: Job
     answer: _inference_pb2.ModelInferResponse
-    form: bytes
-    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., answer: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., form: _Optional[bytes] = ...) -> None: ...
+    rendering: bytes
+    def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., answer: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., rendering: _Optional[bytes] = ...) -> None: ...
 
 class DeleteJobRequest(_message.Message):
     __slots__ = ("id",)
