@@ -1,12 +1,14 @@
 """Pipelines as people write them: what is published and served by the tests that compare with scikit-learn.
 
-To add one, add a line to `CASES`: the estimator, the data set that it is fitted on, and the steps before it.
+To add one, add a line to `PIPELINES`: the estimator, the data set that it is fitted on, and the steps before it. `ESTIMATORS` has
+each class of scikit-learn that predicts, from `estimator_cases`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +66,8 @@ from sklearn.preprocessing import (
 )
 from sklearn.svm import SVC, SVR, LinearSVC
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor, ExtraTreeClassifier
+
+from tests.publishing import estimator_cases
 
 N_TRAIN = 300
 CITIES = ("Oslo", "Lima", "Bonn", "Kyiv")
@@ -188,8 +192,49 @@ class Case(NamedTuple):
             return make_pipeline(*self.steps).fit(rows, self.target(rows)), rows
 
 
+class EstimatorCase(NamedTuple):
+    """An estimator as the only step of a pipeline; every tenth of its rows is farther out than those of training."""
+
+    fit: Callable[[], tuple[Any, np.ndarray]]
+    name: str
+
+    def fitted(self) -> Any:
+        """The fitted pipeline, and the rows that it was fitted on."""
+        estimator, rows = self.fit()
+        return make_pipeline(estimator), rows
+
+    def rows(self, n_rows: int, seed: int) -> np.ndarray:
+        rows = estimator_cases.rows(self.name, n_rows, seed)
+        if self.name not in estimator_cases.COUNTS:
+            rows[::10] *= 10
+        return rows
+
+
+N_TRAIN_ESTIMATOR = 120
+
+
+def _fitted_variant(estimator: Any) -> tuple[Any, np.ndarray]:
+    """Of one with text for classes."""
+    rows = estimator_cases.rows("", N_TRAIN_ESTIMATOR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return estimator.fit(rows, estimator_cases.TARGETS["text"](rows)), rows
+
+
+ESTIMATORS: dict[str, EstimatorCase] = {
+    **{
+        name: EstimatorCase(partial(estimator_cases.fitted, name, N_TRAIN_ESTIMATOR), name)
+        for name in estimator_cases.with_predict()
+    },
+    **{
+        case: EstimatorCase(partial(_fitted_variant, estimator), "")
+        for case, (estimator, kind) in estimator_cases.VARIANTS.items()
+        if kind == "text"
+    },
+}
+
 R = {"random_state": 0}
-CASES: dict[str, Case] = {
+PIPELINES: dict[str, Case] = {
     "logistic regression": Case((StandardScaler(), LogisticRegression()), numbers, two),
     "logistic regression, three classes": Case((StandardScaler(), LogisticRegression()), numbers, named),
     "logistic regression of tenths": Case((LogisticRegression(max_iter=3000),), tenths, three),
@@ -281,3 +326,5 @@ CASES: dict[str, Case] = {
     "neighbour regression": Case((StandardScaler(), KNeighborsRegressor(3)), numbers, amount),
     "network regression": Case((StandardScaler(), MLPRegressor(hidden_layer_sizes=(8,), max_iter=3000, **R)), numbers, amount),
 }
+
+CASES: dict[str, Case | EstimatorCase] = {**PIPELINES, **ESTIMATORS}
