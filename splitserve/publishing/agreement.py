@@ -81,12 +81,13 @@ def compare(
     *,
     precision: str = "FP64",
     scales: Mapping[str, Scale] | None = None,
-) -> tuple[float, str]:
-    """The largest difference, and an error message if it exceeds the tolerance, else "".
+) -> tuple[dict[str, float], str]:
+    """The largest difference of each output, and an error message if one exceeds the tolerance, else "".
 
     Probabilities are compared absolutely, predictions and scores relative to their spread. Labels are compared exactly. The only
     exception is at float64, where the order of a sum may decide: if the best two probabilities differ by less than `ROUNDING`,
-    but do differ. At float32 there is none, since the model can be computed at float64 instead.
+    but do differ. At float32 there is none, since the model can be computed at float64 instead. The difference of a label is 0,
+    or 1 if one differs.
 
     Args:
         found: the split's answer, by output.
@@ -96,7 +97,7 @@ def compare(
         scales: of the answers to the training data; of ``expected`` by default.
     """
     measures = scales_of(expected) if scales is None else scales
-    worst = 0.0
+    worst: dict[str, float] = {}
     for name in found:
         kind = kind_of(name)
         if kind not in (PROBABILITIES, PREDICTION, SCORES):
@@ -107,18 +108,28 @@ def compare(
             difference = np.abs(have - want) / (1.0 if kind == PROBABILITIES else measures[name].of(want))
         same = (have == want) | (np.isnan(have) & np.isnan(want))
         by_row = np.where(same, 0.0, np.where(np.isnan(difference), np.inf, difference)).max(axis=1, initial=0.0)
-        row = int(np.argmax(by_row))
-        if not by_row[row] <= tolerance:
-            return float(by_row[row]), (
+        row = int(np.argmax(by_row)) if len(by_row) else 0
+        worst[name] = float(by_row.max(initial=0.0))
+        if not worst[name] <= tolerance:
+            return worst, (
                 f"{name} of row {row} differ by {by_row[row]:.1e}, more than {tolerance:.0e}: "
                 f"the pipeline gives {_few(want[row])}, the split {_few(have[row])}"
             )
-        worst = max(worst, float(by_row[row]))
     for name in found:
-        if kind_of(name) == LABEL and (wrong := _wrong_label(name, found[name], expected, precision, measures)) is not None:
+        if kind_of(name) != LABEL:
+            continue
+        rows = _differing_rows(found[name], expected[name])
+        worst[name] = float(bool(rows))
+        wrong = next((row for row in rows if not (precision == "FP64" and _is_rounding(name, row, expected, measures))), None)
+        if wrong is not None:
             want_label, have_label = expected[name][wrong], _text(found[name][wrong])
             return worst, f'{name} of row {wrong}: the pipeline gives "{want_label}", the split "{have_label}"'
     return worst, ""
+
+
+def larger(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The larger difference of each output."""
+    return {name: max(first.get(name, 0.0), second.get(name, 0.0)) for name in {**first, **second}}
 
 
 def _few(numbers: Array) -> str:
@@ -131,14 +142,10 @@ def kind_of(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _wrong_label(
-    name: str, labels: Array, expected: Mapping[str, Array], precision: str, scales: Mapping[str, Scale]
-) -> int | None:
-    """The first row whose label differs from the pipeline's."""
-    for row, (have, want) in enumerate(zip(labels.tolist(), expected[name].tolist(), strict=True)):
-        if _text(have) != _text(want) and not (precision == "FP64" and _is_rounding(name, row, expected, scales)):
-            return row
-    return None
+def _differing_rows(labels: Array, expected: Array) -> list[int]:
+    """Rows whose label differs from the pipeline's."""
+    pairs = zip(labels.tolist(), expected.tolist(), strict=True)
+    return [row for row, (have, want) in enumerate(pairs) if _text(have) != _text(want)]
 
 
 def _is_rounding(name: str, row: int, expected: Mapping[str, Array], scales: Mapping[str, Scale]) -> bool:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.publishing import hard_rows, samples
-from splitserve.publishing.agreement import Scale, compare, expected_answer
+from splitserve.publishing.agreement import Scale, compare, expected_answer, larger
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
 from splitserve.publishing.hard_rows import FAR_KINDS, Block, HardRows
 from splitserve.publishing.proof import row_wise_complaint, threads_complaint
@@ -41,10 +41,12 @@ Answering = Callable[[tuple[Array, ...]], Outputs]
 
 
 class ComparisonOutcome(msgspec.Struct, frozen=True):
-    """What was compared: hard rows by kind, the largest difference; ``complaint`` is "" if the answers are equal."""
+    """What was compared: hard rows by kind, the largest difference of each output; ``complaint`` is "" if the answers are
+    equal.
+    """
 
     hard_rows: dict[str, int]
-    worst: float
+    worst: dict[str, float]
     complaint: str = ""
 
 
@@ -97,7 +99,7 @@ class HardRowComparison:
 
     def _run(self, is_row_wise: bool) -> ComparisonOutcome:
         counts: Counter[str] = Counter()
-        worst, kept = 0.0, list[tuple[Array, ...]]()
+        worst, kept = dict[str, float](), list[tuple[Array, ...]]()
         levels: list[tuple[Iterator[Block], Answering, Answering, str]] = [
             (self._raw_blocks(), self._by_pipeline, self._by_split, ""),
             (self._feature_blocks(), self._by_estimator, self._by_predictor, "features"),
@@ -109,7 +111,7 @@ class HardRowComparison:
                 if complaint:
                     return ComparisonOutcome(dict(counts), worst, complaint)
                 counts[f"{block.kind} ({level})" if level else block.kind] += n_compared
-                worst = max(worst, difference)
+                worst = larger(worst, difference)
                 if not level and n_compared:
                     kept.append(rows)
         complaint = self._together(kept) if kept and is_row_wise else ""
@@ -147,22 +149,24 @@ class HardRowComparison:
             if made.kind in ("missing", "zeros", "extremes", "mixtures"):
                 yield made
 
-    def _compared(self, block: Block, original: Answering, split: Answering) -> tuple[int, float, str, tuple[Array, ...]]:
-        """How many rows were compared, the largest difference, the complaint, and the rows."""
+    def _compared(
+        self, block: Block, original: Answering, split: Answering
+    ) -> tuple[int, dict[str, float], str, tuple[Array, ...]]:
+        """How many rows were compared, the largest differences, the complaint, and the rows."""
         if block.kind in FAR_KINDS:
             block = self._determined(block, original)
         expected, answered, _ = _answered(original, block.arrays, Exception)
         rows = tuple(array[answered] for array in block.arrays)
         if not len(answered):
-            return 0, 0.0, "", rows
+            return 0, {}, "", rows
         found, places, refused = _answered(split, rows, SplitserveError)
         if len(places) < len(answered):
             if block.kind != "infinite":
-                return 0, 0.0, _refusal(block, answered, refused), rows
+                return 0, {}, _refusal(block, answered, refused), rows
             expected = {name: want[places] for name, want in expected.items()}
             answered, rows = answered[places], tuple(array[places] for array in rows)
             if not len(answered):
-                return 0, 0.0, "", rows
+                return 0, {}, "", rows
         difference, complaint = compare(found, expected, self._tolerance, precision=self._output.datatype, scales=self._scales)
         if complaint:
             complaint = self._with_row(complaint, block, answered, found, expected)

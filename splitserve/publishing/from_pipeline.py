@@ -17,9 +17,9 @@ from sklearn.utils import get_tags
 
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import as_served, samples
-from splitserve.publishing.agreement import compare, expected_answer, scales_of, split_answer
+from splitserve.publishing.agreement import compare, expected_answer, kind_of, larger, scales_of, split_answer
 from splitserve.publishing.category_columns import coded
-from splitserve.publishing.convert import Names, names_of, to_onnx
+from splitserve.publishing.convert import LABEL, Names, names_of, to_onnx
 from splitserve.publishing.equality import HardRowComparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
@@ -132,7 +132,8 @@ def publish(
         options = _Options(name, input_name, tolerance, trusted_modules, allow_pickle, row_wise, golden, targets, origin)
         proven = _proven(original, options, progress)
     n_hard = sum(proven.hard_rows.values())
-    compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES)
+    worst = {output: value for output, value in proven.worst.items() if np.isfinite(value)}  # JSON has no infinity
+    compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES, worst=worst)
     target, half = repository_at(repository), proven.preprocessor
     release = write_released(target, half, proven.predictor, version=version, proven="pipeline", compared=compared)
     pair = release.pair
@@ -142,7 +143,7 @@ def publish(
         target.place(BundleKey(name, "preprocess", pair.preprocessor)),
         target.place(BundleKey(name, "predict", pair.predictor)),
         proven.n_checked,
-        proven.worst,
+        max((value for output, value in proven.worst.items() if kind_of(output) != LABEL), default=0.0),
         release.sequence,
         half.manifest.golden,
         half.golden.inputs[0].n_rows,
@@ -158,7 +159,7 @@ class _Proven(msgspec.Struct, frozen=True):
     predictor: PredictorHalf
     n_checked: int
     hard_rows: dict[str, int]
-    worst: float
+    worst: dict[str, float]
 
 
 class _Options(msgspec.Struct, frozen=True):
@@ -261,7 +262,7 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
         allow_pickle=options.allow_pickle,
         inputs=preprocessor.golden.inputs,
     )
-    return _Proven(preprocessor, predictor, len(original.checked), outcome.hard_rows, max(worst, outcome.worst))
+    return _Proven(preprocessor, predictor, len(original.checked), outcome.hard_rows, larger(worst, outcome.worst))
 
 
 def _preprocessor_of(original: _Original, options: _Options, precision: str) -> PreprocessorHalf:

@@ -73,7 +73,8 @@ class Compared(msgspec.Struct, frozen=True, omit_defaults=True):
     """What was compared to prove a release.
 
     ``rows`` counts all rows, ``hard_rows`` those made to be difficult, by kind. ``worst`` is the largest difference of each
-    output, in the output's unit.
+    output from the pipeline's, measured as tolerances are (docs/publishing.md); 1 for labels if one differs, else 0. Empty where
+    there was no pipeline to compare with.
     """
 
     rows: int

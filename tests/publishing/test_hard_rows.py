@@ -21,6 +21,7 @@ from splitserve.arrays import from_array, to_array
 from splitserve.publishing import from_pipeline
 from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.estimators import trees
+from splitserve.publishing.from_pipeline import DEFAULT_TOLERANCE
 from splitserve.publishing.hard_rows import N_A_KIND, HardRows, feature_thresholds, splits_of
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
@@ -147,6 +148,9 @@ def test_a_release_records_the_rows_that_were_compared(tmp_path: Path) -> None:
 
     compared = released(tmp_path).compared
     assert compared.hard_rows == published.hard_rows
+    assert compared.worst.keys() == {"label", "probabilities"}
+    assert compared.worst["label"] == 0
+    assert 0 < compared.worst["probabilities"] == published.worst_difference < DEFAULT_TOLERANCE
     assert {"missing", "mixtures", "extremes", "beyond", "thresholds", "thresholds (features)"} <= published.hard_rows.keys()
     assert compared.rows == 100 + sum(published.hard_rows.values())
     assert f"{published.hard_rows['missing']} missing" in str(published)

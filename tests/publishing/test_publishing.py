@@ -544,6 +544,7 @@ def test_another_minor_version_of_scikit_learn_is_refused_unless_allowed(tmp_pat
     ("found", "worst", "complaint"),
     [
         ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.2, 0.8]])}, 0.0, ""),
+        ({"label": np.array([0, 1]), "probabilities": np.array([[0.90001, 0.1], [0.2, 0.8]])}, 1e-5, ""),
         ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [0.25, 0.75]])}, 0.05, "probabilities of row 1"),
         ({"label": np.array([0, 1]), "probabilities": np.array([[0.9, 0.1], [np.nan, 0.8]])}, np.inf, "probabilities of row 1"),
         (
@@ -561,7 +562,8 @@ def test_agreement_is_of_probabilities_and_labels(found: dict[str, np.ndarray], 
 
     found_worst, found_complaint = compare(found, expected, 1e-4)
 
-    np.testing.assert_allclose(found_worst, worst, atol=1e-9)
+    np.testing.assert_allclose(found_worst["probabilities"], worst, atol=1e-9)
+    assert found_worst.get("label") == (None if "probabilities" in complaint else float("label" in complaint))
     assert re.search(complaint, found_complaint) if complaint else not found_complaint
 
 
@@ -576,9 +578,10 @@ def test_a_label_differs_only_where_the_order_of_a_float64_sum_may_decide_it(
     expected = {"label": np.array([0]), "probabilities": np.array([[0.5 + gap / 2, 0.5 - gap / 2]])}
     found = {"label": np.array([1]), "probabilities": expected["probabilities"]}
 
-    _, complaint = compare(found, expected, 1e-4, precision=precision)
+    worst, complaint = compare(found, expected, 1e-4, precision=precision)
 
     assert (complaint == "") is is_allowed
+    assert worst == {"label": 1.0, "probabilities": 0.0}
 
 
 def test_a_label_of_the_only_class_is_compared() -> None:
