@@ -71,21 +71,12 @@ def predictor_half(
         _check_batched(runtime)
         by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {runtime.inputs[0].name: sample_inputs}
         arrays = {key: np.asarray(array) for key, array in by_name.items()}
-        check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
-        kept = samples.spread(len(next(iter(arrays.values()))), samples.N_GOLDEN_MAX)
-        inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
-        if rows and rows[0].n_rows != len(next(iter(arrays.values()))):
-            n_rows = len(next(iter(arrays.values())))
-            raise PublishError(f"rows: expected the {n_rows} that the sample inputs were made from, got {rows[0].n_rows}")
-        golden = Golden(inputs, runtime.infer(inputs), take_rows(rows, kept) if rows else ())
+        golden = _golden(runtime, arrays, rows)
     except BundleError as error:
         raise PublishError(str(error)) from error
     except SplitserveError as error:
         raise PublishError(f"the sample inputs do not fit the model: {error.message}") from error
-    if not kept:
-        raise PublishError("the sample inputs have no rows; golden samples are taken from them")
     parsed = onnx.load_from_string(model)
-    is_quantised = _is_quantised(parsed)
     made_with = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in parsed.opset_import}
     manifest = new_manifest(
         name,
@@ -101,7 +92,7 @@ def predictor_half(
         is_row_wise=is_row_wise,
         golden=source,
         origin=origin,
-        is_quantised=is_quantised,
+        is_quantised=_is_quantised(parsed),
         trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )
     bounds = goldens.bounds_of(manifest)
@@ -112,6 +103,25 @@ def predictor_half(
     golden, tolerances = settled(runtime.infer, golden, bounds)
     manifest = msgspec.structs.replace(manifest, tolerances=tolerances)
     return PredictorHalf(manifest, {MODEL_FILE: model, GOLDEN_FILE: encode_golden(golden)}, runtime, golden)
+
+
+def _golden(runtime: Predictor, arrays: Mapping[str, Array], rows: Sequence[Tensor]) -> Golden:
+    """At most `samples.N_GOLDEN_MAX` of the sample inputs, spread evenly, with their outputs and raw rows.
+
+    Raises:
+        SplitserveError: the arrays do not fit the model.
+        PublishError: there are no rows, or the raw rows are not as many.
+    """
+    check_inputs(runtime.inputs, [from_array(key, array) for key, array in arrays.items()], widen=False)
+    n_rows = len(next(iter(arrays.values())))
+    kept = samples.spread(n_rows, samples.N_GOLDEN_MAX)
+    inputs = tuple(from_array(key, array[kept]) for key, array in arrays.items())
+    if rows and rows[0].n_rows != n_rows:
+        raise PublishError(f"rows: expected the {n_rows} that the sample inputs were made from, got {rows[0].n_rows}")
+    golden = Golden(inputs, runtime.infer(inputs), take_rows(rows, kept) if rows else ())
+    if not kept:
+        raise PublishError("the sample inputs have no rows; golden samples are taken from them")
+    return golden
 
 
 def _is_quantised(model: onnx.ModelProto) -> bool:
