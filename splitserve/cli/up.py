@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from splitserve.cli.connection import connect
 from splitserve.cli.serve import MODULES
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
-from splitserve.oip.messages import LOADING, READY
+from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 
 STOP_TIMEOUT_S = 35.0
 """A service that has not exited by then is killed; longer than its grace period for calls in flight."""
@@ -181,14 +181,18 @@ class _Fleet:
 
 async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, http_url: str, grpc_url: str) -> None:
     """Wait until everything is loaded, then print the services and example calls."""
-    models = await _loaded_models(grpc_url)
+    states = await _loaded_models(grpc_url)
+    models = sorted({state.name for state in states if state.state == READY})
     example = await asyncio.to_thread(_example, repository, models)
     print()
     print_table(
         ("service", "address", "pid"),
         [(service.name, service.addresses, str(fleet.processes[service.name].pid)) for service in services],
     )
-    print(f"\nmodels: {', '.join(models)}\n")
+    print(f"\nmodels: {', '.join(models)}")
+    for line in refusals(states):
+        print(line)
+    print()
     if example:
         model, instance = example
         body = json.dumps({"instances": [instance]})
@@ -201,8 +205,13 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, 
     print(f"docs   {http_url}/docs\n\nCtrl-C stops everything.\n", flush=True)
 
 
-async def _loaded_models(grpc_url: str) -> list[str]:
-    """Names of the models that are ready, once none is loading; prints meanwhile what it waits for."""
+def refusals(states: Iterable[ModelState]) -> list[str]:
+    """A line for each version that is not ready, with its reason."""
+    return [f"not ready: {state.name} {state.version}: {state.reason}" for state in states if state.state == UNAVAILABLE]
+
+
+async def _loaded_models(grpc_url: str) -> Sequence[ModelState]:
+    """The index, once a model is ready and none is loading; prints meanwhile what it waits for."""
     started, reported = time.monotonic(), ""
     async with connect(grpc_url) as proxy:
         while True:
@@ -213,7 +222,7 @@ async def _loaded_models(grpc_url: str) -> list[str]:
                 states, reason = [], error.message
             loading = [f"{state.name} {state.version}" for state in states if state.state == LOADING]
             if not reason and not loading:
-                return sorted({state.name for state in states if state.state == READY})
+                return states
             reason = reason or f"loading {', '.join(loading)}"
             if reason != reported and time.monotonic() - started > REPORT_AFTER_S:
                 reported = reason

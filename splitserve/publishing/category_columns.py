@@ -13,12 +13,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from sklearn.pipeline import Pipeline
 
 from splitserve.publishing.boosting.catboost import check_columns
 from splitserve.publishing.errors import NotConvertible
 from splitserve.transformers import CategoryCodes, Unseen
-
-_WAY_OUT = "encode them in a ColumnTransformer step, e.g. by OneHotEncoder or TargetEncoder"
 
 
 class Coded(msgspec.Struct, frozen=True):
@@ -54,7 +53,7 @@ def coded(estimator: Any, features: Any) -> Coded:
     else:
         raise NotConvertible(
             f"{type(estimator).__name__} gets columns of text or categories ({', '.join(names)}), which have no ONNX form "
-            f"there; {_WAY_OUT}"
+            f"there; {_way_out(estimator)}"
         )
     if len(known) != len(names):
         raise NotConvertible(
@@ -63,6 +62,16 @@ def coded(estimator: Any, features: Any) -> Coded:
         )
     by_name = dict(zip(names, known, strict=True))
     return Coded(CategoryCodes([by_name.get(str(name)) for name in features.columns], unseen=unseen), estimator)
+
+
+def _way_out(estimator: Any) -> str:
+    """How the columns are encoded before the estimator; it may do so itself, in a pipeline of its own."""
+    name = type(estimator).__name__
+    if isinstance(getattr(estimator, "best_estimator_", None), Pipeline):
+        return f"publish the best_estimator_ of the {name}, which is a Pipeline"
+    if any(isinstance(getattr(estimator, inner, None), Pipeline) for inner in ("regressor_", "estimator", "base_estimator")):
+        return f"move the transforms in front of it, make_pipeline(transforms, {name}(model)), and fit again"
+    return "encode them in a ColumnTransformer step, e.g. by OneHotEncoder or TargetEncoder"
 
 
 def _category_columns(features: Any) -> list[str]:

@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 from splitserve import publish_predictor
 from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
+from splitserve.cli.up import refusals
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, UNAVAILABLE, InferRequest, InferResponse, ModelState
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
@@ -403,6 +404,13 @@ def test_infer_requires_rows() -> None:
 
     assert (neither.exit_code, both.exit_code) == (2, 2)
     assert neither.output == both.output == "expected a file or --rows, got both or neither\n"
+
+
+def test_up_names_the_models_that_it_does_not_serve() -> None:
+    """Between the logs of the start they would be overlooked."""
+    states = [ModelState("a", "1.1", READY), ModelState("b", "1.2", UNAVAILABLE, "a type is not allowed")]
+
+    assert refusals(states) == ["not ready: b 1.2: a type is not allowed"]
 
 
 def test_a_rest_address_is_no_grpc_address() -> None:

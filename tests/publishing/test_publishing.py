@@ -11,7 +11,7 @@ import onnx
 import pandas as pd
 import pytest
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.compose import make_column_transformer
+from sklearn.compose import TransformedTargetRegressor, make_column_transformer
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.decomposition import PCA
 from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingClassifier, RandomForestClassifier
@@ -190,6 +190,7 @@ class Ragged(Unknown):
 
 
 FITTED = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
+COLOURS = pd.DataFrame({"colour": ["red", "blue"] * 10})
 MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "not a pipeline": (
         LogisticRegression(),
@@ -214,6 +215,18 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         IRIS,
         {},
         "fit it with refit=True",
+    ),
+    "text within a search of pipelines": (
+        make_pipeline(GridSearchCV(make_pipeline(OneHotEncoder(), LinearRegression()), {}, cv=2)).fit(COLOURS, range(20)),
+        COLOURS,
+        {},
+        r"GridSearchCV gets columns of text or categories \(colour\).*; publish the best_estimator_ of the GridSearchCV",
+    ),
+    "text within a transformed target": (
+        make_pipeline(TransformedTargetRegressor(make_pipeline(OneHotEncoder(), LinearRegression()))).fit(COLOURS, range(20)),
+        COLOURS,
+        {},
+        r"move the transforms in front of it, make_pipeline\(transforms, TransformedTargetRegressor\(model\)\), and fit again",
     ),
     "a transformer": (StandardScaler(), IRIS, {}, "publish_preprocessor takes transforms"),
     "neither": (object(), IRIS, {}, "got object; publish_preprocessor and publish_predictor take the halves"),
