@@ -59,10 +59,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
     @property
     def release_properties(self) -> dict[str, str]:
         """Facts about the release, for index and metadata."""
-        if self.release is None:
-            return {}
-        facts = {RELEASE_SEQUENCE: str(self.release.sequence), RELEASE_DIGEST: self.release.sha256}
-        return facts if self.release.manifest.is_row_wise else {**facts, ROW_WISE: "false"}
+        return properties_of(self.release) if self.release is not None else {}
 
     @property
     def _labels(self) -> tuple[Sequence[str], Mapping[str, Sequence[str]]]:
@@ -84,6 +81,12 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             **self.release_properties,
         }
         return {name: fact for name, fact in facts.items() if fact}
+
+
+def properties_of(release: Release) -> dict[str, str]:
+    """Facts about a release, for index and metadata."""
+    facts = {RELEASE_SEQUENCE: str(release.sequence), RELEASE_DIGEST: release.sha256}
+    return facts if release.manifest.is_row_wise else {**facts, ROW_WISE: "false"}
 
 
 class Admission(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 import structlog
 
-from preprocess_service.admission import NO_PREDICTOR, Admission, AdmittedPair, PairMatcher
+from preprocess_service.admission import NO_PREDICTOR, Admission, AdmittedPair, PairMatcher, properties_of
 from preprocess_service.default_pairs import DefaultPairs
 from preprocess_service.golden_replay import GoldenReplay
 from splitserve.catalogue import STILL_LOADING, Catalogue, merged_index, why_not_ready
@@ -242,13 +242,18 @@ class PreprocessService:
         return states
 
     def _with_properties(self, state: ModelState) -> ModelState:
-        """The state of a pair, with the facts of its release."""
+        """The state of a pair, with the facts of its release: also of one that is not ready, which an operator looks for."""
         if not state.version:
             return state
         pair = parse_pair(state.name, state.version)
         assert pair is not None, "the catalogue has pairs only"
         entry = self._admission.pairs.entries(state.name)[pair]
-        properties = dict(entry.value.release_properties) if entry.value else {}
+        if entry.value is not None:
+            properties = entry.value.release_properties
+        else:
+            view = self._preprocessors.models.get(state.name, ModelView())
+            release = view.history.release_of(pair)
+            properties = properties_of(release) if release is not None else {}
         if self._defaults.get(state.name) == pair:
             properties[DEFAULT] = "true"
         return msgspec.structs.replace(state, properties=properties)

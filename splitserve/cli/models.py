@@ -23,15 +23,17 @@ def run(where: str) -> int:
         keys = list(source.bundles())
         rows = [_row(source, key) for key in keys]
         reader = ReleaseReader(source)
-        models = {key.model: reader.history(key.model) for key in keys}
+        names = sorted({*(key.model for key in keys), *source.released_models()})
+        models = {name: reader.history(name) for name in names}
     except (BundleError, NoRepository) as error:
         print(error, file=sys.stderr)
         return 1
-    if not rows:
+    if not models:
         print(f"no models found in {where}")
         return 0
-    print_table(("model", "half", "version", "inputs", "outputs", "made with"), [cells for cells, _ in rows])
-    print()
+    if rows:
+        print_table(("model", "half", "version", "inputs", "outputs", "made with"), [cells for cells, _ in rows])
+        print()
     print_table(
         ("model", "release", "pair", "earlier releases", "without a release"),
         [_released(model, history, [key for key in keys if key.model == model]) for model, history in models.items()],

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from splitserve.repository.source import BundleSource
-from splitserve.repository.sources import is_url, source_of
+from splitserve.repository.sources import missing, source_of
 
 
 class NoRepository(Exception):
@@ -19,7 +18,7 @@ def repository_at(where: str) -> BundleSource:
     Raises:
         NoRepository: no such folder, or a URL that this installation cannot read.
     """
-    if not is_url(where) and not Path(where.removeprefix("file://")).is_dir():
+    if missing(where):
         raise NoRepository(f"{where}: no such folder")
     try:
         return source_of(where, cache=os.environ.get("MODEL_CACHE", ""))

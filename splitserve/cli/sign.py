@@ -34,9 +34,9 @@ def run(where: str | Path, key: Path, models: Sequence[str]) -> int:
 
 def _models(where: str | Path, repository: WritableRepository, models: Sequence[str]) -> set[str]:
     """Raises:
-    BundleError: there are no bundles, or none of one of the models.
+    BundleError: there is nothing to sign, or nothing of one of the models.
     """
-    found = {key.model for key in repository.bundles()}
+    found = {*(key.model for key in repository.bundles()), *repository.released_models()}
     if missing := sorted(set(models) - found):
         raise BundleError(f"requested models not in repository {where}: {', '.join(missing)}")
     if not found:

@@ -26,6 +26,7 @@ from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, GoldenRows
 from splitserve.repository.release import Compared, History, Release
 from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.sources import missing
 from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
@@ -295,9 +296,11 @@ def _listed(where: str | os.PathLike[str]) -> WritableRepository:
     """The repository, as it is now.
 
     Raises:
-        PublishError: it cannot be written, or listed.
+        PublishError: there is no such folder, or it cannot be written, or listed.
     """
     repository = repository_at(where)
+    if missing(os.fspath(where)):
+        raise PublishError(f"{os.fspath(where)}: no such folder")
     try:
         list(repository.bundles())
     except BundleError as error:

@@ -103,14 +103,17 @@ def check_file_list(
         raise BundleError(f"{where}: its files have {n_bytes} bytes; the limit is {max_bytes}")
 
 
-def subfolders(parent: Path) -> list[Path]:
-    """The folders in ``parent`` whose names do not start with a dot, sorted; none if ``parent`` does not exist.
+def subfolders(parent: Path) -> list[str]:
+    """Names of the folders in ``parent`` that do not start with a dot, sorted; none if ``parent`` does not exist.
+
+    Of a folder that is no link, nothing but its name is read: there may be thousands, and services list them at every poll.
 
     Raises:
         BundleError: ``parent`` exists and cannot be read.
     """
     try:
-        return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        with os.scandir(parent) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

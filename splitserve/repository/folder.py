@@ -22,7 +22,7 @@ from splitserve.repository.bundle import KINDS, Bundle, BundleKey, decode_manife
 from splitserve.repository.files import read_small, subfolders
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, Kind, Manifest
 from splitserve.repository.manifest_folder import check_unlisted
-from splitserve.repository.release import Release, ReleaseKey
+from splitserve.repository.release import RELEASES_FOLDER, Release, ReleaseKey
 from splitserve.repository.release_log import MakeRecord
 from splitserve.repository.releases import ReleaseFolder, decode_release
 from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
@@ -43,20 +43,18 @@ class Repository:
         self.root = Path(root)
 
     def models(self) -> list[str]:
-        """Names of the models that have at least one bundle, sorted."""
-        return sorted({key.model for key in self.bundles()})
+        """Names of the models that have a bundle or a record of a release, sorted."""
+        return sorted({*(key.model for key in self.bundles()), *self.released_models()})
 
     def bundles(self) -> Iterator[BundleKey]:
         """All bundles, ordered by model, kind and version."""
-        for model in subfolders(self.root):
-            if MODEL_NAME.fullmatch(model.name):
-                for kind in KINDS:
-                    yield from (BundleKey(model.name, kind, version) for version in self.versions(model.name, kind))
+        for model in self._model_folders():
+            for kind in KINDS:
+                yield from (BundleKey(model, kind, version) for version in self.versions(model, kind))
 
     def versions(self, model: str, kind: Kind) -> list[int]:
         """Version numbers of one half of a model, ascending."""
-        names = (folder.name for folder in subfolders(self.root / model / kind))
-        return sorted(int(name) for name in names if is_number(name))
+        return sorted(int(name) for name in subfolders(self.root / model / kind) if is_number(name))
 
     def open(self, key: BundleKey) -> Bundle:
         """A bundle with its manifest read.
@@ -70,6 +68,17 @@ class Repository:
         manifest = decode_manifest(data, key)
         check_unlisted(folder, manifest.files)
         return Bundle(key, folder, manifest, hashlib.sha256(data).hexdigest())
+
+    def released_models(self) -> list[str]:
+        """Names of the models that have a record of a release, sorted.
+
+        Raises:
+            BundleError: they cannot be listed.
+        """
+        return [model for model in self._model_folders() if release_log.has_records(self.root / model / RELEASES_FOLDER, model)]
+
+    def _model_folders(self) -> list[str]:
+        return [name for name in subfolders(self.root) if MODEL_NAME.fullmatch(name)]
 
     def releases(self, model: str) -> list[ReleaseKey]:
         """Keys of a model's records, by sequence.

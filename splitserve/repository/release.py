@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import msgspec
 
-from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, GoldenRows, Tolerance
+from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest, GoldenRows, Kind, Tolerance
 from splitserve.signature import TensorSpec
-from splitserve.versions import MODEL_NAME, Pair, parse_pair
+from splitserve.versions import MODEL_NAME, UNNAMED, Pair, parse_pair
 
 RELEASES_FOLDER = "releases"
 SCHEMA_VERSION = 1
@@ -52,6 +53,7 @@ class ReleaseKey(msgspec.Struct, frozen=True, order=True):
         return f"{self.sequence:04d}-{self.pair}"
 
 
+@lru_cache(maxsize=2**14)  # the same names are listed at every poll
 def parse_folder_name(model: str, name: str) -> ReleaseKey | None:
     """The record in a folder of this name; None if no record is called that."""
     match = _NAME.fullmatch(name)
@@ -222,9 +224,13 @@ class History:
         }
         """The withdrawing record by the sequence number that it withdraws."""
 
-    def active(self) -> list[Release]:
+    def active(self) -> tuple[Release, ...]:
         """Releases that are not withdrawn, oldest first."""
-        return [each for each in self.records if not each.manifest.withdraws and each.sequence not in self.withdrawn]
+        return self._active
+
+    @cached_property
+    def _active(self) -> tuple[Release, ...]:
+        return tuple(each for each in self.records if not each.manifest.withdraws and each.sequence not in self.withdrawn)
 
     def current(self) -> Release | None:
         """The newest release that is not withdrawn."""
@@ -232,12 +238,34 @@ class History:
         return active[-1] if active else None
 
     def by_pair(self) -> dict[Pair, Release]:
-        """The newest release of each pair that has one which is not withdrawn, in order of release."""
+        """The newest release of each pair that has one which is not withdrawn, in order of release. Not to be changed."""
+        return self._by_pair
+
+    @cached_property
+    def _by_pair(self) -> dict[Pair, Release]:
         newest: dict[Pair, Release] = {}
         for release in self.active():
             newest.pop(release.pair, None)
             newest[release.pair] = release
         return newest
+
+    def recorded(self, kind: Kind) -> Mapping[int, frozenset[str]]:
+        """The versions of one half that releases name, with the digests that they recorded of its manifest.
+
+        There is no digest where a third-party server has the half.
+        """
+        return self._recorded[kind]
+
+    @cached_property
+    def _recorded(self) -> Mapping[Kind, Mapping[int, frozenset[str]]]:
+        found: dict[Kind, dict[int, set[str]]] = {"preprocess": {}, "predict": {}}
+        for pair, release in self.by_pair().items():
+            found["preprocess"].setdefault(pair.preprocessor, set()).add(release.manifest.preprocessor)
+            found["predict"].setdefault(pair.predictor, set()).add(release.manifest.predictor)
+        return {
+            kind: {version: frozenset(digests - {""}) for version, digests in versions.items() if version != UNNAMED}
+            for kind, versions in found.items()
+        }
 
     def release_of(self, pair: Pair) -> Release | None:
         """The newest release of a pair that is not withdrawn."""

@@ -60,14 +60,26 @@ def records_in(folder: Path, model: str) -> list[ReleaseKey]:
     Raises:
         BundleError: it cannot be read.
     """
+    return sorted(_records(folder, model))
+
+
+def has_records(folder: Path, model: str) -> bool:
+    """Whether there is a record of a model in a folder; not if it does not exist.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    return next(_records(folder, model), None) is not None
+
+
+def _records(folder: Path, model: str) -> Iterator[ReleaseKey]:
     try:
         with os.scandir(folder) as entries:
-            keys = [key for entry in entries if (key := parse_folder_name(model, entry.name)) and entry.is_dir()]
+            yield from (key for entry in entries if (key := parse_folder_name(model, entry.name)) and entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return
     except OSError as error:
         raise BundleError(f"{model}/{RELEASES_FOLDER}: cannot be read: {error.strerror}") from error
-    return sorted(keys)
 
 
 def append(root: Path, model: str, make: MakeRecord) -> Release:

@@ -101,12 +101,12 @@ def selected(history: History, policy: VersionPolicy, route: Route | None, is_re
         route: the route that is followed.
         is_refused: whether a pair cannot be served; it does not count towards the policy.
     """
-    newest = list(reversed(history.by_pair()))
+    pairs = history.by_pair()
     if policy.n_latest is None:
-        return newest
-    found = [pair for pair in newest if pair in {*policy.specific, *(route.named() if route else ())}]
+        return list(pairs)
+    found = [pair for pair in {*policy.specific, *(route.named() if route else ())} if pair in pairs]
     n_wanted = policy.n_latest + 1 if policy.n_latest else 0
-    for pair in newest:
+    for pair in reversed(pairs):
         if n_wanted == 0:
             break
         found.append(pair)

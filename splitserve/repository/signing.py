@@ -179,6 +179,9 @@ class SignedBundles:
             raise type(error)(f"{model}: {ROUTE_FILE}: {error}") from error
         return stored
 
+    def released_models(self) -> list[str]:
+        return self._source.released_models()
+
     def releases(self, model: str) -> list[ReleaseKey]:
         return self._source.releases(model)
 

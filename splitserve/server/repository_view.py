@@ -87,6 +87,9 @@ class RepositoryView:
                 versions = published.setdefault(key.model, set())
                 if key.kind == self._kind:
                     versions.add(key.version)
+        for model in self._source.released_models():  # its bundles may not be copied yet, or not be here
+            if self._selection.serves(model):
+                published.setdefault(model, set())
         known = {model for model, view in self.models.items() if view.history.records}
         self.models = {model: self._view(model, published.get(model)) for model in sorted(published.keys() | known)}
 
@@ -115,12 +118,14 @@ class RepositoryView:
 
     def _withdrawn(self, model: str, history: History, before: ModelView) -> dict[Pair, Release]:
         """Releases that were active before and are not now, until their grace is over."""
-        now, active = self._clock(), history.by_pair()
-        gone = {pair: release for pair, release in before.history.by_pair().items() if pair not in active}
-        for pair in gone:
-            self._callable_until.setdefault((model, pair), now + self._withdrawal_grace_s)
-        for pair in active:
-            self._callable_until.pop((model, pair), None)
+        now, gone = self._clock(), dict[Pair, Release]()
+        if history is not before.history:
+            active = history.by_pair()
+            gone = {pair: release for pair, release in before.history.by_pair().items() if pair not in active}
+            for pair in gone:
+                self._callable_until.setdefault((model, pair), now + self._withdrawal_grace_s)
+            for pair in active:
+                self._callable_until.pop((model, pair), None)
         found = {**before.withdrawn, **gone}
         return {pair: release for pair, release in found.items() if self._callable_until.get((model, pair), now) > now}
 

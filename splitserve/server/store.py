@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -17,7 +17,7 @@ from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, Kind, NotFetched
-from splitserve.repository.release import Release
+from splitserve.repository.release import History, Release
 from splitserve.repository.selection import Selection, half, pinned, selected, wanted
 from splitserve.repository.source import BundleSource, fetch_bundle, load_fetched
 from splitserve.server.repository_view import ModelView, RepositoryView
@@ -174,9 +174,9 @@ class VersionStore(Generic[T]):
             if view is not None and version in self._released(view):
                 self._needed_until[(model, version)] = until
 
-    def _released(self, view: ModelView) -> set[int]:
+    def _released(self, view: ModelView) -> Set[int]:
         """Versions that a release names."""
-        return {half(self._kind, pair) for pair in view.history.by_pair()} - {UNNAMED}
+        return view.history.recorded(self._kind).keys()
 
     async def read_golden(self, release: Release) -> bytes:
         """The golden samples of a release.
@@ -285,7 +285,7 @@ class VersionStore(Generic[T]):
     async def _hold(self, model: str, view: ModelView) -> None:
         """Load versions of a model until those that are wanted are held, going on with older ones for each that is refused."""
         self._report_unpublished(model, self._named(model, view) - view.published)
-        expected = self._expected(model, view)
+        expected = self._expected(view)
         due = {version for version in view.published if self._retry_at.get((model, version), math.inf) <= self._clock()}
         due |= {version for version in view.published if self._is_replaced(model, version, expected)}
         while missing := due | ((self._wanted(model, view) & view.published) - self.catalogue.entries(model).keys()):
@@ -327,7 +327,9 @@ class VersionStore(Generic[T]):
 
     def _put_incomplete(self, model: str, view: ModelView) -> bool:
         """Whether no version of a model is selected; its entry has the reason."""
-        if self.catalogue.entries(model) or not (view.problem or (view.published and not view.history.active())):
+        if self.catalogue.entries(model) or not (
+            view.problem or ((view.published or view.history.records) and not view.history.active())
+        ):
             return False
         self.catalogue.put_incomplete(model, view.problem or no_release(model))
         return True
@@ -354,14 +356,12 @@ class VersionStore(Generic[T]):
             found |= wanted(view.published, refused, pinned(self._kind, policy, view.route), policy.n_latest)
         return found
 
-    def _expected(self, model: str, view: ModelView) -> dict[int, frozenset[str]]:
+    def _expected(self, view: ModelView) -> dict[int, frozenset[str]]:
         """By version, the digests that releases recorded of its manifest. Of a pair that was released again, the last counts."""
-        found: dict[int, set[str]] = {}
-        for pair, release in {**view.withdrawn, **view.history.by_pair()}.items():
-            digest = release.manifest.preprocessor if self._kind == "preprocess" else release.manifest.predictor
-            if digest:
-                found.setdefault(half(self._kind, pair), set()).add(digest)
-        return {version: frozenset(digests) for version, digests in found.items()}
+        found = dict(view.history.recorded(self._kind))
+        for version, digests in History(view.withdrawn.values()).recorded(self._kind).items():
+            found[version] = found.get(version, frozenset()) | digests
+        return found
 
     async def _try_to_load(self, key: BundleKey, expected: frozenset[str]) -> Entry[T]:
         """Load a bundle, if it is one of those that releases expect under its number."""

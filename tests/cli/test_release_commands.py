@@ -102,6 +102,22 @@ def test_errors_exit_with_status_1(models: Path, arguments: tuple[str, ...], com
     assert complaint in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("rollback", "m"), ("releases", "m"), ("release", "m", "1.1"), ("release", "--withdraw", "m", "1"), ("models",)],
+    ids=lambda arguments: " ".join(arguments),
+)
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_a_repository_that_does_not_exist_is_named(tmp_path: Path, arguments: tuple[str, ...], prefix: str) -> None:
+    """A mistyped path is not a model without releases."""
+    nowhere = f"{prefix}{tmp_path / 'nowhere'}"
+
+    result = splitserve(*arguments, "-r", nowhere)
+
+    assert (result.exit_code, result.stderr) == (1, f"{nowhere}: no such folder\n")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_own_rows_are_compared(models: Path, tmp_path: Path) -> None:
     import numpy as np
 
@@ -121,6 +137,16 @@ def test_models_says_what_is_released_and_what_is_not(models: Path) -> None:
 
     line = " ".join(listed.stdout.splitlines()[-1].split())
     assert (listed.exit_code, line) == (0, "m 2 2.1 1 (1.1) preprocess 3")
+
+
+def test_models_lists_a_model_of_which_only_releases_are_there(models: Path) -> None:
+    """A copy in progress."""
+    for kind in ("preprocess", "predict"):
+        shutil.rmtree(models / "m" / kind)
+
+    listed = splitserve("models", "-r", models)
+
+    assert (listed.exit_code, " ".join(listed.stdout.splitlines()[-1].split())) == (0, "m 1 1.1 - -")
 
 
 def test_models_names_a_record_that_cannot_be_read(models: Path) -> None:

@@ -93,6 +93,48 @@ async def state_of(service: PreprocessService, version: str = "1.1") -> ModelSta
     return next(state for state in await service.index() if state.version == version)
 
 
+async def test_a_model_of_which_only_releases_are_there_is_unavailable(services: Services, tmp_path: Path) -> None:
+    """After a restart in the middle of a copy: the model exists, so a request is to be sent again, and not NOT_FOUND."""
+    publish_model(tmp_path)
+    for kind in ("preprocess", "predict"):
+        shutil.move(tmp_path / "m" / kind, tmp_path / "away" / kind)
+
+    service = await services.refresh()
+    with pytest.raises(Unavailable, match="m/preprocess/1: not published"):
+        await service.infer(request())
+    for kind in ("preprocess", "predict"):
+        shutil.move(tmp_path / "away" / kind, tmp_path / "m" / kind)
+    service = await services.refresh()
+
+    np.testing.assert_allclose(answer(await service.infer(request())), TARGETS[:2], rtol=1e-3)
+
+
+async def test_a_model_of_which_only_withdrawn_releases_are_there_is_unavailable(services: Services, tmp_path: Path) -> None:
+    """Requests that name no version never get NOT_FOUND for a model that the repository has."""
+    publish_model(tmp_path)
+    withdraw("m", 1, repository=tmp_path)
+    for kind in ("preprocess", "predict"):
+        shutil.rmtree(tmp_path / "m" / kind)
+
+    service = await services.refresh()
+
+    with pytest.raises(Unavailable, match="it has no release"):
+        await service.infer(request())
+
+
+async def test_a_pair_that_is_not_ready_says_its_release(services: Services, tmp_path: Path) -> None:
+    """So that `splitserve health` names the release that is refused."""
+    publish_model(tmp_path)
+    recorded = Repository(tmp_path).open_release(RELEASE)
+    shutil.rmtree(tmp_path / "m" / "predict")
+
+    state = await state_of(await services.refresh())
+
+    assert state.state == "UNAVAILABLE"
+    assert state.properties["release_sequence"] == "1"
+    assert state.properties["release_digest"] == recorded.manifest_sha256
+
+
 async def test_what_was_published_serves_and_says_what_it_is(services: Services, tmp_path: Path) -> None:
     """Its release is in the index and in the metadata, by sequence number and digest."""
     publish_model(tmp_path)

@@ -16,7 +16,7 @@ from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import GOLDEN_FILE, BundleError, NotFetched, NotSigned
 from splitserve.repository.release import SCHEMA_VERSION, ReleaseKey, ReleaseManifest
-from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.releases import N_COMPARED, ReleaseReader
 from splitserve.repository.signing import signed_by
 from splitserve.repository.source import BundleSource
 from splitserve.repository.sources import index, source_of
@@ -160,6 +160,100 @@ def test_a_release_is_read_once_until_its_files_change(published: Repository) ->
     assert after_two_reads == 3
     assert reader.history("m").current().pair == Pair(1, 2)
     assert source.opened == 4
+
+
+class CountingStamps(LocalFolder):
+    """Counts the records that are read, and those whose files are looked at."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[int] = []
+        self.compared: list[int] = []
+
+    def open_release(self, key: ReleaseKey):
+        self.read.append(key.sequence)
+        return super().open_release(key)
+
+    def stamp(self, key):
+        self.compared.append(key.sequence)
+        return super().stamp(key)
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> CountingStamps:
+    """A repository with four times as many releases as are compared at a time, all read."""
+    source = CountingStamps(tmp_path / "many")
+    for number in range(1, 4 * N_COMPARED + 1):
+        record(source.root, f"1.{number}")
+    return source
+
+
+def test_a_poll_costs_the_same_however_many_releases_there_are(many: CountingStamps) -> None:
+    """Without changes nothing is read, and of most records nothing is looked at but the name."""
+    reader = ReleaseReader(many)
+    first = reader.history("m")
+    assert len(many.read) == len(first.records) == 4 * N_COMPARED
+    many.read, many.compared = [], []
+
+    again = reader.history("m")
+
+    assert again is first
+    assert many.read == []
+    assert len(many.compared) == 2 * N_COMPARED
+
+    record(many.root, "2.1")
+    assert reader.history("m").current().pair == Pair(2, 1)
+    assert many.read == [4 * N_COMPARED + 1]
+
+
+def test_an_old_record_that_is_changed_is_noticed_in_its_turn(many: CountingStamps) -> None:
+    """And at once by who reads it first, after a restart."""
+    reader = ReleaseReader(many)
+    reader.history("m")
+    changed = many.releases("m")[2 * N_COMPARED]
+    (many.root / str(changed) / "manifest.json").write_bytes(b"?")
+
+    n_polls = next(n for n in range(1, 4) if reader.history("m") and reader.problems)
+
+    assert 1 < n_polls <= 3
+    assert reader.problems["m"][0].startswith(f"{changed}: manifest.json: ")
+    assert len(reader.history("m").records) == 4 * N_COMPARED
+    after_restart = ReleaseReader(many)
+    assert len(after_restart.history("m").records) == 4 * N_COMPARED - 1
+    assert after_restart.problems["m"][0].startswith(f"{changed}: ")
+
+
+def test_records_before_one_that_cannot_be_fetched_are_read_once(published: Repository) -> None:
+    """The next poll goes on with the one that failed."""
+
+    class Cut(CountingStamps):
+        is_cut = True
+
+        def open_release(self, key: ReleaseKey):
+            if key.sequence == 3 and self.is_cut:
+                raise NotFetched("connection refused")
+            return super().open_release(key)
+
+    source = Cut(published.root)
+    reader = ReleaseReader(source)
+    for _ in range(3):
+        with pytest.raises(NotFetched):
+            reader.history("m")
+    source.is_cut = False
+
+    assert len(reader.history("m").records) == 3
+    assert source.read == [1, 2, 3]
+
+
+def test_every_source_lists_models_by_their_releases(published: Repository, tmp_path: Path) -> None:
+    """Also those whose bundles are not copied yet."""
+    for kind in ("preprocess", "predict"):
+        shutil.rmtree(published.root / "m" / kind)
+
+    for opened in (as_folder, as_mounted_volume, as_web_server):
+        with contextlib.contextmanager(opened)(published.root, tmp_path) as source:
+            assert list(source.bundles()) == []
+            assert source.released_models() == ["m"]
 
 
 def test_a_broken_record_is_named_and_does_not_count(published: Repository) -> None:

@@ -68,6 +68,9 @@ class FakeSource:
             raise found
         return found
 
+    def released_models(self) -> list[str]:
+        return sorted({key.model for key in self.records})
+
     def releases(self, model: str) -> list[ReleaseKey]:
         return sorted(key for key in self.records if key.model == model)
 

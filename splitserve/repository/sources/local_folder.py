@@ -48,6 +48,10 @@ class LocalFolder:
         """As `Repository.open`."""
         return self._repository().open(key)
 
+    def released_models(self) -> list[str]:
+        """As `Repository.released_models`."""
+        return (self._seen or self._repository()).released_models()
+
     def releases(self, model: str) -> list[ReleaseKey]:
         """As `Repository.releases`."""
         return (self._seen or self._repository()).releases(model)
@@ -80,6 +84,9 @@ class _SingleBundle(Repository):
     def read_route(self, model: str) -> StoredRoute | None:
         return None
 
+    def released_models(self) -> list[str]:
+        return []
+
     def releases(self, model: str) -> list[ReleaseKey]:
         return []
 
@@ -103,6 +110,9 @@ class _ModelFolder(Repository):
 
     def route_file(self, model: str) -> Path:
         return self.root / ROUTE_FILE
+
+    def released_models(self) -> list[str]:
+        return [self._model] if release_log.has_records(self.root / RELEASES_FOLDER, self._model) else []
 
     def releases(self, model: str) -> list[ReleaseKey]:
         return release_log.records_in(self.root / RELEASES_FOLDER, model) if model == self._model else []

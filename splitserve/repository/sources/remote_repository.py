@@ -41,13 +41,22 @@ _Key = BundleKey | ReleaseKey
 
 
 class _Listing(msgspec.Struct, frozen=True):
-    """What there is: manifests, signatures and what is known of the files of each bundle and release; routes with signatures."""
+    """What there is: manifests, signatures and what is known of the files of each bundle and release; routes with signatures;
+    the records of releases by model.
+    """
 
     manifests: dict[_Key, _Small] = {}
     signatures: dict[_Key, _Small] = {}
     stamps: dict[_Key, list[str]] = {}
     routes: dict[str, _Small] = {}
     route_signatures: dict[str, _Small] = {}
+    records: dict[str, list[ReleaseKey]] = {}
+
+    def add(self, key: _Key, manifest: _Small) -> None:
+        """Add a bundle or release by its manifest."""
+        self.manifests[key] = manifest
+        if isinstance(key, ReleaseKey):
+            self.records.setdefault(key.model, []).append(key)
 
     def bundles(self) -> list[BundleKey]:
         """By model, kind and version."""
@@ -55,7 +64,7 @@ class _Listing(msgspec.Struct, frozen=True):
 
     def releases(self, model: str) -> list[ReleaseKey]:
         """By sequence."""
-        return sorted(key for key in self.manifests if isinstance(key, ReleaseKey) and key.model == model)
+        return sorted(self.records.get(model, ()))
 
 
 class RemoteRepository:
@@ -95,6 +104,10 @@ class RemoteRepository:
             return StoredRoute(data, self._read_small(ROUTE_SIGNATURE_FILE, signature) if signature else None)
         except BundleError as error:
             raise type(error)(f"{model}: {error}") from error
+
+    def released_models(self) -> list[str]:
+        """Names of the models that have a record of a release, sorted, as of the last call of `bundles`."""
+        return sorted(self._polled().records)
 
     def releases(self, model: str) -> list[ReleaseKey]:
         """Keys of a model's records, by sequence, as of the last call of `bundles`."""
@@ -164,7 +177,7 @@ class RemoteRepository:
             elif name == ROUTE_SIGNATURE_FILE and "/" not in parent:
                 listing.route_signatures[parent] = _Small(path, validator)
             elif name == MANIFEST_FILE and key:
-                listing.manifests[key] = _Small(path, validator)
+                listing.add(key, _Small(path, validator))
             elif name == SIGNATURE_FILE and key:
                 listing.signatures[key] = _Small(path, validator)
         return listing
@@ -183,7 +196,7 @@ class RemoteRepository:
         for key, digest in chain[tuple[_Key, FileDigest]](found.keys().items(), found.release_keys().items()):
             if not self._serves(key.model):
                 continue
-            listing.manifests[key] = _Small(f"{key}/{MANIFEST_FILE}", digest=digest)
+            listing.add(key, _Small(f"{key}/{MANIFEST_FILE}", digest=digest))
             listing.stamps[key] = [f"{MANIFEST_FILE} {digest.sha256}"]
             if signature := found.signatures.get(str(key)):
                 listing.signatures[key] = _Small(f"{key}/{SIGNATURE_FILE}", digest=signature)
