@@ -128,7 +128,7 @@ def said(unused: Sequence[str], gaps: Sequence[str], n_inputs: int) -> tuple[str
             "with X.to_numpy(), which is one input"
         )
     if unused:
-        found.append(f"no transform selects {_listed(unused)}, so clients need not send it")
+        found.append(f"no transform selects {_listed(unused)}: not part of the signature, so clients leave it out")
     if gaps:
         found.append(f"{_listed(gaps)}, whole numbers in X, may be missing or have decimals: sent as FP64")
     return tuple(found)
