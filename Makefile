@@ -20,7 +20,7 @@ help:
 	@echo "make test-jobs     tests of jobs in PostgreSQL; installs it"
 	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
-	@echo "make test-training tests of the images pipeline; downloads torch once, installs Fashion-MNIST"
+	@echo "make test-training tests of training pipelines; downloads torch once, installs Fashion-MNIST"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
 	@echo "make test-intermediaries  tests behind nginx, haproxy and Envoy, and with gRPC clients in other languages; installs them"
@@ -78,7 +78,7 @@ IMAGES := splitserve/pipeline/templates/images
 
 test-training: $(BIN)/.installed .venv-torch/.installed
 	bash tests/pipeline/install.sh
-	$(BIN)/pytest -n 0 -m training tests/pipeline/test_images.py
+	$(BIN)/pytest -n 0 -m training tests/pipeline
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)

@@ -19,7 +19,7 @@ from tests.folders import MadeOnce
 from tests.pipeline import tiny
 from tests.pipeline.tiny import ran, run
 
-pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline")]
+pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline")]
 
 
 def _finished(folder: Path) -> None:

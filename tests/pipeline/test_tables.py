@@ -19,7 +19,7 @@ from splitserve.repository.folder import Repository
 from splitserve.repository.releases import ReleaseReader
 from tests.folders import MadeOnce
 
-pytestmark = [pytest.mark.heavy, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline-tables")]
+pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline-tables")]
 
 ROOT = Path(__file__).parents[2]
 

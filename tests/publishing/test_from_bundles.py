@@ -280,7 +280,7 @@ def test_a_route_that_pins_another_pair_blocks_releases(models: Path) -> None:
 
     with pytest.raises(PublishError, match=r"route.json pins 1.1; change or remove the route first"):
         release("m", "2.1", repository=models)
-    with pytest.raises(PublishError, match=r"route.json pins 1.1; change the route first"):
+    with pytest.raises(PublishError, match=r"route.json pins 1.1; change or remove the route first"):
         withdraw("m", 1, repository=models)
 
 

@@ -188,7 +188,9 @@ def test_a_publisher_killed_at_any_point_leaves_the_old_or_the_new_state(
         folder = Dying(URL)
         folder.left = number
         bucket = Bucket(folder, Bucket.at(URL, cache=str(tmp_path / "cache"))._cache)
-        monkeypatch.setattr("splitserve.publishing.halves.writable", lambda _, bucket=bucket: bucket)
+        monkeypatch.setattr(
+            "splitserve.publishing.halves.writable", lambda where, bucket=bucket: bucket if where == URL else writable(where)
+        )
         try:
             publish(PIPELINE, IRIS, name="iris", repository=URL)
             is_done = True

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
+from splitserve.publishing.errors import PublishError
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError, Kind
@@ -188,12 +189,17 @@ def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
         load_bundle(Repository(tmp_path), BundleKey("m", "predict", 1), predictor.load)
 
 
-def test_transforms_with_nan_parameters_are_refused(tmp_path: Path) -> None:
-    """E07: NaN in fitted parameters shows in the golden samples, which then differ from the recorded ones."""
+def test_transforms_with_nan_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E07: NaN in fitted parameters shows in the golden samples: publish refuses them, and so does a service that loads a bundle
+    into which such transforms were put.
+    """
     scaler = StandardScaler().fit(ROWS)
     publish_preprocessor(scaler, ROWS, name="m", repository=tmp_path)
     other = tmp_path / "other"
     scaler.mean_ = np.full(N, np.nan)
+    with pytest.raises(PublishError, match="is not finite in any row"):
+        publish_preprocessor(scaler, ROWS, name="m", repository=other)
+    monkeypatch.setattr("splitserve.publishing.as_served.check", lambda *_args, **_options: None)
     publish_preprocessor(scaler, ROWS, name="m", repository=other)
     good, bad = (root / "m" / "preprocess" / "1" for root in (tmp_path, other))
     (good / "pipeline.skops").write_bytes((bad / "pipeline.skops").read_bytes())
