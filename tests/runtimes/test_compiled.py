@@ -81,7 +81,7 @@ def test_without_a_plan_auto_uses_the_compiled_form_if_possible(is_installed, ru
     ("transformer", "reason"),
     [
         (FunctionTransformer(np.abs).fit(FRAME[["length"]]), "cannot convert"),
-        (make_column_transformer((OneHotEncoder(), ["sex"])).fit(FRAME), "reject a row that the"),
+        (make_column_transformer((OneHotEncoder(), ["sex"]), ("passthrough", ["length"])).fit(FRAME), "reject a row that the"),
     ],
 )
 def test_an_unverified_compiled_form_is_not_published(transformer, reason, tmp_path):
