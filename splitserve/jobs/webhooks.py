@@ -180,6 +180,35 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
 
+class OpenedStreams(httpcore.AsyncNetworkBackend):
+    """Connects by another backend, and closes the connections of one attempt whatever ends it.
+
+    httpcore closes no connection whose TLS handshake is cancelled.
+    """
+
+    def __init__(self, backend: httpcore.AsyncNetworkBackend) -> None:
+        self._backend = backend
+        self._streams: list[httpcore.AsyncNetworkStream] = []
+
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        """Connect as the other backend does."""
+        stream = await self._backend.connect_tcp(*args, **options)
+        self._streams.append(stream)
+        return stream
+
+    async def sleep(self, seconds: float) -> None:
+        """As the other backend's."""
+        await self._backend.sleep(seconds)
+
+    async def __aenter__(self) -> OpenedStreams:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for stream in self._streams:
+            with contextlib.suppress(OSError):
+                await stream.aclose()
+
+
 class WebhookSender:
     """Sends what is in the outbox until `run` is cancelled.
 
@@ -279,7 +308,8 @@ class WebhookSender:
             ("webhook-signature", signature(secrets, delivery.id, timestamp, delivery.body)),
         ]
         async with (
-            httpcore.AsyncConnectionPool(ssl_context=self._context, network_backend=self._backend) as pool,
+            OpenedStreams(self._backend) as backend,
+            httpcore.AsyncConnectionPool(ssl_context=self._context, network_backend=backend) as pool,
             pool.stream("POST", delivery.url, headers=headers, content=delivery.body) as response,
         ):
             answer = b""

@@ -283,6 +283,28 @@ async def post(tmp_path: Path, secrets_file: Path, monkeypatch: pytest.MonkeyPat
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_an_attempt_that_is_cancelled_in_the_handshake_closes_its_connection(post):
+    """As when the service stops."""
+    accepted: asyncio.Queue[asyncio.StreamReader] = asyncio.Queue()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)  # the handshake has begun, and nothing answers it
+        await accepted.put(reader)
+        await reader.read()
+        await accepted.put(reader)
+        writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        post.ports["one.example.org"] = server.sockets[0].getsockname()[1]
+        await post.end_a_job()
+        await asyncio.wait_for(accepted.get(), 30)
+        (attempt,) = post.sender._tasks
+        attempt.cancel()
+        await asyncio.wait([attempt])
+        await asyncio.wait_for(accepted.get(), 30)
+
+
 async def test_a_webhook_is_signed_and_sent_to_the_name(post):
     """The certificate is that of the name, though the connection is to an address; both secrets verify the bytes."""
     job = await post.end_a_job()
