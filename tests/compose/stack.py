@@ -236,7 +236,7 @@ def run(command: Sequence[str], *, stderr: int = subprocess.PIPE, env: dict[str,
     """What a command prints; fails with what it said if it fails."""
     answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env)
     if answer.returncode:
-        raise AssertionError(f"{' '.join(command)}: exit status {answer.returncode}\n{answer.stdout}\n{answer.stderr}")
+        raise AssertionError(f"{' '.join(map(str, command))}: exit status {answer.returncode}\n{answer.stdout}\n{answer.stderr}")
     return answer.stdout
 
 

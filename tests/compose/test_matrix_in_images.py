@@ -36,7 +36,7 @@ BIN = Path(sys.executable).parent
 def old_image(docker: str, project: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The preprocess image, built from a lock with the other scikit-learn."""
     context = tmp_path_factory.mktemp("context")
-    for name in ("splitserve", "proxy", "preprocess_service", "predict_service", "requirements"):
+    for name in ("splitserve", "proxy", "preprocess_service", "predict_service", "jobs_service", "requirements"):
         shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Dockerfile", ".dockerignore"):
         shutil.copy(ROOT / name, context / name)
