@@ -198,11 +198,13 @@ async def run(address: str, workload: Workload, n_slots: int, seconds: float) ->
     host, _, port = address.partition(":")
     loop = asyncio.get_running_loop()
     transport, client = await loop.create_connection(lambda: StreamClient(address, workload, n_slots), host, int(port))
-    started = time.perf_counter()
-    client.start(seconds)
-    await asyncio.wait_for(client.done, seconds + TIMEOUT_S)
-    elapsed = time.perf_counter() - started
-    transport.close()
+    try:
+        started = time.perf_counter()
+        client.start(seconds)
+        await asyncio.wait_for(client.done, seconds + TIMEOUT_S)
+        elapsed = time.perf_counter() - started
+    finally:
+        transport.close()
     return of_latencies(client.latencies_ms, seconds=elapsed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator
@@ -27,7 +28,7 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array, to_array
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferResponse
-from splitserve.wire.http2.frames import frame
+from splitserve.wire.http2.frames import RST_STREAM, frame
 from splitserve.wire.http2.headers import encode
 
 WRK = """Running 2s test @ http://127.0.0.1:8000/v2/models/m/infer
@@ -254,6 +255,23 @@ async def test_the_stream_client_reports_a_server_without_streams():
         await stream_client.run(f"127.0.0.1:{port}", halves(2), 2, seconds=0.1)
 
     await server.stop(None)
+
+
+async def test_the_stream_client_closes_its_connection_when_the_server_ends_the_stream():
+    """An error leaves no connection open."""
+    is_closed = asyncio.Event()
+
+    async def end_the_stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(frame(RST_STREAM, 0, 1, bytes(4)))
+        await reader.read()  # until the client closes
+        is_closed.set()
+        writer.close()
+
+    async with await asyncio.start_server(end_the_stream, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(stream_client.StreamError, match="ended the stream"):
+            await stream_client.run(f"127.0.0.1:{port}", halves(2), 2, seconds=0.1)
+        await asyncio.wait_for(is_closed.wait(), 30)
 
 
 class Sometimes(BaseHTTPRequestHandler):
