@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 
 from preprocess_service.golden_replay import IN_PROGRESS, GoldenReplay, PairUnderProof
-from splitserve.catalogue import Catalogue, Entry
+from splitserve.catalogue import Catalogue, Entry, by_model
 from splitserve.oip import classification
 from splitserve.oip.messages import (
     EXPECTED_MANIFEST,
@@ -151,9 +151,10 @@ class PairMatcher:
         withdrawn: dict[tuple[str, Pair], AdmittedPair] = {}
         proofs: set[tuple[str, str]] = set()
         refused: dict[str, set[Pair]] = {}
-        for model in sorted({*self._preprocessors.catalogue.models(), *(state.name for state in predict_index)}):
+        states_of = by_model(predict_index)
+        for model in sorted({*self._preprocessors.catalogue.models(), *states_of}):
             view = self._preprocessors.models.get(model, ModelView())
-            states = [state for state in predict_index if state.name == model]
+            states = states_of.get(model, [])
             predictors = {int(state.version): state for state in states if is_predictor(state.version)}
             if incomplete := self._why_incomplete(model, states, predictors):
                 pairs.put_incomplete(model, incomplete)

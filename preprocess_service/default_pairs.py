@@ -36,6 +36,7 @@ class DefaultPairs(Defaults):
             predict_indexes: the index of each replica of predict.
         """
         before, self._pairs, self._problems = self._pairs, {}, {}
+        have = [{(state.name, state.version) for state in index if state.state == READY} for index in predict_indexes]
         for model in pairs.models():
             view = views.get(model, ModelView())
             ready = set(pairs.ready_versions(model))
@@ -47,6 +48,5 @@ class DefaultPairs(Defaults):
                     pair = before[model]  # the previous default serves until the route's pair is ready
                 self._pairs[model] = pair
             elif candidates := [pair for pair in view.history.by_pair() if pair in ready] or sorted(ready):
-                have = [{(state.name, state.version) for state in index if state.state == READY} for index in predict_indexes]
                 replicas = [{pair for pair in candidates if (model, str(pair.predictor)) in each} for each in have]
                 self._pairs[model] = self._agreement.choose(model, candidates, replicas) or candidates[-1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from proxy.known_pairs import GONE_GRACE_S, release_sequence
-from splitserve.catalogue import Defaults
+from splitserve.catalogue import Defaults, by_model
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_DIGEST, ModelState
 from splitserve.server.agreement import Agreement
 from splitserve.versions import Pair, parse_pair
@@ -43,12 +43,13 @@ class AgreedDefaults(Defaults):
         """Choose again, for these models, from the index of each replica."""
         now = self._clock()
         self._pairs, self._problems = {}, {}
+        grouped = [by_model(index) for index in indexes]
         for model in models:
             named: set[ReplicaPair] = set()
             replicas: list[set[ReplicaPair]] = []
             problem = ""
-            for index in indexes:
-                states = [state for state in index if state.name == model]
+            for index in grouped:
+                states = index.get(model, [])
                 ready = {_replica_pair(state) for state in states if state.version and state.state == READY}
                 named |= {_replica_pair(state) for state in states if state.properties.get(DEFAULT) == "true"}
                 problem = problem or next((state.reason for state in states if not state.version), "")
@@ -60,7 +61,8 @@ class AgreedDefaults(Defaults):
                 self._pairs[model] = (chosen or max(named)).pair
             elif not named and problem and any(replicas):
                 self._problems[model] = problem
-            self._named_at.setdefault(model, {}).update((each.pair, now) for each in named)
+            recent = {pair: at for pair, at in self._named_at.get(model, {}).items() if at > now - GONE_GRACE_S}
+            self._named_at[model] = {**recent, **{each.pair: now for each in named}}
 
     def next_after(self, model: str, tried: Sequence[Pair]) -> Pair | None:
         """The pair to try after those, if any: the default, or another that a replica named as such a short while ago."""

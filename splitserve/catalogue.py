@@ -115,6 +115,14 @@ class Catalogue(Generic[V, T]):
         return versions + [ModelState(model, "", UNAVAILABLE, reason) for model, reason in sorted(self._incomplete.items())]
 
 
+def by_model(index: Iterable[ModelState]) -> dict[str, list[ModelState]]:
+    """The states of an index, grouped by the name of the model."""
+    found: dict[str, list[ModelState]] = {}
+    for state in index:
+        found.setdefault(state.name, []).append(state)
+    return found
+
+
 class Defaults:
     """The pairs that serve requests without a version. A subclass decides them."""
 
