@@ -36,9 +36,9 @@ class Rendering(msgspec.Struct, frozen=True, omit_defaults=True):
     parameters: dict[str, Parameter] = {}
 
     @classmethod
-    def of(cls, request: InferRequest, *, api: str = "v2", is_columnar: bool = False) -> Rendering:
-        """The rendering that a request asks for."""
-        return cls(api, is_columnar, request.outputs, dict(request.parameters))
+    def of(cls, request: InferRequest) -> Rendering:
+        """The rendering that a request of V2 asks for."""
+        return cls(outputs=request.outputs, parameters=dict(request.parameters))
 
     def request(self, model: str) -> InferRequest:
         """The part of the request that says how its answer is rendered."""

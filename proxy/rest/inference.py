@@ -135,10 +135,7 @@ class RestInference(Inference[HttpResponse]):
         )
 
     def _encode(self, response: InferResponse) -> HttpResponse:
-        body, header_length = rest.encode_response(response, self.request)
-        if header_length is None:
-            return HttpResponse(200, body)
-        return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))
+        return v2_response(response, self.request)
 
     def _deliver(self, answer: HttpResponse) -> None:
         self._respond(compressed(answer, self._incoming) if may_be_compressed(answer, self._incoming) else answer)
@@ -159,10 +156,23 @@ class V1Inference(RestInference):
         return decoded.request
 
     def _encode(self, response: InferResponse) -> HttpResponse:
-        return HttpResponse(200, v1.encode_response(response, is_columnar=self.is_columnar))
+        return v1_response(response, is_columnar=self.is_columnar)
 
     def _log(self, error: BaseException | None) -> None:
         log_request("predict", self.model, self.version, self._began, error)
+
+
+def v2_response(response: InferResponse, request: InferRequest) -> HttpResponse:
+    """The response to an inference, as the request asks for it."""
+    body, header_length = rest.encode_response(response, request)
+    if header_length is None:
+        return HttpResponse(200, body)
+    return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))
+
+
+def v1_response(response: InferResponse, *, is_columnar: bool) -> HttpResponse:
+    """The response to an inference of the V1 protocol."""
+    return HttpResponse(200, v1.encode_response(response, is_columnar=is_columnar))
 
 
 def may_be_compressed(response: HttpResponse, incoming: HttpRequest) -> bool:

@@ -8,13 +8,13 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 
 from proxy.jobs import JobOptions, ProxyJobs, Rendering, fingerprint
-from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference
+from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference, v1_response, v2_response
 from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
 from splitserve.errors import InvalidInput
 from splitserve.jobs import events
 from splitserve.jobs.records import Job, Webhook
-from splitserve.oip import protobuf, rest, v1
+from splitserve.oip import protobuf
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 
 PREFER, KEY = b"prefer", b"idempotency-key"
@@ -78,11 +78,8 @@ class JobRoutes:
         rendering = _rendering.decode(result.rendering)
         response = protobuf.decode_response(protobuf.parse(inference_pb2.ModelInferResponse, result.answer))
         if rendering.api == "v1":
-            return HttpResponse(200, v1.encode_response(response, is_columnar=rendering.is_columnar))
-        body, header_length = rest.encode_response(response, rendering.request(response.model))
-        if header_length is None:
-            return HttpResponse(200, body)
-        return HttpResponse(200, body, "application/octet-stream", ((HEADER_LENGTH.decode(), str(header_length)),))
+            return v1_response(response, is_columnar=rendering.is_columnar)
+        return v2_response(response, rendering.request(response.model))
 
     async def delete(self, request: RoutedRequest) -> HttpResponse:
         """``DELETE /v2/jobs/JOB``"""
