@@ -13,7 +13,7 @@ from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
 from splitserve.errors import InvalidInput
 from splitserve.jobs import events
-from splitserve.jobs.records import Job, Webhook
+from splitserve.jobs.records import Job, webhook_to
 from splitserve.oip import protobuf
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 
@@ -133,7 +133,7 @@ def _options(request: RoutedRequest, *, api: str) -> JobOptions:
     webhook = None
     if url := options.get("webhook"):
         names = options.get("webhook_events")
-        webhook = Webhook(url, tuple(names.split(","))) if names else Webhook(url)
+        webhook = webhook_to(url, names.split(",") if names else ())
     key = _key(request.incoming)
     return JobOptions(
         key=key,

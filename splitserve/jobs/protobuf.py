@@ -7,7 +7,7 @@ from typing import Any
 
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
-from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, Status, Webhook
+from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, Status, Webhook, webhook_to
 
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -70,8 +70,8 @@ def encode_webhook(webhook: Webhook) -> Any:
 
 
 def decode_webhook(message: Any) -> Webhook:
-    """A webhook; without events it gets all."""
-    return Webhook(message.url, tuple(message.events)) if message.events else Webhook(message.url)
+    """A webhook."""
+    return webhook_to(message.url, message.events)
 
 
 def encode_job(job: Job) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -57,11 +58,20 @@ class Payload(msgspec.Struct, frozen=True):
     ref: str = ""
 
 
+EVENTS = tuple(f"job.{status}" for status in FINISHED)
+"""What a webhook can be told of."""
+
+
 class Webhook(msgspec.Struct, frozen=True):
-    """Where to report the end of a job: for which of the events ``job.succeeded``, ``job.failed``, ``job.cancelled``."""
+    """Where to report the end of a job, for which of the `EVENTS`."""
 
     url: str
-    events: tuple[str, ...] = tuple(f"job.{status}" for status in FINISHED)
+    events: tuple[str, ...] = EVENTS
+
+
+def webhook_to(url: str, events: Sequence[str]) -> Webhook:
+    """A webhook as a caller asks for it: one that names no events is told of all."""
+    return Webhook(url, tuple(events) or EVENTS)
 
 
 class Rights(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -19,6 +19,7 @@ from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import (
     ACTIVE,
     DEFAULT_PRIORITY,
+    EVENTS,
     FINISHED,
     HIGHEST_PRIORITY,
     JOB_ID,
@@ -42,8 +43,6 @@ SWEEP_INTERVAL_S = 1.0
 STRAYS_INTERVAL_S = 3600.0
 STALE_STATE_S = 10.0
 """A store whose counts are older than this is reported as one that cannot be reached."""
-
-EVENTS = tuple(f"job.{status}" for status in FINISHED)
 
 
 class Submission(msgspec.Struct, frozen=True, kw_only=True):
