@@ -145,14 +145,6 @@ class AsyncClient:
         timeout_s: float | None = None,
     ) -> AsyncJob:
         """As `splitserve.Client.submit`."""
-        options = jobs.options_of(
-            key=idempotency_key,
-            priority=priority,
-            job_timeout_s=job_timeout_s,
-            expires_s=expires_s,
-            webhook=webhook,
-            webhook_events=webhook_events,
-        )
         steps = jobs.submit(
             self._core,
             model,
@@ -160,7 +152,12 @@ class AsyncClient:
             version=version,
             outputs=outputs,
             parameters=parameters,
-            options=options,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            job_timeout_s=job_timeout_s,
+            expires_s=expires_s,
+            webhook=webhook,
+            webhook_events=webhook_events,
             timeout_s=timeout_s,
         )
         return AsyncJob(self._core, await self._run(steps), self._run)

@@ -212,14 +212,6 @@ class Client:
         Raises:
             SplitserveError: as `infer`; `Unsupported` if the server has no jobs.
         """
-        options = jobs.options_of(
-            key=idempotency_key,
-            priority=priority,
-            job_timeout_s=job_timeout_s,
-            expires_s=expires_s,
-            webhook=webhook,
-            webhook_events=webhook_events,
-        )
         steps = jobs.submit(
             self._core,
             model,
@@ -227,7 +219,12 @@ class Client:
             version=version,
             outputs=outputs,
             parameters=parameters,
-            options=options,
+            idempotency_key=idempotency_key,
+            priority=priority,
+            job_timeout_s=job_timeout_s,
+            expires_s=expires_s,
+            webhook=webhook,
+            webhook_events=webhook_events,
             timeout_s=timeout_s,
         )
         return Job(self._core, self._run(steps), self._run)

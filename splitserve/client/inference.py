@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from splitserve.arrays import Array
 from splitserve.client.answer import Answer, outputs_of
@@ -20,6 +21,8 @@ from splitserve.oip.classification import LABELS, labels_of
 from splitserve.oip.messages import DEFAULT, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 Outputs = dict[str, Array]
+
+T = TypeVar("T")
 
 
 class Core:
@@ -76,6 +79,26 @@ class Core:
             return None
         self._signatures[model, version] = signature
         return signature
+
+    def with_signature(
+        self, model: str, version: str, send: Callable[[ModelMetadata | None], Steps[T]], deadline: float
+    ) -> Steps[T]:
+        """What ``send`` returns, which encodes inputs by a signature. If a known one no longer fits, it is fetched again.
+
+        Raises:
+            InvalidInput: the inputs cannot be encoded, or the server refuses them, with the current signature.
+        """
+        known = self.known_signature(model, version)
+        if known is None:
+            return (yield from send((yield from self.fetch_signature(model, version, deadline))))
+        try:
+            return (yield from send(known))
+        except InvalidInput as error:
+            refused = error
+        signature = yield from self.fetch_signature(model, version, deadline)
+        if signature is None or signature.inputs == known.inputs:
+            raise refused
+        return (yield from send(signature))
 
 
 class InferCall:
@@ -139,20 +162,10 @@ class InferCall:
             InvalidInput: the inputs cannot be encoded.
         """
         deadline = self._core.deadline_after(self._timeout_s)
-        known = self._core.known_signature(self._model, self._version)
-        if known is None:
-            signature = yield from self._core.fetch_signature(self._model, self._version, deadline)
-            return (yield from self._first(signature, deadline))
-        try:
-            return (yield from self._first(known, deadline))
-        except InvalidInput as error:
-            refused = error
-        signature = yield from self._core.fetch_signature(self._model, self._version, deadline)
-        if signature is None or signature.inputs == known.inputs:
-            raise refused
-        return (yield from self._first(signature, deadline))
+        send = partial(self._first, deadline)
+        return (yield from self._core.with_signature(self._model, self._version, send, deadline))
 
-    def _first(self, signature: ModelMetadata | None, deadline: float) -> Steps[Outputs]:
+    def _first(self, deadline: float, signature: ModelMetadata | None) -> Steps[Outputs]:
         self._columns = to_columns(self._inputs, signature.inputs if signature else None)
         self._chunks = self._cut(signature)
         response = yield from self._send(self._chunks[0], deadline)

@@ -13,9 +13,9 @@ from splitserve.client.answer import Answer, outputs_of
 from splitserve.client.encoding import to_columns
 from splitserve.client.inference import Core
 from splitserve.client.steps import Ask, JobAsk, Steps
-from splitserve.errors import DeadlineExceeded, InvalidInput
+from splitserve.errors import DeadlineExceeded
 from splitserve.jobs.records import Job as JobRecord
-from splitserve.jobs.records import Webhook
+from splitserve.jobs.records import webhook_to
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 T = TypeVar("T")
@@ -32,12 +32,23 @@ def submit(
     version: str,
     outputs: Sequence[str],
     parameters: Mapping[str, Parameter] | None,
-    options: JobAsk,
+    idempotency_key: str,
+    priority: int,
+    job_timeout_s: float,
+    expires_s: float,
+    webhook: str,
+    webhook_events: Sequence[str],
     timeout_s: float | None,
 ) -> Steps[JobRecord]:
     """Encode the inputs and store the job. A known signature that no longer fits is fetched again."""
     deadline = core.deadline_after(timeout_s)
-    options = options._replace(key=options.key or uuid.uuid4().hex)
+    options = JobAsk(
+        key=idempotency_key or uuid.uuid4().hex,
+        priority=priority,
+        timeout_s=job_timeout_s,
+        expires_s=expires_s,
+        webhook=webhook_to(webhook, webhook_events) if webhook else None,
+    )
 
     def send(signature: ModelMetadata | None) -> Steps[JobRecord]:
         columns = to_columns(inputs, signature.inputs if signature else None)
@@ -51,17 +62,7 @@ def submit(
         record: JobRecord = yield from core.ask(Ask("submit", model, version, request, options), deadline)
         return record
 
-    known = core.known_signature(model, version)
-    if known is None:
-        return (yield from send((yield from core.fetch_signature(model, version, deadline))))
-    try:
-        return (yield from send(known))
-    except InvalidInput as error:
-        refused = error
-    signature = yield from core.fetch_signature(model, version, deadline)
-    if signature is None or signature.inputs == known.inputs:
-        raise refused
-    return (yield from send(signature))
+    return (yield from core.with_signature(model, version, send, deadline))
 
 
 def get(core: Core, job_id: str) -> Steps[JobRecord]:
@@ -104,22 +105,6 @@ def list_jobs(core: Core, *, model: str, status: str, limit: int, after: str) ->
     ask = Ask("jobs", model, job=JobAsk(status=status, limit=limit, after=after))
     records: list[JobRecord] = yield from core.ask(ask, core.deadline_after(None))
     return records
-
-
-def options_of(
-    *,
-    key: str,
-    priority: int,
-    job_timeout_s: float,
-    expires_s: float,
-    webhook: str,
-    webhook_events: Sequence[str],
-) -> JobAsk:
-    """The options of a submit."""
-    hook = None
-    if webhook:
-        hook = Webhook(webhook, tuple(webhook_events)) if webhook_events else Webhook(webhook)
-    return JobAsk(key=key, priority=priority, timeout_s=job_timeout_s, expires_s=expires_s, webhook=hook)
 
 
 class _Job:
