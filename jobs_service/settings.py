@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.jobs.folder import PAYLOADS
 from splitserve.jobs.records import StoreRules
 from splitserve.jobs.service import JobRules
 from splitserve.jobs.webhooks import WebhookPolicy, read_secrets
@@ -123,7 +124,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     @property
     def payloads_place(self) -> str:
         """Folder or URL of large payloads."""
-        return self.payloads or str(Path(self.dir) / "payloads")
+        return self.payloads or str(Path(self.dir) / PAYLOADS)
 
     @property
     def proxy_token(self) -> str:

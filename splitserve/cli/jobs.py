@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from splitserve.cli.connection import client
 from splitserve.cli.infer import print_outputs, reader
 from splitserve.cli.tables import print_table
-from splitserve.errors import SplitserveError
+from splitserve.errors import DeadlineExceeded, SplitserveError
 from splitserve.oip.v1 import from_instances
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ def show(job_id: str, url: str, *, wait_s: float) -> int:
         if wait_s:
             try:
                 job.wait(wait_s)
-            except SplitserveError as error:
-                if error.reason != "DEADLINE_EXCEEDED":
-                    raise
+            except DeadlineExceeded:
                 job.refresh()
         print(json.dumps(msgspec.to_builtins(shown(job.info)), indent=2))
         return 0
@@ -139,15 +137,17 @@ def cancel(job_ids: list[str], url: str) -> int:
 
 def backup(folder: Path, to: Path) -> int:
     """Copy a folder of jobs to an empty one, also while its service runs."""
+    from splitserve.jobs.folder import DATABASE, PAYLOADS
+
     if to.exists() and any(to.iterdir()):
         print(f"{to}: expected an empty folder", file=sys.stderr)
         return 1
-    database = folder / "jobs.sqlite"
+    database = folder / DATABASE
     if not database.exists():
         print(f"{folder}: there are no jobs", file=sys.stderr)
         return 1
     to.mkdir(mode=0o700, parents=True, exist_ok=True)
-    copied = sqlite3.connect(to / "jobs.sqlite")
+    copied = sqlite3.connect(to / DATABASE)
     source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
         source.backup(copied, pages=1000)
@@ -156,12 +156,12 @@ def backup(folder: Path, to: Path) -> int:
         source.close()
         copied.close()
     n_files = 0
-    payloads = folder / "payloads"
+    payloads = folder / PAYLOADS
     if payloads.is_dir():  # after the database: each file that a row of the copy names is there, unless its job is gone by now
-        (to / "payloads").mkdir(mode=0o700, exist_ok=True)
+        (to / PAYLOADS).mkdir(mode=0o700, exist_ok=True)
         for path in payloads.iterdir():
             try:
-                shutil.copy2(path, to / "payloads" / path.name)
+                shutil.copy2(path, to / PAYLOADS / path.name)
                 n_files += 1
             except FileNotFoundError:
                 continue
@@ -171,7 +171,7 @@ def backup(folder: Path, to: Path) -> int:
 
 def restore(folder: Path, source: Path) -> int:
     """Put a backup in the place of a folder of jobs, whose service must not run."""
-    from splitserve.jobs.folder import DATABASE, LOCK, FolderInUse, locked
+    from splitserve.jobs.folder import DATABASE, LOCK, PAYLOADS, FolderInUse, locked
 
     if not (source / DATABASE).exists():
         print(f"{source}: expected a backup, which has {DATABASE}", file=sys.stderr)
@@ -186,8 +186,8 @@ def restore(folder: Path, source: Path) -> int:
         for suffix in ("", "-wal", "-shm"):  # a WAL that is left would be replayed over the restored database
             (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
         shutil.copy2(source / DATABASE, folder / DATABASE)
-        if (source / "payloads").is_dir():
-            shutil.copytree(source / "payloads", folder / "payloads", dirs_exist_ok=True)
+        if (source / PAYLOADS).is_dir():
+            shutil.copytree(source / PAYLOADS, folder / PAYLOADS, dirs_exist_ok=True)
     finally:
         os.close(lock)
     print(f"{folder}: restored; jobs that have ended since the backup are run again")

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-DATABASE, LOCK = "jobs.sqlite", "lock"
+DATABASE, LOCK, PAYLOADS = "jobs.sqlite", "lock", "payloads"
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {
