@@ -9,7 +9,6 @@ import grpc
 
 from proxy.settings import ProxySettings
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
-from splitserve.errors import SplitserveError
 from splitserve.jobs import protobuf
 from splitserve.jobs.records import Job, JobCaller, Submitted
 from splitserve.jobs.service import JobAnswer, Submission
@@ -103,10 +102,3 @@ class RemoteJobs:
     ) -> list[Job]:
         request = pb.ListJobsRequest(model=model, status=protobuf.encode_status(status), limit=limit, after=after)
         return [protobuf.decode_job(job) for job in (await self._call("ListJobs", caller, request)).jobs]
-
-    async def not_ready_reason(self) -> str:
-        try:
-            await self.list_jobs(JobCaller(), limit=1)
-        except SplitserveError as error:
-            return error.message
-        return ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import msgspec
@@ -104,10 +104,6 @@ class Jobs(Protocol):
         self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""
     ) -> list[Job]:
         """The caller's jobs, the newest first."""
-        ...
-
-    async def not_ready_reason(self) -> str:
-        """Why jobs cannot be submitted; "" if they can."""
         ...
 
 
@@ -293,6 +289,7 @@ class JobQueue:
         return await self._store.list_jobs(caller.name, model=model, status=status, limit=limit or 100, after=after)
 
     async def not_ready_reason(self) -> str:
+        """Why jobs cannot be submitted; "" if they can."""
         if self._clock() - self._counted_at > STALE_STATE_S:
             return self._problem or "the job store cannot be reached"
         return self._problem
@@ -305,20 +302,20 @@ class JobQueue:
 
     def ended(self, job_ids: Iterable[str]) -> None:
         """Jobs have ended, or may have: wake those who wait for them."""
+        self._wake(job_ids)
+        self._store.announce()
+        self.on_webhook()
+
+    def _wake(self, job_ids: Iterable[str]) -> None:
         for job_id in job_ids:
             for waiter in self._waiting.get(job_id, ()):
                 if not waiter.done():
                     waiter.set_result(None)
-        self._store.announce()
-        self.on_webhook()
 
     def release_waiters(self) -> None:
         """Answer everyone who waits, with the job as it is: the service is draining."""
         self._is_draining = True
-        for waiters in self._waiting.values():
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+        self._wake(self._waiting)
 
     @property
     def n_waiting(self) -> int:
@@ -340,10 +337,7 @@ class JobQueue:
             self._poll_now.clear()
             if self._waiting:
                 with contextlib.suppress(SplitserveError):
-                    for job_id in await self._store.finished_among(list(self._waiting)):
-                        for waiter in self._waiting.get(job_id, ()):
-                            if not waiter.done():
-                                waiter.set_result(None)
+                    self._wake(await self._store.finished_among(list(self._waiting)))
 
     async def _keep_sweeping(self) -> None:
         while True:
@@ -374,13 +368,10 @@ class JobQueue:
     async def _keep_removing_strays(self) -> None:
         while True:
             with contextlib.suppress(SplitserveError, OSError):
-                if n_removed := await self._payloads.remove_strays(self._known_refs):
+                if n_removed := await self._payloads.remove_strays(self._store.known_refs):
                     # Files of requests or answers whose jobs were never stored, or are gone.
                     self._log.info("stray payloads removed", files=n_removed)
             await asyncio.sleep(STRAYS_INTERVAL_S)
-
-    async def _known_refs(self, refs: Sequence[str]) -> Sequence[str]:
-        return await self._store.known_refs(refs)
 
 
 def _unknown(job_id: str) -> NotFound:
