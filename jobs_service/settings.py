@@ -18,7 +18,6 @@ from splitserve.server.settings import Target
 from splitserve.server.tls_settings import NextStageTlsSettings
 
 MIB = 1024 * 1024
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class JobsSettings(NextStageTlsSettings, FaceSettings):
@@ -160,7 +159,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
 
 def check(config: JobsSettings) -> None:
     """End the process if the service would listen where anybody can say who calls, or share a folder."""
-    if config.host not in LOOPBACK and not config.tls_client_ca_file:
+    if not config.is_local and not config.tls_client_ca_file:
         print(
             f"JOBS_HOST: {config.host} is not loopback: callers are named by the proxy, which has to prove who it is "
             "(JOBS_TLS_CERT_FILE, JOBS_TLS_KEY_FILE and JOBS_TLS_CLIENT_CA_FILE)",

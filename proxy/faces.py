@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from proxy.auth import BearerAuthenticator
 
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
 class Faces:
     """Listens on both ports while entered. ``jobs`` None: jobs are not supported."""
 
@@ -36,7 +33,7 @@ class Faces:
         served = Guard(service, self.authenticator.models_of) if self.authenticator else service
         budget = config.byte_budget()
         self._jobs = ProxyJobs(
-            served, jobs, config.limits, is_authenticated=self.authenticator is not None, is_local=config.host in LOOPBACK
+            served, jobs, config.limits, is_authenticated=self.authenticator is not None, is_local=config.is_local
         )
         app = RestApp(served, config.rest_config, authenticator=self.authenticator, jobs=self._jobs)
         self.http = RestFace(app, budget=budget)
@@ -57,8 +54,7 @@ class Faces:
     async def __aenter__(self) -> Faces:
         await self._stack.enter_async_context(self.http)
         await self._stack.enter_async_context(self.grpc)
-        is_local = self._config.host in LOOPBACK
-        if not (is_local or self.authenticator or self._config.tls_client_ca_file):
+        if not (self._config.is_local or self.authenticator or self._config.tls_client_ca_file):
             # The proxy listens beyond loopback, without an authorization file or mutual TLS.
             structlog.get_logger().warning("authentication not configured", host=self._config.host, see="docs/security.md")
         if self.authenticator:

@@ -89,6 +89,11 @@ class ServiceSettings(BaseSettings):
         return tuple(getattr(self, name) for name in ("http_port", "grpc_port") if name in type(self).model_fields)
 
     @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the ports."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
+
+    @property
     def shares_ports(self) -> bool:
         """Whether several processes share the ports."""
         return self.workers > 1
