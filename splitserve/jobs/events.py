@@ -19,11 +19,15 @@ def event_of(job: Job) -> str:
     return f"job.{job.status}"
 
 
-def delivery_id(job_id: str, event: str) -> str:
-    """The id of a webhook. It follows from job and event, so that a receiver recognises one that is sent again, even after the
-    database was restored from a backup.
+def outbox_row(job: Job) -> tuple[str, str, str, str, str, bytes] | None:
+    """Id, job, owner, URL, host and body of the webhook for the end of a job; None: it was not asked for.
+
+    The id follows from job and event, so that a receiver recognises a webhook that is sent again, even after the database was
+    restored from a backup.
     """
-    return f"msg_{job_id}_{event.partition('.')[2]}"
+    if job.webhook is None or event_of(job) not in job.webhook.events:
+        return None
+    return f"msg_{job.id}_{job.status}", job.id, job.owner, job.webhook.url, host_of(job.webhook.url), body(job)
 
 
 def body(job: Job) -> bytes:

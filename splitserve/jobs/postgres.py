@@ -28,6 +28,7 @@ from psycopg_pool import AsyncConnectionPool, PoolTimeout
 from splitserve.errors import StorageFull, Unavailable
 from splitserve.jobs import events
 from splitserve.jobs.records import (
+    ACTIVE,
     OLDEST_SHARE,
     Claimed,
     Delivered,
@@ -332,11 +333,11 @@ class PostgresStore:
             if row is None:
                 return None
             seq, status, request_ref, answer_ref = row
-            if status in ("queued", "running"):
+            if status in ACTIVE:
                 await self._end(cursor, seq, "cancelled")
             job = await self._get(cursor, owner, job_id)
             assert job is not None, "the row is locked"
-            if status in ("queued", "running"):
+            if status in ACTIVE:
                 return job, [request_ref] if request_ref else []
             await cursor.execute(f"DELETE FROM {_T}.jobs WHERE seq = %s", (seq,))
             return job, [answer_ref] if answer_ref else []
@@ -354,14 +355,11 @@ class PostgresStore:
         )
         assert row is not None, "the row is locked"
         job = job_of(row)
-        if job.webhook is not None and events.event_of(job) in job.webhook.events:
+        if (due := events.outbox_row(job)) is not None:
             await cursor.execute(
                 f"INSERT INTO {_T}.deliveries (id, job, owner, url, host, body) VALUES (%s, %s, %s, %s, %s, %s) "
                 "ON CONFLICT DO NOTHING",
-                (
-                    *(events.delivery_id(job.id, events.event_of(job)), job.id, job.owner, job.webhook.url),
-                    *(events.host_of(job.webhook.url), events.body(job)),
-                ),
+                due,
             )
             await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE seq = %s", (encode(Delivered("pending")), seq))
         return job.id

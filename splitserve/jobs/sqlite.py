@@ -31,6 +31,7 @@ from splitserve.errors import SplitserveError, StorageFull
 from splitserve.jobs import events
 from splitserve.jobs.folder import DATABASE, LOCK, check_file_system, locked
 from splitserve.jobs.records import (
+    ACTIVE,
     OLDEST_SHARE,
     Claimed,
     Delivered,
@@ -314,12 +315,11 @@ class SqliteStore:
             if row is None:
                 return None
             seq, status, request_ref, answer_ref = row
-            job = _get(connection, owner, job_id)
-            assert job is not None
-            if status in ("queued", "running"):
+            if status in ACTIVE:
                 self._end(connection, seq, "cancelled")
-                job = _get(connection, owner, job_id)
-                assert job is not None
+            job = _get(connection, owner, job_id)
+            assert job is not None, "nobody else writes in this transaction"
+            if status in ACTIVE:
                 return job, [request_ref] if request_ref else []
             connection.execute("DELETE FROM jobs WHERE seq = ?", (seq,))
             return job, [answer_ref] if answer_ref else []
@@ -339,19 +339,15 @@ class SqliteStore:
                 status, now, now + self._rules.ttl_s, answer.data, answer.ref, encoded(error), seq,
             ),
         ).fetchone()  # fmt: skip
-        job = job_of(row) if row[14] is not None else None
-        if job is not None and job.webhook is not None and events.event_of(job) in job.webhook.events:
+        job = job_of(row)
+        if (due := events.outbox_row(job)) is not None:
             connection.execute(
                 "INSERT OR IGNORE INTO deliveries (id, job, owner, url, host, body, created, not_before) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    events.delivery_id(job.id, events.event_of(job)), job.id, job.owner, job.webhook.url,
-                    events.host_of(job.webhook.url), events.body(job), now, now,
-                ),
-            )  # fmt: skip
+                (*due, now, now),
+            )
             connection.execute("UPDATE jobs SET delivery = ? WHERE seq = ?", (encode(Delivered("pending")), seq))
-        job_id: str = row[0]
-        return job_id
+        return job.id
 
     def announce(self) -> None:
         """Does nothing: no other process shares the store."""
