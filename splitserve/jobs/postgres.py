@@ -477,24 +477,23 @@ class PostgresStore:
                 cursor,
                 f"WITH due AS MATERIALIZED (SELECT id FROM {_T}.deliveries WHERE status = 'pending' AND not_before <= now() AND "
                 "host <> ALL(%s) ORDER BY not_before LIMIT 1 FOR UPDATE SKIP LOCKED) "
-                f"UPDATE {_T}.deliveries AS each SET not_before = now() + make_interval(secs => %s), attempt = attempt + 1, "
-                "fence = fence + 1 FROM due WHERE each.id = due.id RETURNING each.id, job, owner, url, body, attempt, "
-                f"{_epoch('created')}, fence",
+                f"UPDATE {_T}.deliveries AS each SET not_before = now() + make_interval(secs => %s), attempt = attempt + 1 "
+                f"FROM due WHERE each.id = due.id RETURNING each.id, job, owner, url, body, attempt, {_epoch('created')}",
                 (list(but_hosts), lease_s),
             )
         return None if row is None else delivery_of(row)
 
     async def finish_delivery(self, attempt: DeliveryAttempt) -> None:
+        delivered = attempt.delivered
         async with self._transaction() as cursor:
             row = await _one(
                 cursor,
                 f"UPDATE {_T}.deliveries SET status = %s, not_before = now() + make_interval(secs => %s), "
                 "finished = CASE WHEN %s THEN now() END "
-                "WHERE id = %s AND fence = %s AND status = 'pending' RETURNING job, attempt",
-                (attempt.status, attempt.retry_s or 0.0, attempt.retry_s is None, attempt.id, attempt.fence),
+                "WHERE id = %s AND attempt = %s AND status = 'pending' RETURNING job",
+                (delivered.status, attempt.retry_s or 0.0, attempt.retry_s is None, attempt.id, delivered.attempt),
             )
             if row is not None:
-                delivered = Delivered(attempt.status, row[1], attempt.http_status, attempt.answer)
                 await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE id = %s", (encode(delivered), row[0]))
 
     async def state(self) -> StoreState:

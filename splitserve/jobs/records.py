@@ -203,7 +203,7 @@ class Retry(msgspec.Struct, frozen=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """A webhook to send. ``body`` is signed and sent as it is."""
+    """A webhook to send. ``body`` is signed and sent as it is. ``attempt`` grows with every claim: only the newest one counts."""
 
     id: str
     job: str
@@ -212,17 +212,13 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
     attempt: int
     created: float
-    fence: int
 
 
-class DeliveryAttempt(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of an attempt; ``retry_s`` None: there is no other."""
+class DeliveryAttempt(msgspec.Struct, frozen=True):
+    """How far the delivery of a webhook is after an attempt; ``retry_s`` None: there is no other."""
 
     id: str
-    fence: int
-    status: str
-    http_status: int = 0
-    answer: str = ""
+    delivered: Delivered
     retry_s: float | None = None
 
 

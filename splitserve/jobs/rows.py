@@ -59,10 +59,8 @@ def claimed_of(row: Sequence[Any]) -> Claimed:
 
 
 def delivery_of(row: Sequence[Any]) -> Delivery:
-    """A webhook from id, job, owner, url, body, attempt, created, fence."""
-    return Delivery(
-        id=row[0], job=row[1], owner=row[2], url=row[3], body=bytes(row[4]), attempt=row[5], created=row[6], fence=row[7]
-    )
+    """A webhook from id, job, owner, url, body, attempt, created."""
+    return Delivery(id=row[0], job=row[1], owner=row[2], url=row[3], body=bytes(row[4]), attempt=row[5], created=row[6])
 
 
 def migrations(kind: str) -> list[tuple[int, str]]:

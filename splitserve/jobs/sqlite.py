@@ -486,9 +486,9 @@ class SqliteStore:
         def act(connection: Connection) -> Delivery | None:
             now, marks = self.now(), ", ".join("?" * len(but_hosts))
             row = connection.execute(
-                "UPDATE deliveries SET not_before = ?, attempt = attempt + 1, fence = fence + 1 WHERE id = (SELECT id FROM "
+                "UPDATE deliveries SET not_before = ?, attempt = attempt + 1 WHERE id = (SELECT id FROM "
                 f"deliveries WHERE status = 'pending' AND not_before <= ? AND host NOT IN ({marks}) "
-                "ORDER BY not_before LIMIT 1) RETURNING id, job, owner, url, body, attempt, created, fence",
+                "ORDER BY not_before LIMIT 1) RETURNING id, job, owner, url, body, attempt, created",
                 (now + lease_s, now, *but_hosts),
             ).fetchone()
             return None if row is None else delivery_of(row)
@@ -497,17 +497,16 @@ class SqliteStore:
 
     async def finish_delivery(self, attempt: DeliveryAttempt) -> None:
         def act(connection: Connection) -> None:
-            now = self.now()
+            now, delivered = self.now(), attempt.delivered
             row = connection.execute(
                 "UPDATE deliveries SET status = ?, not_before = ?, finished = ? "
-                "WHERE id = ? AND fence = ? AND status = 'pending' RETURNING job, attempt",
+                "WHERE id = ? AND attempt = ? AND status = 'pending' RETURNING job",
                 (
-                    attempt.status, now + (attempt.retry_s or 0.0), 0.0 if attempt.retry_s is not None else now, attempt.id,
-                    attempt.fence,
+                    *(delivered.status, now + (attempt.retry_s or 0.0), 0.0 if attempt.retry_s is not None else now),
+                    *(attempt.id, delivered.attempt),
                 ),
-            ).fetchone()  # fmt: skip
+            ).fetchone()
             if row is not None:
-                delivered = Delivered(attempt.status, row[1], attempt.http_status, attempt.answer)
                 connection.execute("UPDATE jobs SET delivery = ? WHERE id = ?", (encode(delivered), row[0]))
 
         await self._call(act)

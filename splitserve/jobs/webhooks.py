@@ -35,7 +35,7 @@ from splitserve.errors import InvalidInput, SplitserveError
 from splitserve.jobs import addresses
 from splitserve.jobs.addresses import AddressRefused
 from splitserve.jobs.events import host_of
-from splitserve.jobs.records import Delivery, DeliveryAttempt, JobCaller, Webhook
+from splitserve.jobs.records import Delivered, Delivery, DeliveryAttempt, JobCaller, Webhook
 from splitserve.jobs.store import JobStore
 from splitserve.watched import Watched
 
@@ -286,7 +286,7 @@ class WebhookSender:
         except (AddressRefused, OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             status, retry_after_s, answer = 0, None, _why(error)
         attempt = self._outcome(delivery, status, retry_after_s, answer)
-        if attempt.status == "failed":
+        if attempt.delivered.status == "failed":
             # A webhook is given up: its receiver has said 410, or a day has passed.
             self._log.warning("webhook given up", delivery=delivery.id, http_status=status, attempts=delivery.attempt)
         with contextlib.suppress(SplitserveError):  # its lease ends, and it is sent again under the same id
@@ -322,9 +322,7 @@ class WebhookSender:
 
     def _outcome(self, delivery: Delivery, status: int, retry_after_s: float | None, answer: str) -> DeliveryAttempt:
         def attempt(state: str, retry_s: float | None = None) -> DeliveryAttempt:
-            return DeliveryAttempt(
-                id=delivery.id, fence=delivery.fence, status=state, http_status=status, answer=answer, retry_s=retry_s
-            )
+            return DeliveryAttempt(delivery.id, Delivered(state, delivery.attempt, status, answer), retry_s)
 
         if 200 <= status < 300:
             return attempt("delivered")

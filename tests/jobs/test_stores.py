@@ -8,6 +8,7 @@ import pytest
 
 from splitserve.errors import Gone, IdempotencyKeyReused, Internal, InvalidInput, Unavailable
 from splitserve.jobs.records import (
+    Delivered,
     DeliveryAttempt,
     Finish,
     Job,
@@ -606,12 +607,10 @@ async def test_a_delivery_is_tried_again_after_its_delay(open_store):
     store = await open_store()
     found = await ended(store)
     first = await store.claim_delivery(HOUR, [])
-    await store.finish_delivery(
-        DeliveryAttempt(id=first.id, fence=first.fence, status="pending", http_status=500, answer="oops", retry_s=0)
-    )
+    await store.finish_delivery(DeliveryAttempt(first.id, Delivered("pending", first.attempt, 500, "oops"), retry_s=0))
 
     second = await store.claim_delivery(HOUR, [])
-    await store.finish_delivery(DeliveryAttempt(id=second.id, fence=second.fence, status="delivered", http_status=204))
+    await store.finish_delivery(DeliveryAttempt(second.id, Delivered("delivered", second.attempt, 204)))
 
     seen = (await store.get("ann", found.id)).delivery
     assert (second.attempt, second.body) == (2, first.body)
@@ -627,10 +626,10 @@ async def test_a_late_attempt_to_deliver_does_not_count(open_store):
     late = await store.claim_delivery(0, [])
     newest = await store.claim_delivery(HOUR, [])
 
-    await store.finish_delivery(DeliveryAttempt(id=late.id, fence=late.fence, status="failed"))
+    await store.finish_delivery(DeliveryAttempt(late.id, Delivered("failed", late.attempt)))
 
     assert (await store.state()).outbox == 1
-    await store.finish_delivery(DeliveryAttempt(id=newest.id, fence=newest.fence, status="delivered"))
+    await store.finish_delivery(DeliveryAttempt(newest.id, Delivered("delivered", newest.attempt)))
     assert (await store.state()).outbox == 0
 
 

@@ -380,11 +380,11 @@ async def test_gone_ends_the_delivery(post):
 def test_what_follows_from_an_answer(tmp_path, secrets_file, status, retry_after, attempt, age_s, state, least_s, most_s):
     """Backoff up to an hour, Retry-After within limits, and an end after a day."""
     sender = WebhookSender(None, WebhookPolicy([], str(secrets_file)), backend=PinnedBackend(), clock=lambda: 1e9)
-    delivery = Delivery(id="msg", job="j", owner="ann", url="https://x/", body=b"", attempt=attempt, created=1e9 - age_s, fence=1)
+    delivery = Delivery(id="msg", job="j", owner="ann", url="https://x/", body=b"", attempt=attempt, created=1e9 - age_s)
 
     outcome = sender._outcome(delivery, status, retry_after, "")
 
-    assert outcome.status == state
+    assert outcome.delivered.status == state
     if least_s is None:
         assert outcome.retry_s is None
     else:

@@ -64,7 +64,6 @@ CREATE TABLE splitserve_jobs.deliveries (
     body bytea NOT NULL,
     status text NOT NULL DEFAULT 'pending',
     attempt integer NOT NULL DEFAULT 0,
-    fence integer NOT NULL DEFAULT 0,
     created timestamptz NOT NULL DEFAULT now(),
     not_before timestamptz NOT NULL DEFAULT now(),
     finished timestamptz

@@ -59,7 +59,6 @@ CREATE TABLE deliveries (
     body BLOB NOT NULL,
     status TEXT NOT NULL DEFAULT 'pending',
     attempt INTEGER NOT NULL DEFAULT 0,
-    fence INTEGER NOT NULL DEFAULT 0,
     created REAL NOT NULL,
     not_before REAL NOT NULL,
     finished REAL NOT NULL DEFAULT 0
