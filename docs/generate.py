@@ -1,5 +1,5 @@
 """Write the documents that the code holds: settings, errors, log events, the manifest's schema, the rules for
-versions and of the wire.
+versions and of the wire, and the tables of estimators and of options.
 
 ``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
 """
@@ -7,7 +7,7 @@ versions and of the wire.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -30,9 +30,6 @@ from tests.wire.rules import Shown, markdown
 
 DOCS = Path(__file__).parent
 LIBRARY_NAMES = {"xgboost": "XGBoost", "lightgbm": "LightGBM", "catboost": "CatBoost"}
-OPTIONS_BEGIN, OPTIONS_END = "<!-- options: written by make docs -->", "<!-- end of options -->"
-RULES_BEGIN, RULES_END = "<!-- rules: written by make docs -->", "<!-- end of rules -->"
-TABLE_BEGIN, TABLE_END = "<!-- estimators: written by make docs -->", "<!-- end of estimators -->"
 SERVICES: dict[str, type[ServiceSettings]] = {
     "proxy": ProxySettings,
     "preprocess": PreprocessSettings,
@@ -112,37 +109,40 @@ def manifest_schema() -> str:
     return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
 
 
+def _filled(page: str, what: str, lines: Iterable[str]) -> str:
+    """A document with these lines between its marks, ``<!-- WHAT: written by make docs -->`` and ``<!-- end of WHAT -->``."""
+    begin, end = f"<!-- {what}: written by make docs -->", f"<!-- end of {what} -->"
+    before, rest = (DOCS / page).read_text().split(begin)
+    return "\n".join([before + begin, *lines, end + rest.split(end)[1]])
+
+
 def versions_page() -> str:
     """docs/versions.md, with the rules that `splitserve.repository.environment` has put between its marks."""
-    before, rest = (DOCS / "versions.md").read_text().split(RULES_BEGIN)
     rows = ["| bundle | package | the version here must be | otherwise |", "|---|---|---|---|"]
     for kind, rules in RULES.items():
         for rule in rules:
             rows.append(f"| {kind} | {rule.package} | {rule.meaning} | {'refused' if rule.is_required else 'a warning'} |")
     rows.append("| predict | ONNX IR, opset of each domain | a version that the ONNX Runtime here supports | refused |")
-    return "\n".join([before + RULES_BEGIN, *rows, RULES_END + rest.split(RULES_END)[1]])
+    return _filled("versions.md", "rules", rows)
 
 
 def publishing_page() -> str:
     """docs/publishing.md, with the table of estimators between its marks."""
-    before, rest = (DOCS / "publishing.md").read_text().split(TABLE_BEGIN)
-    return "\n".join([before + TABLE_BEGIN, *estimators.table(), TABLE_END + rest.split(TABLE_END)[1]])
+    return _filled("publishing.md", "estimators", estimators.table())
 
 
 def boosting_page() -> str:
     """docs/boosting.md, with the tables of options between its marks."""
-    before, rest = (DOCS / "boosting.md").read_text().split(OPTIONS_BEGIN)
     lines = []
     for library, options in groupby(OPTIONS, key=lambda option: option.library):
         lines += ["", f"### {LIBRARY_NAMES[library]}", "", "| choice | published | use instead |", "|---|---|---|"]
         for option in options:
             lines.append(f"| `{option.choice}` | {'equal' if option.is_equal else 'refused'} | {option.instead} |")
-    return "\n".join([before + OPTIONS_BEGIN, *lines, "", OPTIONS_END + rest.split(OPTIONS_END)[1]])
+    return _filled("boosting.md", "options", [*lines, ""])
 
 
 def wire_page() -> str:
     """docs/wire.md, with the rules that its tests have put between its marks."""
-    before, rest = (DOCS / "wire.md").read_text().split(RULES_BEGIN)
     tables: dict[str, Sequence[Shown]] = {
         "HTTP/2, server (RFC 9113)": test_rfc9113.RULES,
         "HTTP/2, client (RFC 9113)": test_rfc9113_client.RULES,
@@ -151,7 +151,7 @@ def wire_page() -> str:
     lines = []
     for title, rules in tables.items():
         lines += ["", f"### {title}", "", *markdown(rules)]
-    return "\n".join([before + RULES_BEGIN, *lines, "", RULES_END + rest.split(RULES_END)[1]])
+    return _filled("wire.md", "rules", [*lines, ""])
 
 
 def main() -> None:
