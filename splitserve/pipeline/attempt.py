@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import splitserve
-from splitserve.pipeline.context import Context, StepFailed
+from splitserve.pipeline.context import Call, Context, StepFailed
 from splitserve.pipeline.declaration import Pipeline, Step
 from splitserve.pipeline.dependencies import file_of, locked_versions, root_of
 from splitserve.pipeline.digests import digest_of_file
@@ -57,39 +56,38 @@ class Attempt:
                 raise StepFailed(f"input {path}: expected SHA-256 {digest}, {file} has another; it was changed during the run")
         step, pipeline = self.step, self.pipeline
         module, _, function = step.run.partition(":")
-        files = {name: str(file_of(pipeline, step, name)) for name in step.files}
-        values = {name: pipeline.parameters[name] for name in (*step.parameters, *step.files)}
-        context = Context(step.name, parameters=values, files=files, inputs=inputs, outputs=outputs, scratch=self.scratch)
-        if step.runs_in_runner:
-            context.record, context.run_id = record, run_id
-            self._call(pipeline.module_of(module), function, context)
-            return outputs
         error = self.folder / "error"
-        call = {
-            "step": step.name,
-            "module": pipeline.module_of(module),
-            "function": function,
-            "parameters": values,
-            "locked": locked_versions(pipeline.path(step.lock)) if step.lock else [],
-            "files": files,
-            "inputs": str(inputs),
-            "outputs": str(outputs),
-            "scratch": str(self.scratch),
-            "error": str(error),
-        }
-        (self.folder / "call.json").write_text(json.dumps(call))
+        call = Call(
+            step=step.name,
+            module=pipeline.module_of(module),
+            function=function,
+            parameters={name: pipeline.parameters[name] for name in (*step.parameters, *step.files)},
+            files={name: str(file_of(pipeline, step, name)) for name in step.files},
+            locked=locked_versions(pipeline.path(step.lock)) if step.lock else [],
+            inputs=str(inputs),
+            outputs=str(outputs),
+            scratch=str(self.scratch),
+            error=str(error),
+        )
+        if step.runs_in_runner:
+            context = Context(call)
+            context.record, context.run_id = record, run_id
+            self._make(call, context)
+            return outputs
+        (self.folder / "call.json").write_text(json.dumps(asdict(call)))
         if code := self._process(self.folder / "call.json"):
             ended = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
             died = f"its process {ended}; its output is above"
             raise StepFailed(error.read_text() if error.exists() else died)
         return outputs
 
-    def _call(self, module: str, function: str, context: Context) -> None:
+    def _make(self, call: Call, context: Context) -> None:
+        """In this process."""
         root = str(root_of(self.pipeline))
         if root not in sys.path:
             sys.path.insert(0, root)
         try:
-            getattr(importlib.import_module(module), function)(context)
+            call.make(context)
         except (StepFailed, OSError):
             raise
         except Exception as error:

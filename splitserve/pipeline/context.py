@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,39 @@ CHECKPOINTS_KEPT = 2
 
 class StepFailed(Exception):
     """A step cannot go on; the message says what, expected, found, and the way out."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a step's function. Plain data: a step's own process gets it as JSON.
+
+    Attributes:
+        step: its name.
+        module: absolute.
+        function: its name in the module.
+        parameters: values of those that the step declares.
+        files: path of each parameter that names a file.
+        locked: requirements of the step's lock.
+        inputs: folder with copies of the outputs of earlier steps.
+        outputs: an empty folder.
+        scratch: folder that is kept for the next attempt.
+        error: file that gets the message if the step fails in its own process.
+    """
+
+    step: str
+    module: str
+    function: str
+    parameters: dict[str, Any]
+    files: dict[str, str]
+    locked: list[str]
+    inputs: str
+    outputs: str
+    scratch: str
+    error: str
+
+    def make(self, context: Context) -> None:
+        """Import the function and call it."""
+        getattr(importlib.import_module(self.module), self.function)(context)
 
 
 class Context:
@@ -34,22 +69,13 @@ class Context:
         run_id: of the step's MLflow run; "" for others.
     """
 
-    def __init__(
-        self,
-        step: str,
-        *,
-        parameters: Mapping[str, Any],
-        files: Mapping[str, str],
-        inputs: Path,
-        outputs: Path,
-        scratch: Path,
-    ) -> None:
-        self.step, self.parameters, self.outputs = step, dict(parameters), outputs
-        self.checkpoints = Checkpoints(scratch / "checkpoints")
+    def __init__(self, call: Call) -> None:
+        self.step, self.parameters, self.outputs = call.step, call.parameters, Path(call.outputs)
+        self.checkpoints = Checkpoints(Path(call.scratch, "checkpoints"))
         self.record: Record | None = None
         self.run_id = ""
-        self._files, self._inputs = dict(files), inputs
-        self._metrics = scratch / "metrics.jsonl"
+        self._files, self._inputs = call.files, Path(call.inputs)
+        self._metrics = Path(call.scratch, "metrics.jsonl")
         self._shown = 0.0
 
     def input(self, path: str) -> Path:

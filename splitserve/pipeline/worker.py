@@ -6,7 +6,6 @@ It ends, with all that it has started, when the runner ends: its standard input 
 from __future__ import annotations
 
 import fcntl
-import importlib
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from splitserve.pipeline.context import Context, StepFailed
+from splitserve.pipeline.context import Call, Context, StepFailed
 from splitserve.pipeline.environment import differences
 
 EXIT_FAILED, EXIT_CRASHED = 3, 4
@@ -23,31 +22,23 @@ EXIT_FAILED, EXIT_CRASHED = 3, 4
 
 
 def main() -> int:
-    call = json.loads(Path(sys.argv[1]).read_text())
+    call = Call(**json.loads(Path(sys.argv[1]).read_text()))
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
-    if differing := differences(call["locked"]):
+    if differing := differences(call.locked):
         shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
-        print(f"{call['step']}: warning: the environment is not that of the lock: {shown}", flush=True)
-    scratch = Path(call["scratch"])
+        print(f"{call.step}: warning: the environment is not that of the lock: {shown}", flush=True)
+    scratch = Path(call.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a runner that was killed may need a moment to end
         try:
-            context = Context(
-                call["step"],
-                parameters=call["parameters"],
-                files=call["files"],
-                inputs=Path(call["inputs"]),
-                outputs=Path(call["outputs"]),
-                scratch=scratch,
-            )
-            getattr(importlib.import_module(call["module"]), call["function"])(context)
+            call.make(Context(call))
         except StepFailed as error:
-            Path(call["error"]).write_text(str(error))
+            Path(call.error).write_text(str(error))
             return EXIT_FAILED
         except Exception as error:
             traceback.print_exc()
-            Path(call["error"]).write_text(f"{type(error).__name__}: {error}")
+            Path(call.error).write_text(f"{type(error).__name__}: {error}")
             return EXIT_CRASHED
     return 0
 
