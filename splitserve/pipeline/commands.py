@@ -23,15 +23,12 @@ def main(pipelines: Pipeline | Mapping[str, Pipeline], arguments: Sequence[str] 
     pipeline = pipelines if isinstance(pipelines, Pipeline) else pipelines[parsed.pipeline]
     try:
         return int(parsed.command(pipeline, parsed))
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:  # OSError: a full disk, a store that cannot be written
         print(error, file=sys.stderr)
         return 1
     except (DeclarationError, SourceError, StepFailed) as error:
         print(error, file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a store that cannot be written
-        print(error, file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -79,18 +76,20 @@ def _run(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
     run = runner.run(first=parsed.first, until=parsed.until)
     if run is None:
         print("nothing to do: every step has finished with these inputs, parameters and sources")
-        _print_steps(runner.states())
+        states = runner.states()
+        _print_steps(states)
     else:
         _print_steps(run.steps)
         print(f"run {run.id} in {time.monotonic() - began:.1f} s; record: {runner.record.uri}")
         print(f"report: {runner.report(run.id)}")
-    _print_models(runner)
+        states = runner.states()
+    _print_models(runner, states)
     return 0
 
 
-def _print_models(runner: Runner) -> None:
+def _print_models(runner: Runner, states: Sequence[StepState]) -> None:
     """How to serve what was built."""
-    for state in runner.states():
+    for state in states:
         found = runner.index.finished(state.step, state.digest) if state.digest else None
         if found is not None and any(path.startswith("models/") for path in found.outputs):
             print(f"serve it: splitserve up --repository {found.folder}/models")
