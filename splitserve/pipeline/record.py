@@ -69,7 +69,12 @@ class Record:
         self.client.log_artifacts(run_id, str(outputs), "outputs")
         if (there := self.artifacts(run_id)) is not None:
             return there / "outputs"
+        return self._keep_beside(run_id, outputs)
+
+    def _keep_beside(self, run_id: str, outputs: Path) -> Path:
+        """Move outputs beside the index; where they are then."""
         kept = self._store / "fetched" / run_id
+        shutil.rmtree(kept, ignore_errors=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(outputs, kept)
         return kept
@@ -126,11 +131,7 @@ class Record:
                     continue
                 if finished.digest != digest or digests_of_folder(fetched) != finished.outputs:
                     continue
-                kept = self._store / "fetched" / run_id
-                shutil.rmtree(kept, ignore_errors=True)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(fetched, kept)
-                finished.folder = str(kept)
+                finished.folder = str(self._keep_beside(run_id, fetched))
                 return finished
         return None
 
