@@ -14,8 +14,11 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from splitserve.pipeline.context import write_durably
 
 
 class SourceError(Exception):
@@ -41,12 +44,9 @@ class Sources:
         self._paths = [path for path in self._paths if path.is_dir()]
         self._cache = cache
         self._parsed: dict[str, _Parsed] = {}
-        self._files: dict[Path, tuple[_Parsed, str]] = {}
-        try:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
             stored = json.loads(cache.read_text())
             self._parsed = {key: _Parsed(digest, imports) for key, (digest, imports) in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            self._parsed = {}
         self._n_stored = len(self._parsed)
 
     def reached(self, modules: Iterable[str]) -> dict[str, str]:
@@ -95,10 +95,7 @@ class Sources:
     def _store(self) -> None:
         if len(self._parsed) == self._n_stored:
             return
-        self._cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._cache.with_name(f"{self._cache.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self._parsed))
-        temporary.replace(self._cache)
+        write_durably(self._cache, json.dumps(self._parsed).encode())
         self._n_stored = len(self._parsed)
 
 
