@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Pipeline:
         for name in changed:
             if name not in self.parameters:
                 raise DeclarationError(f'parameter "{name}" does not exist; there are: {", ".join(sorted(self.parameters))}')
-        return Pipeline(self.name, self.package, self.folder, self.steps, {**self.parameters, **changed}, self.store)
+        return replace(self, parameters={**self.parameters, **changed})
 
     def step(self, name: str) -> Step:
         """Raises:
