@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,6 +172,12 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def first_of(names: Sequence[str], n_names: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - n_names} more" if len(names) > n_names else ""
+    return ", ".join(names[:n_names]) + rest
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
-from splitserve.pipeline.context import StepFailed, read_metrics, write_durably
+from splitserve.pipeline.context import StepFailed, first_of, read_metrics, write_durably
 from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
 from splitserve.pipeline.digests import digest_of, digests_of_folder
@@ -87,7 +87,7 @@ class Runner:
         elif (last := self.index.last(step.name)) is None:
             why = "has never finished"
         else:
-            why = f"changed: {_first(changes(last.depends_on, depends_on)) or 'back to what finished before, and was removed'}"
+            why = f"changed: {first_of(changes(last.depends_on, depends_on)) or 'back to what finished before, and was removed'}"
         return StepState(step.name, PENDING, digest, why=why), None
 
     def run(self, *, first: str = "", until: str = "") -> RunState | None:
@@ -105,12 +105,13 @@ class Runner:
             DeclarationError: there is no such step.
         """
         forced = self._downstream(first) if first else set[str]()
-        names = [step.name for step in self.pipeline.steps]
-        wanted = names[: names.index(self.pipeline.step(until).name) + 1] if until else names
+        steps = list(self.pipeline.steps)
+        if until:
+            steps = steps[: steps.index(self.pipeline.step(until)) + 1]
         with self.index.locked(), _sigterm_as_interrupt():
             shutil.rmtree(self._attempts, ignore_errors=True)  # of runners that were killed
             self.close_dead()
-            return self._run([step for step in self.pipeline.steps if step.name in wanted], forced)
+            return self._run(steps, forced)
 
     def _run(self, steps: list[Step], forced: set[str]) -> RunState | None:
         finished: dict[str, Finished] = {}
@@ -271,11 +272,6 @@ class Runner:
             if reached & set(step.upstream()):
                 reached.add(step.name)
         return reached
-
-
-def _first(names: list[str], n_names: int = 3) -> str:
-    rest = f" and {len(names) - n_names} more" if len(names) > n_names else ""
-    return ", ".join(names[:n_names]) + rest
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from splitserve.pipeline.context import Call, Context, StepFailed
+from splitserve.pipeline.context import Call, Context, StepFailed, first_of
 from splitserve.pipeline.environment import differences
 
 EXIT_FAILED, EXIT_CRASHED = 3, 4
@@ -25,8 +25,7 @@ def main() -> int:
     call = Call(**json.loads(Path(sys.argv[1]).read_text()))
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     if differing := differences(call.locked):
-        shown = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
-        print(f"{call.step}: warning: the environment is not that of the lock: {shown}", flush=True)
+        print(f"{call.step}: warning: the environment is not that of the lock: {first_of(differing)}", flush=True)
     scratch = Path(call.scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / "lock").open("w") as lock:
