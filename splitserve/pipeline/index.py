@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -151,6 +152,11 @@ class Index:
         path.touch()
         with path.open("r+") as file:
             yield file
+
+
+def now() -> str:
+    """The time of a run's start and of a step's end, in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

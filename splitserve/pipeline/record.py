@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,18 +46,28 @@ class Record:
         location = None if self.is_remote else (store / "artifacts" / pipeline).as_uri()
         self._experiment = found.experiment_id if found else self.client.create_experiment(pipeline, artifact_location=location)
 
-    def start(self, name: str, *, parameters: Mapping[str, Any], parent: str = "", tags: Mapping[str, str] | None = None) -> str:
+    def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:
         """Start a run and log its parameters, which are never logged again.
 
         Returns:
             its id.
         """
-        nested = {"mlflow.parentRunId": parent} if parent else {}
-        run = self.client.create_run(self._experiment, tags={**nested, **(tags or {})}, run_name=name)
+        run = self.client.create_run(self._experiment, tags=dict(tags or {}), run_name=name)
         values = [Param(legal_name(key), json.dumps(value)[:_LONGEST_VALUE]) for key, value in parameters.items()]
         for begin in range(0, len(values), _PARAMETERS_IN_ONE_CALL):
             self.client.log_batch(run.info.run_id, params=values[begin : begin + _PARAMETERS_IN_ONE_CALL])
         return str(run.info.run_id)
+
+    def start_step(
+        self, step: str, digest: str, *, parent: str, parameters: Mapping[str, Any] | None = None, reused: str = ""
+    ) -> str:
+        """Start the run of a step in that of the pipeline; ``reused`` is the run whose outputs are used instead.
+
+        Returns:
+            its id.
+        """
+        tags = {"mlflow.parentRunId": parent, STEP_TAG: step, DIGEST_TAG: digest}
+        return self.start(step, parameters or {}, {**tags, REUSED_TAG: reused} if reused else tags)
 
     def keep_outputs(self, run_id: str, outputs: Path) -> Path:
         """Upload a step's outputs.
@@ -175,7 +184,3 @@ class Record:
 def legal_name(name: str) -> str:
     """A name as MLflow takes it: other characters than letters, digits and ``_-. /`` become hexadecimal, ``:`` ``_x3A_``."""
     return re.sub(r"[^A-Za-z0-9_\-. /]", lambda found: f"_x{ord(found.group()):X}_", name)
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -38,6 +38,7 @@ from splitserve.pipeline.index import (
     Index,
     RunState,
     StepState,
+    now,
 )
 from splitserve.pipeline.report import render
 from splitserve.pipeline.sources import SourceError
@@ -156,10 +157,8 @@ class Runner:
         return self._record
 
     def _begin(self, reused: list[StepState]) -> RunState:
-        from splitserve.pipeline.record import now
-
         values = dict(self.pipeline.parameters)
-        run_id = self.record.start(self.pipeline.name, parameters=values)
+        run_id = self.record.start(self.pipeline.name, values)
         run = RunState(run_id, self.pipeline.name, RUNNING, os.getpid(), socket.gethostname(), now(), values)
         self.index.write_run(run)
         for state in reused:
@@ -169,51 +168,26 @@ class Runner:
 
     def _note_reuse(self, run: RunState, state: StepState) -> None:
         """A nested run that says whose outputs are used."""
-        from splitserve.pipeline import record
-
         print(f"{state.step}: reused from run {state.run_id}", flush=True)
-        tags = {record.STEP_TAG: state.step, record.DIGEST_TAG: state.digest, record.REUSED_TAG: state.run_id}
-        self.record.end(self.record.start(state.step, parameters={}, parent=run.id, tags=tags), "FINISHED")
+        self.record.end(self.record.start_step(state.step, state.digest, parent=run.id, reused=state.run_id), "FINISHED")
 
     def _run_step(
         self, run: RunState, step: Step, state: StepState, depends_on: dict[str, Any], finished: Mapping[str, Finished]
     ) -> Finished:
-        from splitserve.pipeline import record
+        from splitserve.pipeline.record import RecordError
 
         print(f"{step.name}: running ({state.why})", flush=True)
         self.index.forget(step.name, state.digest)
-        tags = {record.STEP_TAG: step.name, record.DIGEST_TAG: state.digest}
-        state.run_id = self.record.start(step.name, parameters=depends_on["parameters"], parent=run.id, tags=tags)
+        state.run_id = self.record.start_step(step.name, state.digest, parent=run.id, parameters=depends_on["parameters"])
         state.state = RUNNING
         self.index.write_run(run)
-        began = time.monotonic()
         scratch = self.index.scratch(step.name, state.digest)
         scratch.mkdir(parents=True, exist_ok=True)
         if not (scratch / "checkpoints").exists():
             (scratch / "metrics.jsonl").unlink(missing_ok=True)  # nothing to resume from: they are an earlier attempt's
         try:
-            self._attempts.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._attempts, prefix=f"{step.name}-") as attempt:
-                outputs = Attempt(self.pipeline, step, Path(attempt), scratch).run(
-                    inputs_of(step, finished), run_id=state.run_id, record=self.record
-                )
-                state.seconds = round(time.monotonic() - began, 2)
-                result = Finished(
-                    step=step.name,
-                    digest=state.digest,
-                    depends_on=depends_on,
-                    run_id=state.run_id,
-                    folder="",
-                    outputs=digests_of_folder(outputs),
-                    metrics=read_metrics(scratch / "metrics.jsonl"),
-                    seconds=state.seconds,
-                    finished_at=record.now(),
-                )
-                result.folder = str(self.record.keep_outputs(state.run_id, outputs))
-                if problem := result.problem():
-                    raise StepFailed(f"{problem}: the artifact store does not hold what was written")
-                self.record.finish(state.run_id, result)
-        except (StepFailed, OSError, record.RecordError) as error:
+            result = self._attempt(step, state, depends_on, finished, scratch)
+        except (StepFailed, OSError, RecordError) as error:
             raise self._failed(run, state, str(error), read_metrics(scratch / "metrics.jsonl")) from error
         except KeyboardInterrupt:
             self._end(run, INTERRUPTED, "interrupted by a signal")
@@ -223,6 +197,34 @@ class Runner:
         state.state = FINISHED
         self.index.write_run(run)
         print(f"{step.name}: finished in {state.seconds:.1f} s", flush=True)
+        return result
+
+    def _attempt(
+        self, step: Step, state: StepState, depends_on: dict[str, Any], finished: Mapping[str, Finished], scratch: Path
+    ) -> Finished:
+        """Run the step's function, and record what it wrote."""
+        began = time.monotonic()
+        self._attempts.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._attempts, prefix=f"{step.name}-") as folder:
+            outputs = Attempt(self.pipeline, step, Path(folder), scratch).run(
+                inputs_of(step, finished), run_id=state.run_id, record=self.record
+            )
+            state.seconds = round(time.monotonic() - began, 2)
+            result = Finished(
+                step=step.name,
+                digest=state.digest,
+                depends_on=depends_on,
+                run_id=state.run_id,
+                folder="",
+                outputs=digests_of_folder(outputs),
+                metrics=read_metrics(scratch / "metrics.jsonl"),
+                seconds=state.seconds,
+                finished_at=now(),
+            )
+            result.folder = str(self.record.keep_outputs(state.run_id, outputs))
+            if problem := result.problem():
+                raise StepFailed(f"{problem}: the artifact store does not hold what was written")
+            self.record.finish(state.run_id, result)
         return result
 
     def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> RunFailed:
