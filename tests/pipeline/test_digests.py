@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splitserve.pipeline.context import Checkpoints, Context, StepFailed
+from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed
 from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
 from splitserve.pipeline.dependencies import changes, locked_versions
 from splitserve.pipeline.digests import NotPlainData, canonical, digest_of
@@ -143,7 +143,10 @@ def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path
 
 
 def test_a_metric_that_is_not_finite_fails_the_step(tmp_path: Path):
-    context = Context("train", parameters={}, files={}, inputs=tmp_path, outputs=tmp_path, scratch=tmp_path)
+    folder = str(tmp_path)
+    context = Context(
+        Call("train", "m", "f", parameters={}, files={}, locked=[], inputs=folder, outputs=folder, scratch=folder, error="")
+    )
     context.metric("loss", 0.5, at=1)
     for value in (float("nan"), float("inf")):
         with pytest.raises(StepFailed, match='metric "loss" at 2: expected a finite number'):
