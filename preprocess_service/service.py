@@ -102,7 +102,9 @@ class PreprocessService:
 
     async def refresh(self) -> None:
         """Fetch predict's index, match it with the loaded preprocessors, and prove new pairs."""
+        # Asked before the index: what is loaded after the index was made is not in it.
         everything_is_loaded = self._preprocessors.is_loaded
+        everything_is_known = everything_is_loaded and self._predict.is_loaded
         try:
             indexes = await self._predict_indexes(self._needed_predictors())
             predict_index = merged_index(indexes)
@@ -127,8 +129,7 @@ class PreprocessService:
             self._preprocessors.refused_pairs = admission.refused
             self._defaults.update(admission.pairs, self._preprocessors.models, indexes)
             self._report_changes(before.pairs)
-            is_settled = everything_is_loaded and self._predict.is_loaded and not admission.has_proofs_in_progress
-            self._is_settled = self._is_settled or is_settled
+            self._is_settled = self._is_settled or (everything_is_known and not admission.has_proofs_in_progress)
         self._is_matched = self._is_matched or everything_is_loaded
 
     def _needed_predictors(self) -> Needed:

@@ -115,10 +115,12 @@ class ProxyService:
 
     async def _refresh(self) -> None:
         try:
+            # At first, ready means that everything was loaded and proven, not only the first pair. Asked before the index: what
+            # is loaded after the index was made is not in it.
+            reason = "" if self._is_settled else await self._preprocess.not_ready_reason()
             indexes = await self._indexes()
-            # At first, ready means that everything was loaded and proven, not only the first pair.
-            needs_reason = not self._is_settled or not any(indexes)
-            reason = await self._preprocess.not_ready_reason() if needs_reason else ""
+            if self._is_settled and not any(indexes):
+                reason = await self._preprocess.not_ready_reason()
             is_loading = STILL_LOADING in reason
             if any(indexes) and not is_loading:
                 reason = ""  # the index says it of each model

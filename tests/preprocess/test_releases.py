@@ -548,3 +548,32 @@ async def test_ready_means_that_everything_has_been_tried(services: Services, tm
 
     assert meanwhile == (READY, STILL_LOADING)
     assert await service.not_ready_reason() == ""
+
+
+async def test_what_is_loaded_after_the_index_was_made_is_not_taken_for_known(
+    services: Services, tmp_path: Path, executor: Executor
+) -> None:
+    """Predict loads its last model while preprocess waits for other answers: a request for that model would fail."""
+    publish_model(tmp_path)
+    await services.refresh()
+    publish_model(tmp_path, name="last")
+    await services.preprocessors.refresh()
+    services.predictors.is_loaded = False
+    service = PreprocessService(
+        services.preprocessors, services.predict, executor, predict_indexes=lambda _: index_before_loading(services)
+    )
+    await service.refresh()
+    meanwhile = await service.not_ready_reason()
+
+    await service.refresh()
+
+    assert meanwhile == STILL_LOADING
+    assert await service.not_ready_reason() == ""
+    assert {state.name for state in await service.index() if state.state == READY} == {"m", "last"}
+
+
+async def index_before_loading(services: Services) -> list[list[ModelState]]:
+    """The index of predict, which has loaded everything when the answer arrives."""
+    index = await services.predict.index()
+    await services.predictors.refresh()
+    return [index]

@@ -12,6 +12,7 @@ import pytest
 
 from proxy.service import ProxyService
 from splitserve.arrays import from_array
+from splitserve.catalogue import STILL_LOADING
 from splitserve.errors import InvalidInput, NotFound, Unavailable
 from splitserve.oip.messages import (
     DEFAULT,
@@ -217,3 +218,25 @@ async def test_a_bad_request_is_not_bound_to_another_release() -> None:
     async with edge(Preprocess("1.1", "2.2")) as proxy:
         with pytest.raises(InvalidInput):
             await proxy.infer(InferRequest("m", (from_array("features", np.ones((1, 4))),)))
+
+
+async def test_what_preprocess_admits_after_its_index_was_made_is_not_taken_for_known() -> None:
+    """Preprocess admits its last pair between two questions: the proxy is not ready before it knows that pair."""
+    backend = Preprocess("1.1")
+    backend.not_ready = STILL_LOADING
+
+    async def indexes() -> list[list[ModelState]]:
+        index = await backend.index()
+        backend.has("1.1", "2.2")
+        backend.not_ready = ""
+        return [index]
+
+    proxy = ProxyService(backend, indexes=indexes)
+    await proxy.refresh()
+    meanwhile = await proxy.not_ready_reason()
+
+    await proxy.refresh()
+
+    assert meanwhile == STILL_LOADING
+    assert await proxy.not_ready_reason() == ""
+    assert {state.version for state in await proxy.index()} == {"1.1", "2.2"}

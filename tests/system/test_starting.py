@@ -34,12 +34,12 @@ def test_a_fused_service_knows_its_models_when_it_opens_its_ports(models: Path) 
     """A balancer without health checks sends requests at once: none is answered with 503 or 404."""
     system = System(models, is_fused=True)
     try:
-        answers = {name: system.rest(f"/v2/models/{name}/infer", REQUEST)[0] for name in reversed(NAMES)}
+        answers = {name: system.rest(f"/v2/models/{name}/infer", REQUEST) for name in reversed(NAMES)}
         ready, _ = system.rest("/v2/health/ready")
     finally:
         system.stop()
 
-    assert answers == dict.fromkeys(NAMES, 200)
+    assert {name: body for name, (status, body) in answers.items() if status != 200} == {}
     assert ready == 200
 
 
