@@ -63,12 +63,14 @@ imagenet: $(BIN)/.installed .venv-imagenet/.installed
 train: $(BIN)/.installed
 	$(BIN)/python -m training run tables $(TRAIN)
 
+LIGHTGBM := lightgbm==4.7.0 narwhals==2.29.0
 .venv-boosting/lightgbm/.installed: $(BIN)/.installed
-	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/lightgbm --no-deps lightgbm==4.7.0 narwhals==2.29.0
+	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/lightgbm --no-deps $(LIGHTGBM)
 	@touch $@
 
 diabetes: $(BIN)/.installed .venv-boosting/lightgbm/.installed
 	PYTHONPATH=.venv-boosting/lightgbm $(BIN)/python -m training.diabetes --repository $(MODELS)
+
 # What the images example trains with; by pip, whose index has a build of PyTorch for CPUs.
 IMAGES := splitserve/pipeline/templates/images
 .venv-torch/.installed: $(IMAGES)/torch-requirements.txt
@@ -182,8 +184,8 @@ test-jobs: $(BIN)/.installed
 # The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
 # xgboost-cpu is xgboost without code for GPUs, a tenth of its size.
 .venv-boosting/highest/.installed: $(BIN)/.installed
-	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/highest --no-deps xgboost-cpu==3.2.0 lightgbm==4.7.0 catboost==1.2.10 \
-		narwhals==2.29.0
+	$(BIN)/uv pip install --quiet --compile-bytecode --target .venv-boosting/highest --no-deps xgboost-cpu==3.2.0 catboost==1.2.10 \
+		$(LIGHTGBM)
 	@touch $@
 
 .venv-boosting/lowest/.installed: $(BIN)/.installed
