@@ -140,16 +140,18 @@ def _serves(release: Release, history: History, route: Route | None) -> str:
     return " and ".join(parts)
 
 
+def running_only(kind: Kind, reports: Mapping[str, Report]) -> list[str]:
+    """Names of the environments that run this half, and not the other."""
+    return [name for name, report in reports.items() if report.kinds == (kind,)]
+
+
 def _stacks(reports: Mapping[str, Report]) -> dict[str, dict[Kind, Report]]:
     """Environments for pairs: each that runs both halves, and each of preprocess combined with each of predict."""
-    only: dict[Kind, dict[str, Report]] = {
-        kind: {name: report for name, report in reports.items() if report.kinds == (kind,)} for kind in KINDS
-    }
     stacks: dict[str, dict[Kind, Report]] = {
         name: {"preprocess": report, "predict": report} for name, report in reports.items() if set(report.kinds) == set(KINDS)
     }
-    for (first, preprocess), (second, predict) in product(only["preprocess"].items(), only["predict"].items()):
-        stacks[combine(first, second)] = {"preprocess": preprocess, "predict": predict}
+    for first, second in product(running_only("preprocess", reports), running_only("predict", reports)):
+        stacks[combine(first, second)] = {"preprocess": reports[first], "predict": reports[second]}
     return stacks
 
 

@@ -9,11 +9,10 @@ from typing import Literal
 import msgspec
 
 from splitserve.checks.examination import Allowed, Trial, examine
-from splitserve.checks.matrix import HERE, Matrix, Verdict, judge, refuse
+from splitserve.checks.matrix import HERE, Matrix, Verdict, judge, refuse, running_only
 from splitserve.cli.images import ImageError, Images
 from splitserve.cli.reading import NoRepository, repository_at
 from splitserve.cli.tables import markdown, print_table
-from splitserve.repository.bundle import KINDS
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.signing import KeyProblem, signed_by
 from splitserve.repository.source import BundleSource
@@ -56,8 +55,8 @@ def _judged(source: BundleSource, images: Sequence[str], allowed: Allowed, signa
     there = Images(source.root, allowed, docker)
     unsigned = _refused(signed) if signature_key else {}
     reports = {image: refuse(there.examine(image), unsigned) for image in images}
-    of_one = {kind: [image for image, report in reports.items() if report.kinds == (kind,)] for kind in KINDS}
-    return judge(signed, reports, there.across(of_one["preprocess"], of_one["predict"]))
+    trials = there.across(running_only("preprocess", reports), running_only("predict", reports))
+    return judge(signed, reports, trials)
 
 
 def _refused(signed: BundleSource) -> dict[str, str]:
