@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from splitserve.pipeline import Pipeline
+from splitserve.pipeline import TrainingPipeline
 from splitserve.pipeline.commands import main
 from splitserve.pipeline.templates.images.pipeline import PIPELINE as IMAGES
 from splitserve.pipeline.templates.tables.pipeline import PIPELINE as TABLES
@@ -14,7 +14,7 @@ from splitserve.pipeline.templates.tables.pipeline import PIPELINE as TABLES
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def in_place(pipeline: Pipeline) -> Pipeline:
+def in_place(pipeline: TrainingPipeline) -> TrainingPipeline:
     """With its store, and the environments of its steps, in this repository's folder."""
     steps = [replace(step, python=str(ROOT / ".venv-torch/bin/python")) if step.python else step for step in pipeline.steps]
     return replace(pipeline, steps=steps, store=ROOT / "training-store")

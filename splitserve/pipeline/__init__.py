@@ -7,6 +7,6 @@ once there is something to record. It is not a workflow engine: one machine, one
 from __future__ import annotations
 
 from splitserve.pipeline.context import Context, StepFailed
-from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
+from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 
-__all__ = ["Context", "DeclarationError", "Pipeline", "Step", "StepFailed"]
+__all__ = ["Context", "DeclarationError", "Step", "StepFailed", "TrainingPipeline"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import splitserve
 from splitserve.pipeline.context import Call, Context, StepFailed
-from splitserve.pipeline.declaration import Pipeline, Step
+from splitserve.pipeline.declaration import Step, TrainingPipeline
 from splitserve.pipeline.dependencies import file_of, locked_versions, root_of
 from splitserve.pipeline.digests import digest_of_file
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Attempt:
     """``folder`` is removed after the attempt, ``scratch`` kept for the next one."""
 
-    pipeline: Pipeline
+    pipeline: TrainingPipeline
     step: Step
     folder: Path
     scratch: Path

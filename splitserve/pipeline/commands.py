@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from splitserve.pipeline.context import StepFailed
-from splitserve.pipeline.declaration import DeclarationError, Pipeline
+from splitserve.pipeline.declaration import DeclarationError, TrainingPipeline
 from splitserve.pipeline.index import REUSED, RunState, StepState
 from splitserve.pipeline.runner import RunFailed, Runner
 from splitserve.pipeline.sources import SourceError
 
 
-def main(pipelines: Pipeline | Mapping[str, Pipeline], arguments: Sequence[str] | None = None) -> int:
+def main(pipelines: TrainingPipeline | Mapping[str, TrainingPipeline], arguments: Sequence[str] | None = None) -> int:
     """Run a command line; 1 if a step failed, 2 if the request is invalid, 130 if it was interrupted."""
     parsed = _parser(pipelines).parse_args(arguments)
-    pipeline = pipelines if isinstance(pipelines, Pipeline) else pipelines[parsed.pipeline]
+    pipeline = pipelines if isinstance(pipelines, TrainingPipeline) else pipelines[parsed.pipeline]
     try:
         return int(parsed.command(pipeline, parsed))
     except (RunFailed, OSError) as error:  # OSError: a full disk, a store that cannot be written
@@ -34,7 +34,7 @@ def main(pipelines: Pipeline | Mapping[str, Pipeline], arguments: Sequence[str] 
         return 130
 
 
-def _parser(pipelines: Pipeline | Mapping[str, Pipeline]) -> argparse.ArgumentParser:
+def _parser(pipelines: TrainingPipeline | Mapping[str, TrainingPipeline]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {Path(sys.argv[0]).parent.name}")
     commands = parser.add_subparsers(required=True)
     run = commands.add_parser("run", help="run what has not finished, or has changed")
@@ -42,7 +42,7 @@ def _parser(pipelines: Pipeline | Mapping[str, Pipeline]) -> argparse.ArgumentPa
     show = commands.add_parser("show", help="a run: its steps, metrics and outputs")
     for command, function in ((run, _run), (status, _status), (show, _show)):
         command.set_defaults(command=function)
-    if not isinstance(pipelines, Pipeline):
+    if not isinstance(pipelines, TrainingPipeline):
         run.add_argument("pipeline", choices=sorted(pipelines))
         for command in (status, show):
             command.add_argument("--pipeline", choices=sorted(pipelines), default=next(iter(pipelines)))
@@ -69,7 +69,7 @@ def parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _run(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
+def _run(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     began = time.monotonic()
     pipeline = pipeline.with_parameters(dict(map(parameter, parsed.set)))
     runner = Runner(pipeline)
@@ -95,7 +95,7 @@ def _print_models(runner: Runner, states: Sequence[StepState]) -> None:
             print(f"serve it: splitserve up --repository {found.folder}/models")
 
 
-def _status(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
+def _status(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     runner = Runner(pipeline.with_parameters(dict(map(parameter, parsed.set))))
     if runner.index.unclosed() and not runner.index.is_running():
         with runner.index.locked():
@@ -108,7 +108,7 @@ def _status(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _show(pipeline: Pipeline, parsed: argparse.Namespace) -> int:
+def _show(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     runner = Runner(pipeline)
     found = [run for run in runner.index.runs() if run.id.startswith(parsed.run)]
     if len(found) != 1:

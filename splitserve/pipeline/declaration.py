@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class TrainingPipeline:
     """Steps in the order in which they run.
 
     Attributes:
@@ -88,7 +88,7 @@ class Pipeline:
         for name, value in self.parameters.items():
             check_plain(name, value)
 
-    def with_parameters(self, changed: Mapping[str, Any]) -> Pipeline:
+    def with_parameters(self, changed: Mapping[str, Any]) -> TrainingPipeline:
         """The same pipeline with other values of parameters that it has.
 
         Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import splitserve
-from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
+from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.digests import FORMAT, digest_of, digest_of_file
 from splitserve.pipeline.index import Finished
 from splitserve.pipeline.sources import Sources
@@ -18,7 +18,7 @@ from splitserve.pipeline.sources import Sources
 class Dependencies:
     """What the digests of a pipeline's steps are made of; parsed modules are kept in the file ``cache``."""
 
-    def __init__(self, pipeline: Pipeline, cache: Path) -> None:
+    def __init__(self, pipeline: TrainingPipeline, cache: Path) -> None:
         self.pipeline = pipeline
         self._sources = Sources([str(root_of(pipeline)), *sys.path], cache)
 
@@ -47,12 +47,12 @@ class Dependencies:
         }
 
 
-def root_of(pipeline: Pipeline) -> Path:
+def root_of(pipeline: TrainingPipeline) -> Path:
     """The folder that the pipeline's package is imported from."""
     return pipeline.folder.resolve().parents[len(pipeline.package.split(".")) - 1]
 
 
-def file_of(pipeline: Pipeline, step: Step, parameter: str) -> Path:
+def file_of(pipeline: TrainingPipeline, step: Step, parameter: str) -> Path:
     """The file that a parameter of a step names.
 
     Raises:

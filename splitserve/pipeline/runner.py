@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
 from splitserve.pipeline.context import StepFailed, first_of, read_metrics, write_durably
-from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
+from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
 from splitserve.pipeline.digests import digest_of, digests_of_folder
 from splitserve.pipeline.index import (
@@ -54,7 +54,7 @@ class RunFailed(Exception):
 class Runner:
     """Runs one pipeline, and says what a run would do."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: TrainingPipeline) -> None:
         self.pipeline = pipeline
         self.store = pipeline.store_folder()
         self.index = Index(self.store, pipeline.name)

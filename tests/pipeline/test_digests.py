@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed
-from splitserve.pipeline.declaration import DeclarationError, Pipeline, Step
+from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import changes, locked_versions
 from splitserve.pipeline.digests import NotPlainData, canonical, digest_of
 from splitserve.pipeline.environment import differences
@@ -40,7 +40,7 @@ def test_what_is_not_plain_data_is_refused(value: Any):
         with pytest.raises(NotPlainData, match="expected"):
             canonical(nested)
     with pytest.raises(DeclarationError, match='parameter "rate"'):
-        Pipeline("p", "p", Path(), [], {"rate": value})
+        TrainingPipeline("p", "p", Path(), [], {"rate": value})
 
 
 def test_digests_do_not_depend_on_the_hash_seed():
@@ -124,9 +124,9 @@ def test_declarations_that_cannot_run_are_refused():
         ([Step("first", ".m:f", parameters=("rate",))], '"rate"'),
     ):
         with pytest.raises(DeclarationError, match=complaint):
-            Pipeline("p", "p", Path(), steps)
+            TrainingPipeline("p", "p", Path(), steps)
     with pytest.raises(DeclarationError, match='"seeed" does not exist; there are: seed'):
-        Pipeline("p", "p", Path(), [first], {"seed": 1}).with_parameters({"seeed": 2})
+        TrainingPipeline("p", "p", Path(), [first], {"seed": 1}).with_parameters({"seeed": 2})
 
 
 def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

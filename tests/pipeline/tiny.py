@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from splitserve.pipeline.declaration import Pipeline, Step
+from splitserve.pipeline.declaration import Step, TrainingPipeline
 from splitserve.pipeline.index import RunState
 from splitserve.pipeline.runner import Runner
 
@@ -73,9 +73,9 @@ def write(folder: Path) -> Path:
     return package
 
 
-def pipeline(package: Path, **changed: Any) -> Pipeline:
+def pipeline(package: Path, **changed: Any) -> TrainingPipeline:
     """Its declaration; ``lock`` and ``python`` of train, and parameters, can be others."""
-    declared = Pipeline(
+    declared = TrainingPipeline(
         name="tiny",
         package="tiny",
         folder=package,

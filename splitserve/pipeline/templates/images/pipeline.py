@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from splitserve.pipeline import Pipeline, Step
+from splitserve.pipeline import Step, TrainingPipeline
 
 LOCK = "requirements.txt"
 
-PIPELINE = Pipeline(
+PIPELINE = TrainingPipeline(
     name="images",
     package=__package__ or "",
     folder=Path(__file__).parent,
