@@ -11,7 +11,17 @@ from sklearn.base import is_classifier, is_regressor
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, Target, constant_rows, converts, form_of, labels, two_columns
+from splitserve.publishing.estimators.form import (
+    Form,
+    Forwarding,
+    Regressor,
+    Target,
+    constant_rows,
+    converts,
+    form_of,
+    labels,
+    two_columns,
+)
 from splitserve.publishing.estimators.kernels import one_vs_one
 from splitserve.publishing.estimators.neighbours import distances
 from splitserve.publishing.estimators.others import interpolated
@@ -54,7 +64,7 @@ def placed(form: Form, classes: Array) -> Value:
     return form.graph.constant(places.astype(np.int64)).take(form.class_index, axis=0)
 
 
-class Inner(Form):
+class Inner(Forwarding):
     """A form that asks one inner estimator."""
 
     @cached_property
@@ -68,34 +78,6 @@ class Inner(Form):
             if hasattr(model, name):
                 return getattr(model, name)
         raise NotConvertible(f"{type(model).__name__} has no inner estimator")
-
-    @cached_property
-    def predict(self) -> Value:
-        return self.inner.predict
-
-    @cached_property
-    def predict_proba(self) -> Value:
-        return self.inner.predict_proba
-
-    @cached_property
-    def decision_function(self) -> Value:
-        return self.inner.decision_function
-
-    @cached_property
-    def class_index(self) -> Value:
-        return self.inner.class_index
-
-    @cached_property
-    def score_samples(self) -> Value:
-        return self.inner.score_samples
-
-    @cached_property
-    def transform(self) -> Value:
-        return self.inner.transform
-
-    @cached_property
-    def targets(self) -> Sequence[Form]:
-        return self.inner.targets
 
 
 converts(

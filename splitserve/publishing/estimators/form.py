@@ -121,6 +121,42 @@ class Regressor(Form):
         raise self._cannot("predict")
 
 
+class Forwarding(Form):
+    """A form that answers what another one does."""
+
+    @cached_property
+    def inner(self) -> Form:
+        raise NotImplementedError
+
+    @cached_property
+    def predict(self) -> Value:
+        return self.inner.predict
+
+    @cached_property
+    def predict_proba(self) -> Value:
+        return self.inner.predict_proba
+
+    @cached_property
+    def decision_function(self) -> Value:
+        return self.inner.decision_function
+
+    @cached_property
+    def class_index(self) -> Value:
+        return self.inner.class_index
+
+    @cached_property
+    def score_samples(self) -> Value:
+        return self.inner.score_samples
+
+    @cached_property
+    def transform(self) -> Value:
+        return self.inner.transform
+
+    @cached_property
+    def targets(self) -> Sequence[Form]:
+        return self.inner.targets
+
+
 _FORMS: dict[str, Callable[[Any, Value], Form]] = {}
 _MODULES = (*("trees", "linear", "bayes", "neighbours", "kernels", "ensembles", "networks", "groups", "others", "steps"),)
 """Modules of this package that register forms."""

@@ -13,7 +13,7 @@ from sklearn.gaussian_process import kernels as gp
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, converts, form_of, two_columns
+from splitserve.publishing.estimators.form import Form, Forwarding, Regressor, converts, form_of, two_columns
 from splitserve.publishing.estimators.neighbours import distances, inlier
 from splitserve.publishing.graph import Value, concat
 
@@ -252,18 +252,10 @@ class ProcessRegressor(Regressor):
 
 
 @converts("sklearn.GaussianProcessClassifier")
-class ProcessClassifier(Form):
+class ProcessClassifier(Forwarding):
     @cached_property
     def inner(self) -> Form:
         return form_of(self.estimator.base_estimator_, self.x)
-
-    @cached_property
-    def predict_proba(self) -> Value:
-        return self.inner.predict_proba
-
-    @cached_property
-    def class_index(self) -> Value:
-        return self.inner.class_index
 
 
 @converts("sklearn._BinaryGaussianProcessClassifierLaplace")

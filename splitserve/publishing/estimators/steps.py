@@ -11,7 +11,7 @@ from sklearn.utils import _safe_indexing
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, converts, form_of
+from splitserve.publishing.estimators.form import Form, Forwarding, converts, form_of
 from splitserve.publishing.estimators.kernels import erf
 from splitserve.publishing.estimators.others import interpolated
 from splitserve.publishing.graph import Value, concat
@@ -112,39 +112,19 @@ def _row(values: Any) -> Array:
 
 
 @converts("sklearn.Pipeline")
-class Steps(Form):
+class Steps(Forwarding):
     @cached_property
-    def last(self) -> Form:
+    def inner(self) -> Form:
         x = self.x
         for _, step in self.estimator.steps[:-1]:
             x = x if step in (None, "passthrough") else form_of(step, x).transform
         return form_of(self.estimator.steps[-1][1], x)
 
     @cached_property
-    def predict(self) -> Value:
-        return self.last.predict
-
-    @cached_property
-    def predict_proba(self) -> Value:
-        return self.last.predict_proba
-
-    @cached_property
-    def decision_function(self) -> Value:
-        return self.last.decision_function
-
-    @cached_property
-    def class_index(self) -> Value:
-        return self.last.class_index
-
-    @cached_property
-    def targets(self) -> Any:
-        return self.last.targets
-
-    @cached_property
     def transform(self) -> Value:
         if self.estimator.steps[-1][1] in (None, "passthrough"):
             return form_of(self.estimator[:-1], self.x).transform
-        return self.last.transform
+        return self.inner.transform
 
 
 @converts("sklearn.ColumnTransformer")
