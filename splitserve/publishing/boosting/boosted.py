@@ -14,8 +14,8 @@ from sklearn.utils.validation import check_is_fitted
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Form, constant_rows, form_of
-from splitserve.publishing.estimators.trees import Tree, leaf_numbers
-from splitserve.publishing.graph import Graph, Value
+from splitserve.publishing.estimators.trees import Tree, leaf_values
+from splitserve.publishing.graph import Graph, Value, concat
 
 LIBRARIES = ("xgboost", "lightgbm", "catboost")
 
@@ -67,23 +67,11 @@ def _parsed(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def leaves(x: Value, trees: Sequence[Tree], values: Sequence[Array]) -> Value:
-    """(n_rows, n_trees, n_values) of the leaves that rows come to, in the values' dtype.
-
-    Args:
-        x: in the dtype in which the library compares.
-        trees: any number.
-        values: (n_nodes, n_values) of each tree.
-    """
-    table = np.concatenate([value[tree.leaves] for tree, value in zip(trees, values, strict=True)])
-    return x.graph.constant(table, table.dtype).take(leaf_numbers(x, trees), axis=0)
-
-
 def sums(x: Value, trees: Sequence[Tree], values: Sequence[Array], groups: Sequence[int], start: Array) -> Value:
     """(n_rows, n_groups): for each group its start and the leaves of its trees, added one after the other in the start's dtype.
 
     Args:
-        x: as for `leaves`.
+        x: as for `leaf_values`, in the dtype in which the library compares.
         trees: any number.
         values: (n_nodes, 1) of each tree.
         groups: of each tree.
@@ -92,18 +80,13 @@ def sums(x: Value, trees: Sequence[Tree], values: Sequence[Array], groups: Seque
     first = constant_rows(x, start, start.dtype)
     if not trees:
         return first
-    found = leaves(x, trees, [value.astype(start.dtype) for value in values]).take(0, axis=2)
+    found = leaf_values(x, trees, [value.astype(start.dtype) for value in values]).take(0, axis=2)
     columns = []
     for group in range(len(start)):
         chosen = np.flatnonzero(np.asarray(groups) == group)
         parts = [first.take([group]), found if len(start) == 1 else found.take(chosen)]
-        columns.append(_joined(parts).running_sum(1).reshape(-1, 1))
-    return _joined(columns)
-
-
-def _joined(values: Sequence[Value]) -> Value:
-    graph: Graph = values[0].graph
-    return values[0] if len(values) == 1 else graph.op("Concat", *values, axis=1)
+        columns.append(concat(parts).running_sum(1).reshape(-1, 1))
+    return concat(columns)
 
 
 def is_boosted(estimator: Any) -> bool:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, Link, identity, leaves
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, constant_rows, converts, two_columns
-from splitserve.publishing.estimators.trees import Tree
+from splitserve.publishing.estimators.trees import Tree, leaf_values
 from splitserve.publishing.graph import Value, concat
 
 CLASSIFIERS: Mapping[str, Link] = {
@@ -111,7 +111,7 @@ class _CatBoost(Boosted):
         """(n_rows, n_groups)."""
         scale, bias = self.model["scale_and_bias"]
         first = constant_rows(self.x, np.zeros(self.n_groups)).reshape(-1, 1, self.n_groups)
-        found = leaves(self.x.astype(np.float32), self.trees, [values for _, values in self.read])
+        found = leaf_values(self.x.astype(np.float32), self.trees, [values for _, values in self.read])
         return concat([first, found]).running_sum(1) * float(scale) + np.array([bias], np.float64)
 
 

@@ -150,7 +150,7 @@ def _integers(parts: Sequence[Array]) -> list[int]:
 
 
 def leaf_values(x: Value, trees: Sequence[Tree], values: Sequence[Array]) -> Value:
-    """(n_rows, n_trees, n_values), float64, of the leaves that the rows come to.
+    """(n_rows, n_trees, n_values) of the leaves that the rows come to, in the values' dtype.
 
     Args:
         x: as for `leaf_numbers`.
@@ -158,7 +158,7 @@ def leaf_values(x: Value, trees: Sequence[Tree], values: Sequence[Array]) -> Val
         values: (n_nodes, n_values) of each tree.
     """
     table = np.concatenate([value[tree.leaves] for tree, value in zip(trees, values, strict=True)])
-    return x.graph.constant(table, np.float64).take(leaf_numbers(x, trees), axis=0)
+    return x.graph.constant(table, table.dtype).take(leaf_numbers(x, trees), axis=0)
 
 
 def float32_at_most(thresholds: Array) -> Array:
