@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 
 from splitserve.arrays import Array, to_array
-from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, SCORES, expected_of
+from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, SCORES, ModelOutput, expected_of
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
-from splitserve.runtimes.rows import Rowset, to_tensors
+from splitserve.runtimes.rows import Rowset
+from splitserve.tensors import Tensor
 
 ROUNDING = 1e-9
 """Probabilities that differ by less may be in another order in another order of summation, at float64."""
@@ -20,24 +21,23 @@ ROUNDING = 1e-9
 _N_SHOWN = 8
 
 
-def expected_answer(pipeline: Any, rows: Rowset, targets: Sequence[str] = ()) -> Mapping[str, Array]:
+def expected_answer(pipeline: Any, rows: Rowset, outputs: Sequence[ModelOutput]) -> Mapping[str, Array]:
     """The pipeline's answer, under the output names of the converted model.
 
     Raises:
-        NotConvertible: as `outputs_of`.
+        NotConvertible: an answer is no array.
         PublishError: the rows do not fit the pipeline.
     """
     try:
-        return expected_of(pipeline, rows, targets)
+        return expected_of(pipeline, rows, outputs)
     except NotConvertible:
         raise
     except Exception as error:  # a step may raise anything
         raise PublishError(f"X does not fit the pipeline: {error}") from error
 
 
-def split_answer(preprocessor: PreprocessorHalf, predictor: PredictorHalf, rows: Rowset) -> dict[str, Array]:
-    """The answer of the two halves, as a service loads them, to these rows."""
-    inputs = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, rows)
+def split_answer(preprocessor: PreprocessorHalf, predictor: PredictorHalf, inputs: Sequence[Tensor]) -> dict[str, Array]:
+    """The answer of the two halves, as a service loads them, to rows as clients send them."""
     outputs = predictor.runtime.infer(preprocessor.runtime.transform(inputs))
     return {tensor.name: to_array(tensor) for tensor in outputs}
 

@@ -214,9 +214,9 @@ def gives_probabilities(estimator: Any) -> bool:
     return hasattr(estimator, "predict_proba") and not (is_of_pairs and hasattr(estimator, "base_estimator_"))
 
 
-def expected_of(pipeline: Any, rows: Any, targets: Sequence[str] = ()) -> Mapping[str, Array]:
-    """What a fitted pipeline answers to these rows, by the names of `outputs_of`."""
-    return {answer.name: answer.expected(pipeline, rows) for answer in outputs_of(pipeline, targets)}
+def expected_of(pipeline: Any, rows: Any, outputs: Sequence[ModelOutput]) -> Mapping[str, Array]:
+    """What a fitted pipeline, or its estimator, answers to these rows: its `outputs_of`, by their names."""
+    return {answer.name: answer.expected(pipeline, rows) for answer in outputs}
 
 
 class Names(msgspec.Struct, frozen=True):
@@ -226,15 +226,10 @@ class Names(msgspec.Struct, frozen=True):
     output_labels: dict[str, tuple[str, ...]] = {}
 
 
-def names_of(estimator: Any, targets: Sequence[str] = ()) -> Names:
-    """The names of a fitted estimator's classes and targets.
-
-    Raises:
-        NotConvertible: as `outputs_of`.
-    """
-    answers = outputs_of(estimator, targets)
-    if answers[0].name == LABEL:
-        return Names(labels=answers[0].classes)
-    if answers[0].name == PREDICTION:
+def names_of(outputs: Sequence[ModelOutput], targets: Sequence[str] = ()) -> Names:
+    """The names of a fitted estimator's classes and targets, from its `outputs_of`."""
+    if outputs[0].name == LABEL:
+        return Names(labels=outputs[0].classes)
+    if outputs[0].name == PREDICTION:
         return Names(output_labels={PREDICTION: tuple(targets)} if len(targets) > 1 else {})
-    return Names(output_labels={answer.name: answer.classes for answer in answers if answer.kind == PROBABILITIES})
+    return Names(output_labels={answer.name: answer.classes for answer in outputs if answer.kind == PROBABILITIES})

@@ -18,7 +18,8 @@ from threadpoolctl import threadpool_limits
 from splitserve.arrays import DTYPES, Array, from_array, to_array
 from splitserve.errors import SplitserveError
 from splitserve.publishing import hard_rows, samples
-from splitserve.publishing.agreement import Scale, compare, expected_answer, larger
+from splitserve.publishing.agreement import Scale, compare, expected_answer, larger, split_answer
+from splitserve.publishing.convert import ModelOutput
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
 from splitserve.publishing.hard_rows import FAR_KINDS, Block, HardRows
 from splitserve.publishing.proof import row_wise_complaint, threads_complaint
@@ -60,7 +61,7 @@ class HardRowComparison:
         transformer: what the preprocessor was made from: the pipeline's transforms, and possibly codes of categories.
         estimator: what the predictor was made from: the pipeline's, or a copy that takes codes instead of categories.
         tensors: rows of the training data, by the inputs of the signature.
-        targets: as for `publish`.
+        outputs: of the estimator.
         tolerance: as for `publish`.
         scales: of the answers to the training data.
         tick: called between comparisons, with what is compared next.
@@ -75,13 +76,13 @@ class HardRowComparison:
         estimator: Any,
         tensors: Sequence[Tensor],
         *,
-        targets: Sequence[str],
+        outputs: Sequence[ModelOutput],
         tolerance: float,
         scales: Mapping[str, Scale],
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._preprocessor, self._predictor = preprocessor, predictor
-        self._tensors, self._targets, self._tolerance, self._scales = tensors, targets, tolerance, scales
+        self._tensors, self._outputs, self._tolerance, self._scales = tensors, outputs, tolerance, scales
         self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
         self._last, self._transformer, self._estimator = pipeline.steps[-1][1], transformer, estimator
         self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
@@ -225,14 +226,13 @@ class HardRowComparison:
     def _by_pipeline(self, arrays: tuple[Array, ...]) -> Outputs:
         rows = self._rows(arrays)
         features = self._transforms.transform(rows) if self._transforms is not None else rows
-        return expected_answer(self._last, features, self._targets)
+        return expected_answer(self._last, features, self._outputs)
 
     def _by_split(self, arrays: tuple[Array, ...]) -> Outputs:
-        features = self._preprocessor.runtime.transform(self._tensors_of(arrays))
-        return {tensor.name: to_array(tensor) for tensor in self._predictor.runtime.infer(features)}
+        return split_answer(self._preprocessor, self._predictor, self._tensors_of(arrays))
 
     def _by_estimator(self, arrays: tuple[Array, ...]) -> Outputs:
-        return expected_answer(self._estimator, arrays[0].astype(np.float64), self._targets)
+        return expected_answer(self._estimator, arrays[0].astype(np.float64), self._outputs)
 
     def _by_predictor(self, arrays: tuple[Array, ...]) -> Outputs:
         features = arrays[0].astype(DTYPES[self._output.datatype])

@@ -19,7 +19,7 @@ from splitserve.arrays import Array, to_array
 from splitserve.publishing import as_served, samples
 from splitserve.publishing.agreement import compare, expected_answer, kind_of, larger, scales_of, split_answer
 from splitserve.publishing.category_columns import coded
-from splitserve.publishing.convert import LABEL, Names, names_of, to_onnx
+from splitserve.publishing.convert import LABEL, ModelOutput, Names, names_of, outputs_of, to_onnx
 from splitserve.publishing.equality import HardRowComparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
@@ -182,6 +182,7 @@ class _Original(msgspec.Struct, frozen=True):
     pipeline: Pipeline
     transformer: Any
     estimator: Any
+    outputs: Sequence[ModelOutput]
     names: Names
     rows: Any
     checked: Any
@@ -197,11 +198,11 @@ def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Prog
         inner = coded(pipeline.steps[-1][1], _first_features(transformer, rows))
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
-        names = names_of(inner.estimator, targets)
-        expected = expected_answer(pipeline, checked, targets)
+        outputs = outputs_of(inner.estimator, targets)
+        expected = expected_answer(pipeline, checked, outputs)
     except NotConvertible as error:
         raise PublishError(str(error)) from error
-    return _Original(pipeline, transformer, inner.estimator, names, rows, checked, expected)
+    return _Original(pipeline, transformer, inner.estimator, outputs, names_of(outputs, targets), rows, checked, expected)
 
 
 def _proven(original: _Original, options: _Options, progress: Progress) -> _Proven:
@@ -235,7 +236,8 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
     predictor = _predictor_of(original, options, preprocessor, precision)
     progress.step(f"rows of X at {precision}")
     scales = scales_of(original.expected)
-    answers = split_answer(preprocessor, predictor, original.checked)
+    tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, original.checked)
+    answers = split_answer(preprocessor, predictor, tensors)
     worst, complaint = compare(answers, original.expected, options.tolerance, precision=precision, scales=scales)
     if complaint:
         return complaint
@@ -245,8 +247,8 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
         predictor,
         original.transformer,
         original.estimator,
-        to_tensors(preprocessor.rows, preprocessor.manifest.inputs, original.checked),
-        targets=options.targets,
+        tensors,
+        outputs=original.outputs,
         tolerance=options.tolerance,
         scales=scales,
         tick=partial(_hard_step, progress, precision),

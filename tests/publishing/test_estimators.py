@@ -23,7 +23,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from splitserve import PublishError, publish, publish_preprocessor
 from splitserve.arrays import to_array
-from splitserve.publishing.convert import expected_of, to_onnx
+from splitserve.publishing.convert import expected_of, outputs_of, to_onnx
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.refused import AS_TRANSFORM, REFUSED
 from splitserve.repository.bundle import BundleKey
@@ -86,7 +86,7 @@ def test_each_target_of_a_classifier_has_outputs_of_its_name() -> None:
     estimator = RandomForestClassifier(5, random_state=0).fit(ROWS, np.c_[CLASSES, CLASSES > 1])
 
     found = run(estimator, ROWS, targets=["kind", "is_large"])
-    expected = expected_of(estimator, ROWS, ["kind", "is_large"])
+    expected = expected_of(estimator, ROWS, outputs_of(estimator, ["kind", "is_large"]))
 
     assert list(found) == ["label_kind", "probabilities_kind", "label_is_large", "probabilities_is_large"]
     for name, array in found.items():
@@ -140,7 +140,7 @@ def test_every_estimator_that_predicts_is_published_and_served(tmp_path: Path, n
     publish(pipeline, x, name="m", repository=tmp_path)
     asked = cases.rows(name, 200, seed=1)
 
-    assert_same(served(whole(tmp_path), asked), expected_of(pipeline, asked), atol=1e-4)
+    assert_same(served(whole(tmp_path), asked), expected_of(pipeline, asked, outputs_of(pipeline)), atol=1e-4)
 
 
 @pytest.mark.long
@@ -154,7 +154,7 @@ def test_every_estimator_answers_to_many_rows(name: str) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of rows far from all others, whose answer is NaN
-        expected = expected_of(estimator, asked)
+        expected = expected_of(estimator, asked, outputs_of(estimator))
 
     assert_same(run(estimator, asked), expected, atol=1e-9)
 
@@ -167,7 +167,7 @@ def test_what_an_estimator_is_made_of_may_be_anything(name: str) -> None:
         warnings.simplefilter("ignore")
         estimator.fit(ROWS, cases.TARGETS[kind](ROWS))
         asked = cases.rows(name, 200, seed=1)
-        expected = expected_of(estimator, asked)
+        expected = expected_of(estimator, asked, outputs_of(estimator))
 
     assert_same(run(estimator, asked), expected, atol=1e-9)
 

@@ -17,7 +17,7 @@ import pytest
 
 from splitserve import publish
 from splitserve.client import Client
-from splitserve.publishing.convert import expected_of
+from splitserve.publishing.convert import expected_of, outputs_of
 from splitserve.publishing.hard_rows import splits_of
 from tests.publishing.pipelines import CASES, ESTIMATORS, PIPELINES, Case
 from tests.system.processes import System
@@ -106,7 +106,7 @@ def expected_answers(case: str, pipeline: Any, rows: Any) -> Mapping[str, np.nda
         return found
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return expected_of(pipeline, rows)
+        return expected_of(pipeline, rows, outputs_of(pipeline))
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) -> list[str]:
