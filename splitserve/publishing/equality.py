@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -37,8 +38,11 @@ _N_THREADS = 4
 _N_TRIED = 6
 _ULPS = 4
 
+Arrays = tuple[Array, ...]
+"""Raw rows, an array for each input, or feature rows, one array."""
+
 Outputs = Mapping[str, Array]
-Answering = Callable[[tuple[Array, ...]], Outputs]
+Answering = Callable[[Arrays], Outputs]
 
 
 class ComparisonOutcome(msgspec.Struct, frozen=True):
@@ -100,7 +104,7 @@ class HardRowComparison:
 
     def _run(self, is_row_wise: bool) -> ComparisonOutcome:
         counts: Counter[str] = Counter()
-        worst, kept = dict[str, float](), list[tuple[Array, ...]]()
+        worst, kept = dict[str, float](), list[Arrays]()
         levels: list[tuple[Iterator[Block], Answering, Answering, str]] = [
             (self._raw_blocks(), self._by_pipeline, self._by_split, ""),
             (self._feature_blocks(), self._by_estimator, self._by_predictor, "features"),
@@ -108,12 +112,12 @@ class HardRowComparison:
         for blocks, original, split, level in levels:
             for block in blocks:
                 self._tick(block.kind)
-                n_compared, difference, complaint, rows = self._compared(block, original, split)
+                rows, difference, complaint = self._compared(block, original, split)
                 if complaint:
                     return ComparisonOutcome(dict(counts), worst, complaint)
-                counts[f"{block.kind} ({level})" if level else block.kind] += n_compared
+                counts[f"{block.kind} ({level})" if level else block.kind] += len(rows[0])
                 worst = larger(worst, difference)
-                if not level and n_compared:
+                if not level and len(rows[0]):
                     kept.append(rows)
         complaint = self._together(kept) if kept and is_row_wise else ""
         return ComparisonOutcome({kind: count for kind, count in counts.items() if count}, worst, complaint)
@@ -121,20 +125,20 @@ class HardRowComparison:
     def _raw_blocks(self) -> Iterator[Block]:
         made = hard_rows.of_raw(self._tensors, self._preprocessor.rows, self._specs)
         yield from made.blocks()
-        splits = self._splits(self._output.wire_shape[1])
-        if splits and (block := self._raw_thresholds(made, splits)):
+        if self._splits and (block := self._raw_thresholds(made)):
             yield block
 
-    def _splits(self, n_features: int) -> list[tuple[int, float]]:
-        return hard_rows.splits_of(self._estimator, n_features, self._predictor.files[MODEL_FILE])
+    @cached_property
+    def _splits(self) -> list[tuple[int, float]]:
+        return hard_rows.splits_of(self._estimator, self._output.wire_shape[1], self._predictor.files[MODEL_FILE])
 
-    def _raw_thresholds(self, made: HardRows, splits: Sequence[tuple[int, float]]) -> Block | None:
+    def _raw_thresholds(self, made: HardRows) -> Block | None:
         def features(arrays: list[Array]) -> Array:
             rows = self._rows(tuple(arrays))
             return np.asarray(to_dense(self._transformer.transform(rows)), np.float64)
 
         try:
-            return made.thresholds(features, splits)
+            return made.thresholds(features, self._splits)
         except Exception:  # the transforms refuse values that lie between those of the training data
             return None
 
@@ -143,40 +147,35 @@ class HardRowComparison:
         features = to_array(inputs[0])
         if features.ndim != 2 or features.dtype.kind != "f" or not len(features):
             return
-        block = hard_rows.feature_thresholds(features, self._splits(features.shape[1]))
+        block = hard_rows.feature_thresholds(features, self._splits)
         if block is not None:
             yield block
         for made in hard_rows.of_features(features).blocks():
             if made.kind in ("missing", "zeros", "extremes", "mixtures"):
                 yield made
 
-    def _compared(
-        self, block: Block, original: Answering, split: Answering
-    ) -> tuple[int, dict[str, float], str, tuple[Array, ...]]:
-        """How many rows were compared, the largest differences, the complaint, and the rows."""
+    def _compared(self, block: Block, original: Answering, split: Answering) -> tuple[Arrays, dict[str, float], str]:
+        """The rows that were compared, the largest differences, and the complaint."""
         if block.kind in FAR_KINDS:
             block = self._determined(block, original)
         expected, answered, _ = _answered(original, block.arrays, Exception)
-        rows = tuple(array[answered] for array in block.arrays)
-        if not len(answered):
-            return 0, {}, "", rows
+        rows = _taken(block.arrays, answered)
         found, places, refused = _answered(split, rows, SplitserveError)
-        if len(places) < len(answered):
-            if block.kind != "infinite":
-                return 0, {}, _refusal(block, answered, refused), rows
-            expected = {name: want[places] for name, want in expected.items()}
-            answered, rows = answered[places], tuple(array[places] for array in rows)
-            if not len(answered):
-                return 0, {}, "", rows
+        if len(places) < len(answered) and block.kind != "infinite":
+            return rows, {}, _refusal(block, answered, refused)
+        answered, rows = answered[places], _taken(rows, places)
+        if not len(answered):
+            return rows, {}, ""
+        expected = _of_rows(expected, places)
         difference, complaint = compare(found, expected, self._tolerance, precision=self._output.datatype, scales=self._scales)
         if complaint:
             complaint = self._with_row(complaint, block, answered, found, expected)
-        return len(answered), difference, complaint, rows
+        return rows, difference, complaint
 
     def _with_row(self, complaint: str, block: Block, answered: Array, found: Outputs, expected: Outputs) -> str:
         """The complaint with what is special about its row."""
         for place, row in enumerate(answered.tolist()):
-            have, want = ({name: values[place : place + 1] for name, values in side.items()} for side in (found, expected))
+            have, want = (_of_rows(side, [place]) for side in (found, expected))
             if alone := compare(have, want, self._tolerance, precision=self._output.datatype, scales=self._scales)[1]:
                 return f"{alone.replace('of row 0', 'of a hard row')} (row {row} of the kind {block.kind}: {block.shown[row]})"
         return complaint
@@ -187,27 +186,26 @@ class HardRowComparison:
         want, answered, _ = _answered(original, block.arrays, Exception)
         if not len(answered):
             return block
-        rows = tuple(array[answered] for array in block.arrays)
+        rows = _taken(block.arrays, answered)
         for sign in (1, -1):
             moved = tuple(_moved(array, sign) for array in rows)
             have, places, _ = _answered(original, moved, Exception)
             for place, row in enumerate(places.tolist()):
-                one = {name: values[place : place + 1] for name, values in have.items()}
-                other = {name: values[row : row + 1] for name, values in want.items()}
+                one, other = _of_rows(have, [place]), _of_rows(want, [row])
                 if compare(one, other, self._tolerance / 10, precision="FP32", scales=self._scales)[1]:
                     kept[answered[row]] = False
         return Block(
             block.kind,
-            tuple(array[kept] for array in block.arrays),
+            _taken(block.arrays, kept),
             tuple(shown for shown, is_kept in zip(block.shown, kept.tolist(), strict=True) if is_kept),
         )
 
-    def _together(self, kept: Sequence[tuple[Array, ...]]) -> str:
+    def _together(self, kept: Sequence[Arrays]) -> str:
         """Whether hard rows are answered the same alone, merged, permuted, repeated, and with several threads."""
         self._tick("batches and threads")
         joined = tuple(np.concatenate(parts) for parts in zip(*kept, strict=True))
         chosen = samples.spread(len(joined[0]), N_TOGETHER)
-        inputs = self._tensors_of(tuple(array[chosen] for array in joined))
+        inputs = self._tensors_of(_taken(joined, chosen))
         features = self._preprocessor.runtime.transform(inputs)
         bounds = goldens.bounds_of(self._predictor.manifest)
         one = self._predictor.runtime.infer
@@ -217,28 +215,36 @@ class HardRowComparison:
         complaint = threads_complaint(one, several, features, bounds)
         return f"on hard rows, {complaint}" if complaint else ""
 
-    def _tensors_of(self, arrays: tuple[Array, ...]) -> tuple[Tensor, ...]:
+    def _tensors_of(self, arrays: Arrays) -> tuple[Tensor, ...]:
         return tuple(from_array(spec.name, array, spec.datatype) for spec, array in zip(self._specs, arrays, strict=True))
 
-    def _rows(self, arrays: tuple[Array, ...]) -> Any:
+    def _rows(self, arrays: Arrays) -> Any:
         return to_rows(self._preprocessor.rows, self._specs, self._tensors_of(arrays))
 
-    def _by_pipeline(self, arrays: tuple[Array, ...]) -> Outputs:
+    def _by_pipeline(self, arrays: Arrays) -> Outputs:
         rows = self._rows(arrays)
         features = self._transforms.transform(rows) if self._transforms is not None else rows
         return expected_answer(self._last, features, self._outputs)
 
-    def _by_split(self, arrays: tuple[Array, ...]) -> Outputs:
+    def _by_split(self, arrays: Arrays) -> Outputs:
         return split_answer(self._preprocessor, self._predictor, self._tensors_of(arrays))
 
-    def _by_estimator(self, arrays: tuple[Array, ...]) -> Outputs:
+    def _by_estimator(self, arrays: Arrays) -> Outputs:
         return expected_answer(self._estimator, arrays[0].astype(np.float64), self._outputs)
 
-    def _by_predictor(self, arrays: tuple[Array, ...]) -> Outputs:
+    def _by_predictor(self, arrays: Arrays) -> Outputs:
         features = arrays[0].astype(DTYPES[self._output.datatype])
         self._preprocessor.runtime.check_values(features)
         tensor = from_array(self._predictor.runtime.inputs[0].name, features)
         return {tensor.name: to_array(tensor) for tensor in self._predictor.runtime.infer((tensor,))}
+
+
+def _taken(arrays: Arrays, rows: Array | Sequence[int]) -> Arrays:
+    return tuple(array[rows] for array in arrays)
+
+
+def _of_rows(outputs: Outputs, rows: Array | Sequence[int]) -> Outputs:
+    return {name: values[rows] for name, values in outputs.items()}
 
 
 def _moved(array: Array, sign: int) -> Array:
@@ -255,7 +261,7 @@ def _refusal(block: Block, answered: Array, refused: Mapping[int, str]) -> str:
     return f"the split refuses a row that the pipeline answers ({block.kind}: {block.shown[answered[place]]}): {refused[place]}"
 
 
-def _answered(answer: Answering, arrays: tuple[Array, ...], refusals: type[Exception]) -> tuple[Outputs, Array, dict[int, str]]:
+def _answered(answer: Answering, arrays: Arrays, refusals: type[Exception]) -> tuple[Outputs, Array, dict[int, str]]:
     """The answers to the rows that are not refused, the numbers of these rows, and why rows were refused alone.
 
     Rows are halved to find those that are refused; if `_N_TRIED` evenly spread rows are all refused, so are the others, without
@@ -274,7 +280,7 @@ def _answered(answer: Answering, arrays: tuple[Array, ...], refusals: type[Excep
 
 def _halve(
     answer: Answering,
-    arrays: tuple[Array, ...],
+    arrays: Arrays,
     rows: Array,
     refusals: type[Exception],
     parts: list[tuple[Array, Outputs]],
@@ -282,7 +288,7 @@ def _halve(
 ) -> None:
     try:
         with np.errstate(all="ignore"):
-            parts.append((rows, answer(tuple(array[rows] for array in arrays))))
+            parts.append((rows, answer(_taken(arrays, rows))))
             return
     except refusals as error:
         if len(rows) == 1:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from splitserve.arrays import Array, from_array, to_array
+from splitserve.arrays import Array, to_array
 from splitserve.publishing import boosting, samples
 from splitserve.repository.manifest import Rows
 from splitserve.signature import TensorSpec
@@ -144,7 +144,7 @@ class HardRows:
         def is_left(values: Array) -> Array:
             for row, column in enumerate(columns):
                 rows[column.number][row, column.place] = values[row]
-            found = transform([array.reshape(len(array), *shape) for array, shape in zip(rows, self._shapes, strict=True)])
+            found = transform(self._shaped(rows))
             side: Array = found[np.arange(len(tasks)), features] <= ats
             return side
 
@@ -180,7 +180,7 @@ class HardRows:
             known = column.values[np.isfinite(column.values)]
             now = rows[column.number][row, column.place]
             rows[column.number][row, column.place] = known.max() if now != known.max() else known.min() - 1
-        found = transform([array.reshape(len(array), *shape) for array, shape in zip(rows, self._shapes, strict=True)])
+        found = transform(self._shaped(rows))
         with np.errstate(invalid="ignore"):
             moved = found[:-1] != found[-1]
         sources: dict[int, _Column] = {}
@@ -201,8 +201,11 @@ class HardRows:
         return [array[np.arange(n_rows) % len(array)] for array in self._base]
 
     def _block(self, kind: str, rows: Sequence[Array], shown: Sequence[str]) -> Block:
-        shaped = tuple(array.reshape(len(array), *shape) for array, shape in zip(rows, self._shapes, strict=True))
-        return Block(kind, shaped, tuple(shown))
+        return Block(kind, tuple(self._shaped(rows)), tuple(shown))
+
+    def _shaped(self, rows: Sequence[Array]) -> list[Array]:
+        """Flattened rows in the shapes of the inputs."""
+        return [array.reshape(len(array), *shape) for array, shape in zip(rows, self._shapes, strict=True)]
 
 
 def of_raw(tensors: Sequence[Tensor], form: Rows, specs: Sequence[TensorSpec]) -> HardRows:
@@ -222,11 +225,6 @@ def of_raw(tensors: Sequence[Tensor], form: Rows, specs: Sequence[TensorSpec]) -
 def of_features(features: Array) -> HardRows:
     """Feature rows (n_rows, n_features), as the predictor gets them."""
     return HardRows([features], ["features"])
-
-
-def to_tensors(block: Block, specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
-    """A block as the tensors of a request."""
-    return tuple(from_array(spec.name, array, spec.datatype) for spec, array in zip(specs, block.arrays, strict=True))
 
 
 def feature_thresholds(features: Array, splits: Sequence[tuple[int, float]]) -> Block | None:
