@@ -121,6 +121,18 @@ class Regressor(Form):
         raise self._cannot("predict")
 
 
+class Scored(Form):
+    """An outlier detector by its ``score_samples``: what is below ``offset_`` is an outlier."""
+
+    @cached_property
+    def decision_function(self) -> Value:
+        return self.score_samples - float(self.estimator.offset_)
+
+    @cached_property
+    def predict(self) -> Value:
+        return inlier(self.decision_function, (self.decision_function < 0.0).logical_not())
+
+
 class Forwarding(Form):
     """A form that answers what another one does."""
 
@@ -242,6 +254,11 @@ def label_dtype(classes: Array) -> np.dtype[Any]:
 def two_columns(positive: Value) -> Value:
     """(n_rows, 1) probabilities of the second of two classes -> (n_rows, 2)."""
     return concat([1.0 - positive, positive])
+
+
+def inlier(scores: Value, is_inlier: Value) -> Value:
+    """(n_rows,) 1 or -1."""
+    return (2.0 * is_inlier.astype(scores.dtype) - 1.0).astype(np.int64).reshape(-1)
 
 
 def constant_rows(x: Value, row: Any, dtype: Any = np.float64) -> Value:

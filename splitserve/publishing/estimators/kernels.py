@@ -13,9 +13,10 @@ from sklearn.gaussian_process import kernels as gp
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Forwarding, Regressor, converts, form_of, two_columns
-from splitserve.publishing.estimators.neighbours import distances, inlier
+from splitserve.publishing.estimators.form import Form, Forwarding, Regressor, converts, form_of, inlier, two_columns
+from splitserve.publishing.estimators.neighbours import distances
 from splitserve.publishing.graph import Value, concat
+from splitserve.runtimes.preprocessor import to_dense
 
 _KERNELS = ("linear", "poly", "polynomial", "rbf", "sigmoid", "laplacian")
 
@@ -29,7 +30,7 @@ def kernel(x: Value, points: Array, name: Any, *, gamma: float, coef0: float, de
     if name not in _KERNELS:
         shown = f"the kernel {name}" if isinstance(name, str) else "a callable kernel"
         raise NotConvertible(f"{shown} has no ONNX form; use one of {', '.join(_KERNELS)}")
-    known = np.asarray(points.toarray() if hasattr(points, "toarray") else points, np.float64)
+    known = to_dense(points).astype(np.float64)
     if name == "rbf":
         return (-gamma * distances(x, known)).exp()
     if name == "laplacian":
@@ -48,6 +49,11 @@ class SupportVectors(Form):
             self.x, model.support_vectors_, model.kernel, gamma=model._gamma, coef0=model.coef0, degree=float(model.degree)
         )
 
+    def weighted(self) -> Value:
+        """(n_rows, 1) of what has one decision."""
+        model = self.estimator
+        return self.kernel() @ to_dense(model.dual_coef_).T + float(np.ravel(model.intercept_)[0])
+
 
 @converts("sklearn.SVC", "sklearn.NuSVC")
 class SupportVectorClassifier(SupportVectors):
@@ -60,7 +66,7 @@ class SupportVectorClassifier(SupportVectors):
         n_classes, ends = len(model.classes_), np.cumsum(model._n_support)
         starts = ends - model._n_support
         columns = []
-        dual = np.asarray(model._dual_coef_.todense() if hasattr(model._dual_coef_, "todense") else model._dual_coef_)
+        dual = to_dense(model._dual_coef_)
         for first, second in combinations(range(n_classes), 2):
             column = np.zeros(dual.shape[1])
             for one, row in ((first, second - 1), (second, first)):
@@ -162,16 +168,14 @@ def one_vs_one(is_second: Value, confidence: Value | None, n_classes: int) -> Va
 class SupportVectorRegressor(SupportVectors, Regressor):
     @cached_property
     def predict(self) -> Value:
-        model = self.estimator
-        dual = np.asarray(model.dual_coef_.todense() if hasattr(model.dual_coef_, "todense") else model.dual_coef_)
-        return self.kernel() @ dual.T + float(np.ravel(model.intercept_)[0])
+        return self.weighted()
 
 
 @converts("sklearn.OneClassSVM")
-class OneClass(SupportVectorRegressor):
+class OneClass(SupportVectors):
     @cached_property
     def decision_function(self) -> Value:
-        return SupportVectorRegressor.predict.func(self)  # type: ignore[attr-defined]
+        return self.weighted()
 
     @cached_property
     def predict(self) -> Value:

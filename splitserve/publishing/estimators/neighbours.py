@@ -10,8 +10,9 @@ import numpy as np
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, Target, converts, labels
+from splitserve.publishing.estimators.form import Form, Regressor, Scored, Target, converts, labels
 from splitserve.publishing.graph import Value
+from splitserve.runtimes.preprocessor import to_dense
 
 _MAX_COLUMNS = 100
 """Up to this many, differences are added column by column, which needs the least memory."""
@@ -87,7 +88,7 @@ class Neighbours(Form):
     def nearest(self) -> tuple[Value, Value]:
         """Distances and indices (n_rows, n_neighbors)."""
         model = self.estimator
-        points, power = training_rows(model), power_of(model.effective_metric_, _p(model))
+        points, power = to_dense(model._fit_X), power_of(model.effective_metric_, _p(model))
         n_neighbours = getattr(model, "n_neighbors_", model.n_neighbors)
         found, indices = distances(self.x, points, model.effective_metric_, _p(model)).smallest(n_neighbours)
         return rooted(found, power), indices
@@ -97,14 +98,8 @@ class Neighbours(Form):
         """Distances to all rows of training (n_rows, n_train), and which are within the radius."""
         model = self.estimator
         power = power_of(model.effective_metric_, _p(model))
-        found = rooted(distances(self.x, training_rows(model), model.effective_metric_, _p(model)), power)
+        found = rooted(distances(self.x, to_dense(model._fit_X), model.effective_metric_, _p(model)), power)
         return found, found <= float(model.radius)
-
-
-def training_rows(model: Any) -> Array:
-    if hasattr(model._fit_X, "toarray"):
-        return np.asarray(model._fit_X.toarray())
-    return np.asarray(model._fit_X)
 
 
 def _p(model: Any) -> float:
@@ -255,7 +250,7 @@ class Propagated(Form):
 
 
 @converts("sklearn.LocalOutlierFactor")
-class LocalOutlier(Neighbours):
+class LocalOutlier(Neighbours, Scored):
     @cached_property
     def score_samples(self) -> Value:
         model = self.estimator
@@ -264,19 +259,6 @@ class LocalOutlier(Neighbours):
         density = 1.0 / (found.maximum(reach).mean() + 1e-10)
         ratios = self.graph.constant(model._lrd, np.float64).take(indices, axis=0) / density
         return -ratios.mean()
-
-    @cached_property
-    def decision_function(self) -> Value:
-        return self.score_samples - float(self.estimator.offset_)
-
-    @cached_property
-    def predict(self) -> Value:
-        return inlier(self.decision_function, (self.decision_function < 0.0).logical_not())
-
-
-def inlier(scores: Value, is_inlier: Value) -> Value:
-    """(n_rows,) 1 or -1."""
-    return (2.0 * is_inlier.astype(scores.dtype) - 1.0).astype(np.int64).reshape(-1)
 
 
 def nearest_centre(x: Value, centres: Array) -> Value:

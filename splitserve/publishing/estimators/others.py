@@ -10,8 +10,7 @@ from sklearn.ensemble._iforest import _average_path_length
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, Target, constant_rows, converts
-from splitserve.publishing.estimators.neighbours import inlier
+from splitserve.publishing.estimators.form import Form, Regressor, Scored, Target, constant_rows, converts, inlier
 from splitserve.publishing.estimators.trees import leaf_values, tree_of
 from splitserve.publishing.graph import Value, concat
 
@@ -112,7 +111,7 @@ class Isotonic(Regressor):
 
 
 @converts("sklearn.IsolationForest")
-class IsolatingForest(Form):
+class IsolatingForest(Scored):
     @cached_property
     def score_samples(self) -> Value:
         model = self.estimator
@@ -125,14 +124,6 @@ class IsolatingForest(Form):
         scale = len(trees) * float(_average_path_length([model._max_samples])[0])
         scores = depths / scale if scale else depths * 0.0 + 1.0
         return -(self.graph.constant(2.0, np.float64) ** -scores)
-
-    @cached_property
-    def decision_function(self) -> Value:
-        return self.score_samples - float(self.estimator.offset_)
-
-    @cached_property
-    def predict(self) -> Value:
-        return inlier(self.decision_function, (self.decision_function < 0.0).logical_not())
 
 
 @converts("sklearn.EllipticEnvelope")
