@@ -7,7 +7,6 @@ fitted model knows; where it does not store them (XGBoost before 3.1), those of 
 from __future__ import annotations
 
 import copy
-import json
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from sklearn.pipeline import Pipeline
 
 from splitserve.publishing.boosting.catboost import check_columns
+from splitserve.publishing.boosting.xgboost import learner_of, model_of
 from splitserve.publishing.errors import NotConvertible
 from splitserve.transformers import CategoryCodes, Unseen
 
@@ -99,8 +99,7 @@ def _present(categories: Any) -> list[Any]:
 
 def _of_xgboost(estimator: Any, features: Any, names: list[str]) -> tuple[list[list[Any]], Unseen]:
     """Since 3.1 the model has its categories, and takes an unknown one for the next known one in the order of bytes."""
-    learner = json.loads(bytes(estimator.get_booster().save_raw("json")))["learner"]
-    stored = learner["gradient_booster"].get("model", learner["gradient_booster"].get("gbtree", {}).get("model", {})).get("cats")
+    stored = model_of(learner_of(estimator)).get("cats")
     if not stored or not stored["enc"]:
         return [features[name].cat.categories.tolist() for name in names], "after"
     known = []

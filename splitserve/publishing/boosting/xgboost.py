@@ -66,14 +66,26 @@ REGRESSORS: Mapping[str, tuple[Link, Callable[[float], float]]] = {
 """Likewise, predictions."""
 
 
+def learner_of(estimator: Any) -> Mapping[str, Any]:
+    """A fitted estimator as XGBoost writes it."""
+    learner: dict[str, Any] = json.loads(bytes(estimator.get_booster().save_raw("json")))["learner"]
+    return learner
+
+
+def model_of(learner: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The trees and categories of a learner, or the weights of booster="gblinear"."""
+    booster = learner["gradient_booster"]
+    found: Mapping[str, Any] = booster["gbtree"]["model"] if booster["name"] == "dart" else booster["model"]
+    return found
+
+
 class _XGBoost(Boosted):
     library, versions, compares = "xgboost", ("2.1.4", "3.3"), np.float32
     objectives = REGRESSORS
 
     @cached_property
     def learner(self) -> Mapping[str, Any]:
-        learner: dict[str, Any] = json.loads(bytes(self.estimator.get_booster().save_raw("json")))["learner"]
-        return learner
+        return learner_of(self.estimator)
 
     @property
     def objective(self) -> str:
@@ -118,15 +130,13 @@ class _XGBoost(Boosted):
 
     def _linear(self, start: Any) -> Value:
         """Of booster="gblinear", to which missing features add nothing."""
-        weights = np.array(self.learner["gradient_booster"]["model"]["weights"], np.float64).reshape(-1, self.n_groups)
+        weights = np.array(self.model["weights"], np.float64).reshape(-1, self.n_groups)
         present = self.graph.where(self.present.is_nan(), 0.0, self.present).astype(np.float64)
         return (present @ weights[:-1] + (weights[-1:] + float(start))).astype(np.float32)
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
-        booster = self.learner["gradient_booster"]
-        found: Mapping[str, Any] = booster["gbtree"]["model"] if booster["name"] == "dart" else booster["model"]
-        return found
+        return model_of(self.learner)
 
     @cached_property
     def kept(self) -> Sequence[Mapping[str, Any]]:
