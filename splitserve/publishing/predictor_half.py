@@ -21,7 +21,6 @@ from splitserve.publishing.halves import (
     settled,
     take_rows,
 )
-from splitserve.publishing.proof import tolerances_of
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import GOLDEN_FILE, MODEL_FILE, BundleError, GoldenRows
@@ -96,7 +95,6 @@ def predictor_half(
         trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )
     bounds = goldens.bounds_of(manifest)
-    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(golden.outputs, bounds))
     if is_row_wise:
         more = tuple(from_array(key, np.asarray(array)) for key, array in (probed if probed is not None else arrays).items())
         check_row_wise(runtime.infer, more, bounds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -59,6 +59,7 @@ def preprocessor_half(
     trusted_modules: Sequence[str],
     allow_pickle: bool = False,
     golden: Any = "rows",
+    refuses: Literal["", "inf", "nan"] = "",
     **manifest_fields: Any,
 ) -> PreprocessorHalf:
     """Fitted transforms as a bundle.
@@ -74,6 +75,7 @@ def preprocessor_half(
         trusted_modules: further modules whose types may be in the transforms.
         allow_pickle: write a pickle if skops does not support the transforms.
         golden: where golden rows come from, as for `publish`.
+        refuses: which values of features the model does not accept: "nan" (NaN and infinity), "inf" or "" (neither).
         manifest_fields: further fields of the manifest.
 
     Raises:
@@ -86,7 +88,6 @@ def preprocessor_half(
         rows, inputs = observe(data, input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
-    refuses = manifest_fields.get("refuses", "")
     takes_nan = refuses == "inf" or (all_as_floats and not refuses)
     rows, inputs, gaps = columns.with_gaps(transformer, data, rows, inputs, takes_nan=takes_nan, all_as_floats=all_as_floats)
     chosen = choose(golden, data, rows, learnt)
@@ -95,10 +96,17 @@ def preprocessor_half(
     rows = _settle_missing(rows, transformer, data)
     output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
     manifest = new_manifest(
-        name, "preprocess", inputs, (output,), _PREPROCESS_PACKAGES, rows=rows, golden=source, **manifest_fields
-    )
-    manifest = msgspec.structs.replace(
-        manifest, fingerprint=meaning.fingerprint, feature_names=meaning.feature_names[:N_FEATURE_NAMES]
+        name,
+        "preprocess",
+        inputs,
+        (output,),
+        _PREPROCESS_PACKAGES,
+        rows=rows,
+        golden=source,
+        fingerprint=meaning.fingerprint,
+        feature_names=meaning.feature_names[:N_FEATURE_NAMES],
+        refuses=refuses,
+        **manifest_fields,
     )
     file_name, file = _written(transformer, allow_pickle)
     runtime = _load(manifest, file_name, file, trusted_modules)
@@ -108,8 +116,7 @@ def preprocessor_half(
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
     direct = from_array(output.name, features, output.datatype)
-    manifest = msgspec.structs.replace(manifest, tolerances=tolerances_of(proof.outputs))
-    if worst := goldens.worst_difference((direct,), proof.outputs, manifest.tolerances):
+    if worst := goldens.worst_difference((direct,), proof.outputs, tolerances_of(proof.outputs)):
         raise PublishError(f"the transforms answer differently when they are loaded from disk: {worst}")
     if manifest.is_row_wise:
         probed = samples.take(data, samples.spread(len(data), N_PROBED))
