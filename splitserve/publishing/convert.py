@@ -13,7 +13,7 @@ from sklearn.base import is_classifier, is_clusterer, is_outlier_detector, is_re
 
 from splitserve.arrays import DTYPES, Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, form_of, label_dtype, labels
+from splitserve.publishing.estimators.form import Form, form_of, label_dtype, labels, not_converted
 from splitserve.publishing.graph import Graph, Value
 
 PROBABILITIES, LABEL, PREDICTION, SCORES = "probabilities", "label", "prediction", "scores"
@@ -64,11 +64,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
     except NotConvertible:
         raise
     except Exception as error:  # forms read attributes of fitted estimators, which may hold anything
-        reason = " ".join(str(error).split())[:300]
-        raise NotConvertible(
-            f"{type(estimator).__name__} cannot be converted to ONNX: {type(error).__name__}: {reason}; convert it by other "
-            "means and publish the result with publish_predictor"
-        ) from error
+        raise not_converted(estimator, f"{type(error).__name__}: {error}") from error
 
 
 def outputs_of(estimator: Any, targets: Sequence[str] = ()) -> list[ModelOutput]:

@@ -11,10 +11,8 @@ from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
 from sklearn.base import is_classifier
 
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form
+from splitserve.publishing.estimators.form import Form, not_converted
 from splitserve.publishing.graph import OLDER_OPSETS, Value
-
-_LENGTH = 300
 
 
 class ByConverter(Form):
@@ -38,10 +36,7 @@ class ByConverter(Form):
                 entry.version = OLDER_OPSETS.get(entry.domain, entry.version)
             return graph.inline(model, {"X": self.x})
         except Exception as error:  # skl2onnx's converters may raise anything
-            raise NotConvertible(
-                f"{type(estimator).__name__} cannot be converted to ONNX: {_first(error)}; convert it by other means and "
-                "publish the result with publish_predictor"
-            ) from error
+            raise not_converted(estimator, str(error).strip() or type(error).__name__) from error
 
     @cached_property
     def predict_proba(self) -> Value:
@@ -69,7 +64,3 @@ class ByConverter(Form):
                 f"{type(self.estimator).__name__}: skl2onnx gives outputs {', '.join(self.outputs)}, expected one or a label"
             )
         return next(iter(self.outputs.values()))
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:_LENGTH] or type(error).__name__

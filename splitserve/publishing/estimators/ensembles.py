@@ -20,6 +20,7 @@ from splitserve.publishing.estimators.form import (
     converts,
     form_of,
     labels,
+    shares_of,
     two_columns,
 )
 from splitserve.publishing.estimators.kernels import one_vs_one
@@ -320,10 +321,7 @@ class Calibrated(Form):
         columns = [constant_rows(self.x, [0.0])] * n_classes
         for column, (place, calibrator) in enumerate(zip(places, member.calibrators, strict=True)):
             columns[place] = _calibrator(scores.take([column]), calibrator)
-        found = concat(columns)
-        total = found.sum()
-        is_zero = total.equals(0.0)
-        return _limited(self.graph.where(is_zero, 1.0 / n_classes, found / self.graph.where(is_zero, 1.0, total)))
+        return _limited(shares_of(concat(columns), 1.0 / n_classes))
 
 
 def _calibrator(scores: Value, calibrator: Any) -> Value:
@@ -381,8 +379,7 @@ class OneVsRest(Form):
         shares = concat([member.predict_proba.take([1]) for member in self.members])
         if len(self.members) == 1:
             return two_columns(shares)
-        total = shares.sum()
-        return shares / self.graph.where(total.equals(0.0), 1.0, total)  # all 0 stay 0, as in scikit-learn
+        return shares_of(shares)  # all 0 stay 0, as in scikit-learn
 
 
 @converts("sklearn._ConstantPredictor")

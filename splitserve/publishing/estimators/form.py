@@ -18,6 +18,8 @@ from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.graph import Graph, Value, concat
 
+_MAX_REASON = 300
+
 
 class Form:
     """A fitted estimator over rows.
@@ -213,6 +215,14 @@ def form_of(estimator: Any, x: Value) -> Form:
         return _FORMS.get(name, ByConverter)(estimator, x)
 
 
+def not_converted(estimator: Any, reason: str) -> NotConvertible:
+    """The error of a conversion that failed in a way that no form foresees; of a long reason, its beginning."""
+    return NotConvertible(
+        f"{type(estimator).__name__} cannot be converted to ONNX: {' '.join(reason.split())[:_MAX_REASON]}; convert it by other "
+        "means and publish the result with publish_predictor"
+    )
+
+
 def name_of(estimator: Any) -> str:
     """As `converts` takes it."""
     kind = type(estimator)
@@ -249,6 +259,14 @@ def label_dtype(classes: Array) -> np.dtype[Any]:
         f"classes of the types {sorted({type(each).__name__ for each in listed})} cannot be sent; fit on y of one type: "
         "text, whole numbers or booleans"
     )
+
+
+def shares_of(values: Value, of_zeros: float | None = None) -> Value:
+    """(n_rows, n_classes) divided by each row's sum; rows of zeros stay zeros, or become ``of_zeros``."""
+    total = values.sum()
+    is_zero = total.equals(0.0)
+    found = values / values.graph.where(is_zero, 1.0, total)
+    return found if of_zeros is None else values.graph.where(is_zero, of_zeros, found)
 
 
 def two_columns(positive: Value) -> Value:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.estimators.form import Form, Regressor, Target, converts, two_columns
+from splitserve.publishing.estimators.form import Form, Regressor, Target, converts, shares_of, two_columns
 from splitserve.publishing.graph import Value, concat
 
 
@@ -145,9 +145,7 @@ class StochasticGradient(LinearClassifier):
         scores = (self.decision_function.maximum(-1.0).minimum(1.0) + 1.0) / 2.0  # modified_huber
         if self.is_binary:
             return two_columns(scores)
-        total = scores.sum()
-        n_classes = len(self.estimator.classes_)
-        return self.graph.where(total.equals(0.0), 1.0 / n_classes, scores / self.graph.where(total.equals(0.0), 1.0, total))
+        return shares_of(scores, 1.0 / len(self.estimator.classes_))
 
 
 @converts("sklearn.LinearDiscriminantAnalysis")

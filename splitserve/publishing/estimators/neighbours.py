@@ -10,7 +10,7 @@ import numpy as np
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, Scored, Target, converts, labels
+from splitserve.publishing.estimators.form import Form, Regressor, Scored, Target, converts, labels, shares_of
 from splitserve.publishing.graph import Value
 from splitserve.runtimes.preprocessor import to_dense
 
@@ -185,9 +185,8 @@ class RadiusClassifier(Neighbours):
 
     @cached_property
     def predict_proba(self) -> Value:
-        model, total = self.estimator, self.votes.sum()
+        model, shares = self.estimator, shares_of(self.votes)
         alone = (np.asarray(model.classes_) == model.outlier_label_[0]).astype(np.float64).reshape(1, -1)
-        shares = self.votes / self.graph.where(total.equals(0.0), 1.0, total)
         return self.graph.where(self.is_alone, alone, shares)
 
     @cached_property
