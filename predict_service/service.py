@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
 
@@ -33,6 +33,7 @@ from splitserve.runtimes.predictor import Predictor, RunCanceller
 from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from splitserve.signature import choose_outputs
+from splitserve.tensors import Tensor
 from splitserve.versions import parse_version
 
 STAGE = "predict"
@@ -63,7 +64,7 @@ class PredictService:
         self._compute = Compute(executor)
         self._replay_turn = asyncio.Lock()
         self.statistics = Statistics()
-        self._batcher = Batcher(self._run, limits, statistics=self.statistics, to_caller=_named)
+        self._batcher = Batcher(self._run, limits, send_inline=self._run_inline, statistics=self.statistics, to_caller=_named)
 
     @property
     def is_loaded(self) -> bool:
@@ -79,9 +80,7 @@ class PredictService:
             version, predictor = self._bind(request)
             try:
                 predictor.check(request.inputs)
-                wanted: Sequence[str] = ()
-                if request.outputs:
-                    wanted = choose_outputs(predictor.outputs, [output.name for output in request.outputs])
+                wanted = choose_outputs(predictor.outputs, _wanted(request)) if request.outputs else ()
                 answer_bytes = predictor.output_bytes.at_least(request.n_rows, request.inputs, wanted)
                 if answer_bytes > self._max_message_bytes:
                     raise message_too_large(
@@ -97,17 +96,26 @@ class PredictService:
                 self.statistics.of(request.model, str(version)).failed(time.monotonic() - began)
                 raise
 
+    def _run_inline(self, request: InferRequest) -> InferResponse | None:
+        """As `_run`, for a model that is quick; None for others."""
+        version, predictor = self._bind(request)
+        watch, wanted = Stopwatch(), _wanted(request)
+        outputs = self._compute.run_inline(predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch)
+        return None if outputs is None else self._ran(request, version, outputs, watch)
+
     async def _run(self, request: InferRequest) -> InferResponse:
         version, predictor = self._bind(request)
         watch, canceller = Stopwatch(), RunCanceller()
-        wanted = [output.name for output in request.outputs]
         try:
             outputs = await self._compute.run(
-                predictor, request.n_rows, predictor.infer, request.inputs, wanted, watch, canceller
+                predictor, request.n_rows, predictor.infer, request.inputs, _wanted(request), watch, canceller
             )
         except asyncio.CancelledError:  # no caller waits, or the deadline has passed
             canceller.cancel()
             raise
+        return self._ran(request, version, outputs, watch)
+
+    def _ran(self, request: InferRequest, version: int, outputs: tuple[Tensor, ...], watch: Stopwatch) -> InferResponse:
         self.statistics.record_run(request.model, str(version), n_rows=request.n_rows, parts=watch.parts)
         return InferResponse(request.model, str(version), outputs, request.id)
 
@@ -166,6 +174,11 @@ class PredictService:
 
     async def unload(self, model: str) -> None:
         await self._predictors.unload(model)
+
+
+def _wanted(request: InferRequest) -> list[str]:
+    """Names of the outputs that a request asks for; empty for all."""
+    return [output.name for output in request.outputs]
 
 
 def _named(request: InferRequest, error: Exception) -> SplitserveError:

@@ -74,6 +74,8 @@ class Batcher:
     Args:
         send: answers one request, merged or not.
         limits: of all models, or by model name.
+        send_inline: answers a request that is sent alone within this iteration of the event loop, which saves a task; None: it
+            takes longer, so ``send`` is to be used.
         n_backends: how many replicas ``send`` distributes calls over.
         statistics: where requests are counted.
         to_caller: turns what ``send`` raised into the error that the caller of a request gets.
@@ -85,6 +87,7 @@ class Batcher:
         send: SendRequest,
         limits: Callable[[str], BatchLimits] | BatchLimits | None = None,
         *,
+        send_inline: Callable[[InferRequest], InferResponse | None] | None = None,
         n_backends: Callable[[], int] = lambda: 1,
         statistics: Statistics | None = None,
         to_caller: Callable[[InferRequest, Exception], Exception] = lambda _, error: error,
@@ -92,6 +95,7 @@ class Batcher:
     ) -> None:
         fixed = limits if isinstance(limits, BatchLimits) else BatchLimits()
         self._send = send
+        self._send_inline = send_inline
         self._limits = limits if callable(limits) else lambda _: fixed
         self._n_backends = n_backends
         self._statistics = statistics or Statistics()
@@ -155,9 +159,7 @@ class Batcher:
         self._compatible[compatible.key] = compatible
         if request.deadline < self._expiry_at:
             self._schedule_expiry(request.deadline - now)
-        if not queue.is_scheduled:
-            queue.is_scheduled = True
-            queue.loop.call_soon(self._dispatch, queue)
+        self._dispatch_soon(queue)
         if preempted is not None:
             self._fail([preempted], Overloaded("preempted by a request of higher priority", model=request.model))
         return queued
@@ -241,6 +243,11 @@ class Batcher:
             compatible.queue.compatible.pop(compatible.key, None)
             self._compatible.pop(compatible.key, None)
 
+    def _dispatch_soon(self, queue: ModelQueue) -> None:
+        if not queue.is_scheduled:
+            queue.is_scheduled = True
+            queue.loop.call_soon(self._dispatch, queue)
+
     def _dispatch(self, queue: ModelQueue) -> None:
         """Send every batch that may be sent now."""
         queue.is_scheduled = False
@@ -262,6 +269,10 @@ class Batcher:
             queue.compatible.move_to_end(compatible.key)
             self._drop_if_empty(compatible)
             self._fail(batch.expired, DeadlineExceeded("deadline exceeded before the request was sent"))
+            if len(batch.requests) == 1 and self._answer_inline(queue, batch.requests[0]):
+                if queue.compatible:
+                    self._dispatch_soon(queue)  # other work gets its turn between two answers
+                return
             if batch.requests:
                 self._start_call(queue, batch)
 
@@ -276,10 +287,31 @@ class Batcher:
         for queued in batch.requests:
             queued.call = call
 
+    def _answer_inline(self, queue: ModelQueue, queued: QueuedRequest) -> bool:
+        """Answer a request at once. False if its answer takes longer: it is still to be sent."""
+        if self._send_inline is None:
+            return False
+        call = BatchCall([queued], overdue_at=0.0)
+        call.sent_at = self._clock()
+        try:
+            response = self._send_inline(queued.request)
+            if response is None:
+                return False
+            self._check_rows(queued, response)
+        except Exception as error:
+            self._fail_alone(queue, queued, error)
+        else:
+            self._succeed_alone(queue, call, queued, response)
+            self._learn(queue, call)
+        return True
+
     async def _run_call(self, queue: ModelQueue, call: BatchCall) -> None:
         call.sent_at = self._clock()
-        if not await self._send_call(queue, call):
-            return
+        if await self._send_call(queue, call):
+            self._learn(queue, call)
+
+    def _learn(self, queue: ModelQueue, call: BatchCall) -> None:
+        """What one call that answered all of its requests shows of the cost of rows and of waiting times."""
         call_s = call.answered_at - call.sent_at  # without the time that the callbacks took
         n_rows = sum([queued.n_rows for queued in call.requests])
         queue.cost.learn(n_rows, call_s)
@@ -333,18 +365,27 @@ class Batcher:
             return False
         try:
             response = await self._send(queued.request)
-            if queued.compatible.is_mergeable:
-                split(response, [queued.n_rows])
+            self._check_rows(queued, response)
         except Exception as error:
-            if not queued.is_background:
-                queue.record_failure(error)
-            self._fail([queued], error)
+            self._fail_alone(queue, queued, error)
             return False
+        self._succeed_alone(queue, call, queued, response)
+        return True
+
+    def _check_rows(self, queued: QueuedRequest, response: InferResponse) -> None:
+        if queued.compatible.is_mergeable:
+            split(response, [queued.n_rows])
+
+    def _fail_alone(self, queue: ModelQueue, queued: QueuedRequest, error: Exception) -> None:
+        if not queued.is_background:
+            queue.record_failure(error)
+        self._fail([queued], error)
+
+    def _succeed_alone(self, queue: ModelQueue, call: BatchCall, queued: QueuedRequest, response: InferResponse) -> None:
         call.answered_at = self._clock()
         if queued.on_answer is not None:
             self._record_success(queue, call, [queued])
             self._answer(queued, response)
-        return True
 
     def _record_success(self, queue: ModelQueue, call: BatchCall, requests: Sequence[QueuedRequest]) -> None:
         if not requests:

@@ -37,6 +37,11 @@ class Compute:
         self._clock = clock
         self._seconds: WeakKeyDictionary[Hashable, dict[int, float]] = WeakKeyDictionary()
 
+    def run_inline(self, owner: Hashable, n_rows: int, work: Callable[[*A], T], *arguments: *A) -> T | None:
+        """Return ``work(*arguments)`` if that is expected to be short; None: use `run`. Arguments as for `run`."""
+        seen, size = self._measured(owner), n_rows.bit_length()
+        return self._timed(seen, size, work, *arguments) if seen.get(size, self._inline_s) < self._inline_s else None
+
     async def run(self, owner: Hashable, n_rows: int, work: Callable[[*A], T], *arguments: *A) -> T:
         """Return ``work(*arguments)``.
 
@@ -46,13 +51,17 @@ class Compute:
             work: blocking; may be called in a thread.
             arguments: of ``work``.
         """
-        seen = self._seconds.get(owner)
-        if seen is None:
-            seen = self._seconds[owner] = {}
-        size = n_rows.bit_length()
+        seen, size = self._measured(owner), n_rows.bit_length()
         if seen.get(size, self._inline_s) < self._inline_s:
             return self._timed(seen, size, work, *arguments)
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._timed, seen, size, work, *arguments)
+
+    def _measured(self, owner: Hashable) -> dict[int, float]:
+        """Seconds by the bit length of the number of rows."""
+        seen = self._seconds.get(owner)
+        if seen is None:
+            seen = self._seconds[owner] = {}
+        return seen
 
     def _timed(self, seen: dict[int, float], size: int, work: Callable[[*A], T], *arguments: *A) -> T:
         began = self._clock()

@@ -44,6 +44,16 @@ async def test_unmeasured_work_runs_in_a_thread_and_short_work_in_the_loop(compu
     assert (first, second) == (False, True)
 
 
+async def test_only_what_is_known_to_be_short_runs_inline(compute: Compute, owner: Owner) -> None:
+    """The caller runs the rest in another way."""
+    unmeasured = compute.run_inline(owner, 1, owner.work, SHORT)
+    await compute.run(owner, 1, owner.work, SHORT)
+    short, became_long = (compute.run_inline(owner, 1, owner.work, seconds) for seconds in (SHORT, LONG))
+
+    assert (unmeasured, short, became_long) == (None, True, True)
+    assert compute.run_inline(owner, 1, owner.work, SHORT) is None
+
+
 async def test_durations_are_measured_by_size(compute: Compute, owner: Owner) -> None:
     """The duration for one row does not predict that for a thousand."""
     await compute.run(owner, 1, owner.work, SHORT)
