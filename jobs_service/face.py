@@ -89,12 +89,7 @@ class JobsFace:
             version=message.request.model_version,
             request=message.request.SerializeToString(),
             rendering=message.rendering,
-            key=message.idempotency_key,
-            fingerprint=message.fingerprint,
-            priority=message.priority,
-            timeout_s=message.timeout_s,
-            expires_s=message.expires_s,
-            webhook=protobuf.decode_webhook(message.webhook) if message.HasField("webhook") else None,
+            options=protobuf.decode_options(message),
         )
         submitted = await self._queue.submit(protobuf.decode_caller(call.metadata), submission)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))

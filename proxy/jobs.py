@@ -17,7 +17,7 @@ from proxy.service import ProxyService
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import PermissionDenied, Unauthenticated, Unsupported
 from splitserve.jobs import protobuf
-from splitserve.jobs.records import Job, JobCaller, Submitted
+from splitserve.jobs.records import Job, JobCaller, JobOptions, Submitted
 from splitserve.jobs.service import JobAnswer, Jobs, Submission
 from splitserve.oip import protobuf as oip
 from splitserve.oip.limits import RequestLimits
@@ -43,17 +43,6 @@ class Rendering(msgspec.Struct, frozen=True, omit_defaults=True):
     def request(self, model: str) -> InferRequest:
         """The part of the request that says how its answer is rendered."""
         return InferRequest(model, (), outputs=self.outputs, parameters=self.parameters)
-
-
-class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a submit says beside the request. ``fingerprint`` is of all that gives the request its meaning."""
-
-    key: str = ""
-    fingerprint: bytes = b""
-    priority: int = 0
-    timeout_s: float = 0.0
-    expires_s: float = 0.0
-    webhook: Any = None
 
 
 class ProxyJobs:
@@ -124,12 +113,7 @@ class ProxyJobs:
             version=bound.version,
             request=oip.encode_request(bound).SerializeToString(),
             rendering=msgspec.json.encode(rendering),
-            key=options.key,
-            fingerprint=options.fingerprint,
-            priority=options.priority,
-            timeout_s=options.timeout_s,
-            expires_s=options.expires_s,
-            webhook=options.webhook,
+            options=options,
         )
         return await jobs.submit(caller, submission)
 
@@ -186,14 +170,8 @@ class ProxyJobs:
     async def _grpc_submit(self, data: bytes, call: ServerCall) -> bytes:
         self.check_enabled()
         message = oip.parse(pb.SubmitJobRequest, data)
-        options = JobOptions(
-            key=message.idempotency_key,
-            fingerprint=fingerprint([b"grpc", _meaning(message)]) if message.idempotency_key else b"",
-            priority=message.priority,
-            timeout_s=message.timeout_s,
-            expires_s=message.expires_s,
-            webhook=protobuf.decode_webhook(message.webhook) if message.HasField("webhook") else None,
-        )
+        mark = fingerprint([b"grpc", _meaning(message)]) if message.idempotency_key else b""
+        options = msgspec.structs.replace(protobuf.decode_options(message), fingerprint=mark)
         request = oip.decode_request(message.request, NO_DEADLINE)
         submitted = await self.submit(request, Rendering.of(request), options)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))

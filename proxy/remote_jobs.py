@@ -71,17 +71,9 @@ class RemoteJobs:
             raise translate(error, STAGE) from error
 
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
-        request = pb.SubmitJobRequest(
-            idempotency_key=submission.key,
-            priority=submission.priority,
-            timeout_s=submission.timeout_s,
-            expires_s=submission.expires_s,
-            fingerprint=submission.fingerprint,
-            rendering=submission.rendering,
-        )
+        request = protobuf.encode_options(submission.options)
+        request.rendering = submission.rendering
         request.request.ParseFromString(submission.request)
-        if submission.webhook is not None:
-            request.webhook.CopyFrom(protobuf.encode_webhook(submission.webhook))
         answer = await self._call("SubmitJob", caller, request)
         return Submitted(protobuf.decode_job(answer.job), answer.is_new)
 

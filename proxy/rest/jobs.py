@@ -7,13 +7,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from proxy.jobs import JobOptions, ProxyJobs, Rendering, fingerprint
+from proxy.jobs import ProxyJobs, Rendering, fingerprint
 from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference, v1_response, v2_response
 from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
 from splitserve.errors import InvalidInput
 from splitserve.jobs import events
-from splitserve.jobs.records import Job, webhook_to
+from splitserve.jobs.records import Job, JobOptions, webhook_to
 from splitserve.oip import protobuf
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
-from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, Status, Webhook, webhook_to
+from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, JobOptions, Status, Webhook, webhook_to
 
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -72,6 +72,30 @@ def encode_webhook(webhook: Webhook) -> Any:
 def decode_webhook(message: Any) -> Webhook:
     """A webhook."""
     return webhook_to(message.url, message.events)
+
+
+def encode_options(options: JobOptions) -> Any:
+    """A ``SubmitJobRequest`` with the options, and without the request."""
+    return pb.SubmitJobRequest(
+        idempotency_key=options.key,
+        fingerprint=options.fingerprint,
+        priority=options.priority,
+        timeout_s=options.timeout_s,
+        expires_s=options.expires_s,
+        webhook=None if options.webhook is None else encode_webhook(options.webhook),
+    )
+
+
+def decode_options(message: Any) -> JobOptions:
+    """The options in a ``SubmitJobRequest``."""
+    return JobOptions(
+        key=message.idempotency_key,
+        fingerprint=message.fingerprint,
+        priority=message.priority,
+        timeout_s=message.timeout_s,
+        expires_s=message.expires_s,
+        webhook=decode_webhook(message.webhook) if message.HasField("webhook") else None,
+    )
 
 
 def encode_job(job: Job) -> Any:

@@ -89,6 +89,21 @@ class JobCaller(msgspec.Struct, frozen=True):
     models: tuple[str, ...] | None = None
 
 
+class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a submit says beside the request; 0: the service's default, for ``expires_s`` any time."""
+
+    key: str = ""
+    """Idempotency key; "": none."""
+
+    fingerprint: bytes = b""
+    """Of all that gives the request its meaning, for the key."""
+
+    priority: int = 0
+    timeout_s: float = 0.0
+    expires_s: float = 0.0
+    webhook: Webhook | None = None
+
+
 class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     """A job to store.
 

@@ -26,6 +26,7 @@ from splitserve.jobs.records import (
     LOWEST_PRIORITY,
     Job,
     JobCaller,
+    JobOptions,
     NewJob,
     Rights,
     StoreState,
@@ -51,13 +52,8 @@ class Submission(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     version: str
     request: bytes
-    rendering: bytes = b""
-    key: str = ""
-    fingerprint: bytes = b""
-    priority: int = 0
-    timeout_s: float = 0.0
-    expires_s: float = 0.0
-    webhook: Webhook | None = None
+    rendering: bytes
+    options: JobOptions
 
 
 class JobAnswer(msgspec.Struct, frozen=True):
@@ -165,8 +161,9 @@ class JobQueue:
 
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
         self._check(caller, submission)
+        options = submission.options
         # Before the limit: a caller that repeats a key gets its job, however many it has.
-        if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller and not submission.key:
+        if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller and not options.key:
             raise self._too_many(caller)
         payload = await self._payloads.store(submission.request)
         new = NewJob(
@@ -177,12 +174,12 @@ class JobQueue:
             version=submission.version,
             request=payload,
             rendering=submission.rendering,
-            priority=submission.priority or DEFAULT_PRIORITY,
-            timeout_s=submission.timeout_s or self._rules.timeout_s,
-            expires_s=submission.expires_s,
-            key=submission.key,
-            fingerprint=submission.fingerprint,
-            webhook=submission.webhook,
+            priority=options.priority or DEFAULT_PRIORITY,
+            timeout_s=options.timeout_s or self._rules.timeout_s,
+            expires_s=options.expires_s,
+            key=options.key,
+            fingerprint=options.fingerprint,
+            webhook=options.webhook,
         )
         try:
             submitted = await self._store.submit(new)
@@ -206,23 +203,23 @@ class JobQueue:
         )
 
     def _check(self, caller: JobCaller, submission: Submission) -> None:
-        rules = self._rules
+        rules, options = self._rules, submission.options
         if len(submission.request) > rules.max_request_bytes:
             raise TooLarge(f"the request has {len(submission.request)} bytes, the limit is {rules.max_request_bytes}")
-        if submission.priority and not HIGHEST_PRIORITY <= submission.priority <= LOWEST_PRIORITY:
-            raise InvalidInput(f"priority: expected {HIGHEST_PRIORITY} to {LOWEST_PRIORITY}, got {submission.priority}")
+        if options.priority and not HIGHEST_PRIORITY <= options.priority <= LOWEST_PRIORITY:
+            raise InvalidInput(f"priority: expected {HIGHEST_PRIORITY} to {LOWEST_PRIORITY}, got {options.priority}")
         for name, value, limit in (
-            ("timeout", submission.timeout_s, rules.max_timeout_s),
-            ("expires", submission.expires_s, rules.max_expires_s),
+            ("timeout", options.timeout_s, rules.max_timeout_s),
+            ("expires", options.expires_s, rules.max_expires_s),
         ):
             if not 0 <= value <= limit:
                 raise InvalidInput(f"{name}: expected 0 to {limit:.15g} seconds, got {value:.15g}")
-        if len(submission.key) > MAX_KEY_LENGTH or not submission.key.isprintable():
+        if len(options.key) > MAX_KEY_LENGTH or not options.key.isprintable():
             raise InvalidInput(f"idempotency key: expected up to {MAX_KEY_LENGTH} printable characters")
-        if submission.webhook is not None:
-            if unknown := set(submission.webhook.events) - set(EVENTS):
+        if options.webhook is not None:
+            if unknown := set(options.webhook.events) - set(EVENTS):
                 raise InvalidInput(f"webhook events: expected some of {', '.join(EVENTS)}, got {', '.join(sorted(unknown))[:64]}")
-            self._check_webhook(caller, submission.webhook)
+            self._check_webhook(caller, options.webhook)
 
     async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
         job = await self._get(caller, job_id)
