@@ -15,7 +15,7 @@ from splitserve.client.inference import Core
 from splitserve.client.steps import Ask, JobAsk, Steps
 from splitserve.errors import DeadlineExceeded
 from splitserve.jobs.records import Job as JobRecord
-from splitserve.jobs.records import webhook_to
+from splitserve.jobs.records import JobOptions, webhook_to
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ def submit(
 ) -> Steps[JobRecord]:
     """Encode the inputs and store the job. A known signature that no longer fits is fetched again."""
     deadline = core.deadline_after(timeout_s)
-    options = JobAsk(
+    options = JobOptions(
         key=idempotency_key or uuid.uuid4().hex,
         priority=priority,
         timeout_s=job_timeout_s,
@@ -59,7 +59,7 @@ def submit(
             outputs=tuple(map(RequestedOutput, outputs)),
             parameters=parameters or {},
         )
-        record: JobRecord = yield from core.ask(Ask("submit", model, version, request, options), deadline)
+        record: JobRecord = yield from core.ask(Ask("submit", model, version, request, JobAsk(options=options)), deadline)
         return record
 
     return (yield from core.with_signature(model, version, send, deadline))

@@ -164,14 +164,9 @@ def _encode_job_verb(ask: Ask, job: JobAsk) -> Any:
         return request(id=job.id, wait_s=job.wait_s)
     if ask.request is None:
         return request(id=job.id)
-    return request(
-        request=protobuf.encode_request(ask.request),
-        idempotency_key=job.key,
-        priority=job.priority,
-        timeout_s=job.timeout_s,
-        expires_s=job.expires_s,
-        webhook=None if job.webhook is None else jobs.encode_webhook(job.webhook),
-    )
+    message = jobs.encode_options(job.options)
+    message.request.CopyFrom(protobuf.encode_request(ask.request))
+    return message
 
 
 def _decode(ask: Ask, answer: Any) -> Any:

@@ -28,7 +28,7 @@ from splitserve.errors import (
     Unsupported,
     from_wire,
 )
-from splitserve.jobs.records import Delivered, Job, JobError, Status, Webhook
+from splitserve.jobs.records import Delivered, Job, JobError, JobOptions, Status, Webhook
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
 from splitserve.oip.rest import decode_json, flatten, pack_values
 from splitserve.signature import TensorSpec
@@ -80,8 +80,8 @@ def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
         body = gzip.compress(body, compresslevel=1, mtime=0)
         headers["content-encoding"] = "gzip"
     if ask.job is not None:
-        headers["idempotency-key"] = ask.job.key
-        return RestRequest("POST", f"{model}/jobs{_submit_options(ask.job)}", headers, body)
+        headers["idempotency-key"] = ask.job.options.key
+        return RestRequest("POST", f"{model}/jobs{_submit_options(ask.job.options)}", headers, body)
     return RestRequest("POST", f"{model}/infer", headers, body)
 
 
@@ -98,13 +98,14 @@ def _job_request(ask: Ask, job: JobAsk) -> RestRequest:
     return RestRequest("GET", f"/v2/jobs{query}", {}, b"")
 
 
-def _submit_options(job: JobAsk) -> str:
+def _submit_options(options: JobOptions) -> str:
+    webhook = options.webhook
     return _query(
-        priority=str(job.priority or ""),
-        timeout=f"{job.timeout_s:.3f}" if job.timeout_s else "",
-        expires=f"{job.expires_s:.3f}" if job.expires_s else "",
-        webhook=job.webhook.url if job.webhook else "",
-        webhook_events=",".join(job.webhook.events) if job.webhook else "",
+        priority=str(options.priority or ""),
+        timeout=f"{options.timeout_s:.3f}" if options.timeout_s else "",
+        expires=f"{options.expires_s:.3f}" if options.expires_s else "",
+        webhook=webhook.url if webhook else "",
+        webhook_events=",".join(webhook.events) if webhook else "",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from splitserve.client.retries import Failed, Retries
 from splitserve.errors import DeadlineExceeded
-from splitserve.jobs.records import Webhook
+from splitserve.jobs.records import JobOptions
 from splitserve.oip.messages import InferRequest
 
 JobVerb = Literal["submit", "job", "job_result", "job_delete", "jobs"]
@@ -27,11 +27,7 @@ class JobAsk(NamedTuple):
 
     id: str = ""
     wait_s: float = 0.0
-    key: str = ""
-    priority: int = 0
-    timeout_s: float = 0.0
-    expires_s: float = 0.0
-    webhook: Webhook | None = None
+    options: JobOptions = JobOptions()
     status: str = ""
     limit: int = 0
     after: str = ""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.system.processes import free_ports
 
 BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), default=Path("/usr/lib/postgresql/bin"))
 
@@ -20,8 +21,7 @@ class PostgresServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "database"
         self._log = folder / "log"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self._run("initdb", "-D", self._folder, "-U", "postgres", "-A", "trust", "--no-sync")
 
     @property

@@ -14,7 +14,7 @@ from splitserve.errors import InvalidInput
 from splitserve.jobs.protobuf import CALLER_KEY, decode_caller, encode_caller
 from splitserve.jobs.records import JobCaller
 from tests.contracts.faces import served
-from tests.jobs.whole import Whole, body, whole
+from tests.jobs.whole import body, whole
 
 ROW = ((1.0, 2.0),)
 
@@ -41,18 +41,11 @@ async def system(tmp_path: Path):
         yield system
 
 
-async def ended(system: Whole, job, name: str):
-    while True:
-        found = (await system.rest.get(job["urls"]["self"], params={"wait": "5"}, headers=as_(name))).json()
-        if found["status"] not in ("queued", "running"):
-            return found
-
-
 async def test_a_job_is_its_owners(system):
     """The jobs service answers it with a credential of its own; to another caller it does not exist."""
     job = await system.submitted(headers=as_("ann"))
 
-    assert (await ended(system, job, "ann"))["status"] == "succeeded"
+    assert (await system.ended(job, headers=as_("ann")))["status"] == "succeeded"
     assert (await system.rest.get(job["urls"]["result"], headers=as_("ann"))).status_code == 200
     for method, url in (("GET", job["urls"]["self"]), ("GET", job["urls"]["result"]), ("DELETE", job["urls"]["self"])):
         assert (await system.rest.request(method, url, headers=as_("bob"))).status_code == 404
@@ -65,7 +58,7 @@ async def test_rights_are_checked_at_submit_and_at_the_result(system, tmp_path):
     """By what the authorization file says at that time."""
     refused = await system.rest.post("/v2/models/identity_fp32/jobs", json=body(ROW), headers=as_("ann"))
     job = await system.submitted("identity_fp32", headers=as_("bob"))
-    await ended(system, job, "bob")
+    await system.ended(job, headers=as_("bob"))
     before = await system.rest.get(job["urls"]["result"], headers=as_("bob"))
     write_policy(tmp_path, ann=["echo"], bob=["echo"], worker=["*"])
     while (await system.rest.get("/v2/models/identity_fp32", headers=as_("bob"))).status_code == 200:

@@ -65,9 +65,9 @@ class Whole(NamedTuple):
         job: dict[str, Any] = response.json()
         return job
 
-    async def ended(self, job: dict[str, Any]) -> dict[str, Any]:
+    async def ended(self, job: dict[str, Any], **options: Any) -> dict[str, Any]:
         while True:
-            found: dict[str, Any] = (await self.rest.get(job["urls"]["self"], params={"wait": "5"})).json()
+            found: dict[str, Any] = (await self.rest.get(job["urls"]["self"], params={"wait": "5"}, **options)).json()
             if found["status"] not in ("queued", "running"):
                 return found
 
