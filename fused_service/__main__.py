@@ -7,9 +7,9 @@ the process if ``JOBS_DIR`` or ``JOBS_DATABASE_URL`` is set.
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
 
 from predict_service.loading import predictor_store
 from predict_service.service import PredictService
@@ -17,12 +17,15 @@ from predict_service.settings import PredictSettings
 from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
 from preprocess_service.settings import PreprocessSettings
-from proxy.faces import Faces
+from proxy.faces import Faces, authenticator_of
+from proxy.guard import JobsGuard
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
-from splitserve.jobs.service import Jobs
 from splitserve.server import lifecycle, settings
 from splitserve.server.lifecycle import keep_refreshing
+
+if TYPE_CHECKING:
+    from fused_service.jobs import DrainingJobs
 
 
 async def serve(config: ProxySettings) -> None:
@@ -59,25 +62,51 @@ async def serve(config: ProxySettings) -> None:
             ),
             why_not_ready=service.not_ready_reason,
         )
-        jobs = await process.enter_async_context(_jobs(service, config)) if _has_jobs() else None
-        await process.serve(await process.enter_async_context(Faces(service, config, jobs)))
+        authenticator = authenticator_of(config)
+        jobs: DrainingJobs | None = None
+        if _has_jobs():
+            from fused_service.jobs import jobs_in  # needs the extra jobs
+            from jobs_service.settings import JobsSettings
+
+            inference = JobsGuard(service, authenticator.models_of) if authenticator else service
+            jobs_config = settings.read(JobsSettings)
+            jobs = await process.enter_async_context(jobs_in(inference, jobs_config, config.workers))
+        faces = await process.enter_async_context(Faces(service, config, jobs, authenticator))
+        await process.serve(_FusedFace(faces, jobs, config.grace_s))
+
+
+class _FusedFace:
+    """Faces that are drained after the jobs: those in flight finish while their callers can still ask for them."""
+
+    def __init__(self, faces: Faces, jobs: DrainingJobs | None, grace_s: float) -> None:
+        self._faces = faces
+        self._jobs = jobs
+        self._grace_s = grace_s
+
+    @property
+    def ports(self) -> Mapping[str, int]:
+        return self._faces.ports
+
+    async def drain(self) -> None:
+        if self._jobs is not None:
+            await self._jobs.drain(self._grace_s)
+        await self._faces.drain()
 
 
 def _has_jobs() -> bool:
     return bool(os.environ.get("JOBS_DIR") or os.environ.get("JOBS_DATABASE_URL"))
 
 
-def _jobs(service: ProxyService, config: ProxySettings) -> AbstractAsyncContextManager[Jobs]:
-    """The jobs service in this process."""
-    from jobs_service.building import build  # needs the extra jobs
-    from jobs_service.settings import JobsSettings
+def read() -> ProxySettings:
+    """The proxy's settings. A wrong value of any part ends the process, before there are workers."""
+    settings.read(PreprocessSettings)
+    settings.read(PredictSettings)
+    if _has_jobs():
+        from jobs_service.settings import JobsSettings
 
-    jobs_config = settings.read(JobsSettings)
-    if config.workers > 1 and not jobs_config.database_url:
-        print("PROXY_WORKERS: several processes cannot share a folder of jobs; set JOBS_DATABASE_URL", file=sys.stderr)
-        raise SystemExit(2)
-    return build(service, jobs_config)
+        settings.read(JobsSettings)
+    return settings.read(ProxySettings)
 
 
 if __name__ == "__main__":
-    lifecycle.run(serve, lambda: settings.read(ProxySettings), service="proxy")
+    lifecycle.run(serve, read, service="proxy")

@@ -24,14 +24,20 @@ from splitserve.server.lifecycle import background
 
 @contextlib.asynccontextmanager
 async def build(inference: InferenceService, config: JobsSettings) -> AsyncIterator[JobQueue]:
-    """The queue of jobs, worked off while the block runs. Leaving it drains the worker.
+    """The queue of jobs, which are run while the block runs. Leaving it drains the worker.
 
     Args:
         inference: what answers jobs: the proxy, or a client of it.
         config: the settings.
     """
+    async with opened_store(config) as store, queue_on(store, inference, config) as queue:
+        yield queue
+
+
+@contextlib.asynccontextmanager
+async def queue_on(store: JobStore, inference: InferenceService, config: JobsSettings) -> AsyncIterator[JobQueue]:
+    """As `build`, on a store that is open."""
     async with contextlib.AsyncExitStack() as stack:
-        store = await stack.enter_async_context(opened_store(config))
         payloads = Payloads(config.payloads_place, inline_bytes=config.inline_bytes)
         policy = config.webhook_policy
         queue = JobQueue(store, payloads, config.job_rules, check_webhook=policy.check)
@@ -44,8 +50,16 @@ async def build(inference: InferenceService, config: JobsSettings) -> AsyncItera
         try:
             yield queue
         finally:
-            queue.release_waiters()
-            await queue.worker.drain(config.grace_s)
+            await queue.drain(config.grace_s)
+
+
+CANNOT_OPEN = (FolderInUse, NetworkFileSystem, OSError, sqlite3.Error)
+"""What opening a store in a folder may raise."""
+
+
+def folder_store(config: JobsSettings) -> SqliteStore:
+    """The store in the folder that is configured, not open yet."""
+    return SqliteStore(Path(config.dir), config.store_rules, reserve_bytes=config.reserve_bytes)
 
 
 def _place(config: JobsSettings) -> str:
@@ -66,10 +80,10 @@ async def opened_store(config: JobsSettings) -> AsyncIterator[JobStore]:
         ) as postgres:
             yield postgres
         return
-    store = SqliteStore(Path(config.dir), config.store_rules, reserve_bytes=config.reserve_bytes)
+    store = folder_store(config)
     try:
         store.open(wait_s=config.lock_wait_s)
-    except (FolderInUse, NetworkFileSystem, OSError, sqlite3.Error) as error:
+    except CANNOT_OPEN as error:
         print(f"JOBS_DIR: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:

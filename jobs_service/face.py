@@ -56,9 +56,7 @@ class JobsFace:
     async def drain(self) -> None:
         """Report "not ready", stop claims, let jobs in flight finish, then refuse new calls."""
         await self._readiness.drain()
-        self._queue.release_waiters()
-        if self._queue.worker is not None:
-            await self._queue.worker.drain(self._config.grace_s)
+        await self._queue.drain(self._config.grace_s)
         await asyncio.sleep(self._config.drain_delay_s)
         self._health.end()
         await self._server.stop(self._config.grace_s)

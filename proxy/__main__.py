@@ -28,8 +28,12 @@ async def serve(config: ProxySettings) -> None:
             lifecycle.keep_refreshing(service, interval_s=config.refresh_interval_s, why_waiting=service.not_ready_reason),
             why_not_ready=service.not_ready_reason,
         )
-        jobs = await process.enter_async_context(RemoteJobs(config)) if config.jobs_target else None
+        jobs = await process.enter_async_context(_jobs(config)) if config.jobs_target else None
         await process.serve(await process.enter_async_context(Faces(service, config, jobs)))
+
+
+def _jobs(config: ProxySettings) -> RemoteJobs:
+    return RemoteJobs(config.jobs_target, max_message_bytes=config.max_message_bytes, tls=config.next_tls)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,25 @@ if TYPE_CHECKING:
 
 
 class Faces:
-    """Listens on both ports while entered. ``jobs`` None: jobs are not supported."""
+    """Listens on both ports while entered.
 
-    def __init__(self, service: ProxyService, config: ProxySettings, jobs: Jobs | None = None) -> None:
+    Args:
+        service: of the proxy.
+        config: its settings.
+        jobs: the jobs service; None: jobs are not supported.
+        authenticator: of callers, if there is one already; by default the one that is configured.
+    """
+
+    def __init__(
+        self,
+        service: ProxyService,
+        config: ProxySettings,
+        jobs: Jobs | None = None,
+        authenticator: BearerAuthenticator | None = None,
+    ) -> None:
         self._config = config
         self._stack = AsyncExitStack()
-        self.authenticator = _authenticator(config)
+        self.authenticator = authenticator or authenticator_of(config)
         served = Guard(service, self.authenticator.models_of) if self.authenticator else service
         budget = config.byte_budget()
         self._jobs = ProxyJobs(
@@ -72,7 +85,8 @@ class Faces:
         await asyncio.gather(self.http.drain(), self.grpc.drain())
 
 
-def _authenticator(config: ProxySettings) -> BearerAuthenticator | None:
+def authenticator_of(config: ProxySettings) -> BearerAuthenticator | None:
+    """What authenticates callers; None: nothing is configured."""
     if not config.auth_file:
         return None
     from proxy.auth import BearerAuthenticator  # imports cryptography, which is needed here only

@@ -58,6 +58,9 @@ class Guard:
     def _checked(self, request: InferRequest) -> InferRequest:
         """The request, if its caller may call the model, and who submitted it may, if it is a job."""
         check_model(request.model)
+        return self._checked_submitter(request)
+
+    def _checked_submitter(self, request: InferRequest) -> InferRequest:
         if ON_BEHALF_OF not in request.parameters:
             return request
         models = self._models_of(str(request.parameters[ON_BEHALF_OF]))
@@ -111,3 +114,10 @@ class Guard:
     def __getattr__(self, name: str) -> Any:
         _check_operator()
         return getattr(self._service, name)
+
+
+class JobsGuard(Guard):
+    """For jobs that run in the proxy's process: calls carry no credentials; who submitted a job must still be permitted."""
+
+    def _checked(self, request: InferRequest) -> InferRequest:
+        return self._checked_submitter(request)

@@ -84,7 +84,7 @@ class ProxyJobs:
     @property
     def _jobs(self) -> Jobs:
         if self._given is None:
-            raise Unsupported("jobs are not supported: the proxy has no jobs service (PROXY_JOBS_TARGET)")
+            raise Unsupported("jobs are not supported: the proxy has no jobs service (PROXY_JOBS_TARGET; fused: JOBS_DIR)")
         return self._given
 
     def _caller(self) -> JobCaller:

@@ -7,13 +7,14 @@ from typing import Any
 
 import grpc
 
-from proxy.settings import ProxySettings
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.jobs import protobuf
 from splitserve.jobs.records import Job, JobCaller, Submitted
 from splitserve.jobs.service import JobAnswer, Submission
+from splitserve.oip.limits import MAX_MESSAGE_BYTES
 from splitserve.remote.channel import BETWEEN_SERVICES, channel_options, unary_methods
 from splitserve.remote.inference import translate
+from splitserve.tls import ClientTls
 from splitserve.watched import Watched
 
 STAGE = "jobs"
@@ -35,14 +36,19 @@ class RemoteJobs:
     """Implements `splitserve.jobs.service.Jobs`. Call it inside its ``async with``.
 
     Calls are not retried: a submit might be stored twice. Channels reconnect by themselves.
+
+    Args:
+        target: host and port of the jobs service.
+        max_message_bytes: the largest message sent or received.
+        tls: of the calls; None: plain text.
     """
 
-    def __init__(self, config: ProxySettings) -> None:
-        self._target = config.jobs_target
-        self._tls = config.next_tls
+    def __init__(self, target: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, tls: ClientTls | None = None) -> None:
+        self._target = target
+        self._tls = tls
         self._files = Watched(self._tls.files, self._tls.credentials) if self._tls else None
         self._options: list[tuple[str, Any]] = [
-            *channel_options(config.max_message_bytes, BETWEEN_SERVICES, health_service=""),
+            *channel_options(max_message_bytes, BETWEEN_SERVICES, health_service=""),
             *(self._tls.options() if self._tls else []),
         ]
 

@@ -20,8 +20,8 @@ from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 
-STOP_TIMEOUT_S = 35.0
-"""A service that has not exited by then is killed; longer than its grace period for calls in flight."""
+STOP_TIMEOUT_S = 65.0
+"""A service that has not exited by then is killed; longer than its grace periods, for jobs in flight and then for calls."""
 
 REPORT_AFTER_S = 5.0
 POLL_INTERVAL_S = 0.1
@@ -59,7 +59,9 @@ def plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str
     models = {"MODEL_REPOSITORY": repository}
     edge = f"{_scheme()}://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"
     if is_fused:
-        jobs = {"JOBS_DIR": jobs_dir} if jobs_dir else {"JOBS_DIR": "", "JOBS_DATABASE_URL": ""}
+        jobs = {"JOBS_DIR": "", "JOBS_DATABASE_URL": ""}
+        if jobs_dir:  # the port is used with several workers only
+            jobs = {"JOBS_DIR": jobs_dir, "JOBS_GRPC_PORT": str(ports.jobs)}
         return [Service("fused", {**proxy, **models, **jobs}, edge)]
     more = []
     if jobs_dir:

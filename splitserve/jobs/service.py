@@ -309,8 +309,10 @@ class JobQueue:
                 if not waiter.done():
                     waiter.set_result(None)
 
-    def release_waiters(self) -> None:
-        """Answer everyone who waits, with the job as it is: the service is draining."""
+    async def drain(self, grace_s: float) -> None:
+        """Claim no more, let jobs in flight finish, then answer everyone who still waits, with the job as it is."""
+        if self.worker is not None:
+            await self.worker.drain(grace_s)
         self._is_draining = True
         self._wake(self._waiting)
 

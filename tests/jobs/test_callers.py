@@ -33,11 +33,13 @@ def write_policy(folder: Path, **models: list[str]) -> str:
     return str(file)
 
 
-@pytest.fixture
-async def system(tmp_path: Path):
+@pytest.fixture(params=["split", "fused"])
+async def system(request: pytest.FixtureRequest, tmp_path: Path):
     (tmp_path / "token").write_text("worker\n")
     policy = write_policy(tmp_path, ann=["echo"], bob=["echo", "identity_*"], worker=["*"])
-    async with whole(tmp_path, auth_file=policy, jobs={"proxy_token_file": str(tmp_path / "token")}) as system:
+    async with whole(
+        tmp_path, is_fused=request.param == "fused", auth_file=policy, jobs={"proxy_token_file": str(tmp_path / "token")}
+    ) as system:
         yield system
 
 

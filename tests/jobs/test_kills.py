@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import httpx
 import numpy as np
 import pytest
 
+from splitserve.jobs.folder import LOCK
 from splitserve.jobs.records import new_id
 from tests.demo_models import Demos
 from tests.jobs.postgres_server import PostgresServer
-from tests.system.processes import Process, free_ports
+from tests.system.processes import Process, free_ports, wait_until
 
 MODEL = "breast-cancer"
 AT_ONCE = 32
@@ -79,6 +82,36 @@ class Processes:
             process.stop()
 
 
+class FusedWorkers:
+    """The fused service in three processes that share a folder. One that is killed is started again by their supervisor."""
+
+    names = ("owner",)
+
+    def __init__(self, repository: Path, folder: Path) -> None:
+        http, grpc, jobs = map(str, free_ports(3))
+        self.url = f"http://127.0.0.1:{http}"
+        self._lock = folder / "jobs" / LOCK
+        self._killed = {0}
+        environment = {
+            "MODEL_REPOSITORY": str(repository),
+            "PROXY_HTTP_PORT": http,
+            "PROXY_GRPC_PORT": grpc,
+            "PROXY_WORKERS": "3",
+            "JOBS_DIR": str(folder / "jobs"),
+            "JOBS_GRPC_PORT": jobs,
+        }
+        self.service = Process("fused_service", environment)
+
+    def _owner(self) -> int:
+        found = re.search(r"process (\d+)", self._lock.read_text())
+        return int(found[1]) if found else 0
+
+    def kill(self, _: str) -> None:
+        owner = wait_until(lambda: {self._owner()} - self._killed, "an owner").pop()
+        self._killed.add(owner)
+        os.kill(owner, signal.SIGKILL)
+
+
 async def insist(client: httpx.AsyncClient, method: str, url: str, *, until: int, **options: Any) -> httpx.Response:
     """Send until it is answered as expected: what callers do while services restart."""
     while True:
@@ -107,7 +140,7 @@ async def ended(client: httpx.AsyncClient, job: str) -> dict[str, Any]:
             return found
 
 
-async def run(demos: Demos, processes: Processes, n_jobs: int, n_kills: int) -> None:
+async def run(demos: Demos, processes: Processes | FusedWorkers, n_jobs: int, n_kills: int) -> None:
     """Submit, kill, wait, compare."""
     pipeline, rows = demos.models[MODEL]
     table = np.asarray(rows)
@@ -157,6 +190,20 @@ def processes(request: pytest.FixtureRequest, demos: Demos, tmp_path: Path):
 async def test_no_job_is_lost_or_answered_twice_when_each_process_is_killed(demos: Demos, processes: Processes) -> None:
     """Once each."""
     await run(demos, processes, n_jobs=400, n_kills=len(processes.names))
+
+
+async def test_no_job_is_lost_or_answered_twice_when_the_fused_worker_that_owns_them_is_killed(
+    demos: Demos, tmp_path: Path
+) -> None:
+    """Another one follows it, and again; the others answer meanwhile. Then all stop together."""
+    workers = FusedWorkers(demos.repository, tmp_path)
+    try:
+        await run(demos, workers, n_jobs=200, n_kills=2)
+    finally:
+        code = workers.service.stop()
+
+    assert code == 0
+    assert [event["status"] for event in workers.service.events("worker ended")] == [-signal.SIGKILL] * 2
 
 
 @pytest.mark.long

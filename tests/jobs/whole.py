@@ -14,7 +14,8 @@ import httpx
 from jobs_service.building import build
 from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings
-from proxy.faces import Faces
+from proxy.faces import Faces, authenticator_of
+from proxy.guard import JobsGuard
 from proxy.remote_jobs import RemoteJobs
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
@@ -99,15 +100,17 @@ async def whole(
     )
     async with AsyncExitStack() as stack:
         if is_fused:
-            queue = await stack.enter_async_context(build(service, settings))
-            faces = await stack.enter_async_context(Faces(service, config, queue))
+            authenticator = authenticator_of(config)
+            inference = JobsGuard(service, authenticator.models_of) if authenticator else service
+            queue = await stack.enter_async_context(build(inference, settings))
+            faces = await stack.enter_async_context(Faces(service, config, queue, authenticator))
         else:
             proxy = await stack.enter_async_context(
                 RemoteInference(settings.proxy_target, stage="proxy", token=settings.proxy_token)
             )
             queue = await stack.enter_async_context(build(proxy, settings))
             await stack.enter_async_context(JobsFace(queue, settings.grpc_config, settings.byte_budget()))
-            remote = await stack.enter_async_context(RemoteJobs(config))
+            remote = await stack.enter_async_context(RemoteJobs(config.jobs_target))
             faces = await stack.enter_async_context(Faces(service, config, remote))
         url, grpc_url = f"http://127.0.0.1:{faces.http.port}", f"127.0.0.1:{faces.grpc.port}"
         rest = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30))
