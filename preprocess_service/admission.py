@@ -13,6 +13,7 @@ import msgspec
 from preprocess_service.golden_replay import IN_PROGRESS, GoldenReplay, PairUnderProof
 from splitserve.catalogue import Catalogue, Entry, by_model
 from splitserve.oip import classification
+from splitserve.oip.ignored_inputs import IGNORED_INPUTS, encode_ignored
 from splitserve.oip.messages import (
     EXPECTED_MANIFEST,
     LOADING,
@@ -78,6 +79,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             "warnings": "; ".join(self.warnings),
             "accepted": "; ".join(self.release.manifest.accepted) if self.release else "",
             classification.LABELS: classification.encode_labels(*self._labels),
+            IGNORED_INPUTS: encode_ignored(self.preprocessor.manifest.ignored),
             **self.release_properties,
         }
         return {name: fact for name, fact in facts.items() if fact}

@@ -14,6 +14,7 @@ from preprocess_service.default_pairs import DefaultPairs
 from preprocess_service.golden_replay import GoldenReplay
 from splitserve.catalogue import STILL_LOADING, Catalogue, merged_index, why_not_ready
 from splitserve.errors import InvalidInput, NotFound, PairMismatch, SplitserveError, Unavailable, at_stage
+from splitserve.oip.ignored_inputs import without_ignored
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     DEFAULT,
@@ -167,6 +168,7 @@ class PreprocessService:
     async def infer(self, request: InferRequest) -> InferResponse:
         with at_stage(STAGE, model=request.model):
             pair, admitted = self._choose(request.model, request.version)
+        request = without_ignored(request, admitted.preprocessor.ignored)
         with at_stage(STAGE, model=request.model, pair=str(pair)):
             check_time_left(request.deadline)
             with self.statistics.recorded(request.model, str(pair), n_rows=request.n_rows) as watch:

@@ -17,6 +17,7 @@ from splitserve.batching.batcher import Batcher
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
+from splitserve.oip.ignored_inputs import ignored_inputs, without_ignored
 from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     DEFAULT,
@@ -53,6 +54,7 @@ class BoundPair(msgspec.Struct, frozen=True):
     pair: str
     signature: ModelMetadata
     check: InputCheck
+    ignored: frozenset[str]
     is_mergeable: bool
     output_bytes: OutputBytes
 
@@ -146,6 +148,7 @@ class ProxyService:
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         began = time.monotonic()
         bound = self._bound.get((request.model, request.version)) or self._bind(request)
+        request = without_ignored(request, bound.ignored)
         try:
             answer_bytes = self._check(bound, request)
             if request.version:
@@ -175,6 +178,7 @@ class ProxyService:
             SplitserveError: as `begin`.
         """
         bound = self._bound.get((request.model, request.version)) or self._bind(request)
+        request = without_ignored(request, bound.ignored)
         with at_stage(STAGE, model=request.model, pair=bound.pair):
             self._check(bound, request)
         return msgspec.structs.replace(request, version=bound.pair)
@@ -199,7 +203,8 @@ class ProxyService:
             pair, signature = self.choose(request.model, request.version)
             check = InputCheck(signature.inputs, widen=True)
             output_bytes = OutputBytes(signature.inputs, signature.outputs)
-            bound = BoundPair(str(pair), signature, check, _is_mergeable(signature), output_bytes)
+            ignored = ignored_inputs(signature)
+            bound = BoundPair(str(pair), signature, check, ignored, _is_mergeable(signature), output_bytes)
         self._bound[(request.model, request.version)] = bound
         return bound
 

@@ -6,7 +6,7 @@ Knows no transport; recognises pandas objects without importing pandas.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -45,19 +45,30 @@ def is_frame(inputs: Any) -> bool:
     return hasattr(inputs, "columns") and hasattr(inputs, "iloc")
 
 
-def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None) -> list[InputColumn]:
+def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None, ignored: Collection[str] = ()) -> list[InputColumn]:
     """The inputs of a request.
 
     Args:
         inputs: by input name, arrays or lists of rows; or a DataFrame, each column an input, or all columns the rows of a
             model's only input; or the values of a model's only input.
         specs: the inputs of the model's signature; None: unknown.
+        ignored: names of inputs that the model does not look at: they are left out.
 
     Raises:
         InvalidInput: names the input, what was expected and what was given.
     """
     by_name = {spec.name: spec for spec in specs or ()}
+    if ignored:
+        inputs = _without(inputs, ignored)
     return [_column(name, values, by_name.get(name)) for name, values in _named(inputs, specs).items()]
+
+
+def _without(inputs: Any, ignored: Collection[str]) -> Any:
+    if is_frame(inputs):
+        return inputs.loc[:, [str(name) not in ignored for name in inputs.columns]]
+    if isinstance(inputs, Mapping):
+        return {name: values for name, values in inputs.items() if str(name) not in ignored}
+    return inputs
 
 
 def _named(inputs: Any, specs: Sequence[TensorSpec] | None) -> dict[str, Any]:

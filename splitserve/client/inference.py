@@ -18,6 +18,7 @@ from splitserve.client.retries import Retries
 from splitserve.client.steps import Ask, Steps, attempts
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
 from splitserve.oip.classification import LABELS, labels_of
+from splitserve.oip.ignored_inputs import ignored_inputs
 from splitserve.oip.messages import DEFAULT, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 Outputs = dict[str, Array]
@@ -101,6 +102,15 @@ class Core:
         return (yield from send(signature))
 
 
+def columns_for(inputs: Any, signature: ModelMetadata | None) -> list[InputColumn]:
+    """The inputs of a request to a model; None: its signature is unknown.
+
+    Raises:
+        InvalidInput: as `to_columns`.
+    """
+    return to_columns(inputs, signature.inputs, ignored_inputs(signature)) if signature else to_columns(inputs, None)
+
+
 class InferCall:
     """One call of ``infer``.
 
@@ -166,7 +176,7 @@ class InferCall:
         return (yield from self._core.with_signature(self._model, self._version, send, deadline))
 
     def _first(self, deadline: float, signature: ModelMetadata | None) -> Steps[Outputs]:
-        self._columns = to_columns(self._inputs, signature.inputs if signature else None)
+        self._columns = columns_for(self._inputs, signature)
         self._chunks = self._cut(signature)
         response = yield from self._send(self._chunks[0], deadline)
         asked, self._version = self._version, response.version or self._version

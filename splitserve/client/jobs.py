@@ -10,8 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from splitserve.client.answer import Answer, outputs_of
-from splitserve.client.encoding import to_columns
-from splitserve.client.inference import Core
+from splitserve.client.inference import Core, columns_for
 from splitserve.client.steps import Ask, JobAsk, Steps
 from splitserve.errors import DeadlineExceeded
 from splitserve.jobs.records import Job as JobRecord
@@ -51,7 +50,7 @@ def submit(
     )
 
     def send(signature: ModelMetadata | None) -> Steps[JobRecord]:
-        columns = to_columns(inputs, signature.inputs if signature else None)
+        columns = columns_for(inputs, signature)
         request = InferRequest(
             model,
             tuple(column.tensor() for column in columns),

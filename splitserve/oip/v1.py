@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import chain
 from typing import Any
 
 import msgspec
 
 from splitserve.errors import InvalidInput
+from splitserve.oip.ignored_inputs import ignored_inputs
 from splitserve.oip.messages import LOADING, NO_DEADLINE, READY, InferRequest, InferResponse, ModelMetadata, ModelState
 from splitserve.oip.rest import decode_json, flatten, json_values, pack_values
 from splitserve.signature import TensorSpec
@@ -42,7 +43,7 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
 
     An instance is an object by input name, or the row of a model's only input, or a list with one value for each input in the
     signature's order. ``inputs`` are whole tensors by input name, or that of a model's only input. A value ``{"b64": "…"}``
-    stands for bytes.
+    stands for bytes. Inputs that the model ignores are left out.
 
     Args:
         body: JSON with ``instances`` or ``inputs``; other fields, such as ``signature_name``, are ignored.
@@ -58,12 +59,12 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
         raise InvalidInput('the request body: expected one of "instances" (by row) and "inputs" (by column)')
     if given.inputs is msgspec.UNSET:
         return V1Request(from_instances(given.instances, metadata, version, deadline=deadline), is_columnar=False)
-    columns = _columns(given.inputs, metadata.inputs)
+    columns = _columns(given.inputs, metadata.inputs, ignored_inputs(metadata))
     inputs = tuple(_tensor(spec, columns[spec.name]) for spec in metadata.inputs)
     return V1Request(InferRequest(metadata.name, inputs, version=version, deadline=deadline), is_columnar=True)
 
 
-def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> dict[str, list[Any]]:
+def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec], ignored: Set[str]) -> dict[str, list[Any]]:
     """The rows of each input, by name."""
     names = [spec.name for spec in specs]
     if isinstance(given, list):
@@ -72,10 +73,10 @@ def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec]) -> 
         return {names[0]: given}
     if missing := [name for name in names if name not in given]:
         raise InvalidInput(f"inputs: missing {_listed(missing)}")
-    if unknown := given.keys() - set(names):
+    if unknown := given.keys() - set(names) - ignored:
         raise InvalidInput(f"inputs: unknown {_listed(sorted(unknown))}, expected {_listed(names)}")
-    for name, values in given.items():
-        if not isinstance(values, list):
+    for name in names:
+        if not isinstance(given[name], list):
             raise InvalidInput(f'input "{name}": expected a list of rows')
     return given
 
@@ -85,18 +86,19 @@ def from_instances(
 ) -> InferRequest:
     """As `decode_request`, for instances that are Python values already."""
     specs = metadata.inputs
-    rows = [_row(index, instance, specs) for index, instance in enumerate(instances)]
+    ignored = ignored_inputs(metadata)
+    rows = [_row(index, instance, specs, ignored) for index, instance in enumerate(instances)]
     inputs = tuple(_tensor(spec, [row[position] for row in rows]) for position, spec in enumerate(specs))
     return InferRequest(metadata.name, inputs, version=version, deadline=deadline)
 
 
-def _row(index: int, instance: Any, specs: Sequence[TensorSpec]) -> list[Any]:
+def _row(index: int, instance: Any, specs: Sequence[TensorSpec], ignored: Set[str]) -> list[Any]:
     """The values of one instance, in the order of the inputs."""
     if isinstance(instance, dict) and instance.keys() != {"b64"}:
         names = [spec.name for spec in specs]
         if missing := [name for name in names if name not in instance]:
             raise InvalidInput(f"instance {index}: missing {_listed(missing)}")
-        if unknown := instance.keys() - set(names):
+        if unknown := instance.keys() - set(names) - ignored:
             raise InvalidInput(f"instance {index}: unknown {_listed(sorted(unknown))}, expected {_listed(names)}")
         return [instance[name] for name in names]
     if len(specs) == 1:

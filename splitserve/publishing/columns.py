@@ -41,13 +41,17 @@ def without_unused(transformer: Any, data: Rowset) -> tuple[Rowset, tuple[str, .
 
 
 def _unselected(transformer: Any) -> set[str]:
-    """Columns of training that the first transform, a ColumnTransformer, drops; sklearn keeps the selection under this name."""
-    first = transformer.steps[0][1] if getattr(transformer, "steps", None) else transformer
-    chosen = getattr(first, "_transformer_to_input_indices", None)
-    names = getattr(first, "feature_names_in_", None)
+    """Columns of training that a ColumnTransformer, or each of a FeatureUnion, drops before anything else sees them."""
+    if getattr(transformer, "steps", None):
+        return _unselected(transformer.steps[0][1])
+    if members := getattr(transformer, "transformer_list", None):
+        found = [_unselected(member) for _, member in members if not _is_dropped(member)]
+        return set.intersection(*found) if found else set()
+    chosen = getattr(transformer, "_transformer_to_input_indices", None)  # where scikit-learn keeps the selection
+    names = getattr(transformer, "feature_names_in_", None)
     if chosen is None or names is None:
         return set()
-    parts = first.named_transformers_
+    parts = transformer.named_transformers_
     used = {index for name, indices in chosen.items() if name in parts and not _is_dropped(parts[name]) for index in indices}
     return {str(name) for index, name in enumerate(names) if index not in used}
 
@@ -128,7 +132,7 @@ def said(unused: Sequence[str], gaps: Sequence[str], n_inputs: int) -> tuple[str
             "with X.to_numpy(), which is one input"
         )
     if unused:
-        found.append(f"no transform selects {_listed(unused)}: not part of the signature, so clients leave it out")
+        found.append(f"no transform selects {_listed(unused)}: clients need not send it, and it is ignored if they do")
     if gaps:
         found.append(f"{_listed(gaps)}, whole numbers in X, may be missing or have decimals: sent as FP64")
     return tuple(found)

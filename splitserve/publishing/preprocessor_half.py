@@ -103,6 +103,7 @@ def preprocessor_half(
         _PREPROCESS_PACKAGES,
         rows=rows,
         golden=source,
+        ignored=unused,
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
         refuses=refuses,

@@ -54,6 +54,8 @@ class Preprocessor:
         self._refuses = manifest.refuses
         self.inputs = manifest.inputs
         self.outputs = manifest.outputs
+        self.ignored = frozenset(manifest.ignored)
+        """Names of inputs that clients may send and that are not looked at."""
         self.check = InputCheck(self.inputs, widen=True, with_contents=False)
         """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
         self.output_bytes = OutputBytes(self.inputs, self.outputs)

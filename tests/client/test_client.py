@@ -72,6 +72,19 @@ async def test_a_frame_comes_back_as_a_frame_with_its_index(way: Way, service: F
     pd.testing.assert_frame_equal(answer.to_frame(), expected, check_dtype=False)
 
 
+async def test_inputs_that_the_model_ignores_are_not_sent(way: Way) -> None:
+    """Columns of a frame and keys of a dict, whatever they hold; what the metadata does not list is sent."""
+    service = FakeInference(msgspec.structs.replace(ECHO, properties={"ignored_inputs": '["id"]'}))
+    rows = {"x": [[1, 2]], "t": ["a"]}
+
+    async with way.to(service) as client:
+        await client.infer("echo", {**rows, "id": [object()], "more": [1]})
+        service.signatures = {("echo", "1"): msgspec.structs.replace(ECHO, inputs=(T,), properties={"ignored_inputs": '["id"]'})}
+        await client.infer("echo", pd.DataFrame({"id": [object()], "t": ["a"]}))
+
+    assert [[tensor.name for tensor in request.inputs] for request in service.requests] == [["x", "t", "more"], ["t"]]
+
+
 async def test_the_values_of_an_only_input_need_no_name(way: Way) -> None:
     """An array, a list of rows, or a frame whose columns together are the row."""
     async with way.to(FakeInference(ONLY_X)) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -149,6 +150,18 @@ def test_invalid_base64_is_refused(value):
 def test_an_object_without_b64_is_refused(value):
     """Inside a record, where it cannot be a record itself."""
     assert refusal([{"file": value}], FILES) == 'input "file": expected text or {"b64": "base64 text"}'
+
+
+def test_inputs_that_the_model_ignores_are_left_out():
+    """By row and by column, whatever they hold. What it neither uses nor ignores is an error."""
+    metadata = msgspec.structs.replace(PENGUINS, properties={"ignored_inputs": '["id"]'})
+    row = {"year": 2007, "bill": 39.1, "island": "Biscoe"}
+    columns = {**{name: [value] for name, value in row.items()}, "id": {}}
+
+    by_column = v1.decode_request(json.dumps({"inputs": columns}).encode(), metadata, "").request.inputs
+
+    assert decode([{**row, "id": [None]}], metadata) == by_column == decode([row], PENGUINS)
+    assert 'unknown "size", expected "year"' in refusal([{**row, "id": 1, "size": 2}], metadata)
 
 
 def test_null_means_the_same_as_in_v2():

@@ -12,7 +12,7 @@ from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 from splitserve import publish
@@ -90,8 +90,28 @@ def test_columns_that_nothing_uses_are_not_required(tmp_path: Path) -> None:
     said, pipeline, whole = published(tmp_path, make_column_transformer((StandardScaler(), ["x"])), frame)
 
     assert [spec.name for spec in whole.inputs] == ["x"]
-    assert 'no transform selects "id", "note"' in str(said)
+    assert 'no transform selects "id", "note": clients need not send it' in str(said)
+    assert whole.preprocessor.manifest.ignored == ("id", "note")
     assert labels(whole, frame[["x"]]) == pipeline.predict(frame).tolist()
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        make_union(
+            make_column_transformer((StandardScaler(), ["x"])),
+            make_column_transformer((StandardScaler(), ["y"]), ("drop", ["id"])),
+        ),
+        make_pipeline(make_pipeline(make_column_transformer((StandardScaler(), ["x", "y"]))), StandardScaler()),
+    ],
+    ids=["each of a union", "within pipelines"],
+)
+def test_columns_are_unused_wherever_the_selection_is(transforms: Any) -> None:
+    frame = pd.DataFrame({"id": ["a"] * N, "x": RANDOM.normal(size=N), "y": RANDOM.normal(size=N)})
+
+    kept, unused = without_unused(transforms.fit(frame), frame)
+
+    assert (list(kept), unused) == (["x", "y"], ("id",))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +120,9 @@ def test_columns_that_nothing_uses_are_not_required(tmp_path: Path) -> None:
         make_column_transformer((StandardScaler(), ["x"]), remainder="passthrough"),
         StandardScaler(),
         make_column_transformer((StandardScaler(), ["x"]), (FunctionTransformer(), ["y"])),
+        make_union(make_column_transformer((StandardScaler(), ["x"])), FunctionTransformer()),
     ],
-    ids=["remainder", "no selection", "both"],
+    ids=["remainder", "no selection", "both", "one of a union"],
 )
 def test_columns_that_something_uses_are_required(transforms: Any) -> None:
     frame = pd.DataFrame(RANDOM.normal(size=(N, 2)), columns=["x", "y"])

@@ -194,10 +194,7 @@ def answered(clients: Mapping[str, Client], model: str, sent: Any, sizes: Mappin
     def ask(protocol: str) -> None:
         try:
             client = clients[protocol]
-            rows = payload
-            if isinstance(rows, pd.DataFrame):  # columns that no transform selects are not part of the signature
-                rows = rows[[tensor.name for tensor in client.metadata(model).inputs]]
-            found[protocol] = client.infer(model, rows, chunk_rows=sizes[protocol], concurrency=16)
+            found[protocol] = client.infer(model, payload, chunk_rows=sizes[protocol], concurrency=16)
         except Exception as error:
             found[protocol] = error
 
