@@ -14,6 +14,7 @@ from proxy.agreed_defaults import AgreedDefaults
 from proxy.known_pairs import KnownPairs
 from splitserve.batching.admission import HIGHEST_PRIORITY
 from splitserve.batching.batcher import Batcher
+from splitserve.batching.merging import is_mergeable
 from splitserve.batching.queue import BatchLimits
 from splitserve.catalogue import STILL_LOADING, why_not_ready
 from splitserve.errors import NotFound, SplitserveError, Unavailable, at_stage
@@ -22,7 +23,6 @@ from splitserve.oip.limits import MAX_MESSAGE_BYTES, message_too_large
 from splitserve.oip.messages import (
     DEFAULT,
     PRIORITY,
-    ROW_WISE,
     UNAVAILABLE,
     InferenceService,
     InferRequest,
@@ -33,16 +33,13 @@ from splitserve.oip.messages import (
 )
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics, Stopwatch
-from splitserve.signature import InputCheck, OutputBytes, choose_outputs, is_row_wise
+from splitserve.signature import InputCheck, OutputBytes, choose_outputs
 from splitserve.versions import Pair, is_number, parse_pair
 
 STAGE = "proxy"
 
 MAX_REBINDS = 3
 """How many other releases a request without a version is tried with, when the one that it was bound to is gone."""
-
-BY_CALLER = "splitserve_version_by_caller"
-"""Parameter, inside the proxy, of requests whose version the caller named: they are not bound to another one."""
 
 Indexes = Callable[[], Awaitable[list[list[ModelState]]]]
 """The index of each replica that answers."""
@@ -151,10 +148,7 @@ class ProxyService:
         request = without_ignored(request, bound.ignored)
         try:
             answer_bytes = self._check(bound, request)
-            if request.version:
-                request = msgspec.structs.replace(request, version=bound.pair, parameters={**request.parameters, BY_CALLER: True})
-            else:
-                request = msgspec.structs.replace(request, version=bound.pair)
+            request = msgspec.structs.replace(request, version=bound.pair, is_pinned=bool(request.version))
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
@@ -204,18 +198,15 @@ class ProxyService:
             check = InputCheck(signature.inputs, widen=True)
             output_bytes = OutputBytes(signature.inputs, signature.outputs)
             ignored = ignored_inputs(signature)
-            bound = BoundPair(str(pair), signature, check, ignored, _is_mergeable(signature), output_bytes)
+            bound = BoundPair(str(pair), signature, check, ignored, is_mergeable(signature), output_bytes)
         self._bound[(request.model, request.version)] = bound
         return bound
 
     async def _send(self, request: InferRequest) -> InferResponse:
-        if BY_CALLER in request.parameters:
-            parameters = {name: value for name, value in request.parameters.items() if name != BY_CALLER}
-            return await self._call(msgspec.structs.replace(request, parameters=parameters))
         try:
             return await self._call(request)
         except NotFound as error:
-            if error.stage == STAGE:
+            if request.is_pinned or error.stage == STAGE:
                 raise
             return await self._rebound(request, error)
 
@@ -231,7 +222,7 @@ class ProxyService:
             await self.refresh()
             pair = self._defaults.next_after(model, tried)
             signature = self._known.signature(model, pair) if pair else None
-            if pair is None or signature is None or (known and _is_mergeable(known) and not _is_mergeable(signature)):
+            if pair is None or signature is None or (known and is_mergeable(known) and not is_mergeable(signature)):
                 break
             tried.append(pair)
             # The release that a request without a version was bound to is gone; it is bound to the next one.
@@ -314,11 +305,6 @@ class ProxyService:
 
     async def not_ready_reason(self) -> str:
         return self._broken_link or why_not_ready(self._known.catalogue.index())
-
-
-def _is_mergeable(signature: ModelMetadata) -> bool:
-    """Whether requests can be merged: the answer to a row does not depend on the other rows."""
-    return signature.properties.get(ROW_WISE) != "false" and is_row_wise(signature.inputs, signature.outputs)
 
 
 def _pair(request: InferRequest) -> Pair:

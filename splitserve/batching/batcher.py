@@ -11,7 +11,7 @@ A caller receives its answer by a callback, or awaits it; there is an asyncio ta
 3. A request that its caller cancels leaves the queue at once; one whose deadline has passed fails here. Neither is sent.
 4. A merged call has the latest deadline of its requests; each still gets its own answer, or `DeadlineExceeded` in time.
 5. If a call fails because of its content, each of its requests is sent once more, alone: the caller of the bad row fails, the
-   others do not.
+   others do not. Likewise if its version is not found, and only some of its callers have named that version.
 6. Admission control (`splitserve.batching.admission`) limits what is queued and in flight; one request more is refused at once,
    or a queued one of lower priority is refused in its place.
 7. Background requests, such as jobs, are in a batch only where others leave rows over. They are refused while others wait long,
@@ -342,12 +342,12 @@ class Batcher:
         try:
             response = await self._send(merge([queued.request for queued in requests]))
             parts = split(response, [queued.n_rows for queued in requests])
-        except SHARED_ERRORS as error:
-            if not requests[0].is_background:
-                queue.record_failure(error)
-            self._fail(requests, error)
-            return False
-        except Exception:
+        except Exception as error:
+            if _concerns_all(error, requests):
+                if not requests[0].is_background:
+                    queue.record_failure(error)
+                self._fail(requests, error)
+                return False
             for start in range(0, len(requests), _MAX_ALONE_AT_ONCE):
                 some = requests[start : start + _MAX_ALONE_AT_ONCE]
                 await asyncio.gather(*[self._send_alone(queue, call, queued) for queued in some])
@@ -425,6 +425,16 @@ class Batcher:
         self._fail(expired, DeadlineExceeded("deadline exceeded before the answer arrived"))
         for call in self._calls:
             call.cancel_if_abandoned()
+
+
+def _concerns_all(error: Exception, requests: Sequence[QueuedRequest]) -> bool:
+    """Whether each of the requests would have failed with this error alone.
+
+    A version that is not found is no end for those that did not name it.
+    """
+    if isinstance(error, NotFound) and len({queued.request.is_pinned for queued in requests}) > 1:
+        return False
+    return isinstance(error, SHARED_ERRORS)
 
 
 def _ns(seconds: float) -> int:

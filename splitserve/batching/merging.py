@@ -7,8 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 from splitserve.errors import PairMismatch
-from splitserve.oip.messages import InferRequest, InferResponse
+from splitserve.oip.messages import ROW_WISE, InferRequest, InferResponse, ModelMetadata
+from splitserve.signature import is_row_wise
 from splitserve.tensors import DATATYPES, Tensor, bytes_offsets
+
+
+def is_mergeable(signature: ModelMetadata) -> bool:
+    """Whether requests can be merged: the answer to a row does not depend on the other rows."""
+    return signature.properties.get(ROW_WISE) != "false" and is_row_wise(signature.inputs, signature.outputs)
 
 
 def compatibility_key(request: InferRequest) -> Hashable:
@@ -30,7 +36,7 @@ def _items(parameters: Any) -> Hashable:
 
 
 def merge(requests: Sequence[InferRequest]) -> InferRequest:
-    """One request with the rows of all, in order, and the latest of their deadlines.
+    """One request with the rows of all, in order, and the latest of their deadlines; pinned if one of them is.
 
     Args:
         requests: compatible ones, at least one; each input of shape (rows, ...).
@@ -48,6 +54,7 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
         outputs=first.outputs,
         parameters=first.parameters,
         deadline=max([request.deadline for request in requests]),
+        is_pinned=any(request.is_pinned for request in requests),
     )
 
 

@@ -36,6 +36,10 @@ class Payloads:
         self._files: _Folder | _Bucket = _Bucket(where) if "://" in where else _Folder(Path(where))
         self._inline_bytes = inline_bytes
 
+    def is_inline(self, data: bytes) -> bool:
+        """Whether it stays in the database."""
+        return len(data) <= self._inline_bytes
+
     async def store(self, data: bytes) -> Payload:
         """The payload as it goes into a row.
 
@@ -43,7 +47,7 @@ class Payloads:
             StorageFull: the disk is full.
             Unavailable: it cannot be written.
         """
-        if len(data) <= self._inline_bytes:
+        if self.is_inline(data):
             return Payload(data)
         ref = secrets.token_hex(16)
         try:

@@ -1,7 +1,7 @@
 """The worker: claims jobs, sends them to the proxy with low priority, and writes how they ended.
 
-1. It keeps up to a window of jobs in flight, so that the proxy can merge them. The window is halved when the proxy says 429, and
-   grows again with successes.
+1. It keeps up to a window of jobs in flight, merges small ones, and leaves the rest of the merging to the proxy. The window is
+   halved when the proxy says 429, and grows again with successes.
 2. Leases are renewed by a task of its own, whatever the jobs do. A job whose lease is lost is dropped: what it would write is
    refused.
 3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is unreachable, the
@@ -20,12 +20,16 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import structlog
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.batching.admission import BACKGROUND_PRIORITY
+from splitserve.batching.batcher import Batcher
+from splitserve.batching.merging import is_mergeable
+from splitserve.batching.queue import BatchLimits
 from splitserve.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -42,7 +46,8 @@ from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, Retry, new_id
 from splitserve.jobs.store import JobStore
 from splitserve.oip import protobuf
-from splitserve.oip.messages import ON_BEHALF_OF, PRIORITY, InferenceService, InferResponse, deadline_after
+from splitserve.oip.messages import ON_BEHALF_OF, PRIORITY, InferenceService, InferRequest, InferResponse, deadline_after
+from splitserve.oip.pending import Pending
 from splitserve.oip.permission import is_permitted, not_permitted
 
 STAGE = "jobs"
@@ -59,6 +64,14 @@ SLOW_DOWN_S = 0.1
 
 STORE_RETRY_S = 0.2
 
+MERGED = BatchLimits(
+    max_batch_size=32, max_batch_bytes=64 * 1024, max_queue_size=1_000_000, max_in_flight=8, max_background_wait_ms=0
+)
+"""Jobs of few small rows cost more than their rows, so the worker merges some; few, so that the proxy can fit them in where other
+requests leave rows over, and several calls, so that it can merge those and use all replicas."""
+
+MAX_KNOWN_RELEASES = 1024
+
 
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of a worker. ``poll_s`` is how long an orphan or a delayed job waits at most once it could be claimed."""
@@ -69,10 +82,16 @@ class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Running(msgspec.Struct, eq=False):
-    """A job in flight, or one whose end is not written yet. ``task`` is None once it has ended."""
+    """A job in flight, or one whose end is not written yet. ``pending`` is the work in progress, if there is any."""
 
     claimed: Claimed
-    task: asyncio.Task[None] | None = None
+    began: float
+    pending: Pending | None = None
+    has_ended: bool = False
+
+    def cancel(self) -> None:
+        if self.pending is not None:
+            self.pending.cancel()
 
 
 class Worker:
@@ -110,6 +129,10 @@ class Worker:
         self.n_refused_writes = 0
         """Writes that came too late: another claim was newer, or the job was cancelled."""
         self.n_attempts = 0
+        self._batcher = Batcher(inference.infer, MERGED)
+        self._mergeable: dict[tuple[str, str], bool] = {}
+        """By model and version: whether its rows are independent; False while it is being asked."""
+        self._learning: set[asyncio.Task[None]] = set()
         self._running: dict[Lease, _Running] = {}
         self._ended: list[Finish | Retry] = []
         self._has_ended = asyncio.Event()
@@ -131,7 +154,7 @@ class Worker:
     def cancel(self, job_id: str) -> None:
         """The job was cancelled: drop it. If its rows were not sent yet they never are."""
         for lease, running in list(self._running.items()):
-            if lease.id == job_id and running.task is not None:
+            if lease.id == job_id and not running.has_ended:
                 self._drop(lease)
 
     async def run(self) -> None:
@@ -140,9 +163,12 @@ class Worker:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in (*tasks, *(running.task for running in self._running.values() if running.task)):
+            for running in self._running.values():
+                running.cancel()
+            for task in (*tasks, *self._learning):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, *self._learning, return_exceptions=True)
+            await self._batcher.close()
 
     async def drain(self, grace_s: float) -> None:
         """Claim no more; let what is in flight finish, give back the rest. `run` has to run on until this returns."""
@@ -150,8 +176,8 @@ class Worker:
         self._work.set()
         await self._until_empty(grace_s)
         for lease, running in list(self._running.items()):
-            if running.task is not None:
-                running.task.cancel()
+            if not running.has_ended:
+                running.cancel()
                 self._end(Retry(lease))
         await self._until_empty(min(grace_s, self._rules.lease_s))
 
@@ -212,56 +238,117 @@ class Worker:
             await self._store.retry([Retry(claimed.lease) for claimed in claims])
             return 0
         for claimed in claims:
-            self.n_attempts += 1
-            running = self._running[claimed.lease] = _Running(claimed)
-            running.task = asyncio.create_task(self._attempt(claimed))
+            self._start(claimed)
         return len(claims)
 
     # An attempt.
 
-    async def _attempt(self, claimed: Claimed) -> None:
-        began = self._clock()
+    def _start(self, claimed: Claimed) -> None:
+        self.n_attempts += 1
+        running = self._running[claimed.lease] = _Running(claimed, self._clock())
+        if claimed.request.ref:
+            running.pending = asyncio.create_task(self._read(running))
+        else:
+            self._begin(running, claimed.request.data)
+
+    async def _read(self, running: _Running) -> None:
+        """Begin once the request is read from its file."""
+        claimed = running.claimed
         try:
-            with at_stage(STAGE, model=claimed.model, pair=claimed.version):
-                answer = await self._answer(claimed)
-            outcome: Finish | Retry = Finish(claimed.lease, answer)
-            self.window = min(float(self._rules.window), self.window + 1 / self.window)
+            data = await self._payloads.read(claimed.request)
         except FileNotFoundError as error:  # the job was cancelled between the claim and now; then this is not written
             missing = JobError.of(Internal("the stored request cannot be found", stage=STAGE, model=claimed.model))
             self._log.debug("request of a job not found", reason=str(error))
-            outcome = Retry(claimed.lease, backoff_s(claimed.attempt), missing)
-        except SplitserveError as error:
-            outcome = await self._after(claimed, error, self._clock() - began)
-        self._end(outcome)
+            self._end(Retry(claimed.lease, backoff_s(claimed.attempt), missing))
+        except Exception as error:
+            self._failed(running, error)
+        else:
+            self._begin(running, data)
 
-    async def _answer(self, claimed: Claimed) -> Payload:
+    def _begin(self, running: _Running, data: bytes) -> None:
+        claimed = running.claimed
+        try:
+            request = self._request(claimed, data)
+            merges = self._is_mergeable(claimed.model, claimed.version)
+            running.pending = self._batcher.begin(request, partial(self._answered, running), is_mergeable=merges)
+        except Exception as error:
+            self._failed(running, error)
+
+    def _request(self, claimed: Claimed, data: bytes) -> InferRequest:
         models = claimed.rights.models  # of its caller, when it submitted the job
         if models is not None and not is_permitted(models, claimed.model):
             raise not_permitted(claimed.model)
-        message = protobuf.parse(pb.ModelInferRequest, await self._payloads.read(claimed.request))
+        message = protobuf.parse(pb.ModelInferRequest, data)
         request = protobuf.decode_request(message, deadline_after(claimed.timeout_s))
         parameters = {**request.parameters, PRIORITY: BACKGROUND_PRIORITY}
         if models is not None:
             parameters[ON_BEHALF_OF] = claimed.owner
-        request = msgspec.structs.replace(request, parameters=parameters, version=claimed.version)
-        response: InferResponse = await self._inference.infer(request)
-        return await self._payloads.store(protobuf.encode_response(response).SerializeToString())
+        return msgspec.structs.replace(request, parameters=parameters, version=claimed.version)
 
-    async def _after(self, claimed: Claimed, error: SplitserveError, took_s: float) -> Finish | Retry:
+    def _is_mergeable(self, model: str, version: str) -> bool:
+        """Whether jobs of a release are merged. Not before its signature is known, which the first of them asks for."""
+        release = model, version
+        known = self._mergeable.get(release)
+        if known is None:
+            if len(self._mergeable) >= MAX_KNOWN_RELEASES:
+                self._mergeable.clear()
+            self._mergeable[release] = known = False
+            self._learning = {task for task in self._learning if not task.done()}
+            self._learning.add(asyncio.create_task(self._learn(model, version)))
+        return known
+
+    async def _learn(self, model: str, version: str) -> None:
+        try:
+            self._mergeable[model, version] = is_mergeable(await self._inference.metadata(model, version))
+        except SplitserveError:
+            self._mergeable.pop((model, version), None)  # the next job asks again
+
+    def _answered(self, running: _Running, outcome: InferResponse | Exception) -> None:
+        if isinstance(outcome, Exception):
+            self._failed(running, outcome)
+            return
+        self.window = min(float(self._rules.window), self.window + 1 / self.window)
+        try:
+            data = protobuf.encode_response(outcome).SerializeToString()
+        except Exception as error:
+            self._failed(running, error)
+            return
+        if self._payloads.is_inline(data):
+            self._end(Finish(running.claimed.lease, Payload(data)))
+        else:
+            running.pending = asyncio.create_task(self._store_answer(running, data))
+
+    async def _store_answer(self, running: _Running, data: bytes) -> None:
+        try:
+            self._end(Finish(running.claimed.lease, await self._payloads.store(data)))
+        except Exception as error:
+            self._failed(running, error)
+
+    def _failed(self, running: _Running, error: Exception) -> None:
         """What follows from an error."""
+        claimed = running.claimed
+        error = at_stage(STAGE, model=claimed.model, pair=claimed.version).named(error)
         record = JobError.of(error)
         if isinstance(error, Overloaded):
             self._slow_down()
-            return Retry(claimed.lease, random.uniform(0.05, 0.5))  # noqa: S311
-        if isinstance(error, DeadlineExceeded) and took_s >= 0.9 * claimed.timeout_s:
+            self._end(Retry(claimed.lease, random.uniform(0.05, 0.5)))  # noqa: S311
+        elif isinstance(error, DeadlineExceeded) and self._clock() - running.began >= 0.9 * claimed.timeout_s:
             message = f"the job took longer than its timeout of {claimed.timeout_s:g} s"
-            return Finish(claimed.lease, error=msgspec.structs.replace(record, message=message))
-        if not isinstance(error, RETRIED) or (isinstance(error, Internal) and claimed.attempt >= INTERNAL_ATTEMPTS):
-            return Finish(claimed.lease, error=record)
-        if isinstance(error, Unavailable) and (reason := await self._inference.not_ready_reason()):
+            self._end(Finish(claimed.lease, error=msgspec.structs.replace(record, message=message)))
+        elif not isinstance(error, RETRIED) or (isinstance(error, Internal) and claimed.attempt >= INTERNAL_ATTEMPTS):
+            self._end(Finish(claimed.lease, error=record))
+        elif isinstance(error, Unavailable):
+            running.pending = asyncio.create_task(self._retry_when_ready(claimed, record))
+        else:
+            self._end(Retry(claimed.lease, backoff_s(claimed.attempt), record))
+
+    async def _retry_when_ready(self, claimed: Claimed, record: JobError) -> None:
+        reason = await self._inference.not_ready_reason()
+        if reason:
             self._not_ready = reason
-            return Retry(claimed.lease, FIRST_BACKOFF_S)  # the proxy is unreachable: nothing was tried
-        return Retry(claimed.lease, backoff_s(claimed.attempt), record)
+            self._end(Retry(claimed.lease, FIRST_BACKOFF_S))  # the proxy is unreachable: nothing was tried
+        else:
+            self._end(Retry(claimed.lease, backoff_s(claimed.attempt), record))
 
     def _slow_down(self) -> None:
         now = self._clock()
@@ -275,7 +362,8 @@ class Worker:
         if running is None:  # dropped meanwhile
             self._free(outcome)
             return
-        running.task = None
+        running.pending = None  # breaks a reference cycle, which only the garbage collector would free
+        running.has_ended = True
         self._ended.append(outcome)
         self._has_ended.set()
 
@@ -286,8 +374,8 @@ class Worker:
 
     def _drop(self, lease: Lease) -> None:
         running = self._running.pop(lease, None)
-        if running is not None and running.task is not None:
-            running.task.cancel()
+        if running is not None:
+            running.cancel()
         self._has_room.set()
 
     # Writing.
@@ -336,7 +424,7 @@ class Worker:
         leases = list(self._running)
         for lease in await self._store.renew(self.name, leases, self._rules.lease_s):
             running = self._running.get(lease)
-            if running is not None and running.task is not None:
+            if running is not None and not running.has_ended:
                 # The job was cancelled, or another worker has claimed it after a pause of this one.
                 self._log.info("lease lost", job=lease.id)
                 self._drop(lease)

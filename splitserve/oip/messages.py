@@ -111,7 +111,8 @@ class RequestedOutput(msgspec.Struct, frozen=True):
 class InferRequest(msgspec.Struct, frozen=True):
     """One inference. ``version`` "": the service chooses; ``outputs`` (): all.
 
-    ``caller`` identifies the caller for fair queueing, e.g. its connection; it is not sent to the next stage.
+    ``caller`` identifies the caller for fair queueing, e.g. its connection; it is not sent to the next stage. Neither is
+    ``is_pinned``: the caller has named the version, so that no other may answer.
     """
 
     model: str
@@ -122,6 +123,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     parameters: Mapping[str, Parameter] = {}
     deadline: float = NO_DEADLINE
     caller: Hashable = None
+    is_pinned: bool = False
 
     @property
     def n_rows(self) -> int:

@@ -28,8 +28,10 @@ from splitserve.jobs.records import Job, NewJob, Rights, StoreRules, new_id
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.worker import INTERNAL_ATTEMPTS, Worker, WorkerRules, backoff_s
 from splitserve.oip import protobuf
-from splitserve.oip.messages import InferRequest, InferResponse
+from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata
+from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
+from splitserve.testing import signature
 
 TENSOR = Tensor("x", "INT32", (1, 1), b"\x07\0\0\0")
 HOUR = 3600.0
@@ -41,6 +43,8 @@ class Proxy:
     def __init__(self) -> None:
         self.requests: list[InferRequest] = []
         self.not_ready = ""
+        self.signature: ModelMetadata | None = None
+        """None: jobs are sent one by one."""
         self.misbehave: Callable[[InferRequest], Awaitable[None]] | None = None
 
     async def infer(self, request: InferRequest) -> InferResponse:
@@ -48,6 +52,11 @@ class Proxy:
         if self.misbehave is not None:
             await self.misbehave(request)
         return InferResponse(request.model, request.version, request.inputs, request.id)
+
+    async def metadata(self, model: str, version: str) -> ModelMetadata:
+        if self.signature is None:
+            raise Unavailable("not known")
+        return self.signature
 
     async def not_ready_reason(self) -> str:
         return self.not_ready
@@ -458,6 +467,64 @@ async def test_the_window_bounds_what_is_in_flight(workshop):
             await workshop.ended(job)
 
     assert 1 <= n_most[0] <= 5
+
+
+def row(value: int) -> Tensor:
+    return Tensor("x", "INT32", (1, 1), value.to_bytes(4, "little"))
+
+
+async def test_small_jobs_are_merged_and_each_has_its_own_end(workshop):
+    """Once the signature of their release is known. A bad row fails its own job only."""
+    workshop.proxy.signature = signature("m", [TensorSpec("x", "INT32", ("batch", 1))], version="1.1")
+    claim, may_claim = workshop.store.claim, asyncio.Event()
+    may_claim.set()
+
+    async def claim_later(*arguments):
+        await may_claim.wait()
+        return await claim(*arguments)
+
+    async def refuse(request: InferRequest) -> None:
+        if row(7).raw in [request.inputs[0].raw[at : at + 4] for at in range(0, len(request.inputs[0].raw), 4)]:
+            raise InvalidInput("seven")
+
+    workshop.store.claim = claim_later
+    workshop.proxy.misbehave = refuse
+    async with workshop.working() as worker:
+        await workshop.until(await workshop.submit(), lambda now: now.is_finished and worker._mergeable == {("m", "1.1"): True})
+        may_claim.clear()
+        jobs = [await workshop.submit(row(value)) for value in range(10)]
+        n_before = len(workshop.proxy.requests)
+        may_claim.set()
+        ended = [await workshop.ended(job) for job in jobs]
+
+    assert max(request.n_rows for request in workshop.proxy.requests[n_before:]) > 1
+    assert [job.status for job in ended] == ["failed" if value == 7 else "succeeded" for value in range(10)]
+    for value in {*range(10)} - {7}:
+        answer = await workshop.answer_of(jobs[value])
+        assert (answer.outputs, answer.id) == ((row(value),), "mine")
+
+
+async def test_rows_of_a_cancelled_job_are_not_sent_if_they_were_not_yet(workshop):
+    """The job was claimed and waits for a call to end."""
+    release = asyncio.Event()
+
+    async def wait(_: InferRequest) -> None:
+        await release.wait()
+
+    workshop.proxy.misbehave = wait
+    jobs = [await workshop.submit(row(value)) for value in range(worker_module.MERGED.max_in_flight + 1)]
+
+    async with workshop.working() as worker:
+        await workshop.until(jobs[0], lambda now: len(workshop.proxy.requests) == len(jobs) - 1 and worker.n_running == len(jobs))
+        sent = {request.inputs[0].raw for request in workshop.proxy.requests}
+        (waiting,) = [job for value, job in enumerate(jobs) if row(value).raw not in sent]
+        await workshop.store.delete("ann", waiting.id)
+        worker.cancel(waiting.id)
+        release.set()
+        ended = [await workshop.ended(job) for job in jobs]
+
+    assert sorted(job.status for job in ended) == ["cancelled"] + ["succeeded"] * (len(jobs) - 1)
+    assert {request.inputs[0].raw for request in workshop.proxy.requests} == sent
 
 
 def test_backoff_doubles_up_to_a_limit():

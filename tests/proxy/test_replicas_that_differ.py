@@ -12,10 +12,12 @@ import pytest
 
 from proxy.service import ProxyService
 from splitserve.arrays import from_array
+from splitserve.batching.admission import BACKGROUND_PRIORITY
 from splitserve.catalogue import STILL_LOADING
 from splitserve.errors import InvalidInput, NotFound, Unavailable
 from splitserve.oip.messages import (
     DEFAULT,
+    PRIORITY,
     READY,
     RELEASE_DIGEST,
     RELEASE_SEQUENCE,
@@ -193,6 +195,26 @@ async def test_requests_to_a_release_that_is_not_row_wise_are_not_merged() -> No
     await asyncio.gather(*(proxy.infer(request()) for _ in range(5)))
 
     assert [each.n_rows for each in fake.requests] == [1] * 5
+
+
+@pytest.mark.parametrize("priority", [1, BACKGROUND_PRIORITY])
+async def test_requests_with_and_without_a_version_are_merged_and_only_the_latter_are_bound_to_another_release(
+    priority: int,
+) -> None:
+    """Jobs name their release: they share calls with others, and no other release answers them."""
+    fake = Preprocess("1.1", "2.2")
+    proxy = ProxyService(fake)
+    await proxy.refresh()
+    named = msgspec.structs.replace(request("2.2"), parameters={PRIORITY: priority})
+
+    both = await asyncio.gather(proxy.infer(request()), proxy.infer(named))
+    assert [(each.n_rows, each.version) for each in fake.requests] == [(2, "2.2")]
+    fake.has("1.1")
+    after = await asyncio.gather(proxy.infer(request()), proxy.infer(named), return_exceptions=True)
+
+    assert [answer.version for answer in both] == ["2.2", "2.2"]
+    assert after[0].version == "1.1"
+    assert isinstance(after[1], NotFound)
 
 
 async def test_the_proxy_is_ready_when_preprocess_has_tried_everything() -> None:
