@@ -1,4 +1,4 @@
-"""``python -m benchmarks own``, ``python -m benchmarks peers`` and ``python -m benchmarks soak``."""
+"""``python -m benchmarks own``, ``peers``, ``jobs`` and ``soak``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import loads, own, report, side_by_side, soak, systems
+from benchmarks import jobs, loads, own, report, side_by_side, soak, systems
 from benchmarks.machine import Machine, this_machine
 from benchmarks.processes import BenchmarkError
 
@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--peers", nargs="*", choices=standard.peers, default=standard.peers)
     command.add_argument("--cold-starts", type=int, default=standard.n_cold_starts, help="how often; 0: not at all")
     _add_common(command, seconds=standard.seconds, rounds=standard.rounds)
+
+    command = commands.add_parser("jobs", help="what jobs cost, and what they cost others")
+    command.set_defaults(run=_jobs)
+    usual = jobs.JobsOptions()
+    command.add_argument("figures", nargs="*", choices=[*jobs.FIGURES, []], metavar="FIGURE", help=", ".join(jobs.FIGURES))
+    command.add_argument("--jobs", type=int, default=usual.n_jobs, help=f"that are queued (default {usual.n_jobs})")
+    _add_common(command, seconds=usual.seconds, rounds=usual.rounds)
 
     command = commands.add_parser("soak", help="a long mixed load: are memory and file descriptors flat, is every answer right")
     command.set_defaults(run=_soak)
@@ -102,6 +109,21 @@ def _peers(arguments: argparse.Namespace) -> int:
         found = side_by_side.run(options, Path(scratch))
     _write(arguments.name or f"peers-{machine.commit}", machine, found.sections(), {"settings": options.settings, **found.data()})
     return found.n_failed_of_ours
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    options = jobs.JobsOptions(
+        seconds=1.0 if arguments.quick else arguments.seconds,
+        rounds=1 if arguments.quick else arguments.rounds,
+        n_jobs=min(2_000, arguments.jobs) if arguments.quick else arguments.jobs,
+        settings=systems.parse_settings(arguments.set),
+    )
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = jobs.run(arguments.figures or jobs.FIGURES, options, Path(scratch))
+    sections = {name: str(figure) for name, figure in found.items()}
+    _write(arguments.name or f"jobs-{machine.commit}", machine, sections, {name: figure.facts for name, figure in found.items()})
+    return sum(figure.n_failed for figure in found.values())
 
 
 def _soak(arguments: argparse.Namespace) -> int:

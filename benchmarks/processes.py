@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
-OWN_PREFIXES = ("PROXY_", "PREPROCESS_", "PREDICT_", "MODEL")
+OWN_PREFIXES = ("PROXY_", "PREPROCESS_", "PREDICT_", "JOBS_", "MODEL")
 """Variables that would change what is measured: a service gets those that its plan names, and no others."""
 
 _ROOT = Path(__file__).parent.parent

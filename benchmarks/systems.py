@@ -38,6 +38,21 @@ def split(repository: Path, settings: Settings, name: str = "splitserve") -> Sys
     return SystemSpec(name, stages, f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
 
 
+def with_jobs(repository: Path, folder: Path, settings: Settings, name: str = "splitserve jobs") -> SystemSpec:
+    """`split`, and the jobs service with SQLite in ``folder``."""
+    jobs = str(free_port())
+    spec = split(repository, {"PROXY_JOBS_TARGET": f"127.0.0.1:{jobs}", **settings}, name)
+    environment = {
+        "LOG_FORMAT": "json",
+        "LOG_LEVEL": "warning",
+        "JOBS_DIR": str(folder),
+        "JOBS_GRPC_PORT": jobs,
+        "JOBS_PROXY_TARGET": spec.grpc,
+        **settings,
+    }
+    return spec._replace(stages=(*spec.stages, _stage("jobs", "jobs_service", environment)))
+
+
 def fused(repository: Path, settings: Settings, name: str = "splitserve fused") -> SystemSpec:
     """All in one process."""
     http, grpc = free_port(), free_port()

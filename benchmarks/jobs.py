@@ -1,0 +1,221 @@
+"""``python -m benchmarks jobs FIGURE``: what jobs cost, what they cost others, and how soon they are cancelled or taken again.
+
+All on one machine, SQLite, breast-cancer, one row a job. What the machine's other work would distort is given as CPU time, and as
+ratios of runs that alternate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import sqlite3
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks import loads, systems
+from benchmarks.latencies import LoadResult
+from benchmarks.models import publish_demos
+from benchmarks.processes import BenchmarkError, RunningSystem
+from benchmarks.report import table
+from benchmarks.systems import Settings
+from benchmarks.workloads import RestBody, Workload
+from splitserve.jobs.folder import DATABASE
+from splitserve.jobs.records import Finish, NewJob, Payload, new_id
+from splitserve.jobs.sqlite import SqliteStore
+
+MODEL = "breast-cancer"
+AT_ONCE = 64
+SYNC_AT_ONCE = 256
+CLAIMED_AT_ONCE = 64
+NO_SETTINGS: Settings = {}
+NOWHERE: Settings = {"JOBS_PROXY_TARGET": "127.0.0.1:9"}
+"""The worker finds no proxy, so that jobs stay queued."""
+
+
+class JobsOptions(msgspec.Struct, frozen=True):
+    """What to run. ``settings`` are the services'."""
+
+    seconds: float = 5.0
+    rounds: int = 3
+    n_jobs: int = 20_000
+    settings: Settings = {}
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """A figure: its rows, and what they mean."""
+
+    headers: tuple[str, ...]
+    rows: list[list[str]]
+    facts: dict[str, Any]
+    """For programs."""
+
+    n_failed: int = 0
+
+    def __str__(self) -> str:
+        return table(self.headers, self.rows)
+
+
+def submitted(workload: Workload) -> RestBody:
+    """A row as a submit over REST."""
+    body = workload.rest_json(0)
+    return RestBody(body.content, (*body.headers, ("prefer", "respond-async")))
+
+
+FIGURES = ("submits", "worked-off")
+
+
+def run(names: Sequence[str], options: JobsOptions, scratch: Path) -> dict[str, Figure]:
+    """Measure these of the `FIGURES`.
+
+    Raises:
+        BenchmarkError: the services do not start, or do something wrong.
+    """
+    bench = Bench(options, scratch)
+    return {name: getattr(bench, name.replace("-", "_"))() for name in names}
+
+
+class Bench:
+    """The models, published once for all figures.
+
+    Args:
+        options: what to run.
+        scratch: a folder on a disk.
+    """
+
+    def __init__(self, options: JobsOptions, scratch: Path) -> None:
+        self.options = options
+        self._scratch = scratch
+        self.workload = publish_demos(scratch / "demos")[MODEL]
+        self._n_folders = 0
+
+    def _folder(self) -> Path:
+        """A new one for jobs."""
+        self._n_folders += 1
+        return self._scratch / f"jobs-{self._n_folders}"
+
+    def system(self, folder: Path, settings: Settings = NO_SETTINGS) -> RunningSystem:
+        """The services, with their jobs in that folder."""
+        spec = systems.with_jobs(self._scratch / "demos", folder, {**self.options.settings, **settings})
+        return RunningSystem(spec, self._scratch)
+
+    def submits(self) -> Figure:
+        """Durable submits over REST, 64 at once: alone, and while the jobs are worked off."""
+        rows: list[list[str]] = []
+        facts: dict[str, Any] = {}
+        for name, settings in (("queued only", NOWHERE), ("worked off meanwhile", NO_SETTINGS)):
+            with self.system(self._folder(), settings) as system:
+                systems.wait_until_ready(system, [MODEL])
+                self._submit(system, 1.0)
+                loads_, costs = [], []
+                for _ in range(self.options.rounds):
+                    load, cost = self._submit(system, self.options.seconds)
+                    loads_.append(load)
+                    costs.append(cost)
+            middle = sorted(loads_, key=lambda load: load.per_s)[len(loads_) // 2]
+            cpu = {stage: statistics.median(cost[stage] for cost in costs) for stage in costs[0]}
+            n_failed = sum(load.n_failed for load in loads_)
+            facts[name] = {"load": middle, "cpu_us": cpu, "n_failed": n_failed}
+            rows.append([name, f"{middle.per_s:.0f}", f"{middle.p50_ms:.1f}", f"{middle.p99_ms:.1f}", _cpu(cpu), str(n_failed)])
+        headers = ("submits", "a second", "p50 ms", "p99 ms", "CPU µs a submit", "failed")
+        return Figure(headers, rows, facts, n_failed=sum(int(row[-1]) for row in rows))
+
+    def _submit(self, system: RunningSystem, seconds: float) -> tuple[LoadResult, dict[str, float]]:
+        before = system.cpu_s()
+        load = loads.rest(system.http, MODEL, submitted(self.workload), concurrency=AT_ONCE, seconds=seconds)
+        after = system.cpu_s()
+        return load, {stage: (after[stage] - before[stage]) / load.n_requests * 1e6 for stage in after}
+
+    def worked_off(self) -> Figure:
+        """Queued jobs, without other load; the same requests sent synchronously; and what the store does for jobs, by itself."""
+        filled = self._filled(self.options.n_jobs)
+        rates, jobs_us, sync_us, store_us = [], [], [], []
+        for _ in range(self.options.rounds):
+            folder = self._folder()
+            shutil.copytree(filled, folder)
+            with self.system(folder) as system:
+                per_s, cpu = self._work_off(system, folder)
+                rates.append(per_s)
+                jobs_us.append(cpu)
+                before = system.cpu_s()
+                load = loads.grpc_stream(system.grpc, self.workload, concurrency=SYNC_AT_ONCE, seconds=self.options.seconds)
+                after = system.cpu_s()
+                sync_us.append(sum(after[stage] - before[stage] for stage in after) / load.n_requests * 1e6)
+            store_us.append(store_cpu_us(self._folder(), self.options.n_jobs, self.workload.grpc(0)))
+        cpu_us = {stage: statistics.median(each[stage] for each in jobs_us) for stage in jobs_us[0]}
+        sync, store = statistics.median(sync_us), statistics.median(store_us)
+        ratios = [sum(jobs.values()) / (sync + store) for jobs, sync, store in zip(jobs_us, sync_us, store_us, strict=True)]
+        rows = [
+            ["jobs worked off a second", f"{statistics.median(rates):.0f}"],
+            ["CPU µs a job", _cpu(cpu_us)],
+            ["CPU µs a request, synchronously (gRPC stream)", f"{sync:.0f}"],
+            ["CPU µs a job in the store (claim and finish)", f"{store:.0f}"],
+            ["CPU of jobs / the sum of both", f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"],
+        ]
+        facts = {"per_s": rates, "jobs_us": jobs_us, "sync_us": sync_us, "store_us": store_us, "ratios": ratios}
+        return Figure(("what", "value"), rows, facts)
+
+    def _filled(self, n_jobs: int) -> Path:
+        """A folder with so many queued jobs, submitted over REST."""
+        folder = self._folder()
+        with self.system(folder, NOWHERE) as system:
+            systems.wait_until_ready(system, [MODEL])
+            while (n_queued := n_jobs_of(folder, "queued")) < n_jobs:
+                seconds = 1.0 if n_jobs - n_queued < 5_000 else 5.0
+                loads.rest(system.http, MODEL, submitted(self.workload), concurrency=AT_ONCE, seconds=seconds)
+        return folder
+
+    def _work_off(self, system: RunningSystem, folder: Path) -> tuple[float, dict[str, float]]:
+        """Jobs a second and CPU µs a job by stage, between a tenth and nine tenths of them."""
+        n_all = n_jobs_of(folder, "queued", "running", "succeeded")
+
+        def sample_at(share: float) -> tuple[float, int, dict[str, float]]:
+            system.wait_until(lambda: n_jobs_of(folder, "succeeded") >= share * n_all, "waiting for its jobs")
+            return time.perf_counter(), n_jobs_of(folder, "succeeded"), system.cpu_s()
+
+        (t0, n0, cpu0), (t1, n1, cpu1) = sample_at(0.1), sample_at(0.9)
+        system.wait_until(lambda: n_jobs_of(folder, "succeeded") == n_all, "waiting for its jobs")
+        return (n1 - n0) / (t1 - t0), {stage: (cpu1[stage] - cpu0[stage]) / (n1 - n0) * 1e6 for stage in cpu1}
+
+
+def n_jobs_of(folder: Path, *statuses: str) -> int:
+    """Jobs in these states, read from the database beside the service."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{folder / DATABASE}?mode=ro", uri=True)) as connection:
+            return sum(n for status, n in connection.execute("SELECT status, n FROM tallies") if status in statuses)
+    except sqlite3.Error:  # it is not made yet
+        return 0
+
+
+def store_cpu_us(folder: Path, n_jobs: int, request: bytes) -> float:
+    """CPU µs of this process to claim and finish a job, as many at once as the worker."""
+
+    async def run() -> float:
+        store = SqliteStore(folder)
+        store.open()
+        jobs = [
+            NewJob(id=new_id(), owner="", model=MODEL, version="1.1", request=Payload(request), rendering=b"{}")
+            for _ in range(n_jobs)
+        ]
+        for start in range(0, n_jobs, AT_ONCE):
+            await asyncio.gather(*[store.submit(job) for job in jobs[start : start + AT_ONCE]])
+        began, n_done = time.process_time(), 0
+        while claims := await store.claim("benchmark", CLAIMED_AT_ONCE, 60.0):
+            n_done += sum(await store.finish([Finish(claimed.lease, Payload(request)) for claimed in claims]))
+        spent = time.process_time() - began
+        await store.close()
+        if n_done != n_jobs:
+            raise BenchmarkError(f"the store: expected {n_jobs} jobs, finished {n_done}")
+        return spent / n_jobs * 1e6
+
+    return asyncio.run(run())
+
+
+def _cpu(cpu_us: Mapping[str, float]) -> str:
+    parts = " + ".join(f"{value:.0f} {stage}" for stage, value in cpu_us.items())
+    return f"{sum(cpu_us.values()):.0f} = {parts}"
