@@ -195,11 +195,10 @@ test-jobs: $(BIN)/.installed
 		"pytest-asyncio>=0.26" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 	@touch $@
 
-# At the lowest versions the conversions, without writing and loading bundles.
+# One thread of OpenMP: processes that run side by side would wait for each other's threads.
 test-boosting: .venv-boosting/highest/.installed .venv-boosting/lowest/.installed
-	PYTHONPATH=.venv-boosting/highest $(BIN)/pytest -m boosting tests/publishing/boosting
-	.venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -W ignore -m boosting -k "not served and not frame" \
-		tests/publishing/boosting/test_options.py tests/publishing/boosting/test_publishing.py
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv-boosting/highest $(BIN)/pytest -m boosting tests/publishing/boosting
+	OMP_NUM_THREADS=1 .venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -W ignore -m boosting tests/publishing/boosting
 
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose

@@ -20,17 +20,19 @@ from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Form, Regressor, Target, constant_rows, converts, form_of, two_columns
 from splitserve.publishing.graph import Value, concat
 
-_SUM = 1
-_AT_MOST, _MEMBER = 0, 6
-"""ONNX's BRANCH_LEQ and BRANCH_MEMBER."""
+_SUM, _AT_MOST = 1, 0
+"""ONNX's aggregate function SUM and node mode BRANCH_LEQ."""
+
+_BEYOND, _NAN, _NEGATIVE = 2**31, -1, -2
+"""What stands for categories that no model has, for NaN, and for negative numbers."""
 
 _PARTS = ("feature", "split", "nan", "true id", "true is leaf", "false id", "false is leaf", "root", "target", "number")
 
 
 class Tree(msgspec.Struct, frozen=True):
     """A tree as arrays over its nodes; ``left`` is -1 at leaves. A row goes left where ``feature <= threshold``, and where it is
-    NaN and ``nan_left`` says so. A node in ``members`` asks instead whether the whole part of the feature is one of the
-    categories, numbers from 0; a feature is asked so always or never.
+    NaN and ``nan_left`` says so. A node in ``members`` asks instead whether the feature, rounded down, is one of the categories,
+    numbers from 0.
     """
 
     feature: Array
@@ -71,6 +73,7 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         NotConvertible: more leaves than float32 can count.
     """
     is_double = x.dtype == np.float64
+    x, trees = _with_memberships(x, trees)
     parts: dict[str, list[Any]] = {name: [] for name in _PARTS}
     features, splits, nans, true_ids, true_leaf, false_ids, false_leaf, roots, targets, numbers = parts.values()
     n_nodes = n_leaves = 0
@@ -103,9 +106,7 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         n_nodes += max(1, len(inner))
         n_leaves += len(leaves)
     thresholds = np.concatenate(splits).astype(np.float64)
-    modes, sets = _memberships(trees)
     number = np.float64 if is_double else np.float32
-    categorical = np.unique(np.concatenate(features)[modes == _MEMBER])
     attributes = {
         "nodes_featureids": _integers(features),
         "nodes_missing_value_tracks_true": _integers(nans),
@@ -115,33 +116,67 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         "nodes_falseleafs": _integers(false_leaf),
         "leaf_targetids": _integers(targets),
         "tree_roots": roots,
-        "nodes_modes": numpy_helper.from_array(modes, "modes"),
+        "nodes_modes": numpy_helper.from_array(np.full(n_nodes, _AT_MOST, np.uint8), "modes"),
         "nodes_splits": numpy_helper.from_array(thresholds if is_double else float32_at_most(thresholds), "splits"),
         "leaf_weights": numpy_helper.from_array(np.concatenate(numbers).astype(number), "leaves"),
     }
-    if len(sets):
-        attributes["membership_values"] = numpy_helper.from_array(sets.astype(number), "members")
-        places = np.searchsorted(categorical, np.concatenate(features))
-        attributes["nodes_featureids"] = _integers(
-            [np.where(modes == _MEMBER, places, np.concatenate(features) + len(categorical))]
-        )
-        x = concat([-1.0 - x.graph.op("Floor", x.take(categorical)), x])
     found = x.graph.op("TreeEnsemble", x, n_targets=len(trees), aggregate_function=_SUM, post_transform=0, **attributes)
     starts = np.cumsum([0, *(len(tree.leaves) for tree in trees[:-1])])
     return found.astype(np.int64) + x.graph.constant(starts.astype(np.int64))
 
 
-def _memberships(trees: Sequence[Tree]) -> tuple[Array, Array]:
-    """The mode of each inner node, and the categories of those that ask for membership, NaN after each set.
+def _with_memberships(x: Value, trees: Sequence[Tree]) -> tuple[Value, Sequence[Tree]]:
+    """The rows with a column in front for each set of categories, -1 for members and 1 for others, and trees that ask for those.
 
-    Categories are -1, -2, … in the operator: from those between 1 and 64, ONNX Runtime makes bit masks that lose some.
+    BRANCH_MEMBER is not used: ONNX Runtime makes a chain of comparisons of it, and up to 1.24 compares the subtrees of the links
+    with each other, so that loading a model of some hundred categories does not end (microsoft/onnxruntime#27391).
     """
-    modes, sets = [], [np.zeros(0)]
+    columns: dict[tuple[int, bool, tuple[int, ...]], int] = {}  # of feature, whether NaN is a member, and categories
+    asked = []
     for tree in trees:
-        inner = np.flatnonzero(tree.left >= 0)
-        modes.append(np.where(np.isin(inner, list(tree.members)), _MEMBER, _AT_MOST) if len(inner) else np.array([_AT_MOST]))
-        sets += [np.append(-1.0 - np.asarray(tree.members[node], np.float64), np.nan) for node in sorted(tree.members)]
-    return np.concatenate(modes).astype(np.uint8), np.concatenate(sets)
+        for node, categories in tree.members.items():
+            key = (int(tree.feature[node]), bool(tree.nan_left[node]), tuple(sorted(categories)))
+            asked.append(columns.setdefault(key, len(columns)))
+    if not columns:
+        return x, trees
+    places, changed = iter(asked), []
+    for tree in trees:
+        feature, threshold, nan_left = tree.feature + len(columns), tree.threshold.copy(), tree.nan_left.copy()
+        for node in tree.members:
+            feature[node], threshold[node], nan_left[node] = next(places), 0.0, False
+        changed.append(msgspec.structs.replace(tree, feature=feature, threshold=threshold, nan_left=nan_left, members={}))
+    return concat([_memberships(x, list(columns)), x]), changed
+
+
+def _memberships(x: Value, sets: Sequence[tuple[int, bool, tuple[int, ...]]]) -> Value:
+    """(n_rows, n_sets): -1 for members of each set, 1 for others.
+
+    Args:
+        x: rows (n_rows, n_features).
+        sets: a feature, whether NaN is a member, and categories.
+    """
+    graph, features = x.graph, sorted({feature for feature, *_ in sets})
+    whole = x.take(features)
+    whole, is_nan = graph.op("Floor", whole), whole.is_nan()
+    whole = graph.where(is_nan, float(_NAN), graph.where(whole >= 0.0, whole.minimum(float(_BEYOND)), float(_NEGATIVE)))
+    keyed = whole.astype(np.int64) + graph.constant(_BEYOND * 2 * np.arange(len(features)))
+    keys: list[int] = []
+    values: list[int] = []
+    tables, order = [], []
+    for number, feature in enumerate(features):
+        own = [place for place, each in enumerate(sets) if each[0] == feature]
+        known = np.unique(np.concatenate([sets[place][2] for place in own])).astype(np.int64)
+        keys += [*(known + _BEYOND * 2 * number).tolist(), _BEYOND * 2 * number + _NAN]
+        values += range(1, len(known) + 2)
+        table = np.ones((len(known) + 2, len(own)), np.int8)  # other categories, those of the sets, NaN
+        for column, place in enumerate(own):
+            table[1 + np.searchsorted(known, sets[place][2]), column] = -1
+            table[-1, column] = -1 if sets[place][1] else 1
+        tables.append(table)
+        order += own
+    places = graph.op("LabelEncoder", keyed, keys_int64s=keys, values_int64s=values, default_int64=0)
+    found = [graph.constant(table).take(places.take(number), axis=0) for number, table in enumerate(tables)]
+    return concat(found).take(np.argsort(order)).astype(x.dtype)
 
 
 def _integers(parts: Sequence[Array]) -> list[int]:
