@@ -206,10 +206,10 @@ test-compose: $(BIN)/.installed
 # One resolution for everything; each image's lock is a part of it.
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
 # All extras but publish-boosting, whose libraries are large and have environments of their own.
-EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish s3 server signing training
+EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish registry s3 server signing training
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
-	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http registry signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o splitserve/pipeline/templates/tables/requirements.txt
 	cp splitserve/pipeline/templates/tables/requirements.txt $(IMAGES)/
 

@@ -17,19 +17,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from splitserve.arrays import DTYPES
 from splitserve.pipeline.context import StepFailed
 from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.index import Finished
+from splitserve.repository.release import ReleaseManifest
+from splitserve.signature import TensorSpec
 
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the tables that it creates
 from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types import Schema
+from mlflow.types import TensorSpec as MlflowTensorSpec
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 RecordError = MlflowException
 
 STEP_TAG, DIGEST_TAG, REUSED_TAG, ERROR_TAG = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
+MODEL_FOLDER = "model"
+FLAVOUR = "splitserve"
+"""Of a registered version whose files are a model repository."""
+
 _METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
 
 
@@ -144,8 +154,9 @@ class Record:
                 return finished
         return None
 
-    def register(self, run_id: str, folder: Path, *, model: str, tags: Mapping[str, str]) -> str:
-        """Upload a folder, read it back, and make it a version of a registered model, without an alias.
+    def register(self, run_id: str, folder: Path, *, model: str, release: ReleaseManifest, tags: Mapping[str, str]) -> str:
+        """Upload a model repository with the signature of its release, read it back, and make it a version of a registered model,
+        without an alias.
 
         Returns:
             the version's number.
@@ -153,9 +164,16 @@ class Record:
         Raises:
             StepFailed: what comes back is not what was uploaded; there is no version then.
         """
-        self.client.log_artifacts(run_id, str(folder), "model")
+        described = Model(
+            artifact_path=MODEL_FOLDER,
+            run_id=run_id,
+            signature=ModelSignature(_schema(release.inputs), _schema(release.outputs)),
+            flavors={FLAVOUR: {"model": release.model, "pair": release.pair}},
+        )
+        described.save(str(folder / "MLmodel"))
+        self.client.log_artifacts(run_id, str(folder), MODEL_FOLDER)
         with tempfile.TemporaryDirectory() as scratch:
-            back = digests_of_folder(Path(self.client.download_artifacts(run_id, "model", scratch)))
+            back = digests_of_folder(Path(self.client.download_artifacts(run_id, MODEL_FOLDER, scratch)))
         expected = digests_of_folder(folder)
         if back != expected:
             differing = sorted(set(back.items()) ^ set(expected.items()))[0][0]
@@ -166,7 +184,7 @@ class Record:
             self.client.get_registered_model(model)
         except MlflowException:
             self.client.create_registered_model(model)
-        source = f"{self.client.get_run(run_id).info.artifact_uri}/model"
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
         return str(self.client.create_model_version(model, source, run_id, tags=dict(tags)).version)
 
     def champion(self, model: str, alias: str) -> tuple[str, Mapping[str, str]] | None:
@@ -179,6 +197,11 @@ class Record:
 
     def move_alias(self, model: str, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(model, alias, version)
+
+
+def _schema(specs: Sequence[TensorSpec]) -> Schema:
+    """A signature as MLflow has it; BF16, which it does not know, as FP32."""
+    return Schema([MlflowTensorSpec(DTYPES.get(spec.datatype, DTYPES["FP32"]), spec.wire_shape, spec.name) for spec in specs])
 
 
 def legal_name(name: str) -> str:

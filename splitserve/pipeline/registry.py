@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from splitserve.pipeline.context import Context, StepFailed
-from splitserve.pipeline.digests import digests_of_folder
+from splitserve.pipeline.digests import digest_of_file
 from splitserve.repository.folder import Repository
+from splitserve.repository.manifest import BundleError
 from splitserve.repository.releases import ReleaseReader
+from splitserve.repository.sources import index
+from splitserve.repository.sources.mlflow_server import INDEX_TAG
 
 CHAMPION = "champion"
 
@@ -21,11 +24,12 @@ def register_release(
     """Register the newest release of a model, and let the alias name it if it is good enough.
 
     Uploads the repository, reads it back, compares digests, registers the version, then moves the alias: whatever fails before
-    that leaves the alias where it was. The version's artifacts are a model repository, in the folder ``model`` of the run.
+    that leaves the alias where it was. The version's artifacts are a model repository with an index and with MLflow's description
+    of its signature (``MLmodel``), in the folder ``model`` of the run.
 
     Args:
         context: of a step with ``runs_in_runner=True``.
-        models: the model repository that build wrote.
+        models: the model repository that build wrote; gets an ``index.json``.
         model: its name, also in the registry.
         metric: what the alias is decided by; higher is better.
         value: of this release.
@@ -33,22 +37,30 @@ def register_release(
         alias: which alias.
 
     Raises:
-        StepFailed: the value is not finite, there is no release, or the artifact store does not give back what it got.
+        StepFailed: the value is not finite, there is no release, a part of it is damaged, or the artifact store does not give
+            back what it got.
     """
     if context.record is None:
         raise StepFailed(f'step "{context.step}" needs runs_in_runner=True to use the registry')
     if not math.isfinite(value):
         raise StepFailed(f"metric {metric}: expected a finite number, got {value}; nothing is registered")
-    release = ReleaseReader(Repository(models)).history(model).current()
+    repository = Repository(models)
+    try:
+        release = ReleaseReader(repository).history(model).current()
+        listed, problems = index.build(repository)
+    except BundleError as error:
+        raise StepFailed(f"{models}: {error}") from error
+    if problems:
+        raise StepFailed(f"{models}: {'; '.join(problems)}; nothing is registered")
     if release is None:
         raise StepFailed(f"{models}: model {model} has no release; the build step has to publish one")
     tags = {
         "splitserve.pair": str(release.pair),
         "splitserve.metric": metric,
         f"splitserve.metric.{metric}": repr(float(value)),
-        "splitserve.digests": json.dumps(digests_of_folder(models))[:5000],
+        INDEX_TAG: digest_of_file(index.write(models, listed)),
     }
-    version = context.record.register(context.run_id, models, model=model, tags=tags)
+    version = context.record.register(context.run_id, models, model=model, release=release.manifest, tags=tags)
     champion = context.record.champion(model, alias)
     is_better, reason = beats(champion, metric, value, margin)
     if is_better:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 from splitserve.repository.files import read_checked, read_small
 from splitserve.repository.manifest import MANIFEST_FILE, SIGNATURE_FILE, BundleError, FileDigest
@@ -63,6 +63,10 @@ class ManifestFolder(Generic[KeyT, ManifestT]):
         self.manifest = manifest
         self.manifest_sha256 = manifest_sha256
         self._remote = remote
+
+    def renamed(self, key: KeyT, manifest: ManifestT) -> Self:
+        """The same files under another key. ``manifest``: as it was read, with the names of that key."""
+        return type(self)(key, self.folder, manifest, self.manifest_sha256, self._remote)
 
     @property
     def listed(self) -> Mapping[str, FileDigest]:

@@ -15,7 +15,7 @@ from splitserve.repository.manifest import Kind, Manifest
 from splitserve.repository.release import Release, ReleaseKey
 from splitserve.repository.release_log import MakeRecord
 from splitserve.repository.source import BundleSource
-from splitserve.repository.sources import check, is_url
+from splitserve.repository.sources import MLFLOW, check, is_url
 
 
 class WritableRepository(BundleSource, Protocol):
@@ -99,6 +99,8 @@ def writable(where: str | os.PathLike[str]) -> WritableRepository:
     place = os.fspath(where)
     if not is_url(place):
         return Repository(unquote(urlsplit(place).path) if place.startswith("file://") else where)
+    if place.startswith(MLFLOW):
+        raise ValueError(f"{place} cannot be written: the register step of a training pipeline does that (docs/training.md)")
     check(place)
     if place.startswith(("http://", "https://")):
         raise ValueError(f'{place} cannot be written: publish to a folder, run "splitserve index", and upload it')

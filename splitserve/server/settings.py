@@ -190,8 +190,8 @@ class RepositorySettings(ServiceSettings):
     """Settings of services that read the model repository."""
 
     model_repository: str = Field("./models", validation_alias=AliasChoices("MODEL_REPOSITORY"))
-    """The model repository: a folder, or a URL that begins with s3://, gs://, az://, http:// or https:// (docs/loading.md). A
-    folder may also be that of one model, or one bundle."""
+    """The model repository: a folder, a URL that begins with s3://, gs://, az://, http:// or https://, or
+    mlflow:MODEL@ALIAS (docs/loading.md). A folder may also be that of one model, or one bundle."""
 
     model_cache: str = Field("", validation_alias=AliasChoices("MODEL_CACHE"))
     """Cache folder for files from a URL; by default below ~/.cache or, if that is not writable, the folder for temporary
@@ -282,6 +282,13 @@ def read(settings: type[S], **overrides: Any) -> S:
         raise SystemExit(2) from None
     if isinstance(config, RepositorySettings) and (reason := sources.missing(config.model_repository)):
         print(f"MODEL_REPOSITORY: {reason}", file=sys.stderr)
+        raise SystemExit(2)
+    if (
+        isinstance(config, RepositorySettings)
+        and config.model_signature_key
+        and config.model_repository.startswith(sources.MLFLOW)
+    ):
+        print("MODEL_SIGNATURE_KEY: expected none with MODEL_REPOSITORY=mlflow:…: an alias has no signature", file=sys.stderr)
         raise SystemExit(2)
     return config
 

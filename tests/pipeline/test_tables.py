@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from splitserve.cli import app
+from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.index import Index
 from splitserve.pipeline.new import TEMPLATES
 from splitserve.repository.folder import Repository
@@ -72,7 +72,10 @@ def test_the_example_ends_with_a_registered_release(folder: Path, index: Index):
     release = ReleaseReader(Repository(Path(version.source.removeprefix("file://")))).history("penguins").current()
     assert str(release.pair) == "1.1"
     built = {path.removeprefix("models/"): digest for path, digest in index.last("build").outputs.items()}
-    assert json.loads(version.tags["splitserve.digests"]) == built
+    registered = digests_of_folder(Path(version.source.removeprefix("file://")))
+    assert registered.pop("index.json") == version.tags["splitserve.index"]
+    assert registered.pop("MLmodel")
+    assert registered == built
 
 
 def test_a_run_writes_nothing_beside_the_pipelines_own_files(folder: Path):

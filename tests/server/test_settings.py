@@ -13,6 +13,7 @@ from proxy.settings import ProxySettings
 from splitserve.batching.queue import BatchLimits
 from splitserve.server import settings
 from splitserve.server.face_settings import FaceSettings
+from tests.signing_keys import make_keys
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
 
@@ -187,3 +188,18 @@ def test_invalid_batch_limits_are_refused(text: str) -> None:
     """The message names the invalid part, before anything starts."""
     with pytest.raises(ValidationError, match="batching"):
         ProxySettings(batching=text)
+
+
+def test_an_alias_of_mlflow_and_a_signature_key_do_not_go_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """An alias has no signature, so whoever moves it would decide what serves."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MODEL_REPOSITORY", "mlflow:penguins@champion")
+    monkeypatch.setenv("MODEL_SIGNATURE_KEY", str(make_keys(tmp_path).public))
+
+    with pytest.raises(SystemExit) as raised:
+        settings.read(PredictSettings)
+
+    assert raised.value.code == 2
+    assert capsys.readouterr().err.startswith("MODEL_SIGNATURE_KEY: expected none with MODEL_REPOSITORY=mlflow:")

@@ -1,4 +1,4 @@
-"""Sources of bundles: a folder, or a URL behind a cache.
+"""Sources of bundles: a folder, a URL behind a cache, or versions of MLflow's model registry.
 
 The packages for URLs are imported only when a URL is used, so that a service with a folder starts without them.
 """
@@ -26,28 +26,44 @@ _NEEDS = {
 """By scheme: the package that it needs, and the extra of splitserve that installs it."""
 
 
+MLFLOW = "mlflow:"
+
+
 def is_url(where: str) -> bool:
-    """Whether a model repository is a URL; otherwise it is a folder."""
-    return "://" in where and not where.startswith("file://")
+    """Whether a model repository is a URL, or in MLflow's registry; otherwise it is a folder."""
+    return where.startswith(MLFLOW) or ("://" in where and not where.startswith("file://"))
 
 
 def check(where: str) -> None:
     """Check that this installation can read a model repository, without connecting to it.
 
     Raises:
-        ValueError: the scheme is unknown, or its packages are not installed.
+        ValueError: the scheme is unknown, its packages are not installed, or MLflow's variables name no server.
     """
     if not is_url(where):
+        return
+    if where.startswith(MLFLOW):
+        _require("mlflow:", "httpx", "registry")
+        from splitserve.repository.sources import mlflow_server
+
+        mlflow_server.parse(where)
+        mlflow_server.server_uris(os.environ)
         return
     scheme, _, rest = where.partition("://")
     if scheme not in _NEEDS:
         raise ValueError(f"expected a folder or a URL with {', '.join(f'{name}://' for name in _NEEDS)}; got {scheme}://")
     if not rest.strip("/"):
         raise ValueError(f"{where}: expected a {'host' if scheme.startswith('http') else 'bucket'} after {scheme}://, got none")
-    package, extra = _NEEDS[scheme]
+    _require(f"{scheme}://", *_NEEDS[scheme])
+
+
+def _require(scheme: str, package: str, extra: str) -> None:
+    """Raises:
+    ValueError: the package that a scheme needs is not installed.
+    """
     if importlib.util.find_spec(package) is None:
         raise ValueError(
-            f'{scheme}:// needs more packages ({package}): pip install "splitserve[{extra}]", '
+            f'{scheme} needs more packages ({package}): pip install "splitserve[{extra}]", '
             f"or an image that was built with --build-arg EXTRAS={extra}"
         )
 
@@ -74,7 +90,7 @@ def source_of(
     """The source for a model repository. It connects when it is first used.
 
     Args:
-        where: a folder (`LocalFolder`) or a URL.
+        where: a folder (`LocalFolder`), a URL, or versions in MLflow's registry.
         cache: folder for fetched files; the user's cache folder if empty.
         timeout_s: of each step of a fetch: a listing, or one range of a file.
         selection: models to list; a URL lists no others.
@@ -90,8 +106,10 @@ def source_of(
     from splitserve.repository.sources.remote_folder import RemoteFolder
     from splitserve.repository.sources.remote_repository import RemoteRepository
 
-    return RemoteRepository(
-        RemoteFolder(where, timeout_s=timeout_s),
-        Cache(Path(cache) if cache else None, patience_s=2 * timeout_s),
-        serves=(selection or Selection()).serves,
-    )
+    files, serves = Cache(Path(cache) if cache else None, patience_s=2 * timeout_s), (selection or Selection()).serves
+    if where.startswith(MLFLOW):
+        from splitserve.repository.sources import mlflow_server, registered_models
+
+        uris = mlflow_server.server_uris(os.environ)
+        return registered_models.connect(mlflow_server.parse(where), uris, files, serves=serves, timeout_s=timeout_s)
+    return RemoteRepository(RemoteFolder(where, timeout_s=timeout_s), files, serves=serves)

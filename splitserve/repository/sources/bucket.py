@@ -37,6 +37,8 @@ class Bucket(RemoteRepository):
         cache: for what is read.
     """
 
+    _folder: RemoteFolder
+
     def __init__(self, folder: RemoteFolder, cache: Cache) -> None:
         super().__init__(folder, cache, serves=lambda _: True)
 

@@ -34,11 +34,11 @@ Connect = Callable[[str], tuple[Any, str]]
 """A filesystem of fsspec, and the path of a URL in it."""
 
 
-def connect(url: str) -> tuple[Any, str]:
+def connect(url: str, **options: str) -> tuple[Any, str]:
     """Connect with the environment's credentials; an instance of its own, without a listings cache."""
     import fsspec.core
 
-    found: tuple[Any, str] = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+    found: tuple[Any, str] = fsspec.core.url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -22,9 +23,8 @@ from splitserve.repository.release import ReleaseKey
 from splitserve.repository.releases import ReleaseFolder, decode_release
 from splitserve.repository.routes import ROUTE_FILE, ROUTE_SIGNATURE_FILE, Route, StoredRoute
 from splitserve.repository.sources import index
-from splitserve.repository.sources.cache import Cache, WrongContent
+from splitserve.repository.sources.cache import Cache, Download, WrongContent
 from splitserve.repository.sources.index import INDEX_FILE
-from splitserve.repository.sources.remote_folder import RemoteFolder
 
 _FILES_AT_A_TIME = 4
 
@@ -67,6 +67,32 @@ class _Listing(msgspec.Struct, frozen=True):
         return sorted(self.records.get(model, ()))
 
 
+class Files(Protocol):
+    """The files below a URL that are read: a `RemoteFolder`, or what a server proxies. ``url`` is without credentials."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def can_list(self) -> bool: ...
+
+    def list(self) -> dict[str, str]:
+        """As `RemoteFolder.list`."""
+        ...
+
+    def read(self, path: str) -> bytes:
+        """As `RemoteFolder.read`."""
+        ...
+
+    def download(self, path: str, size: int) -> Download:
+        """As `RemoteFolder.download`."""
+        ...
+
+    def close(self) -> None:
+        """Cancel requests in progress and refuse new ones."""
+        ...
+
+
 class RemoteRepository:
     """A model repository below a URL.
 
@@ -74,19 +100,25 @@ class RemoteRepository:
         folder: the files below the URL.
         cache: for fetched files.
         serves: whether a model is selected; others are ignored.
+        is_indexed: it has an index; otherwise one is read only if the files cannot be listed.
+        index_sha256: of the index; "" if it is not known.
     """
 
-    def __init__(self, folder: RemoteFolder, cache: Cache, *, serves: Callable[[str], bool]) -> None:
+    def __init__(
+        self, folder: Files, cache: Cache, *, serves: Callable[[str], bool], is_indexed: bool = False, index_sha256: str = ""
+    ) -> None:
         self._folder = folder
         self._cache = cache
         self._serves = serves
+        self._is_indexed = is_indexed or not folder.can_list
+        self._index_sha256 = index_sha256
         self._listing: _Listing | None = None
 
     def bundles(self) -> Iterable[BundleKey]:
         """Poll: all that are published now, ordered by model, kind and version."""
         if self._listing is None:
             self._cache.sweep()
-        self._listing = self._list() if self._folder.can_list else self._read_index()
+        self._listing = self._read_index() if self._is_indexed else self._list()
         return self._listing.bundles()
 
     def route(self, model: str) -> Route | None:
@@ -186,7 +218,11 @@ class RemoteRepository:
         """The listing of an index."""
         where = f"{self._folder}/{INDEX_FILE}"
         try:
-            found = index.decode(self._folder.read(INDEX_FILE))
+            data = self._folder.read(INDEX_FILE)
+            got = hashlib.sha256(data).hexdigest()
+            if self._index_sha256 and got != self._index_sha256:
+                raise BundleError(f"expected sha256 {self._index_sha256} as it was registered, got {got}")
+            found = index.decode(data)
         except NotFetched as error:
             hint = '; "splitserve index" writes it' if isinstance(error.__cause__, FileNotFoundError) else ""
             raise NotFetched(f"{self._folder}: {error}{hint}") from error
