@@ -153,7 +153,7 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
         return _as_text(name, array)
     if array.dtype.kind not in "biuf":
         found = "text" if array.dtype.kind in "OSU" else str(array.dtype)
-        raise InvalidInput(f'input "{name}": expected {datatype}, got {found}')
+        raise InvalidInput(f'input "{name}": expected numbers ({datatype}), got {found}')
     expected = np.dtype("<f4") if datatype == "BF16" else DTYPES.get(datatype)
     if expected is None:
         raise InvalidInput(f'input "{name}": the signature has the unknown datatype "{datatype}"')

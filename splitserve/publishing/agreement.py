@@ -12,6 +12,7 @@ from splitserve.arrays import Array, to_array
 from splitserve.publishing.convert import LABEL, PREDICTION, PROBABILITIES, SCORES, ModelOutput, expected_of
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
+from splitserve.publishing.training_data import misfit
 from splitserve.runtimes.rows import Rowset
 from splitserve.tensors import Tensor
 
@@ -29,11 +30,15 @@ def expected_answer(pipeline: Any, rows: Rowset, outputs: Sequence[ModelOutput])
         PublishError: the rows do not fit the pipeline.
     """
     try:
-        return expected_of(pipeline, rows, outputs)
+        answers = expected_of(pipeline, rows, outputs)
     except NotConvertible:
         raise
     except Exception as error:  # a step may raise anything
-        raise PublishError(f"X does not fit the pipeline: {error}") from error
+        raise PublishError(misfit(pipeline, rows, str(error))) from error
+    for name, answer in answers.items():
+        if len(answer) != len(rows):
+            raise PublishError(misfit(pipeline, rows, f"it gives {len(answer)} values of {name} for {len(rows)} rows"))
+    return answers
 
 
 def split_answer(preprocessor: PreprocessorHalf, predictor: PredictorHalf, inputs: Sequence[Tensor]) -> dict[str, Array]:

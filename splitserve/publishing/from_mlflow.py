@@ -123,20 +123,40 @@ def _read(folder: Path, name: str, origin: str, trusted_modules: Sequence[str], 
 
     try:
         described = yaml.safe_load(_inside(folder, "MLmodel").read_text())
-        flavours = dict(described["flavors"])
+        flavors = dict(described["flavors"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise PublishError(f"{origin}: MLmodel cannot be read: {error}") from error
-    flavour = flavours.get("sklearn")
-    if not isinstance(flavour, dict):
-        raise PublishError(
-            f"{origin}: expected the flavor sklearn, got {', '.join(map(str, flavours))}; download its files and publish the "
-            "halves"
-        )
-    path = _inside(folder, str(flavour.get("pickled_model", "model.skops")))
-    fitted = _fitted(path, str(flavour.get("serialization_format", "")), origin, trusted_modules, allow_pickle)
+    flavor = flavors.get("sklearn")
+    if not isinstance(flavor, dict):
+        raise PublishError(f"{origin}: {_other_flavor([str(each) for each in flavors if each != 'python_function'], origin)}")
+    path = _inside(folder, str(flavor.get("pickled_model", "model.skops")))
+    fitted = _fitted(path, str(flavor.get("serialization_format", "")), origin, trusted_modules, allow_pickle)
     fitted = getattr(fitted, "best_estimator_", fitted)
     pipeline = fitted if isinstance(fitted, Pipeline) else make_pipeline(fitted)
     return Registered(name, origin, pipeline, _example(folder, described, origin))
+
+
+def _other_flavor(flavors: Sequence[str], origin: str) -> str:
+    """What to do with a model that is none of scikit-learn.
+
+    Args:
+        flavors: except for python_function, which every model has.
+        origin: of the model.
+    """
+    found = f"expected the flavor sklearn, got {', '.join(flavors) or 'python_function alone'}"
+    if "onnx" in flavors:
+        return (
+            f'{found}; get its files with "mlflow artifacts download -u {origin}", and publish them with '
+            '"splitserve publish NAME --onnx model.onnx --data samples.npz"'
+        )
+    if boosting := next((each for each in flavors if each in ("xgboost", "lightgbm", "catboost")), ""):
+        return (
+            f'{found}; load it with mlflow.{boosting}.load_model("{origin}") where you trust its files, and call publish('
+            "make_pipeline(model), …); a model that is no estimator of scikit-learn's interface has to be trained again as one"
+        )
+    if network := next((each for each in flavors if each in ("pytorch", "tensorflow", "keras")), ""):
+        return f"{found}; export the {network} model to ONNX and publish that with --onnx"
+    return f"{found}; log the fitted pipeline with mlflow.sklearn.log_model, or export it to ONNX and publish that with --onnx"
 
 
 def _fitted(path: Path, form: str, origin: str, trusted_modules: Sequence[str], allow_pickle: bool) -> Any:

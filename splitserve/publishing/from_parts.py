@@ -15,7 +15,7 @@ from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import repository_at, write
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
-from splitserve.publishing.progress import TIME_LIMIT_S, Progress
+from splitserve.publishing.progress import TIME_LIMIT_S, WRITING, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted
@@ -72,6 +72,7 @@ def publish_preprocessor(
             written then.
     """
     check_fitted(transformer)
+    target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         progress.step("the transforms")
         half = preprocessor_half(
@@ -91,7 +92,8 @@ def publish_preprocessor(
         )
         progress.step("loading as a service does")
         as_served.check(half, trusted_modules=trusted_modules, allow_pickle=allow_pickle)
-    return write(repository_at(repository), half, version=version)[0]
+        progress.step(WRITING)
+        return write(target, half, version=version, progress=progress)[0]
 
 
 def publish_predictor(
@@ -124,12 +126,13 @@ def publish_predictor(
             can show that the features of a preprocessor are, in numbers, those of training.
         input_name: what clients call the input if ``rows`` is an array, as for `publish_preprocessor`.
         row_wise: as for `publish`.
-        time_limit_s: seconds that running the model on the samples may take.
+        time_limit_s: seconds that running the model on the samples and writing the bundle may take.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, the samples do not fit, the time is over, or the version exists. Nothing has
             been written then.
     """
+    target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         progress.step("reading the model")
         data = _model_bytes(model)
@@ -137,7 +140,8 @@ def publish_predictor(
         raw = _raw_rows(rows, input_name)
         progress.step(_ON_SAMPLES)
         half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning, rows=raw, is_row_wise=row_wise)
-    return write(repository_at(repository), half, version=version)[0]
+        progress.step(WRITING)
+        return write(target, half, version=version, progress=progress)[0]
 
 
 def _raw_rows(rows: Any, input_name: str) -> tuple[Tensor, ...]:
@@ -177,6 +181,7 @@ def publish_onnx(
     Raises:
         PublishError: as for `publish_predictor`. Nothing has been written then.
     """
+    target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         progress.step("reading the model")
         data = _model_bytes(model)
@@ -184,11 +189,13 @@ def publish_onnx(
         predictor = predictor_half(data, sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
         progress.step("the preprocessor that passes the inputs on")
         preprocessor = passing_half(predictor, sample_inputs)
-    written = repository_at(repository)
-    compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
-    pair = write_released(written, preprocessor, predictor, version=version, proven="halves", compared=compared).pair
-    first = written.open(BundleKey(name, "preprocess", pair.preprocessor))
-    return first, written.open(BundleKey(name, "predict", pair.predictor))
+        compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
+        progress.step(WRITING)
+        pair = write_released(
+            target, preprocessor, predictor, version=version, proven="halves", compared=compared, progress=progress
+        ).pair
+    first = target.open(BundleKey(name, "preprocess", pair.preprocessor))
+    return first, target.open(BundleKey(name, "predict", pair.predictor))
 
 
 def refused_types(transformer: Any) -> list[str]:

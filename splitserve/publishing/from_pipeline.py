@@ -26,7 +26,7 @@ from splitserve.publishing.estimators.refused import reason_for
 from splitserve.publishing.halves import N_PROBED, PredictorHalf, PreprocessorHalf, repository_at, said_of_golden
 from splitserve.publishing.predictor_half import predictor_half
 from splitserve.publishing.preprocessor_half import preprocessor_half
-from splitserve.publishing.progress import TIME_LIMIT_S, Progress
+from splitserve.publishing.progress import TIME_LIMIT_S, WRITING, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
 from splitserve.publishing.training_data import INPUT_NAME, as_rows, check_fitted, not_a_pipeline
@@ -112,7 +112,7 @@ def publish(
         golden: what is stored as golden rows: "rows", rows of ``X``; "synthetic", rows drawn from each column's range and
             categories; or rows of your own, a DataFrame or array like ``X``, of which at most 64 are taken.
         targets: names of what an estimator with several targets predicts, in the order of y's columns; numbers by default.
-        time_limit_s: seconds that converting and comparing may take.
+        time_limit_s: seconds that converting, comparing and writing the bundles may take.
         origin: where the pipeline comes from, e.g. ``models:/wine/7``; recorded in both manifests.
 
     Raises:
@@ -126,16 +126,20 @@ def publish(
     if not hasattr(estimator, "predict"):
         reason = reason_for(estimator) or "has no predict; publish_preprocessor takes transforms"
         raise PublishError(f"the last step, {type(estimator).__name__}, {reason}")
+    target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         as_served.start()
         original = _original(pipeline, X, targets, progress)
         options = _Options(name, input_name, tolerance, trusted_modules, allow_pickle, row_wise, golden, targets, origin)
         proven = _proven(original, options, progress)
-    n_hard = sum(proven.hard_rows.values())
-    worst = {output: value for output, value in proven.worst.items() if np.isfinite(value)}  # JSON has no infinity
-    compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES, worst=worst)
-    target, half = repository_at(repository), proven.preprocessor
-    release = write_released(target, half, proven.predictor, version=version, proven="pipeline", compared=compared)
+        n_hard = sum(proven.hard_rows.values())
+        worst = {output: value for output, value in proven.worst.items() if np.isfinite(value)}  # JSON has no infinity
+        compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES, worst=worst)
+        half = proven.preprocessor
+        progress.step(WRITING)
+        release = write_released(
+            target, half, proven.predictor, version=version, proven="pipeline", compared=compared, progress=progress
+        )
     pair = release.pair
     return Published(
         name,

@@ -12,6 +12,7 @@ import msgspec
 from splitserve.arrays import from_array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
+from splitserve.publishing.progress import Progress
 from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows, tolerances_of
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
@@ -146,13 +147,19 @@ def first_rows(tensors: Sequence[Tensor], n_rows: int) -> tuple[Tensor, ...]:
     return take_rows(tensors, samples.spread(tensors[0].n_rows, n_rows))
 
 
-def write(repository: WritableRepository, *halves: PreprocessorHalf | PredictorHalf, version: int | None) -> list[Bundle]:
+def write(
+    repository: WritableRepository,
+    *halves: PreprocessorHalf | PredictorHalf,
+    version: int | None,
+    progress: Progress | None = None,
+) -> list[Bundle]:
     """Write all bundles or none.
 
     Args:
         repository: to write to.
         halves: in this order.
         version: of each half; the next free number by default.
+        progress: ends once all are written; if its time is over before, they are removed.
 
     Raises:
         PublishError: a version exists, or the repository cannot be written.
@@ -161,10 +168,14 @@ def write(repository: WritableRepository, *halves: PreprocessorHalf | PredictorH
     try:
         for half in halves:
             written.append(_write(repository, half, version))
-    except BundleError as error:
+        if progress is not None:
+            progress.end()
+    except BaseException as error:
         for bundle in written:
             repository.remove(bundle.key)
-        raise PublishError(str(error)) from error
+        if isinstance(error, BundleError):
+            raise PublishError(str(error)) from error
+        raise
     return written
 
 

@@ -26,6 +26,7 @@ from splitserve.publishing.halves import (
     settled,
 )
 from splitserve.publishing.proof import tolerances_of
+from splitserve.publishing.training_data import misfit
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import (
@@ -156,9 +157,12 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
 
 def _transform(transformer: Any, rows: Rowset, name: str) -> Array:
     try:
-        return to_dense(transformer.transform(rows))
+        features = to_dense(transformer.transform(rows))
     except Exception as error:  # a transform may raise anything
-        raise PublishError(f"{name} does not fit the transforms: {error}") from error
+        raise PublishError(misfit(transformer, rows, str(error), name)) from error
+    if len(features) != len(rows) > 1:  # of one row, scikit-learn's SparsePCA loses the dimension of rows
+        raise PublishError(misfit(transformer, rows, f"they give {len(features)} rows for {len(rows)}", name))
+    return features
 
 
 def _written(transformer: Any, allow_pickle: bool) -> tuple[str, bytes]:

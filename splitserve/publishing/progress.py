@@ -14,10 +14,13 @@ from typing import Any
 from splitserve.publishing.errors import PublishError
 
 TIME_LIMIT_S = 600.0
-"""Seconds that converting and comparing may take by default."""
+"""Seconds that converting, comparing and writing may take by default."""
 
 ENDS_PROCESS_AFTER_S = 5.0
 """Seconds after the limit in which native code may still return, where `ending_process` applies."""
+
+WRITING = "writing the bundles"
+"""The last step."""
 
 BAR_AFTER_S = 2.0
 N_STEPS = 36
@@ -74,6 +77,12 @@ class Progress:
         if self._bar is not None:
             self._bar(what, self._n_done)
 
+    def end(self) -> None:
+        """Interrupt nothing from here on: what follows must not stop half-way. Interrupts now if the time is over."""
+        with self._lock:
+            self._is_over = True
+        self._stack.close()
+
     def __enter__(self) -> Progress:
         if not self._limit > 0:
             raise PublishError(f"time_limit_s: expected more than 0 seconds, got {self._limit:g}")
@@ -92,9 +101,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            with self._lock:
-                self._is_over = True
-            self._stack.close()
+            self.end()
         except _OutOfTime as late:
             kind, error = _OutOfTime, late
             self._stack.close()

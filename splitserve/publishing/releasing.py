@@ -10,6 +10,7 @@ import msgspec
 from splitserve.errors import SplitserveError
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, encode_golden, kept_rows, take_rows, write
+from splitserve.publishing.progress import Progress
 from splitserve.publishing.proof import stable_rows, tolerances_of
 from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle
@@ -122,6 +123,7 @@ def write_released(
     version: int | None,
     proven: Proof,
     compared: Compared,
+    progress: Progress | None = None,
 ) -> Release:
     """Write both bundles, then the release that makes the pair serve. Killed at any point, nothing serves in part.
 
@@ -132,6 +134,7 @@ def write_released(
         version: of both; the next free number of each by default.
         proven: how the pair was proven.
         compared: what was compared.
+        progress: ends before the record, which is not interrupted.
 
     Raises:
         PublishError: the halves do not fit, a version exists, or the repository cannot be written.
@@ -147,7 +150,7 @@ def write_released(
         labels_of(*manifests)
         golden = proven_golden(whole, preprocessor.golden.inputs)
         with repository.publishing(preprocessor.manifest.name):
-            first, second = write(repository, preprocessor, predictor, version=version)
+            first, second = write(repository, preprocessor, predictor, version=version, progress=progress)
             try:
                 source = preprocessor.manifest.golden
                 return record(repository, whole, first, second, golden, proven=proven, compared=compared, golden_rows=source)

@@ -43,6 +43,29 @@ def not_a_pipeline(given: Any) -> str:
     return f"expected a scikit-learn Pipeline, got {name}; publish_preprocessor and publish_predictor take the halves"
 
 
+def misfit(transformer: Any, rows: Rowset, reason: str, name: str = "X") -> str:
+    """Why rows do not fit a pipeline or its transforms, and, where texts come as a table, what to do."""
+    first = _first_of(transformer)
+    way_out = ""
+    if hasattr(first, "build_analyzer") and rows.ndim == 2:  # a vectorizer of texts; iterating over a DataFrame gives its columns
+        kind = type(first).__name__
+        way_out = f"; {kind} takes a list or column of texts, not a table: "
+        if rows.shape[1] == 1:
+            column = f'["{rows.columns[0]}"]' if hasattr(rows, "columns") else "[:, 0]"
+            way_out += f"publish with {name}{column}"
+        else:
+            way_out += f'fit it on one column with make_column_transformer(({kind}(), "COLUMN"))'
+    return f"{name} does not fit the {'pipeline' if hasattr(transformer, 'predict') else 'transforms'}: {reason}{way_out}"
+
+
+def _first_of(transformer: Any) -> Any:
+    """What sees the rows first; of a union its first member."""
+    for attribute in ("steps", "transformer_list"):
+        if members := getattr(transformer, attribute, None):
+            return _first_of(members[0][1])
+    return transformer
+
+
 def as_rows(X: Any) -> Rowset:
     """A DataFrame as it is, anything else as an array whose leading dimension is the rows."""
     if hasattr(X, "columns") and hasattr(X, "iloc"):

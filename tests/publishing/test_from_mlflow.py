@@ -126,14 +126,20 @@ def test_an_address_that_names_no_version_is_refused(registry: Path, address: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flavors": {"onnx": {}}}, "expected the flavor sklearn, got onnx"),
+        (
+            {"flavors": {"onnx": {}, "python_function": {}}},
+            "got onnx; get its files with .* -u models:/wine/1.*--onnx model.onnx",
+        ),
+        ({"flavors": {"lightgbm": {}}}, r'got lightgbm; load it with mlflow.lightgbm.load_model\("models:/wine/1"\)'),
+        ({"flavors": {"pytorch": {}}}, "got pytorch; export the pytorch model to ONNX"),
+        ({"flavors": {"python_function": {}}}, "got python_function alone; log the fitted pipeline with mlflow.sklearn"),
         ({"flavors": {"sklearn": {"pickled_model": "../../../secret", "serialization_format": "skops"}}}, "outside of the model"),
         ({"flavors": {"sklearn": {"pickled_model": "MLmodel", "serialization_format": "skops"}}}, "not a skops file"),
         ({"flavors": None}, "MLmodel cannot be read"),
         ({"saved_input_example_info": {"type": "dataframe", "artifact_path": "/etc/passwd"}}, "outside of the model"),
         ({"saved_input_example_info": {"type": "dataframe", "artifact_path": "MLmodel"}}, "input example cannot be read"),
     ],
-    ids=["another flavour", "elsewhere", "no skops", "no flavours", "example elsewhere", "no example"],
+    ids=["onnx", "boosting", "network", "function", "elsewhere", "no skops", "damaged", "example elsewhere", "no example"],
 )
 def test_what_the_model_says_of_itself_is_not_trusted(
     registry: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str

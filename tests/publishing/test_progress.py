@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from splitserve import PublishError, publish, publish_predictor
+from splitserve.publishing import halves as halves_module
 from splitserve.publishing import progress, publish_onnx
-from splitserve.publishing.progress import Progress
+from splitserve.publishing.predictor_half import predictor_half
+from splitserve.publishing.preprocessor_half import passing_half
+from splitserve.publishing.progress import WRITING, Progress
+from splitserve.repository.folder import Repository
+from splitserve.repository.manifest import Manifest
 from tests.publishing import pipelines
 from tests.system.models import softmax_model
+
+SAMPLES = np.zeros((3, 3), np.float32)
 
 
 def loop_for_ever() -> None:
@@ -112,6 +119,43 @@ def test_a_model_that_takes_too_long_is_not_written(publish_model: Callable[...,
         publish_model(softmax_model(3), EndlessSamples(), name="m", repository=tmp_path, time_limit_s=0.3)
 
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_writing_is_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written before is removed."""
+    write = Repository.write
+
+    def half_written(self: Repository, manifest: Manifest, files: Mapping[str, bytes]) -> Any:
+        return write(self, manifest, files) if manifest.kind == "preprocess" else loop_for_ever()
+
+    predictor = predictor_half(softmax_model(3), SAMPLES, name="m", labels=())
+    halves = passing_half(predictor, SAMPLES), predictor
+    monkeypatch.setattr(Repository, "write", half_written)
+
+    with pytest.raises(PublishError, match="took longer than 0.2 s, at the step: writing"), Progress("m", 0.2) as steps:
+        steps.step(WRITING)
+        halves_module.write(Repository(tmp_path), *halves, version=None, progress=steps)
+
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("publish_model", [publish_predictor, publish_onnx])
+def test_a_publication_that_cannot_be_written_ends(
+    publish_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Repository, "write", lambda *_: loop_for_ever())
+
+    with pytest.raises(PublishError, match="publishing took longer than 0.5 s, at the step: "):
+        publish_model(softmax_model(3), SAMPLES, name="m", repository=tmp_path, time_limit_s=0.5)
+
+
+def test_nothing_is_interrupted_after_the_end() -> None:
+    """So the record of a release is whole or is not begun."""
+    with Progress("m", 60) as steps:
+        steps.end()
+        running = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+    assert not running
 
 
 def endless_model() -> bytes:

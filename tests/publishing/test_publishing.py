@@ -17,11 +17,11 @@ from sklearn.decomposition import PCA
 from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB, MultinomialNB
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
@@ -43,6 +43,7 @@ from tests.system.models import softmax_model
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 NAMES = np.array(["setosa", "versicolor", "virginica"])[SPECIES]
+TEXTS = ["good film", "bad film"]
 DIABETES, PROGRESS = load_diabetes(return_X_y=True)
 MIXED = pd.DataFrame(
     {
@@ -258,6 +259,26 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     ),
     "fewer columns": (FITTED, IRIS[:, :3], {}, "X has 3 features, but .* is expecting 4 features"),
     "text for numbers": (FITTED, np.full((3, 4), "a"), {}, "X does not fit"),
+    "texts as a table": (
+        make_pipeline(CountVectorizer(), MultinomialNB()).fit(TEXTS, [0, 1]),
+        pd.DataFrame({"text": TEXTS}),
+        {},
+        r'1 values of label for 2 rows; CountVectorizer takes a list or column of texts, not a table: publish with X\["text"\]',
+    ),
+    "texts as an array of two dimensions": (
+        make_pipeline(make_union(CountVectorizer()), MultinomialNB()).fit(TEXTS, [0, 1]),
+        np.array([TEXTS], object).T,
+        {},
+        r"CountVectorizer takes .*: publish with X\[:, 0\]",
+    ),
+    "a lambda over the target": (
+        make_pipeline(
+            StandardScaler(), TransformedTargetRegressor(Ridge(), func=np.log1p, inverse_func=lambda y: np.expm1(y))
+        ).fit(IRIS, SPECIES),
+        IRIS,
+        {},
+        "inverse_func=<lambda> has no ONNX form; give one of numpy's functions itself.* np.expm1",
+    ),
     "no rows": (FITTED, IRIS[:0], {}, "X has no rows"),
     "a ragged list": (FITTED, [[1, 2], [3]], {}, "X is not an array"),
     "a name that is a path": (FITTED, IRIS, {"name": "../m"}, 'name "../m": expected letters'),

@@ -37,8 +37,8 @@ _FUNCTIONS: dict[Any, Callable[[Value], Value]] = {
 }
 
 
-def function_of(function: Any) -> Callable[[Value], Value]:
-    """What a function of numpy is in a graph.
+def function_of(function: Any, argument: str) -> Callable[[Value], Value]:
+    """What a function of numpy is in a graph; ``argument`` is where it was given.
 
     Raises:
         NotConvertible: another function.
@@ -48,7 +48,10 @@ def function_of(function: Any) -> Callable[[Value], Value]:
     except (KeyError, TypeError):
         name = getattr(function, "__name__", type(function).__name__)
         known = ", ".join(sorted(f"np.{each.__name__}" for each in _FUNCTIONS if each is not None))
-        raise NotConvertible(f"the function {name} has no ONNX form; use one of {known}") from None
+        raise NotConvertible(
+            f"{argument}={name} has no ONNX form; give one of numpy's functions itself, not a lambda or function that calls it: "
+            f"{known}"
+        ) from None
 
 
 def inverse_of(transformer: Any, x: Value) -> Value:
@@ -59,7 +62,7 @@ def inverse_of(transformer: Any, x: Value) -> Value:
     """
     name = type(transformer).__name__
     if name == "FunctionTransformer":
-        return function_of(transformer.inverse_func)(x)
+        return function_of(transformer.inverse_func, "inverse_func")(x)
     if name == "Pipeline":
         for _, step in reversed(transformer.steps):
             x = x if step in (None, "passthrough") else inverse_of(step, x)
@@ -241,7 +244,7 @@ class Imputed(Form):
 class Function(Form):
     @cached_property
     def transform(self) -> Value:
-        return function_of(self.estimator.func)(self.wide)
+        return function_of(self.estimator.func, "func")(self.wide)
 
 
 @converts("sklearn.PowerTransformer")
