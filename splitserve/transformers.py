@@ -125,16 +125,14 @@ class CategoryCodes(_Stateless):
         categories: of each column, those with the codes 0, 1, 2 …; None for a column of numbers.
         unseen: the code of other categories: "missing": NaN, as of a missing value; "after": one more than the last; "next": that
             of the next category in the order of their UTF-8 bytes, signed, as XGBoost 3 looks them up.
-        order: of the columns in the result; as they come by default.
 
     Raises:
         ValueError: "next", and there is no next category.
     """
 
-    def __init__(self, categories: list[list[Any] | None], unseen: Unseen = "missing", order: list[int] | None = None) -> None:
+    def __init__(self, categories: list[list[Any] | None], unseen: Unseen = "missing") -> None:
         self.categories = categories
         self.unseen = unseen
-        self.order = order
 
     @property
     def categories_(self) -> list[list[Any]]:
@@ -143,11 +141,10 @@ class CategoryCodes(_Stateless):
 
     def transform(self, X: Any) -> Array:
         frame = X.iloc if hasattr(X, "iloc") else np.asarray(X)
-        numbers = range(len(self.categories)) if self.order is None else self.order
         codes = np.empty((len(X), len(self.categories)))
-        for place, number in enumerate(numbers):
-            column, known = frame[:, number], self.categories[number]
-            codes[:, place] = np.asarray(column, np.float64) if known is None else self._codes(column.tolist(), known)
+        for number, known in enumerate(self.categories):
+            column = frame[:, number]
+            codes[:, number] = np.asarray(column, np.float64) if known is None else self._codes(column.tolist(), known)
         return codes
 
     def _codes(self, values: list[Any], known: list[Any]) -> list[float]:

@@ -1,23 +1,31 @@
 """Columns of categories that reach the estimator as such: what it does to them first becomes a step of the preprocessor.
 
-HistGradientBoosting, LightGBM and XGBoost take pandas' categories and compute with their codes. The codes are those that the
-fitted model knows; where it does not store them (XGBoost before 3.1), those of the data that is published.
+HistGradientBoosting, LightGBM and XGBoost take pandas' categories and compute with their codes, alone or inside of another
+estimator. The codes are those that the fitted model knows; where it does not store them (XGBoost before 3.1), those of the data
+that is published.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import msgspec
 import numpy as np
+from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import Pipeline
 
+from splitserve.publishing.boosting import is_boosted
 from splitserve.publishing.boosting.catboost import check_columns
 from splitserve.publishing.boosting.xgboost import learner_of, model_of
 from splitserve.publishing.errors import NotConvertible
+from splitserve.publishing.estimators.trees import HistogramCodes, present
 from splitserve.transformers import CategoryCodes, Unseen
+
+Known = dict[str, list[Any]]
+"""By column of categories, those with the codes 0, 1, 2 …"""
 
 
 class Coded(msgspec.Struct, frozen=True):
@@ -28,7 +36,7 @@ class Coded(msgspec.Struct, frozen=True):
 
 
 def coded(estimator: Any, features: Any) -> Coded:
-    """How an estimator encodes its columns.
+    """How an estimator encodes its columns, or those inside of it do.
 
     Args:
         estimator: fitted.
@@ -37,31 +45,83 @@ def coded(estimator: Any, features: Any) -> Coded:
     Raises:
         NotConvertible: columns are of text or categories, and the estimator's codes are not known; names them.
     """
-    library = type(estimator).__module__.partition(".")[0]
-    if library == "catboost":
-        check_columns(estimator)
-    if getattr(estimator, "is_categorical_", None) is not None and getattr(estimator, "_preprocessor", None) is not None:
-        return _of_histogram(estimator)
+    parts = list(_parts(estimator, set()))
+    for part in parts:
+        if _library(part) == "catboost":
+            check_columns(part)
     names = _category_columns(features)
     if not names:
-        return Coded(None, estimator)
-    unseen: Unseen = "missing"
-    if library == "lightgbm":
-        known = estimator.booster_.pandas_categorical or []
-    elif library == "xgboost":
-        known, unseen = _of_xgboost(estimator, features, names)
-    else:
+        return Coded(None, _on_codes(estimator, {}, []))
+    encoding = [part for part in parts if _library(part) in ("sklearn", "lightgbm", "xgboost")]
+    if not encoding or any(isinstance(part, ColumnTransformer) for part in parts):
         raise NotConvertible(
             f"{type(estimator).__name__} gets columns of text or categories ({', '.join(names)}), which have no ONNX form "
             f"there; {_way_out(estimator)}"
         )
-    if len(known) != len(names):
-        raise NotConvertible(
-            f"{type(estimator).__name__} was fitted on {len(known)} columns of categories, X has {len(names)} "
-            f"({', '.join(names)}); publish with a DataFrame of the dtypes of training"
-        )
-    by_name = dict(zip(names, known, strict=True))
-    return Coded(CategoryCodes([by_name.get(str(name)) for name in features.columns], unseen=unseen), estimator)
+    columns = [str(name) for name in features.columns]
+    known, unseen = _known(encoding, features, names)
+    return Coded(CategoryCodes([known.get(name) for name in columns], unseen=unseen), _on_codes(estimator, known, columns))
+
+
+def _parts(part: Any, seen: set[int]) -> Iterator[Any]:
+    """The estimators in a fitted object, itself included, that may take categories as such, and what may encode columns."""
+    if id(part) in seen:
+        return
+    seen.add(id(part))
+    if is_boosted(part) or isinstance(part, ColumnTransformer) or getattr(part, "_preprocessor", None) is not None:
+        yield part
+        return
+    inner: list[Any] = []
+    if isinstance(part, list | tuple):
+        inner = list(part)
+    elif isinstance(part, np.ndarray) and part.dtype.kind == "O":
+        inner = part.ravel().tolist()
+    elif type(part).__module__.startswith("sklearn."):
+        inner = list(getattr(part, "__dict__", {}).values())
+    for each in inner:
+        yield from _parts(each, seen)
+
+
+def _library(part: Any) -> str:
+    return type(part).__module__.partition(".")[0]
+
+
+def _known(parts: list[Any], features: Any, names: list[str]) -> tuple[Known, Unseen]:
+    """The categories that estimators have codes for, and what an unseen one gets.
+
+    LightGBM and XGBoost compute with their own codes; HistGradientBoosting finds its categories among the codes of any.
+
+    Raises:
+        NotConvertible: they do not agree.
+    """
+    known: Known = {}
+    found: list[tuple[list[list[Any]], Unseen]] = []
+    for part in parts:
+        if _library(part) == "lightgbm":
+            found.append((part.booster_.pandas_categorical or [], "missing"))
+        elif _library(part) == "xgboost":
+            found.append(_of_xgboost(part, features, names))
+        else:
+            found.append(([], "missing"))
+    for part, (listed, unseen) in zip(parts, found, strict=True):
+        kind = type(part).__name__
+        if _library(part) != "sklearn" and len(listed) != len(names):
+            raise NotConvertible(
+                f"{kind} was fitted on {len(listed)} columns of categories, X has {len(names)} ({', '.join(names)}); publish "
+                "with a DataFrame of the dtypes of training"
+            )
+        for name, categories in zip(names, listed, strict=False):
+            if known.setdefault(name, categories) != categories or unseen != found[0][1]:
+                raise NotConvertible(
+                    f"{kind} has other codes of categories ({name}) than {type(parts[0]).__name__} beside it; encode the "
+                    "column in a ColumnTransformer step, e.g. by OneHotEncoder or TargetEncoder"
+                )
+    for part in parts:
+        if _library(part) == "sklearn":
+            for name, categories in _of_histogram(part, features.columns).items():
+                if name in names:
+                    known.setdefault(name, []).extend(each for each in categories if each not in known[name])
+    return known, found[0][1]
 
 
 def _way_out(estimator: Any) -> str:
@@ -81,20 +141,30 @@ def _category_columns(features: Any) -> list[str]:
     return [str(name) for name, dtype in features.dtypes.items() if getattr(dtype, "kind", "O") not in "biuf"]
 
 
-def _of_histogram(estimator: Any) -> Coded:
-    """HistGradientBoosting moves categorical columns to the front; without its own encoder it takes what that makes."""
-    is_category = np.asarray(estimator.is_categorical_, bool)
-    known = iter(estimator._preprocessor.named_transformers_["encoder"].categories_)
-    listed = [_present(next(known)) if each else None for each in is_category.tolist()]
-    order = [*np.flatnonzero(is_category).tolist(), *np.flatnonzero(~is_category).tolist()]
-    inner = copy.copy(estimator)
-    inner._preprocessor = None
-    return Coded(CategoryCodes(listed, order=order), inner)
+def _of_histogram(model: Any, columns: Any) -> Known:
+    """The categories of HistGradientBoosting, in the order of its codes."""
+    chosen = np.flatnonzero(model.is_categorical_).tolist()
+    listed = model._preprocessor.named_transformers_["encoder"].categories_
+    return {str(columns[place]): present(each) for place, each in zip(chosen, listed, strict=True)}
 
 
-def _present(categories: Any) -> list[Any]:
-    """Without the missing value, which comes last."""
-    return [each for each in categories.tolist() if each is not None and each == each]
+def _on_codes(estimator: Any, known: Known, columns: list[str]) -> Any:
+    """The estimator, where each HistGradientBoosting takes numbers: codes of ``known``, in the columns that it has."""
+    if not any(_library(part) == "sklearn" for part in _parts(estimator, set())):
+        return estimator
+    estimator = copy.deepcopy(estimator)
+    for part in _parts(estimator, set()):
+        if _library(part) != "sklearn" or isinstance(part, ColumnTransformer):
+            continue
+        names = columns or [str(number) for number in range(len(part.is_categorical_))]
+        part._preprocessor = HistogramCodes.of(
+            part,
+            [
+                [known[name].index(each) for each in categories] if name in known else categories
+                for name, categories in _of_histogram(part, names).items()
+            ],
+        )
+    return estimator
 
 
 def _of_xgboost(estimator: Any, features: Any, names: list[str]) -> tuple[list[list[Any]], Unseen]:

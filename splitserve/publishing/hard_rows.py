@@ -19,6 +19,7 @@ from onnx import numpy_helper
 
 from splitserve.arrays import Array, to_array
 from splitserve.publishing import boosting, samples
+from splitserve.publishing.estimators.trees import HistogramCodes
 from splitserve.repository.manifest import Rows
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
@@ -286,6 +287,9 @@ def _trees(part: Any, seen: set[int]) -> Iterator[tuple[Array, Array]]:
         if part.dtype.kind == "O":
             for each in part.ravel().tolist():
                 yield from _trees(each, seen)
+    elif isinstance(codes := getattr(part, "_preprocessor", None), HistogramCodes):
+        for features, thresholds in _trees(part._predictors, seen):
+            yield np.asarray(codes.order)[features], thresholds
     elif boosting.is_boosted(part):
         yield from boosting.thresholds(part)
     elif type(part).__module__.startswith("sklearn."):

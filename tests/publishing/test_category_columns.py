@@ -8,7 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    HistGradientBoostingRegressor,
+    StackingClassifier,
+    StackingRegressor,
+    VotingClassifier,
+    VotingRegressor,
+)
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 
 from splitserve import publish
@@ -82,6 +95,54 @@ def test_numeric_categories_of_histogram_boosting_are_served(tmp_path: Path) -> 
         np.testing.assert_allclose(found["probabilities"], pipeline.predict_proba(given), atol=1e-6)
 
 
+SMALL: dict[str, Any] = {"max_iter": 5, "min_samples_leaf": 5}
+OUTER = {
+    "voting": lambda one: VotingClassifier([("one", one), ("other", clone(one).set_params(max_iter=3))], voting="soft"),
+    "stacking": lambda one: StackingClassifier([("one", one)], LogisticRegression(), cv=2),
+    "calibrated": lambda one: CalibratedClassifierCV(one, cv=3),
+    "one against the rest": OneVsRestClassifier,
+    "several targets": MultiOutputClassifier,
+    "search": lambda one: GridSearchCV(one, {"max_iter": [2, 4]}, cv=2),
+}
+LEVELS = np.digitize(TARGET, np.quantile(TARGET, [0.3, 0.7]))
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("how", ["from_dtype", "numbers"])
+def test_categories_of_histogram_boosting_inside_of_another_are_served(tmp_path: Path, outer: str, how: str) -> None:
+    """Members that were fitted on other rows know other categories; numbers are categories in any order and column."""
+    rows: Any = ROWS
+    if how == "numbers":
+        rows = np.stack([RANDOM.choice([-3.0, 0.1, 7.0, 1e6, np.nan], size=N), ROWS["amount"], ROWS["shop"].cat.codes], axis=1)
+    chosen: Any = "from_dtype" if how == "from_dtype" else [2, 0]
+    y = LEVELS if outer != "several targets" else np.stack([LEVELS, LEVELS > 1], axis=1)
+    pipeline = make_pipeline(OUTER[outer](HistGradientBoostingClassifier(categorical_features=chosen, **SMALL))).fit(rows, y)
+
+    published = publish(pipeline, rows, name="m", repository=tmp_path)
+
+    assert published.hard_rows["thresholds"]
+    for given in (rows, unusual() if how == "from_dtype" else np.array([[0.2, 1.0, 3.0], [-0.0, np.nan, 2.5], [1e6, 0.0, -1.0]])):
+        found = answer(tmp_path, "m", given)
+        labels = found["label"] if "label" in found else np.stack([found["label_0"], found["label_1"]], axis=1)
+        assert labels.tolist() == pipeline.predict(given).tolist()
+
+
+@pytest.mark.parametrize("outer", [VotingRegressor, lambda members: StackingRegressor(members, Ridge(), cv=2)])
+def test_categories_of_histogram_regressors_inside_of_another_are_served(tmp_path: Path, outer: Any) -> None:
+    """By name, where one of the members takes one of the columns as numbers."""
+    rows = ROWS.assign(shop=ROWS["shop"].cat.codes.astype(float))
+    members = [
+        ("one", HistGradientBoostingRegressor(categorical_features=["colour", "shop"], **SMALL)),
+        ("other", HistGradientBoostingRegressor(categorical_features=["colour"], **SMALL)),
+    ]
+    pipeline = make_pipeline(outer(members)).fit(rows, TARGET)
+
+    publish(pipeline, rows, name="m", repository=tmp_path)
+
+    for given in (rows, rows.assign(colour="violet", shop=2.5)):
+        np.testing.assert_allclose(answer(tmp_path, "m", given)["prediction"].ravel(), pipeline.predict(given), rtol=1e-6)
+
+
 def test_codes_of_unseen_categories() -> None:
     """A missing value is NaN in each case; XGBoost looks an unknown category up as the next known one."""
     known: list[list[Any] | None] = [None, ["b", "d", "a"]]
@@ -91,6 +152,5 @@ def test_codes_of_unseen_categories() -> None:
     assert np.isnan(CategoryCodes(known).transform(rows)[1:3, 1]).all()
     assert CategoryCodes(known, unseen="after").transform(rows)[2].tolist() == [3, 3]
     assert CategoryCodes(known, unseen="next").transform(rows)[2].tolist() == [3, 1]
-    assert CategoryCodes(known, order=[1, 0]).transform(rows)[0].tolist() == [1, 1]
     with pytest.raises(ValueError, match="'e' is not a category that the model knows"):
         CategoryCodes(known, unseen="next").transform(rows.assign(c="e"))

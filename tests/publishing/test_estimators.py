@@ -13,7 +13,7 @@ import pytest
 from sklearn.base import is_classifier
 from sklearn.cluster import DBSCAN
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier, VotingClassifier
+from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, RadiusNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -216,10 +216,6 @@ def test_every_class_is_published_in_a_test_or_refused() -> None:
         (KNeighborsClassifier(weights=lambda distances: distances + 1), "use weights='uniform' or 'distance'"),
         (KNeighborsClassifier(metric="cosine", algorithm="brute"), "the metric cosine has no ONNX form; use euclidean"),
         (SVC(kernel=lambda left, right: left @ right.T), "a callable kernel has no ONNX form; use one of linear"),
-        (
-            VotingClassifier([("boosted", HistGradientBoostingClassifier(categorical_features=[0], max_iter=2))]),
-            "inside of another estimator; encode the columns in a ColumnTransformer step",
-        ),
     ],
     ids=lambda each: type(each).__name__ if not isinstance(each, str) else "",
 )

@@ -37,8 +37,6 @@ AS_TRANSFORM = {"Birch": "skops cannot store its tree; KMeans, or allow_pickle=T
 LIMITS: dict[str, str] = {
     "BaggingClassifier": "equal to the last bit with n_jobs=None",
     "DummyClassifier": "not with strategy='stratified' or 'uniform', which answer at random",
-    "HistGradientBoostingClassifier": "inside of another estimator: encode categorical_features in a step before",
-    "HistGradientBoostingRegressor": "inside of another estimator: encode categorical_features in a step before",
     "IsotonicRegression": "with out_of_bounds='clip' or 'nan'; 'raise' refuses rows, which a graph cannot",
     **dict.fromkeys(
         ("KNeighborsClassifier", "KNeighborsRegressor", "LocalOutlierFactor"),

@@ -345,18 +345,79 @@ def _bits(words: Array) -> Array:
     return np.unpackbits(np.asarray(words, "<u4").view(np.uint8), bitorder="little") != 0
 
 
+class HistogramCodes(msgspec.Struct, frozen=True):
+    """What HistGradientBoosting does to rows: columns of categories come first, as codes, NaN where a category is unknown.
+
+    ``categories`` are those of each categorical column as numbers, in the order of their codes; ``order`` are the columns.
+    """
+
+    categories: Sequence[Sequence[float]]
+    order: Sequence[int]
+
+    @classmethod
+    def of(cls, model: Any, known: Sequence[Sequence[float]] | None = None) -> HistogramCodes | None:
+        """Of a fitted model; None if it has no columns of categories.
+
+        Args:
+            model: fitted.
+            known: the categories of its categorical columns, where they are not numbers in training.
+
+        Raises:
+            NotConvertible: they are not numbers, and not given.
+        """
+        given = getattr(model, "_preprocessor", None)
+        if given is None or isinstance(given, cls):
+            return given
+        is_category = np.asarray(model.is_categorical_, bool)
+        if known is None:
+            known = [present(each) for each in given.named_transformers_["encoder"].categories_]
+        if not all(isinstance(each, int | float) for column in known for each in column):
+            raise NotConvertible(
+                f"{type(model).__name__} with categorical_features of text has no ONNX form here; encode the columns in a "
+                "ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without categorical_features"
+            )
+        order = [*np.flatnonzero(is_category).tolist(), *np.flatnonzero(~is_category).tolist()]
+        return cls([[float(each) for each in column] for column in known], order)
+
+    def transform(self, rows: Any) -> Array:
+        """(n_rows, n_features) of numbers, as scikit-learn's own object does it."""
+        found = np.array(rows, np.float64)[:, self.order]
+        for place, categories in enumerate(self.categories):
+            codes = {category: float(code) for code, category in enumerate(categories)}
+            found[:, place] = [codes.get(value, np.nan) for value in found[:, place].tolist()]
+        return found
+
+    def encoded(self, x: Value) -> Value:
+        """Likewise in a graph, in float64."""
+        graph, parts = x.graph, []
+        for column, categories in zip(self.order, self.categories, strict=False):
+            keys = {np.array(category, x.dtype).item(): code for code, category in reversed([*enumerate(categories)])}
+            tensors = {
+                "keys_tensor": np.array([*keys], x.dtype),
+                "values_tensor": np.array([*keys.values()], x.dtype),
+                "default_tensor": np.array([np.nan], x.dtype),
+            }
+            given = {name: numpy_helper.from_array(values, name) for name, values in tensors.items()}
+            parts.append(graph.op("LabelEncoder", x.take([column]), **given))
+        if numbers := self.order[len(parts) :]:
+            parts.append(x.take(numbers))
+        return concat(parts).astype(np.float64)
+
+
+def present(categories: Any) -> list[Any]:
+    """Without the missing value, which comes last."""
+    return [each for each in categories.tolist() if each is not None and each == each]
+
+
 class _Histogram(Form):
-    """HistGradientBoosting on numbers and on codes of categories, which come first."""
+    """HistGradientBoosting on numbers and on categories that are numbers."""
 
     @cached_property
     def raw(self) -> Value:
         """(n_rows, n_trees_per_iteration)."""
         model = self.estimator
-        if getattr(model, "_preprocessor", None) is not None:
-            raise NotConvertible(
-                f"{type(model).__name__} with categorical_features has no ONNX form inside of another estimator; encode the "
-                "columns in a ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without categorical_features"
-            )
+        codes = HistogramCodes.of(model)
+        rows = self.x.astype(np.float64) if codes is None else codes.encoded(self.x)
         known, place_of = model._bin_mapper.make_known_categories_bitsets()
         stages = model._predictors
         trees, values = [], []
@@ -378,7 +439,7 @@ class _Histogram(Form):
         first = constant_rows(self.x, np.ravel(model._baseline_prediction)).reshape(-1, 1, width)
         if not trees:
             return first.reshape(-1, width)
-        found = leaf_values(self.x.astype(np.float64), trees, values).reshape(-1, len(stages), width)
+        found = leaf_values(rows, trees, values).reshape(-1, len(stages), width)
         return concat([first, found]).running_sum(1)
 
 

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import xgboost as xgb
 from sklearn.compose import make_column_transformer
+from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor, VotingRegressor
+from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -71,6 +73,39 @@ def test_categories_behind_transforms_that_keep_a_frame_are_served(tmp_path: Pat
     found = answer(tmp_path, "m", ROWS)
     assert found["label"].tolist() == pipeline.predict(ROWS).tolist()
     np.testing.assert_allclose(found["probabilities"], pipeline.predict_proba(ROWS), atol=1e-6)
+
+
+SMALL: dict[str, Any] = {"n_estimators": 5}
+OUTER: dict[str, Any] = {
+    "lightgbm beside histograms": VotingRegressor(
+        [
+            ("one", HistGradientBoostingRegressor(categorical_features="from_dtype", max_iter=5)),
+            ("other", lgb.LGBMRegressor(verbose=-1, min_data_per_group=3, **SMALL)),
+        ]
+    ),
+    "lightgbm stacked": StackingRegressor([("one", lgb.LGBMRegressor(verbose=-1, **SMALL))], Ridge(), cv=2),
+    "xgboost": VotingRegressor([(name, xgb.XGBRegressor(enable_categorical=True, **SMALL)) for name in ("one", "other")]),
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_categories_inside_of_another_estimator_are_served(tmp_path: Path, outer: str) -> None:
+    """Each member computes with its own codes."""
+    pipeline = make_pipeline(OUTER[outer]).fit(ROWS, TARGET)
+
+    publish(pipeline, ROWS, name="m", repository=tmp_path)
+
+    for rows in [ROWS] if outer == "xgboost" else [ROWS, unusual()]:
+        np.testing.assert_allclose(answer(tmp_path, "m", rows)["prediction"].ravel(), pipeline.predict(rows), rtol=1e-6)
+
+
+def test_members_that_treat_unknown_categories_differently_are_refused(tmp_path: Path) -> None:
+    """LightGBM takes them as missing, XGBoost does not."""
+    members = [("one", lgb.LGBMRegressor(verbose=-1, **SMALL)), ("other", xgb.XGBRegressor(enable_categorical=True, **SMALL))]
+    pipeline = make_pipeline(VotingRegressor(members)).fit(ROWS, TARGET)
+
+    with pytest.raises(PublishError, match=r"XGBRegressor has other codes of categories \(colour\) than LGBMRegressor beside it"):
+        publish(pipeline, ROWS, name="m", repository=tmp_path)
 
 
 def test_catboosts_own_categories_are_refused_by_name(tmp_path: Path) -> None:
