@@ -79,7 +79,10 @@ class RegistryHandler(Handler):
         if method == "registered-models/alias":
             found = self.files.aliases.get((model, query["alias"]))
             if found is None:
-                return 404, _unknown(f"Registered model alias {query['alias']} not found.")
+                return 400, {
+                    "error_code": "INVALID_PARAMETER_VALUE",
+                    "message": f"Registered model alias {query['alias']} not found.",
+                }
             version = found
         if (model, version) not in self.files.versions:
             return 404, _unknown(f"Model Version (name={model}, version={version}) not found")

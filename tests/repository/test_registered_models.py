@@ -193,7 +193,7 @@ def test_artifacts_may_be_in_any_store_of_fsspec(
     ("where", "message"),
     [
         ("mlflow:other@champion", "mlflow:other@champion: {url}: not found: Registered Model with name=other not found"),
-        ("mlflow:m@staging", "mlflow:m@staging: {url}: not found: Registered model alias staging not found."),
+        ("mlflow:m@staging", "mlflow:m@staging: {url}: HTTP status 400 Registered model alias staging not found."),
         ("mlflow:m/7", "mlflow:m/7: {url}: not found: Model Version (name=m, version=7) not found"),
     ],
 )
