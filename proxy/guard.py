@@ -121,3 +121,6 @@ class JobsGuard(Guard):
 
     def _checked(self, request: InferRequest) -> InferRequest:
         return self._checked_submitter(request)
+
+    async def metadata(self, model: str, version: str = "") -> ModelMetadata:
+        return await self._service.metadata(model, version)

@@ -147,26 +147,45 @@ def backup(folder: Path, to: Path) -> int:
         print(f"{folder}: there are no jobs", file=sys.stderr)
         return 1
     to.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Before the database and after it: jobs may end meanwhile, and their requests are removed; others are submitted.
+    n_files = _copy_new(folder / PAYLOADS, to / PAYLOADS)
     copied = sqlite3.connect(to / DATABASE)
     source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:
         source.backup(copied, pages=1000)
         copied.execute("PRAGMA journal_mode = DELETE")
+        n_files += _copy_new(folder / PAYLOADS, to / PAYLOADS)
+        rows = copied.execute(
+            "SELECT request_ref FROM jobs WHERE request_ref <> '' UNION SELECT answer_ref FROM jobs WHERE answer_ref <> ''"
+        )
+        n_missing = sum(not (to / PAYLOADS / ref).exists() for (ref,) in rows)
     finally:
         source.close()
         copied.close()
-    n_files = 0
-    payloads = folder / PAYLOADS
-    if payloads.is_dir():  # after the database: each file that a row of the copy names is there, unless its job is gone by now
-        (to / PAYLOADS).mkdir(mode=0o700, exist_ok=True)
-        for path in payloads.iterdir():
-            try:
-                shutil.copy2(path, to / PAYLOADS / path.name)
-                n_files += 1
-            except FileNotFoundError:
-                continue
     print(f"{to}: the database and {n_files} payloads")
+    if n_missing:
+        print(
+            f"{n_missing} payloads that jobs name are not in {folder / PAYLOADS}: back up JOBS_PAYLOADS too, if it is elsewhere",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _copy_new(source: Path, to: Path) -> int:
+    """Copy files that are not there yet, and are not removed meanwhile. Payloads are never changed. Returns their number."""
+    if not source.is_dir():
+        return 0
+    to.mkdir(mode=0o700, exist_ok=True)
+    n_copied = 0
+    for path in source.iterdir():
+        if path.suffix == ".tmp" or (to / path.name).exists():
+            continue
+        try:
+            shutil.copy2(path, to / path.name)
+            n_copied += 1
+        except FileNotFoundError:
+            continue
+    return n_copied
 
 
 def restore(folder: Path, source: Path) -> int:

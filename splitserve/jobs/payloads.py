@@ -7,11 +7,12 @@ between leaves a file without a row, which a sweep removes once it is old. Files
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,31 +129,48 @@ class _Folder:
 
 
 class _Bucket:
-    """An object is visible only once its upload is complete."""
+    """An object is visible only once its upload is complete. The bucket has to exist; it may be unreachable at the start."""
 
     def __init__(self, url: str) -> None:
         import fsspec
 
         self._files: Any
-        self._files, self._root = fsspec.core.url_to_fs(url)
-        self._files.makedirs(self._root, exist_ok=True)
+        self._files, self._root = fsspec.core.url_to_fs(url, **({"auto_mkdir": True} if url.startswith("file:") else {}))
 
     def write(self, ref: str, data: bytes) -> None:
-        self._files.pipe_file(f"{self._root}/{ref}", data)
+        with _os_errors():
+            self._files.pipe_file(self._path(ref), data)
 
     def read(self, ref: str) -> bytes:
-        data: bytes = self._files.cat_file(f"{self._root}/{ref}")
+        with _os_errors():
+            data: bytes = self._files.cat_file(self._path(ref))
         return data
 
     def remove(self, refs: Iterable[str]) -> None:
         for ref in refs:
-            try:
-                self._files.rm_file(f"{self._root}/{ref}")
-            except OSError:
-                continue
+            with contextlib.suppress(OSError), _os_errors():
+                self._files.rm_file(self._path(ref))
 
     def older_than(self, age_s: float) -> list[str]:
         before = time.time() - age_s
-        self._files.invalidate_cache()
-        found = self._files.ls(self._root, detail=True)
-        return [entry["name"].rpartition("/")[2] for entry in found if self._files.modified(entry["name"]).timestamp() < before]
+        with _os_errors():
+            self._files.invalidate_cache()
+            try:
+                names = [entry["name"] for entry in self._files.ls(self._root, detail=True)]
+            except FileNotFoundError:  # nothing was ever stored
+                return []
+            return [name.rpartition("/")[2] for name in names if self._files.modified(name).timestamp() < before]
+
+    def _path(self, ref: str) -> str:
+        return f"{self._root}/{ref}"
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Clients of buckets raise errors of their own where the bucket is unreachable: they leave the block as `OSError`."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

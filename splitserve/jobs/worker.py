@@ -7,7 +7,8 @@
 3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is unreachable, the
    group is kept and written again; meanwhile its jobs hold their leases and their places in the window, which bounds the buffer.
 4. An error of the request's content ends the job; an error of the system is retried with backoff, up to the store's limit of
-   attempts. An attempt that the proxy refused (429), or that ended because the proxy was unreachable, is given back.
+   attempts. An attempt that the proxy refused (429), or that ended because the proxy was unreachable, or because a payload could
+   not be read or stored, is given back.
 5. Draining: nothing is claimed any more; what is in flight may finish within the grace, and is given back after that.
 
 It knows no transport: ``inference`` is any `InferenceService`.
@@ -260,6 +261,8 @@ class Worker:
             missing = JobError.of(Internal("the stored request cannot be found", stage=STAGE, model=claimed.model))
             self._log.debug("request of a job not found", reason=str(error))
             self._end(Retry(claimed.lease, backoff_s(claimed.attempt), missing))
+        except (StorageFull, Unavailable):
+            self._give_back(claimed)
         except Exception as error:
             self._failed(running, error)
         else:
@@ -321,8 +324,15 @@ class Worker:
     async def _store_answer(self, running: _Running, data: bytes) -> None:
         try:
             self._end(Finish(running.claimed.lease, await self._payloads.store(data)))
+        except (StorageFull, Unavailable):
+            self._give_back(running.claimed)
         except Exception as error:
             self._failed(running, error)
+
+    def _give_back(self, claimed: Claimed) -> None:
+        """Payloads cannot be read or stored, e.g. because the disk is full: that is neither the job's fault nor the proxy's."""
+        self._slow_down()
+        self._end(Retry(claimed.lease, backoff_s(claimed.attempt)))
 
     def _failed(self, running: _Running, error: Exception) -> None:
         """What follows from an error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,42 @@ async def test_a_backup_has_every_job_that_was_acknowledged(tmp_path, capsys):
     await again.close()
     assert found == {new.id for new in submits[:19]}
     assert (folder / "payloads" / "ref").read_bytes() == b"large"
+
+
+async def test_a_backup_without_its_payloads_says_so(tmp_path, capsys):
+    """They are in a bucket, or in another folder."""
+    store = SqliteStore(tmp_path / "jobs")
+    store.open()
+    for ref in ("here", "elsewhere"):
+        await store.submit(NewJob(id=new_id(), owner="", model="m", version="1.1", request=Payload(ref=ref)))
+    await store.close()
+    (tmp_path / "jobs" / "payloads").mkdir()
+    (tmp_path / "jobs" / "payloads" / "here").touch()
+
+    assert commands.backup(tmp_path / "jobs", tmp_path / "copy") == 0
+    assert "1 payloads that jobs name are not in" in capsys.readouterr().err
+
+
+async def test_a_backup_has_the_requests_of_jobs_that_end_meanwhile(tmp_path, capsys, monkeypatch):
+    """Restored, they are queued again: their requests are needed."""
+    store = SqliteStore(tmp_path / "jobs")
+    store.open()
+    await store.submit(NewJob(id=new_id(), owner="", model="m", version="1.1", request=Payload(ref="ref")))
+    payload = tmp_path / "jobs" / "payloads" / "ref"
+    payload.parent.mkdir()
+    payload.write_bytes(b"request")
+    connect = sqlite3.connect
+
+    def connect_late(*arguments, **options):
+        payload.unlink(missing_ok=True)
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(commands.sqlite3, "connect", connect_late)
+
+    assert commands.backup(tmp_path / "jobs", tmp_path / "copy") == 0
+
+    assert (tmp_path / "copy" / "payloads" / "ref").read_bytes() == b"request"
+    await store.close()
 
 
 async def test_a_backup_is_not_written_over_another(tmp_path, capsys):

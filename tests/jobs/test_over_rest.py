@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +337,27 @@ async def test_a_refused_submit_leaves_no_key(system):
     accepted = await submit_with_key(system, key)
 
     assert (refused.status_code, accepted.status_code) == (404, 202)
+
+
+async def test_a_full_disk_refuses_submits_only(system, monkeypatch):
+    """507, without taking the key; states, results, DELETE and the sweep work on, and submits as soon as there is space."""
+    kept, removed, key = await system.submitted(), await system.submitted(), new_id()
+    for job in (kept, removed):
+        await system.ended(job)
+    usage = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    refused = await submit_with_key(system, key)
+    found = await system.rest.get(kept["urls"]["self"])
+    result = await system.rest.get(kept["urls"]["result"])
+    deleted = await system.rest.delete(removed["urls"]["self"])
+    await system.queue._sweep()
+    usage.free = 10**12
+    accepted = await submit_with_key(system, key)
+
+    assert refused.status_code == 507
+    assert "full" in refused.json()["error"]
+    assert [each.status_code for each in (found, result, deleted, accepted)] == [200, 200, 200, 202]
 
 
 async def test_a_key_whose_job_was_removed_is_gone(system):

@@ -20,6 +20,7 @@ from splitserve.errors import (
     PairMismatch,
     PermissionDenied,
     SplitserveError,
+    StorageFull,
     Unavailable,
 )
 from splitserve.jobs import worker as worker_module
@@ -210,6 +211,41 @@ async def test_an_unexpected_error_is_tried_a_few_times_only(workshop):
         ended = await workshop.ended(job)
 
     assert (ended.status, ended.attempt) == ("failed", INTERNAL_ATTEMPTS)
+
+
+@pytest.mark.parametrize("what", ["read", "store"])
+@pytest.mark.parametrize("error", [StorageFull("the disk for payloads of jobs is full"), Unavailable("payloads of jobs")])
+async def test_payloads_that_cannot_be_reached_cost_no_attempt(workshop, monkeypatch, what, error):
+    """As a database that cannot: a full disk, or a bucket that is down for a while, loses no job."""
+    large = Tensor("x", "UINT8", (5000,), bytes(5000))
+    job = await workshop.submit(large)
+    operation, n_failures = getattr(workshop.payloads, what), iter(range(10))
+
+    async def failing_first(argument):
+        if next(n_failures, None) is not None:
+            raise error
+        return await operation(argument)
+
+    monkeypatch.setattr(workshop.payloads, what, failing_first)
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+    assert next(n_failures, None) is None
+
+
+async def test_a_job_whose_stored_request_is_gone_fails(workshop, tmp_path):
+    """It names what is missing, e.g. after a backup without its payloads was restored."""
+    job = await workshop.submit(Tensor("x", "UINT8", (5000,), bytes(5000)))
+    for path in (tmp_path / "payloads").iterdir():
+        path.unlink()
+
+    async with workshop.working():
+        ended = await workshop.ended(job)
+
+    assert "the stored request cannot be found" in ended.error.message
+    assert workshop.proxy.requests == []
 
 
 async def test_429_does_not_count_and_slows_down(workshop):
