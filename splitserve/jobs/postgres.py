@@ -59,6 +59,9 @@ CONNECT_TIMEOUT_S = 5
 ANNOUNCE_INTERVAL_S = 0.1
 """At most one NOTIFY in this time: each takes a lock that all commits share."""
 
+LISTENING_TIMEOUT_S = 5.0
+"""How long a listener waits for an announcement of its own process."""
+
 CHANNEL = "splitserve_jobs"
 
 _MIGRATION_LOCK = 0x73706A62
@@ -230,9 +233,19 @@ class PostgresStore:
                 async with connection:
                     await connection.execute(f"LISTEN {CHANNEL}")
                     self._notify()
+                    await self._check_listening(connection)
                     async for _ in connection.notifies():
                         self._notify()
             await asyncio.sleep(1.0)
+
+    async def _check_listening(self, connection: AsyncConnection[tuple[Any, ...]]) -> None:
+        """A pooler accepts LISTEN and delivers nothing: wait for an announcement of our own."""
+        self.announce()
+        async for _ in connection.notifies(timeout=LISTENING_TIMEOUT_S, stop_after=1):
+            self._notify()
+            return
+        # Other replicas' jobs are noticed by polling only. If DATABASE_URL is that of a pooler, set DATABASE_DIRECT_URL.
+        self._log.warning("announcements not received", see="JOBS_DATABASE_DIRECT_URL")
 
     # The interface.
 

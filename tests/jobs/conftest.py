@@ -10,7 +10,7 @@ import pytest
 from splitserve.jobs.records import StoreRules
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.store import JobStore
-from tests.jobs.postgres_server import PostgresServer, postgres_server
+from tests.jobs.postgres_server import PostgresServer, pgbouncer, postgres_server
 
 OpenStore = Callable[..., Awaitable[JobStore]]
 
@@ -22,7 +22,14 @@ def postgres() -> Iterator[PostgresServer]:
         yield server
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+@pytest.fixture(scope="session")
+def pooler(postgres: PostgresServer) -> Iterator[str]:
+    """The URL of pgbouncer in front of the server."""
+    with pgbouncer(postgres) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", *(pytest.param(name, marks=pytest.mark.postgres) for name in ("postgres", "pgbouncer"))])
 async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[OpenStore]:
     """Opens an empty store with the rules that it is given. A second call opens the same data again, with PostgreSQL as another
     replica, with SQLite as the next process."""
@@ -39,13 +46,14 @@ async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIte
     async def open_postgres(**rules: float) -> JobStore:
         from splitserve.jobs.postgres import PostgresStore
 
-        store = PostgresStore(server.url, StoreRules(**rules))
+        store = PostgresStore(url, StoreRules(**rules), direct_url=server.url)
         await store.__aenter__()
         stores.append(store)
         return store
 
-    if request.param == "postgres":
+    if request.param != "sqlite":
         server: PostgresServer = request.getfixturevalue("postgres")
+        url: str = request.getfixturevalue("pooler") if request.param == "pgbouncer" else server.url
         server.sql("DROP SCHEMA IF EXISTS splitserve_jobs CASCADE")
     yield open_sqlite if request.param == "sqlite" else open_postgres
     for store in stores:

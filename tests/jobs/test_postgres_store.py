@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import structlog.testing
 
 from splitserve.errors import SplitserveError, Unavailable
+from splitserve.jobs import postgres as postgres_module
 from splitserve.jobs.postgres import PostgresStore
 from splitserve.jobs.records import Finish, NewJob, Payload, new_id
 from tests.jobs.postgres_server import PostgresServer
+from tests.jobs.whole import until
 
 pytestmark = pytest.mark.postgres
 HOUR = 3600.0
@@ -116,16 +119,27 @@ async def test_a_job_of_which_nothing_is_known_is_named(postgres, store):
         postgres.start()
 
 
-async def test_announcements_reach_other_replicas(postgres, store):
-    """So that a worker, or a caller that waits, need not poll."""
-    looked = asyncio.Event()
-    async with PostgresStore(postgres.url) as other:
-        other.on_announcement(looked.set)
-        async with asyncio.timeout(30):
-            await looked.wait()  # it listens now
-            looked.clear()
-            store.announce()
-            await looked.wait()
+@pytest.mark.parametrize("is_pooled", [False, True], ids=["direct", "pooled"])
+async def test_announcements_reach_other_replicas(postgres, pooler, is_pooled):
+    """So that a worker, or a caller that waits, need not poll; behind a pooler by the direct URL."""
+    heard = asyncio.Event()
+    url = pooler if is_pooled else postgres.url
+    store, other = (PostgresStore(url, direct_url=postgres.url) for _ in range(2))
+    other.announce = lambda: None
+    other.on_announcement(heard.set)
+    async with store, other, asyncio.timeout(30):
+        await heard.wait()  # it listens now
+        heard.clear()
+        store.announce()
+        await heard.wait()
+
+
+async def test_listening_through_a_pooler_is_reported(pooler, monkeypatch):
+    """It accepts LISTEN and delivers nothing; the log names the setting."""
+    monkeypatch.setattr(postgres_module, "LISTENING_TIMEOUT_S", 0.2)
+    with structlog.testing.capture_logs() as logs:
+        async with PostgresStore(pooler):
+            await until(lambda: any(entry["event"] == "announcements not received" for entry in logs))
 
 
 async def test_submits_send_no_notify(postgres, store):
