@@ -14,7 +14,7 @@ from splitserve.errors import InvalidInput
 from splitserve.jobs.protobuf import CALLER_KEY, decode_caller, encode_caller
 from splitserve.jobs.records import JobCaller
 from tests.contracts.faces import served
-from tests.jobs.whole import body, whole
+from tests.jobs.whole import body, until, whole
 
 ROW = ((1.0, 2.0),)
 
@@ -87,6 +87,13 @@ async def test_rights_are_checked_when_the_job_runs(system, tmp_path, rights):
     assert found.status == "failed", found
     assert found.error.reason == "PERMISSION_DENIED"
     assert system.backend.requests == []
+
+
+async def test_the_worker_learns_which_models_can_be_merged(system):
+    """It is let in: with its token, or because it is in the proxy's process."""
+    await system.submitted(headers=as_("ann"))
+
+    await until(lambda: system.queue.worker._mergeable == {("echo", "2.1"): True})
 
 
 async def test_credentials_are_not_stored(system, tmp_path):
