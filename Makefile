@@ -204,14 +204,18 @@ test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
 
 # One resolution for everything; each image's lock is a part of it.
-COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate pyproject.toml
+COMPILE_FROM := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+COMPILE := $(COMPILE_FROM) pyproject.toml
+TEMPLATES := splitserve/pipeline/templates
 # All extras but publish-boosting, whose libraries are large and have environments of their own.
 EXTRAS := azure cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish registry s3 server signing training
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
 	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http registry signing compiled; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
-	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o splitserve/pipeline/templates/tables/requirements.txt
-	cp splitserve/pipeline/templates/tables/requirements.txt $(IMAGES)/
+	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o $(TEMPLATES)/tables/requirements.txt
+	cp $(TEMPLATES)/tables/requirements.txt $(TEMPLATES)/images/
+	printf 'pandas\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/tables/data-requirements.txt
+	printf 'numpy\npillow\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/images/data-requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -51,6 +51,7 @@ def _parser(pipelines: TrainingPipeline | Mapping[str, TrainingPipeline]) -> arg
     run.add_argument("--until", default="", metavar="STEP", help="the last step to run")
     for command in (run, status):
         command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter; JSON, else text")
+        command.add_argument("--containers", action="store_true", help="each step in an image of its own; needs docker")
     return parser
 
 
@@ -69,10 +70,14 @@ def parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def _runner(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> Runner:
+    chosen = pipeline.container_parameters if parsed.containers else {}
+    return Runner(pipeline.with_parameters({**chosen, **dict(map(parameter, parsed.set))}), in_containers=parsed.containers)
+
+
 def _run(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     began = time.monotonic()
-    pipeline = pipeline.with_parameters(dict(map(parameter, parsed.set)))
-    runner = Runner(pipeline)
+    runner = _runner(pipeline, parsed)
     run = runner.run(first=parsed.first, until=parsed.until)
     if run is None:
         print("nothing to do: every step has finished with these inputs, parameters and sources")
@@ -96,7 +101,7 @@ def _print_models(runner: Runner, states: Sequence[StepState]) -> None:
 
 
 def _status(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
-    runner = Runner(pipeline.with_parameters(dict(map(parameter, parsed.set))))
+    runner = _runner(pipeline, parsed)
     if runner.index.unclosed() and not runner.index.is_running():
         with runner.index.locked():
             runner.close_dead()

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ class Call:
         outputs: an empty folder.
         scratch: folder that is kept for the next attempt.
         error: file that gets the message if the step fails in its own process.
+        project: a name for what the step starts in docker, the same in each attempt.
+        fetched: SHA-256 of each file that a step in a container copies first, by its path in the attempt's folder.
     """
 
     step: str
@@ -51,6 +53,8 @@ class Call:
     outputs: str
     scratch: str
     error: str
+    project: str = ""
+    fetched: dict[str, str] = field(default_factory=dict)
 
     def make(self, context: Context) -> None:
         """Import the function and call it."""
@@ -67,6 +71,7 @@ class Context:
         checkpoints: kept from one attempt to the next of the same digest, and for no other.
         record: MLflow, for a step that runs in the runner; None for others.
         run_id: of the step's MLflow run; "" for others.
+        project: a name for what the step starts in docker: what an attempt that was killed has left is found under it.
     """
 
     def __init__(self, call: Call) -> None:
@@ -74,6 +79,7 @@ class Context:
         self.checkpoints = Checkpoints(Path(call.scratch, "checkpoints"))
         self.record: Record | None = None
         self.run_id = ""
+        self.project = call.project
         self._files, self._inputs = call.files, Path(call.inputs)
         self._metrics = Path(call.scratch, "metrics.jsonl")
         self._shown = 0.0

@@ -32,6 +32,8 @@ class Step:
         lock: file with the versions of its libraries, relative to the pipeline's folder.
         python: the interpreter of the step's own environment, relative to the pipeline's folder; by default that of the runner.
         runs_in_runner: the step runs in the runner's process and may use ``context.record``: steps that talk to MLflow.
+        needs_docker: the step starts containers, so with ``--containers`` it runs on this machine and not in one.
+        container_options: further options of ``docker run`` with ``--containers``, e.g. ``("--gpus=all", "--memory=8g")``.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Step:
     lock: str = ""
     python: str = ""
     runs_in_runner: bool = False
+    needs_docker: bool = False
+    container_options: tuple[str, ...] = ()
 
     def upstream(self) -> tuple[str, ...]:
         """Names of the steps whose outputs it reads."""
@@ -60,6 +64,7 @@ class TrainingPipeline:
         folder: of the pipeline's files; relative paths in parameters and locks start there.
         store: folder of the local record, work files and index; by default ``SPLITSERVE_TRAINING_STORE``, else
             ``training-store`` beside the pipeline's folder.
+        container_parameters: values that parameters have with ``--containers`` unless they are set.
 
     Raises:
         DeclarationError: a name is used twice or not declared, a parameter is not plain data.
@@ -71,6 +76,7 @@ class TrainingPipeline:
     steps: Sequence[Step]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     store: Path | None = None
+    container_parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seen: set[str] = set()

@@ -40,11 +40,25 @@ class Dependencies:
             "files": {name: digest_of_file(file_of(self.pipeline, step, name)) for name in step.files},
             "environment": {name: os.environ.get(name) for name in step.environment},
             "lock": locked_versions(self.pipeline.path(step.lock)) if step.lock else None,
+            "image": None,  # the runner knows it
             "python": "{}.{}".format(*sys.version_info),
             "splitserve": splitserve.__version__,
-            "sources": self._sources.reached([module, *map(self.pipeline.module_of, step.extra_modules)]),
+            "sources": self._reached(step),
             "inputs": {path: digest for path, digest, _ in inputs_of(step, finished)},
         }
+
+    def modules_of(self, step: Step) -> dict[str, Path]:
+        """The files of the project's modules that a step reaches, by their paths below the folder that they are imported from."""
+        found: dict[str, Path] = {}
+        for name in self._reached(step):
+            if (file := self._sources.file_of(name)) is not None:
+                base = name.replace(".", "/")
+                found[f"{base}/__init__.py" if file.name == "__init__.py" else f"{base}.py"] = file
+        return found
+
+    def _reached(self, step: Step) -> dict[str, str]:
+        modules = (step.run.partition(":")[0], *step.extra_modules)
+        return self._sources.reached(map(self.pipeline.module_of, modules))
 
 
 def root_of(pipeline: TrainingPipeline) -> Path:

@@ -3,7 +3,7 @@
 1. The store is locked; runs of dead runners are closed.
 2. For each step in order: its digest, over all that it depends on, the digests of its inputs' bytes included.
 3. A step that has finished with this digest, and whose outputs have the recorded bytes, is reused.
-4. Any other runs in a process of its own, on copies of its inputs.
+4. Any other runs in a process or a container of its own, on copies of its inputs.
 5. Its outputs are uploaded, its MLflow run is ended, and last its mark is written to the index. Before that, it has not finished.
 6. A step that fails ends the run; nothing after it runs.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
+from splitserve.pipeline.containers import ArtifactServer, Container, StepImages, runs_in_container
 from splitserve.pipeline.context import StepFailed, first_of, read_metrics, write_durably
 from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
@@ -52,15 +53,22 @@ class RunFailed(Exception):
 
 
 class Runner:
-    """Runs one pipeline, and says what a run would do."""
+    """Runs one pipeline, and says what a run would do.
 
-    def __init__(self, pipeline: TrainingPipeline) -> None:
+    Args:
+        pipeline: what is run.
+        in_containers: whether each step has an image of its own.
+    """
+
+    def __init__(self, pipeline: TrainingPipeline, *, in_containers: bool = False) -> None:
         self.pipeline = pipeline
         self.store = pipeline.store_folder()
         self.index = Index(self.store, pipeline.name)
         self._dependencies = Dependencies(pipeline, self.store / "index" / "imports.json")
         self._attempts = self.store / "attempts"
         self._record: Record | None = None
+        self._images = StepImages(pipeline, self._dependencies.modules_of) if in_containers else None
+        self._server: ArtifactServer | None = None
 
     def states(self) -> list[StepState]:
         """What a run would do with each step: reuse it, run it and why, or wait for an earlier one."""
@@ -70,6 +78,11 @@ class Runner:
                 states.append(StepState(step.name, PENDING, why=f"waits for {', '.join(missing)}"))
                 continue
             depends_on = self._dependencies.of(step, finished)
+            if self._images is not None and runs_in_container(step):
+                depends_on["image"] = self._images.find(step)
+                if not depends_on["image"]:
+                    states.append(StepState(step.name, PENDING, why="its image has not been built"))
+                    continue
             state, found = self._state(step, depends_on)
             states.append(state)
             if found is not None:
@@ -99,7 +112,7 @@ class Runner:
             until: the last step to run; all by default.
 
         Returns:
-            the run; None if there was nothing to do.
+            The run; None if there was nothing to do.
 
         Raises:
             RunFailed: a step failed.
@@ -112,7 +125,10 @@ class Runner:
         with self.index.locked(), _sigterm_as_interrupt():
             shutil.rmtree(self._attempts, ignore_errors=True)  # of runners that were killed
             self.close_dead()
-            return self._run(steps, forced)
+            try:
+                return self._run(steps, forced)
+            finally:
+                self._close_server()
 
     def _run(self, steps: list[Step], forced: set[str]) -> RunState | None:
         finished: dict[str, Finished] = {}
@@ -125,12 +141,14 @@ class Runner:
                 if run is not None:
                     self._end(run, FAILED, str(error))
                 raise
+            if self._images is not None and runs_in_container(step):
+                try:
+                    depends_on["image"] = self._images.build(step)
+                except StepFailed as error:
+                    raise self._failed_to_begin(run or self._begin(reused), step, str(error)) from error
             state, found = self._state(step, depends_on, is_forced=step.name in forced)
-            if found is None and step.name not in forced and os.environ.get("MLFLOW_TRACKING_URI"):
-                found = self.record.fetch(step.name, state.digest)
-                if found is not None:
-                    self.index.finish(found)
-                    state = StepState(step.name, FINISHED, found.digest, found.run_id, found.seconds)
+            if found is None and step.name not in forced:
+                state, found = self._finished_elsewhere(state)
             if found is not None:
                 finished[step.name] = found
                 state.state = REUSED
@@ -146,6 +164,20 @@ class Runner:
             self._end(run, FINISHED)
             self._write_report(run)
         return run
+
+    def _finished_elsewhere(self, state: StepState) -> tuple[StepState, Finished | None]:
+        """The step as it has finished on another machine with the same tracking server; the state as it is if it has not."""
+        found = self.record.fetch(state.step, state.digest) if os.environ.get("MLFLOW_TRACKING_URI") else None
+        if found is None:
+            return state, None
+        self.index.finish(found)
+        return StepState(state.step, FINISHED, found.digest, found.run_id, found.seconds), found
+
+    def _failed_to_begin(self, run: RunState, step: Step, reason: str) -> RunFailed:
+        """Of a step that has no digest yet: its image cannot be built."""
+        state = StepState(step.name, RUNNING, run_id=self.record.start_step(step.name, "", parent=run.id))
+        run.steps.append(state)
+        return self._failed(run, state, reason, [])
 
     @property
     def record(self) -> Record:
@@ -206,7 +238,8 @@ class Runner:
         began = time.monotonic()
         self._attempts.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._attempts, prefix=f"{step.name}-") as folder:
-            outputs = Attempt(self.pipeline, step, Path(folder), scratch).run(
+            container = self._container(depends_on["image"], folder) if depends_on["image"] else None
+            outputs = Attempt(self.pipeline, step, Path(folder), scratch, container).run(
                 inputs_of(step, finished), run_id=state.run_id, record=self.record
             )
             state.seconds = round(time.monotonic() - began, 2)
@@ -226,6 +259,17 @@ class Runner:
                 raise StepFailed(f"{problem}: the artifact store does not hold what was written")
             self.record.finish(state.run_id, result)
         return result
+
+    def _container(self, image: str, folder: str) -> Container:
+        """Where the attempt in that folder runs; MLflow's server is started by the first."""
+        if self._server is None:
+            self._server = ArtifactServer(self._attempts, self.store / "artifact-server.log")
+        return Container(image, self._server.url(Path(folder).name))
+
+    def _close_server(self) -> None:
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> RunFailed:
         state.state, state.why = FAILED, reason

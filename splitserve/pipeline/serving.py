@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 from splitserve.checks.verify import verify
 from splitserve.client import Answer, Client
 from splitserve.errors import SplitserveError
-from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.context import Context, StepFailed
+from splitserve.pipeline.docker import last_lines
+from splitserve.pipeline.images import IMAGES_FILE, started_images
 from splitserve.repository.sources import source_of
 
 START_TIMEOUT_S = 120.0
@@ -36,7 +39,7 @@ class RunningSystem:
         """Send the golden rows of the release over both transports, as ``splitserve verify`` does.
 
         Returns:
-            how many rows agreed.
+            How many rows agreed.
 
         Raises:
             StepFailed: an answer differs from the recorded one, or there is none.
@@ -51,6 +54,45 @@ class RunningSystem:
                     raise StepFailed(f"over {transport}, {model} {outcome.pair}: {outcome.problem}")
                 n_rows += outcome.n_rows
         return n_rows
+
+
+@contextmanager
+def running_build(context: Context) -> Iterator[RunningSystem]:
+    """What the step ``build`` has made, running: containers of its images if it has made any, else processes.
+
+    Raises:
+        StepFailed: it does not start.
+    """
+    models = context.input("build/models")
+    file = models.parent / IMAGES_FILE
+    if not file.exists():
+        with running(models) as system:
+            yield system
+        return
+    with running_images(json.loads(file.read_text()), models, project=context.project) as system:
+        yield system
+
+
+@contextmanager
+def running_images(
+    images: Mapping[str, Mapping[str, str]], models: Path, *, project: str, start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[RunningSystem]:
+    """Containers of images with models inside, on free ports of this machine; removed at the end.
+
+    Args:
+        images: name and digest of the image of each service.
+        models: the model repository that is in them.
+        project: the name that docker has for the containers.
+        start_timeout_s: for all of them.
+
+    Raises:
+        StepFailed: they do not start; with their last log lines.
+    """
+    http, grpc = _free_ports(2)
+    with started_images(images, http_port=http, grpc_port=grpc, project=project) as containers, ExitStack() as stack:
+        clients = _clients(stack, http, grpc)
+        _wait_until_ready(clients, containers.ended, containers.logs, start_timeout_s)
+        yield RunningSystem(models, clients)
 
 
 @contextmanager
@@ -74,28 +116,36 @@ def running(models: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> Iterat
             command, cwd=models.parent, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         stack.callback(_stop, process)
-        clients = {
-            "rest": stack.enter_context(closing(Client(f"http://127.0.0.1:{http}"))),
-            "grpc": stack.enter_context(closing(Client(f"127.0.0.1:{grpc}"))),
-        }
-        _wait_until_ready(process, clients, log, start_timeout_s)
+        clients = _clients(stack, http, grpc)
+
+        def ended() -> str:
+            return "" if process.poll() is None else f"splitserve up exited with {process.returncode}"
+
+        _wait_until_ready(clients, ended, lambda: last_lines(log.read_text(errors="replace")), start_timeout_s)
         yield RunningSystem(models, clients)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], clients: Mapping[str, Client], log: Path, timeout_s: float) -> None:
+def _clients(stack: ExitStack, http: int, grpc: int) -> dict[str, Client]:
+    return {
+        "rest": stack.enter_context(closing(Client(f"http://127.0.0.1:{http}"))),
+        "grpc": stack.enter_context(closing(Client(f"127.0.0.1:{grpc}"))),
+    }
+
+
+def _wait_until_ready(clients: Mapping[str, Client], ended: Callable[[], str], logs: Callable[[], str], timeout_s: float) -> None:
+    """``ended`` says what has ended, if anything has; ``logs`` what the services wrote last."""
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while not (what := ended()):
         try:
             if all(client.is_ready() for client in clients.values()):
                 return
         except SplitserveError:
             pass  # not listening yet
-        time.sleep(0.1)
-    last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    what = f"did not become ready in {timeout_s:.0f} s" if process.poll() is None else f"exited with {process.returncode}"
-    raise StepFailed(f"the services {what}; their last log lines:\n{last}")
+        if time.monotonic() > deadline:
+            what = f"not ready after {timeout_s:.0f} s"
+            break
+        time.sleep(0.2)
+    raise StepFailed(f"the services did not start: {what}; their last log lines:\n{logs()}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -125,8 +175,8 @@ def time_requests(client: Client, model: str, rows: Any, n_requests: int, *, inp
     """
     taken = []
     for index in range(n_requests):
-        begin = index % len(rows)
-        row = rows.iloc[begin : begin + 1] if hasattr(rows, "iloc") else rows[begin : begin + 1]
+        start = index % len(rows)
+        row = rows.iloc[start : start + 1] if hasattr(rows, "iloc") else rows[start : start + 1]
         began = time.perf_counter()
         client.infer(model, {input_name: row} if input_name else row)
         taken.append((time.perf_counter() - began) * 1000)

@@ -1,5 +1,6 @@
 """The process of one step: ``python -m splitserve.pipeline.worker call.json``.
 
+In a container it gets the URL of its attempt's folder instead, where the call and the inputs are, and which gets the outputs.
 It ends, with all that it has started, when the runner ends: its standard input is a pipe that the runner holds open.
 """
 
@@ -15,15 +16,50 @@ import traceback
 from pathlib import Path
 
 from splitserve.pipeline.context import Call, Context, StepFailed, first_of
+from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.environment import differences
+from splitserve.pipeline.exchange import Exchange
 
 EXIT_FAILED, EXIT_CRASHED = 3, 4
 """Exit codes: the step raised `StepFailed`; it raised something else. In both cases the call's ``error`` file says what."""
 
+CALL = "call.json"
+"""The call, in the attempt's folder."""
+
+WRITTEN = "written.json"
+"""What a step in a container has written: the digest of each output. The last file that it sends."""
+
 
 def main() -> int:
-    call = Call(**json.loads(Path(sys.argv[1]).read_text()))
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    threading.Thread(target=end_with_the_runner, daemon=True).start()
+    given = sys.argv[1]
+    if "://" in given:
+        return _run_in_container(Exchange(given))
+    return _run(Call(**json.loads(Path(given).read_text())))
+
+
+def _run_in_container(exchange: Exchange) -> int:
+    call = Call(**json.loads(exchange.read(CALL)))
+    outputs, error = Path(call.outputs), Path(call.error)
+    try:
+        exchange.fetch(call.fetched, outputs.parent)
+        outputs.mkdir()
+        code = _run(call)
+        if not code:
+            written = digests_of_folder(outputs)
+            for path in written:
+                exchange.send(f"outputs/{path}", outputs / path)
+            (outputs.parent / WRITTEN).write_text(json.dumps(written))
+            exchange.send(WRITTEN, outputs.parent / WRITTEN)
+    except StepFailed as failure:
+        error.write_text(str(failure))
+        code = EXIT_FAILED
+    if error.exists():
+        exchange.send(error.name, error)
+    return code
+
+
+def _run(call: Call) -> int:
     if differing := differences(call.locked):
         print(f"{call.step}: warning: the environment is not that of the lock: {first_of(differing)}", flush=True)
     scratch = Path(call.scratch)
@@ -42,7 +78,8 @@ def main() -> int:
     return 0
 
 
-def _end_with_the_runner() -> None:
+def end_with_the_runner() -> None:
+    """Kill this process's group once standard input is closed."""
     while os.read(0, 1):
         pass
     os.killpg(0, signal.SIGKILL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import threading
@@ -16,32 +15,20 @@ from typing import Any
 
 import pytest
 
+from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.docker import docker_client
+
 ROOT = Path(__file__).parents[2]
 SERVICES = ("proxy", "preprocess", "predict")
 PATIENCE_S = 60.0
 
-NO_DOCKER = """\
-the compose tests need docker with its compose plugin and a running daemon; none of {tried} is that: {reason}
-`make test` leaves these tests out."""
-
 
 def find_docker() -> str:
-    """A docker client that has compose and reaches a daemon; fails the test if there is none.
-
-    The first on PATH need not be it: an older client without plugins may come before the one of the system.
-    """
-    clients = [os.environ.get("DOCKER"), shutil.which("docker"), shutil.which("docker", path="/usr/bin")]
-    found = list(dict.fromkeys(client for client in clients if client))
-    reason = "no docker is installed"
-    for client in found:
-        for question in (["compose", "version"], ["version", "--format", "{{.Server.Version}}"]):
-            answer = subprocess.run([client, *question], capture_output=True, text=True)
-            if answer.returncode:
-                reason = answer.stderr.strip() or f"`{client} {' '.join(question)}` failed"
-                break
-        else:
-            return client
-    pytest.fail(NO_DOCKER.format(tried=", ".join(found) or "the places on PATH", reason=reason), pytrace=False)
+    """A docker client that has compose and reaches a daemon; fails the test if there is none."""
+    try:
+        return docker_client()
+    except StepFailed as error:
+        pytest.fail(f"the compose tests need docker: {error}\n`make test` leaves these tests out.", pytrace=False)
 
 
 def wait_until(claim: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:

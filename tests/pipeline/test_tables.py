@@ -124,7 +124,7 @@ def test_services_that_do_not_start_fail_the_evaluation(folder: Path, tmp_path: 
     models = tmp_path / "models"
     shutil.copytree(Path(Index(folder / "training-store", "birds").last("build").folder) / "models", models)
     (models / "penguins" / "predict" / "1" / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(StepFailed, match="did not become ready|exited"), running(models, start_timeout_s=5):
+    with pytest.raises(StepFailed, match="not ready after 5 s|exited"), running(models, start_timeout_s=5):
         pass
 
 

@@ -10,6 +10,7 @@ import onnxruntime
 import skops.io
 
 from splitserve.pipeline import Context
+from splitserve.pipeline.images import build_images
 from splitserve.publishing import Postprocess, publish_predictor, publish_preprocessor, release
 
 from .data import read_files
@@ -42,6 +43,13 @@ def build(context: Context) -> None:
         postprocess=Postprocess(scores="logits"),
     )  # fmt: skip
     release(name, f"{preprocessor.key.version}.{predictor.key.version}", repository=models)
+    if context.parameters["serve"] == "images":
+        build_images(context, models)
+    else:
+        context.fail_unless(
+            context.parameters["serve"] == "processes",
+            f'serve: expected "processes" or "images", got "{context.parameters["serve"]}"',
+        )
 
 
 def check(context: Context, network: bytes, pixels: Any, expected: Any) -> float:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from splitserve.pipeline import Context
-from splitserve.pipeline.serving import labels_of, running, time_requests
+from splitserve.pipeline.serving import labels_of, running_build, time_requests
 
 from .data import read_files
 
@@ -20,7 +20,7 @@ def evaluate(context: Context) -> None:
     with np.load(context.input("data/test.npz")) as stored:
         labels = [classes[index] for index in stored["labels"].tolist()]
     expected = json.loads(context.input("train/expected.json").read_text())
-    with running(context.input("build/models")) as system:
+    with running_build(context) as system:
         n_golden = system.verify(values["model"])
         found = {}
         for transport, client in system.clients.items():

@@ -12,6 +12,8 @@ from pathlib import Path
 from splitserve.pipeline import Step, TrainingPipeline
 
 LOCK = "requirements.txt"
+DATA_LOCK = "data-requirements.txt"
+SERVICES = ("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__")
 
 PIPELINE = TrainingPipeline(
     name="images",
@@ -30,11 +32,13 @@ PIPELINE = TrainingPipeline(
         "learning_rate": 0.05,
         "model": "images",
         "min_accuracy": 0.8,
+        "serve": "processes",  # how it is evaluated; "images": as containers, of images with the model inside
         "n_timed": 200,
         "champion_margin": 0.005,
     },
+    container_parameters={"serve": "images"},
     steps=[
-        Step("data", ".data:store", parameters=("dataset", "source", "sha256", "n_train", "n_test", "seed"), lock=LOCK),
+        Step("data", ".data:store", parameters=("dataset", "source", "sha256", "n_train", "n_test", "seed"), lock=DATA_LOCK),
         Step(
             "train",
             ".train:train",
@@ -47,16 +51,19 @@ PIPELINE = TrainingPipeline(
             "build",
             ".build:build",
             inputs=("data/test.npz", "data/test_files.npz", "data/transforms.skops", "data/classes.json", "train"),
-            parameters=("model",),
+            parameters=("model", "serve"),
+            extra_modules=SERVICES,
             lock=LOCK,
+            needs_docker=True,
         ),
         Step(
             "evaluate",
             ".evaluate:evaluate",
             inputs=("data/test.npz", "data/test_files.npz", "data/classes.json", "train/expected.json", "build"),
             parameters=("model", "min_accuracy", "n_timed"),
-            extra_modules=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
+            extra_modules=("splitserve.cli.up", *SERVICES),
             lock=LOCK,
+            needs_docker=True,
         ),
         Step(
             "register",

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 
 from splitserve.pipeline import Context
-from splitserve.pipeline.serving import labels_of, running, time_requests
+from splitserve.pipeline.serving import labels_of, running_build, time_requests
 
 
 def evaluate(context: Context) -> None:
@@ -16,7 +16,7 @@ def evaluate(context: Context) -> None:
     test = pd.read_csv(context.input("data/test.csv"))
     rows, labels = test.drop(columns=values["target"]), [str(label) for label in test[values["target"]]]
     expected = json.loads(context.input("train/expected.json").read_text())
-    with running(context.input("build/models")) as system:
+    with running_build(context) as system:
         n_golden = system.verify(values["model"])
         found = {}
         for transport, client in system.clients.items():

@@ -7,6 +7,8 @@ from pathlib import Path
 from splitserve.pipeline import Step, TrainingPipeline
 
 LOCK = "requirements.txt"
+DATA_LOCK = "data-requirements.txt"
+SERVICES = ("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__")
 
 PIPELINE = TrainingPipeline(
     name="tables",
@@ -22,26 +24,33 @@ PIPELINE = TrainingPipeline(
         "learning_rate": 0.1,
         "model": "penguins",
         "min_accuracy": 0.9,
+        "serve": "processes",  # how it is evaluated; "images": as containers, of images with the model inside
         "n_timed": 200,
         "champion_margin": 0.01,
     },
+    container_parameters={"serve": "images"},
     steps=[
-        Step("data", ".data:split", files=("data",), parameters=("data_sha256", "target", "test_share", "seed"), lock=LOCK),
-        Step("train", ".train:train", inputs=("data",), parameters=("target", "seed", "max_iter", "learning_rate"), lock=LOCK),
+        Step("data", ".data:split", files=("data",), parameters=("data_sha256", "target", "test_share", "seed"), lock=DATA_LOCK),
+        Step(
+            "train", ".train:train", inputs=("data",), parameters=("target", "seed", "max_iter", "learning_rate"), lock=DATA_LOCK
+        ),
         Step(
             "build",
             ".build:build",
             inputs=("data/train.csv", "train/pipeline.skops"),
-            parameters=("target", "model"),
+            parameters=("target", "model", "serve"),
+            extra_modules=SERVICES,
             lock=LOCK,
+            needs_docker=True,
         ),
         Step(
             "evaluate",
             ".evaluate:evaluate",
             inputs=("data/test.csv", "train/expected.json", "build"),
             parameters=("target", "model", "min_accuracy", "n_timed"),
-            extra_modules=("proxy.__main__", "preprocess_service.__main__", "predict_service.__main__", "splitserve.cli.up"),
+            extra_modules=("splitserve.cli.up", *SERVICES),
             lock=LOCK,
+            needs_docker=True,
         ),
         Step(
             "register",

@@ -1,0 +1,135 @@
+"""Training pipelines with ``--containers``: steps in images of their own, and an evaluation of the images that were built."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.index import Finished, Index
+from splitserve.pipeline.new import copy_template
+from splitserve.pipeline.serving import running_images
+from tests.compose.stack import ROOT, run, wait_until
+from tests.pipeline import tiny
+
+pytestmark = [pytest.mark.compose, pytest.mark.xdist_group("compose"), pytest.mark.timeout(600)]
+
+NAME = "compose_test_birds"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def images_removed(docker: str) -> Iterator[None]:
+    """What was built here."""
+    yield
+    for prefix in (f"splitserve-step-{NAME}", "splitserve-step-tiny", "compose-test"):
+        if found := run([docker, "images", "--quiet", "--filter", f"reference={prefix}-*"]).split():
+            run([docker, "image", "rm", "--force", *set(found)])
+
+
+def command(folder: Path, name: str, *arguments: str) -> list[str]:
+    """In an environment where the package below the folder can be imported."""
+    return ["env", f"PYTHONPATH={folder}{os.pathsep}{ROOT}", sys.executable, "-m", name, "run", "--containers", *arguments]
+
+
+def last(index: Index, step: str) -> Finished:
+    found = index.last(step)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def birds(docker: str, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The tables example, run to a registered release."""
+    folder = tmp_path_factory.mktemp("training")
+    copy_template(folder / NAME, "tables")
+    run(command(folder, NAME, "--set", "model=compose-test", "--set", "n_timed=20"))
+    return Index(folder / "training-store", NAME)
+
+
+def test_the_tables_example_runs_in_containers(docker: str, birds: Index):
+    """Steps with images have their digests; served labels were those of training, and the release is registered."""
+    for step in ("data", "train"):
+        assert run([docker, "image", "inspect", "--format", "{{.Id}}", last(birds, step).depends_on["image"]])
+    assert {last(birds, step).depends_on["image"] for step in ("build", "evaluate", "register")} == {None}
+    measured = last(birds, "evaluate").last_metrics()
+    assert measured["accuracy"] == last(birds, "train").last_metrics()["accuracy"] >= 0.9
+    assert {"rest p50 ms", "rest p99 ms", "grpc p50 ms", "grpc p99 ms"} <= set(measured)
+    assert "registered.json" in last(birds, "register").outputs
+
+    images = json.loads((Path(last(birds, "build").folder) / "images.json").read_text())
+    assert {service: image["name"].partition(":")[0] for service, image in images.items()} == {
+        service: f"compose-test-{service}" for service in ("proxy", "preprocess", "predict")
+    }
+    assert run([docker, "ps", "--all", "--quiet", "--filter", "ancestor=" + images["predict"]["digest"]]) == ""
+
+
+def test_an_image_that_does_not_start_says_its_last_lines(docker: str, birds: Index, tmp_path: Path):
+    """And nothing of it is left. One that was removed is named, with the way out."""
+    images = json.loads((Path(last(birds, "build").folder) / "images.json").read_text())
+    (tmp_path / "Dockerfile").write_text(
+        f'FROM {images["predict"]["name"]}\nENTRYPOINT ["python", "-c", "exit(\'no model here\')"]\n'
+    )
+    broken = run([docker, "build", "--quiet", "--tag", "compose-test-broken", str(tmp_path)]).strip()
+
+    def start(digest: str) -> None:
+        changed = {**images, "predict": {"name": "broken", "digest": digest}}
+        with running_images(changed, tmp_path, project="compose-test-broken"):
+            pytest.fail("it started")
+
+    with pytest.raises(
+        StepFailed, match=r"the services did not start: predict exited with 1; (.|\n)*predict-1 +\| no model here"
+    ):
+        start(broken)
+    assert run([docker, "ps", "--all", "--quiet", "--filter", "label=com.docker.compose.project=compose-test-broken"]) == ""
+    with pytest.raises(StepFailed, match="image broken, sha256:0+, is not on this machine; run with --from build"):
+        start("sha256:" + "0" * 64)
+
+
+def test_training_in_a_container_that_is_killed_is_resumed(docker: str, tmp_path: Path):
+    """The container ends with its runner; the next one has its checkpoints, and the result is that of an uninterrupted run."""
+    package = tiny.write(tmp_path)
+    (package / "lock.txt").write_text("")
+    train = package / "train.py"
+    held = "while epoch == 3 and held.exists():"
+    assert held in train.read_text()
+    train.write_text(train.read_text().replace(held, 'while epoch == 3 and not Path("/scratch/go").exists():'))
+
+    process = subprocess.Popen(command(tmp_path, "tiny", "--until", "train"))
+    (scratch,) = wait_until(lambda: list((tmp_path / "store/work/tiny").glob("train-*/")), "the step's folder", 120)
+    wait_until(lambda: list(scratch.glob("checkpoints/000002-*")), "the second checkpoint", 120)
+    mounted = [docker, "ps", "--quiet", "--filter", f"volume={scratch}"]
+    assert run(mounted)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not run(mounted), "the container's end")
+
+    (scratch / "go").touch()
+    run(command(tmp_path, "tiny", "--until", "train"))
+    trained = last(Index(tmp_path / "store", "tiny"), "train")
+    assert [line["at"] for line in trained.metrics] == [1, 2, 3, 4]
+    assert (Path(trained.folder) / "model.txt").read_text() == "".join(f"{epoch} {3 * 0.1}!\n" for epoch in range(1, 5))
+
+
+def test_a_step_that_fails_in_a_container_says_why(docker: str, tmp_path: Path):
+    """Its own message, from an environment with nothing but Python and the step's lock; an image that cannot be built."""
+    package = tiny.write(tmp_path)
+    train = """
+import importlib.util
+def train(context):
+    context.fail_unless(False, f"numpy: {importlib.util.find_spec('numpy')}")
+"""
+    for name, content, message in (
+        ("train.py", train, "step train failed: numpy: None\n"),
+        ("lock.txt", "no requirement\n", "step train failed: docker build"),
+    ):
+        (package / "lock.txt").write_text("")
+        (package / name).write_text(content)
+        done = subprocess.run(command(tmp_path, "tiny"), capture_output=True, text=True)
+        assert (done.returncode, message in done.stderr) == (1, True), done.stdout + done.stderr

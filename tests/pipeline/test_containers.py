@@ -1,0 +1,182 @@
+"""What is asked of docker, and the files that pass through MLflow's server. Runs: tests/compose/test_training.py."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from splitserve.pipeline import containers, docker
+from splitserve.pipeline.commands import main
+from splitserve.pipeline.containers import ArtifactServer, Container, StepImages
+from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.declaration import Step, TrainingPipeline
+from splitserve.pipeline.exchange import Exchange
+from splitserve.pipeline.runner import Runner
+from tests.pipeline import tiny
+
+FAKE = """#!/bin/sh
+echo "$@" >> {folder}/calls
+case "$1" in
+  {failing}) echo "unknown command" >&2; exit 1 ;;
+esac
+"""
+
+
+def fake(folder: Path, name: str, failing: str = "none") -> Path:
+    """A program in docker's place, which writes down how it is called."""
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(FAKE.format(folder=folder, failing=failing))
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    program = fake(tmp_path / "docker", "docker")
+    monkeypatch.setenv("DOCKER", str(program))
+    docker.docker_client.cache_clear()
+    yield program
+    docker.docker_client.cache_clear()
+
+
+def test_a_client_without_compose_is_passed_over(client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The one that DOCKER names comes first; if none will do, the message says what each lacks."""
+    assert docker.docker_client() == str(client)
+
+    docker.docker_client.cache_clear()
+    monkeypatch.setenv("DOCKER", str(fake(tmp_path / "old", "docker", failing="compose")))
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: str(client) if path else None)
+    assert docker.docker_client() == str(client)
+
+    docker.docker_client.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    with pytest.raises(StepFailed, match="old/docker compose version: unknown command; DOCKER names another client"):
+        docker.docker_client()
+
+
+def test_a_command_that_fails_says_its_last_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Path):
+    fake(client.parent, "docker", failing="build")
+    with pytest.raises(StepFailed, match="docker build --quiet . …: exit status 1\nunknown command"):
+        docker.docker("build", "--quiet", ".")
+
+
+def test_a_container_gets_what_its_step_declares(client: Path, tmp_path: Path):
+    """The image by digest, the variables that are declared, its scratch folder and nothing else of this machine."""
+    step = Step("train", ".train:train", environment=("SWITCH",), container_options=("--gpus=all",))
+    command = Container("sha256:12", "http://172.17.0.1:5000/x").command(step, tmp_path)
+    assert command[:5] == [str(client), "run", "--rm", "--init", "--interactive"]
+    assert [word for word in command if "source=" in word] == [f"type=bind,source={tmp_path},target=/scratch"]
+    assert command[-5:] == ["--env", "SWITCH", "--gpus=all", "sha256:12", "http://172.17.0.1:5000/x"]
+
+
+def test_an_image_is_named_by_all_that_is_in_it(client: Path, tmp_path: Path):
+    """A line of code that the step reaches, its lock or the Dockerfile; not the code of other steps."""
+    pipeline = tiny.pipeline(tiny.write(tmp_path / "project"))
+    train = pipeline.step("train")
+
+    def name() -> str:
+        """As docker is asked for it."""
+        images = StepImages(pipeline, Runner(pipeline)._dependencies.modules_of)
+        images.find(train)
+        return (client.parent / "calls").read_text().split()[-1]
+
+    first = name()
+    assert first.startswith("splitserve-step-tiny-train:")
+    (pipeline.folder / "evaluate.py").write_text("changed = 1")
+    assert name() == first
+    names = {first}
+    for changed in ("deeper.py", "lock.txt"):
+        with (pipeline.folder / changed).open("a") as file:
+            file.write("x = 1\n")
+        names.add(name())
+    assert len(names) == 3
+
+
+def test_modules_are_copied_to_where_they_are_imported_from(tmp_path: Path):
+    pipeline = tiny.pipeline(tiny.write(tmp_path))
+    modules = Runner(pipeline)._dependencies.modules_of(pipeline.step("train"))
+    assert {name for name in modules if name.startswith("tiny")} == {
+        "tiny/__init__.py", "tiny/train.py", "tiny/helper.py", "tiny/deeper.py",
+    }  # fmt: skip
+
+
+def test_parameters_for_containers_hold_unless_they_are_set(client: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A step that needs docker runs on this machine; the others have images."""
+    pipeline = TrainingPipeline(
+        name="p", package="tiny", folder=tiny.write(tmp_path), store=tmp_path / "store", parameters={"floor": "low", "rate": 1},
+        container_parameters={"floor": "high"},
+        steps=[Step("build", ".data:data", parameters=("floor",), needs_docker=True), Step("train", ".train:train")],
+    )  # fmt: skip
+
+    def digest(*arguments: str) -> str:
+        main(pipeline, ["status", *arguments])
+        build, train = capsys.readouterr().out.splitlines()[1:3]
+        assert train.endswith("its image has not been built" if "--containers" in arguments else "has never finished")
+        return build.split()[3]
+
+    low, high = digest(), digest("--set", "floor=high")
+    assert low != high
+    assert digest("--containers") == high
+    assert digest("--containers", "--set", "floor=low") == low
+
+
+@pytest.mark.training
+@pytest.mark.filterwarnings("ignore")
+def test_files_pass_through_mlflows_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever their names; bytes that are not the expected ones are refused; the server ends with its runner."""
+    monkeypatch.setattr(containers, "_addresses", lambda: ("127.0.0.1", "127.0.0.1"))
+    served = tmp_path / "served"
+    (served / "attempt" / "inputs").mkdir(parents=True)
+    contents = {"inputs/plain.txt": b"one", "inputs/with space, ü & 100%.bin": b"\0" * 100_000}
+    for name, content in contents.items():
+        (served / "attempt" / name).write_bytes(content)
+
+    server = ArtifactServer(served, tmp_path / "log")
+    try:
+        exchange = Exchange(server.url("attempt"))
+        exchange.fetch({name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}, tmp_path / "here")
+        assert all((tmp_path / "here" / name).read_bytes() == content for name, content in contents.items())
+
+        for name in contents:
+            exchange.send(name.replace("inputs", "outputs/deep"), tmp_path / "here" / name)
+            assert (served / "attempt" / name.replace("inputs", "outputs/deep")).read_bytes() == contents[name]
+
+        with pytest.raises(StepFailed, match="expected SHA-256 00, got "):
+            exchange.fetch({"inputs/plain.txt": "00"}, tmp_path / "here")
+        with pytest.raises(StepFailed, match="inputs/none"):
+            exchange.fetch({"inputs/none": "00"}, tmp_path / "here")
+    finally:
+        server.close()
+    with pytest.raises(StepFailed, match="inputs/plain.txt: "):
+        while exchange.read("inputs/plain.txt"):  # the last of its processes may need a moment to end
+            pass
+
+
+@pytest.mark.training
+def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(containers, "_addresses", lambda: ("127.0.0.1", "127.0.0.1"))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no module named flask\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    with pytest.raises(StepFailed, match="did not start; its last log lines:\nno module named flask"):
+        ArtifactServer(tmp_path, tmp_path / "log")
+
+
+def test_a_steps_process_in_a_container_imports_only_python(tmp_path: Path):
+    """What the lock of a step has to hold is what its own code needs."""
+    program = (
+        "import sys, splitserve.pipeline.worker; "
+        "print({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'__main__', 'splitserve'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=Path(docker.__file__).parents[2]
+    )
+    assert done.stdout == "set()\n", done.stderr
