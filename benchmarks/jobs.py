@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
+import signal
 import sqlite3
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ MODEL = "breast-cancer"
 AT_ONCE = 64
 SYNC_AT_ONCE = 256
 CLAIMED_AT_ONCE = 64
+ENDLESS_PER_S = 30_000.0
+"""Arrivals that no machine keeps up with."""
+
 NO_SETTINGS: Settings = {}
 NOWHERE: Settings = {"JOBS_PROXY_TARGET": "127.0.0.1:9"}
 """The worker finds no proxy, so that jobs stay queued."""
@@ -44,6 +49,7 @@ class JobsOptions(msgspec.Struct, frozen=True):
     seconds: float = 5.0
     rounds: int = 3
     n_jobs: int = 20_000
+    n_queued: int = 100_000
     settings: Settings = {}
 
 
@@ -67,7 +73,7 @@ def submitted(workload: Workload) -> RestBody:
     return RestBody(body.content, (*body.headers, ("prefer", "respond-async")))
 
 
-FIGURES = ("submits", "worked-off")
+FIGURES = ("submits", "worked-off", "interactive")
 
 
 def run(names: Sequence[str], options: JobsOptions, scratch: Path) -> dict[str, Figure]:
@@ -160,6 +166,58 @@ class Bench:
         facts = {"per_s": rates, "jobs_us": jobs_us, "sync_us": sync_us, "store_us": store_us, "ratios": ratios}
         return Figure(("what", "value"), rows, facts)
 
+    def interactive(self) -> Figure:
+        """Latencies of other requests, open loop at half of the maximum, while jobs are worked off and while they are not.
+
+        In turn on the same processes: the jobs service is stopped and continued.
+        """
+        filled = self._filled(self.options.n_queued)
+        rounds = []
+        with self.system(filled) as system:
+            systems.wait_until_ready(system, [MODEL])
+            with stopped(system):
+                most = max(self._open_loop(system, ENDLESS_PER_S, 2.0).per_s for _ in range(2))
+            per_s = most / 2
+            for _ in range(self.options.rounds):
+                with stopped(system):
+                    without = self._open_loop(system, per_s, self.options.seconds)
+                before, began = n_jobs_of(filled, "succeeded"), time.perf_counter()
+                beside = self._open_loop(system, per_s, self.options.seconds)
+                jobs_per_s = (n_jobs_of(filled, "succeeded") - before) / (time.perf_counter() - began)
+                if not n_jobs_of(filled, "queued"):
+                    break  # the queue was empty before the end
+                rounds.append((without, beside, jobs_per_s))
+                print(f"p99 {without.p99_ms:.1f} ms without, {beside.p99_ms:.1f} ms beside {jobs_per_s:.0f} jobs/s", flush=True)
+        if not rounds:
+            raise BenchmarkError("the jobs ended before the load: more --jobs are needed, or fewer --seconds")
+        ratios = {
+            name: [getattr(beside, name) / getattr(without, name) for without, beside, _ in rounds]
+            for name in ("p50_ms", "p99_ms")
+        }
+        rows = [
+            ["other requests a second", f"{per_s:.0f} of {most:.0f}"],
+            *(
+                [
+                    f"{name.removesuffix('_ms')} ms without jobs, beside jobs",
+                    f"{_median(rounds, 0, name):.2f}, {_median(rounds, 1, name):.2f}",
+                ]
+                for name in ("p50_ms", "p99_ms")
+            ),
+            *(
+                [
+                    f"{name.removesuffix('_ms')} beside / without",
+                    f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})",
+                ]
+                for name, each in ratios.items()
+            ),
+            ["jobs a second meanwhile", f"{statistics.median(each for *_, each in rounds):.0f}"],
+        ]
+        n_failed = sum(load.n_failed for without, beside, _ in rounds for load in (without, beside))
+        return Figure(("what", "value"), rows, {"rounds": rounds, "most_per_s": most, "ratios": ratios}, n_failed)
+
+    def _open_loop(self, system: RunningSystem, per_s: float, seconds: float) -> LoadResult:
+        return loads.open_loop(system.http, MODEL, self.workload.rest_json(0), per_s=per_s, seconds=seconds)
+
     def _filled(self, n_jobs: int) -> Path:
         """A folder with so many queued jobs, submitted over REST."""
         folder = self._folder()
@@ -181,6 +239,22 @@ class Bench:
         (t0, n0, cpu0), (t1, n1, cpu1) = sample_at(0.1), sample_at(0.9)
         system.wait_until(lambda: n_jobs_of(folder, "succeeded") == n_all, "waiting for its jobs")
         return (n1 - n0) / (t1 - t0), {stage: (cpu1[stage] - cpu0[stage]) / (n1 - n0) * 1e6 for stage in cpu1}
+
+
+def _median(rounds: Sequence[tuple[LoadResult, LoadResult, float]], which: int, name: str) -> float:
+    values: list[float] = [getattr(each[which], name) for each in rounds]
+    return statistics.median(values)
+
+
+@contextlib.contextmanager
+def stopped(system: RunningSystem) -> Iterator[None]:
+    """The jobs service does nothing meanwhile."""
+    pid = system.pids()["jobs"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def n_jobs_of(folder: Path, *statuses: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from jobs_service.building import build
 from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings, check
@@ -13,6 +15,7 @@ NO_HEDGE_S = 1e6
 
 
 async def serve(config: JobsSettings) -> None:
+    os.nice(config.nice)
     async with lifecycle.ServiceProcess(config, "jobs") as process:
         proxy = await process.enter_async_context(
             RemoteInference(

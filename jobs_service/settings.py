@@ -75,6 +75,9 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     concurrency: int = Field(256, ge=1)
     """Maximum number of jobs in flight at the proxy. It adapts below that."""
 
+    nice: int = Field(10, ge=0, le=19)
+    """Niceness of the process: where several want the CPU this one yields it, so that other requests do not wait for jobs."""
+
     default_timeout_s: float = Field(300.0, gt=0)
     """Seconds that an attempt may take, for jobs that do not say."""
 

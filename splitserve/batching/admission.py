@@ -144,6 +144,54 @@ class ForegroundWait:
         return 0 < self._allowed_s < self._wait_s and now - self._measured_at <= FORGET_WAIT_S
 
 
+ACTIVE_S = 1.0
+"""For so long after a request that is not background work, another one is expected."""
+
+MOST_CREDIT = 64
+"""Rows of background work that may be saved up for one call."""
+
+
+class BackgroundShare:
+    """How many rows of background work the next call may carry, so that other requests hardly notice it.
+
+    While others are active, each of their rows gives room for a share of a row. In a pause of theirs there is room for a small
+    call, and once they have been away for `ACTIVE_S` there is no limit.
+
+    Args:
+        share: rows of background work for each row of others.
+    """
+
+    __slots__ = ("_credit", "_share", "active_at")
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._credit = 0.0
+        self.active_at = -math.inf
+        """When a call for others was sent or answered last."""
+
+    def sent(self, n_rows: int, n_background: int, now: float) -> None:
+        """Record a call, by its rows of others and of background work.
+
+        One that has more rows than there was room for takes up later room; one of background work alone, what was saved up.
+        """
+        if n_rows:
+            self.active_at = now
+            self._credit = max(-10.0 * MOST_CREDIT, min(MOST_CREDIT, self._credit + self._share * n_rows) - n_background)
+        else:
+            self._credit = min(self._credit, max(0.0, self._credit - n_background))
+
+    def room(self, now: float, pause_s: float) -> float:
+        """Rows that the next call may carry; one request may have more if this is at least `MOST_CREDIT`.
+
+        Args:
+            now: point on the same clock as for `sent`.
+            pause_s: how long others have to be quiet for a pause.
+        """
+        if now >= self.active_at + ACTIVE_S:
+            return math.inf
+        return MOST_CREDIT if now >= self.active_at + pause_s else self._credit
+
+
 class Preemptible(Generic[T]):
     """Queued requests of lower priority, which give way to others when the queue is full. 1 is the highest priority."""
 

@@ -263,8 +263,9 @@ class Batcher:
             if compatible is None:
                 queue.dispatch_at(min(each.due_at() for each in queue.compatible.values()), now, self._dispatch)
                 return
-            if not compatible.has_foreground and not queue.has_room_for_background(n_backends):
-                return  # the end of a call dispatches again
+            if not compatible.has_foreground and (background_at := queue.background_at(n_backends, now)) > now:
+                queue.dispatch_at(background_at, now, self._dispatch)
+                return
             batch = compatible.take_batch(now)
             queue.compatible.move_to_end(compatible.key)
             self._drop_if_empty(compatible)
@@ -318,6 +319,7 @@ class Batcher:
         first = call.requests[0]
         if first.is_background:
             return
+        queue.background_share.active_at = call.answered_at
         queue.foreground_wait.learn(call.sent_at - first.queued_at, call.sent_at)
         n_foreground = len(call.requests) - sum([queued.is_background for queued in call.requests])
         alone_s = max(call_s - queue.cost.row_s * (n_rows - first.n_rows), call_s / len(call.requests))

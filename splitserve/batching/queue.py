@@ -12,7 +12,15 @@ from typing import TypeAlias
 
 import msgspec
 
-from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY, AdaptiveLimit, ForegroundWait, Preemptible
+from splitserve.batching.admission import (
+    BACKGROUND_PRIORITY,
+    HIGHEST_PRIORITY,
+    MOST_CREDIT,
+    AdaptiveLimit,
+    BackgroundShare,
+    ForegroundWait,
+    Preemptible,
+)
 from splitserve.errors import DeadlineExceeded, Overloaded
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, OnAnswer
 from splitserve.oip.statistics import ModelStatistics
@@ -42,6 +50,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     ``max_queue_wait_ms`` is the target for the longest wait in the queue: the number of accepted requests adapts to it; 0 accepts
     requests up to ``max_queue_size``.
     ``max_background_wait_ms``: while other requests wait longer than this in the queue, background ones are refused; 0: never.
+    ``background_share``: rows of background requests that are sent for each row of others, while there are others.
     """
 
     max_batch_size: int = 256
@@ -51,6 +60,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_queue_delay_ms: float = 0.0
     max_queue_wait_ms: float = 0.0
     max_background_wait_ms: float = 20.0
+    background_share: float = 0.5
 
 
 class ModelQueue:
@@ -73,6 +83,7 @@ class ModelQueue:
         self.n_background = 0
         """Background requests among them."""
         self.foreground_wait = ForegroundWait(limits.max_background_wait_ms / 1000)
+        self.background_share = BackgroundShare(limits.background_share)
         self.admission = AdaptiveLimit(limits.max_queue_wait_ms / 1000)
         self.preemptible: Preemptible[QueuedRequest] = Preemptible()
         self.calls: set[BatchCall] = set()
@@ -97,9 +108,22 @@ class ModelQueue:
             return self.limits.max_batch_size
         return min(self.limits.max_batch_size, max(1, int(OVERDUE_S / self.cost.row_s)))
 
-    def has_room_for_background(self, n_backends: int) -> bool:
-        """Whether a call with background requests only may be sent: while few others are in flight, to keep the delay short."""
-        return len(self.calls) < n_backends * (2 if self.has_slow_rows() else 1)
+    def background_at(self, n_backends: int, now: float) -> float:
+        """When a call with background requests only may be sent: 0 for at once, `NO_DEADLINE` for not before one has ended.
+
+        It waits for a pause of the others, so that they find few calls in flight; or until there is room that no call of theirs
+        could use.
+        """
+        if len(self.calls) >= n_backends * (2 if self.has_slow_rows() else 1):
+            return NO_DEADLINE
+        if self.background_share.room(now, self.pause_s) >= MOST_CREDIT:
+            return 0.0
+        return self.background_share.active_at + self.pause_s
+
+    @property
+    def pause_s(self) -> float:
+        """How long no other request has to be there for a pause."""
+        return 2 * self.admission.alone_s
 
     def discard(self, queued: QueuedRequest) -> None:
         """Forget a request that is neither queued nor in flight any more."""
@@ -138,7 +162,8 @@ class ModelQueue:
             return NO_DEADLINE
         if self.has_slow_rows():
             return 0.0
-        return sorted([call.overdue_at for call in self.calls])[-n_backends]
+        overdue_at = sorted([call.overdue_at for call in self.calls if not call.is_background])
+        return overdue_at[-n_backends] if len(overdue_at) >= n_backends else 0.0
 
     def dispatch_at(self, when: float, now: float, dispatch: Callable[[ModelQueue], None]) -> None:
         """Call ``dispatch`` at ``when``; replaces what was set before. `NO_DEADLINE`: the end of a call will do it."""
@@ -254,34 +279,39 @@ class CompatibleRequests:
 
     def take_batch(self, now: float) -> Batch:
         """Remove and return what the next call sends: a request of each caller in turn, up to the limits; background last."""
-        limits = self.queue.limits
-        max_rows = self.queue.max_rows()
-        if self._n_rows <= max_rows and self._n_bytes <= limits.max_batch_bytes:
+        queue, limits = self.queue, self.queue.limits
+        max_rows = queue.max_rows()
+        if not self._background and self._n_rows <= max_rows and self._n_bytes <= limits.max_batch_bytes:
             return self._take_all(now)
+        room = queue.background_share.room(now, queue.pause_s)
         batch = Batch([], [], is_full=False)
-        n_rows = n_bytes = 0
+        n_rows = n_bytes = n_background = 0
         while callers := self._foreground or self._background:
             queued = next(iter(next(iter(callers.values()))))
             if queued.request.deadline <= now:
                 self.remove(queued)
                 batch.expired.append(queued)
                 continue
+            if queued.is_background and min(queued.n_rows, MOST_CREDIT) > room - n_background:
+                break
             n_rows += queued.n_rows
             n_bytes += queued.n_bytes
             if batch.requests and (n_rows > max_rows or n_bytes > limits.max_batch_bytes):
                 self._since = queued.queued_at
+                n_rows -= queued.n_rows
                 break
+            if queued.is_background:
+                n_background += queued.n_rows
             self.remove(queued)
             batch.requests.append(queued)
+        queue.background_share.sent(n_rows - n_background, n_background, now)
         batch.is_full = self._is_full(batch.requests)
         return batch
 
     def _take_all(self, now: float) -> Batch:
         everything = [queued for of_caller in self._foreground.values() for queued in of_caller]
         self._foreground.clear()
-        if self._background:
-            everything += [queued for of_caller in self._background.values() for queued in of_caller]
-            self._background.clear()
+        self.queue.background_share.sent(self._n_rows, 0, now)
         self.queue.n_queued -= self.n_queued
         self.n_queued = self._n_rows = self._n_bytes = 0
         batch = Batch([], [], is_full=False)
@@ -325,6 +355,11 @@ class BatchCall:
         self.requests = requests
         self.overdue_at = overdue_at
         self.sent_at = self.answered_at = 0.0
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it has background requests only."""
+        return self.requests[0].is_background
 
     def cancel_if_abandoned(self) -> None:
         """Cancel it if no caller waits for its answer any more."""
