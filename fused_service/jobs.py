@@ -138,8 +138,8 @@ class SharedFolderJobs:
     async def result(self, caller: JobCaller, job_id: str) -> JobAnswer:
         return await self._jobs.result(caller, job_id)
 
-    async def delete(self, caller: JobCaller, job_id: str) -> Job:
-        return await self._jobs.delete(caller, job_id)
+    async def delete(self, caller: JobCaller, job_id: str, *, keep_ended: bool = False) -> Job:
+        return await self._jobs.delete(caller, job_id, keep_ended=keep_ended)
 
     async def list_jobs(
         self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""

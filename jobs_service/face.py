@@ -106,7 +106,7 @@ class JobsFace:
 
     async def _delete(self, data: bytes, call: ServerCall) -> bytes:
         message = parse(pb.DeleteJobRequest, data)
-        job = await self._queue.delete(protobuf.decode_caller(call.metadata), message.id)
+        job = await self._queue.delete(protobuf.decode_caller(call.metadata), message.id, keep_ended=message.keep_ended)
         return _bytes(pb.DeleteJobResponse(job=protobuf.encode_job(job)))
 
     async def _list(self, data: bytes, call: ServerCall) -> bytes:

@@ -138,9 +138,9 @@ class ProxyJobs:
             check_model(answer.job.model)
         return answer
 
-    async def delete(self, job_id: str) -> Job:
+    async def delete(self, job_id: str, *, keep_ended: bool = False) -> Job:
         """As `Jobs.delete`."""
-        return await self._jobs.delete(self._caller(), job_id)
+        return await self._jobs.delete(self._caller(), job_id, keep_ended=keep_ended)
 
     async def list_jobs(self, *, model: str = "", status: str = "", limit: int = 0, after: str = "") -> list[Job]:
         """As `Jobs.list_jobs`.
@@ -187,7 +187,8 @@ class ProxyJobs:
         return _bytes(answer)
 
     async def _grpc_delete(self, data: bytes, call: ServerCall) -> bytes:
-        job = await self.delete(oip.parse(pb.DeleteJobRequest, data).id)
+        message = oip.parse(pb.DeleteJobRequest, data)
+        job = await self.delete(message.id, keep_ended=message.keep_ended)
         return _bytes(pb.DeleteJobResponse(job=protobuf.encode_job(job)))
 
     async def _grpc_list(self, data: bytes, call: ServerCall) -> bytes:

@@ -92,8 +92,9 @@ class RemoteJobs:
         answer = await self._call("GetJobResult", caller, pb.GetJobResultRequest(id=job_id))
         return JobAnswer(protobuf.decode_job(answer.job), answer.answer.SerializeToString(), answer.rendering)
 
-    async def delete(self, caller: JobCaller, job_id: str) -> Job:
-        return protobuf.decode_job((await self._call("DeleteJob", caller, pb.DeleteJobRequest(id=job_id))).job)
+    async def delete(self, caller: JobCaller, job_id: str, *, keep_ended: bool = False) -> Job:
+        request = pb.DeleteJobRequest(id=job_id, keep_ended=keep_ended)
+        return protobuf.decode_job((await self._call("DeleteJob", caller, request)).job)
 
     async def list_jobs(
         self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""

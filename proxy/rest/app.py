@@ -26,7 +26,7 @@ from proxy.rest.inference import (
     may_be_compressed,
     receive,
 )
-from proxy.rest.jobs import PREFER, JobRoutes, prefers_async
+from proxy.rest.jobs import PREFER, JobRoutes, check_no_job_options, prefers_async
 from proxy.rest.openapi import document
 from proxy.rest.routing import Handler, Refused, RoutedRequest, json_response
 from proxy.service import STAGE, ProxyService
@@ -148,6 +148,8 @@ class RestApp:
         if PREFER in incoming.headers and prefers_async(incoming):
             return self._answer(self._jobs.submitting(kind), path, incoming, encoding)
         try:
+            if b"?" in incoming.target:
+                check_no_job_options(incoming)
             inference = kind(self._rules, path, incoming, encoding, respond)
             inference.begin()
         except Exception as error:

@@ -14,6 +14,7 @@ from splitserve.api.inference import inference_pb2
 from splitserve.errors import InvalidInput
 from splitserve.jobs import events
 from splitserve.jobs.records import Job, JobOptions, webhook_to
+from splitserve.jobs.service import DEFAULT_LISTED, MAX_LISTED
 from splitserve.oip import protobuf
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 
@@ -30,6 +31,16 @@ def prefers_async(incoming: HttpRequest) -> bool:
     """Whether the request asks for a job. Source: RFC 7240, section 4.1."""
     preferences = (incoming.header(PREFER) or "").split(",")
     return any(preference.partition(";")[0].strip().lower() == _ASYNC for preference in preferences)
+
+
+def check_no_job_options(incoming: HttpRequest) -> None:
+    """For an inference that is answered at once; parameters that are not those of jobs are ignored, as the protocol does.
+
+    Raises:
+        InvalidInput: it has parameters of a job.
+    """
+    if options := _SUBMIT_OPTIONS & dict(_pairs(incoming)).keys():
+        raise InvalidInput(f'the URL\'s parameter "{min(options)}" is for jobs: send the header "Prefer: {_ASYNC}" too')
 
 
 class JobRoutes:
@@ -82,15 +93,18 @@ class JobRoutes:
         return v2_response(response, rendering.request(response.model))
 
     async def delete(self, request: RoutedRequest) -> HttpResponse:
-        """``DELETE /v2/jobs/JOB``"""
-        return json_response(200, events.shown(await self._jobs.delete(request.path["job"])))
+        """``DELETE /v2/jobs/JOB?keep_ended=true``"""
+        keep = _query(request, frozenset({"keep_ended"})).get("keep_ended", "false")
+        if keep not in ("true", "false"):
+            raise InvalidInput(f'keep_ended: expected true or false, got "{keep[:32]}"')
+        return json_response(200, events.shown(await self._jobs.delete(request.path["job"], keep_ended=keep == "true")))
 
     async def list_jobs(self, request: RoutedRequest) -> HttpResponse:
         """``GET /v2/jobs?model=&status=&limit=&after=``"""
         options = _query(request, _LIST_OPTIONS)
-        limit = options.get("limit", "0")
-        if not (limit.isascii() and limit.isdecimal() and len(limit) < 10):
-            raise InvalidInput(f'limit: expected a number, got "{limit[:32]}"')
+        limit = options.get("limit", str(DEFAULT_LISTED))
+        if not (limit.isascii() and limit.isdecimal() and 0 < int(limit[:9]) <= MAX_LISTED and len(limit) < 10):
+            raise InvalidInput(f'limit: expected 1 to {MAX_LISTED}, got "{limit[:32]}"')
         jobs = await self._jobs.list_jobs(
             model=options.get("model", ""),
             status=options.get("status", ""),
@@ -110,13 +124,17 @@ def _query(request: RoutedRequest, known: frozenset[str]) -> dict[str, str]:
     Raises:
         InvalidInput: one is unknown, or there twice.
     """
-    pairs = parse_qsl(urlsplit(request.incoming.target.decode("latin-1")).query, keep_blank_values=True)
+    pairs = _pairs(request.incoming)
     options = dict(pairs)
     if unknown := options.keys() - known:
         raise InvalidInput(f'the URL\'s parameter "{min(unknown)[:32]}" is unknown, expected some of {", ".join(sorted(known))}')
     if len(options) < len(pairs):
         raise InvalidInput("the URL has a parameter twice")
     return options
+
+
+def _pairs(incoming: HttpRequest) -> list[tuple[str, str]]:
+    return parse_qsl(urlsplit(incoming.target.decode("latin-1")).query, keep_blank_values=True)
 
 
 def _number(name: str, text: str) -> float:

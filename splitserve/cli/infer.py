@@ -47,22 +47,22 @@ def print_outputs(outputs: Sequence[Tensor], metadata: ModelMetadata) -> None:
 def reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
     """A function from the model's metadata to the instances in the input."""
     if rows is not None:
-        return lambda _: _from_json(rows.encode())
+        return lambda _: _from_json(rows.encode(), "--rows")
     assert file is not None, "run checks it"
     if str(file) == "-":
-        return lambda _: _from_json(sys.stdin.buffer.read())
+        return lambda _: _from_json(sys.stdin.buffer.read(), "standard input")
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return lambda _: [file.read_bytes()]
     if file.suffix.lower() == ".csv":
         return lambda metadata: _from_csv(file, metadata)
-    return lambda _: _from_json(file.read_bytes())
+    return lambda _: _from_json(file.read_bytes(), str(file))
 
 
-def _from_json(text: bytes) -> list[Any]:
-    content = decode_json(text)
+def _from_json(text: bytes, what: str) -> list[Any]:
+    content = decode_json(text, what=what)
     instances = content.get("instances") if isinstance(content, dict) else content
     if not isinstance(instances, list):
-        raise InvalidInput('expected a list of rows or records, or an object with one in "instances"')
+        raise InvalidInput(f'{what}: expected a list of rows or records, or an object with one in "instances"')
     return instances
 
 

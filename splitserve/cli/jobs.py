@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from splitserve.cli.connection import client
 from splitserve.cli.infer import print_outputs, reader
 from splitserve.cli.tables import print_table
-from splitserve.errors import DeadlineExceeded, SplitserveError
+from splitserve.errors import DeadlineExceeded, NotFound, SplitserveError
 from splitserve.oip.v1 import from_instances
 
 if TYPE_CHECKING:
@@ -124,13 +124,19 @@ def result(job_id: str, url: str, *, wait_s: float | None) -> int:
 
 
 def cancel(job_ids: list[str], url: str) -> int:
-    """Cancel jobs and print in which state each is; those that have ended stay as they are."""
+    """Cancel jobs and print in which state each is; those that have ended stay as they are. 1 if there are not all of them."""
 
     def act(connection: Client) -> int:
+        n_unknown = 0
         for job_id in job_ids:
-            job = connection.job(job_id).cancel()
-            print(f"{job.id} {job.status}")
-        return 0
+            try:
+                job = connection.job(job_id).cancel()
+            except NotFound as error:
+                print(error, file=sys.stderr)
+                n_unknown += 1
+            else:
+                print(f"{job.id} {job.status}")
+        return min(n_unknown, 1)
 
     return _run(url, act)
 

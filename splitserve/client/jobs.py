@@ -93,9 +93,10 @@ def result(core: Core, record: JobRecord) -> Steps[Answer]:
     return Answer(outputs_of(response), model=response.model or record.model, version=response.version or record.version)
 
 
-def delete(core: Core, job_id: str) -> Steps[JobRecord]:
-    """Cancel it if it has not ended, remove it if it has."""
-    record: JobRecord = yield from core.ask(Ask("job_delete", job=JobAsk(job_id)), core.deadline_after(None))
+def delete(core: Core, job_id: str, *, keep_ended: bool = False) -> Steps[JobRecord]:
+    """Cancel it if it has not ended, remove it if it has, unless ``keep_ended``: so a cancel may be sent twice."""
+    ask = Ask("job_delete", job=JobAsk(job_id, keep_ended=keep_ended))
+    record: JobRecord = yield from core.ask(ask, core.deadline_after(None))
     return record
 
 
@@ -191,8 +192,7 @@ class Job(_Job):
         Raises:
             NotFound: it was removed.
         """
-        if not self.refresh().is_finished:
-            self.info = self._run(delete(self._core, self.id))
+        self.info = self._run(delete(self._core, self.id, keep_ended=True))
         return self
 
     def remove(self) -> None:
@@ -226,8 +226,7 @@ class AsyncJob(_Job):
 
     async def cancel(self) -> AsyncJob:
         """As `Job.cancel`."""
-        if not (await self.refresh()).is_finished:
-            self.info = await self._run(delete(self._core, self.id))
+        self.info = await self._run(delete(self._core, self.id, keep_ended=True))
         return self
 
     async def remove(self) -> None:

@@ -162,6 +162,8 @@ def _encode_job_verb(ask: Ask, job: JobAsk) -> Any:
         return request(model=ask.model, status=jobs.encode_status(job.status), limit=job.limit, after=job.after)
     if ask.verb == "job":
         return request(id=job.id, wait_s=job.wait_s)
+    if ask.verb == "job_delete":
+        return request(id=job.id, keep_ended=job.keep_ended)
     if ask.request is None:
         return request(id=job.id)
     message = jobs.encode_options(job.options)

@@ -93,7 +93,7 @@ def _job_request(ask: Ask, job: JobAsk) -> RestRequest:
         case "job_result":
             return RestRequest("GET", f"{path}/result", {}, b"")
         case "job_delete":
-            return RestRequest("DELETE", path, {}, b"")
+            return RestRequest("DELETE", path + _query(keep_ended="true" if job.keep_ended else ""), {}, b"")
     query = _query(model=ask.model, status=job.status, limit=str(job.limit or ""), after=job.after)
     return RestRequest("GET", f"/v2/jobs{query}", {}, b"")
 
@@ -228,7 +228,7 @@ def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> An
     try:
         if ask.verb in ("infer", "job_result"):
             return decode_response(body, _header_length(headers, body))
-        answer = decode_json(body, _DECODERS[ask.verb])
+        answer = decode_json(body, _DECODERS[ask.verb], "the response body")
     except InvalidInput as error:  # not the caller's fault
         raise Failed(PairMismatch(f"malformed response: {error.message}", stage="server")) from error
     match answer:
@@ -314,7 +314,7 @@ def decode_response(body: bytes, header_length: int) -> InferResponse:
     Raises:
         InvalidInput: the body is malformed; the message says where.
     """
-    answer = decode_json(body[:header_length], _answer_decoder)
+    answer = decode_json(body[:header_length], _answer_decoder, "the response body")
     outputs, end = [], header_length
     for item in answer.outputs:
         size = (item.parameters or {}).get("binary_data_size")

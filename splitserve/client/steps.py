@@ -28,6 +28,7 @@ class JobAsk(NamedTuple):
     id: str = ""
     wait_s: float = 0.0
     options: JobOptions = JobOptions()
+    keep_ended: bool = False
     status: str = ""
     limit: int = 0
     after: str = ""

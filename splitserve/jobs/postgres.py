@@ -336,7 +336,7 @@ class PostgresStore:
             await cursor.execute(f"{query} ORDER BY seq DESC LIMIT %s".encode(), (*arguments, limit))
             return [job_of(row) for row in await cursor.fetchall()]
 
-    async def delete(self, owner: str, job_id: str) -> tuple[Job, list[str]] | None:
+    async def delete(self, owner: str, job_id: str, *, keep_ended: bool = False) -> tuple[Job, list[str]] | None:
         async with self._transaction() as cursor:
             row = await _one(
                 cursor,
@@ -352,6 +352,8 @@ class PostgresStore:
             assert job is not None, "the row is locked"
             if status in ACTIVE:
                 return job, [request_ref] if request_ref else []
+            if keep_ended:
+                return job, []
             await cursor.execute(f"DELETE FROM {_T}.jobs WHERE seq = %s", (seq,))
             return job, [answer_ref] if answer_ref else []
 

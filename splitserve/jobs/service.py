@@ -39,7 +39,7 @@ from splitserve.jobs.worker import Worker
 
 STAGE = "jobs"
 MAX_KEY_LENGTH = 255
-MAX_LISTED = 1000
+DEFAULT_LISTED, MAX_LISTED = 100, 1000
 SWEEP_INTERVAL_S = 1.0
 STRAYS_INTERVAL_S = 3600.0
 STALE_STATE_S = 10.0
@@ -92,15 +92,45 @@ class Jobs(Protocol):
         """
         ...
 
-    async def delete(self, caller: JobCaller, job_id: str) -> Job:
-        """Cancel a job that has not ended, remove one that has. Returns it as it is, or was when it was removed."""
+    async def delete(self, caller: JobCaller, job_id: str, *, keep_ended: bool = False) -> Job:
+        """Cancel a job that has not ended, remove one that has, unless ``keep_ended``. Returns it as it is, or was."""
         ...
 
     async def list_jobs(
         self, caller: JobCaller, *, model: str = "", status: str = "", limit: int = 0, after: str = ""
     ) -> list[Job]:
-        """The caller's jobs, the newest first."""
+        """The caller's jobs, the newest first; ``limit`` 0: `DEFAULT_LISTED`.
+
+        Raises:
+            InvalidInput: there is no such status, ``limit`` is too large, or ``after`` is no job of the caller.
+        """
         ...
+
+
+class JobCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What metrics say of jobs.
+
+    Of the store, as of the last count: ``queued``, ``running``, ``oldest_queued_s``, ``outbox``. Of this process since its start:
+    ``attempts``, and ``refused_writes``, which came after another claim or a cancel. Of this process now: the rest.
+    """
+
+    queued: int = 0
+    running: int = 0
+    oldest_queued_s: float = 0.0
+    """Since the oldest queued job was submitted; 0: none is queued."""
+
+    outbox: int = 0
+    """Webhooks that are not delivered yet."""
+
+    attempts: int = 0
+    refused_writes: int = 0
+    in_flight: int = 0
+    """Jobs that the worker has claimed and whose end is not written."""
+
+    window: int = 0
+    """Jobs that the worker may have in flight."""
+
+    waiting_callers: int = 0
 
 
 class JobRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -265,8 +295,8 @@ class JobQueue:
             raise _unknown(job_id) from None
         return JobAnswer(job, answer, found.rendering)
 
-    async def delete(self, caller: JobCaller, job_id: str) -> Job:
-        found = await self._store.delete(caller.name, job_id) if JOB_ID.fullmatch(job_id) else None
+    async def delete(self, caller: JobCaller, job_id: str, *, keep_ended: bool = False) -> Job:
+        found = await self._store.delete(caller.name, job_id, keep_ended=keep_ended) if JOB_ID.fullmatch(job_id) else None
         if found is None:
             raise _unknown(job_id)
         job, freed = found
@@ -283,7 +313,9 @@ class JobQueue:
             raise InvalidInput(f'status: expected one of {", ".join((*ACTIVE, *FINISHED))}, got "{status[:32]}"')
         if not 0 <= limit <= MAX_LISTED:
             raise InvalidInput(f"limit: expected up to {MAX_LISTED}, got {limit}")
-        return await self._store.list_jobs(caller.name, model=model, status=status, limit=limit or 100, after=after)
+        if after and not (JOB_ID.fullmatch(after) and await self._store.get(caller.name, after)):
+            raise InvalidInput(f'after: expected the id of a job that exists, got "{after[:64]}"')
+        return await self._store.list_jobs(caller.name, model=model, status=status, limit=limit or DEFAULT_LISTED, after=after)
 
     async def not_ready_reason(self) -> str:
         """Why jobs cannot be submitted; "" if they can."""
@@ -315,6 +347,21 @@ class JobQueue:
             await self.worker.drain(grace_s)
         self._is_draining = True
         self._wake(self._waiting)
+
+    def counters(self) -> JobCounters:
+        """For metrics. Asks neither the store nor the proxy."""
+        state, worker = self.state or StoreState([], 0.0, 0), self.worker
+        return JobCounters(
+            queued=state.n("queued"),
+            running=state.n("running"),
+            oldest_queued_s=state.oldest_queued_s,
+            outbox=state.outbox,
+            attempts=worker.n_attempts if worker else 0,
+            refused_writes=worker.n_refused_writes if worker else 0,
+            in_flight=worker.n_running if worker else 0,
+            window=int(worker.window) if worker else 0,
+            waiting_callers=self.n_waiting,
+        )
 
     @property
     def n_waiting(self) -> int:

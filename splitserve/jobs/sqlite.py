@@ -307,7 +307,7 @@ class SqliteStore:
 
         return await self._read(read)
 
-    async def delete(self, owner: str, job_id: str) -> tuple[Job, list[str]] | None:
+    async def delete(self, owner: str, job_id: str, *, keep_ended: bool = False) -> tuple[Job, list[str]] | None:
         def act(connection: Connection) -> tuple[Job, list[str]] | None:
             row = connection.execute(
                 "SELECT seq, status, request_ref, answer_ref FROM jobs WHERE id = ? AND owner = ?", (job_id, owner)
@@ -321,6 +321,8 @@ class SqliteStore:
             assert job is not None, "nobody else writes in this transaction"
             if status in ACTIVE:
                 return job, [request_ref] if request_ref else []
+            if keep_ended:
+                return job, []
             connection.execute("DELETE FROM jobs WHERE seq = ?", (seq,))
             return job, [answer_ref] if answer_ref else []
 

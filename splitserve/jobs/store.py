@@ -62,8 +62,8 @@ class JobStore(Protocol):
         """Jobs of the caller, the newest first. ``after``: those that follow this one in the list."""
         ...
 
-    async def delete(self, owner: str, job_id: str) -> tuple[Job, list[str]] | None:
-        """Cancel a job that has not ended, remove one that has; None: there is none.
+    async def delete(self, owner: str, job_id: str, *, keep_ended: bool = False) -> tuple[Job, list[str]] | None:
+        """Cancel a job that has not ended, remove one that has, unless ``keep_ended``; None: there is none.
 
         Returns:
             The job in the state that holds now, or held when it was removed; and the payloads that were freed.

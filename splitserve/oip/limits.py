@@ -106,7 +106,7 @@ _NO_STRUCTURE = bytes(set(range(256)) - set(b'[]{}"'))
 _STEPS = bytes.maketrans(b'[]"', b"\x01\xff\x00")
 
 
-def check_json_depth(body: bytes) -> None:
+def check_json_depth(body: bytes, what: str = "the request body") -> None:
     """Raises:
     InvalidInput: the JSON is nested deeper than `MAX_JSON_DEPTH`. Malformed JSON is left to the parser.
 
@@ -122,4 +122,4 @@ def check_json_depth(body: bytes) -> None:
     left = _STRINGS.sub(b"", left).replace(b"[]", b"")
     steps = memoryview(left.translate(_STEPS)).cast("b")
     if b"[" * MAX_JSON_DEPTH in left or max(accumulate(steps), default=0) >= MAX_JSON_DEPTH:
-        raise InvalidInput(f"the request body is nested deeper than {MAX_JSON_DEPTH} levels")
+        raise InvalidInput(f"{what} is nested deeper than {MAX_JSON_DEPTH} levels")

@@ -109,26 +109,27 @@ _list_decoders: dict[str, msgspec.json.Decoder[Any]] = {
 _encoder = msgspec.json.Encoder()
 
 
-def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -> Any:
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None, what: str = "the request body") -> Any:
     """Decode a JSON body. The tokens NaN, Infinity and -Infinity, which Python and other clients write, are accepted too.
 
     Args:
         body: UTF-8.
         decoder: also checks types; None: any JSON.
+        what: its name in errors.
 
     Raises:
         InvalidInput: not JSON, nested too deeply, or a field of the wrong type, which the message names.
     """
-    check_json_depth(body)
+    check_json_depth(body, what)
     try:
         return decoder.decode(body) if decoder else msgspec.json.decode(body)
     except msgspec.ValidationError as error:
-        raise InvalidInput(f"the request body: {error}") from None
+        raise InvalidInput(f"{what}: {error}") from None
     except RecursionError:
-        raise InvalidInput("the request body is nested too deeply") from None
+        raise InvalidInput(f"{what} is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         if b"NaN" not in body and b"Infinity" not in body:
-            raise InvalidInput(f"the request body is not JSON: {error}") from None
+            raise InvalidInput(f"{what} is not JSON: {error}") from None
     try:
         text = body.decode()
         lenient = json.loads(text, parse_float=_finite)
@@ -136,7 +137,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[Any] | None = None) -
             json.dumps(lenient, ensure_ascii=False).encode()  # fails for a lone surrogate, which UTF-8 cannot encode
         return msgspec.convert(lenient, decoder.type) if decoder else lenient
     except (ValueError, RecursionError, msgspec.ValidationError) as error:
-        raise InvalidInput(f"the request body is not JSON: {error}") from None
+        raise InvalidInput(f"{what} is not JSON: {error}") from None
 
 
 def _finite(text: str) -> float:

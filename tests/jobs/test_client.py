@@ -181,6 +181,8 @@ async def test_the_commands_submit_list_show_fetch_and_cancel(system, capsys, ca
     listed = await asyncio.to_thread(commands.list_jobs, system.grpc_url, model="", status="succeeded", limit=5)
     text = capsys.readouterr().out
     unknown = await asyncio.to_thread(commands.result, new_id(), system.grpc_url, wait_s=None)
+    some = await asyncio.to_thread(commands.cancel, [new_id(), job_id], system.grpc_url)
+    some_cancelled = capsys.readouterr()
 
     assert [awaited, status, shown, fetched, cancelled, listed] == [0] * 6
     assert "echo 2.1" in answer
@@ -188,8 +190,9 @@ async def test_the_commands_submit_list_show_fetch_and_cancel(system, capsys, ca
     assert (job["id"], job["status"]) == (job_id, "succeeded")
     assert "1 2" in table
     assert f"{job_id} succeeded" in text
-    assert unknown == 1
-    assert "there is no job" in capsys.readouterr().err
+    assert (unknown, some) == (1, 1)
+    assert some_cancelled.err.count("there is no job") == 2
+    assert f"{job_id} succeeded" in some_cancelled.out
 
 
 @pytest.mark.parametrize(
@@ -204,6 +207,18 @@ async def test_the_command_submits_no_other_columns_than_the_models(system, caps
 
     assert status == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", ["nojson", "3", '[[1, "\\ud800"]]', "[" * 500 + "]" * 500])
+async def test_rows_that_are_not_json_are_named_as_rows(system, capsys, rows):
+    """The command's option, not the body of a request that nobody sent."""
+    options: dict[str, Any] = {"url": system.grpc_url, "version": "", "options": {}, "is_awaited": True, "wait_s": 25}
+    status = await asyncio.to_thread(commands.submit, "echo", None, rows=rows, **options)
+
+    error = capsys.readouterr().err
+    assert status == 1
+    assert "--rows" in error
+    assert "body" not in error
 
 
 async def test_the_command_names_the_statuses_to_list(system, capsys):

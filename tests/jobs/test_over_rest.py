@@ -248,6 +248,21 @@ async def test_a_running_job_is_cancelled(closed):
     assert (await closed.rest.get(job["urls"]["self"])).json()["status"] == "cancelled"
 
 
+async def test_a_job_that_has_ended_is_kept_if_only_a_cancel_was_asked_for(system):
+    """Its result may have come just before."""
+    job = await system.submitted()
+    await system.ended(job)
+
+    kept = await system.rest.delete(job["urls"]["self"], params={"keep_ended": "true"})
+    result = await system.rest.get(job["urls"]["result"])
+    unclear = await system.rest.delete(job["urls"]["self"], params={"keep_ended": "1"})
+    removed = await system.rest.delete(job["urls"]["self"], params={"keep_ended": "false"})
+    gone = await system.rest.get(job["urls"]["self"])
+
+    assert [each.status_code for each in (kept, result, unclear, removed, gone)] == [200, 200, 400, 200, 404]
+    assert kept.json()["status"] == "succeeded"
+
+
 async def test_a_proxy_that_stops_keeps_nobody_waiting(tmp_path):
     """It answers with the job as it is."""
     async with whole(tmp_path) as system:
@@ -278,10 +293,46 @@ async def test_jobs_are_listed_by_model_and_status_in_pages(system):
     assert [job["id"] for job in (*found, *rest)] == [job["id"] for job in reversed(jobs)]
 
 
-@pytest.mark.parametrize("query", ["status=nope", "limit=abc", "limit=1001", "limit=-1", "what=1"])
+@pytest.mark.parametrize(
+    "query", ["status=nope", "limit=abc", "limit=1001", "limit=0", "limit=-1", "after=nope", f"after={new_id()}", "what=1"]
+)
 async def test_a_list_with_a_wrong_filter_is_refused(system, query):
-    """Rather than answered with other jobs."""
-    assert (await system.rest.get(f"/v2/jobs?{query}")).status_code == 400
+    """Rather than answered with other jobs, or with none as if there were no more."""
+    response = await system.rest.get(f"/v2/jobs?{query}")
+
+    assert response.status_code == 400
+    assert query.partition("=")[0] in response.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/echo/infer", "/v1/models/echo:predict"])
+@pytest.mark.parametrize("options", ["priority=1", "x=1&expires=5", "webhook="])
+async def test_options_of_a_job_are_refused_where_none_was_asked_for(system, path, options):
+    """The header was forgotten. Parameters that nobody knows are ignored."""
+    content = body(ROW) if "v2" in path else {"instances": [[1.0, 2.0]]}
+
+    refused = await system.rest.post(f"{path}?{options}", json=content)
+    answered = await system.rest.post(f"{path}?x=1", json=content)
+
+    assert (refused.status_code, answered.status_code) == (400, 200)
+    assert "Prefer: respond-async" in refused.json()["error"]
+
+
+async def test_counters_are_there_for_metrics(closed):
+    """Of the store as of the last count, and of this process."""
+    before = closed.queue.counters()
+    jobs = [await closed.submitted() for _ in range(2)]
+    await until(lambda: closed.queue.counters().in_flight == 2)
+    await closed.queue._sweep()
+    running = closed.queue.counters()
+    closed.backend.gate.set()
+    for job in jobs:
+        await closed.ended(job)
+    await until(lambda: closed.queue.counters().in_flight == 0)
+    await closed.queue._sweep()
+    after = closed.queue.counters()
+
+    assert (running.queued, running.running, running.attempts - before.attempts) == (0, 2, 2)
+    assert (after.running, after.oldest_queued_s, after.outbox, after.window > 0) == (0, 0.0, 0, True)
 
 
 # Idempotency keys

@@ -404,6 +404,20 @@ async def test_deleting_a_job_that_has_ended_removes_it(open_store):
     assert await store.get("ann", found.id) is None
 
 
+async def test_a_cancel_keeps_a_job_that_has_ended(open_store):
+    """It may have ended just before, or by the same cancel, whose answer was lost."""
+    store = await open_store()
+    done, cancelled = [(await store.submit(job())).job for _ in range(2)]
+    (claimed,) = [each for each in await store.claim("w1", 2, HOUR) if each.lease.id == done.id]
+    await store.finish([Finish(claimed.lease, Payload(b"answer"))])
+
+    for _ in range(2):
+        assert (await store.delete("ann", done.id, keep_ended=True))[0].status == "succeeded"
+        assert (await store.delete("ann", cancelled.id, keep_ended=True))[0].status == "cancelled"
+
+    assert (await store.result("ann", done.id)).answer.data == b"answer"
+
+
 async def test_what_cancel_answers_is_what_holds(open_store):
     """Cancel and the end of a job race: the first final state stays, and both sides are told the truth."""
     store = await open_store()

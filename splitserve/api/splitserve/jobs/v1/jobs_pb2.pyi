@@ -150,10 +150,12 @@ class GetJobResultResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ..., answer: _Optional[_Union[_inference_pb2.ModelInferResponse, _Mapping]] = ..., rendering: _Optional[bytes] = ...) -> None: ...
 
 class DeleteJobRequest(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "keep_ended")
     ID_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ENDED_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    keep_ended: bool
+    def __init__(self, id: _Optional[str] = ..., keep_ended: bool = ...) -> None: ...
 
 class DeleteJobResponse(_message.Message):
     __slots__ = ("job",)
