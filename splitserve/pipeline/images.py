@@ -39,7 +39,7 @@ def build_images(context: Context, models: Path) -> None:
     Raises:
         StepFailed: they cannot be built.
     """
-    with _sources() as folder:
+    with build_sources() as folder:
         model, tag = next(path.name for path in sorted(models.iterdir())), digest_of(digests_of_folder(models))[:16]
         names = {service: f"{model}-{service}:{tag}".lower() for service in SERVICES}
         overlay = {service: {"image": name} for service, name in names.items()}
@@ -85,7 +85,7 @@ def started_images(
             raise StepFailed(f"image {image['name']}, {image['digest']}, is not on this machine; run with --from build")
     overlay = {service: {"image": image["digest"], "pull_policy": "never", "restart": "no"} for service, image in images.items()}
     ports = {"SPLITSERVE_HTTP_PORT": str(http_port), "SPLITSERVE_GRPC_PORT": str(grpc_port)}
-    with _sources() as folder, _composition(folder, project, overlay, **ports) as compose:
+    with build_sources() as folder, _composition(folder, project, overlay, **ports) as compose:
         compose("down", "--remove-orphans")
         try:
             compose("up", "--no-build", "--detach")
@@ -118,7 +118,7 @@ def _composition(folder: Path, project: str, services: Mapping[str, Mapping[str,
 
 
 @contextmanager
-def _sources() -> Iterator[Path]:
+def build_sources() -> Iterator[Path]:
     """A folder with the Dockerfile, the compose files and what they copy: a clone, or what is installed, put together."""
     installed = Path(splitserve.__file__).parents[1]
     if (installed / "Dockerfile").exists():

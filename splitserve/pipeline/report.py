@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,11 @@ from splitserve.pipeline.index import Finished, RunState
 CONFUSION_FILE = "confusion.json"
 """An output of this name, ``{"classes": […], "counts": [[…]]}`` with a row for each true class, is shown as a matrix."""
 
+WRONG_FILE = "wrong.json"
+"""An output of this name, ``[{"png": BASE64, "true": …, "found": …}, …]``, is shown as pictures with both classes."""
+
 _WIDTH, _HEIGHT = 420, 160
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
@@ -23,6 +28,8 @@ table { border-collapse: collapse; margin: .5rem 0 1rem }
 td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd }
 td.number { text-align: right; font-variant-numeric: tabular-nums } code { font-size: .85em } .failed { color: #b00020 }
 .matrix td { text-align: center } svg { display: block }
+figure { display: inline-block; margin: .3rem; text-align: center; font-size: .8em }
+img { width: 96px; image-rendering: pixelated }
 """
 
 
@@ -55,6 +62,8 @@ def render(run: RunState, finished: Mapping[str, Finished]) -> str:
             parts += [_curve(key, points) for key, points in _curves(step.metrics).items()]
         if CONFUSION_FILE in step.outputs:
             parts.append(_confusion(Path(step.folder) / CONFUSION_FILE))
+        if WRONG_FILE in step.outputs:
+            parts.append(_wrong(Path(step.folder) / WRONG_FILE))
         parts.append("<details><summary>outputs and what the step depended on</summary>")
         parts.append(_table(("output", "SHA-256"), step.outputs.items()))
         parts.append(f"<pre>{escape(json.dumps(step.depends_on, indent=1))}</pre></details>")
@@ -106,3 +115,15 @@ def _confusion(file: Path) -> str:
     head = "".join(f"<th>{name}</th>" for name in classes)
     caption = "<caption>true class by row, found class by column</caption>"
     return f'<table class="matrix">{caption}<tr><th></th>{head}</tr>{"".join(rows)}</table>'
+
+
+def _wrong(file: Path) -> str:
+    """Pictures that were classified wrongly. The bytes are in the page, and are those of a PNG file or not shown."""
+    figures = []
+    for item in json.loads(file.read_text()):
+        png = base64.b64decode(item["png"])
+        if png.startswith(_PNG):
+            source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            caption = f"{escape(str(item['found']))}<br>in truth {escape(str(item['true']))}"
+            figures.append(f'<figure><img src="{source}" alt=""><figcaption>{caption}</figcaption></figure>')
+    return f"<h3>Classified wrongly</h3><div>{''.join(figures)}</div>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from splitserve.pipeline.declaration import Step, TrainingPipeline
 from splitserve.pipeline.exchange import Exchange
 from splitserve.pipeline.runner import Runner
 from tests.pipeline import tiny
+
+ROOT = Path(__file__).parents[2]
 
 FAKE = """#!/bin/sh
 echo "$@" >> {folder}/calls
@@ -176,7 +179,37 @@ def test_a_steps_process_in_a_container_imports_only_python(tmp_path: Path):
         "import sys, splitserve.pipeline.worker; "
         "print({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names) - {'__main__', 'splitserve'})"
     )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=Path(docker.__file__).parents[2]
-    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.heavy
+def test_an_installed_splitserve_has_what_images_are_built_from(tmp_path: Path):
+    """The wheel, where there is no clone: the same Dockerfile, compose files, locks and code."""
+    uv = Path(sys.executable).with_name("uv")
+    subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    program = (
+        "import shutil, sys; from splitserve.pipeline.images import build_sources\n"
+        "with build_sources() as folder: shutil.copytree(folder, sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    subprocess.run([sys.executable, "-P", "-c", program, tmp_path / "sources"], env=environment, check=True)
+
+    found = tmp_path / "sources"
+    for target in ("proxy", "preprocess", "predict"):
+        assert f" AS {target}\n" in (found / "Dockerfile").read_text()
+        assert (found / "requirements" / f"{target}.txt").read_bytes() == (ROOT / "requirements" / f"{target}.txt").read_bytes()
+    copied = [
+        line.split()[1]
+        for line in (found / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY") and "--" not in line
+    ]
+    assert set(copied) >= {"splitserve", "proxy"}
+    for package in copied:
+        assert {path.relative_to(found) for path in (found / package).rglob("*.py")} >= {
+            path.relative_to(ROOT) for path in (ROOT / package).rglob("*.py")
+        }
+    for name in ("Dockerfile", ".dockerignore", "docker-compose.yml", "docker-compose.baked.yml"):
+        assert (found / name).read_bytes() == (ROOT / name).read_bytes()

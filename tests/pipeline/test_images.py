@@ -47,6 +47,9 @@ def test_images_go_from_files_to_a_registered_release(tmp_path: Path):
     folder = copied(tmp_path)
     assert start(folder, n_train=5000, n_test=1000, width=0.25, epochs=3).wait() == 0
     assert last(folder, "evaluate").last_metrics()["accuracy"] >= 0.8
+    wrong = json.loads((Path(last(folder, "evaluate").folder) / "wrong.json").read_text())
+    assert len(wrong) == 50
+    assert all(item["true"] != item["found"] for item in wrong)
     registered = json.loads((Path(last(folder, "register").folder) / "registered.json").read_text())
     assert registered["is_champion"] is True
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+
+from PIL import Image
 
 from splitserve.pipeline.index import Finished, RunState, StepState
 from splitserve.pipeline.report import render
@@ -41,3 +45,23 @@ def test_a_report_has_curves_and_a_confusion_matrix_and_needs_no_network(tmp_pat
     assert page.tags.count("polyline") == 1
     assert "loss <b>: 1 at 1, 0.25 at 4; lowest 0.25, highest 1" in page.text
     assert all(name in page.text for name in classes)
+
+
+def test_wrongly_classified_images_are_in_the_page(tmp_path: Path):
+    """As data: the page needs nothing else. What is no PNG file is left out, and labels are text."""
+    content = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(content, "PNG")
+    shown = [
+        {"png": base64.b64encode(data).decode(), "true": "<i>shirt", "found": "coat"} for data in (content.getvalue(), b"<svg/>")
+    ]
+    (tmp_path / "wrong.json").write_text(json.dumps(shown))
+    step = Finished("evaluate", "0" * 64, {}, "r", str(tmp_path), {"wrong.json": "ab"}, [], 1.5, "now")
+    run = RunState("1" * 32, "tiny", "finished", 1, "h", "now", {}, [StepState("evaluate", "finished", "0" * 64)])
+
+    page = Read()
+    page.feed(render(run, {"evaluate": step}))
+
+    (link,) = page.links
+    assert base64.b64decode(link.removeprefix("data:image/png;base64,")) == content.getvalue()
+    assert "coatin truth <i>shirt" in page.text
+    assert "i" not in page.tags

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from typing import Any
 
 import numpy as np
 
 from splitserve.pipeline import Context
+from splitserve.pipeline.report import WRONG_FILE
 from splitserve.pipeline.serving import labels_of, running_build, time_requests
 
 from .data import read_files
+
+N_WRONG_SHOWN = 50
 
 
 def evaluate(context: Context) -> None:
@@ -31,6 +36,7 @@ def evaluate(context: Context) -> None:
             p50_ms, p99_ms = time_requests(client, values["model"], files, values["n_timed"], input_name="image")
             context.metric(f"{transport} p50 ms", p50_ms)
             context.metric(f"{transport} p99 ms", p99_ms)
+    _write_wrong(context, files, labels, expected)
     accuracy = min(found.values())
     context.metric("accuracy", accuracy)
     context.fail_unless(
@@ -38,3 +44,10 @@ def evaluate(context: Context) -> None:
     )
     result = {"accuracy": accuracy, "images": len(labels), "golden rows": n_golden}
     (context.outputs / "evaluation.json").write_text(json.dumps(result))
+
+
+def _write_wrong(context: Context, files: Any, labels: list[str], found: list[str]) -> None:
+    """The first images with a wrong label, for the report."""
+    wrong = [index for index, label in enumerate(found) if label != labels[index]][:N_WRONG_SHOWN]
+    shown = [{"png": base64.b64encode(files[index, 0]).decode(), "true": labels[index], "found": found[index]} for index in wrong]
+    (context.outputs / WRONG_FILE).write_text(json.dumps(shown))
