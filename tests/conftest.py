@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,14 +57,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Objects made here are kept, so the garbage collector skips them."""
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Objects made here are kept, so the garbage collector skips them. What `make check` runs does not publish."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
         gc.enable()
+        if session.config.option.markexpr == "unit" and (as_served := sys.modules.get("splitserve.publishing.as_served")):
+            as_served.check = _refuse_to_publish  # type: ignore[attr-defined]
+
+
+def _refuse_to_publish(*_: object, **__: object) -> None:
+    raise AssertionError("a unit test publishes, which starts a process: mark it heavy")
 
 
 def system_of(item: pytest.Function) -> str:

@@ -135,6 +135,7 @@ async def test_requests_with_large_answers_are_not_merged_beyond_the_limit_of_a_
     assert {each.batch_size for each in entry.batch_stats} == {2}
 
 
+@pytest.mark.heavy
 async def test_preprocess_refuses_features_larger_than_a_message(
     preprocess: PreprocessService, peak_growth: Callable[[], int]
 ) -> None:
@@ -148,6 +149,7 @@ async def test_preprocess_refuses_features_larger_than_a_message(
     assert peak_growth() < 32 * MIB
 
 
+@pytest.mark.heavy
 async def test_a_malformed_request_is_invalid_whatever_size_it_claims(preprocess: PreprocessService) -> None:
     """A claimed number of rows without their bytes is malformed, not large."""
     with pytest.raises(InvalidInput, match="needs 8000000 bytes, got 8"):

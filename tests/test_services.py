@@ -46,6 +46,8 @@ from splitserve.testing import FakeInference, signature
 from tests.folders import MadeOnce
 from tests.system.models import softmax_model
 
+pytestmark = pytest.mark.heavy  # they publish
+
 ROWS = np.random.default_rng(0).normal(size=(20, 3))
 FEATURES = TensorSpec("features", "FP32", ("batch", 3))
 SCORES = TensorSpec("scores", "FP32", ("batch", 2))

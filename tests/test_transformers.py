@@ -395,6 +395,7 @@ def test_the_global_pandas_output_setting_has_no_effect(pipeline: Any):
     assert type(pixels) is np.ndarray
 
 
+@pytest.mark.heavy
 def test_a_published_image_pipeline_answers_as_in_process(pipeline: Any, tmp_path: Path):
     """Published and loaded as a service loads it, the pipeline gives the same pixels for files that it has not seen."""
     samples = rows(encode(noise()), encode(noise(9, 9), "JPEG"))
@@ -408,6 +409,7 @@ def test_a_published_image_pipeline_answers_as_in_process(pipeline: Any, tmp_pat
     np.testing.assert_array_equal(to_array(pixels), pipeline.transform(unseen))
 
 
+@pytest.mark.heavy
 def test_a_damaged_file_is_the_callers_error(pipeline: Any, tmp_path: Path):
     """What the transforms refuse reaches the caller as InvalidInput, which is a 400, with the file's number."""
     bundle = publish_preprocessor(pipeline, rows(encode(noise())), name="tiny", repository=tmp_path, input_name="image")

@@ -19,14 +19,12 @@ from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import publish, publish_predictor, publish_preprocessor, withdraw
 from splitserve.arrays import from_array, to_array
 from splitserve.checks.across import Passed, Step, across, combine, take_step
 from splitserve.checks.examination import Allowed, Report, Trial, examine
 from splitserve.checks.matrix import HERE, Matrix, judge
-from splitserve.cli import app
 from splitserve.repository import golden as goldens
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
@@ -43,6 +41,7 @@ from splitserve.repository.sources.index import write as write_index
 from splitserve.runtimes.release import golden_of
 from splitserve.tensors import Tensor
 from splitserve.versions import Pair
+from tests.command_line import run_command
 from tests.file_server import FileServer
 from tests.signing_keys import make_keys
 from tests.system.models import softmax_model
@@ -389,7 +388,7 @@ def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, 
 
 
 def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, ["matrix", *map(str, arguments)])
+    return run_command("matrix", *arguments)
 
 
 def test_the_command_prints_tables_and_each_reason_once(models: Path) -> None:
@@ -481,7 +480,7 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
         load_bundle(repository, key, Signer(keys.private).sign)
     images = ["--image", "first", "--image", "second", "--docker", docker] if where == "images" else []
 
-    without_key = run("--repository", models, *images)
+    without_key = run("--repository", models)
     half_signed = run("--repository", models, "--signature-key", keys.public, "--json", *images)
     load_bundle(repository, BundleKey("paint", "predict", 1), Signer(keys.private).sign)
     unsigned_release = run("--repository", models, "--signature-key", keys.public, *images)
@@ -513,6 +512,7 @@ def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
 
 FAKE_DOCKER = """#!{python}
 import re, subprocess, sys
+from tests.command_line import run_command
 mount = next(word for word in sys.argv if word.startswith("type=bind"))
 at = sys.argv.index("-m")
 image, (module, *arguments) = sys.argv[at - 1], sys.argv[at + 1 :]

@@ -21,10 +21,8 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import publish_predictor
-from splitserve.cli import app
 from splitserve.cli.samples import golden_instance
 from splitserve.cli.up import refusals
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, UNAVAILABLE, InferRequest, InferResponse, ModelState
@@ -34,6 +32,7 @@ from splitserve.repository.signing import Verifier
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
 from splitserve.testing import FakeInference, serving, signature
+from tests.command_line import run_command
 from tests.demo_models import Demos
 from tests.file_server import FileServer
 from tests.signing_keys import Keys, make_keys
@@ -41,11 +40,6 @@ from tests.system.models import softmax_model
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 COMMAND = Path(sys.executable).with_name("splitserve")
-
-
-def run(*arguments: Any) -> Any:
-    """The command in this process."""
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def signed_repository(folder: Path) -> Keys:
@@ -60,7 +54,7 @@ def test_sign_writes_a_signature_for_every_bundle(tmp_path: Path) -> None:
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="damaged", repository=tmp_path / "models")
     (tmp_path / "models" / "damaged" / "predict" / "1" / "model.onnx").write_bytes(b"")
 
-    result = run("sign", "--repository", tmp_path / "models", "--key", keys.private)
+    result = run_command("sign", "--repository", tmp_path / "models", "--key", keys.private)
 
     assert result.exit_code == 1
     assert f"m/predict/1: {tmp_path}/models/m/predict/1/model.sig" in result.output
@@ -82,7 +76,7 @@ def test_sign_reports_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ar
     signed_repository(tmp_path)
     monkeypatch.chdir(tmp_path)
 
-    result = run("sign", "--repository", "models", *arguments)
+    result = run_command("sign", "--repository", "models", *arguments)
 
     assert result.exit_code == 1
     assert message in result.output
@@ -123,7 +117,7 @@ async def run_at(address: str, *arguments: Any) -> subprocess.CompletedProcess[s
 )
 def test_every_command_has_help(command: list[str]) -> None:
     """Names its arguments, says what it does."""
-    result = run(*command, "--help")
+    result = run_command(*command, "--help")
 
     assert result.exit_code == 0
     assert "Usage:" in result.output
@@ -147,7 +141,7 @@ def test_the_version_is_the_packages() -> None:
     """``--version`` prints it and nothing else."""
     from splitserve import __version__
 
-    assert run("--version").output.strip() == __version__
+    assert run_command("--version").output.strip() == __version__
 
 
 @pytest.fixture
@@ -167,6 +161,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "printed", "written"),
     [
@@ -192,12 +187,13 @@ def test_publish_writes_the_given_files(
     """A pipeline becomes both halves, transforms a preprocessor, an ONNX model a predictor."""
     monkeypatch.chdir(files)
 
-    result = run("publish", "m", "--repository", "models", *options)
+    result = run_command("publish", "m", "--repository", "models", *options)
 
     assert result.output.startswith(printed), result.output
     assert {kind: Repository("models").versions("m", kind) for kind in ("preprocess", "predict")} == written  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_publish_names_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of y's columns."""
     monkeypatch.chdir(tmp_path)
@@ -206,7 +202,7 @@ def test_publish_names_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     np.save("rows.npy", rows)
     common = ("publish", "m", "--repository", "models", "--data", "rows.npy", "--target", "price", "--target", "weight")
 
-    result, wrong = run(*common, "--pipeline", "pipeline.skops"), run(*common, "--transformer", "pipeline.skops")
+    result, wrong = run_command(*common, "--pipeline", "pipeline.skops"), run_command(*common, "--transformer", "pipeline.skops")
 
     assert result.exit_code == 0, result.output
     manifest = Repository("models").open(BundleKey("m", "preprocess", 1)).manifest
@@ -214,13 +210,14 @@ def test_publish_names_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "--target goes with --pipeline or --mlflow" in wrong.output
 
 
+@pytest.mark.heavy
 def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--trained-on` gives the predictor the fingerprint of the transforms."""
     monkeypatch.chdir(files)
     common = ("publish", "m", "--repository", "models")
-    assert run(*common, "--transformer", "transforms.skops", "--data", "rows.npy").exit_code == 0
+    assert run_command(*common, "--transformer", "transforms.skops", "--data", "rows.npy").exit_code == 0
 
-    result = run(*common, "--onnx", "model.onnx", "--data", "sample.npz", "--trained-on", "transforms.skops")
+    result = run_command(*common, "--onnx", "model.onnx", "--data", "sample.npz", "--trained-on", "transforms.skops")
 
     keys = BundleKey("m", "preprocess", 1), BundleKey("m", "predict", 1)
     first, second = (Repository("models").open(key).manifest for key in keys)
@@ -228,6 +225,7 @@ def test_halves_published_separately_can_be_bound_by_trained_on(files: Path, mon
     assert first.fingerprint == second.fingerprint != ""
 
 
+@pytest.mark.heavy
 def test_halves_of_the_same_rows_are_released_from_the_shell(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `--trained-on` and `--rows`, the rows that the data were made from, a release knows that the features are equal."""
     monkeypatch.chdir(files)
@@ -235,25 +233,28 @@ def test_halves_of_the_same_rows_are_released_from_the_shell(files: Path, monkey
     np.savez("features.npz", features=transforms.transform(IRIS).astype(np.float32))
     common = ("publish", "m", "--repository", "models")
     written = [
-        run(*common, "--transformer", "transforms.skops", "--data", "rows.npy"),
-        run(*common, "--onnx", "model.onnx", "--data", "features.npz", "--trained-on", "transforms.skops", "--rows", "rows.npy"),
+        run_command(*common, "--transformer", "transforms.skops", "--data", "rows.npy"),
+        run_command(
+            *common, "--onnx", "model.onnx", "--data", "features.npz", "--trained-on", "transforms.skops", "--rows", "rows.npy"
+        ),
     ]
 
-    released = run("release", "m", "1.1", "--repository", "models", "--yes")
+    released = run_command("release", "m", "1.1", "--repository", "models", "--yes")
 
     assert [result.exit_code for result in written] == [0, 0], [result.output for result in written]
     assert "features: equal to those trained on" in released.output
     assert "released m 1.1 as release 1" in released.output
 
 
+@pytest.mark.heavy
 def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a warning, since services refuse pickles by default."""
     monkeypatch.chdir(files)
     joblib.dump(FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(IRIS), "pattern.joblib")
     command = ("publish", "m", "--repository", "models", "--transformer", "pattern.joblib", "--data", "rows.npy")
 
-    refused = run(*command)
-    published = run(*command, "--allow-pickle")
+    refused = run_command(*command)
+    published = run_command(*command, "--allow-pickle")
 
     assert refused.exit_code == 1
     assert published.exit_code == 0, published.output
@@ -281,7 +282,7 @@ def test_publish_reports_errors(files: Path, monkeypatch: pytest.MonkeyPatch, op
     """One line, no traceback, and an exit status other than 0."""
     monkeypatch.chdir(files)
 
-    result = run("publish", "m", "--repository", "models", *options)
+    result = run_command("publish", "m", "--repository", "models", *options)
 
     assert result.exit_code != 0
     assert message in result.output
@@ -294,15 +295,15 @@ def test_models_lists_bundles_and_names_broken_ones(demos: Demos, tmp_path: Path
     import shutil
 
     shutil.copytree(demos.repository, tmp_path / "models")
-    whole = run("models", "--repository", tmp_path / "models")
+    whole = run_command("models", "--repository", tmp_path / "models")
     (tmp_path / "models" / "digits" / "predict" / "1" / "manifest.json").write_text("{")
 
-    broken = run("models", "--repository", tmp_path / "models")
+    broken = run_command("models", "--repository", tmp_path / "models")
 
     assert (whole.exit_code, broken.exit_code) == (0, 1)
     assert "penguins" in whole.output
     assert "broken: manifest.json" in broken.output
-    assert run("models", "--repository", tmp_path / "nowhere").exit_code == 1
+    assert run_command("models", "--repository", tmp_path / "nowhere").exit_code == 1
 
 
 def echo_service() -> FakeInference:
@@ -400,7 +401,7 @@ async def test_infer_reports_an_error_in_one_line(tmp_path: Path) -> None:
 
 def test_infer_requires_rows() -> None:
     """From a file or from the command line, exactly one of them."""
-    neither, both = run("infer", "m"), run("infer", "m", "rows.json", "--rows", "[]")
+    neither, both = run_command("infer", "m"), run_command("infer", "m", "rows.json", "--rows", "[]")
 
     assert (neither.exit_code, both.exit_code) == (2, 2)
     assert neither.output == both.output == "expected a file or --rows, got both or neither\n"
@@ -415,7 +416,7 @@ def test_up_names_the_models_that_it_does_not_serve() -> None:
 
 def test_a_rest_address_is_no_grpc_address() -> None:
     """Of the commands that speak gRPC only; a port that answers in HTTP/1.1 would look like one that is away."""
-    result = run("health", "--url", "http://127.0.0.1:8000")
+    result = run_command("health", "--url", "http://127.0.0.1:8000")
 
     assert result.exit_code == 2
     assert 'expected the address of a gRPC face, host:port, got "http://127.0.0.1:8000"' in result.output
@@ -462,7 +463,7 @@ async def test_health_without_models_reports_what_the_system_waits_for() -> None
 
 def test_health_reports_an_unreachable_system() -> None:
     """A line with the address that was asked."""
-    result = run("health", "--url", "127.0.0.1:1")
+    result = run_command("health", "--url", "127.0.0.1:1")
 
     assert result.exit_code == 1
     assert result.output == "127.0.0.1:1: the proxy service cannot be reached\n"
@@ -482,11 +483,11 @@ def test_an_example_is_the_first_golden_sample(demos: Demos, model: str) -> None
 def test_index_lists_a_repository_for_web_servers(tmp_path: Path) -> None:
     """Also if some bundles are broken: they are named, and the exit status is 1."""
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
-    whole = run("index", "--repository", tmp_path)
+    whole = run_command("index", "--repository", tmp_path)
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path)
     (tmp_path / "m" / "predict" / "2" / "manifest.json").write_bytes(b"?")
-    broken = run("index", "--repository", tmp_path)
-    nowhere = run("index", "--repository", tmp_path / "nowhere")
+    broken = run_command("index", "--repository", tmp_path)
+    nowhere = run_command("index", "--repository", tmp_path / "nowhere")
 
     listed = f"{tmp_path}/index.json: 1 bundles, 0 releases, 0 routes\n"
     assert (whole.exit_code, whole.output) == (0, listed)
@@ -502,10 +503,10 @@ def test_models_lists_bundles_at_a_url(tmp_path: Path, monkeypatch: pytest.Monke
     publish_predictor(softmax_model(4), np.zeros((2, 4), np.float32), name="m", repository=tmp_path / "models")
     server = FileServer(tmp_path / "models")
     with server.running():
-        without_index = run("models", "--repository", server.url)
-        run("index", "--repository", tmp_path / "models")
+        without_index = run_command("models", "--repository", server.url)
+        run_command("index", "--repository", tmp_path / "models")
         server.requests.clear()
-        result = run("models", "--repository", server.url)
+        result = run_command("models", "--repository", server.url)
 
     assert without_index.exit_code == 1
     assert without_index.output == f'{server.url}: index.json: not found; "splitserve index" writes it\n'
@@ -527,7 +528,7 @@ async def test_reload_needs_a_name_where_no_model_is_known() -> None:
 
 def test_a_bucket_has_no_index() -> None:
     """It is listed, and is written by publishing only."""
-    result = run("index", "--repository", "s3://bucket/models")
+    result = run_command("index", "--repository", "s3://bucket/models")
 
     assert result.exit_code == 2
     assert "services list buckets themselves and need no index there" in result.output
@@ -546,7 +547,7 @@ def test_a_bucket_has_no_index() -> None:
 def test_a_web_server_is_not_written(files: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     """The error names the way out: publish to a folder, then upload."""
     monkeypatch.chdir(files)
-    result = run(*command, "--repository", "http://127.0.0.1:1/models")
+    result = run_command(*command, "--repository", "http://127.0.0.1:1/models")
 
     assert result.exit_code == 1
     assert 'http://127.0.0.1:1/models cannot be written: publish to a folder, run "splitserve index"' in result.output

@@ -8,11 +8,12 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
-from typer.testing import CliRunner, Result
 
 from splitserve import publish, publish_preprocessor
-from splitserve.cli import app
+from tests.command_line import run_command
 from tests.folders import MadeOnce
+
+pytestmark = pytest.mark.heavy  # they publish
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 
@@ -29,12 +30,8 @@ def publish_models(repository: Path) -> None:
         publish_preprocessor(make_pipeline(scaler).fit(IRIS), IRIS, name="m", repository=repository)
 
 
-def splitserve(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_without_yes_a_release_is_shown_and_not_recorded(models: Path) -> None:
-    result = splitserve("release", "m", "2.1", "-r", models)
+    result = run_command("release", "m", "2.1", "-r", models)
 
     assert result.exit_code == 0
     assert "m 2.1: the halves fit; " in result.stdout
@@ -43,13 +40,13 @@ def test_without_yes_a_release_is_shown_and_not_recorded(models: Path) -> None:
     assert "labels that change: 0" in result.stdout
     assert 'output "probabilities": largest change' in result.stdout
     assert "nothing was recorded; --yes records the release" in result.stdout
-    assert "2.1" not in splitserve("releases", "m", "-r", models).stdout
+    assert "2.1" not in run_command("releases", "m", "-r", models).stdout
 
 
 def test_with_yes_it_is_recorded_and_listed(models: Path) -> None:
-    result = splitserve("release", "m", "2.1", "-r", models, "--yes")
+    result = run_command("release", "m", "2.1", "-r", models, "--yes")
 
-    listed = splitserve("releases", "m", "-r", models)
+    listed = run_command("releases", "m", "-r", models)
     assert result.exit_code == listed.exit_code == 0
     assert "released m 2.1 as release 2" in result.stdout
     lines = [line.split() for line in listed.stdout.splitlines()]
@@ -59,25 +56,25 @@ def test_with_yes_it_is_recorded_and_listed(models: Path) -> None:
 
 
 def test_changed_features_are_refused_unless_they_are_accepted(models: Path) -> None:
-    refused = splitserve("release", "m", "3.1", "-r", models, "--yes")
-    accepted = splitserve("release", "m", "3.1", "-r", models, "--yes", "--accept-changed-features")
+    refused = run_command("release", "m", "3.1", "-r", models, "--yes")
+    accepted = run_command("release", "m", "3.1", "-r", models, "--yes", "--accept-changed-features")
 
     assert refused.exit_code == 1
     assert "features that differ from those trained on: 4" in refused.stdout
     assert "--accept-changed-features" in refused.stderr
     assert accepted.exit_code == 0
-    assert "changed features" in splitserve("releases", "m", "-r", models).stdout
+    assert "changed features" in run_command("releases", "m", "-r", models).stdout
 
 
 def test_rollback_and_withdraw_change_what_serves(models: Path) -> None:
-    splitserve("release", "m", "2.1", "-r", models, "--yes")
+    run_command("release", "m", "2.1", "-r", models, "--yes")
 
-    rolled = splitserve("rollback", "m", "-r", models)
-    withdrawn = splitserve("release", "--withdraw", "m", "2", "-r", models)
+    rolled = run_command("rollback", "m", "-r", models)
+    withdrawn = run_command("release", "--withdraw", "m", "2", "-r", models)
 
     assert "rolled m back from release 2 to 1.1, as release 3" in rolled.stdout
     assert "withdrew release 2 of m (2.1); recorded as 4" in withdrawn.stdout
-    listed = splitserve("releases", "m", "-r", models).stdout
+    listed = run_command("releases", "m", "-r", models).stdout
     assert "withdraws 2" in listed
     assert "current, rolls back 2" in listed
 
@@ -96,7 +93,7 @@ def test_rollback_and_withdraw_change_what_serves(models: Path) -> None:
     ],
 )
 def test_errors_exit_with_status_1(models: Path, arguments: tuple[str, ...], complaint: str) -> None:
-    result = splitserve(*arguments, "-r", models)
+    result = run_command(*arguments, "-r", models)
 
     assert result.exit_code == 1
     assert complaint in result.stderr
@@ -112,7 +109,7 @@ def test_a_repository_that_does_not_exist_is_named(tmp_path: Path, arguments: tu
     """A mistyped path is not a model without releases."""
     nowhere = f"{prefix}{tmp_path / 'nowhere'}"
 
-    result = splitserve(*arguments, "-r", nowhere)
+    result = run_command(*arguments, "-r", nowhere)
 
     assert (result.exit_code, result.stderr) == (1, f"{nowhere}: no such folder\n")
     assert not (tmp_path / "nowhere").exists()
@@ -123,17 +120,17 @@ def test_own_rows_are_compared(models: Path, tmp_path: Path) -> None:
 
     np.save(tmp_path / "more.npy", IRIS[:40] * 2)
 
-    few = splitserve("release", "m", "2.1", "-r", models).stdout
-    more = splitserve("release", "m", "2.1", "-r", models, "--rows", tmp_path / "more.npy").stdout
+    few = run_command("release", "m", "2.1", "-r", models).stdout
+    more = run_command("release", "m", "2.1", "-r", models, "--rows", tmp_path / "more.npy").stdout
 
     assert int(more.split("fit; ")[1].split()[0]) == int(few.split("fit; ")[1].split()[0]) + 40
 
 
 def test_models_says_what_is_released_and_what_is_not(models: Path) -> None:
     """The current release, the earlier ones, and versions that no release names."""
-    splitserve("release", "m", "2.1", "-r", models, "--yes")
+    run_command("release", "m", "2.1", "-r", models, "--yes")
 
-    listed = splitserve("models", "-r", models)
+    listed = run_command("models", "-r", models)
 
     line = " ".join(listed.stdout.splitlines()[-1].split())
     assert (listed.exit_code, line) == (0, "m 2 2.1 1 (1.1) preprocess 3")
@@ -144,7 +141,7 @@ def test_models_lists_a_model_of_which_only_releases_are_there(models: Path) -> 
     for kind in ("preprocess", "predict"):
         shutil.rmtree(models / "m" / kind)
 
-    listed = splitserve("models", "-r", models)
+    listed = run_command("models", "-r", models)
 
     assert (listed.exit_code, " ".join(listed.stdout.splitlines()[-1].split())) == (0, "m 1 1.1 - -")
 
@@ -152,7 +149,7 @@ def test_models_lists_a_model_of_which_only_releases_are_there(models: Path) -> 
 def test_models_names_a_record_that_cannot_be_read(models: Path) -> None:
     (models / "m" / "releases" / "0001-1.1" / "manifest.json").write_text("{}")
 
-    listed = splitserve("models", "-r", models)
+    listed = run_command("models", "-r", models)
 
     assert listed.exit_code == 1
     assert "m/releases/0001-1.1: manifest.json" in listed.stderr
@@ -161,12 +158,12 @@ def test_models_names_a_record_that_cannot_be_read(models: Path) -> None:
 
 def test_a_withdrawal_says_what_serves_then(models: Path) -> None:
     """A pair may have another release; what was rolled back may be current again; and nothing may be left."""
-    splitserve("release", "m", "2.1", "-r", models, "--yes")
-    splitserve("rollback", "m", "-r", models)
+    run_command("release", "m", "2.1", "-r", models, "--yes")
+    run_command("rollback", "m", "-r", models)
 
-    rolled_back = splitserve("release", "--withdraw", "m", "3", "-r", models)
-    older = splitserve("release", "--withdraw", "m", "1", "-r", models)
-    last = splitserve("release", "--withdraw", "m", "2", "-r", models)
+    rolled_back = run_command("release", "--withdraw", "m", "3", "-r", models)
+    older = run_command("release", "--withdraw", "m", "1", "-r", models)
+    last = run_command("release", "--withdraw", "m", "2", "-r", models)
 
     assert "m: 1.1 still serves, since release 1 names it too" in rolled_back.stderr
     assert "m: the current release is now 2 (2.1), which release 3 had rolled back" in rolled_back.stderr
@@ -175,29 +172,29 @@ def test_a_withdrawal_says_what_serves_then(models: Path) -> None:
 
 
 def test_what_a_route_pins_is_said_wherever_the_current_release_is_shown(models: Path) -> None:
-    splitserve("release", "m", "2.1", "-r", models, "--yes")
+    run_command("release", "m", "2.1", "-r", models, "--yes")
     (models / "m" / "route.json").write_text('{"pairs": [{"pair": "1.1"}]}')
     pinned = "m: route.json pins 1.1: requests that name no version get it, not release 2 (2.1)"
 
-    assert pinned in splitserve("releases", "m", "-r", models).stderr
-    assert pinned in splitserve("models", "-r", models).stderr
-    assert "against release 1 (1.1), on its" in splitserve("release", "m", "2.1", "-r", models).stdout
+    assert pinned in run_command("releases", "m", "-r", models).stderr
+    assert pinned in run_command("models", "-r", models).stderr
+    assert "against release 1 (1.1), on its" in run_command("release", "m", "2.1", "-r", models).stdout
 
     (models / "m" / "route.json").write_text('{"pairs": [{"pair": "9.9"}]}')
     assert (
-        "m: route.json pins 9.9, which has no release, so it is not followed" in splitserve("releases", "m", "-r", models).stderr
+        "m: route.json pins 9.9, which has no release, so it is not followed" in run_command("releases", "m", "-r", models).stderr
     )
 
     (models / "m" / "route.json").write_text("{")
-    assert "m: route.json: " in splitserve("releases", "m", "-r", models).stderr
+    assert "m: route.json: " in run_command("releases", "m", "-r", models).stderr
 
 
 def test_a_record_beside_signed_ones_has_to_be_signed(models: Path, tmp_path: Path) -> None:
     """Services with the key do not follow it before, which an operator who withdraws a release must know."""
     (models / "m" / "releases" / "0001-1.1" / "model.sig").write_text("{}")
 
-    added = splitserve("release", "m", "2.1", "-r", models, "--yes")
-    withdrawn = splitserve("release", "--withdraw", "m", "1", "-r", models)
+    added = run_command("release", "m", "2.1", "-r", models, "--yes")
+    withdrawn = run_command("release", "--withdraw", "m", "1", "-r", models)
 
     assert "m/releases/0002-2.1 is not signed: services with MODEL_SIGNATURE_KEY do not follow it until" in added.stderr
     assert "m/releases/0003-1.1 is not signed" in withdrawn.stderr

@@ -16,14 +16,15 @@ from sklearn.compose import make_column_transformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import publish, publish_predictor, publish_preprocessor
-from splitserve.cli import app
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import MODEL_FILE
+from tests.command_line import run_command
 from tests.system.models import softmax_model
+
+pytestmark = pytest.mark.heavy  # they publish
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide-versions.md"
 ROWS = np.arange(36.0).reshape(9, 4)
@@ -92,7 +93,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="cats", repository=folder)
     publish_predictor(softmax_model(4), ROWS.astype(np.float32), name="cats", repository=folder)
     release = ["release", "cats", "1.1", "--yes"]
-    return "".join(CliRunner().invoke(app, [*command, "--repository", str(folder)]).output for command in (["matrix"], release))
+    return "".join(run_command(*command, "--repository", folder).output for command in (["matrix"], release))
 
 
 def plain(line: str) -> str:

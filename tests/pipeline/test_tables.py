@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from splitserve.cli import app
 from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.index import Index
 from splitserve.pipeline.new import TEMPLATES
 from splitserve.repository.folder import Repository
 from splitserve.repository.releases import ReleaseReader
+from tests.command_line import run_command
 from tests.folders import MadeOnce
 
 pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline-tables")]
@@ -33,7 +32,7 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _copied_and_run(folder: Path) -> None:
-    result = CliRunner().invoke(app, ["pipeline", "new", str(folder / "birds"), "--template", "tables"])
+    result = run_command("pipeline", "new", folder / "birds", "--template", "tables")
     assert result.exit_code == 0, result.output
     done = command(folder, "run")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -130,7 +129,7 @@ def test_services_that_do_not_start_fail_the_evaluation(folder: Path, tmp_path: 
 
 def test_new_refuses_what_cannot_be_a_package(tmp_path: Path):
     for name, message in (("my-model", "identifier"), (".", "identifier|exists"), ("birds", "")):
-        result = CliRunner().invoke(app, ["pipeline", "new", str(tmp_path / name)])
+        result = run_command("pipeline", "new", tmp_path / name)
         assert (result.exit_code == 0) is (name == "birds"), message
-    assert CliRunner().invoke(app, ["pipeline", "new", str(tmp_path / "birds")]).exit_code == 2
-    assert CliRunner().invoke(app, ["pipeline", "new", str(tmp_path / "x"), "--template", "none"]).exit_code == 2
+    assert run_command("pipeline", "new", tmp_path / "birds").exit_code == 2
+    assert run_command("pipeline", "new", tmp_path / "x", "--template", "none").exit_code == 2

@@ -14,13 +14,12 @@ import yaml
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import PublishError
-from splitserve.cli import app
 from splitserve.publishing.from_mlflow import N_ROWS_MIN, read, sample_rows
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
+from tests.command_line import run_command
 
 RANDOM = np.random.default_rng(0)
 X = pd.DataFrame({"size": RANDOM.normal(size=60), "count": RANDOM.integers(0, 5, 60), "is_new": RANDOM.random(60) > 0.5})
@@ -61,7 +60,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["publish", *map(str, arguments)])
+    return run_command("publish", *arguments)
 
 
 def test_a_registered_model_is_published_by_its_alias(registry: Path, tmp_path: Path) -> None:

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from sklearn.preprocessing import StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import publish_preprocessor
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import to_array
 from splitserve.checks.examination import examine
 from splitserve.checks.matrix import HERE, judge
-from splitserve.cli import app
 from splitserve.remote import running_model
 from splitserve.remote.inference import RemoteInference
 from splitserve.remote.running_model import RunningModel
@@ -26,6 +24,7 @@ from splitserve.repository.release import Release
 from splitserve.repository.releases import ReleaseReader
 from splitserve.runtimes.release import golden_of
 from splitserve.signature import TensorSpec
+from tests.command_line import run_command
 from tests.remote.test_any_server import bare_server
 
 ROWS = np.random.default_rng(0).normal(size=(20, 3))
@@ -67,7 +66,7 @@ def models(tmp_path: Path) -> Path:
 
 async def run(models: Path, address: str, *options: str, pair: str = "1.0") -> Any:
     command = ["release", "m", pair, "--predict", address, "--repository", str(models), *options]
-    return await asyncio.to_thread(CliRunner().invoke, app, command)
+    return await asyncio.to_thread(run_command, *command)
 
 
 def current(models: Path) -> Release | None:

@@ -17,11 +17,9 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
-from typer.testing import CliRunner
 
 from splitserve import PublishError, publish, publish_preprocessor, release
 from splitserve.arrays import Array, to_array
-from splitserve.cli import app
 from splitserve.publishing import halves
 from splitserve.publishing.golden_rows import synthetic
 from splitserve.repository import golden as goldens
@@ -31,6 +29,7 @@ from splitserve.repository.manifest import GOLDEN_FILE, Kind
 from splitserve.repository.release import Release
 from splitserve.repository.releases import MAX_GOLDEN_BYTES, ReleaseReader
 from splitserve.runtimes.rows import observe
+from tests.command_line import run_command
 
 IRIS, SPECIES = load_iris(return_X_y=True)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression()).fit(IRIS, SPECIES)
@@ -226,7 +225,7 @@ def test_the_command_says_what_it_stores(tmp_path: Path, monkeypatch: pytest.Mon
     np.save("own.npy", IRIS[:5] + 0.001)
 
     def run(*arguments: str) -> Any:
-        return CliRunner().invoke(app, ["publish", "m", "--data", "rows.npy", "--repository", "models", *arguments])
+        return run_command("publish", "m", "--data", "rows.npy", "--repository", "models", *arguments)
 
     assert "16 rows of X are stored" in run("--pipeline", "pipeline.skops").output
     assert "5 rows of your own are stored" in run("--pipeline", "pipeline.skops", "--golden", "own.npy").output

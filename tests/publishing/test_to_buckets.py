@@ -14,10 +14,8 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
-from typer.testing import CliRunner, Result
 
 from splitserve import PublishError, publish, publish_preprocessor, release, rollback, withdraw
-from splitserve.cli import app
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.release import History
@@ -27,6 +25,7 @@ from splitserve.repository.sources import source_of
 from splitserve.repository.sources.bucket import Bucket
 from splitserve.repository.sources.remote_folder import RemoteFolder
 from splitserve.repository.writable import writable
+from tests.command_line import run_command
 from tests.object_store import ObjectStore, object_store
 from tests.signing_keys import make_keys
 
@@ -119,7 +118,7 @@ def test_the_commands_take_a_bucket(store: ObjectStore, tmp_path: Path) -> None:
     (tmp_path / "scaler.skops").write_bytes(sklearn_pipeline.dump(StandardScaler().fit(IRIS)))
 
     def run(*arguments: Any) -> str:
-        result = CliRunner().invoke(app, [*map(str, arguments), "--repository", URL])
+        result = run_command(*arguments, "--repository", URL)
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -273,9 +272,9 @@ def test_a_bucket_is_signed_in_place(store: ObjectStore, tmp_path: Path) -> None
         return found
 
     unsigned = signed_with(ours.public)
-    by_others = run("sign", "-r", URL, "--key", others.private)
+    by_others = run_command("sign", "-r", URL, "--key", others.private)
     foreign = signed_with(ours.public)
-    by_us = run("sign", "-r", URL, "--key", ours.private, "iris")
+    by_us = run_command("sign", "-r", URL, "--key", ours.private, "iris")
 
     assert (by_others.exit_code, by_us.exit_code) == (0, 0), by_others.output + by_us.output
     assert f"iris/releases/0001-1.1: {URL}/iris/releases/0001-1.1/model.sig" in by_us.stdout
@@ -295,11 +294,7 @@ def test_a_bucket_is_signed_in_place(store: ObjectStore, tmp_path: Path) -> None
     ],
 )
 def test_what_cannot_be_done_at_a_url_says_what_to_do(command: tuple[str, ...], url: str, message: str) -> None:
-    result = run(*command, "-r", url)
+    result = run_command(*command, "-r", url)
 
     assert result.exit_code != 0
     assert message in " ".join(re.sub("[│╭╰─╮╯]", " ", result.output).split())
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])

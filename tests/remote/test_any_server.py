@@ -29,6 +29,8 @@ from splitserve.server.store import VersionStore
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
 
+pytestmark = pytest.mark.heavy  # they publish
+
 ROWS = np.random.default_rng(0).normal(size=(20, 3))
 FEATURES = TensorSpec("features", "FP32", ("batch", 3))
 SCORES = TensorSpec("scores", "FP32", ("batch", 2))

@@ -114,6 +114,7 @@ def publish_halves(repository: Path) -> None:
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=repository)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("half", ["preprocess", "predict"])
 @pytest.mark.parametrize("form", ["plain", "gz", "xz", "numpy"])
 def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, made_once: MadeOnce, tmp_path: Path) -> None:
@@ -189,6 +190,7 @@ def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
         load_bundle(Repository(tmp_path), BundleKey("m", "predict", 1), predictor.load)
 
 
+@pytest.mark.heavy
 def test_transforms_with_nan_parameters_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """E07: NaN in fitted parameters shows in the golden samples: publish refuses them, and so does a service that loads a bundle
     into which such transforms were put.

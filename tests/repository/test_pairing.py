@@ -195,6 +195,7 @@ def test_a_manifest_may_map_names() -> None:
     assert sent_specs(manifest(names={"features": "input_1"}))[0].name == "input_1"
 
 
+@pytest.mark.heavy
 def test_published_halves_declare_their_meaning(tmp_path: Path) -> None:
     """Both halves of a pipeline have the same one; a separate predictor has one if `trained_on` is given."""
     pipeline = make_pipeline(one_hot("red", "green", "blue"), LogisticRegression()).fit(FRAME, [0, 1] * 6)
@@ -212,6 +213,7 @@ def test_published_halves_declare_their_meaning(tmp_path: Path) -> None:
     assert "fingerprint" not in load_bundle(Repository(tmp_path), untold.key, predictor.load).properties
 
 
+@pytest.mark.heavy
 def test_transforms_that_are_not_the_manifests_are_refused(tmp_path: Path) -> None:
     """A manifest with other features than the file has."""
     bundle = publish_preprocessor(one_hot("red", "green", "blue"), FRAME, name="m", repository=tmp_path)

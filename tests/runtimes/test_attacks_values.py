@@ -33,6 +33,8 @@ from splitserve.server.compute import Compute
 from splitserve.server.store import VersionStore
 from tests.system.models import affine_model, slow_model
 
+pytestmark = pytest.mark.heavy  # they publish
+
 N = 3
 LONG_S = 60
 

@@ -18,6 +18,8 @@ from splitserve.repository.manifest import COMPILED_FILE, BundleError
 from splitserve.runtimes import preprocessor
 from splitserve.runtimes.rows import to_tensors
 
+pytestmark = pytest.mark.heavy  # they publish
+
 FRAME = pd.DataFrame(
     {"length": [39.1, np.nan, 46.5, 50.0], "year": [2007, 2008, 2009, 2007], "sex": ["male", "female", None, "male"]}
 )

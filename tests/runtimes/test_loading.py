@@ -26,6 +26,8 @@ from splitserve.runtimes.preprocessor import Preprocessor
 from tests.folders import MadeOnce
 from tests.system.models import softmax_model
 
+pytestmark = pytest.mark.heavy  # they publish
+
 ROWS = np.random.default_rng(0).normal(size=(6, 3))
 
 

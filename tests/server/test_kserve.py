@@ -22,6 +22,8 @@ from splitserve.server import kserve, settings
 from tests import certificates
 from tests.system.models import softmax_model
 
+pytestmark = pytest.mark.heavy  # they publish
+
 ROWS = np.random.default_rng(0).normal(size=(6, 3))
 CONTROLLERS = ["--model_name", "penguins", "--predictor_host", "penguins-predictor.default"]
 """What KServe's controller adds."""
