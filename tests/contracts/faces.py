@@ -99,7 +99,7 @@ async def served(
     config = ProxySettings(**{"http_port": 0, "grpc_port": 0, "max_message_bytes": LIMIT, "grace_s": 1.0, **settings})
     async with (
         Faces(service, config) as faces,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}") as rest,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", verify=False) as rest,
         grpc.aio.insecure_channel(f"127.0.0.1:{faces.grpc.port}") as channel,
     ):
         yield Served(rest, channel, backend, service, faces)

@@ -113,7 +113,7 @@ async def whole(
             remote = await stack.enter_async_context(RemoteJobs(config.jobs_target))
             faces = await stack.enter_async_context(Faces(service, config, remote))
         url, grpc_url = f"http://127.0.0.1:{faces.http.port}", f"127.0.0.1:{faces.grpc.port}"
-        rest = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30))
+        rest = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30, verify=False))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(grpc_url))
         yield Whole(rest, channel, backend, queue, url, grpc_url, faces)
         backend.gate.set()

@@ -50,7 +50,7 @@ async def client_of(app: RestApp) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the face, over a socket."""
     async with (
         RestFace(app) as face,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False, verify=False) as client,
     ):
         yield client
 
