@@ -16,5 +16,5 @@ def run(folder: Path, template: str) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     where = folder.resolve()
-    print(f"{where} is yours; data and parameters are in pipeline.py, the model in model.py\n\ncd {where.parent}")
+    print(f"created {where}: data and parameters are in pipeline.py, the model in model.py\n\ncd {where.parent}")
     print(f"python -m {where.name} run\npython -m {where.name} status")

@@ -74,8 +74,10 @@ class Attempt:
             target = self.folder / "inputs" / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-            if digest_of_file(target) != digest:
-                raise StepFailed(f"input {path}: expected SHA-256 {digest}, {file} has another; it was changed during the run")
+            if (found := digest_of_file(target)) != digest:
+                raise StepFailed(
+                    f"input {path}: expected SHA-256 {digest[:12]}…, got {found[:12]}…: {file} was changed meanwhile; run again"
+                )
             copied[f"inputs/{path}"] = digest
         return copied
 

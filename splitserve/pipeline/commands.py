@@ -102,7 +102,7 @@ def _print_models(runner: Runner, states: Sequence[StepState]) -> None:
 
 def _status(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     runner = _runner(pipeline, parsed)
-    if runner.index.unclosed() and not runner.index.is_running():
+    if runner.index.unfinished_runs() and not runner.index.is_running():
         with runner.index.locked():
             runner.close_dead()
     _print_steps(runner.states())
@@ -118,7 +118,8 @@ def _show(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     found = [run for run in runner.index.runs() if run.id.startswith(parsed.run)]
     if len(found) != 1:
         raise DeclarationError(
-            f"run {parsed.run}: expected one run of {pipeline.name} whose id begins so, got {len(found)} in {runner.store}"
+            f"run {parsed.run}: expected one run of {pipeline.name} whose id begins with it, got {len(found)} in {runner.store}; "
+            "`status` lists them"
         )
     run: RunState = found[0]
     print(f"run {run.id} of {run.pipeline}, {run.state}, started {run.started_at} by process {run.pid} on {run.host}")

@@ -31,7 +31,8 @@ class Dependencies:
         module, _, function = step.run.partition(":")
         module = self.pipeline.module_of(module)
         if self._sources.file_of(module) is None and not module.startswith("splitserve."):
-            raise DeclarationError(f'step "{step.name}": module {module} not found below {root_of(self.pipeline)}')
+            expected = root_of(self.pipeline) / f"{module.replace('.', '/')}.py"
+            raise DeclarationError(f'step "{step.name}": module {module} does not exist; expected {expected}')
         values = self.pipeline.parameters
         return {
             "format": FORMAT,

@@ -44,8 +44,8 @@ class Finished:
             file = Path(self.folder) / path
             if not file.is_file():
                 return f"output {path} is missing from {self.folder}"
-            if digest_of_file(file) != digest:
-                return f"output {path} in {self.folder} is not what was recorded"
+            if (found := digest_of_file(file)) != digest:
+                return f"output {path} in {self.folder}: expected SHA-256 {digest[:12]}…, got {found[:12]}…"
         return ""
 
     def last_metrics(self) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Index:
         return _finished(files[-1]) if files else None
 
     def finish(self, finished: Finished) -> None:
-        """Mark a step as finished: the last act, after which it may be reused."""
+        """Mark a step as finished: the last write, after which it may be reused."""
         _write(self._finished / finished.step / f"{finished.digest}.json", asdict(finished))
 
     def forget(self, step: str, digest: str) -> None:
@@ -117,7 +117,7 @@ class Index:
         found = [run for file in self._runs.glob("*.json") if (run := _run(file)) and run.pipeline == self._pipeline]
         return sorted(found, key=lambda run: run.started_at)
 
-    def unclosed(self) -> list[RunState]:
+    def unfinished_runs(self) -> list[RunState]:
         """Runs that say that they are running. With the lock held, their runner is dead."""
         return [run for run in self.runs() if run.state == RUNNING]
 

@@ -309,7 +309,7 @@ class Runner:
 
     def close_dead(self) -> None:
         """End the runs that a dead runner left, here and in MLflow. The store must be locked, or not in use."""
-        for run in self.index.unclosed():
+        for run in self.index.unfinished_runs():
             self._end(run, INTERRUPTED, f"its runner, process {run.pid} on {run.host}, is dead")
 
     def _downstream(self, name: str) -> set[str]:

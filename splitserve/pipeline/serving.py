@@ -25,7 +25,7 @@ from splitserve.repository.sources import source_of
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
-_START = "from splitserve.cli import main; main()"
+_START = "from splitserve.cli import main; main()"  # the command `splitserve` need not be on PATH, and has no `python -m`
 
 
 @dataclass(frozen=True)

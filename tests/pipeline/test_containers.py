@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 FAKE = """#!/bin/sh
 echo "$@" >> {folder}/calls
+cat {folder}/answer 2>/dev/null
 case "$1" in
   {failing}) echo "unknown command" >&2; exit 1 ;;
 esac
@@ -128,6 +129,17 @@ def test_parameters_for_containers_hold_unless_they_are_set(client: Path, tmp_pa
     assert low != high
     assert digest("--containers") == high
     assert digest("--containers", "--set", "floor=low") == low
+
+
+def test_an_image_of_the_same_name_with_other_bytes_is_another_step(client: Path, tmp_path: Path):
+    """What counts is the image's digest, not its name."""
+    runner = Runner(tiny.pipeline(tiny.write(tmp_path / "project")), in_containers=True)
+
+    def digest(image: str) -> str:
+        (client.parent / "answer").write_text(image)
+        return runner.states()[0].digest
+
+    assert digest("sha256:12") == digest("sha256:12") != digest("sha256:34")
 
 
 @pytest.mark.training
