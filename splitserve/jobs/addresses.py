@@ -14,6 +14,10 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _IPV4_COMPATIBLE = ipaddress.ip_network("::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+"""Whatever is outside, e.g. the local prefixes of NAT64 (RFC 8215), is not of the internet, though `is_global` may say so."""
+
+_DOCUMENTATION = ipaddress.ip_network("3fff::/20")
 _SIXTOFOUR = ipaddress.ip_network("2002::/16")
 
 
@@ -27,6 +31,8 @@ def is_public(address: Address) -> bool:
         inner = _embedded(address)
         if inner is not None:
             return is_public(inner)
+        if address not in _GLOBAL_UNICAST or address in _DOCUMENTATION:
+            return False
     return address.is_global and not address.is_multicast
 
 
@@ -48,7 +54,11 @@ async def resolve(host: str, port: int) -> list[str]:
     Raises:
         OSError: there are none.
     """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+    except UnicodeError:  # e.g. a label of more than 63 characters
+        raise OSError(f"{host} is no name of a host") from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -52,9 +54,9 @@ from splitserve.jobs.rows import claimed_of, delivery_of, encode, encoded, job_o
 from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed
 
 CALL_TIMEOUT_S = 10.0
-"""Of a transaction. The network to the database may be broken in ways that no error reports."""
+"""Of a transaction."""
 
-CONNECT_TIMEOUT_S = 5
+CONNECT_TIMEOUT_S, CHECK_TIMEOUT_S = 5, 2.0
 
 ANNOUNCE_INTERVAL_S = 0.1
 """At most one NOTIFY in this time: each takes a lock that all commits share."""
@@ -135,7 +137,7 @@ class PostgresStore:
             max_size=max_connections,
             open=False,
             kwargs={"prepare_threshold": None},
-            check=AsyncConnectionPool.check_connection,
+            check=_check,
             timeout=CONNECT_TIMEOUT_S,
             max_lifetime=300.0,
             reconnect_timeout=1.0,  # then the next call tries again: waiting longer would only delay the recovery
@@ -172,7 +174,7 @@ class PostgresStore:
             StorageFull: its disk is full.
         """
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S), self._pool.connection() as connection:
+            async with self._pool.connection() as connection, _limited(connection, CALL_TIMEOUT_S):
                 try:
                     if not self._is_migrated:
                         await self._migrate(connection)
@@ -532,6 +534,30 @@ class PostgresStore:
                 {"refs": list(refs)},
             )
             return [ref for (ref,) in await cursor.fetchall()]
+
+
+@contextlib.asynccontextmanager
+async def _limited(connection: AsyncConnection[Any], seconds: float) -> AsyncIterator[None]:
+    """Shut the connection down if the block takes longer, so that it ends with an error.
+
+    A network that is broken reports none. To cancel the task would not do: psycopg then asks the server to cancel the query, and
+    waits for that.
+    """
+    timer = asyncio.get_running_loop().call_later(seconds, _shut_down, connection)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _shut_down(connection: AsyncConnection[Any]) -> None:
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.shutdown(socket.SHUT_RDWR)
+
+
+async def _check(connection: AsyncConnection[Any]) -> None:
+    async with _limited(connection, CHECK_TIMEOUT_S):
+        await AsyncConnectionPool.check_connection(connection)
 
 
 async def _one(cursor: Cursor, query: str, arguments: Sequence[Any] = ()) -> tuple[Any, ...] | None:

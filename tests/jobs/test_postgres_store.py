@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
+import psycopg
 import pytest
 import structlog.testing
 
@@ -84,6 +86,67 @@ async def test_a_database_that_is_read_only_is_one_that_is_away(postgres, store)
         postgres.sql("ALTER DATABASE postgres RESET default_transaction_read_only")
 
     assert (await until_it_works(lambda: store.submit(job()))).is_new
+
+
+class Network:
+    """Between the store and the database. Once it is broken it delivers nothing, and tells nobody."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._is_whole = asyncio.Event()
+        self._is_whole.set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    def break_(self) -> None:
+        self._is_whole.clear()
+
+    @contextlib.asynccontextmanager
+    async def url(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        async with server:
+            yield f"postgresql://postgres@127.0.0.1:{server.sockets[0].getsockname()[1]}/postgres"
+            self._is_whole.set()
+            for writer in self._writers:
+                writer.close()
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, requests = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, requests]
+        await asyncio.gather(self._deliver(reader, requests), self._deliver(answers, writer))
+
+    async def _deliver(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(2**16):
+                await self._is_whole.wait()
+                writer.write(data)
+        writer.close()
+
+
+async def test_a_broken_network_holds_up_no_call_and_no_end_for_ever(postgres, monkeypatch):
+    """Nothing reports it: a call that waits for its answer ends, the next one too, and so does the store with one in flight."""
+    for name in ("CALL_TIMEOUT_S", "CHECK_TIMEOUT_S", "CONNECT_TIMEOUT_S"):
+        monkeypatch.setattr(postgres_module, name, 1)
+    network = Network(postgres.port)
+    async with asyncio.timeout(60), network.url() as url:
+        store = PostgresStore(url)
+        await store.__aenter__()
+        await store.submit(job())
+        async with await psycopg.AsyncConnection.connect(postgres.url) as other:
+            await other.execute("LOCK TABLE splitserve_jobs.jobs")
+            waiting = asyncio.create_task(store.list_jobs("ann"))
+            locks = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            while (await (await other.execute(locks)).fetchone())[0] == 0:
+                pass
+            network.break_()
+            with pytest.raises(Unavailable):
+                await waiting
+        with pytest.raises(Unavailable):
+            await store.list_jobs("ann")
+        last = asyncio.create_task(store.list_jobs("ann"))
+        await asyncio.sleep(0)
+        await store.close()
+        with pytest.raises(Unavailable):
+            await last
 
 
 async def test_a_job_whose_commit_was_cut_off_is_looked_up(store, monkeypatch):

@@ -19,7 +19,7 @@ from standardwebhooks.webhooks import Webhook as StandardWebhook
 
 from splitserve.errors import InvalidInput
 from splitserve.jobs import webhooks
-from splitserve.jobs.addresses import AddressRefused, check_all, is_public
+from splitserve.jobs.addresses import AddressRefused, check_all, is_public, resolve
 from splitserve.jobs.records import Delivery, Finish, Job, JobCaller, NewJob, Payload, Webhook, new_id
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.webhooks import PinnedBackend, WebhookPolicy, WebhookSender, decode_secret, read_secrets
@@ -55,7 +55,15 @@ CALLER = JobCaller("ann", ("*",))
         ("::ffff:169.254.169.254", False),
         ("64:ff9b::7f00:1", False),
         ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("::ffff:0:7f00:1", False),
         ("::7f00:1", False),
+        ("fec0::1", False),
+        ("5f00::1", False),
+        ("100::1", False),
+        ("2001:db8::1", False),
+        ("3fff::1", False),
+        ("2606:4700::1111", True),
         ("2002:7f00:1::", False),
         ("2001:0:4136:e378:8000:63bf:80ff:fffe", False),
     ],
@@ -428,6 +436,23 @@ async def test_a_receiver_that_is_away_does_not_touch_the_job(post, monkeypatch)
 
     assert (seen.status, seen.delivery.status) == ("succeeded", "pending")
     assert seen.delivery.answer == "the receiver cannot be reached"
+
+
+async def test_a_name_that_cannot_be_resolved_is_a_failed_attempt(post, monkeypatch):
+    """It is tried again; nothing is sent to it unchecked."""
+    monkeypatch.setattr(webhooks, "FIRST_BACKOFF_S", 3600.0)
+    post.ports["three.example.org"] = 443
+    job = await post.end_a_job("three.example.org")
+
+    seen = await post.until(job, lambda now: now.delivery.attempt == 1 and now.delivery.answer)
+
+    assert (seen.delivery.status, seen.delivery.answer) == ("pending", "the receiver cannot be reached")
+
+
+async def test_what_can_be_no_name_is_not_resolved():
+    """Python refuses it with an error of another kind than for names that do not exist."""
+    with pytest.raises(OSError, match="no name of a host"):
+        await resolve("a" * 64 + ".example.org", 443)
 
 
 async def test_a_host_that_was_taken_off_the_list_is_not_called(post):
