@@ -74,6 +74,7 @@ _CONNECTION: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
     "application_name": "splitserve-jobs",
+    "client_encoding": "UTF8",  # else text of a database in SQL_ASCII is read as bytes
 }
 _T = "splitserve_jobs"
 
@@ -202,14 +203,22 @@ class PostgresStore:
                 found = await (await connection.execute(f"SELECT number FROM {_T}.migrations")).fetchall()
                 known = migrations("postgres")
                 if found and max(found)[0] > known[-1][0]:
-                    reason = f"the database has schema {max(found)[0]}, this splitserve knows up to {known[-1][0]}; upgrade it"
-                    self._log.error("job store failed", reason=reason, code="schema")
-                    raise store_failed()
+                    raise self._unusable(
+                        f"the database has schema {max(found)[0]}, this splitserve knows up to {known[-1][0]}; upgrade it",
+                        "schema",
+                    )
+                encoding = connection.info.parameter_status("server_encoding")
+                if encoding not in ("UTF8", "SQL_ASCII"):
+                    raise self._unusable(f"the database has encoding {encoding}, expected UTF8", "encoding")
                 for number, text in known:
                     if (number,) not in found:
                         await connection.execute(text.encode())
                         await connection.execute(f"INSERT INTO {_T}.migrations VALUES (%s)", (number,))
             self._is_migrated = True
+
+    def _unusable(self, reason: str, code: str) -> Unavailable:
+        self._log.error("job store failed", reason=reason, code=code)
+        return store_failed()
 
     # Announcements.
 

@@ -88,6 +88,26 @@ async def test_a_database_that_is_read_only_is_one_that_is_away(postgres, store)
     assert (await until_it_works(lambda: store.submit(job()))).is_new
 
 
+@pytest.mark.parametrize(("encoding", "is_usable"), [("UTF8", True), ("SQL_ASCII", True), ("LATIN1", False)])
+async def test_text_is_text_in_every_encoding_of_the_database(postgres, encoding, is_usable):
+    """Any name has to fit into it; another one is refused, and the log says which."""
+    name = f"db_{encoding.lower()}"
+    postgres.sql(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C'")
+    new = job(model="\N{SNOWMAN}")
+    with structlog.testing.capture_logs() as logs:
+        async with PostgresStore(postgres.url.removesuffix("postgres") + name) as store:
+            if is_usable:
+                await store.submit(new)
+                (claimed,) = await store.claim("w1", 1, HOUR)
+                assert (claimed.lease.id, claimed.model) == (new.id, new.model)
+            else:
+                with pytest.raises(Unavailable):
+                    await store.submit(new)
+
+    reasons = [entry["reason"] for entry in logs if entry.get("code") == "encoding"]
+    assert set(reasons) == (set() if is_usable else {"the database has encoding LATIN1, expected UTF8"})
+
+
 class Network:
     """Between the store and the database. Once it is broken it delivers nothing, and tells nobody."""
 
