@@ -156,7 +156,8 @@ class Attempt:
             error = self.folder / "error"
             signal = -code if code < 0 else code - 128  # docker's exit codes, as a shell's, are above 128
             ended = f"was killed by signal {signal}" if signal > 0 else f"exited with {code}"
-            raise StepFailed(error.read_text() if error.exists() else f"its {what} {ended}; its output is above")
+            said = error.read_text() if error.exists() else ""  # empty on a disk that is still full
+            raise StepFailed(said or f"its {what} {ended}; its output is above")
 
 
 def _started(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:

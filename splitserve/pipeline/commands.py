@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.context import RecordError, StepFailed, said_of
 from splitserve.pipeline.declaration import DeclarationError, TrainingPipeline
 from splitserve.pipeline.index import REUSED, RunState, StepState
 from splitserve.pipeline.runner import RunFailed, Runner
@@ -23,8 +23,8 @@ def main(pipelines: TrainingPipeline | Mapping[str, TrainingPipeline], arguments
     pipeline = pipelines if isinstance(pipelines, TrainingPipeline) else pipelines[parsed.pipeline]
     try:
         return int(parsed.command(pipeline, parsed))
-    except (RunFailed, OSError) as error:  # OSError: a full disk, a store that cannot be written
-        print(error, file=sys.stderr)
+    except (RunFailed, RecordError, OSError) as error:  # OSError: a full disk, a store that cannot be written
+        print(said_of(error), file=sys.stderr)
         return 1
     except (DeclarationError, SourceError, StepFailed) as error:
         print(error, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -19,9 +20,23 @@ if TYPE_CHECKING:
 
 CHECKPOINTS_KEPT = 2
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
+
 
 class StepFailed(Exception):
     """A step cannot go on; the message says what, expected, found, and the way out."""
+
+
+class RecordError(Exception):
+    """MLflow, or its artifact store, does not do what it is asked for; the message says which and why."""
+
+
+def said_of(error: Exception) -> str:
+    """An error as a run reports it; of a disk that is full or cannot be written with the way out."""
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        return f"{what}; what has finished is kept, and the same command goes on once it can be written"
+    return str(error)
 
 
 @dataclass(frozen=True)
@@ -168,11 +183,15 @@ def write_durably(path: Path, content: bytes) -> None:
     """All of it or nothing, also after a power cut: a temporary file beside it, synced, renamed, the folder synced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk it would leave no room for anything else
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from splitserve.arrays import DTYPES
-from splitserve.pipeline.context import StepFailed
+from splitserve.pipeline.context import RecordError, StepFailed, said_of
 from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.index import Finished
 from splitserve.repository.release import ReleaseManifest
+from splitserve.repository.sources.mlflow_server import without_credentials
 from splitserve.signature import TensorSpec
 
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the tables that it creates
@@ -33,14 +34,34 @@ from mlflow.types import Schema
 from mlflow.types import TensorSpec as MlflowTensorSpec
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-RecordError = MlflowException
-
 STEP_TAG, DIGEST_TAG, REUSED_TAG, ERROR_TAG = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
 MODEL_FOLDER = "model"
 FLAVOUR = "splitserve"
 """Of a registered version whose files are a model repository."""
 
 _METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
+
+
+class _Client:
+    """MLflow's client, whose errors are told in one line, without passwords of URLs: each store has classes of its own."""
+
+    def __init__(self, uri: str, registry_uri: str) -> None:
+        self._uri = without_credentials(uri)
+        self._client = MlflowClient(uri, registry_uri)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*values: Any, **named: Any) -> Any:
+            try:
+                return method(*values, **named)
+            except Exception as error:
+                reason = re.sub(r"//[^/@\s]+@", "//", " ".join(said_of(error).split("[SQL:")[0].split()))[:500]
+                raise RecordError(
+                    f"MLflow at {without_credentials(self._uri)}: {name}: {reason or type(error).__name__}"
+                ) from error
+
+        return call
 
 
 class Record:
@@ -50,7 +71,7 @@ class Record:
         self.is_remote = bool(os.environ.get("MLFLOW_TRACKING_URI"))
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
         self.uri = uri
-        self.client = MlflowClient(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        self.client = _Client(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         self._store = store
         found = self.client.get_experiment_by_name(pipeline)
         location = None if self.is_remote else (store / "artifacts" / pipeline).as_uri()
@@ -129,7 +150,7 @@ class Record:
             for run in (self.client.get_run(run_id), *nested):
                 if not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
                     self.end(run.info.run_id, "KILLED", error=reason)
-        except MlflowException:
+        except RecordError:
             return  # deleted, or of another store
 
     def fetch(self, step: str, digest: str) -> Finished | None:
@@ -146,7 +167,7 @@ class Record:
                     own = Path(self.client.download_artifacts(run_id, "step.json", scratch)).read_text()
                     fetched = Path(self.client.download_artifacts(run_id, "outputs", scratch))
                     finished = Finished(**json.loads(own))
-                except (MlflowException, OSError, ValueError, TypeError):
+                except (RecordError, OSError, ValueError, TypeError):
                     continue
                 if finished.digest != digest or digests_of_folder(fetched) != finished.outputs:
                     continue
@@ -181,22 +202,24 @@ class Record:
                 f"the artifact store does not give back what was uploaded: {differing} differs; nothing is registered"
             )
         try:
-            self.client.get_registered_model(model)
-        except MlflowException:
             self.client.create_registered_model(model)
+        except RecordError as error:
+            if not _says(error, "RESOURCE_ALREADY_EXISTS"):
+                raise
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
         return str(self.client.create_model_version(model, source, run_id, tags=dict(tags)).version)
 
     def champion(self, model: str, alias: str) -> tuple[str, Mapping[str, str]] | None:
-        """The version with an alias, and its tags."""
-        try:
-            found = self.client.get_model_version_by_alias(model, alias)
-        except MlflowException:
-            return None
-        return str(found.version), dict(found.tags)
+        """The version of a registered model with an alias, and its tags; None if it has no such alias."""
+        version = self.client.get_registered_model(model).aliases.get(alias)
+        return None if version is None else (str(version), dict(self.client.get_model_version(model, version).tags))
 
     def move_alias(self, model: str, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(model, alias, version)
+
+
+def _says(error: RecordError, code: str) -> bool:
+    return isinstance(error.__cause__, MlflowException) and error.__cause__.error_code == code
 
 
 def _schema(specs: Sequence[TensorSpec]) -> Schema:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
 from splitserve.pipeline.containers import ArtifactServer, Container, StepImages, runs_in_container
-from splitserve.pipeline.context import StepFailed, first_of, read_metrics, write_durably
+from splitserve.pipeline.context import RecordError, StepFailed, first_of, read_metrics, said_of, write_durably
 from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
 from splitserve.pipeline.digests import digest_of, digests_of_folder
@@ -206,8 +206,6 @@ class Runner:
     def _run_step(
         self, run: RunState, step: Step, state: StepState, depends_on: dict[str, Any], finished: Mapping[str, Finished]
     ) -> Finished:
-        from splitserve.pipeline.record import RecordError
-
         print(f"{step.name}: running ({state.why})", flush=True)
         self.index.forget(step.name, state.digest)
         state.run_id = self.record.start_step(step.name, state.digest, parent=run.id, parameters=depends_on["parameters"])
@@ -219,12 +217,12 @@ class Runner:
             (scratch / "metrics.jsonl").unlink(missing_ok=True)  # nothing to resume from: they are an earlier attempt's
         try:
             result = self._attempt(step, state, depends_on, finished, scratch)
+            self.index.finish(result)
         except (StepFailed, OSError, RecordError) as error:
-            raise self._failed(run, state, str(error), read_metrics(scratch / "metrics.jsonl")) from error
+            raise self._failed(run, state, said_of(error), read_metrics(scratch / "metrics.jsonl")) from error
         except KeyboardInterrupt:
             self._end(run, INTERRUPTED, "interrupted by a signal")
             raise
-        self.index.finish(result)
         shutil.rmtree(scratch, ignore_errors=True)
         state.state = FINISHED
         self.index.write_run(run)
@@ -273,13 +271,11 @@ class Runner:
 
     def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> RunFailed:
         state.state, state.why = FAILED, reason
-        from splitserve.pipeline.record import RecordError
-
-        with suppress(RecordError):  # it may be what failed; the next run closes what it could not
-            self.record.log_metrics(state.run_id, metrics)
+        with suppress(RecordError, OSError):  # it may be what failed; the next run closes what it could not
             self.record.end(state.run_id, "FAILED", error=reason)
+            self.record.log_metrics(state.run_id, metrics)
             self._end(run, FAILED, f"step {state.step} failed")
-        self._write_report(run)
+            self._write_report(run)
         return RunFailed(f"step {state.step} failed: {reason}")
 
     def _end(self, run: RunState, state: str, reason: str = "") -> None:
@@ -302,8 +298,6 @@ class Runner:
         found = {step.step: self.index.finished(step.step, step.digest) for step in run.steps}
         path = self.report(run.id)
         write_durably(path, render(run, {name: step for name, step in found.items() if step is not None}).encode())
-        from splitserve.pipeline.record import RecordError
-
         with suppress(RecordError):
             self.record.client.log_artifact(run.id, str(path))
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
 from pathlib import Path
 
-from splitserve.pipeline.context import Call, Context, StepFailed, first_of
+from splitserve.pipeline.context import Call, Context, StepFailed, first_of, said_of
 from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.environment import differences
 from splitserve.pipeline.exchange import Exchange
@@ -62,20 +63,27 @@ def _run_in_container(exchange: Exchange) -> int:
 def _run(call: Call) -> int:
     if differing := differences(call.locked):
         print(f"{call.step}: warning: the environment is not that of the lock: {first_of(differing)}", flush=True)
-    scratch = Path(call.scratch)
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a runner that was killed may need a moment to end
-        try:
+    try:
+        scratch = Path(call.scratch)
+        scratch.mkdir(parents=True, exist_ok=True)
+        with (scratch / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a runner that was killed may need a moment to end
             call.make(Context(call))
-        except StepFailed as error:
-            Path(call.error).write_text(str(error))
-            return EXIT_FAILED
-        except Exception as error:
-            traceback.print_exc()
-            Path(call.error).write_text(f"{type(error).__name__}: {error}")
-            return EXIT_CRASHED
+    except StepFailed as error:
+        _tell(call, str(error))
+        return EXIT_FAILED
+    except Exception as error:
+        traceback.print_exc()
+        said = said_of(error)
+        _tell(call, said if said != str(error) else f"{type(error).__name__}: {error}")
+        return EXIT_CRASHED
     return 0
+
+
+def _tell(call: Call, message: str) -> None:
+    """Say why the step failed. What it has written goes first: it is of no use, and the disk may be full."""
+    shutil.rmtree(call.outputs, ignore_errors=True)
+    Path(call.error).write_text(message)
 
 
 def end_with_the_runner() -> None:

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from splitserve import Client, publish
 from splitserve.cli import app
 from splitserve.errors import SplitserveError
-from splitserve.pipeline.context import Call, Context
+from splitserve.pipeline.commands import main
+from splitserve.pipeline.context import Call, Context, RecordError, StepFailed
 from splitserve.pipeline.index import Index
 from splitserve.pipeline.registry import register_release
 from splitserve.repository.bundle import BundleKey
@@ -179,6 +180,68 @@ def test_what_a_server_does_not_have_is_named(client: Any, name: str, models: Pa
         with pytest.raises(NotFetched, match=message):
             list(source.bundles())
         source.close()
+
+
+@pytest.mark.parametrize("client", ["proxied"], indirect=True)
+def test_a_champion_that_cannot_be_asked_for_keeps_the_alias(
+    client: Any, name: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that fails is not a model without a champion."""
+    register(models, tmp_path / "1", 0.9)
+
+    def fails(*_: object) -> None:
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.get_registered_model", fails)
+    with pytest.raises(RecordError, match=f"MLflow at {client.tracking_uri}: get_registered_model: connection reset"):
+        register(models, tmp_path / "2", 0.1)
+    monkeypatch.undo()
+
+    assert client.get_model_version_by_alias("wine", "champion").version == "1"
+
+
+def test_an_upload_that_fails_registers_nothing(server: str, models: Path, tmp_path: Path) -> None:
+    """Here the bucket does not exist."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server, server)
+    experiment = client.create_experiment("tiny", artifact_location="s3://nowhere/artifacts")
+    try:
+        with pytest.raises(RecordError, match="log_artifacts: .*NoSuchBucket"):
+            register(models, tmp_path / "1", 0.9)
+        assert client.search_model_versions("name = 'wine'") == []
+    finally:
+        client.rename_experiment(experiment, f"was tiny {experiment}")
+
+
+@pytest.mark.parametrize("client", ["proxied"], indirect=True)
+def test_an_artifact_store_that_gives_back_something_else_registers_nothing(
+    client: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the file."""
+    download = type(client).download_artifacts
+
+    def damaged(*values: Any) -> str:
+        folder = Path(download(*values))
+        (folder / "index.json").write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient.download_artifacts", damaged)
+    with pytest.raises(StepFailed, match="does not give back what was uploaded: index.json differs; nothing is registered"):
+        register(models, tmp_path / "1", 0.9)
+    assert client.search_model_versions("name = 'wine'") == []
+
+
+def test_a_server_that_is_away_ends_a_run_with_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Without the password in it, and without a traceback."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+    assert main(tiny.pipeline(tiny.write(tmp_path)), ["run"]) == 1
+
+    said = capsys.readouterr().err
+    assert said.startswith("MLflow at http://127.0.0.1:1: get_experiment_by_name: ")
+    assert "secret" not in said
 
 
 @pytest.mark.parametrize("client", ["proxied"], indirect=True)

@@ -108,7 +108,9 @@ def server_uris(environment: Mapping[str, str]) -> tuple[str, str]:
     for name, uri in (("MLFLOW_TRACKING_URI", tracking), ("MLFLOW_REGISTRY_URI", registry)):
         parts = urlsplit(uri)
         if uri and not (parts.scheme in ("http", "https") and parts.hostname):
-            raise ValueError(f"{name}: expected the URL of a tracking server, http:// or https://, got {_public(uri)}")
+            raise ValueError(
+                f"{name}: expected the URL of a tracking server, http:// or https://, got {without_credentials(uri)}"
+            )
     return (registry or tracking).rstrip("/"), (tracking or registry).rstrip("/")
 
 
@@ -125,7 +127,7 @@ class MlflowServer:
     """
 
     def __init__(self, uri: str, environment: Mapping[str, str], *, timeout_s: float) -> None:
-        self.url = _public(uri)
+        self.url = without_credentials(uri)
         """Without user and password."""
         self._timeout_s = timeout_s
         self._is_closed = threading.Event()
@@ -311,7 +313,7 @@ def _verification(environment: Mapping[str, str]) -> ssl.SSLContext | bool:
     return context
 
 
-def _public(uri: str) -> str:
+def without_credentials(uri: str) -> str:
     """Without user, password and query."""
     parts = urlsplit(uri)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
