@@ -293,10 +293,10 @@ class Value:
     def argmin(self, axis: int = 1) -> Value:
         return self.graph.op("ArgMin", self, dtype=np.int64, axis=axis, keepdims=0)
 
-    def running_sum(self, axis: int) -> Value:
+    def running_sum(self, axis: int, *, keepdims: bool = False) -> Value:
         """The sum along an axis, added one after the other from the first, as a loop over `+=` does."""
         sums = self.graph.op("CumSum", self, self.graph.constant(np.int64(axis)))
-        return sums.take(-1, axis)
+        return sums.take([-1] if keepdims else -1, axis)
 
     def take(self, indices: Any, axis: int = 1) -> Value:
         """numpy.take: an axis for an array of indices, none for one index."""

@@ -13,9 +13,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, constant_rows, form_of
-from splitserve.publishing.estimators.trees import Tree, leaf_values
-from splitserve.publishing.graph import Graph, Value, concat
+from splitserve.publishing.estimators.form import Form, form_of
+from splitserve.publishing.estimators.trees import Tree
+from splitserve.publishing.graph import Graph, Value
 
 LIBRARIES = ("xgboost", "lightgbm", "catboost")
 
@@ -65,28 +65,6 @@ def _parsed(version: str) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
-
-
-def sums(x: Value, trees: Sequence[Tree], values: Sequence[Array], groups: Sequence[int], start: Array) -> Value:
-    """(n_rows, n_groups): for each group its start and the leaves of its trees, added one after the other in the start's dtype.
-
-    Args:
-        x: as for `leaf_values`, in the dtype in which the library compares.
-        trees: any number.
-        values: (n_nodes, 1) of each tree.
-        groups: of each tree.
-        start: (n_groups,).
-    """
-    first = constant_rows(x, start, start.dtype)
-    if not trees:
-        return first
-    found = leaf_values(x, trees, [value.astype(start.dtype) for value in values]).take(0, axis=2)
-    columns = []
-    for group in range(len(start)):
-        chosen = np.flatnonzero(np.asarray(groups) == group)
-        parts = [first.take([group]), found if len(start) == 1 else found.take(chosen)]
-        columns.append(concat(parts).running_sum(1).reshape(-1, 1))
-    return concat(columns)
 
 
 def is_boosted(estimator: Any) -> bool:

@@ -18,9 +18,9 @@ import numpy as np
 from splitserve.arrays import Array
 from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Regressor, constant_rows, converts, two_columns
-from splitserve.publishing.estimators.trees import Tree, leaf_values
-from splitserve.publishing.graph import Value, concat
+from splitserve.publishing.estimators.form import Regressor, converts, two_columns
+from splitserve.publishing.estimators.trees import Tree, leaf_values, tree_sums
+from splitserve.publishing.graph import Value
 
 CLASSIFIERS: Mapping[str, Link] = {
     **dict.fromkeys(["Logloss", "CrossEntropy", "MultiClassOneVsAll"], Value.sigmoid),
@@ -110,9 +110,13 @@ class _CatBoost(Boosted):
     def margin(self) -> Value:
         """(n_rows, n_groups)."""
         scale, bias = self.model["scale_and_bias"]
-        first = constant_rows(self.x, np.zeros(self.n_groups)).reshape(-1, 1, self.n_groups)
-        found = leaf_values(self.x.astype(np.float32), self.trees, [values for _, values in self.read])
-        return concat([first, found]).running_sum(1) * float(scale) + np.array([bias], np.float64)
+        rows = self.x.astype(np.float32)
+        if self.n_groups == 1 or not self.read:
+            groups = [[(tree, values[:, group]) for tree, values in self.read] for group in range(self.n_groups)]
+            total = tree_sums(rows, groups, np.zeros(self.n_groups))
+        else:
+            total = leaf_values(rows, self.trees, [values for _, values in self.read]).running_sum(1)
+        return total * float(scale) + np.array([bias], np.float64)
 
 
 def _symmetric(tree: Mapping[str, Any], floats: Mapping[int, Any], n_groups: int) -> tuple[Tree, Array]:

@@ -14,10 +14,10 @@ import msgspec
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, Link, identity, sums
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, converts, two_columns
-from splitserve.publishing.estimators.trees import Tree
+from splitserve.publishing.estimators.trees import Tree, tree_sums
 from splitserve.publishing.graph import Value
 
 OBJECTIVES: Mapping[str, Link] = {
@@ -49,7 +49,7 @@ _MISSING_ZERO = 1
 
 
 class _Read(msgspec.Struct, frozen=True):
-    """A tree of the text format: its values (n_nodes, 1), and features of which 0 is a missing value."""
+    """A tree of the text format: its values (n_nodes,), and features of which 0 is a missing value."""
 
     tree: Tree
     values: Array
@@ -108,8 +108,8 @@ class _LightGBM(Boosted):
                 f'{type(self.estimator).__name__} with objective="{objective}" has no ONNX form; use one of '
                 f"{', '.join(filter(None, OBJECTIVES))}"
             )
-        groups = np.arange(len(self.read)) % self.n_groups
-        margin = sums(self.known, self.trees, [each.values for each in self.read], groups.tolist(), np.zeros(self.n_groups))
+        trees = [(each.tree, each.values) for each in self.read]
+        margin = tree_sums(self.known, [trees[group :: self.n_groups] for group in range(self.n_groups)], np.zeros(self.n_groups))
         if "average_output" in header:
             margin = margin / float(len(self.read) // self.n_groups)
         words = dict(word.partition(":")[::2] for word in rest.split())
@@ -128,7 +128,7 @@ def _read(fields: Mapping[str, str]) -> _Read:
         raise NotConvertible("LightGBM with linear_tree=True has no ONNX form; fit with linear_tree=False")
     leaf_values = _numbers(fields, "leaf_value", np.float64)
     n_inner = len(leaf_values) - 1
-    values = np.concatenate([np.zeros(n_inner), leaf_values])[:, np.newaxis]
+    values = np.concatenate([np.zeros(n_inner), leaf_values])
     decision, feature, threshold = (
         _numbers(fields, name, dtype)
         for name, dtype in (("decision_type", np.int64), ("split_feature", np.int64), ("threshold", np.float64))

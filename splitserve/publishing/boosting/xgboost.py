@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from splitserve.arrays import Array
-from splitserve.publishing.boosting.boosted import Boosted, Link, identity, sums
+from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Regressor, converts, two_columns
-from splitserve.publishing.estimators.trees import Tree
+from splitserve.publishing.estimators.trees import Tree, tree_sums
 from splitserve.publishing.graph import Value
 
 
@@ -125,8 +125,10 @@ class _XGBoost(Boosted):
         if self.learner["gradient_booster"]["name"] == "gblinear":
             return self._linear(np.float32(to_margin(scores[0])))  # it adds the first to all groups
         start = np.broadcast_to(np.array([to_margin(score) for score in scores], np.float32), self.n_groups)
-        groups = self.model["tree_info"][: len(self.trees)]
-        return sums(self.present, self.trees, self._values(), groups, np.ascontiguousarray(start))
+        groups: list[list[tuple[Tree, Array]]] = [[] for _ in start]
+        for group, *tree in zip(self.model["tree_info"], self.trees, self._values(), strict=False):
+            groups[group].append((tree[0], tree[1]))
+        return tree_sums(self.present, groups, start)
 
     def _linear(self, start: Any) -> Value:
         """Of booster="gblinear", to which missing features add nothing."""
@@ -155,7 +157,7 @@ class _XGBoost(Boosted):
     def _values(self) -> list[Array]:
         weights = self.learner["gradient_booster"].get("weight_drop") or [1.0] * len(self.kept)
         return [
-            np.array(tree["split_conditions"], np.float32)[:, np.newaxis] * np.float32(weight)
+            np.array(tree["split_conditions"], np.float32) * np.float32(weight)
             for tree, weight in zip(self.kept, weights, strict=False)
         ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 from sklearn.base import is_classifier, is_regressor
+from sklearn.dummy import DummyClassifier
+from sklearn.multiclass import OneVsRestClassifier
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
@@ -339,6 +341,17 @@ def _limited(probabilities: Value) -> Value:
     return probabilities.graph.where(is_over, 1.0, probabilities)
 
 
+@cache
+def _of_equal_scores() -> tuple[int, bool]:
+    """Which of three classes OneVsRestClassifier predicts where every score is 0, and whether probabilities that are all 0 stay
+    0. In older versions of scikit-learn it is the last class, and they become NaN.
+    """
+    rows = np.zeros((3, 1))
+    model = OneVsRestClassifier(DummyClassifier(strategy="constant", constant=0)).fit(rows, [0, 1, 2])
+    with np.errstate(invalid="ignore"):
+        return int(model.predict(rows)[0]), not np.isnan(model.predict_proba(rows)).any()
+
+
 @converts("sklearn.OneVsRestClassifier")
 class OneVsRest(Form):
     @cached_property
@@ -372,14 +385,17 @@ class OneVsRest(Form):
     def class_index(self) -> Value:
         if len(self.members) == 1:
             return self._is_positive(self.members[0])
-        return self.decision_function.argmax()
+        if _of_equal_scores()[0] == 0:
+            return self.decision_function.argmax()
+        last = len(self.members) - 1
+        return np.int64(last) - self.decision_function.take(np.arange(last, -1, -1)).argmax()
 
     @cached_property
     def predict_proba(self) -> Value:
         shares = concat([member.predict_proba.take([1]) for member in self.members])
         if len(self.members) == 1:
             return two_columns(shares)
-        return shares_of(shares)  # all 0 stay 0, as in scikit-learn
+        return shares_of(shares) if _of_equal_scores()[1] else shares / shares.sum()
 
 
 @converts("sklearn._ConstantPredictor")

@@ -11,7 +11,7 @@ from sklearn.ensemble._iforest import _average_path_length
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.form import Form, Regressor, Scored, Target, constant_rows, converts, inlier
-from splitserve.publishing.estimators.trees import leaf_values, tree_of
+from splitserve.publishing.estimators.trees import tree_of, tree_sums
 from splitserve.publishing.graph import Value, concat
 
 
@@ -115,12 +115,11 @@ class IsolatingForest(Scored):
     @cached_property
     def score_samples(self) -> Value:
         model = self.estimator
-        trees, values = [], []
+        trees = []
         for number, (tree, features) in enumerate(zip(model.estimators_, model.estimators_features_, strict=True)):
-            trees.append(tree_of(tree.tree_, features))
             depth = model._decision_path_lengths[number] + model._average_path_length_per_tree[number] - 1.0
-            values.append(np.asarray(depth, np.float64).reshape(-1, 1))
-        depths = leaf_values(self.x.astype(np.float32), trees, values).running_sum(1)
+            trees.append((tree_of(tree.tree_, features), np.asarray(depth, np.float64)))
+        depths = tree_sums(self.x.astype(np.float32), [trees], np.zeros(1))
         scale = len(trees) * float(_average_path_length([model._max_samples])[0])
         scores = depths / scale if scale else depths * 0.0 + 1.0
         return -(self.graph.constant(2.0, np.float64) ** -scores)

@@ -17,7 +17,8 @@ from onnx import numpy_helper
 
 from splitserve.arrays import Array
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, Regressor, Target, constant_rows, converts, form_of, two_columns
+from splitserve.publishing.estimators.form import Form, Regressor, Target, converts, form_of, two_columns
+from splitserve.publishing.estimators.refused import reason_for
 from splitserve.publishing.graph import Value, concat
 
 _SUM, _AT_MOST = 1, 0
@@ -26,7 +27,7 @@ _SUM, _AT_MOST = 1, 0
 _BEYOND, _NAN, _NEGATIVE = 2**31, -1, -2
 """What stands for categories that no model has, for NaN, and for negative numbers."""
 
-_PARTS = ("feature", "split", "nan", "true id", "true is leaf", "false id", "false is leaf", "root", "target", "number")
+_PARTS = ("feature", "split", "nan", "true id", "true is leaf", "false id", "false is leaf", "root", "target", "weight")
 
 
 class Tree(msgspec.Struct, frozen=True):
@@ -46,6 +47,10 @@ class Tree(msgspec.Struct, frozen=True):
     def leaves(self) -> Array:
         """Indices of the nodes that are leaves."""
         return np.flatnonzero(self.left < 0)
+
+
+_ONE_LEAF = Tree(np.array([0]), np.array([0.0]), np.array([-1]), np.array([-1]), np.array([False]))
+_TWO_LEAVES = Tree(np.zeros(3, int), np.zeros(3), np.array([1, -1, -1]), np.array([2, -1, -1]), np.zeros(3, bool))
 
 
 def tree_of(fitted: Any, features: Array | None = None) -> Tree:
@@ -72,28 +77,69 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
     Raises:
         NotConvertible: more leaves than float32 can count.
     """
-    is_double = x.dtype == np.float64
+    numbers = []
+    for tree in trees:
+        if (n_leaves := len(tree.leaves)) > 2**24:
+            raise NotConvertible(f"a tree of {n_leaves} leaves is too large; limit max_depth or max_leaf_nodes")
+        numbers.append(np.arange(n_leaves))
+    found = _ensemble(x, trees, [each.astype(x.dtype) for each in numbers])
+    starts = np.cumsum([0, *(len(tree.leaves) for tree in trees[:-1])])
+    return found.astype(np.int64) + x.graph.constant(starts.astype(np.int64))
+
+
+def tree_sums(x: Value, groups: Sequence[Sequence[tuple[Tree, Array]]], starts: Array | Value) -> Value:
+    """(n_rows, n_groups): for each group its start and the leaves of its trees, added one after the other in the starts' dtype.
+
+    Args:
+        x: (n_rows, n_features), in the datatype in which the trees compare.
+        groups: the trees of each, with their values (n_nodes,).
+        starts: (n_groups,), or (n_rows, n_groups).
+    """
+    n_trees = max(map(len, groups))
+    given = None if isinstance(starts, np.ndarray) else starts
+    rows = np.zeros(len(groups), starts.dtype) if given is not None else np.asarray(starts)
+    is_first = n_trees == 0 or bool(np.any(rows))  # a start is a tree of one leaf
+    listed: list[tuple[Tree, Array]] = []
+    for group, start in zip(groups, rows.reshape(-1, 1), strict=True):
+        padding = [(_ONE_LEAF, np.zeros(1))] * (n_trees - len(group))
+        listed += [*[(_ONE_LEAF, start)] * is_first, *group, *padding]
+    wide = x.astype(np.result_type(x.dtype, rows.dtype))
+    found = _ensemble(wide, [tree for tree, _ in listed], [values[tree.leaves] for tree, values in listed]).astype(rows.dtype)
+    if len(groups) == 1:
+        if given is not None:
+            found = concat([given, found])
+        return found.running_sum(1, keepdims=True) if given is not None or len(listed) > 1 else found
+    found = found.reshape(-1, len(groups), n_trees + is_first)
+    if given is not None:
+        found = concat([given.reshape(-1, len(groups), 1), found], axis=2)
+    return found.running_sum(2)
+
+
+def _ensemble(x: Value, trees: Sequence[Tree], weights: Sequence[Array]) -> Value:
+    """(n_rows, n_trees) of the weight of the leaf that each row comes to in each tree.
+
+    Args:
+        x: (n_rows, n_features), float32 or float64.
+        trees: at least one.
+        weights: (n_leaves,) of each tree, in the datatype of ``x``.
+    """
     x, trees = _with_memberships(x, trees)
     parts: dict[str, list[Any]] = {name: [] for name in _PARTS}
-    features, splits, nans, true_ids, true_leaf, false_ids, false_leaf, roots, targets, numbers = parts.values()
+    features, splits, nans, true_ids, true_leaf, false_ids, false_leaf, roots, targets, ordered = parts.values()
     n_nodes = n_leaves = 0
-    for which, tree in enumerate(trees):
+    for which, (tree, values) in enumerate(zip(trees, weights, strict=True)):
+        if len(values) == 1:  # ONNX Runtime 1.22 takes another tree's leaf for that of a tree without a question
+            tree, values = _TWO_LEAVES, np.repeat(values, 2)
         leaves, inner = tree.leaves, np.flatnonzero(tree.left >= 0)
-        if len(leaves) > 2**24:
-            raise NotConvertible(f"a tree of {len(leaves)} leaves is too large; limit max_depth or max_leaf_nodes")
         place = np.zeros(len(tree.left), np.int64)  # of each node among the inner ones or among the leaves
         place[inner], place[leaves] = n_nodes + np.arange(len(inner)), n_leaves + np.arange(len(leaves))
-        if len(inner) and place[tree.left[0]] == place[tree.right[0]]:  # ONNX Runtime 1.22 takes that for a tree of one leaf
+        if place[tree.left[0]] == place[tree.right[0]]:  # ONNX Runtime 1.22 takes that for a tree of one leaf
             alone = tree.left[0] if tree.left[tree.left[0]] < 0 else tree.right[0]
             other = leaves[leaves != alone][0]
             place[[alone, other]] = place[[other, alone]]
         roots.append(n_nodes)
-        if not len(inner):  # a tree of one leaf: a question with the same leaf on both sides
-            children = [(np.array([n_leaves]), np.array([True]))] * 2
-            asked: tuple[Any, Any, Any] = (np.array([0]), np.array([0.0]), np.array([0]))
-        else:
-            children = [(place[side[inner]], tree.left[side[inner]] < 0) for side in (tree.left, tree.right)]
-            asked = (tree.feature[inner], tree.threshold[inner], tree.nan_left[inner])
+        children = [(place[side[inner]], tree.left[side[inner]] < 0) for side in (tree.left, tree.right)]
+        asked = (tree.feature[inner], tree.threshold[inner], tree.nan_left[inner])
         for listed, new in zip((features, splits, nans), asked, strict=True):
             listed.append(new)
         for (ids, leaf_or_not), (new_ids, new_leaf) in zip(
@@ -102,11 +148,10 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
             ids.append(new_ids)
             leaf_or_not.append(new_leaf)
         targets.append(np.full(len(leaves), which))
-        numbers.append(np.argsort(place[leaves]))
-        n_nodes += max(1, len(inner))
+        ordered.append(values[np.argsort(place[leaves])])
+        n_nodes += len(inner)
         n_leaves += len(leaves)
     thresholds = np.concatenate(splits).astype(np.float64)
-    number = np.float64 if is_double else np.float32
     attributes = {
         "nodes_featureids": _integers(features),
         "nodes_missing_value_tracks_true": _integers(nans),
@@ -117,12 +162,10 @@ def leaf_numbers(x: Value, trees: Sequence[Tree]) -> Value:
         "leaf_targetids": _integers(targets),
         "tree_roots": roots,
         "nodes_modes": numpy_helper.from_array(np.full(n_nodes, _AT_MOST, np.uint8), "modes"),
-        "nodes_splits": numpy_helper.from_array(thresholds if is_double else float32_at_most(thresholds), "splits"),
-        "leaf_weights": numpy_helper.from_array(np.concatenate(numbers).astype(number), "leaves"),
+        "nodes_splits": numpy_helper.from_array(thresholds if x.dtype == np.float64 else float32_at_most(thresholds), "splits"),
+        "leaf_weights": numpy_helper.from_array(np.concatenate(ordered).astype(x.dtype), "leaves"),
     }
-    found = x.graph.op("TreeEnsemble", x, n_targets=len(trees), aggregate_function=_SUM, post_transform=0, **attributes)
-    starts = np.cumsum([0, *(len(tree.leaves) for tree in trees[:-1])])
-    return found.astype(np.int64) + x.graph.constant(starts.astype(np.int64))
+    return x.graph.op("TreeEnsemble", x, n_targets=len(trees), aggregate_function=_SUM, post_transform=0, **attributes)
 
 
 def _with_memberships(x: Value, trees: Sequence[Tree]) -> tuple[Value, Sequence[Tree]]:
@@ -220,8 +263,13 @@ class _Trees(Form):
     def mean(self, values: Sequence[Array]) -> Value:
         """(n_rows, n_values) of the trees' values, (n_nodes, n_values) each, summed in the order of the trees."""
         trees = [tree_of(each.tree_) for each in self.fitted]
-        found = leaf_values(_narrow(self.x), trees, values)
-        return found.take(0, axis=1) if len(trees) == 1 else found.running_sum(1) / float(len(trees))
+        if values[0].shape[1] == 1:
+            total = tree_sums(
+                _narrow(self.x), [[(tree, value[:, 0]) for tree, value in zip(trees, values, strict=True)]], np.zeros(1)
+            )
+        else:
+            total = leaf_values(_narrow(self.x), trees, values).running_sum(1)
+        return total if len(trees) == 1 else total / float(len(trees))
 
 
 @converts(
@@ -257,25 +305,31 @@ class _Boosted(Form):
     def raw(self) -> Value:
         """(n_rows, n_trees_per_stage)."""
         model = self.estimator
-        stages = model.estimators_  # (n_stages, n_trees_per_stage)
-        trees = [tree_of(each.tree_) for each in stages.ravel()]
-        values = [model.learning_rate * each.tree_.value[:, 0, :] for each in stages.ravel()]
-        found = leaf_values(_narrow(self.x), trees, values).reshape(-1, *stages.shape)
-        first = self.initial.astype(np.float64).reshape(-1, 1, stages.shape[1])
-        return concat([first, found]).running_sum(1)
+        groups = [
+            [(tree_of(each.tree_), model.learning_rate * each.tree_.value[:, 0, 0]) for each in trees]
+            for trees in model.estimators_.T
+        ]
+        return tree_sums(_narrow(self.x), groups, self.initial)
 
     @property
-    def initial(self) -> Value:
+    def initial(self) -> Array | Value:
+        """(n_trees_per_stage,), or (n_rows, n_trees_per_stage)."""
+        first = self.estimator.init_
+        is_same = first == "zero" or type(first).__name__.startswith("Dummy")
+        if is_same and not reason_for(first):
+            row = np.zeros((1, self.estimator.n_features_in_), np.float32)
+            return np.ravel(self.estimator._raw_predict_init(row)).astype(np.float64)
+        return self.initial_of(form_of(first, _narrow(self.x))).astype(np.float64)
+
+    def initial_of(self, form: Form) -> Value:
+        """Likewise, of the initial estimator's form."""
         raise NotImplementedError
 
 
 @converts("sklearn.GradientBoostingRegressor")
 class BoostedRegressor(_Boosted, Regressor):
-    @property
-    def initial(self) -> Value:
-        if self.estimator.init_ == "zero":
-            return constant_rows(self.x, [0.0])
-        return form_of(self.estimator.init_, _narrow(self.x)).predict
+    def initial_of(self, form: Form) -> Value:
+        return form.predict
 
     @cached_property
     def predict(self) -> Value:
@@ -284,15 +338,11 @@ class BoostedRegressor(_Boosted, Regressor):
 
 @converts("sklearn.GradientBoostingClassifier")
 class BoostedClassifier(_Boosted):
-    @property
-    def initial(self) -> Value:
-        n_trees = self.estimator.estimators_.shape[1]
-        if self.estimator.init_ == "zero":
-            return constant_rows(self.x, np.zeros(n_trees))
-        given = form_of(self.estimator.init_, _narrow(self.x)).predict_proba.astype(np.float64)
+    def initial_of(self, form: Form) -> Value:
+        given = form.predict_proba.astype(np.float64)
         least = float(np.finfo(np.float64).eps)  # as scikit-learn clips it, to avoid infinities
         given = given.maximum(least).minimum(1 - least)
-        if n_trees > 1:
+        if self.raw_width > 1:
             return given.log() - given.log().mean()
         positive = given.take([1])
         if self.estimator.loss == "exponential":
@@ -420,12 +470,13 @@ class _Histogram(Form):
         rows = self.x.astype(np.float64) if codes is None else codes.encoded(self.x)
         known, place_of = model._bin_mapper.make_known_categories_bitsets()
         stages = model._predictors
-        trees, values = [], []
-        for each in (tree for stage in stages for tree in stage):
-            nodes = each.nodes
-            is_leaf = nodes["is_leaf"] != 0
-            trees.append(
-                Tree(
+        starts = np.ravel(model._baseline_prediction).astype(np.float64)
+        groups: list[list[tuple[Tree, Array]]] = [[] for _ in starts]
+        for stage in stages:
+            for group, each in zip(groups, stage, strict=True):
+                nodes = each.nodes
+                is_leaf = nodes["is_leaf"] != 0
+                tree = Tree(
                     feature=nodes["feature_idx"],
                     threshold=nodes["num_threshold"],
                     left=np.where(is_leaf, -1, nodes["left"].astype(np.int64)),
@@ -433,14 +484,8 @@ class _Histogram(Form):
                     nan_left=nodes["missing_go_to_left"] != 0,
                     members=_categories_to_the_left(each, known, place_of),
                 )
-            )
-            values.append(nodes["value"][:, np.newaxis])
-        width = len(stages[0]) if stages else np.size(model._baseline_prediction)
-        first = constant_rows(self.x, np.ravel(model._baseline_prediction)).reshape(-1, 1, width)
-        if not trees:
-            return first.reshape(-1, width)
-        found = leaf_values(rows, trees, values).reshape(-1, len(stages), width)
-        return concat([first, found]).running_sum(1)
+                group.append((tree, nodes["value"]))
+        return tree_sums(rows, groups, starts)
 
 
 @converts("sklearn.HistGradientBoostingRegressor")
