@@ -43,7 +43,7 @@ def coded(estimator: Any, features: Any) -> Coded:
         features: rows as it gets them, (n_rows, n_features): a DataFrame or an array.
 
     Raises:
-        NotConvertible: columns are of text or categories, and the estimator's codes are not known; names them.
+        NotConvertible: columns are not of numbers, and the estimator's codes are not known; names them.
     """
     parts = list(_parts(estimator, set()))
     for part in parts:
@@ -55,7 +55,7 @@ def coded(estimator: Any, features: Any) -> Coded:
     encoding = [part for part in parts if _library(part) in ("sklearn", "lightgbm", "xgboost")]
     if not encoding or any(isinstance(part, ColumnTransformer) for part in parts):
         raise NotConvertible(
-            f"{type(estimator).__name__} gets columns of text or categories ({', '.join(names)}), which have no ONNX form "
+            f"{type(estimator).__name__} gets columns that are not numbers ({_listed(features, names)}), which have no ONNX form "
             f"there; {_way_out(estimator)}"
         )
     columns = [str(name) for name in features.columns]
@@ -122,6 +122,12 @@ def _known(parts: list[Any], features: Any, names: list[str]) -> tuple[Known, Un
                 if name in names:
                     known.setdefault(name, []).extend(each for each in categories if each not in known[name])
     return known, found[0][1]
+
+
+def _listed(features: Any, names: list[str]) -> str:
+    """With their types."""
+    found = {str(name): str(dtype) for name, dtype in features.dtypes.items()}
+    return ", ".join(f"{name}: {found[name]}" for name in names)
 
 
 def _way_out(estimator: Any) -> str:

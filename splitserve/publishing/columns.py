@@ -1,4 +1,4 @@
-"""Which columns of a DataFrame clients must send, and which whole numbers of them may be missing."""
+"""Which columns of a DataFrame clients must send, and which whole numbers of them may be missing or have decimals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pandas as pd
 
+from splitserve.arrays import Array
 from splitserve.oip.limits import RequestLimits
 from splitserve.publishing import samples
 from splitserve.repository.manifest import Column, Rows
@@ -68,37 +70,59 @@ def _same(transformer: Any, rows: Rowset, others: Rowset, kinds: str = "") -> bo
         return False
     if want.shape != have.shape or (want.dtype != have.dtype and not {want.dtype.kind, have.dtype.kind} <= set(kinds)):
         return False
+    if want.dtype.kind == "O":  # numbers beside booleans or text
+        return pd.DataFrame(want).equals(pd.DataFrame(have)) and (bool(kinds) or _types(want) == _types(have))
     return bool(np.array_equal(want, have, equal_nan="f" in (want.dtype.kind, have.dtype.kind)))
 
 
-def with_gaps(
-    transformer: Any, data: Rowset, rows: Rows, specs: Sequence[TensorSpec], *, takes_nan: bool, all_as_floats: bool
-) -> tuple[Rows, tuple[TensorSpec, ...], tuple[str, ...]]:
-    """Let columns of whole numbers be missing where the transforms accept it: they are sent as FP64.
+def _types(features: Array) -> list[type]:
+    return [type(value) for value in features.ravel().tolist()]
+
+
+class AsFloats(msgspec.Struct, frozen=True):
+    """Columns of whole numbers that are sent as FP64: ``gaps`` may be missing or have decimals, ``decimals`` only the latter."""
+
+    gaps: tuple[str, ...] = ()
+    decimals: tuple[str, ...] = ()
+
+
+def with_floats(
+    transformer: Any, data: Rowset, rows: Rows, specs: Sequence[TensorSpec], *, refuses: str, all_as_floats: bool
+) -> tuple[Rows, tuple[TensorSpec, ...], AsFloats]:
+    """Let columns of whole numbers be missing or have decimals where the transforms accept it: they are sent as FP64.
 
     Args:
         transformer: fitted transforms.
         data: rows of the training data.
         rows: their form.
         specs: the signature.
-        takes_nan: whether features may be NaN.
+        refuses: as for `preprocessor_half`: where features that are NaN are refused, columns may have decimals without being
+            missing.
         all_as_floats: features become floats, so theirs may be whole numbers.
 
     Returns:
-        The form, the signature, and the names of these columns.
+        The form, the signature, and these columns.
     """
     whole = [column.name for column in rows.columns if rows.form == "frame" and np.dtype(_plain(column)).kind in "iu"]
     kinds = "biuf" if all_as_floats else ""
     probe = samples.take(data, samples.spread(len(data), _N_TRIED))
-    accepted = whole if whole and _accepts_all(transformer, probe, whole, takes_nan, kinds) else []
-    if len(accepted) < len(whole) <= _N_ALONE:
-        accepted = [name for name in whole if _accepts_all(transformer, probe, [name], takes_nan, kinds)]
-        if not _same(transformer, probe, probe.astype(dict.fromkeys(accepted, np.float64)), kinds):
-            accepted = []
-    names = set(accepted)
+    takes_nan = refuses == "inf" or (all_as_floats and not refuses)
+
+    def accepted(names: list[str], change: float) -> list[str]:
+        if not names or _accepts_all(transformer, probe, names, change, takes_nan, kinds):
+            return names
+        if len(names) > _N_ALONE:
+            return []
+        return [name for name in names if _accepts_all(transformer, probe, [name], change, takes_nan, kinds)]
+
+    gaps = accepted(whole, np.nan)
+    decimals = accepted([name for name in whole if name not in gaps], 0.5) if refuses == "nan" else []
+    names = {*gaps, *decimals}
+    if not _same(transformer, probe, probe.astype(dict.fromkeys(names, np.float64)), kinds):
+        names, gaps, decimals = set(), [], []
     columns = tuple(msgspec.structs.replace(each, dtype="float64") if each.name in names else each for each in rows.columns)
     changed = tuple(TensorSpec(spec.name, "FP64", spec.shape) if spec.name in names else spec for spec in specs)
-    return msgspec.structs.replace(rows, columns=columns), changed, tuple(accepted)
+    return msgspec.structs.replace(rows, columns=columns), changed, AsFloats(tuple(gaps), tuple(decimals))
 
 
 def _plain(column: Column) -> Any:
@@ -108,22 +132,22 @@ def _plain(column: Column) -> Any:
         return object
 
 
-def _accepts_all(transformer: Any, rows: Rowset, names: list[str], takes_nan: bool, kinds: str) -> bool:
-    """Whether these columns may be missing all at once, and mean the same as float64."""
+def _accepts_all(transformer: Any, rows: Rowset, names: list[str], change: float, takes_nan: bool, kinds: str) -> bool:
+    """Whether this may be added to these columns all at once, and they mean the same as float64."""
     wide = rows.astype(dict.fromkeys(names, np.float64))
     if (wide[names].abs() > 2**53).to_numpy().any() or not _same(transformer, rows, wide, kinds):
         return False
-    gaps = wide[:1].copy()
-    gaps[names] = np.nan
+    changed = wide[:1].copy()
+    changed[names] += change
     try:
         with np.errstate(all="ignore"):
-            features = to_dense(transformer.transform(gaps))
-    except Exception:  # they refuse missing values, with whatever error
+            features = to_dense(transformer.transform(changed))
+    except Exception:  # they refuse it, with whatever error
         return False
-    return takes_nan or features.dtype.kind != "f" or not np.isnan(features).any()
+    return takes_nan or not pd.isna(features).any()
 
 
-def said(unused: Sequence[str], gaps: Sequence[str], n_inputs: int) -> tuple[str, ...]:
+def said(unused: Sequence[str], floats: AsFloats, n_inputs: int) -> tuple[str, ...]:
     """Messages for who publishes."""
     found = []
     if n_inputs > RequestLimits().max_inputs:
@@ -133,8 +157,9 @@ def said(unused: Sequence[str], gaps: Sequence[str], n_inputs: int) -> tuple[str
         )
     if unused:
         found.append(f"no transform selects {_listed(unused)}: clients need not send it, and it is ignored if they do")
-    if gaps:
-        found.append(f"{_listed(gaps)}, whole numbers in X, may be missing or have decimals: sent as FP64")
+    for names, what in ((floats.gaps, "be missing or have decimals"), (floats.decimals, "have decimals")):
+        if names:
+            found.append(f"{_listed(names)}, whole numbers in X, may {what}: sent as FP64")
     return tuple(found)
 
 

@@ -89,8 +89,7 @@ def preprocessor_half(
         rows, inputs = observe(data, input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
-    takes_nan = refuses == "inf" or (all_as_floats and not refuses)
-    rows, inputs, gaps = columns.with_gaps(transformer, data, rows, inputs, takes_nan=takes_nan, all_as_floats=all_as_floats)
+    rows, inputs, floats = columns.with_floats(transformer, data, rows, inputs, refuses=refuses, all_as_floats=all_as_floats)
     chosen = choose(golden, data, rows, learnt)
     golden_rows, source = chosen.rows, chosen.source
     features = _transform(transformer, golden_rows, "X" if source == "rows" else "golden")
@@ -128,7 +127,7 @@ def preprocessor_half(
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
-    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, gaps, len(inputs)))
+    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, floats, len(inputs)))
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:
@@ -190,16 +189,21 @@ def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequ
     try:
         return Preprocessor(manifest, sklearn_pipeline.load(file, trusted_modules))
     except BundleError as error:
-        if nowhere := _only_here(sklearn_pipeline.untrusted_types(file)):
-            raise PublishError(nowhere) from error
+        if complaint := _not_loadable(sklearn_pipeline.untrusted_types(file)):
+            raise PublishError(complaint) from error
         modules = sklearn_pipeline.untrusted_modules(file, trusted_modules)
         way_out = f"trusted_modules={modules}" if modules else "allow_pickle=True, and services that allow it too"
         raise PublishError(f"{error} (to publish: {way_out})") from error
 
 
-def _only_here(names: Sequence[str]) -> str:
-    """What to do about functions and classes that no service can import; "" if there are none."""
+def _not_loadable(names: Sequence[str]) -> str:
+    """What to do about functions, classes and objects that no service can load, trusted or not; "" if there are none."""
     for name in names:
+        if name.endswith(".NAType"):
+            return (
+                "the transforms hold pandas.NA, which skops cannot load again; fit them on columns of dtype object, in which a "
+                'missing value is NaN: X["COLUMN"].astype(object).where(X["COLUMN"].notna(), np.nan)'
+            )
         if "<" in name:
             return (
                 f"the transforms hold {name}: a lambda, or a function inside of another, has no name to load it by; take a "

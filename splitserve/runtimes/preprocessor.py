@@ -110,9 +110,13 @@ class Preprocessor:
         if n_rows == 1 and features.shape == spec.shape[1:]:  # scikit-learn's SparsePCA loses the dimension of rows
             features = features[np.newaxis]
         with np.errstate(over="ignore"):  # values beyond float32 become infinite; `check_values` decides
-            features = features.astype(DTYPES[spec.datatype], copy=False)
-        self.check_values(features)
-        output = from_array(spec.name, features, spec.datatype)
+            converted = features.astype(DTYPES[spec.datatype], copy=False)
+        try:
+            self.check_values(converted)
+        except InvalidInput:
+            _check_range(features, converted, spec.datatype)  # which knows better what is wrong
+            raise
+        output = from_array(spec.name, converted, spec.datatype)
         if output.shape != (n_rows, *spec.shape[1:]):
             check_outputs(self.outputs, (output,), n_rows)
         return output
@@ -312,6 +316,18 @@ def _agree(plan: Plan, transformer: Any, rows: Rowset, tensors: Sequence[Tensor]
     except Exception:  # the original raises it again, when the samples are replayed
         return False
     return (found.dtype, found.shape, found.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
+
+
+def _check_range(features: Array, converted: Array, datatype: str) -> None:
+    """Raises:
+    InvalidInput: a feature was finite before it was converted.
+    """
+    if features.dtype.kind != "f":
+        return
+    bad = np.isfinite(features) & np.isinf(converted)
+    if bad.any():
+        row, value = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1))), features[bad][0]
+        raise InvalidInput(f"row {row}: a feature is {value:.3g}, beyond the range of {datatype}, with which the model computes")
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from datetime import date
+from numbers import Number
 from typing import Any, Literal
 
 import numpy as np
@@ -83,7 +85,7 @@ def _observe_column(name: str, series: Any) -> Column:
             raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; {_conversion(name, dtype)}')
         return Column(name, dtype)
     values = series.tolist()
-    _check_text(f'column "{name}"', [value for value in values if not is_missing(value)])
+    _check_text(f'column "{name}"', [value for value in values if not is_missing(value)], f'X["{name}"]', dtype)
     categories = tuple(str(value) for value in series.cat.categories) if dtype == "category" else ()
     return Column(name, dtype, _missing_value(values), categories, dtype == "category" and bool(series.cat.ordered))
 
@@ -109,16 +111,29 @@ def _observe_elements(array: Array, name: str) -> str:
         if len(present) < array.size:
             raise UnsupportedRows(f'{name}: an element is missing, and no bytes could stand for it; replace it, e.g. with b""')
         return "bytes"
-    _check_text(name, present)
+    _check_text(name, present, "X")
     return "str"
 
 
-def _check_text(name: str, values: Sequence[object]) -> None:
-    other = next((value for value in values if not isinstance(value, str)), None)
-    if other is not None:
+def _check_text(name: str, values: Sequence[object], data: str, dtype: str = "object") -> None:
+    """Raises:
+    UnsupportedRows: a value is no text; ``data`` is what the user calls them.
+    """
+    kinds = {type(value) for value in values}
+    if all(issubclass(kind, str) for kind in kinds):
+        return
+    found = ", ".join(sorted(kind.__name__ for kind in kinds))
+    if dtype == "category":
         raise UnsupportedRows(
-            f"{name}: expected text or numbers, got objects with a {type(other).__name__} among them; convert it to one type"
+            f"{name}: expected text as categories, got {found}; fit on {data}.cat.rename_categories(str) and send text"
         )
+    if all(issubclass(kind, Number | np.bool_) for kind in kinds):
+        way_out = f'fit on {data}.astype("float64"), in which a missing value is NaN'
+    elif all(issubclass(kind, date) for kind in kinds):
+        way_out = f"fit on pd.to_datetime({data})"
+    else:
+        way_out = f"convert {data} to one type, e.g. to text"
+    raise UnsupportedRows(f"{name}: expected text or numbers, got objects of type {found}; {way_out}")
 
 
 def is_missing(value: object) -> bool:

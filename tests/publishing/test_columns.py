@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
-from splitserve import publish
+from splitserve import publish, publish_preprocessor
 from splitserve.arrays import from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing.columns import without_unused
@@ -63,14 +63,28 @@ def test_whole_numbers_may_be_missing_where_the_pipeline_accepts_it(tmp_path: Pa
     assert labels(whole, frame) == pipeline.predict(frame).tolist()
 
 
-def test_whole_numbers_stay_whole_where_the_pipeline_refuses_gaps(tmp_path: Path) -> None:
-    """A linear model without an imputer."""
-    frame = pd.DataFrame({"age": RANDOM.integers(18, 90, N), "rooms": RANDOM.integers(1, 5, N)})
+def test_whole_numbers_may_have_decimals_where_the_pipeline_refuses_gaps(tmp_path: Path) -> None:
+    """A linear model without an imputer: a missing value is refused as the pipeline refuses it. Categories stay whole."""
+    frame = pd.DataFrame({"age": RANDOM.integers(18, 90, N), "floor": RANDOM.integers(0, 3, N)})
+    transforms = make_column_transformer((StandardScaler(), ["age"]), (OneHotEncoder(), ["floor"]))
 
-    said, _, whole = published(tmp_path, StandardScaler(), frame)
+    said, pipeline, whole = published(tmp_path, transforms, frame)
 
-    assert [spec.datatype for spec in whole.inputs] == ["INT64", "INT64"]
-    assert said.notes == ()
+    assert {spec.name: spec.datatype for spec in whole.inputs} == {"age": "FP64", "floor": "INT64"}
+    assert said.notes == ('"age", whole numbers in X, may have decimals: sent as FP64',)
+    asked = pd.DataFrame({"age": [27.5, 30.0], "floor": [1, 2]})
+    assert labels(whole, asked) == pipeline.predict(asked).tolist()
+    with pytest.raises(InvalidInput, match="row 0: the features contain a missing or infinite value"):
+        labels(whole, asked.assign(age=[np.nan, 30.0]))
+
+
+def test_whole_numbers_of_transforms_alone_stay_whole(tmp_path: Path) -> None:
+    """Nothing is known of the model behind them, which may refuse a missing value or not."""
+    frame = pd.DataFrame({"age": RANDOM.integers(18, 90, N)})
+
+    bundle = publish_preprocessor(StandardScaler().fit(frame), frame, name="m", repository=tmp_path)
+
+    assert bundle.manifest.inputs[0].datatype == "INT64"
 
 
 def test_whole_numbers_may_be_missing_for_trees_that_accept_it(tmp_path: Path) -> None:
@@ -164,6 +178,21 @@ def test_pandas_text_is_sent_as_text(tmp_path: Path) -> None:
 
     assert whole.inputs[0].datatype == "BYTES"
     assert labels(whole, frame) == pipeline.predict(frame).tolist()
+
+
+def test_columns_beside_booleans_are_found_too(tmp_path: Path) -> None:
+    """Together they are features of objects, among them NaN."""
+    frame = pd.DataFrame(
+        {"id": "a", "age": RANDOM.integers(18, 90, N), "old": RANDOM.random(N) < 0.5, "size": [np.nan, 1.5, 2.5, 3.5] * (N // 4)}
+    )
+    transforms = make_column_transformer(("passthrough", ["age", "old", "size"]), ("drop", ["id"]))
+
+    said, pipeline, whole = published(tmp_path, transforms, frame, HistGradientBoostingClassifier(max_iter=3))
+
+    assert whole.preprocessor.manifest.ignored == ("id",)
+    assert said.notes[1] == '"age", whole numbers in X, may be missing or have decimals: sent as FP64'
+    asked = frame.assign(age=[np.nan, 27.5] * (N // 2))
+    assert labels(whole, asked) == pipeline.predict(asked).tolist()
 
 
 class Hours:

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from sklearn.base import is_classifier
-from sklearn.cluster import DBSCAN
+from sklearn.cluster import DBSCAN, BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
@@ -100,6 +100,21 @@ def test_a_boosted_model_begins_with_its_initial_estimator() -> None:
     found = run(estimator, ROWS)
 
     np.testing.assert_allclose(found["probabilities"], estimator.predict_proba(ROWS), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [KMeans, MiniBatchKMeans, BisectingKMeans])
+@pytest.mark.parametrize("n_columns", [4, 120])
+def test_rows_far_away_have_the_nearest_mean(kind: Any, n_columns: int) -> None:
+    """Where the distances to all means are the same number."""
+    estimator = kind(3, n_init=1, random_state=0)
+    rows = np.random.default_rng(1).normal(size=(150, n_columns))
+    estimator.fit(rows)
+    far = rows * np.logspace(0, 30, len(rows)).reshape(-1, 1)
+
+    found = run(estimator, far)["label"]
+
+    assert found.tolist() == estimator.predict(far).tolist()
+    assert len(set(found[-50:].tolist())) > 1
 
 
 def whole(repository: Path) -> WholeRelease:

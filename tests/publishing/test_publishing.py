@@ -24,6 +24,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
 from splitserve import PublishError, publish, publish_predictor, publish_preprocessor
 from splitserve.arrays import to_array
@@ -44,6 +45,7 @@ from tests.system.models import softmax_model
 IRIS, SPECIES = load_iris(return_X_y=True)
 NAMES = np.array(["setosa", "versicolor", "virginica"])[SPECIES]
 TEXTS = ["good film", "bad film"]
+MISSING_TEXT = pd.DataFrame({"nick": pd.array(["a", None, "a", "b"], dtype="string")})
 DIABETES, PROGRESS = load_diabetes(return_X_y=True)
 MIXED = pd.DataFrame(
     {
@@ -221,7 +223,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         make_pipeline(GridSearchCV(make_pipeline(OneHotEncoder(), LinearRegression()), {}, cv=2)).fit(COLOURS, range(20)),
         COLOURS,
         {},
-        r"GridSearchCV gets columns of text or categories \(colour\).*; publish the best_estimator_ of the GridSearchCV",
+        r"GridSearchCV gets columns that are not numbers \(colour: .*\).*; publish the best_estimator_ of the GridSearchCV",
     ),
     "text within a transformed target": (
         make_pipeline(TransformedTargetRegressor(make_pipeline(OneHotEncoder(), LinearRegression()))).fit(COLOURS, range(20)),
@@ -278,6 +280,14 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         IRIS,
         {},
         "inverse_func=<lambda> has no ONNX form; give one of numpy's functions itself.* np.expm1",
+    ),
+    "an imputer of pandas.NA": (
+        make_pipeline(
+            SimpleImputer(strategy="most_frequent", missing_values=pd.NA), OneHotEncoder(), DecisionTreeClassifier()
+        ).fit(MISSING_TEXT, [0, 1, 0, 1]),
+        MISSING_TEXT,
+        {},
+        "the transforms hold pandas.NA, which skops cannot load again; fit them on columns of dtype object",
     ),
     "no rows": (FITTED, IRIS[:0], {}, "X has no rows"),
     "a ragged list": (FITTED, [[1, 2], [3]], {}, "X is not an array"),
@@ -459,6 +469,10 @@ def test_rows_that_the_estimator_would_refuse_are_refused_by_the_preprocessor(tm
 
     with pytest.raises(InvalidInput, match="row 2: the features contain a missing or infinite value"):
         answer(tmp_path, "strict", rows)
+    with pytest.raises(
+        InvalidInput, match=r"row 0: a feature is .*e\+300, beyond the range of FP32, with which the model computes"
+    ):
+        answer(tmp_path, "strict", rows[:1] * 1e300)
     found = answer(tmp_path, "lenient", rows)
 
     np.testing.assert_allclose(found["probabilities"], trees.predict_proba(rows), atol=1e-5)

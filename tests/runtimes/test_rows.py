@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from tests.budgets import examples
 from tests.strategies import names
 
 NAN = float("nan")
+TO_TEXT = 'convert X["bad"] to one type, e.g. to text'
+TO_NUMBERS = 'fit on X["bad"].astype("float64"), in which a missing value is NaN'
 
 
 def over_the_wire(data: Any) -> Any:
@@ -259,23 +263,32 @@ def test_a_dtype_without_a_datatype_is_refused_by_column(column):
 
 
 @pytest.mark.parametrize(
-    ("column", "found"),
+    ("column", "found", "way_out"),
     [
-        (pd.Series([1, "a"], dtype="object"), "int"),
-        (pd.Series(["a", 1.5], dtype="object"), "float"),
-        (pd.Series([True, None], dtype="object"), "bool"),
-        (pd.Series([b"a"], dtype="object"), "bytes"),
-        (pd.Series([["a"]], dtype="object"), "list"),
-        (pd.Series([1, 2]).astype("category"), "int"),
+        (pd.Series([1, "a"], dtype="object"), "int, str", TO_TEXT),
+        (pd.Series(["a", 1.5], dtype="object"), "float, str", TO_TEXT),
+        (pd.Series([True, None], dtype="object"), "bool", TO_NUMBERS),
+        (pd.Series([Decimal("1.5"), 2], dtype="object"), "Decimal, int", TO_NUMBERS),
+        (pd.Series([date(2026, 1, 31), None], dtype="object"), "date", 'fit on pd.to_datetime(X["bad"])'),
+        (pd.Series([b"a"], dtype="object"), "bytes", TO_TEXT),
+        (pd.Series([["a"]], dtype="object"), "list", TO_TEXT),
     ],
 )
-def test_objects_that_are_not_text_are_refused_by_column(column, found):
-    """The wire has one kind of element; which is meant is not guessed."""
+def test_objects_that_are_not_text_are_refused_by_column(column, found, way_out):
+    """The wire has one kind of element; which is meant is not guessed. The error says how to choose."""
     with pytest.raises(UnsupportedRows) as caught:
         observe(pd.DataFrame({"bad": column}), "x")
 
+    assert str(caught.value) == f'column "bad": expected text or numbers, got objects of type {found}; {way_out}'
+
+
+def test_categories_that_are_not_text_are_refused_by_column():
+    """With the way to make them text."""
+    with pytest.raises(UnsupportedRows) as caught:
+        observe(pd.DataFrame({"bad": pd.Series([1, 2]).astype("category")}), "x")
+
     assert str(caught.value) == (
-        f'column "bad": expected text or numbers, got objects with a {found} among them; convert it to one type'
+        'column "bad": expected text as categories, got int; fit on X["bad"].cat.rename_categories(str) and send text'
     )
 
 
@@ -402,14 +415,16 @@ def test_an_array_without_a_datatype_is_refused(dtype):
         observe(np.zeros((2, 2), dtype=dtype), "image")
 
 
-@pytest.mark.parametrize(("elements", "found"), [(["a", 1], "int"), ([b"a", "a"], "bytes"), ([b"a", None, 1.5], "bytes")])
+@pytest.mark.parametrize(
+    ("elements", "found"), [(["a", 1], "int, str"), ([b"a", "a"], "bytes, str"), ([b"a", None, 1.5], "bytes, float")]
+)
 def test_an_array_of_mixed_objects_is_refused(elements, found):
     """As a column is."""
     with pytest.raises(UnsupportedRows) as caught:
         observe(np.array([elements], dtype="object"), "image")
 
     assert str(caught.value) == (
-        f'"image": expected text or numbers, got objects with a {found} among them; convert it to one type'
+        f'"image": expected text or numbers, got objects of type {found}; convert X to one type, e.g. to text'
     )
 
 

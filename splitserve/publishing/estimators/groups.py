@@ -10,11 +10,11 @@ from scipy.special import digamma
 from sklearn.mixture._gaussian_mixture import _compute_log_det_cholesky
 
 from splitserve.publishing.estimators.form import Form, converts
-from splitserve.publishing.estimators.neighbours import distances, nearest_centre
+from splitserve.publishing.estimators.neighbours import distances, nearest_centre, nearest_mean
 from splitserve.publishing.graph import Value, concat
 
 
-@converts("sklearn.KMeans", "sklearn.MiniBatchKMeans", "sklearn.MeanShift", "sklearn.AffinityPropagation")
+@converts("sklearn.MeanShift", "sklearn.AffinityPropagation")
 class Centres(Form):
     @cached_property
     def predict(self) -> Value:
@@ -23,6 +23,13 @@ class Centres(Form):
     @cached_property
     def transform(self) -> Value:
         return distances(self.x, self.estimator.cluster_centers_).sqrt()
+
+
+@converts("sklearn.KMeans", "sklearn.MiniBatchKMeans")
+class Means(Centres):
+    @cached_property
+    def predict(self) -> Value:
+        return nearest_mean(self.x, self.estimator.cluster_centers_)
 
 
 @converts("sklearn.BisectingKMeans")
@@ -36,7 +43,7 @@ class Bisecting(Centres):
         if node.left is None:
             return self.graph.constant(np.array([node.label], np.int64))
         centres = np.vstack((node.left.center, node.right.center)) + getattr(self.estimator, "_X_mean", 0.0)
-        is_left = nearest_centre(self.x, centres).equals(np.int64(0))
+        is_left = nearest_mean(self.x, centres).equals(np.int64(0))
         return self.graph.op("Where", is_left, self._below(node.left), self._below(node.right), dtype=np.int64)
 
 

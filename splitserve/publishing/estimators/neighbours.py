@@ -263,3 +263,18 @@ class LocalOutlier(Neighbours, Scored):
 def nearest_centre(x: Value, centres: Array) -> Value:
     """(n_rows,) of the nearest of (n_centres, n_features), the first of equal ones."""
     return distances(x, centres).argmin()
+
+
+def nearest_mean(x: Value, centres: Array) -> Value:
+    """As `nearest_centre`, as scikit-learn's k-means computes it.
+
+    The square of the row is left out of the squared distances. Far from all centres, it would be all that float64 holds.
+    """
+    known, wide = np.asarray(centres, np.float64), x.astype(np.float64)
+    squares = (known**2).sum(axis=1).reshape(1, -1)
+    if known.shape[1] > _MAX_COLUMNS:
+        return (squares - (wide.reshape(-1, 1, known.shape[1]) * known[np.newaxis]).sum(2, keepdims=False) * 2.0).argmin()
+    products = wide.take([0]) * known[:, 0].reshape(1, -1)
+    for column in range(1, known.shape[1]):
+        products = products + wide.take([column]) * known[:, column].reshape(1, -1)
+    return (squares - products * 2.0).argmin()
