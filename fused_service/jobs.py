@@ -102,7 +102,11 @@ class SharedFolderJobs:
     async def _try_to_own(self) -> None:
         try:
             self._queue = await self._stack.enter_async_context(self._owned())
-        except FolderInUse:
+        except FolderInUse as error:
+            if str(error) != self._problem:
+                self._problem = str(error)
+                # Another process owns the folder of jobs; this one forwards its callers to it.
+                self._log.info("jobs forwarded", reason=self._problem, to=f"{LOOPBACK}:{self._config.grpc_port}")
             return
         except (*CANNOT_OPEN, SystemExit) as error:
             if str(error) != self._problem:

@@ -84,7 +84,8 @@ async def opened_store(config: JobsSettings) -> AsyncIterator[JobStore]:
     try:
         store.open(wait_s=config.lock_wait_s)
     except CANNOT_OPEN as error:
-        print(f"JOBS_DIR: {error}", file=sys.stderr)
+        way_out = "; stop it, or set JOBS_DIR to another folder" if isinstance(error, FolderInUse) else ""
+        print(f"JOBS_DIR: {error}{way_out}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
         yield store

@@ -161,7 +161,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
 
 
 def check(config: JobsSettings) -> None:
-    """End the process if the service would listen where anybody can say who calls, or share a folder."""
+    """End the process if any client that reaches the port could claim to be any caller, or if processes would share a folder."""
     if not config.is_local and not config.tls_client_ca_file:
         print(
             f"JOBS_HOST: {config.host} is not loopback: callers are named by the proxy, which has to prove who it is "

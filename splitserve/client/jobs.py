@@ -137,7 +137,7 @@ class _Job:
     @property
     def error(self) -> Exception | None:
         """Why it failed, or its last attempt did."""
-        return None if self.info.error is None else self.info.error.error()
+        return None if self.info.error is None else self.info.error.to_error()
 
     @property
     def is_finished(self) -> bool:

@@ -74,7 +74,7 @@ def check_all(host: str, addresses: Sequence[str]) -> list[str]:
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
-            raise AddressRefused(f"{host} resolves to what is no address") from None
+            raise AddressRefused(f"{host} resolves to something that is not an IP address") from None
         if not is_public(address):
             raise AddressRefused(f"{host} resolves to an address that is not public")
     return list(addresses)

@@ -64,7 +64,7 @@ def shown(job: Job) -> dict[str, Any]:
         "urls": {"self": f"/v2/jobs/{job.id}", "result": f"/v2/jobs/{job.id}/result"},
     }
     if job.error is not None:
-        error = job.error.error()
+        error = job.error.to_error()
         content["error"] = {"error": error.message, "reason": error.reason, "status": error.http_status, **error.metadata}
     if job.webhook is not None:
         content["webhook"] = {"url": job.webhook.url, "events": job.webhook.events}

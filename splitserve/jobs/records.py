@@ -46,7 +46,7 @@ class JobError(msgspec.Struct, frozen=True, omit_defaults=True):
         """The record of an error."""
         return cls(error.grpc_code, error.reason, error.message, error.stage, error.model, error.pair)
 
-    def error(self) -> SplitserveError:
+    def to_error(self) -> SplitserveError:
         """The error again."""
         return from_wire(self.code, self.message, self.reason, {"stage": self.stage, "model": self.model, "pair": self.pair})
 

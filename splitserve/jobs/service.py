@@ -228,14 +228,16 @@ class JobQueue:
 
     def _too_many(self, caller: JobCaller) -> Overloaded:
         return Overloaded(
-            f"{self._active[caller.name]} jobs of the caller have not ended, the limit is {self._rules.max_jobs_per_caller}",
+            f"{self._active[caller.name]} jobs of the caller have not ended, the limit is "
+            f"{self._rules.max_jobs_per_caller} (JOBS_MAX_JOBS_PER_CALLER)",
             stage=STAGE,
         )
 
     def _check(self, caller: JobCaller, submission: Submission) -> None:
         rules, options = self._rules, submission.options
-        if len(submission.request) > rules.max_request_bytes:
-            raise TooLarge(f"the request has {len(submission.request)} bytes, the limit is {rules.max_request_bytes}")
+        n_bytes = len(submission.request)
+        if n_bytes > rules.max_request_bytes:
+            raise TooLarge(f"the request has {n_bytes} bytes, the limit is {rules.max_request_bytes} (JOBS_MAX_MESSAGE_BYTES)")
         if options.priority and not HIGHEST_PRIORITY <= options.priority <= LOWEST_PRIORITY:
             raise InvalidInput(f"priority: expected {HIGHEST_PRIORITY} to {LOWEST_PRIORITY}, got {options.priority}")
         for name, value, limit in (
@@ -245,7 +247,8 @@ class JobQueue:
             if not 0 <= value <= limit:
                 raise InvalidInput(f"{name}: expected 0 to {limit:.15g} seconds, got {value:.15g}")
         if len(options.key) > MAX_KEY_LENGTH or not options.key.isprintable():
-            raise InvalidInput(f"idempotency key: expected up to {MAX_KEY_LENGTH} printable characters")
+            got = f"{len(options.key)} characters" if options.key.isprintable() else "a control character"
+            raise InvalidInput(f"idempotency key: expected up to {MAX_KEY_LENGTH} printable characters, got {got}")
         if options.webhook is not None:
             if unknown := set(options.webhook.events) - set(EVENTS):
                 raise InvalidInput(f"webhook events: expected some of {', '.join(EVENTS)}, got {', '.join(sorted(unknown))[:64]}")
@@ -288,7 +291,7 @@ class JobQueue:
         if job.status == "cancelled":
             raise Conflict("the job was cancelled", stage=STAGE, model=job.model, pair=job.version)
         if job.error is not None:
-            raise job.error.error()
+            raise job.error.to_error()
         try:
             answer = await self._payloads.read(found.answer)
         except FileNotFoundError:

@@ -60,6 +60,9 @@ Connection = sqlite3.Connection
 MAX_GROUP = 512
 """Calls in one transaction at most."""
 
+MAX_DELAY_S = 7200.0
+"""No attempt, at a job or at a webhook, is put off for longer."""
+
 JOURNAL_LIMIT_BYTES = 64 * 1024 * 1024
 """To which the WAL is truncated when it is written back."""
 
@@ -117,7 +120,7 @@ class SqliteStore:
 
         Raises:
             FolderInUse, NetworkFileSystem: the folder cannot be used.
-            OSError, sqlite3.Error: neither can the database.
+            OSError, sqlite3.Error: the database cannot be opened.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder.chmod(0o700)
@@ -153,7 +156,9 @@ class SqliteStore:
             now = self.now()
             connection.execute("UPDATE jobs SET lease_until = 0 WHERE status = 'running'")
             # Delays that were set by a clock which has been set back since.
-            connection.execute("UPDATE jobs SET not_before = 0 WHERE status = 'queued' AND not_before > ?", (now + 3600,))
+            late = (now + MAX_DELAY_S,)
+            connection.execute("UPDATE jobs SET not_before = 0 WHERE status = 'queued' AND not_before > ?", late)
+            connection.execute("UPDATE deliveries SET not_before = 0 WHERE status = 'pending' AND not_before > ?", late)
         except BaseException as error:
             began.put(error)
             return
@@ -203,7 +208,7 @@ class SqliteStore:
                 connection.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")  # `execute` would free one page only
 
     def _transaction(self, connection: Connection, calls: Iterable[_Call]) -> list[Any]:
-        """The result of each call, or the error of the table that it raised before it wrote anything."""
+        """The result of each call, or the `SplitserveError` that it raised before it wrote anything."""
         outcomes = []
         connection.execute("BEGIN IMMEDIATE" if any(call.is_write for call in calls) else "BEGIN")
         try:

@@ -125,12 +125,12 @@ class JobStore(Protocol):
 
 def key_reused(key: str) -> IdempotencyKeyReused:
     """The error for a key with another request."""
-    return IdempotencyKeyReused(f'the idempotency key "{key[:64]}" was used for a different request')
+    return IdempotencyKeyReused(f'the idempotency key "{key[:64]}" was used for a different request; send a new one')
 
 
 def key_gone(key: str) -> Gone:
     """The error for a key whose job was removed."""
-    return Gone(f'the job of the idempotency key "{key[:64]}" was removed')
+    return Gone(f'the job of the idempotency key "{key[:64]}" was removed; send a new one to run the request again')
 
 
 def died(n_attempts: int, model: str) -> JobError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -175,6 +176,13 @@ class Stack:
             "SPLITSERVE_LOG_REQUESTS": "all",
             **environment,
         }
+
+    def extended(self, *overlays: str, **environment: str) -> Stack:
+        """The same project with more overlays and variables: `up` makes again what they change."""
+        more = copy.copy(self)
+        more._files = [*self._files, *(word for name in overlays for word in ("--file", str(ROOT / name)))]
+        more._environment = {**self._environment, **environment}
+        return more
 
     def compose(self, *arguments: str) -> str:
         """Run ``docker compose`` on this project."""

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 from splitserve.errors import StorageFull, Unavailable
 from splitserve.jobs import folder, sqlite
 from splitserve.jobs.folder import DATABASE, FolderInUse, NetworkFileSystem, file_system_of
-from splitserve.jobs.records import Finish, NewJob, Payload, StoreRules, new_id
+from splitserve.jobs.records import Delivered, DeliveryAttempt, Finish, NewJob, Payload, Retry, StoreRules, Webhook, new_id
 from splitserve.jobs.sqlite import SqliteStore
 
 HOUR = 3600.0
@@ -133,6 +134,29 @@ async def test_a_step_of_the_clock_moves_no_lease(tmp_path):
     await store.close()
 
     assert (len(before), len(after)) == (0, 1)
+
+
+async def test_a_clock_that_was_set_back_delays_nothing(tmp_path):
+    """While no process ran: attempts that were put off, at jobs and at webhooks, are due."""
+    before = SqliteStore(tmp_path, wall_clock=lambda: time.time() + 30 * 24 * HOUR)
+    before.open()
+    webhook = Webhook("https://hooks.example.org/")
+    for _ in range(2):
+        await before.submit(job(webhook=webhook))
+    first, second = await before.claim("w1", 2, HOUR)
+    await before.finish([Finish(first.lease, Payload(b"answer"))])
+    await before.retry([Retry(second.lease, 60.0)])
+    delivery = await before.claim_delivery(60.0, [])
+    await before.finish_delivery(DeliveryAttempt(delivery.id, Delivered("pending", delivery.attempt), retry_s=60.0))
+    await before.close()
+
+    after = SqliteStore(tmp_path)
+    after.open()
+    claimed, again = await after.claim("w2", 2, HOUR), await after.claim_delivery(60.0, [])
+    await after.close()
+
+    assert [each.lease.id for each in claimed] == [second.lease.id]
+    assert again.id == delivery.id
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "9p"])

@@ -271,8 +271,8 @@ async def test_a_failed_job_has_its_error(open_store):
 
     now = await store.get("ann", found.id)
     assert now.status == "failed"
-    assert type(now.error.error()) is InvalidInput
-    assert now.error.error().metadata == error.metadata
+    assert type(now.error.to_error()) is InvalidInput
+    assert now.error.to_error().metadata == error.metadata
 
 
 async def test_a_worker_that_comes_back_late_cannot_overwrite(open_store):
@@ -452,7 +452,7 @@ async def test_a_job_expires_in_the_queue(open_store):
     now = await store.get("ann", found.id)
     assert swept.ended == [found.id]
     assert (now.status, now.error.message) == ("failed", "the job expired in the queue")
-    assert now.error.error().http_status == 504
+    assert now.error.to_error().http_status == 504
 
 
 async def test_a_job_is_removed_when_its_time_to_live_is_over(open_store):
@@ -654,4 +654,4 @@ async def test_an_internal_error_keeps_its_class(open_store):
     claimed = await claim_one(store)
     await store.finish([Finish(claimed.lease, error=JobError.of(Internal("internal error", stage="predict")))])
 
-    assert type((await store.get("ann", found.id)).error.error()) is Internal
+    assert type((await store.get("ann", found.id)).error.to_error()) is Internal

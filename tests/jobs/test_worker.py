@@ -174,7 +174,7 @@ async def test_what_fails_for_its_content_fails_at_once(workshop, error):
         ended = await workshop.ended(job)
 
     assert (ended.status, ended.attempt, len(workshop.proxy.requests)) == ("failed", 1, 1)
-    assert type(ended.error.error()) is type(error)
+    assert type(ended.error.to_error()) is type(error)
 
 
 @pytest.mark.parametrize("error", [Unavailable("away"), NotFound('model "m" has no version 1.1'), DeadlineExceeded("slow")])
@@ -322,7 +322,7 @@ async def test_rights_are_those_of_the_caller(workshop):
     async with workshop.working():
         ended = await workshop.ended(job)
 
-    assert type(ended.error.error()) is PermissionDenied
+    assert type(ended.error.to_error()) is PermissionDenied
     assert workshop.proxy.requests == []
 
 
