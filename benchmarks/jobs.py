@@ -15,21 +15,27 @@ import sqlite3
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 
 from benchmarks import loads, systems
-from benchmarks.latencies import LoadResult
+from benchmarks.latencies import LoadResult, percentile
 from benchmarks.models import publish_demos
 from benchmarks.processes import BenchmarkError, RunningSystem
 from benchmarks.report import table
 from benchmarks.systems import Settings
 from benchmarks.workloads import RestBody, Workload
 from splitserve.jobs.folder import DATABASE
+from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Finish, NewJob, Payload, new_id
 from splitserve.jobs.sqlite import SqliteStore
+from splitserve.jobs.worker import Worker
+from splitserve.signature import TensorSpec
+from splitserve.testing import FakeInference, signature
 
 MODEL = "breast-cancer"
 AT_ONCE = 64
@@ -37,6 +43,12 @@ SYNC_AT_ONCE = 256
 CLAIMED_AT_ONCE = 64
 ENDLESS_PER_S = 30_000.0
 """Arrivals that no machine keeps up with."""
+
+SUBMITS_PER_S = 500.0
+ORPHAN_LEASES_S = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
+
+DAY_S, N_DAYS, DAY_PER_S = 12.0, 15, 200.0
+"""The time to live of jobs, how many of these times the load lasts, and its rate."""
 
 NO_SETTINGS: Settings = {}
 NOWHERE: Settings = {"JOBS_PROXY_TARGET": "127.0.0.1:9"}
@@ -73,7 +85,7 @@ def submitted(workload: Workload) -> RestBody:
     return RestBody(body.content, (*body.headers, ("prefer", "respond-async")))
 
 
-FIGURES = ("submits", "worked-off", "interactive")
+FIGURES = ("submits", "worked-off", "interactive", "cancel", "orphan", "day")
 
 
 def run(names: Sequence[str], options: JobsOptions, scratch: Path) -> dict[str, Figure]:
@@ -215,8 +227,61 @@ class Bench:
         n_failed = sum(load.n_failed for without, beside, _ in rounds for load in (without, beside))
         return Figure(("what", "value"), rows, {"rounds": rounds, "most_per_s": most, "ratios": ratios}, n_failed)
 
-    def _open_loop(self, system: RunningSystem, per_s: float, seconds: float) -> LoadResult:
-        return loads.open_loop(system.http, MODEL, self.workload.rest_json(0), per_s=per_s, seconds=seconds)
+    def _open_loop(self, system: RunningSystem, per_s: float, seconds: float, body: RestBody | None = None) -> LoadResult:
+        return loads.open_loop(system.http, MODEL, body or self.workload.rest_json(0), per_s=per_s, seconds=seconds)
+
+    def cancel(self) -> Figure:
+        """Until a queued job is cancelled, one after the other, while others are submitted."""
+        milliseconds: list[float] = []
+        n_wrong = 0
+        folder = self._folder()
+        with self.system(folder, NOWHERE) as system, ThreadPoolExecutor(1) as others:
+            systems.wait_until_ready(system, [MODEL])
+            load = others.submit(self._open_loop, system, SUBMITS_PER_S, self.options.seconds, submitted(self.workload))
+            with httpx.Client(base_url=f"http://{system.http}") as client:
+                body = submitted(self.workload)
+                while not load.done() or not milliseconds:
+                    job = client.post(f"/v2/models/{MODEL}/infer", content=body.content, headers=dict(body.headers)).json()
+                    began = time.perf_counter()
+                    answer = client.delete(job["urls"]["self"])
+                    milliseconds.append((time.perf_counter() - began) * 1e3)
+                    n_wrong += answer.status_code != 200 or answer.json()["status"] != "cancelled"
+        milliseconds.sort()
+        p50, p99 = percentile(milliseconds, 50), percentile(milliseconds, 99)
+        rows = [[str(len(milliseconds)), f"{p50:.1f}", f"{p99:.1f}", f"{milliseconds[-1]:.1f}", str(n_wrong)]]
+        facts = {"milliseconds": milliseconds, "submits_per_s": SUBMITS_PER_S}
+        return Figure(("cancelled", "p50 ms", "p99 ms", "max ms", "failed"), rows, facts, n_wrong)
+
+    def orphan(self) -> Figure:
+        """How long after its lease a job is taken again whose worker has died: workers in this process, on one store."""
+        request = self.workload.grpc(0)
+        late_s = {lease_s: asyncio.run(orphan_late_s(self._folder(), request, lease_s)) for lease_s in ORPHAN_LEASES_S}
+        rows = [[f"{lease_s:g}", f"{late:.2f}"] for lease_s, late in late_s.items()]
+        return Figure(("lease, s", "taken again s after it"), rows, {"late_s": late_s})
+
+    def day(self) -> Figure:
+        """A steady rate of jobs whose time to live is a small part of the load: what the disk and the memory hold."""
+        folder, samples = self._folder(), []
+        settings = {"JOBS_TTL_S": f"{DAY_S:g}", "JOBS_KEY_TTL_S": f"{DAY_S:g}"}
+        seconds = N_DAYS * DAY_S
+        with self.system(folder, settings) as system, ThreadPoolExecutor(1) as others:
+            systems.wait_until_ready(system, [MODEL])
+            load = others.submit(self._open_loop, system, DAY_PER_S, seconds, submitted(self.workload))
+            while not load.done():
+                disk = sum(file.stat().st_size for file in folder.iterdir() if file.name.startswith(DATABASE)) / 1e6
+                samples.append((disk, system.pss_mb()["jobs"]))
+                time.sleep(seconds / 60)
+            n_kept = n_jobs_of(folder, "queued", "running", "succeeded", "failed")
+        third = len(samples) // 3
+        rows = []
+        for name, which in (("database and WAL, MB", 0), ("memory of the jobs service (PSS), MB", 1)):
+            parts = [statistics.median(sample[which] for sample in samples[n * third : (n + 1) * third]) for n in range(3)]
+            rows.append([name, *(f"{part:.1f}" for part in parts), f"{parts[2] / parts[1]:.2f}"])
+        result = load.result()
+        rows.append(["jobs", str(result.n_requests), f"{DAY_PER_S:g}/s", f"{n_kept} kept at the end", ""])
+        facts = {"samples": samples, "load": result, "ttl_s": DAY_S, "n_kept": n_kept}
+        headers = ("what", "first third", "second third", "last third", "last / second")
+        return Figure(headers, rows, facts, result.n_failed)
 
     def _filled(self, n_jobs: int) -> Path:
         """A folder with so many queued jobs, submitted over REST."""
@@ -239,6 +304,25 @@ class Bench:
         (t0, n0, cpu0), (t1, n1, cpu1) = sample_at(0.1), sample_at(0.9)
         system.wait_until(lambda: n_jobs_of(folder, "succeeded") == n_all, "waiting for its jobs")
         return (n1 - n0) / (t1 - t0), {stage: (cpu1[stage] - cpu0[stage]) / (n1 - n0) * 1e6 for stage in cpu1}
+
+
+async def orphan_late_s(folder: Path, request: bytes, lease_s: float) -> float:
+    """Seconds after the end of its lease until a job is sent again, whose worker does not renew it any more."""
+    store = SqliteStore(folder)
+    store.open()
+    await store.submit(NewJob(id=new_id(), owner="", model=MODEL, version="1.1", request=Payload(request)))
+    inference = FakeInference(signature(MODEL, [TensorSpec("features", "FP64", ("batch", 30))], version="1.1"))
+    worker = Worker(store, inference, Payloads(str(folder / "payloads"), inline_bytes=1 << 20))
+    await store.claim("one that dies", 1, lease_s)
+    ends_at = time.perf_counter() + lease_s
+    working = asyncio.create_task(worker.run())
+    while not inference.requests:  # noqa: ASYNC110 - there is no event for it
+        await asyncio.sleep(0.005)
+    late_s = time.perf_counter() - ends_at
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    await store.close()
+    return late_s
 
 
 def _median(rounds: Sequence[tuple[LoadResult, LoadResult, float]], which: int, name: str) -> float:

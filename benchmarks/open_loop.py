@@ -115,7 +115,7 @@ class OpenLoop:
             return
         if status is not None:
             self._idle.append(self._busy.pop(descriptor))
-            if status == 200:
+            if status < 300:  # a job that is accepted has 202
                 self.latencies_ms.append((time.perf_counter() - connection.due) * 1e3)
             else:
                 self.n_failed += 1

@@ -15,6 +15,7 @@ import msgspec
 from splitserve.batching.admission import (
     BACKGROUND_PRIORITY,
     HIGHEST_PRIORITY,
+    LEAST_PAUSE_S,
     MOST_CREDIT,
     AdaptiveLimit,
     BackgroundShare,
@@ -60,7 +61,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_queue_delay_ms: float = 0.0
     max_queue_wait_ms: float = 0.0
     max_background_wait_ms: float = 20.0
-    background_share: float = 0.5
+    background_share: float = 0.25
 
 
 class ModelQueue:
@@ -123,7 +124,7 @@ class ModelQueue:
     @property
     def pause_s(self) -> float:
         """How long no other request has to be there for a pause."""
-        return 2 * self.admission.alone_s
+        return max(LEAST_PAUSE_S, 2 * self.admission.alone_s)
 
     def discard(self, queued: QueuedRequest) -> None:
         """Forget a request that is neither queued nor in flight any more."""

@@ -180,7 +180,7 @@ def test_while_others_are_active_background_requests_get_a_share_of_their_rows()
 
     async def main() -> None:
         backend = Backend()
-        batcher = batcher_on(backend, max_background_wait_ms=0)
+        batcher = batcher_on(backend, max_background_wait_ms=0, background_share=0.5)
         others = [begin(batcher, 1, background=False)]
         await asyncio.sleep(0.01)
         jobs = [begin(batcher, value) for value in range(100, 140)]

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import figures, latencies, loads, measuring, open_loop, report, stream_client
+from benchmarks import figures, jobs, latencies, loads, measuring, open_loop, report, stream_client
 from benchmarks.figures import Medians
 from benchmarks.latencies import LoadResult
 from benchmarks.measuring import Case, Measurement
@@ -303,3 +303,17 @@ def test_the_open_loop_counts_every_request(monkeypatch):
         server.shutdown()
 
     assert (len(loop.latencies_ms), loop.n_failed) == (12, 4)
+
+
+def test_the_store_alone_does_all_jobs(tmp_path):
+    """What it costs is more than nothing, and its database can be read from outside."""
+    spent_us = jobs.store_cpu_us(tmp_path, 100, b"request")
+
+    assert spent_us > 0
+    assert jobs.n_jobs_of(tmp_path, "succeeded") == 100
+    assert jobs.n_jobs_of(tmp_path, "queued", "running", "failed") == 0
+
+
+async def test_an_orphan_is_taken_again_after_its_lease(tmp_path):
+    """Not before."""
+    assert await jobs.orphan_late_s(tmp_path, b"", 0.1) >= 0
