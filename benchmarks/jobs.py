@@ -313,8 +313,8 @@ async def orphan_late_s(folder: Path, request: bytes, lease_s: float) -> float:
     await store.submit(NewJob(id=new_id(), owner="", model=MODEL, version="1.1", request=Payload(request)))
     inference = FakeInference(signature(MODEL, [TensorSpec("features", "FP64", ("batch", 30))], version="1.1"))
     worker = Worker(store, inference, Payloads(str(folder / "payloads"), inline_bytes=1 << 20))
-    await store.claim("one that dies", 1, lease_s)
     ends_at = time.perf_counter() + lease_s
+    await store.claim("one that dies", 1, lease_s)
     working = asyncio.create_task(worker.run())
     while not inference.requests:  # noqa: ASYNC110 - there is no event for it
         await asyncio.sleep(0.005)
