@@ -25,6 +25,7 @@ from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings
 from proxy.remote_jobs import RemoteJobs
 from splitserve.jobs.folder import FolderInUse
+from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Job, JobCaller, Submitted
 from splitserve.jobs.service import JobAnswer, JobQueue, Jobs, Submission
 from splitserve.oip.messages import InferenceService
@@ -119,7 +120,8 @@ class SharedFolderJobs:
         store = folder_store(self._config)
         await asyncio.to_thread(store.open)
         try:
-            async with queue_on(store, self._inference, self._config) as queue:
+            payloads = Payloads(self._config.payloads_place, inline_bytes=self._config.inline_bytes)
+            async with queue_on(store, payloads, self._inference, self._config) as queue:
                 config = msgspec.structs.replace(self._config.grpc_config, host=LOOPBACK, tls=None, shares_port=False)
                 async with JobsFace(queue, config, self._config.byte_budget()) as face:
                     try:

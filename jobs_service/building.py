@@ -30,15 +30,22 @@ async def build(inference: InferenceService, config: JobsSettings) -> AsyncItera
         inference: what answers jobs: the proxy, or a client of it.
         config: the settings.
     """
-    async with opened_store(config) as store, queue_on(store, inference, config) as queue:
-        yield queue
+    async with opened_store(config) as store:
+        try:
+            payloads = Payloads(config.payloads_place, inline_bytes=config.inline_bytes)
+        except OSError as error:
+            print(f"JOBS_PAYLOADS: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        async with queue_on(store, payloads, inference, config) as queue:
+            yield queue
 
 
 @contextlib.asynccontextmanager
-async def queue_on(store: JobStore, inference: InferenceService, config: JobsSettings) -> AsyncIterator[JobQueue]:
+async def queue_on(
+    store: JobStore, payloads: Payloads, inference: InferenceService, config: JobsSettings
+) -> AsyncIterator[JobQueue]:
     """As `build`, on a store that is open."""
     async with contextlib.AsyncExitStack() as stack:
-        payloads = Payloads(config.payloads_place, inline_bytes=config.inline_bytes)
         policy = config.webhook_policy
         queue = JobQueue(store, payloads, config.job_rules, check_webhook=policy.check)
         sender = WebhookSender(store, policy)

@@ -139,6 +139,34 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
         hosts = [host.strip() for host in self.webhook_hosts.split(",") if host.strip()]
         return WebhookPolicy(hosts, self.webhook_secrets_file)
 
+    @field_validator("database_url", "database_direct_url")
+    @classmethod
+    def _check_database_url(cls, url: str) -> str:
+        if url:
+            try:
+                from psycopg import ProgrammingError
+                from psycopg.conninfo import conninfo_to_dict
+            except ImportError:
+                raise ValueError("PostgreSQL needs the extra jobs-postgres") from None
+            try:
+                conninfo_to_dict(url)
+            except ProgrammingError:  # whose message may have the password
+                raise ValueError("expected postgresql://USER@HOST/DATABASE") from None
+        return url
+
+    @field_validator("payloads")
+    @classmethod
+    def _check_payloads(cls, place: str) -> str:
+        protocol, separator, _ = place.partition("://")
+        if separator:
+            try:
+                import fsspec
+
+                fsspec.get_filesystem_class(protocol)
+            except (ValueError, ImportError) as error:
+                raise ValueError(str(error)) from None
+        return place
+
     @field_validator("webhook_secrets_file")
     @classmethod
     def _check_secrets(cls, path: str) -> str:

@@ -265,6 +265,8 @@ class PostgresStore:
             async with self._transaction() as cursor:
                 return await self._submit(cursor, new)
         except Unavailable as error:
+            if isinstance(error.__cause__, PoolTimeout):  # nothing was sent
+                raise
             return await self._looked_up(new, error)
 
     async def _looked_up(self, new: NewJob, error: Unavailable) -> Submitted:

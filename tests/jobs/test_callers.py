@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from jobs_service.building import build
 from jobs_service.settings import JobsSettings, check
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
 from splitserve.jobs.protobuf import CALLER_KEY, decode_caller, encode_caller
 from splitserve.jobs.records import JobCaller
+from splitserve.server import settings
+from splitserve.testing import FakeInference
 from tests.contracts.faces import served
 from tests.jobs.whole import body, until, whole
 
@@ -159,6 +162,40 @@ def test_several_processes_cannot_share_a_folder(capsys):
 
     assert "JOBS_DATABASE_URL" in capsys.readouterr().err
     check(JobsSettings(workers=2, database_url="postgresql://localhost/x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("JOBS_DATABASE_URL", "secret", "expected postgresql://"),
+        ("JOBS_DATABASE_DIRECT_URL", "postgresql://ann:secret@host:nope/x?y=z", "expected postgresql://"),
+        ("JOBS_PAYLOADS", "s4://bucket", "s4"),
+        ("JOBS_WEBHOOK_SECRETS_FILE", "/nowhere", "/nowhere"),
+        ("JOBS_PROXY_TOKEN_FILE", "/nowhere", "/nowhere"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(monkeypatch, capsys, name, value, expected):
+    """Before anything listens, and without the password that it may have."""
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(SystemExit):
+        settings.read(JobsSettings)
+
+    error = capsys.readouterr().err
+    assert error.startswith(f"{name}: ")
+    assert expected in error
+    assert "secret" not in error
+
+
+async def test_a_place_of_payloads_that_cannot_be_made_is_named(tmp_path, capsys):
+    """As a folder of jobs that cannot be used."""
+    (tmp_path / "file").touch()
+
+    with pytest.raises(SystemExit):
+        async with build(FakeInference(), JobsSettings(dir=str(tmp_path / "jobs"), payloads=str(tmp_path / "file" / "x"))):
+            pass
+
+    assert "JOBS_PAYLOADS: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("caller", [JobCaller(), JobCaller("Ånn \N{SNOWMAN}", ("a-*", "b")), JobCaller("x", ())])

@@ -64,12 +64,13 @@ async def test_a_restart_of_the_database_loses_nothing(postgres, store):
     (claimed,) = await store.claim("w1", 1, HOUR)
 
     postgres.stop("immediate")
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable) as refused:
         await store.submit(job())
     postgres.start()
 
     after = await until_it_works(lambda: store.submit(job()))
     assert after.is_new
+    assert "unknown" not in refused.value.message  # nothing was sent
     assert await store.finish([Finish(claimed.lease, Payload(b"answer"))]) == [True]
     assert (await store.get("ann", before.id)).status == "succeeded"
 
@@ -171,17 +172,15 @@ async def test_a_broken_network_holds_up_no_call_and_no_end_for_ever(postgres, m
 
 async def test_a_job_whose_commit_was_cut_off_is_looked_up(store, monkeypatch):
     """The answer to the COMMIT is lost: the caller is told of the job that was stored, and does not submit another."""
-    from psycopg import AsyncConnection, OperationalError
-
-    commit = AsyncConnection.commit
+    commit = psycopg.AsyncConnection.commit
     cut = [True]
 
     async def committed_and_cut_off(self):
         await commit(self)
         if cut.pop() if cut else False:
-            raise OperationalError("server closed the connection unexpectedly")
+            raise psycopg.OperationalError("server closed the connection unexpectedly")
 
-    monkeypatch.setattr(AsyncConnection, "commit", committed_and_cut_off)
+    monkeypatch.setattr(psycopg.AsyncConnection, "commit", committed_and_cut_off)
     new = job()
 
     submitted = await store.submit(new)
@@ -190,11 +189,16 @@ async def test_a_job_whose_commit_was_cut_off_is_looked_up(store, monkeypatch):
     assert len(await store.list_jobs("ann")) == 1
 
 
-async def test_a_job_of_which_nothing_is_known_is_named(postgres, store):
-    """The error has the id, and says how to submit again."""
+async def test_a_job_of_which_nothing_is_known_is_named(postgres, store, monkeypatch):
+    """The connection was lost in the COMMIT, and the database with it. The error has the id, and says how to submit again."""
     await store.submit(job())
     new = job()
-    postgres.stop("immediate")
+
+    async def stopped(self):
+        await asyncio.to_thread(postgres.stop, "immediate")
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "commit", stopped)
     try:
         with pytest.raises(Unavailable, match=f"job {new.id}.*Idempotency-Key"):
             await store.submit(new)
