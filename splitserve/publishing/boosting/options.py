@@ -34,10 +34,18 @@ def _xgboost() -> Iterable[tuple[str, str]]:
     yield "XGBRegressor, objective=multi:softmax", "multi:softprob, or XGBClassifier"
     for choice in (
         *("two classes", "three classes", "twelve classes, imbalanced", "XGBRFClassifier", "XGBRFRegressor"),
-        *("booster=dart", "booster=dart with early stopping", "booster=gblinear"),
+        *("booster=dart", "booster=dart with early stopping", "booster=dart, a regressor"),
+        *("booster=gblinear", "booster=gblinear, a regressor"),
         *("early_stopping_rounds", "early_stopping_rounds with num_parallel_tree", "num_parallel_tree"),
         *("base_score", "scale_pos_weight", "missing=-999", "missing=0", "gamma (pruned trees)", "grow_policy=lossguide"),
-        *("tree_method=exact", "tree_method=approx", "several quantiles", "several targets", "a constant target"),
+        *(
+            "tree_method=exact",
+            "tree_method=exact, gamma (pruned trees)",
+            "tree_method=approx",
+            "several quantiles",
+            "several targets",
+            "a constant target",
+        ),
         *(
             "numeric categories",
             "numeric categories, max_cat_to_onehot",

@@ -16,9 +16,9 @@ import numpy as np
 from splitserve.arrays import Array
 from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Regressor, converts, two_columns
+from splitserve.publishing.estimators.form import Regressor, constant_rows, converts, two_columns
 from splitserve.publishing.estimators.trees import Tree, tree_sums
-from splitserve.publishing.graph import Value
+from splitserve.publishing.graph import Value, concat
 
 
 def _hinge(margin: Value) -> Value:
@@ -123,18 +123,24 @@ class _XGBoost(Boosted):
         scores = json.loads(self.learner["learner_model_param"]["base_score"])  # one for each group since 3.1
         scores = [float(score) for score in (scores if isinstance(scores, list) else [scores])]
         if self.learner["gradient_booster"]["name"] == "gblinear":
-            return self._linear(np.float32(to_margin(scores[0])))  # it adds the first to all groups
+            return self._linear(to_margin(scores[0]))  # it adds the first to all groups
         start = np.broadcast_to(np.array([to_margin(score) for score in scores], np.float32), self.n_groups)
         groups: list[list[tuple[Tree, Array]]] = [[] for _ in start]
-        for group, *tree in zip(self.model["tree_info"], self.trees, self._values(), strict=False):
-            groups[group].append((tree[0], tree[1]))
+        weights = self.learner["gradient_booster"].get("weight_drop")  # of dart
+        for number, (written, tree) in enumerate(zip(self.kept, self.trees, strict=True)):
+            group = self.model["tree_info"][number]
+            values = np.array(written["split_conditions"], np.float32)
+            if weights:  # each tree is added to the start, which is subtracted again
+                values = ((start[group] + values) - start[group]) * np.float32(weights[number])
+            groups[group].append((tree, values))
         return tree_sums(self.present, groups, start)
 
-    def _linear(self, start: Any) -> Value:
-        """Of booster="gblinear", to which missing features add nothing."""
-        weights = np.array(self.model["weights"], np.float64).reshape(-1, self.n_groups)
-        present = self.graph.where(self.present.is_nan(), 0.0, self.present).astype(np.float64)
-        return (present @ weights[:-1] + (weights[-1:] + float(start))).astype(np.float32)
+    def _linear(self, start: float) -> Value:
+        """Of booster="gblinear", which adds feature by feature; those that are missing add nothing."""
+        weights = np.array(self.model["weights"], np.float32).reshape(-1, self.n_groups)
+        first = constant_rows(self.x, weights[-1] + np.float32(start), np.float32).reshape(-1, 1, self.n_groups)
+        present = self.graph.where(self.present.is_nan(), 0.0, self.present)
+        return concat([first, present.reshape(-1, len(weights) - 1, 1) * weights[:-1]]).running_sum(1)
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
@@ -153,13 +159,6 @@ class _XGBoost(Boosted):
     @cached_property
     def trees(self) -> Sequence[Tree]:
         return [_tree(tree) for tree in self.kept]
-
-    def _values(self) -> list[Array]:
-        weights = self.learner["gradient_booster"].get("weight_drop") or [1.0] * len(self.kept)
-        return [
-            np.array(tree["split_conditions"], np.float32) * np.float32(weight)
-            for tree, weight in zip(self.kept, weights, strict=False)
-        ]
 
 
 def _tree(tree: Mapping[str, Any]) -> Tree:
@@ -201,6 +200,8 @@ class XGBoostClassifier(_XGBoost):
     def class_index(self) -> Value:
         if self.n_groups == 1:
             return (self.predict_proba.take(1) > 0.5).astype(np.int64)
+        if self.objective == "multi:softmax":  # a label without probabilities, which may be equal where margins are not
+            return self.margin.argmax()
         return self.predict_proba.argmax()
 
 

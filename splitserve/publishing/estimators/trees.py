@@ -128,8 +128,8 @@ def _ensemble(x: Value, trees: Sequence[Tree], weights: Sequence[Array]) -> Valu
     features, splits, nans, true_ids, true_leaf, false_ids, false_leaf, roots, targets, ordered = parts.values()
     n_nodes = n_leaves = 0
     for which, (tree, values) in enumerate(zip(trees, weights, strict=True)):
-        if len(values) == 1:  # ONNX Runtime 1.22 takes another tree's leaf for that of a tree without a question
-            tree, values = _TWO_LEAVES, np.repeat(values, 2)
+        if tree.left[0] < 0:  # ONNX Runtime 1.22 takes another tree's leaf for that of a tree without a question
+            tree, values = _TWO_LEAVES, np.repeat(values[:1], 2)
         leaves, inner = tree.leaves, np.flatnonzero(tree.left >= 0)
         place = np.zeros(len(tree.left), np.int64)  # of each node among the inner ones or among the leaves
         place[inner], place[leaves] = n_nodes + np.arange(len(inner)), n_leaves + np.arange(len(leaves))

@@ -21,8 +21,9 @@ TOLERANCE = {np.float32: 3e-7, np.float64: 1e-14}
 
 _IDENTITIES = (
     *("reg:squarederror", "reg:absoluteerror", "rank:pairwise", "regression", "regression_l1", "lambdarank", "RMSE", "MAE"),
+    *("dart, a regressor", "gblinear, a regressor"),
 )
-"""Objectives without a link: equal to the last bit."""
+"""Objectives and boosters without a link: equal to the last bit."""
 
 _NAMES = {"cat_features": "colour", "text_features": "colour", "embedding_features": "vector"}
 
