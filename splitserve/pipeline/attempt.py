@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,9 @@ from splitserve.pipeline.worker import CALL, WRITTEN
 
 if TYPE_CHECKING:
     from splitserve.pipeline.record import Record
+
+
+INTERRUPT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -141,21 +146,26 @@ class Attempt:
         return _started([python, "-m", "splitserve.pipeline.worker", str(call)], environment, self.pipeline.folder)
 
     def _wait_for(self, process: subprocess.Popen[bytes], what: str) -> None:
-        """It ends when its standard input is closed, so with this process.
+        """It ends when its standard input is closed, so with this process. If this one is interrupted, it may clean up before.
 
         Raises:
             StepFailed: it failed.
         """
         try:
             code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(INTERRUPT_TIMEOUT_S)
+            raise
         finally:
             assert process.stdin is not None, "it is a pipe"
             process.stdin.close()
             process.wait()
         if code:
             error = self.folder / "error"
-            signal = -code if code < 0 else code - 128  # docker's exit codes, as a shell's, are above 128
-            ended = f"was killed by signal {signal}" if signal > 0 else f"exited with {code}"
+            number = -code if code < 0 else code - 128  # docker's exit codes, as a shell's, are above 128
+            ended = f"was killed by signal {number}" if number > 0 else f"exited with {code}"
             said = error.read_text() if error.exists() else ""  # empty on a disk that is still full
             raise StepFailed(said or f"its {what} {ended}; its output is above")
 

@@ -21,7 +21,7 @@ from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.environment import differences
 from splitserve.pipeline.exchange import Exchange
 
-EXIT_FAILED, EXIT_CRASHED = 3, 4
+EXIT_FAILED, EXIT_CRASHED, EXIT_INTERRUPTED = 3, 4, 130
 """Exit codes: the step raised `StepFailed`; it raised something else. In both cases the call's ``error`` file says what."""
 
 CALL = "call.json"
@@ -77,6 +77,8 @@ def _run(call: Call) -> int:
         said = said_of(error)
         _tell(call, said if said != str(error) else f"{type(error).__name__}: {error}")
         return EXIT_CRASHED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     return 0
 
 

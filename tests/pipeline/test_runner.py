@@ -166,6 +166,29 @@ def wait_for(claim, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+def test_a_step_cleans_up_when_its_run_is_interrupted(tmp_path: Path):
+    """What it has started, e.g. containers, is stopped before its process is killed."""
+    package = tiny.write(tmp_path)
+    (package / "train.py").write_text("""
+import time
+from pathlib import Path
+def train(context):
+    folder = Path(__file__).parent
+    try:
+        (folder / "begun").touch()
+        while True:
+            time.sleep(0.01)
+    finally:
+        (folder / "cleaned").touch()
+""")
+    process = start(package)
+    wait_for((package / "begun").exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert (package / "cleaned").exists()
+    assert [run.state for run in Index(tmp_path / "store", "tiny").runs()] == ["interrupted"]
+
+
 def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path):
     """With the result of an uninterrupted run, one value of each metric and epoch, and the dead run closed in MLflow."""
     index = Index(package.parent / "store", "tiny")
