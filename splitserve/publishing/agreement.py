@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from splitserve.runtimes.rows import Rowset
 from splitserve.tensors import Tensor
 
 ROUNDING = 1e-9
-"""Probabilities that differ by less may be in another order in another order of summation, at float64."""
+"""Probabilities that differ by less may be ordered differently when they are summed in another order, at float64."""
 
 _N_SHOWN = 8
 
@@ -86,6 +86,7 @@ def compare(
     *,
     precision: str = "FP64",
     scales: Mapping[str, Scale] | None = None,
+    row_name: Callable[[int], str] = "row {}".format,
 ) -> tuple[dict[str, float], str]:
     """The largest difference of each output, and an error message if one exceeds the tolerance, else "".
 
@@ -100,6 +101,7 @@ def compare(
         tolerance: see `publish`.
         precision: of the features.
         scales: of the answers to the training data; of ``expected`` by default.
+        row_name: what the message calls a row.
     """
     measures = scales_of(expected) if scales is None else scales
     worst: dict[str, float] = {}
@@ -117,7 +119,7 @@ def compare(
         worst[name] = float(by_row.max(initial=0.0))
         if not worst[name] <= tolerance:
             return worst, (
-                f"{name} of row {row} differ by {by_row[row]:.1e}, more than {tolerance:.0e}: "
+                f"{name} of {row_name(row)} differ by {by_row[row]:.1e}, more than {tolerance:.0e}: "
                 f"the pipeline gives {_few(want[row])}, the split {_few(have[row])}"
             )
     for name in found:
@@ -128,7 +130,7 @@ def compare(
         wrong = next((row for row in rows if not (precision == "FP64" and _is_rounding(name, row, expected, measures))), None)
         if wrong is not None:
             want_label, have_label = expected[name][wrong], _text(found[name][wrong])
-            return worst, f'{name} of row {wrong}: the pipeline gives "{want_label}", the split "{have_label}"'
+            return worst, f'{name} of {row_name(wrong)}: the pipeline gives "{want_label}", the split "{have_label}"'
     return worst, ""
 
 

@@ -113,7 +113,10 @@ class _Process:
                 complaint: str = json.loads(line)["complaint"]
             except (OSError, ValueError, KeyError):
                 self.close()
-                return "the process that loads it ended without an answer, as a service might"
+                return (
+                    "the process that loaded the halves ended without an answer, and a service might end, too; check that the "
+                    "transforms' modules can be imported in a process of their own"
+                )
             except BaseException:  # interrupted: the answer that is still to come belongs to nobody
                 self.close()
                 raise

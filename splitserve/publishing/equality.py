@@ -22,7 +22,7 @@ from splitserve.publishing import hard_rows, samples
 from splitserve.publishing.agreement import Scale, compare, expected_answer, larger, split_answer
 from splitserve.publishing.convert import ModelOutput
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
-from splitserve.publishing.hard_rows import FAR_KINDS, Block, HardRows
+from splitserve.publishing.hard_rows import FAR_KINDS, MIXED, Block, HardRows
 from splitserve.publishing.proof import row_wise_complaint, threads_complaint
 from splitserve.repository import golden as goldens
 from splitserve.repository.manifest import MODEL_FILE
@@ -35,8 +35,14 @@ N_TOGETHER = 192
 """Hard rows that are run alone, merged, permuted and repeated, and with several threads."""
 
 _N_THREADS = 4
+"""Threads of the model that is compared with one thread."""
+
 _N_TRIED = 6
-_ULPS = 4
+"""If so many rows of a part are refused one by one, the whole part is."""
+
+_N_ULPS = 4
+"""Numbers far from the training data are moved by so many units in the last place, to see whether the pipeline's answer depends
+on rounding."""
 
 Arrays = tuple[Array, ...]
 """Raw rows, an array for each input, or feature rows, one array."""
@@ -151,7 +157,7 @@ class HardRowComparison:
         if block is not None:
             yield block
         for made in hard_rows.of_features(features).blocks():
-            if made.kind in ("missing", "zeros", "extremes", "mixtures"):
+            if made.kind in ("missing", "zeros", "extremes", MIXED):
                 yield made
 
     def _compared(self, block: Block, original: Answering, split: Answering) -> tuple[Arrays, dict[str, float], str]:
@@ -176,8 +182,11 @@ class HardRowComparison:
         """The complaint with what is special about its row."""
         for place, row in enumerate(answered.tolist()):
             have, want = (_of_rows(side, [place]) for side in (found, expected))
-            if alone := compare(have, want, self._tolerance, precision=self._output.datatype, scales=self._scales)[1]:
-                return f"{alone.replace('of row 0', 'of a hard row')} (row {row} of the kind {block.kind}: {block.shown[row]})"
+            alone = compare(
+                have, want, self._tolerance, precision=self._output.datatype, scales=self._scales, row_name=lambda _: "a hard row"
+            )[1]
+            if alone:
+                return f"{alone} (row {row} of the kind {block.kind}: {block.shown[row]})"
         return complaint
 
     def _determined(self, block: Block, original: Answering) -> Block:
@@ -251,7 +260,7 @@ def _moved(array: Array, sign: int) -> Array:
     if array.dtype.kind != "f":
         return array
     with np.errstate(over="ignore", invalid="ignore"):
-        moved: Array = (array * (1 + sign * _ULPS * np.finfo(array.dtype).eps)).astype(array.dtype)
+        moved: Array = (array * (1 + sign * _N_ULPS * np.finfo(array.dtype).eps)).astype(array.dtype)
     return moved
 
 

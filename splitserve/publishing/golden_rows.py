@@ -49,13 +49,21 @@ def choose(golden: Any, data: Rowset, form: Rows, learnt: Collection[str]) -> Ch
     if form.form == "frame":
         wanted = [column.name for column in form.columns]
         if not hasattr(own, "columns") or set(wanted) - set(own.columns):
-            raise PublishError(f"golden: expected a DataFrame with the columns of X ({', '.join(wanted[:10])})")
+            raise PublishError(f"golden: expected a DataFrame with the columns of X ({', '.join(wanted[:10])}), got {_form(own)}")
         own = own[wanted].astype({column.name: column.dtype for column in form.columns if _is_number(data[column.name])})
     elif hasattr(own, "columns") or own.shape[1:] != data.shape[1:]:
-        raise PublishError(f"golden: expected an array of shape (n_rows, {', '.join(map(str, data.shape[1:]))}) like X")
+        raise PublishError(
+            f"golden: expected an array of shape (n_rows, {', '.join(map(str, data.shape[1:]))}) like X, got {_form(own)}"
+        )
     else:
         own = own.astype(data.dtype) if data.dtype.kind in "fiub" else own
     return Chosen(samples.take(own, samples.spread(len(own), samples.N_GOLDEN_MAX)), "own")
+
+
+def _form(rows: Rowset) -> str:
+    if hasattr(rows, "columns"):
+        return f"columns {', '.join(map(str, rows.columns[:10]))}"
+    return f"an array of shape {rows.shape}"
 
 
 def _is_number(column: Any) -> bool:

@@ -29,8 +29,8 @@ from splitserve.versions import MODEL_NAME
 N_PROBED = 128
 """At most so many rows are run alone, together, permuted and repeated to prove that each answer depends on its own row alone."""
 
-
 N_FEATURE_NAMES = 10_000
+"""Names of features that a manifest has at most."""
 
 
 class PreprocessorHalf(msgspec.Struct, frozen=True):

@@ -31,11 +31,19 @@ N_THRESHOLDS = 256
 """Thresholds that are tried at most at each level, spread evenly over those of the model."""
 
 N_MIXED = 256
-_FAR = 10
-_IDS, _LARGE_IDS = 2.0**16, 2.0**40
-"""Columns of whole numbers beyond these are tried around 2**24 and 2**53, where float32 and float64 stop to count by 1."""
+"""Rows whose values come from different rows."""
 
-FAR_KINDS = ("beyond", "large integers")
+FAR, MIXED = "far out of range", "mixed rows"
+"""Kinds of hard rows, as a release records them."""
+
+_N_RANGES = 10
+"""How many times the range of a column a value of the kind `FAR` is away from it."""
+
+_FOR_FLOAT32, _FOR_FLOAT64 = 2.0**16, 2.0**40
+"""Integer columns with values above these are also tested around 2**24 and 2**53, above which float32 and float64 cannot
+represent every integer."""
+
+FAR_KINDS = (FAR, "large integers")
 """Kinds far outside the training data, where the pipeline's own answer may be made of rounding alone."""
 
 _SEED = 0
@@ -104,7 +112,7 @@ class HardRows:
         if len(changes) > 1:
             half = self._random.random(len(changes)) < 0.5
             groups += [changes, [each for each, is_in in zip(changes, half, strict=True) if is_in] or changes]
-        rows = self._repeated(len(groups))
+        rows = self._rows_in_turn(len(groups))
         for row, group in enumerate(groups):
             for column, found in group:
                 rows[column.number][row, column.place] = found
@@ -117,13 +125,13 @@ class HardRows:
         for array in self._flat:
             drawn = self._random.integers(n_known, size=(N_MIXED, array.shape[1]))
             rows.append(np.take_along_axis(array, drawn, axis=0))
-        return self._block("mixtures", rows, ["values of different rows"] * N_MIXED)
+        return self._block(MIXED, rows, ["values of different rows"] * N_MIXED)
 
     def thresholds(self, transform: Callable[[list[Array]], Array], splits: Sequence[tuple[int, float]]) -> Block | None:
         """Rows whose features are at a threshold, and one float to the other side of it.
 
-        Found by halving the interval between two values of a column on different sides, so for whatever transform is continuous
-        and of one column.
+        Bisects between two values of a column that lie on different sides. Works for features that are a continuous function of
+        one column; the others are left out.
 
         Args:
             transform: arrays as of a block -> features (n_rows, n_features), float64; raises if it refuses a row.
@@ -131,44 +139,33 @@ class HardRows:
         """
         numeric = [column for column in self._columns if column.values.dtype.kind == "f"]
         sources = self._sources(transform, numeric)
-        tasks = [(sources[feature], feature, at) for feature, at in splits if feature in sources]
-        if not tasks:
+        usable = [(feature, threshold) for feature, threshold in splits if feature in sources]
+        if not usable:
             return None
-        columns, low, high = [task[0] for task in tasks], *(np.zeros(len(tasks)) for _ in range(2))
-        for row, column in enumerate(columns):
-            finite = column.values[np.isfinite(column.values)].astype(np.float64)
-            low[row], high[row] = finite.min(), finite.max()
-        low, high = (low - 1 - abs(low)).astype(np.float64), (high + 1 + abs(high)).astype(np.float64)
-        features, ats = np.array([task[1] for task in tasks]), np.array([task[2] for task in tasks])
-        rows = self._repeated(len(tasks), first=True)
+        columns = [sources[feature] for feature, _ in usable]
+        features, thresholds = np.array([feature for feature, _ in usable]), np.array([threshold for _, threshold in usable])
 
         def is_left(values: Array) -> Array:
-            for row, column in enumerate(columns):
-                rows[column.number][row, column.place] = values[row]
-            found = transform(self._shaped(rows))
-            side: Array = found[np.arange(len(tasks)), features] <= ats
+            found = transform(self._shaped(self._with_values(columns, values)))
+            side: Array = found[np.arange(len(usable)), features] <= thresholds
             return side
 
-        left, right = is_left(low), is_left(high)
-        narrow = np.array([column.values.dtype == np.float32 for column in columns])
-        for _ in range(_N_STEPS):
-            middle = low / 2 + high / 2
-            middle = np.where(narrow, middle.astype(np.float32).astype(np.float64), middle)
-            if not ((middle != low) & (middle != high)).any():
-                break
-            same = is_left(middle) == left
-            low, high = np.where(same, middle, low), np.where(same, high, middle)
-        found = np.flatnonzero(left != right)
-        if not found.size:
+        low, high = _bracket(columns)
+        is_crossed = is_left(low) != is_left(high)
+        if not is_crossed.any():
             return None
-        rows = self._repeated(2 * len(found), first=True)
-        shown = []
-        for place, task in enumerate(found.tolist()):
-            column = columns[task]
-            for row, value in ((2 * place, low[task]), (2 * place + 1, high[task])):
-                rows[column.number][row, column.place] = value
-                shown.append(f'"{column.name}" = {value!r}')
-        return self._block("thresholds", rows, shown)
+        low, high = _bisected(is_left, low, high, np.array([column.values.dtype == np.float32 for column in columns]))
+        crossed = [column for column, is_it in zip(columns, is_crossed.tolist(), strict=True) if is_it for _ in ("low", "high")]
+        values = np.stack([low[is_crossed], high[is_crossed]], axis=1).ravel()
+        shown = [f'"{column.name}" = {value!r}' for column, value in zip(crossed, values.tolist(), strict=True)]
+        return self._block("thresholds", self._with_values(crossed, values), shown)
+
+    def _with_values(self, columns: Sequence[_Column], values: Array) -> list[Array]:
+        """One row again and again, each time with another of these values in its column."""
+        rows = self._one_row(len(columns))
+        for row, (column, value) in enumerate(zip(columns, values, strict=True)):
+            rows[column.number][row, column.place] = value
+        return rows
 
     def _sources(self, transform: Callable[[list[Array]], Array], numeric: Sequence[_Column]) -> dict[int, _Column]:
         """The column that each feature is made of, as far as moving one column alone moves it."""
@@ -176,7 +173,7 @@ class HardRows:
         usable = [column for column in chosen if np.isfinite(column.values).any()]
         if not usable:
             return {}
-        rows = self._repeated(len(usable) + 1, first=True)
+        rows = self._one_row(len(usable) + 1)
         for row, column in enumerate(usable):
             known = column.values[np.isfinite(column.values)]
             now = rows[column.number][row, column.place]
@@ -190,16 +187,19 @@ class HardRows:
                 sources.setdefault(feature, column)
         return sources
 
-    def _repeated(self, n_rows: int, *, first: bool = False) -> list[Array]:
-        """Rows of the training data to be changed; ``first``: one row without missing values, again and again."""
-        if first:
-            whole = [
-                row
-                for row in range(len(self._base[0]))
-                if all(array.dtype.kind != "f" or np.isfinite(array[row]).all() for array in self._base)
-            ]
-            return [np.repeat(array[(whole or [0])[0]][np.newaxis], n_rows, axis=0) for array in self._base]
+    def _rows_in_turn(self, n_rows: int) -> list[Array]:
+        """Rows of the training data to be changed."""
         return [array[np.arange(n_rows) % len(array)] for array in self._base]
+
+    def _one_row(self, n_rows: int) -> list[Array]:
+        """One row of the training data, without missing values if there is one, again and again."""
+        whole = (
+            row
+            for row in range(len(self._base[0]))
+            if all(array.dtype.kind != "f" or np.isfinite(array[row]).all() for array in self._base)
+        )
+        first = next(whole, 0)
+        return [np.repeat(array[first][np.newaxis], n_rows, axis=0) for array in self._base]
 
     def _block(self, kind: str, rows: Sequence[Array], shown: Sequence[str]) -> Block:
         return Block(kind, tuple(self._shaped(rows)), tuple(shown))
@@ -207,6 +207,33 @@ class HardRows:
     def _shaped(self, rows: Sequence[Array]) -> list[Array]:
         """Flattened rows in the shapes of the inputs."""
         return [array.reshape(len(array), *shape) for array, shape in zip(rows, self._shapes, strict=True)]
+
+
+def _bracket(columns: Sequence[_Column]) -> tuple[Array, Array]:
+    """A value below and one above all finite values of each column, float64."""
+    finite = [column.values[np.isfinite(column.values)].astype(np.float64) for column in columns]
+    low, high = np.array([values.min() for values in finite]), np.array([values.max() for values in finite])
+    return low - 1 - abs(low), high + 1 + abs(high)
+
+
+def _bisected(is_left: Callable[[Array], Array], low: Array, high: Array, is_narrow: Array) -> tuple[Array, Array]:
+    """Neighbouring numbers, the first on the side of ``low``, the other on that of ``high``, where these are on different sides.
+
+    Args:
+        is_left: which of some values, one a place, are left of the threshold of that place.
+        low: one end of the interval of each place.
+        high: the other.
+        is_narrow: where numbers are of float32.
+    """
+    left = is_left(low)
+    for _ in range(_N_STEPS):
+        middle = low / 2 + high / 2
+        middle = np.where(is_narrow, middle.astype(np.float32).astype(np.float64), middle)
+        if not ((middle != low) & (middle != high)).any():
+            break
+        same = is_left(middle) == left
+        low, high = np.where(same, middle, low), np.where(same, high, middle)
+    return low, high
 
 
 def of_raw(tensors: Sequence[Tensor], form: Rows, specs: Sequence[TensorSpec]) -> HardRows:
@@ -274,10 +301,10 @@ def _trees(part: Any, seen: set[int]) -> Iterator[tuple[Array, Array]]:
     if id(part) in seen:
         return
     seen.add(id(part))
-    if hasattr(part, "children_left") and hasattr(part, "threshold"):
+    if hasattr(part, "children_left") and hasattr(part, "threshold"):  # Tree of decision trees and forests
         inner = np.asarray(part.children_left) >= 0
         yield np.asarray(part.feature)[inner], np.asarray(part.threshold)[inner].astype(np.float64)
-    elif hasattr(part, "nodes") and hasattr(part, "get_n_leaf_nodes"):
+    elif hasattr(part, "nodes") and hasattr(part, "get_n_leaf_nodes"):  # TreePredictor of HistGradientBoosting
         nodes = part.nodes[(part.nodes["is_leaf"] == 0) & (part.nodes["is_categorical"] == 0)]
         yield nodes["feature_idx"].astype(np.int64), nodes["num_threshold"].astype(np.float64)
     elif isinstance(part, list | tuple):
@@ -349,14 +376,14 @@ def _extreme(of: Callable[[Array], Any]) -> Callable[[_Column], Any]:
 
 
 def _beyond(sign: int) -> Callable[[_Column], Any]:
-    """Ten times the range away from what was seen, as far as the datatype goes."""
+    """`_N_RANGES` times the range away from what was seen, as far as the datatype goes."""
 
     def value(column: _Column) -> Any:
         finite = _finite(column)
         if finite is None:
             return None
         low, high = float(finite.min()), float(finite.max())
-        far = (high if sign > 0 else low) + sign * _FAR * ((high - low) or abs(high) or 1.0)
+        far = (high if sign > 0 else low) + sign * _N_RANGES * ((high - low) or abs(high) or 1.0)
         kind = column.values.dtype
         if kind.kind == "f":
             return float(np.clip(far, np.finfo(kind).min, np.finfo(kind).max))
@@ -366,7 +393,7 @@ def _beyond(sign: int) -> Callable[[_Column], Any]:
     return value
 
 
-def _counted(value: int, least: float) -> Callable[[_Column], Any]:
+def _large_integer(value: int, least: float) -> Callable[[_Column], Any]:
     """A large whole number, for columns of whole numbers that are large already."""
 
     def found(column: _Column) -> Any:
@@ -398,11 +425,11 @@ _KINDS: tuple[tuple[str, Callable[[_Column], Any]], ...] = (
     ("booleans", _flipped(True)),
     ("extremes", _extreme(np.min)),
     ("extremes", _extreme(np.max)),
-    ("beyond", _beyond(1)),
-    ("beyond", _beyond(-1)),
+    (FAR, _beyond(1)),
+    (FAR, _beyond(-1)),
     ("zeros", _zero),
-    ("large integers", _counted(2**24, _IDS)),
-    ("large integers", _counted(2**24 + 1, _IDS)),
-    ("large integers", _counted(2**53 - 1, _LARGE_IDS)),
-    ("large integers", _counted(2**53 + 1, _LARGE_IDS)),
+    ("large integers", _large_integer(2**24, _FOR_FLOAT32)),
+    ("large integers", _large_integer(2**24 + 1, _FOR_FLOAT32)),
+    ("large integers", _large_integer(2**53 - 1, _FOR_FLOAT64)),
+    ("large integers", _large_integer(2**53 + 1, _FOR_FLOAT64)),
 )

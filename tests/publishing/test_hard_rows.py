@@ -22,7 +22,7 @@ from splitserve.publishing import from_pipeline
 from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.estimators import trees
 from splitserve.publishing.from_pipeline import DEFAULT_TOLERANCE
-from splitserve.publishing.hard_rows import N_A_KIND, HardRows, feature_thresholds, splits_of
+from splitserve.publishing.hard_rows import FAR, N_A_KIND, HardRows, feature_thresholds, splits_of
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.release import ReleaseKey, ReleaseManifest, decode
@@ -66,8 +66,8 @@ def test_values_are_of_the_datatype() -> None:
     found = blocks(np.arange(100, dtype=np.int8).reshape(50, 2))
 
     assert "missing" not in found
-    assert found["beyond"].max() == 127
-    assert found["beyond"].min() == -128
+    assert found[FAR].max() == 127
+    assert found[FAR].min() == -128
 
 
 def test_large_whole_numbers_are_tried_where_float32_and_float64_stop_to_count() -> None:
@@ -151,7 +151,14 @@ def test_a_release_records_the_rows_that_were_compared(tmp_path: Path) -> None:
     assert compared.worst.keys() == {"label", "probabilities"}
     assert compared.worst["label"] == 0
     assert 0 < compared.worst["probabilities"] == published.worst_difference < DEFAULT_TOLERANCE
-    assert {"missing", "mixtures", "extremes", "beyond", "thresholds", "thresholds (features)"} <= published.hard_rows.keys()
+    assert {
+        "missing",
+        "mixed rows",
+        "extremes",
+        "far out of range",
+        "thresholds",
+        "thresholds (features)",
+    } <= published.hard_rows.keys()
     assert compared.rows == 100 + sum(published.hard_rows.values())
     assert f"{published.hard_rows['missing']} missing" in str(published)
 
@@ -292,4 +299,4 @@ def test_a_frame_of_columns_of_all_kinds_is_proven(tmp_path: Path) -> None:
     published = publish(pipeline, rows, name="m", repository=tmp_path)
 
     assert isinstance(rows, pd.DataFrame)
-    assert {"missing", "unseen text", "booleans", "zeros", "mixtures"} <= published.hard_rows.keys()
+    assert {"missing", "unseen text", "booleans", "zeros", "mixed rows"} <= published.hard_rows.keys()
