@@ -75,6 +75,9 @@ class Record:
         self._store = store
         found = self.client.get_experiment_by_name(pipeline)
         location = None if self.is_remote else (store / "artifacts" / pipeline).as_uri()
+        if found and location and found.artifact_location != location:  # the folder was moved: new artifacts belong here
+            self.client.rename_experiment(found.experiment_id, f"{pipeline}, artifacts in {found.artifact_location}")
+            found = None
         self._experiment = found.experiment_id if found else self.client.create_experiment(pipeline, artifact_location=location)
 
     def start(self, name: str, parameters: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> str:

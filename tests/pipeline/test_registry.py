@@ -35,7 +35,12 @@ from tests.pipeline.tiny import ran, run
 from tests.pipeline.tracking_server import tracking_server
 from tests.system.processes import System, wait_until
 
-pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline-registry")]
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("pipeline-registry"),
+]
 
 RANDOM = np.random.default_rng(0)
 X = pd.DataFrame({"size": RANDOM.normal(size=60), "count": RANDOM.integers(0, 5, 60), "colour": RANDOM.choice(["a", "b"], 60)})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +23,12 @@ from tests.folders import MadeOnce
 from tests.pipeline import tiny
 from tests.pipeline.tiny import ran, run
 
-pytestmark = [pytest.mark.training, pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("pipeline")]
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("pipeline"),
+]
 
 
 def _finished(folder: Path) -> None:
@@ -33,6 +42,9 @@ def package(made_once: MadeOnce, tmp_path: Path) -> Path:
     shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     for file in (tmp_path / "store" / "index").rglob("*.json"):
         file.write_text(file.read_text().replace(str(source), str(tmp_path)))
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "mlflow.db")) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(source), str(tmp_path)))
     return tmp_path / "tiny"
 
 
@@ -66,9 +78,23 @@ def _append(name: str, text: str = "x = 1\n"):
     return change
 
 
+def _touch(package: Path) -> None:
+    for file in package.iterdir():
+        os.utime(file, (1, 1))
+
+
+def _same_size_and_time(package: Path) -> None:
+    file = package / "words.txt"
+    facts = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"two", b"tow"))
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     ("change", "rerun"),
     [
+        (_touch, []),
+        (_same_size_and_time, ["data", "train"]),  # as many words: train's output is the same
         (_append("words.txt", "four\n"), ["data", "train", "evaluate"]),
         (_append("words.txt", "\n"), ["data"]),  # its output is the same
         (_append("data.py"), ["data"]),
@@ -80,7 +106,20 @@ def _append(name: str, text: str = "x = 1\n"):
         (_append("lock.txt", "    --hash=sha256:11\n"), []),
         (lambda package: os.utime(package / "words.txt", (1, 1)), []),
     ],
-    ids=["data", "data without effect", "step", "later step", "helper", "comment", "last step", "lock", "hash", "touched"],
+    ids=[
+        "touched",
+        "same size and time",
+        "data",
+        "data without effect",
+        "step",
+        "later step",
+        "helper",
+        "comment",
+        "last step",
+        "lock",
+        "hash",
+        "touched",
+    ],
 )
 def test_a_change_reruns_what_is_downstream(package: Path, change, rerun: list[str]):
     """Exactly: a step whose inputs have the same bytes as before is reused."""
@@ -153,9 +192,10 @@ def test_a_failing_step_ends_the_run(package: Path):
     assert ran(run(package, floor=2)) == ["evaluate"]
 
 
-def start(package: Path) -> subprocess.Popen[bytes]:
+def start(package: Path, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     paths = os.pathsep.join([str(package.parent), str(Path(__file__).parents[2])])
-    return subprocess.Popen([sys.executable, "-m", "tiny", "run"], env={**os.environ, "PYTHONPATH": paths})
+    command = [sys.executable, "-m", "tiny", "run", *arguments]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, **options)
 
 
 def wait_for(claim, process: subprocess.Popen[bytes]) -> None:
@@ -203,7 +243,7 @@ def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path)
     process.wait()
     (package / "hold").unlink()
 
-    state = run(package)
+    state = run(package, unused=2)  # a parameter that no step reads
 
     assert ran(state) == ["train"]
     trained = index.last("train")
@@ -217,11 +257,14 @@ def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path)
 
 
 def test_two_runs_at_once_follow_each_other(tmp_path: Path):
-    """On a store that does not exist yet: the second waits, and finds everything done."""
-    package = tiny.write(tmp_path)
-    processes = [start(package), start(package)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    """On a store that does not exist yet: the second waits, and finds everything done. Nothing is written elsewhere."""
+    package, elsewhere = tiny.write(tmp_path / "pipeline"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    processes = [start(package, cwd=elsewhere, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate()[1] for process in processes] == [b"", b""], "no warning of MLflow's"
+    assert [process.returncode for process in processes] == [0, 0]
     assert mlflow_runs(package)["tiny"] == ["FINISHED"]
+    assert not list(elsewhere.iterdir())
 
 
 def test_status_says_what_a_run_would_do(package: Path):
@@ -233,9 +276,80 @@ def test_status_says_what_a_run_would_do(package: Path):
 
 
 def test_an_open_run_of_the_caller_is_not_touched(package: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    """Neither one that is active in this process, nor one that the environment names."""
+    import mlflow
+
+    before = mlflow_runs(package)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # which the next line sets
+    mlflow.set_tracking_uri(f"sqlite:///{package.parent / 'store' / 'mlflow.db'}")
+    with mlflow.start_run(run_name="own") as own:
+        monkeypatch.setenv("MLFLOW_RUN_ID", own.info.run_id)
+        _append("evaluate.py")(package)
+        assert ran(run(package)) == ["evaluate"]
+        assert mlflow.active_run().info.run_id == own.info.run_id
+        assert mlflow.get_run(own.info.run_id).info.status == "RUNNING"
+    mlflow.set_tracking_uri("")
+    after = mlflow_runs(package)
+    assert {name: len(found) - len(before[name]) for name, found in after.items()} == dict.fromkeys(
+        ("tiny", "data", "train", "evaluate"), 1
+    )
+
+
+def test_names_of_metrics_may_be_anything(package: Path):
+    """MLflow gets what it allows, the index and the report what the step said."""
+    names = ["recall A:B", "recall été", "recall T-shirt/top", "it's & so"]
+    _append("data.py", f"    for name in {names!r}:\n        context.metric(name, 1)\n")(package)
+
+    state = run(package)
+
+    assert set(names) <= set(Index(package.parent / "store", "tiny").last("data").last_metrics())
+    report = (package.parent / "store" / "reports" / f"{state.id}.html").read_text()
+    assert all(html.escape(name) in report for name in names)
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_forgotten(package: Path):
+    """Its outputs are used as long as they are there; without them the steps run again."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{package.parent / 'store' / 'mlflow.db'}")
+    for each in client.search_runs([client.get_experiment_by_name("tiny").experiment_id]):
+        client.delete_run(each.info.run_id)
     _append("evaluate.py")(package)
     assert ran(run(package)) == ["evaluate"]
+
+    shutil.rmtree(package.parent / "store" / "artifacts")
+    assert ran(run(package)) == ["data", "train", "evaluate"]
+    assert run(package) is None
+
+
+def test_a_store_that_was_moved_runs_again_in_its_new_place(package: Path):
+    """It says which outputs are missing, and writes nothing into the old place."""
+    old, new = package.parent, package.parent.with_name("moved")
+    shutil.move(old, new)
+
+    state = run(new / "tiny")
+
+    assert ran(state) == ["data", "train", "evaluate"]
+    assert f"output words.txt is missing from {old}" in state.steps[0].why
+    assert not old.exists()
+    assert run(new / "tiny") is None
+
+
+def test_each_of_two_interrupted_runs_goes_on_from_its_own_checkpoint(package: Path):
+    """They have the same name and other parameters."""
+    store = package.parent / "store"
+    (package / "hold").touch()
+    for rate in (2, 3):
+        process = start(package, f"--set=rate={rate}")
+        wait_for(lambda n=rate - 1: len(list(store.glob("work/tiny/train-*/checkpoints/000002-*"))) == n, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (package / "hold").unlink()
+
+    for rate in (2, 3):
+        assert ran(run(package, rate=rate)) == ["train", "evaluate"]
+        model = Path(Index(store, "tiny").last("train").folder) / "model.txt"
+        assert model.read_text() == "".join(f"{epoch} {3 * rate}!\n" for epoch in range(1, tiny.N_EPOCHS + 1))
 
 
 def test_a_step_that_finished_elsewhere_is_reused_by_its_digest(

@@ -15,7 +15,7 @@ import pytest
 
 from tests.pipeline.small_disk import WRITES
 
-pytestmark = [pytest.mark.training, pytest.mark.xdist_group("pipeline")]
+pytestmark = [pytest.mark.training, pytest.mark.timeout(600), pytest.mark.xdist_group("pipeline")]
 
 UNSHARE = ["unshare", "--map-root-user", "--mount"]
 

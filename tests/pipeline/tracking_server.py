@@ -30,7 +30,7 @@ def tracking_server(folder: Path) -> Iterator[str]:
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: _is_up(url) or process.poll() is not None, "the tracking server")
+            wait_until(lambda: _is_up(url) or process.poll() is not None, "the tracking server", patience_s=300)
             assert process.poll() is None, log.read_text()
             yield url
         finally:

@@ -30,14 +30,14 @@ def free_ports(n_ports: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def wait_until(claim: Callable[[], Any], what: str) -> Any:
-    """The first true value of ``claim``; fails after `PATIENCE_S`, saying ``what`` did not come."""
-    end = time.monotonic() + PATIENCE_S
+def wait_until(claim: Callable[[], Any], what: str, *, patience_s: float = PATIENCE_S) -> Any:
+    """The first true value of ``claim``; fails after a while, saying ``what`` did not come."""
+    end = time.monotonic() + patience_s
     while time.monotonic() < end:
         if value := claim():
             return value
         threading.Event().wait(0.02)
-    raise AssertionError(f"waited {PATIENCE_S} s in vain: {what}")
+    raise AssertionError(f"waited {patience_s} s in vain: {what}")
 
 
 class Process:
