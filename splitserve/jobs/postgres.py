@@ -294,7 +294,10 @@ class PostgresStore:
                 (new.owner, new.key, new.fingerprint, new.id, self._rules.key_ttl_s),
             )
             if taken is None:
-                return await self._known(cursor, new)
+                known = await self._job_of_key(cursor, new.owner, new.key, new.fingerprint)
+                if known is None:  # its time was over in this moment
+                    raise store_failed()
+                return Submitted(known, is_new=False)
         row = await _one(
             cursor,
             f"INSERT INTO {_T}.jobs (id, owner, rights, model, version, status, priority, timeout_s, expires, rendering, "
@@ -309,15 +312,24 @@ class PostgresStore:
         assert row is not None, "an INSERT returns its row"
         return Submitted(job_of(row), is_new=True)
 
-    async def _known(self, cursor: Cursor, new: NewJob) -> Submitted:
-        """The job that the key has stored."""
-        found = await _one(cursor, f"SELECT fingerprint, job FROM {_T}.keys WHERE owner = %s AND key = %s", (new.owner, new.key))
-        if found is None or found[0] != new.fingerprint:
-            raise key_reused(new.key)
-        job = await self._get(cursor, new.owner, found[1])
+    async def job_of_key(self, owner: str, key: str, fingerprint: bytes) -> Job | None:
+        async with self._transaction() as cursor:
+            return await self._job_of_key(cursor, owner, key, fingerprint)
+
+    async def _job_of_key(self, cursor: Cursor, owner: str, key: str, fingerprint: bytes) -> Job | None:
+        found = await _one(
+            cursor,
+            f"SELECT fingerprint, job FROM {_T}.keys WHERE owner = %s AND key = %s AND valid_until > now()",
+            (owner, key),
+        )
+        if found is None:
+            return None
+        if found[0] != fingerprint:
+            raise key_reused(key)
+        job = await self._get(cursor, owner, found[1])
         if job is None:
-            raise key_gone(new.key)
-        return Submitted(job, is_new=False)
+            raise key_gone(key)
+        return job
 
     async def get(self, owner: str, job_id: str) -> Job | None:
         async with self._transaction() as cursor:

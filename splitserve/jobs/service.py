@@ -14,7 +14,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from splitserve.errors import Conflict, InvalidInput, NotFinished, NotFound, Overloaded, SplitserveError, TooLarge
+from splitserve.errors import Conflict, InvalidInput, NotFinished, NotFound, Overloaded, SplitserveError, StorageFull, TooLarge
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import (
     ACTIVE,
@@ -192,8 +192,17 @@ class JobQueue:
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
         self._check(caller, submission)
         options = submission.options
-        # Before the limit: a caller that repeats a key gets its job, however many it has.
-        if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller and not options.key:
+        try:
+            return await self._submit(caller, submission)
+        except (Overloaded, StorageFull):  # a caller that repeats a key gets its job all the same
+            known = await self._store.job_of_key(caller.name, options.key, options.fingerprint) if options.key else None
+            if known is None:
+                raise
+            return Submitted(known, is_new=False)
+
+    async def _submit(self, caller: JobCaller, submission: Submission) -> Submitted:
+        options = submission.options
+        if self._active.get(caller.name, 0) >= self._rules.max_jobs_per_caller:
             raise self._too_many(caller)
         payload = await self._payloads.store(submission.request)
         new = NewJob(

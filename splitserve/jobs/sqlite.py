@@ -247,16 +247,8 @@ class SqliteStore:
     def _submit(self, connection: Connection, new: NewJob) -> Submitted:
         now = self.now()
         if new.key:
-            found = connection.execute(
-                "SELECT fingerprint, job FROM keys WHERE owner = ? AND key = ? AND valid_until > ?", (new.owner, new.key, now)
-            ).fetchone()
-            if found is not None:
-                if found[0] != new.fingerprint:
-                    raise key_reused(new.key)
-                job = _get(connection, new.owner, found[1])
-                if job is None:
-                    raise key_gone(new.key)
-                return Submitted(job, is_new=False)
+            if (known := _job_of_key(connection, new.owner, new.key, new.fingerprint, now)) is not None:
+                return Submitted(known, is_new=False)
             connection.execute(
                 "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?)",
                 (new.owner, new.key, new.fingerprint, new.id, now + self._rules.key_ttl_s),
@@ -283,6 +275,9 @@ class SqliteStore:
             webhook=new.webhook,
         )
         return Submitted(job, is_new=True)
+
+    async def job_of_key(self, owner: str, key: str, fingerprint: bytes) -> Job | None:
+        return await self._read(lambda connection: _job_of_key(connection, owner, key, fingerprint, self.now()))
 
     async def get(self, owner: str, job_id: str) -> Job | None:
         return await self._read(lambda connection: _get(connection, owner, job_id))
@@ -599,6 +594,20 @@ def _translated(error: sqlite3.Error) -> SplitserveError:
 def _get(connection: Connection, owner: str, job_id: str) -> Job | None:
     row = connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND owner = ?", (job_id, owner)).fetchone()
     return None if row is None else job_of(row)
+
+
+def _job_of_key(connection: Connection, owner: str, key: str, fingerprint: bytes, now: float) -> Job | None:
+    found = connection.execute(
+        "SELECT fingerprint, job FROM keys WHERE owner = ? AND key = ? AND valid_until > ?", (owner, key, now)
+    ).fetchone()
+    if found is None:
+        return None
+    if found[0] != fingerprint:
+        raise key_reused(key)
+    job = _get(connection, owner, found[1])
+    if job is None:
+        raise key_gone(key)
+    return job
 
 
 def _held(connection: Connection, lease: Lease) -> tuple[int, int] | None:

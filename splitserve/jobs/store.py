@@ -50,6 +50,14 @@ class JobStore(Protocol):
         """
         ...
 
+    async def job_of_key(self, owner: str, key: str, fingerprint: bytes) -> Job | None:
+        """The job that a key has stored; None: the key is free.
+
+        Raises:
+            IdempotencyKeyReused, Gone: as `submit`.
+        """
+        ...
+
     async def get(self, owner: str, job_id: str) -> Job | None:
         """A job of the caller; None: there is none."""
         ...

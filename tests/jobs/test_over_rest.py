@@ -390,15 +390,36 @@ async def test_a_refused_submit_leaves_no_key(system):
     assert (refused.status_code, accepted.status_code) == (404, 202)
 
 
+async def test_a_caller_has_a_limited_number_of_jobs(tmp_path):
+    """429 beyond it, with a new key too; a key that is known gives its job. Jobs that have ended do not count."""
+    async with whole(tmp_path, jobs={"max_jobs_per_caller": 2}) as system:
+        system.backend.gate.clear()
+        first, second = new_id(), new_id()
+        jobs = [await submit_with_key(system, key) for key in (first, second)]
+        refused = [await system.rest.post("/v2/models/echo/jobs", json=body(ROW)), await submit_with_key(system, new_id())]
+        known = await submit_with_key(system, first)
+        system.backend.gate.set()
+        for each in jobs:
+            await system.ended(each.json())
+        await system.queue._sweep()
+        again = await submit_with_key(system, new_id())
+
+    assert [each.status_code for each in (*jobs, *refused, known, again)] == [202, 202, 429, 429, 202, 202]
+    assert known.json()["id"] == jobs[0].json()["id"]
+    assert "JOBS_MAX_JOBS_PER_CALLER" in refused[0].json()["error"]
+
+
 async def test_a_full_disk_refuses_submits_only(system, monkeypatch):
     """507, without taking the key; states, results, DELETE and the sweep work on, and submits as soon as there is space."""
     kept, removed, key = await system.submitted(), await system.submitted(), new_id()
+    stored = await submit_with_key(system, old := new_id())
     for job in (kept, removed):
         await system.ended(job)
     usage = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     refused = await submit_with_key(system, key)
+    known = await submit_with_key(system, old)
     found = await system.rest.get(kept["urls"]["self"])
     result = await system.rest.get(kept["urls"]["result"])
     deleted = await system.rest.delete(removed["urls"]["self"])
@@ -407,6 +428,7 @@ async def test_a_full_disk_refuses_submits_only(system, monkeypatch):
     accepted = await submit_with_key(system, key)
 
     assert refused.status_code == 507
+    assert known.json()["id"] == stored.json()["id"]
     assert "full" in refused.json()["error"]
     assert [each.status_code for each in (found, result, deleted, accepted)] == [200, 200, 200, 202]
 

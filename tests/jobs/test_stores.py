@@ -132,6 +132,22 @@ async def test_a_key_whose_job_was_removed_says_gone(open_store):
         await store.submit(job(key="k", fingerprint=b"1"))
 
 
+async def test_the_job_of_a_key_is_found(open_store):
+    """Without a submit; as a submit would find it."""
+    store = await open_store()
+    stored = (await store.submit(job(key="k", fingerprint=b"1"))).job
+
+    assert await store.job_of_key("ann", "k", b"1") == stored
+    assert await store.job_of_key("ann", "other", b"1") is None
+    assert await store.job_of_key("bob", "k", b"1") is None
+    with pytest.raises(IdempotencyKeyReused):
+        await store.job_of_key("ann", "k", b"2")
+    for _ in range(2):
+        await store.delete("ann", stored.id)
+    with pytest.raises(Gone):
+        await store.job_of_key("ann", "k", b"1")
+
+
 async def test_a_key_whose_time_is_over_is_free(open_store):
     """Also if the sweep has not come by yet."""
     store = await open_store(key_ttl_s=0)
