@@ -8,7 +8,7 @@ that is published.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +17,7 @@ import numpy as np
 from sklearn.compose import ColumnTransformer
 from sklearn.pipeline import Pipeline
 
-from splitserve.publishing.boosting import is_boosted
-from splitserve.publishing.boosting.catboost import check_columns
+from splitserve.publishing.boosting import catboost, is_boosted
 from splitserve.publishing.boosting.xgboost import learner_of, model_of
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.trees import HistogramCodes, present
@@ -35,20 +34,23 @@ class Coded(msgspec.Struct, frozen=True):
     estimator: Any
 
 
-def coded(estimator: Any, features: Any) -> Coded:
+def coded(estimator: Any, features: Any, every: Callable[[], Any] | None = None) -> Coded:
     """How an estimator encodes its columns, or those inside of it do.
 
     Args:
         estimator: fitted.
-        features: rows as it gets them, (n_rows, n_features): a DataFrame or an array.
+        features: a row or more as it gets them, (n_rows, n_features): a DataFrame or an array.
+        every: gives all rows, for CatBoost, whose models have no categories but hashes of them; these rows by default.
 
     Raises:
         NotConvertible: columns are not of numbers, and the estimator's codes are not known; names them.
     """
+    if _library(estimator) == "catboost" and estimator.get_cat_feature_indices():
+        return _of_catboost(estimator, features if every is None else every())
     parts = list(_parts(estimator, set()))
     for part in parts:
         if _library(part) == "catboost":
-            check_columns(part)
+            catboost.check_columns(part)
     names = _category_columns(features)
     if not names:
         return Coded(None, _on_codes(estimator, {}, []))
@@ -152,6 +154,19 @@ def _of_histogram(model: Any, columns: Any) -> Known:
     chosen = np.flatnonzero(model.is_categorical_).tolist()
     listed = model._preprocessor.named_transformers_["encoder"].categories_
     return {str(columns[place]): present(each) for place, each in zip(chosen, listed, strict=True)}
+
+
+def _of_catboost(estimator: Any, features: Any) -> Coded:
+    """CatBoost compares hashes of categories, of text and of whole numbers alike."""
+    catboost.check_columns(estimator, takes_categories=True)
+    if features is None:  # the transforms refuse rows of X
+        return Coded(None, estimator)
+    known = {}
+    for number in estimator.get_cat_feature_indices():
+        column = features.iloc[:, number] if hasattr(features, "iloc") else np.asarray(features)[:, number]
+        known[number] = [each for each in dict.fromkeys(column.tolist()) if each is not None and each == each]
+    step = CategoryCodes([known.get(number) for number in range(len(estimator.feature_names_))])
+    return Coded(step, catboost.on_codes(estimator, known))
 
 
 def _on_codes(estimator: Any, known: Known, columns: list[str]) -> Any:

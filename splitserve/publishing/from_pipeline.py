@@ -199,7 +199,8 @@ def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Prog
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
-        inner = coded(pipeline.steps[-1][1], _first_features(transformer, rows))
+        every = partial(_features_of, transformer, rows, list(range(len(rows))))
+        inner = coded(pipeline.steps[-1][1], _features_of(transformer, rows, [0]), every)
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
         outputs = outputs_of(inner.estimator, targets)
@@ -317,10 +318,10 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
-def _first_features(transformer: Any, rows: Rowset) -> Any:
-    """What the estimator gets for the first row; None if the transforms refuse it, which is told later."""
+def _features_of(transformer: Any, rows: Rowset, chosen: list[int]) -> Any:
+    """What the estimator gets for some rows; None if the transforms refuse them, which is told later."""
     try:
-        return transformer.transform(samples.take(rows, [0]))
+        return transformer.transform(samples.take(rows, chosen))
     except Exception:  # a transform may raise anything
         return None
 

@@ -123,7 +123,8 @@ def _catboost() -> Iterable[tuple[str, str]]:
     yield "loss_function=RMSEWithUncertainty", "RMSE"
     yield "several targets of a classifier (MultiLogloss, MultiCrossEntropy)", "MultiOutputClassifier of it"
     yield "a callable objective of a classifier", "a built-in loss function"
-    for kind in ("cat_features", "text_features", "embedding_features"):
+    yield "cat_features", "an encoding in a step before, or one_hot_max_size (see above)"
+    for kind in ("text_features", "embedding_features"):
         yield kind, "an encoding in a step before"
 
 

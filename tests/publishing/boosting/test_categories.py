@@ -13,6 +13,7 @@ import pytest
 import xgboost as xgb
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor, VotingRegressor
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -108,11 +109,60 @@ def test_members_that_treat_unknown_categories_differently_are_refused(tmp_path:
         publish(pipeline, ROWS, name="m", repository=tmp_path)
 
 
-def test_catboosts_own_categories_are_refused_by_name(tmp_path: Path) -> None:
-    """With the way out, before anything is converted."""
-    rows = pd.DataFrame({"amount": np.nan_to_num(ROWS["amount"]), "colour": ROWS["colour"].astype(object).fillna("none")})
-    pipeline = make_pipeline(cb.CatBoostRegressor(iterations=5, verbose=0, allow_writing_files=False, cat_features=["colour"]))
+PLAIN = pd.DataFrame(
+    {
+        "amount": ROWS["amount"],
+        "colour": ROWS["colour"].astype(object).fillna("é <none>"),
+        "count": ROWS["count"],
+        "shop": ROWS["shop"].astype(object).fillna("").str[:7],
+    }
+)
+
+
+def catboost(kind: Any, **given: Any) -> Any:
+    return kind(iterations=6, depth=4, verbose=0, allow_writing_files=False, thread_count=1, **given)
+
+
+@pytest.mark.parametrize("policy", ["SymmetricTree", "Depthwise", "Lossguide"])
+@pytest.mark.parametrize("kind", [cb.CatBoostRegressor, cb.CatBoostClassifier])
+def test_catboosts_comparisons_with_categories_are_served(tmp_path: Path, kind: Any, policy: str) -> None:
+    """Of text and of whole numbers, behind a step that changes the order; a category that training did not have equals none."""
+    columns = ["shop", "amount", "colour", "count"]
+    keep = make_column_transformer(("passthrough", columns), verbose_feature_names_out=False).set_output(transform="pandas")
+    model = catboost(kind, cat_features=["colour", "shop", "count"], one_hot_max_size=99, grow_policy=policy)
+    pipeline = make_pipeline(keep, model).fit(PLAIN, TARGET if kind is cb.CatBoostRegressor else np.digitize(TARGET, [2, 5]))
+
+    publish(pipeline, PLAIN, name="m", repository=tmp_path)
+
+    unseen = PLAIN.iloc[:9].assign(colour="violet", shop="", count=77)
+    for rows in (PLAIN, unseen, PLAIN.iloc[[3]]):
+        found, want = answer(tmp_path, "m", rows), pipeline.predict(rows).ravel()
+        if kind is cb.CatBoostRegressor:
+            np.testing.assert_allclose(found["prediction"].ravel(), want, rtol=1e-6)
+        else:
+            assert found["label"].tolist() == want.tolist()
+            np.testing.assert_allclose(found["probabilities"], pipeline.predict_proba(rows), atol=1e-6)
+
+
+def test_a_category_that_catboost_knows_has_to_be_in_the_rows(tmp_path: Path) -> None:
+    """Its models have hashes instead of categories."""
+    pipeline = make_pipeline(catboost(cb.CatBoostRegressor, cat_features=["colour"], one_hot_max_size=9))
+    rows = PLAIN[["amount", "colour"]]
     pipeline.fit(rows, TARGET)
 
-    with pytest.raises(PublishError, match=r"cat_features \(colour\) has no ONNX form; encode these columns"):
+    with pytest.raises(
+        PublishError, match=r'knows a category of "colour" that X does not have; publish with rows that have every'
+    ):
+        publish(pipeline, rows[rows["colour"] != "red"], name="m", repository=tmp_path)
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_catboosts_other_categories_are_refused_by_name(tmp_path: Path, is_inside: bool) -> None:
+    """Statistics of the target, and any inside of another estimator; with the way out, before anything is converted."""
+    rows = PLAIN[["amount", "colour"]]
+    model = catboost(cb.CatBoostRegressor, cat_features=["colour"], **({"one_hot_max_size": 9} if is_inside else {}))
+    model.fit(rows, TARGET)
+    pipeline = make_pipeline(FrozenEstimator(model) if is_inside else model)
+
+    with pytest.raises(PublishError, match=r"cat_features \(colour\) has no ONNX form; encode these columns.*one_hot_max_size"):
         publish(pipeline, rows, name="m", repository=tmp_path)
