@@ -121,7 +121,8 @@ class _Folder:
 
     def remove(self, refs: Iterable[str]) -> None:
         for ref in refs:
-            (self._folder / ref).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (self._folder / ref).unlink()
 
     def older_than(self, age_s: float) -> list[str]:
         before = time.time() - age_s

@@ -27,7 +27,7 @@ from psycopg import AsyncConnection, AsyncCursor, errors
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import AsyncConnectionPool, PoolTimeout
 
-from splitserve.errors import StorageFull, Unavailable
+from splitserve.errors import SplitserveError, StorageFull, Unavailable
 from splitserve.jobs import events
 from splitserve.jobs.records import (
     ACTIVE,
@@ -51,7 +51,7 @@ from splitserve.jobs.records import (
     Tally,
 )
 from splitserve.jobs.rows import claimed_of, delivery_of, encode, encoded, job_of, migrations
-from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed
+from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed, unexpected
 
 CALL_TIMEOUT_S = 10.0
 """Of a transaction."""
@@ -191,6 +191,10 @@ class PostgresStore:
             # What the driver says of a call to the database that failed. Callers get a 503.
             self._log.warning("job store failed", reason=str(error).strip(), code=type(error).__name__)
             raise store_failed() from error
+        except SplitserveError:
+            raise
+        except Exception as error:
+            raise unexpected(error) from error
 
     async def _migrate(self, connection: AsyncConnection[tuple[Any, ...]]) -> None:
         async with self._migrating:

@@ -325,6 +325,8 @@ class JobQueue:
             raise InvalidInput(f'status: expected one of {", ".join((*ACTIVE, *FINISHED))}, got "{status[:32]}"')
         if not 0 <= limit <= MAX_LISTED:
             raise InvalidInput(f"limit: expected up to {MAX_LISTED}, got {limit}")
+        if "\0" in model:  # which PostgreSQL has no text for
+            return []
         if after and not (JOB_ID.fullmatch(after) and await self._store.get(caller.name, after)):
             raise InvalidInput(f'after: expected the id of a job that exists, got "{after[:64]}"')
         return await self._store.list_jobs(caller.name, model=model, status=status, limit=limit or DEFAULT_LISTED, after=after)

@@ -52,7 +52,7 @@ from splitserve.jobs.records import (
     Tally,
 )
 from splitserve.jobs.rows import claimed_of, delivery_of, encode, encoded, job_of, migrations
-from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed
+from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed, unexpected
 
 T = TypeVar("T")
 Connection = sqlite3.Connection
@@ -189,12 +189,12 @@ class SqliteStore:
     def _serve(self, connection: Connection, calls: list[_Call]) -> None:
         try:
             outcomes = self._transaction(connection, calls)
-        except sqlite3.Error:
+        except Exception:
             outcomes = []
             for call in calls:
                 try:
                     outcomes += self._transaction(connection, [call])
-                except sqlite3.Error as error:
+                except Exception as error:
                     outcomes.append(_translated(error))
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
         for call, outcome in zip(calls, outcomes, strict=True):
@@ -582,7 +582,9 @@ def _full() -> StorageFull:
     return StorageFull("the disk of the job store is full: jobs can be read and removed, not submitted", stage="jobs")
 
 
-def _translated(error: sqlite3.Error) -> SplitserveError:
+def _translated(error: Exception) -> SplitserveError:
+    if not isinstance(error, sqlite3.Error):
+        return unexpected(error)
     name = getattr(error, "sqlite_errorname", "")
     # What SQLite says of a statement that failed. Callers get a 503, or 507 if the disk is full.
     structlog.get_logger().error("job store failed", reason=str(error), code=name)

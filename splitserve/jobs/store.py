@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import structlog
+
 from splitserve.errors import Gone, IdempotencyKeyReused, Internal, Unavailable
 from splitserve.jobs.records import (
     Claimed,
@@ -160,3 +162,12 @@ def out_of_attempts(error: JobError, n_attempts: int) -> JobError:
 def store_failed() -> Unavailable:
     """The error while the database cannot be used. What is wrong is in the log."""
     return Unavailable("the job store cannot be reached", stage="jobs")
+
+
+def unexpected(error: Exception) -> Internal:
+    """The error in place of one that a store must not raise, so that whoever calls it goes on. What is wrong is in the log."""
+    # A call to the job store failed in a way that nobody foresaw, e.g. because a row was changed by hand.
+    structlog.get_logger().error("job store failed", reason=repr(error), code=type(error).__name__, exc_info=error)
+    translated = Internal("internal error", stage="jobs")
+    translated.__cause__ = error
+    return translated

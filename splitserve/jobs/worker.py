@@ -399,8 +399,24 @@ class Worker:
                 try:
                     await self._write(group)
                     break
+                except Internal:
+                    await self._write_one_by_one(group)
+                    break
                 except SplitserveError:
                     await asyncio.sleep(STORE_RETRY_S)
+
+    async def _write_one_by_one(self, group: Sequence[Finish | Retry]) -> None:
+        """One of a group cannot be written: it ends as failed, and holds up no other."""
+        for outcome in group:
+            try:
+                await self._write([outcome])
+            except Internal as error:
+                self._ended.append(Finish(outcome.lease, error=JobError.of(Internal(error.message, stage=STAGE))))
+            except SplitserveError:
+                self._ended.append(outcome)
+        if self._ended:
+            self._has_ended.set()
+            await asyncio.sleep(STORE_RETRY_S)
 
     async def _write(self, group: Sequence[Finish | Retry]) -> None:
         """Write a group. Writing it again, because an error hid whether it was written, changes nothing: fences are used once."""

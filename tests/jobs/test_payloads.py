@@ -106,6 +106,17 @@ async def test_old_files_without_a_row_are_removed(place):
     assert place.names() == {known, young}
 
 
+async def test_what_cannot_be_removed_is_left_to_the_sweep(tmp_path):
+    """The others are removed, and nobody is told."""
+    payloads = Payloads(str(tmp_path / "payloads"), inline_bytes=0)
+    stored = await payloads.store(b"x")
+    (tmp_path / "payloads" / "folder").mkdir()
+
+    await payloads.remove(["folder", stored.ref])
+
+    assert [path.name for path in (tmp_path / "payloads").iterdir()] == ["folder"]
+
+
 async def test_a_file_is_synced_before_its_name_is_known(tmp_path, monkeypatch):
     """The file, then its new name, then the folder."""
     steps = []

@@ -10,7 +10,7 @@ import psycopg
 import pytest
 import structlog.testing
 
-from splitserve.errors import SplitserveError, Unavailable
+from splitserve.errors import Internal, SplitserveError, Unavailable
 from splitserve.jobs import postgres as postgres_module
 from splitserve.jobs.postgres import PostgresStore
 from splitserve.jobs.records import Finish, NewJob, Payload, new_id
@@ -245,6 +245,17 @@ async def test_claims_never_take_more_than_asked_for(postgres, store):
     claimed = [await store.claim("w1", 1, HOUR) for _ in range(50)]
 
     assert [len(each) for each in claimed] == [1] * 50
+
+
+async def test_a_row_that_cannot_be_read_is_an_internal_error(postgres, store):
+    """It was changed by hand. Whoever asks goes on; other jobs are read."""
+    broken, whole = (await store.submit(job())).job, (await store.submit(job())).job
+    postgres.sql(f"UPDATE splitserve_jobs.jobs SET error = 'x' WHERE id = '{broken.id}'")
+
+    with pytest.raises(Internal):
+        await store.get("ann", broken.id)
+
+    assert await store.get("ann", whole.id) == whole
 
 
 async def test_no_call_keeps_a_transaction_open(postgres, store):

@@ -14,10 +14,21 @@ from types import SimpleNamespace
 
 import pytest
 
-from splitserve.errors import StorageFull, Unavailable
+from splitserve.errors import Internal, StorageFull, Unavailable
 from splitserve.jobs import folder, sqlite
 from splitserve.jobs.folder import DATABASE, FolderInUse, NetworkFileSystem, file_system_of
-from splitserve.jobs.records import Delivered, DeliveryAttempt, Finish, NewJob, Payload, Retry, StoreRules, Webhook, new_id
+from splitserve.jobs.records import (
+    Delivered,
+    DeliveryAttempt,
+    Finish,
+    NewJob,
+    Payload,
+    Retry,
+    StoreRules,
+    Submitted,
+    Webhook,
+    new_id,
+)
 from splitserve.jobs.sqlite import SqliteStore
 
 HOUR = 3600.0
@@ -70,6 +81,22 @@ async def test_one_call_that_fails_fails_no_other(store):
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
 
     assert [isinstance(outcome, Unavailable) for outcome in outcomes] == [False, False, True, False]
+    assert len(await store.list_jobs("ann")) == 3
+
+
+async def test_a_call_that_fails_unexpectedly_fails_no_other(store):
+    """The thread goes on, and nothing of the call is kept."""
+
+    def misbehave(connection):
+        connection.execute("DELETE FROM jobs")
+        raise TypeError("nobody foresaw this")
+
+    await store.submit(job())
+    calls = [store.submit(job()), store._call(misbehave), store.get("ann", "\ud800"), store.submit(job())]
+
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert [type(outcome) for outcome in outcomes] == [Submitted, Internal, Internal, Submitted]
     assert len(await store.list_jobs("ann")) == 3
 
 

@@ -485,6 +485,25 @@ async def test_results_wait_for_a_store_that_is_away(workshop):
     assert max(n_tries) <= 4
 
 
+async def test_an_end_that_cannot_be_written_holds_up_no_other(workshop, monkeypatch):
+    """The job fails; the others of its group end as they did."""
+    jobs = [await workshop.submit() for _ in range(3)]
+    finish = workshop.store.finish
+
+    async def finish_others(finishes):
+        if any(each.lease.id == jobs[1].id and each.error is None for each in finishes):
+            raise Internal("internal error", stage="jobs")
+        return await finish(finishes)
+
+    monkeypatch.setattr(workshop.store, "finish", finish_others)
+
+    async with workshop.working():
+        ended = [await workshop.ended(job) for job in jobs]
+
+    assert [job.status for job in ended] == ["succeeded", "failed", "succeeded"]
+    assert ended[1].error.reason == "INTERNAL"
+
+
 async def test_the_window_bounds_what_is_in_flight(workshop):
     """And fills up again as jobs end."""
     n_now, n_most = [0], [0]
