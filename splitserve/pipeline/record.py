@@ -36,7 +36,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 
 STEP_TAG, DIGEST_TAG, REUSED_TAG, ERROR_TAG = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
 MODEL_FOLDER = "model"
-FLAVOUR = "splitserve"
+FLAVOR = "splitserve"
 """Of a registered version whose files are a model repository."""
 
 _METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
@@ -84,7 +84,7 @@ class Record:
         """Start a run and log its parameters, which are never logged again.
 
         Returns:
-            its id.
+            Its id.
         """
         run = self.client.create_run(self._experiment, tags=dict(tags or {}), run_name=name)
         values = [Param(legal_name(key), json.dumps(value)[:_LONGEST_VALUE]) for key, value in parameters.items()]
@@ -98,7 +98,7 @@ class Record:
         """Start the run of a step in that of the pipeline; ``reused`` is the run whose outputs are used instead.
 
         Returns:
-            its id.
+            Its id.
         """
         tags = {"mlflow.parentRunId": parent, STEP_TAG: step, DIGEST_TAG: digest}
         return self.start(step, parameters or {}, {**tags, REUSED_TAG: reused} if reused else tags)
@@ -107,7 +107,7 @@ class Record:
         """Upload a step's outputs.
 
         Returns:
-            the folder that has them from now on: in the artifact store if it is a folder, else beside the index.
+            The folder that has them from now on: in the artifact store if it is a folder, else beside the index.
         """
         self.client.log_artifacts(run_id, str(outputs), "outputs")
         if (there := self.artifacts(run_id)) is not None:
@@ -183,7 +183,7 @@ class Record:
         without an alias.
 
         Returns:
-            the version's number.
+            The version's number.
 
         Raises:
             StepFailed: what comes back is not what was uploaded; there is no version then.
@@ -192,7 +192,7 @@ class Record:
             artifact_path=MODEL_FOLDER,
             run_id=run_id,
             signature=ModelSignature(_schema(release.inputs), _schema(release.outputs)),
-            flavors={FLAVOUR: {"model": release.model, "pair": release.pair}},
+            flavors={FLAVOR: {"model": release.model, "pair": release.pair}},
         )
         described.save(str(folder / "MLmodel"))
         self.client.log_artifacts(run_id, str(folder), MODEL_FOLDER)

@@ -69,7 +69,6 @@ def read(address: str, *, trusted_modules: Sequence[str] = (), allow_pickle: boo
     try:
         import mlflow.artifacts
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise PublishError('models of MLflow need more packages: pip install "splitserve[mlflow]"') from error
     name = found["name"]
@@ -83,7 +82,7 @@ def read(address: str, *, trusted_modules: Sequence[str] = (), allow_pickle: boo
             )
             origin = f"models:/{name}/{registered.version}"
             downloaded = Path(mlflow.artifacts.download_artifacts(artifact_uri=origin, dst_path=folder))
-        except (MlflowException, OSError) as error:
+        except Exception as error:  # each artifact store has classes of its own
             raise PublishError(f"{address}: {error}") from error
         return _read(downloaded, name, origin, trusted_modules, allow_pickle)
 
@@ -144,6 +143,11 @@ def _other_flavor(flavors: Sequence[str], origin: str) -> str:
         origin: of the model.
     """
     found = f"expected the flavor sklearn, got {', '.join(flavors) or 'python_function alone'}"
+    if "splitserve" in flavors:
+        return (
+            "is a release already, of a training pipeline; serve it with MODEL_REPOSITORY=mlflow:MODEL@ALIAS, or get its files, "
+            f'which are a model repository, with "mlflow artifacts download -u {origin}"'
+        )
     if "onnx" in flavors:
         return (
             f'{found}; get its files with "mlflow artifacts download -u {origin}", and publish them with '

@@ -167,9 +167,13 @@ def test_a_registered_release_is_loaded_by_its_alias(client: Any, name: str, mod
     signature = get_model_info("models:/wine@champion").signature
     assert [(spec.name, str(spec.type), spec.shape) for spec in signature.inputs] == [
         ("size", "float64", (-1, 1)),
-        ("count", "int64", (-1, 1)),
+        ("count", "float64", (-1, 1)),
     ]
     assert [spec.name for spec in signature.outputs] == ["label", "probabilities"]
+
+    again = CliRunner().invoke(app, ["publish", "--mlflow", "models:/wine@champion", "--repository", str(tmp_path / "again")])
+    assert again.exit_code == 1
+    assert "models:/wine/3: is a release already" in again.output
 
 
 @pytest.mark.parametrize("client", ["proxied"], indirect=True)

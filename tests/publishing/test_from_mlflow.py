@@ -73,7 +73,7 @@ def test_a_registered_model_is_published_by_its_alias(registry: Path, tmp_path: 
         manifest = Repository(tmp_path).open(BundleKey("wine", kind, 1)).manifest
         assert manifest.origin == "models:/wine/1"
     inputs = Repository(tmp_path).open(BundleKey("wine", "preprocess", 1)).manifest.inputs
-    assert [(spec.name, spec.datatype) for spec in inputs] == [("size", "FP64"), ("count", "INT64"), ("is_new", "BOOL")]
+    assert [(spec.name, spec.datatype) for spec in inputs] == [("size", "FP64"), ("count", "FP64"), ("is_new", "BOOL")]
 
 
 def test_a_short_example_needs_more_rows(registry: Path, tmp_path: Path) -> None:
