@@ -35,9 +35,10 @@ def expected_answer(pipeline: Any, rows: Rowset, outputs: Sequence[ModelOutput])
         raise
     except Exception as error:  # a step may raise anything
         raise PublishError(misfit(pipeline, rows, str(error))) from error
+    n_rows = rows.shape[0] if hasattr(rows, "shape") else len(rows)  # a sparse matrix has no len
     for name, answer in answers.items():
-        if len(answer) != len(rows):
-            raise PublishError(misfit(pipeline, rows, f"it gives {len(answer)} values of {name} for {len(rows)} rows"))
+        if len(answer) != n_rows:
+            raise PublishError(misfit(pipeline, rows, f"it gives {len(answer)} values of {name} for {n_rows} rows"))
     return answers
 
 

@@ -104,7 +104,7 @@ def _column(column: Any, learnt: Collection[str], random: np.random.Generator) -
         return np.where(np.isnan(drawn), np.nan, drawn >= 0.5) if column.dtype.kind == "b" else drawn
     if str(column.dtype) == "category":
         present = column.cat.remove_unused_categories().cat.categories
-        return _cycled([str(value) for value in present], column.isna().any())
+        return _cycled(present.tolist(), column.isna().any())
     return _texts(column.tolist(), learnt, random)
 
 

@@ -233,7 +233,7 @@ def _missing_of(column: Column, rows: Rows, transformer: Any, data: Rowset) -> M
     Of NaN and None, it is the one that the imputers replace.
     """
     values = data[column.name] if rows.form == "frame" else np.asarray(data).ravel()
-    if values.dtype.kind in "biufM" or column.missing or "" in values.tolist():
+    if values.dtype.kind in "biufM" or column.missing or "" in values.tolist() or column.dtype.startswith("category["):
         return column.missing
     ranked: tuple[Missing, ...] = ("none", "nan") if _replaces_none(transformer) else ("nan", "none")
     if rows.form == "frame" and column.dtype != "object":  # pandas' own types of text have one missing value

@@ -62,8 +62,9 @@ QUANTISED_BOUND = 1e-2
 class Column(msgspec.Struct, frozen=True, omit_defaults=True):
     """One column of the training DataFrame.
 
-    ``dtype`` is pandas' name for it. ``missing`` is the missing value in training, ``""`` if the column accepts none: an empty
-    string on the wire becomes that value. ``categories`` are those of a categorical column.
+    ``dtype`` is pandas' name for it, ``category[int64]`` and the like if its categories are numbers. ``missing`` is the missing
+    value in training, ``""`` if the column accepts none: an empty string on the wire becomes that value. ``categories`` are those
+    of a categorical column.
     """
 
     name: str

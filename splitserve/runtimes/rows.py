@@ -37,6 +37,9 @@ _NULLABLE = {
 }
 """The datatype of pandas' nullable dtypes, whose missing value is NaN on the wire. Booleans are 0 and 1."""
 
+_NUMBERED = "category["
+"""Begins the name of a categorical dtype whose categories are numbers, e.g. ``category[int64]``. They are sent as FP64."""
+
 _DATETIME = "datetime64"
 _MISSING = {"nan": np.nan, "none": None}
 
@@ -84,10 +87,19 @@ def _observe_column(name: str, series: Any) -> Column:
         if not _datatype(dtype):
             raise UnsupportedRows(f'column "{name}": dtype {dtype} cannot be sent; {_conversion(name, dtype)}')
         return Column(name, dtype)
+    if dtype == "category" and _are_numbers(series.cat.categories):
+        numbers = tuple(map(str, series.cat.categories.tolist()))
+        return Column(name, f"{_NUMBERED}{series.cat.categories.dtype}]", "", numbers, bool(series.cat.ordered))
     values = series.tolist()
     _check_text(f'column "{name}"', [value for value in values if not is_missing(value)], f'X["{name}"]', dtype)
     categories = tuple(str(value) for value in series.cat.categories) if dtype == "category" else ()
     return Column(name, dtype, _missing_value(values), categories, dtype == "category" and bool(series.cat.ordered))
+
+
+def _are_numbers(categories: Any) -> bool:
+    """Whether float64 holds all of these categories."""
+    dtype = categories.dtype
+    return isinstance(dtype, np.dtype) and dtype.kind in "iuf" and bool((abs(categories.to_numpy(np.float64)) <= 2**53).all())
 
 
 def _conversion(name: str, dtype: str) -> str:
@@ -164,6 +176,8 @@ def _datatype(dtype: str) -> str:
     """The datatype of a column of this dtype; "" if it cannot be sent."""
     if dtype in (*_TEXT_DTYPES, "bytes") or dtype.startswith(_DATETIME):
         return "BYTES"
+    if dtype.startswith(_NUMBERED):
+        return "FP64"
     return _NULLABLE.get(dtype) or _plain_datatype(dtype) or ""
 
 
@@ -207,7 +221,8 @@ def frame(columns: Sequence[Column], values: Sequence[Values]) -> Any:
     import pandas as pd
 
     dtypes, arrays = {column.dtype for column in columns}, [each for each in values if isinstance(each, np.ndarray)]
-    if len(dtypes) == 1 and len(arrays) == len(columns) > 1 and columns[0].dtype not in _NULLABLE:  # one block, not many
+    is_plain = columns[0].dtype not in _NULLABLE and not columns[0].dtype.startswith(_NUMBERED)
+    if len(dtypes) == 1 and len(arrays) == len(columns) > 1 and is_plain:  # one block, not many
         block = np.stack([each.astype(columns[0].dtype, copy=False) for each in arrays], axis=1)
         return pd.DataFrame(block, columns=[column.name for column in columns], copy=False)
     data = {column.name: _pandas_values(column, each) for column, each in zip(columns, values, strict=True)}
@@ -247,6 +262,8 @@ def _pandas_values(column: Column, values: Values) -> Any:
 
     if column.dtype in _NULLABLE:
         return _nullable(column, np.asarray(values))
+    if column.dtype.startswith(_NUMBERED):
+        return _numbered(column, np.asarray(values, np.float64))
     if column.dtype.startswith(_DATETIME):
         return _datetimes(column, values)
     if isinstance(values, np.ndarray):
@@ -271,6 +288,23 @@ def _nullable(column: Column, values: Array) -> Any:
                 f'input "{column.name}": expected whole numbers from {low} to {high} or NaN, as {column.dtype} in training'
             )
     return pd.array(values, dtype=column.dtype)
+
+
+def _numbered(column: Column, values: Array) -> Any:
+    """A column of categories that are numbers, from floats in which NaN is missing; unseen ones are added."""
+    import pandas as pd
+
+    dtype = np.dtype(column.dtype.removeprefix(_NUMBERED).removesuffix("]"))
+    known = np.array(column.categories).astype(dtype)
+    unseen = np.setdiff1d(values[~np.isnan(values)], known)
+    if dtype.kind != "f" and all(_is_of(value, dtype) for value in unseen):
+        unseen = unseen.astype(dtype)
+    return pd.Categorical(values, categories=np.concatenate([known, unseen]), ordered=column.ordered)
+
+
+def _is_of(value: float, dtype: np.dtype[Any]) -> bool:
+    limits = np.iinfo(dtype)
+    return float(value).is_integer() and float(limits.min) <= value < float(limits.max)
 
 
 def _bounds(dtype: str) -> tuple[int, int]:
@@ -310,6 +344,9 @@ def _sent(column: Column, series: Any) -> Array:
     if column.dtype in _NULLABLE:
         values: Array = series.astype(column.dtype).to_numpy(dtype=np.float64, na_value=np.nan)
         return values.astype(np.float32) if column.dtype == "Float32" else values
+    if column.dtype.startswith(_NUMBERED):
+        numbers: Array = series.astype(np.float64).to_numpy()
+        return numbers
     if column.dtype.startswith(_DATETIME):
         return objects([value if is_missing(value) else value.isoformat() for value in series.tolist()], (len(series),))
     return np.asarray(series, dtype=np.object_ if column.dtype in _TEXT_DTYPES else column.dtype)

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
+from sklearn.compose import make_column_transformer
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
     HistGradientBoostingRegressor,
@@ -23,6 +24,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 from splitserve import publish
 from splitserve.transformers import CategoryCodes
@@ -154,3 +156,26 @@ def test_codes_of_unseen_categories() -> None:
     assert CategoryCodes(known, unseen="next").transform(rows)[2].tolist() == [3, 1]
     with pytest.raises(ValueError, match="'e' is not a category that the model knows"):
         CategoryCodes(known, unseen="next").transform(rows.assign(c="e"))
+
+
+@pytest.mark.parametrize("golden", ["rows", "synthetic"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (HistGradientBoostingClassifier(categorical_features="from_dtype", max_iter=10),),
+        (make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["k"])), LogisticRegression()),
+    ],
+    ids=["of the estimator", "of an encoder"],
+)
+def test_categories_may_be_numbers(tmp_path: Path, steps: tuple[Any, ...], golden: str) -> None:
+    """Unseen, missing, negative and fractional ones, and the same in another order."""
+    known = np.array([-10, 0, 10, 20, 30])
+    rows = pd.DataFrame({"k": pd.Categorical(known[RANDOM.integers(0, 5, N)])})
+    pipeline = make_pipeline(*steps).fit(rows, rows["k"].astype(int) % 20 == 0)
+    publish(pipeline, rows, name="m", repository=tmp_path, golden=golden)
+    asked = [30, -10, np.nan, 999, -7, 2.5, 0]
+
+    found = answer(tmp_path, "m", pd.DataFrame({"k": pd.Categorical(asked, categories=[*known[::-1], 999, -7, 2.5])}))
+    expected = pipeline.predict_proba(pd.DataFrame({"k": pd.Categorical(asked, categories=[*known, 999, -7, 2.5])}))
+
+    np.testing.assert_allclose(found["probabilities"], expected, atol=1e-6)

@@ -22,7 +22,7 @@ from splitserve.publishing import from_pipeline
 from splitserve.publishing.convert import to_onnx
 from splitserve.publishing.estimators import trees
 from splitserve.publishing.from_pipeline import DEFAULT_TOLERANCE
-from splitserve.publishing.hard_rows import FAR, N_A_KIND, HardRows, feature_thresholds, splits_of
+from splitserve.publishing.hard_rows import FAR, N_A_KIND, N_MIXED, HardRows, feature_thresholds, splits_of
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
 from splitserve.repository.release import ReleaseKey, ReleaseManifest, decode
@@ -269,6 +269,17 @@ def test_missing_text_is_what_the_imputer_replaces(tmp_path: Path, missing: Any,
     empty, lima = (half.transform((from_array(name, np.array([[text]], object)),)) for text in (b"", b"Lima"))
 
     assert to_array(empty[0]).tolist() == to_array(lima[0]).tolist()
+
+
+def test_raw_rows_are_compared_where_features_are_sparse(tmp_path: Path) -> None:
+    """None of what the pipeline answers is taken for refused."""
+    rows = pd.DataFrame({"city": ["Oslo", "Rome", "Lima", "Bern", "Nice"] * 10})
+    pipeline = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LogisticRegression()).fit(rows, [0, 1] * 25)
+
+    published = publish(pipeline, rows, name="m", repository=tmp_path)
+
+    assert published.hard_rows["mixed rows"] == N_MIXED
+    assert published.hard_rows["unseen text"] == 1
 
 
 def test_the_transforms_run_as_often_whatever_the_number_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,13 +282,46 @@ def test_objects_that_are_not_text_are_refused_by_column(column, found, way_out)
     assert str(caught.value) == f'column "bad": expected text or numbers, got objects of type {found}; {way_out}'
 
 
+@pytest.mark.parametrize(
+    "column",
+    [
+        pd.Categorical([3, 1, None, 3], categories=[3, 1, 7]),
+        pd.Categorical([-1, 2, 2, -1], ordered=True),
+        pd.Categorical([0.1, None, -2.5, 0.1]),
+        pd.Categorical(np.array([1, 2, 1, 2], np.int8)),
+    ],
+    ids=["missing", "ordered", "float", "int8"],
+)
+def test_categories_that_are_numbers_are_sent_as_numbers(column):
+    """Beside others of their kind, too, which are not one block."""
+    frame = pd.DataFrame({"one": column, "other": column})
+
+    found = over_the_wire(frame)
+
+    assert [spec.datatype for spec in observe(frame, "x")[1]] == ["FP64", "FP64"]
+    pd.testing.assert_frame_equal(found, frame)
+
+
+def test_an_unseen_number_is_one_more_category():
+    """A fraction, where training had none, too."""
+    rows, specs = observe(pd.DataFrame({"k": pd.Categorical([1, 2])}), "x")
+
+    found = [
+        to_rows(rows, specs, (from_array("k", np.array(asked, float).reshape(-1, 1)),))["k"]
+        for asked in ([2, 9], [2, 2.5, np.nan])
+    ]
+
+    assert [column.tolist() for column in found] == [[2, 9], [2.0, 2.5, pytest.approx(np.nan, nan_ok=True)]]
+    assert [column.cat.categories.tolist() for column in found] == [[1, 2, 9], [1.0, 2.0, 2.5]]
+
+
 def test_categories_that_are_not_text_are_refused_by_column():
     """With the way to make them text."""
     with pytest.raises(UnsupportedRows) as caught:
-        observe(pd.DataFrame({"bad": pd.Series([1, 2]).astype("category")}), "x")
+        observe(pd.DataFrame({"bad": pd.to_datetime(["2026-01-31", "2026-02-01"]).astype("category")}), "x")
 
     assert str(caught.value) == (
-        'column "bad": expected text as categories, got int; fit on X["bad"].cat.rename_categories(str) and send text'
+        'column "bad": expected text as categories, got Timestamp; fit on X["bad"].cat.rename_categories(str) and send text'
     )
 
 
