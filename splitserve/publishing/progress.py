@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import sys
 import threading
@@ -17,12 +18,15 @@ TIME_LIMIT_S = 600.0
 """Seconds that converting, comparing and writing may take by default."""
 
 ENDS_PROCESS_AFTER_S = 5.0
-"""Seconds after the limit in which native code may still return, where `ending_process` applies."""
+"""Seconds after the limit in which native code may still return, where `ending_process` applies; twice as many where it keeps the
+interpreter lock.
+"""
 
 WRITING = "writing the bundles"
 """The last step."""
 
 BAR_AFTER_S = 2.0
+_STDERR = 2
 N_STEPS = 36
 """Steps of a publication at one precision, roughly; the bar waits at its end for those that come on top."""
 
@@ -90,6 +94,9 @@ class Progress:
         timers = [threading.Timer(self._limit, self._interrupt)]
         if _ENDS_PROCESS.get():
             timers.append(threading.Timer(self._limit + ENDS_PROCESS_AFTER_S, self._end_process))
+            # A timer needs the interpreter lock, which native code may keep, e.g. ONNX Runtime while it loads a model.
+            faulthandler.dump_traceback_later(self._limit + 2 * ENDS_PROCESS_AFTER_S, exit=True, file=_STDERR)
+            self._stack.callback(faulthandler.cancel_dump_traceback_later)
         if self._shows:
             timers.append(threading.Timer(BAR_AFTER_S, self._show))
         for timer in timers:

@@ -185,6 +185,20 @@ def endless_model() -> bytes:
     return model
 
 
+def test_the_process_ends_although_native_code_keeps_the_interpreter_lock() -> None:
+    """No thread of Python can run then; the stack on stderr shows where it is."""
+    command = (
+        "import ctypes; from splitserve.publishing import progress; progress.ENDS_PROCESS_AFTER_S = 0.1\n"
+        "with progress.ending_process(), progress.Progress('m', 0.1): ctypes.PyDLL(None).pause()"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300)
+
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert "line 2 in <module>" in ended.stderr
+
+
 def test_the_command_ends_although_native_code_does_not_return(tmp_path: Path) -> None:
     (tmp_path / "endless.onnx").write_bytes(endless_model())
     np.save(tmp_path / "rows.npy", np.zeros((3, 1), np.float32))
