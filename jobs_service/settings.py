@@ -51,7 +51,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
 
     payloads: str = ""
     """Folder, or URL of a bucket, of requests and answers that are larger than INLINE_BYTES. By default a folder in JOBS_DIR;
-    several replicas have to share it."""
+    several replicas have to share it. It is for one database only: what that does not name is removed after an hour."""
 
     inline_bytes: int = Field(32 * 1024, ge=0)
     """Requests and answers up to this size are kept in the database, larger ones in files."""

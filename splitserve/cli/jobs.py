@@ -155,6 +155,7 @@ def backup(folder: Path, to: Path) -> int:
     to.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Before the database and after it: jobs may end meanwhile, and their requests are removed; others are submitted.
     n_files = _copy_new(folder / PAYLOADS, to / PAYLOADS)
+    (to / DATABASE).touch(mode=0o600)
     copied = sqlite3.connect(to / DATABASE)
     source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     try:

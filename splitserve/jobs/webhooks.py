@@ -285,6 +285,10 @@ class WebhookSender:
             retry_after_s = _retry_after_s(headers)
         except (AddressRefused, OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             status, retry_after_s, answer = 0, None, _why(error)
+        except Exception as error:
+            # An attempt to deliver failed in a way that nobody foresaw. It counts as any other that failed.
+            self._log.exception("webhook failed", delivery=delivery.id)
+            status, retry_after_s, answer = 0, None, _why(error)
         attempt = self._outcome(delivery, status, retry_after_s, answer)
         if attempt.delivered.status == "failed":
             # A webhook is given up: its receiver has said 410, or a day has passed.

@@ -242,6 +242,7 @@ async def test_a_backup_has_every_job_that_was_acknowledged(tmp_path, capsys):
         await store.submit(new)
 
     assert commands.backup(folder, copy) == 0
+    assert (copy / "jobs.sqlite").stat().st_mode & 0o777 == 0o600
     await store.submit(submits[19])
     assert commands.restore(folder, copy) == 1  # the service runs
     assert "stop it first" in capsys.readouterr().err

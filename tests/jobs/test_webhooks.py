@@ -438,6 +438,23 @@ async def test_a_receiver_that_is_away_does_not_touch_the_job(post, monkeypatch)
     assert seen.delivery.answer == "the receiver cannot be reached"
 
 
+async def test_an_attempt_that_fails_unexpectedly_is_one_that_failed(post, monkeypatch):
+    """It is counted and tried again, until the day is over."""
+    send, errors = post.sender._post, [ValueError("nobody foresaw this")]
+
+    async def failing_first(delivery):
+        if errors:
+            raise errors.pop()
+        return await send(delivery)
+
+    monkeypatch.setattr(post.sender, "_post", failing_first)
+    job = await post.end_a_job()
+
+    seen = await post.until(job, lambda now: now.delivery.status == "delivered")
+
+    assert seen.delivery.attempt == 2
+
+
 async def test_a_name_that_cannot_be_resolved_is_a_failed_attempt(post, monkeypatch):
     """It is tried again; nothing is sent to it unchecked."""
     monkeypatch.setattr(webhooks, "FIRST_BACKOFF_S", 3600.0)
