@@ -32,6 +32,7 @@ WRITTEN = "written.json"
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a script has started the run in the background
     threading.Thread(target=end_with_the_runner, daemon=True).start()
     given = sys.argv[1]
     if "://" in given:
