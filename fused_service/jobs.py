@@ -20,7 +20,8 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from jobs_service.building import CANNOT_OPEN, build, folder_store, queue_on
+from jobs_service import build
+from jobs_service.building import CANNOT_OPEN, folder_store, queue_on
 from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings
 from proxy.remote_jobs import RemoteJobs

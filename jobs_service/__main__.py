@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from jobs_service.building import build
+from jobs_service import build
 from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings, check
 from splitserve.remote.inference import RemoteInference

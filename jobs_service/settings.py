@@ -27,7 +27,8 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     stage = "jobs"
 
     grpc_port: int = Field(8031, ge=0, le=65535)
-    """Port of the gRPC face. The proxy says there who calls, so that beyond loopback it requires mutual TLS."""
+    """Port of the gRPC face. The proxy says there who calls, so that beyond loopback it requires mutual TLS. In the fused service
+    with several workers: where the one that owns DIR serves the others, on loopback."""
 
     proxy_target: Target = "127.0.0.1:8001"
     """gRPC target of the proxy, which answers the jobs."""

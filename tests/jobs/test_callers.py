@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs_service.building import build
+from jobs_service import build
 from jobs_service.settings import JobsSettings, check
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import grpc
 import httpx
 
-from jobs_service.building import build
+from jobs_service import build
 from jobs_service.face import JobsFace
 from jobs_service.settings import JobsSettings
 from proxy.faces import Faces, authenticator_of
