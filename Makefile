@@ -221,7 +221,7 @@ lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o $(TEMPLATES)/tables/requirements.txt
 	cp $(TEMPLATES)/tables/requirements.txt $(TEMPLATES)/images/
 	printf 'pandas\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/tables/data-requirements.txt
-	printf 'numpy\npillow\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/images/data-requirements.txt
+	printf 'msgspec\nnumpy\npillow\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/images/data-requirements.txt
 
 clean:
 	rm -rf $(VENV) .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis

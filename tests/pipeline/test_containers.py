@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,11 @@ from splitserve.pipeline.commands import main
 from splitserve.pipeline.containers import ArtifactServer, Container, StepImages
 from splitserve.pipeline.context import StepFailed
 from splitserve.pipeline.declaration import Step, TrainingPipeline
+from splitserve.pipeline.dependencies import locked_versions
 from splitserve.pipeline.exchange import Exchange
 from splitserve.pipeline.runner import Runner
+from splitserve.pipeline.templates.images.pipeline import PIPELINE as IMAGES
+from splitserve.pipeline.templates.tables.pipeline import PIPELINE as TABLES
 from tests.pipeline import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -225,3 +229,32 @@ def test_an_installed_splitserve_has_what_images_are_built_from(tmp_path: Path):
         }
     for name in ("Dockerfile", ".dockerignore", "docker-compose.yml", "docker-compose.baked.yml"):
         assert (found / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+ONLY_LOCKED = """
+import sys
+from importlib import import_module, metadata
+from packaging.utils import canonicalize_name
+locked = {canonicalize_name(name) for name in sys.argv[2].split()}
+homes = metadata.packages_distributions()
+own = sys.stdlib_module_names | {"splitserve"}
+for module, names in homes.items():
+    if module not in own and locked.isdisjoint(map(canonicalize_name, names)):
+        sys.modules[module] = None  # as if it were not installed
+import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("pipeline", [IMAGES, TABLES], ids=lambda pipeline: pipeline.name)
+def test_the_lock_of_a_step_that_has_an_image_has_what_it_imports(pipeline: TrainingPipeline):
+    """Of each step of the examples, but those with an environment of their own, which is not installed here."""
+    steps = [step for step in pipeline.steps if containers.runs_in_container(step) and not step.python]
+    assert steps
+    for step in steps:
+        names = [re.split("[ =]", line)[0] for line in locked_versions(pipeline.path(step.lock))]
+        module = pipeline.module_of(step.run.partition(":")[0])
+        done = subprocess.run(
+            [sys.executable, "-c", ONLY_LOCKED, module, " ".join(names)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
