@@ -16,9 +16,9 @@ import numpy as np
 from splitserve.arrays import Array
 from splitserve.publishing.boosting.boosted import Boosted, Link, identity
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Regressor, converts, two_columns
-from splitserve.publishing.estimators.trees import Tree, tree_sums
-from splitserve.publishing.graph import Value
+from splitserve.publishing.estimators.form import Regressor, constant_rows, converts, two_columns
+from splitserve.publishing.estimators.trees import Tree, leaf_numbers, tree_sums
+from splitserve.publishing.graph import Value, concat
 
 OBJECTIVES: Mapping[str, Link] = {
     **dict.fromkeys(["regression", "regression_l1", "huber", "fair", "quantile", "mape", "lambdarank", "rank_xendcg"], identity),
@@ -48,12 +48,21 @@ _CATEGORICAL, _DEFAULT_LEFT = 1, 2
 _MISSING_ZERO = 1
 
 
+class _Linear(msgspec.Struct, frozen=True):
+    """What the leaves of a tree of ``linear_tree`` add: for each leaf a constant, features and a coefficient for each of them."""
+
+    constants: Array
+    features: Sequence[Sequence[int]]
+    coefficients: Sequence[Sequence[float]]
+
+
 class _Read(msgspec.Struct, frozen=True):
     """A tree of the text format: its values (n_nodes,), and features of which 0 is a missing value."""
 
     tree: Tree
     values: Array
     zero_is_missing: set[int]
+    linear: _Linear | None
 
 
 class _LightGBM(Boosted):
@@ -109,13 +118,43 @@ class _LightGBM(Boosted):
                 f"{', '.join(filter(None, OBJECTIVES))}"
             )
         trees = [(each.tree, each.values) for each in self.read]
-        margin = tree_sums(self.known, [trees[group :: self.n_groups] for group in range(self.n_groups)], np.zeros(self.n_groups))
+        if any(each.linear is not None for each in self.read):
+            margin = self._linear().reshape(-1, len(trees) // self.n_groups, self.n_groups).running_sum(1)
+        else:
+            groups = [trees[group :: self.n_groups] for group in range(self.n_groups)]
+            margin = tree_sums(self.known, groups, np.zeros(self.n_groups))
         if "average_output" in header:
             margin = margin / float(len(self.read) // self.n_groups)
         words = dict(word.partition(":")[::2] for word in rest.split())
         if "sqrt" in words:  # of reg_sqrt
             return margin * margin.abs(), margin
         return OBJECTIVES[objective](margin * float(words.get("sigmoid", 1.0))), margin
+
+    def _linear(self) -> Value:
+        """(n_rows, n_trees) of ``linear_tree``: terms of a leaf, one after the other, or its value where a feature is NaN."""
+        leaves = leaf_numbers(self.known, self.trees)
+        parts = [each.linear or _Linear(each.values[each.tree.leaves], [], []) for each in self.read]
+        n_leaves, n_terms = (
+            sum(len(part.constants) for part in parts),
+            max(1, *(len(each) for part in parts for each in part.features)),
+        )
+        n_features = int(self.blocks[0]["max_feature_idx"]) + 1
+        features, coefficients = np.full((n_leaves, n_terms), n_features), np.zeros((n_leaves, n_terms))
+        start = 0
+        for part in parts:
+            for leaf, (columns, factors) in enumerate(zip(part.features, part.coefficients, strict=True), start):
+                features[leaf, : len(columns)], coefficients[leaf, : len(columns)] = columns, factors
+            start += len(part.constants)
+        graph = self.graph
+        rows = concat([self.known, constant_rows(self.x, [0.0])])  # what leaves with fewer terms multiply by 0
+        columns_of_rows = graph.constant(features).take(leaves, axis=0).reshape(-1, len(parts) * n_terms)
+        values = graph.op("GatherElements", rows, columns_of_rows, axis=1).reshape(-1, len(parts), n_terms)
+        factors_of_rows = graph.constant(coefficients, np.float64).take(leaves, axis=0)
+        constants = graph.constant(np.concatenate([part.constants for part in parts])[:, np.newaxis], np.float64)
+        total = concat([constants.take(leaves, axis=0), values * factors_of_rows], axis=2).running_sum(2)
+        otherwise = graph.constant(np.concatenate([each.values[each.tree.leaves] for each in self.read]), np.float64)
+        is_missing = values.is_nan().astype(np.int64).max(2, keepdims=False) > 0
+        return graph.where(is_missing, otherwise.take(leaves, axis=0), total)
 
 
 def _of(features: set[int], n_features: int, condition: Value) -> Value:
@@ -124,8 +163,6 @@ def _of(features: set[int], n_features: int, condition: Value) -> Value:
 
 
 def _read(fields: Mapping[str, str]) -> _Read:
-    if fields.get("is_linear") == "1":
-        raise NotConvertible("LightGBM with linear_tree=True has no ONNX form; fit with linear_tree=False")
     leaf_values = _numbers(fields, "leaf_value", np.float64)
     n_inner = len(leaf_values) - 1
     values = np.concatenate([np.zeros(n_inner), leaf_values])
@@ -145,7 +182,15 @@ def _read(fields: Mapping[str, str]) -> _Read:
         nan_left=np.append(nan_left & ~in_set, rest) != 0,
         members=_members(fields, threshold, in_set),
     )
-    return _Read(tree, values, set(feature[(missing == _MISSING_ZERO) & ~in_set].tolist()))
+    linear = _linear_leaves(fields) if fields.get("is_linear") == "1" else None
+    return _Read(tree, values, set(feature[(missing == _MISSING_ZERO) & ~in_set].tolist()), linear)
+
+
+def _linear_leaves(fields: Mapping[str, str]) -> _Linear:
+    ends = np.cumsum(_numbers(fields, "num_features", np.int64))[:-1]
+    features = [part.tolist() for part in np.split(_numbers(fields, "leaf_features", np.int64), ends)]
+    coefficients = [part.tolist() for part in np.split(_numbers(fields, "leaf_coeff", np.float64), ends)]
+    return _Linear(_numbers(fields, "leaf_const", np.float64), features, coefficients)
 
 
 def _numbers(fields: Mapping[str, str], name: str, dtype: Any) -> Array:

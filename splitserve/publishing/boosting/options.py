@@ -85,10 +85,9 @@ def _lightgbm() -> Iterable[tuple[str, str]]:
             "NaN only in prediction",
             "column names that are expressions",
         ),
-        *("features of float32",),
+        *("features of float32", "linear_tree=True", "linear_tree=True, three classes"),
     ):
         yield choice, ""
-    yield "linear_tree=True", "linear_tree=False"
     yield "a callable objective of a classifier", "a built-in objective"
     yield "one class", "rows of two classes"
     for option in lightgbm.PREDICT_OPTIONS:

@@ -202,6 +202,7 @@ def _of_lightgbm() -> dict[str, Case]:
         "column names that are expressions": lambda: (lgb.LGBMClassifier(verbose=-1, **SMALL).fit(_letters(), TWO), ROWS),
         "features of float32": classifier(x=ROWS.astype(np.float32)),
         "linear_tree=True": regressor(linear_tree=True),
+        "linear_tree=True, three classes": classifier(THREE, linear_tree=True, linear_lambda=0.1),
         "one class": classifier(TWO * 0),
         "pred_early_stop": classifier(pred_early_stop=True),
         "predict_raw_score": classifier(predict_raw_score=True),
