@@ -124,7 +124,7 @@ class CategoryCodes(_Stateless):
     Args:
         categories: of each column, those with the codes 0, 1, 2 …; None for a column of numbers.
         unseen: the code of other categories: "missing": NaN, as of a missing value; "after": one more than the last; "next": that
-            of the next category in the order of their UTF-8 bytes, signed, as XGBoost 3 looks them up.
+            of the next category, in the order of numbers or of the signed UTF-8 bytes of text, as XGBoost 3 looks them up.
 
     Raises:
         ValueError: "next", and there is no next category.
@@ -158,15 +158,15 @@ class CategoryCodes(_Stateless):
             return np.nan
         if self.unseen == "after":
             return float(len(known))
-        later = [(_signed_bytes(each), code) for code, each in enumerate(known) if _signed_bytes(each) > _signed_bytes(value)]
+        later = [(_order(each), code) for code, each in enumerate(known) if _order(each) > _order(value)]
         if not later:
             raise ValueError(f"{value!r} is not a category that the model knows")
         return float(min(later)[1])
 
 
-def _signed_bytes(text: Any) -> list[int]:
-    listed: list[int] = np.frombuffer(str(text).encode(), np.int8).tolist()
-    return listed
+def _order(category: Any) -> Any:
+    """What categories are sorted by: numbers by themselves, text by its bytes."""
+    return np.frombuffer(category.encode(), np.int8).tolist() if isinstance(category, str) else category
 
 
 def _open(file: object, index: int) -> ImageFile:

@@ -158,6 +158,13 @@ def test_codes_of_unseen_categories() -> None:
         CategoryCodes(known, unseen="next").transform(rows.assign(c="e"))
 
 
+def test_the_next_category_of_numbers_is_the_next_number() -> None:
+    """Not the next text."""
+    codes = CategoryCodes([[-20, 9, 10]], unseen="next").transform(pd.DataFrame({"c": [-620, 9.5, 10]}))
+
+    assert codes.ravel().tolist() == [0, 2, 2]
+
+
 @pytest.mark.parametrize("golden", ["rows", "synthetic"])
 @pytest.mark.parametrize(
     "steps",

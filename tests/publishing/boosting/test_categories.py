@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xgboost as xgb
+from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import HistGradientBoostingRegressor, StackingRegressor, VotingRegressor
 from sklearn.frozen import FrozenEstimator
@@ -45,6 +46,20 @@ def test_categories_are_served(tmp_path: Path, model: str) -> None:
     orders = [ROWS] if "xgboost" in model else [ROWS, unusual()]
     for rows in orders:
         np.testing.assert_allclose(answer(tmp_path, "m", rows)["prediction"].ravel(), pipeline.predict(rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", ["lightgbm", "xgboost"])
+def test_categories_may_be_numbers(tmp_path: Path, model: str) -> None:
+    """Unknown ones are among the hard rows: XGBoost looks them up in the order of numbers."""
+    codes = ROWS["shop"].cat.codes.to_numpy()
+    numbers = pd.Categorical.from_codes(np.where(codes < 0, -1, codes % 12), categories=10 * np.arange(12) - 30)
+    rows = ROWS[["amount"]].assign(number=numbers)
+    pipeline = make_pipeline(clone(MODELS[model])).fit(rows, TARGET)
+
+    published = publish(pipeline, rows, name="m", repository=tmp_path)
+
+    assert published.hard_rows["far out of range"]
+    np.testing.assert_allclose(answer(tmp_path, "m", rows)["prediction"].ravel(), pipeline.predict(rows), rtol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["lightgbm", "xgboost"])
