@@ -76,6 +76,9 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     concurrency: int = Field(256, ge=1)
     """Maximum number of jobs in flight at the proxy. It adapts below that."""
 
+    merged_rows: int = Field(32, ge=1)
+    """Maximum number of rows of small jobs that are sent to the proxy as one request. 1: each job is a request."""
+
     nice: int = Field(10, ge=0, le=19)
     """Niceness of the process: where several want the CPU this one yields it, so that other requests do not wait for jobs."""
 
@@ -111,7 +114,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     @property
     def worker_rules(self) -> WorkerRules:
         """Limits of the worker."""
-        return WorkerRules(window=self.concurrency, lease_s=self.lease_s)
+        return WorkerRules(window=self.concurrency, merged_rows=self.merged_rows, lease_s=self.lease_s)
 
     @property
     def job_rules(self) -> JobRules:

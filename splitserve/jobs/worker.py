@@ -65,21 +65,34 @@ SLOW_DOWN_S = 0.1
 
 STORE_RETRY_S = 0.2
 
-MERGED = BatchLimits(
-    max_batch_size=32, max_batch_bytes=64 * 1024, max_queue_size=1_000_000, max_in_flight=8, max_background_wait_ms=0
-)
-"""Jobs of few small rows cost more than their rows, so the worker merges some; few, so that the proxy can fit them in where other
-requests leave rows over, and several calls, so that it can merge those and use all replicas."""
+MERGED_BYTES = 64 * 1024
+"""Jobs of few small rows cost more than their rows, so the worker merges some; larger ones it leaves to the proxy."""
 
 MAX_KNOWN_RELEASES = 1024
 
 
 class WorkerRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of a worker. ``poll_s`` is how long an orphan or a delayed job waits at most once it could be claimed."""
+    """Limits of a worker.
+
+    ``merged_rows`` of small jobs are sent as one request: few, so that the proxy can fit them in where others leave rows over.
+    ``poll_s`` is how long an orphan or a delayed job waits at most once it could be claimed.
+    """
 
     window: int = 256
+    merged_rows: int = 32
     lease_s: float = 10.0
     poll_s: float = 0.5
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """Of the requests to the proxy: so many at once that it can merge them, and use all replicas."""
+        return BatchLimits(
+            max_batch_size=self.merged_rows,
+            max_batch_bytes=MERGED_BYTES,
+            max_queue_size=self.window,
+            max_in_flight=max(8, self.window // 4),
+            max_background_wait_ms=0,
+        )
 
 
 class _Running(msgspec.Struct, eq=False):
@@ -130,7 +143,7 @@ class Worker:
         self.n_refused_writes = 0
         """Writes that came too late: another claim was newer, or the job was cancelled."""
         self.n_attempts = 0
-        self._batcher = Batcher(inference.infer, MERGED)
+        self._batcher = Batcher(inference.infer, self._rules.batch_limits)
         self._mergeable: dict[tuple[str, str], bool] = {}
         """By model and version: whether its rows are independent; False while it is being asked."""
         self._learning: set[asyncio.Task[None]] = set()

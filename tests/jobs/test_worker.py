@@ -567,9 +567,10 @@ async def test_rows_of_a_cancelled_job_are_not_sent_if_they_were_not_yet(worksho
         await release.wait()
 
     workshop.proxy.misbehave = wait
-    jobs = [await workshop.submit(row(value)) for value in range(worker_module.MERGED.max_in_flight + 1)]
+    worker = workshop.new_worker(window=32)
+    jobs = [await workshop.submit(row(value)) for value in range(WorkerRules(window=32).batch_limits.max_in_flight + 1)]
 
-    async with workshop.working() as worker:
+    async with workshop.working(worker):
         await workshop.until(jobs[0], lambda now: len(workshop.proxy.requests) == len(jobs) - 1 and worker.n_running == len(jobs))
         sent = {request.inputs[0].raw for request in workshop.proxy.requests}
         (waiting,) = [job for value, job in enumerate(jobs) if row(value).raw not in sent]
