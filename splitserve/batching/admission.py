@@ -147,7 +147,7 @@ class ForegroundWait:
 ACTIVE_S = 1.0
 """For so long after a request that is not background work, another one is expected."""
 
-LEAST_PAUSE_S = 0.005
+LEAST_PAUSE_S = 0.01
 """Requests that arrive more often than this leave no pause: background work would use the CPU that they need."""
 
 MOST_CREDIT = 64
