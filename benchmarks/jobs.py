@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import msgspec
 
@@ -29,6 +30,9 @@ from benchmarks.processes import BenchmarkError, RunningSystem
 from benchmarks.report import table
 from benchmarks.systems import Settings
 from benchmarks.workloads import RestBody, Workload
+from splitserve.api.inference import inference_pb2
+from splitserve.api.splitserve.jobs.v1 import jobs_pb2
+from splitserve.jobs import protobuf
 from splitserve.jobs.folder import DATABASE
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Finish, NewJob, Payload, new_id
@@ -44,6 +48,7 @@ CLAIMED_AT_ONCE = 64
 ENDLESS_PER_S = 30_000.0
 """Arrivals that no machine keeps up with."""
 
+SUBMIT_PATH = f"/{protobuf.SERVICE}/SubmitJob"
 SUBMITS_PER_S = 500.0
 ORPHAN_LEASES_S = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 
@@ -123,31 +128,46 @@ class Bench:
         return RunningSystem(spec, self._scratch)
 
     def submits(self) -> Figure:
-        """Durable submits over REST, 64 at once: alone, and while the jobs are worked off."""
+        """Durable submits, 64 at once: alone, over REST and over gRPC, and while the jobs are worked off."""
         rows: list[list[str]] = []
         facts: dict[str, Any] = {}
-        for name, settings in (("queued only", NOWHERE), ("worked off meanwhile", NO_SETTINGS)):
+        kinds = (
+            ("REST", "queued only", NOWHERE),
+            ("gRPC", "queued only", NOWHERE),
+            ("REST", "worked off meanwhile", NO_SETTINGS),
+        )
+        for protocol, name, settings in kinds:
             with self.system(self._folder(), settings) as system:
                 systems.wait_until_ready(system, [MODEL])
-                self._submit(system, 1.0)
-                loads_, costs = [], []
+                submit = self._submit_rest if protocol == "REST" else self._submit_grpc
+                submit(system, 1.0)
+                found, costs = [], []
                 for _ in range(self.options.rounds):
-                    load, cost = self._submit(system, self.options.seconds)
-                    loads_.append(load)
-                    costs.append(cost)
-            middle = sorted(loads_, key=lambda load: load.per_s)[len(loads_) // 2]
+                    before = system.cpu_s()
+                    load = submit(system, self.options.seconds)
+                    after = system.cpu_s()
+                    found.append(load)
+                    costs.append({stage: (after[stage] - before[stage]) / load.n_requests * 1e6 for stage in after})
+            middle = sorted(found, key=lambda load: load.per_s)[len(found) // 2]
             cpu = {stage: statistics.median(cost[stage] for cost in costs) for stage in costs[0]}
-            n_failed = sum(load.n_failed for load in loads_)
-            facts[name] = {"load": middle, "cpu_us": cpu, "n_failed": n_failed}
-            rows.append([name, f"{middle.per_s:.0f}", f"{middle.p50_ms:.1f}", f"{middle.p99_ms:.1f}", _cpu(cpu), str(n_failed)])
+            n_failed = sum(load.n_failed for load in found)
+            facts[f"{protocol}, {name}"] = {"loads": found, "cpu_us": costs}
+            rates = f"{min(load.per_s for load in found):.0f} to {max(load.per_s for load in found):.0f}"
+            latencies = [f"{middle.p50_ms:.1f}", f"{middle.p99_ms:.1f}"]
+            rows.append([f"{protocol}, {name}", f"{middle.per_s:.0f} ({rates})", *latencies, _cpu(cpu), str(n_failed)])
         headers = ("submits", "a second", "p50 ms", "p99 ms", "CPU µs a submit", "failed")
         return Figure(headers, rows, facts, n_failed=sum(int(row[-1]) for row in rows))
 
-    def _submit(self, system: RunningSystem, seconds: float) -> tuple[LoadResult, dict[str, float]]:
-        before = system.cpu_s()
-        load = loads.rest(system.http, MODEL, submitted(self.workload), concurrency=AT_ONCE, seconds=seconds)
-        after = system.cpu_s()
-        return load, {stage: (after[stage] - before[stage]) / load.n_requests * 1e6 for stage in after}
+    def _submit_rest(self, system: RunningSystem, seconds: float) -> LoadResult:
+        return loads.rest(system.http, MODEL, submitted(self.workload), concurrency=AT_ONCE, seconds=seconds)
+
+    def _submit_grpc(self, system: RunningSystem, seconds: float) -> LoadResult:
+        request = inference_pb2.ModelInferRequest.FromString(self.workload.grpc(0))
+        message = jobs_pb2.SubmitJobRequest(request=request).SerializeToString()
+        with grpc.insecure_channel(system.grpc) as channel:
+            call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(SUBMIT_PATH)
+            answer_bytes = len(call(message))
+        return loads.grpc_unary(system.grpc, message, answer_bytes, concurrency=AT_ONCE, seconds=seconds, path=SUBMIT_PATH)
 
     def worked_off(self) -> Figure:
         """Queued jobs, without other load; the same requests sent synchronously; and what the store does for jobs, by itself."""

@@ -60,16 +60,19 @@ def parse_wrk(output: str) -> LoadResult:
     return msgspec.json.decode(line.removeprefix("RESULT "), type=LoadResult)
 
 
-def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: int, seconds: float) -> LoadResult:
+def grpc_unary(
+    address: str, message: bytes, answer_bytes: int, *, concurrency: int, seconds: float, path: str = UNARY_PATH
+) -> LoadResult:
     """Load by h2load.
 
     Args:
         address: of the server.
-        message: a ModelInferRequest.
+        message: the request, a ModelInferRequest unless ``path`` is another method's.
         answer_bytes: size of the right answer. h2load knows nothing of gRPC's statuses, but an error has no message: if too few
             bytes came, calls have failed.
         concurrency: calls in flight.
         seconds: how long.
+        path: of the method.
     """
     n_connections = min(concurrency, MAX_GRPC_CONNECTIONS)
     with tempfile.TemporaryDirectory() as scratch:
@@ -79,7 +82,7 @@ def grpc_unary(address: str, message: bytes, answer_bytes: int, *, concurrency: 
         # Windows of 2^30 bytes: flow control is the server's to show, not the client's.
         command += ["-w30", "-W30", "--log-file", str(log), "-d", str(body)]
         command += [argument for header in GRPC_HEADERS for argument in ("-H", header)]
-        output = _run([*command, f"http://{address}{UNARY_PATH}"], seconds)
+        output = _run([*command, f"http://{address}{path}"], seconds)
         return parse_h2load(output, log.read_text(), answer_bytes + 5, concurrency)
 
 
