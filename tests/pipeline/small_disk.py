@@ -36,11 +36,12 @@ def mount(folder: Path, options: str, *, kind: str = "tmpfs") -> None:
 
 def outcome(package: Path, *arguments: str) -> dict[str, Any]:
     """The exit code of a run, and what is recorded then."""
-    code = main(tiny.pipeline(package), ["run", *arguments])
     index = Index(package.parent / "store", "tiny")
+    before = {run.id for run in index.runs()}
+    code = main(tiny.pipeline(package), ["run", *arguments])
     return {
         "code": code,
-        "steps": {step.step: step.state for run in index.runs()[-1:] for step in run.steps},
+        "steps": {step.step: step.state for run in index.runs() if run.id not in before for step in run.steps},
         "finished": [step for step in ("data", "train", "evaluate") if index.last(step) is not None],
         "attempts": [path.name for path in (package.parent / "store" / "attempts").glob("*")],
     }

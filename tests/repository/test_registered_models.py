@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -355,10 +356,14 @@ def test_a_version_without_an_index_says_what_writes_one(server: RegistryServer,
 
 @pytest.mark.parametrize("fault", [cut, flip], ids=["cut", "damaged"])
 def test_a_download_that_breaks_off_goes_on(server: RegistryServer, open_source: OpenSource, fault: Fault) -> None:
-    """Or is fetched once more."""
-    server.fail("1/run/artifacts/model/m/predict/1/model.onnx", fault_as_whole(fault))
+    """From where it was; one that is damaged is fetched once more."""
+    large = random.Random(0).randbytes(2**20)  # no two blocks of it are equal
+    server.register("m", "2", repository(server.folder / "2/run/artifacts/model", large))
+    path = "2/run/artifacts/model/m/predict/1/model.onnx"
+    server.fail(path, fault_as_whole(fault))
 
-    assert content(open_source()) == b"graph"
+    assert content(open_source()) == large
+    assert len(server.asked(path)) == 2
 
 
 def fault_as_whole(fault: Fault) -> Fault:
