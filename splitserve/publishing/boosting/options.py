@@ -36,6 +36,7 @@ def _xgboost() -> Iterable[tuple[str, str]]:
         *("two classes", "three classes", "twelve classes, imbalanced", "XGBRFClassifier", "XGBRFRegressor"),
         *("booster=dart", "booster=dart with early stopping", "booster=dart, a regressor"),
         *("booster=gblinear", "booster=gblinear, a regressor"),
+        *("multi_strategy=multi_output_tree", "multi_strategy=multi_output_tree, three classes"),
         *("early_stopping_rounds", "early_stopping_rounds with num_parallel_tree", "num_parallel_tree"),
         *("base_score", "scale_pos_weight", "missing=-999", "missing=0", "gamma (pruned trees)", "grow_policy=lossguide"),
         *(
@@ -56,7 +57,6 @@ def _xgboost() -> Iterable[tuple[str, str]]:
     ):
         yield choice, ""
     yield "several targets of a classifier", "MultiOutputClassifier of it"
-    yield "multi_strategy=multi_output_tree", "one_output_per_tree"
     yield "one class", "rows of two classes"
     yield "a callable objective of a classifier", "a built-in objective"
 

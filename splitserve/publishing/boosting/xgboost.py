@@ -128,11 +128,12 @@ class _XGBoost(Boosted):
         groups: list[list[tuple[Tree, Array]]] = [[] for _ in start]
         weights = self.learner["gradient_booster"].get("weight_drop")  # of dart
         for number, (written, tree) in enumerate(zip(self.kept, self.trees, strict=True)):
-            group = self.model["tree_info"][number]
-            values = np.array(written["split_conditions"], np.float32)
-            if weights:  # each tree is added to the start, which is subtracted again
-                values = ((start[group] + values) - start[group]) * np.float32(weights[number])
-            groups[group].append((tree, values))
+            values = _values(written)
+            chosen = range(self.n_groups) if values.shape[1] > 1 else [self.model["tree_info"][number]]
+            for group, column in zip(chosen, values.T, strict=True):
+                if weights:  # each tree is added to the start, which is subtracted again
+                    column = ((start[group] + column) - start[group]) * np.float32(weights[number])
+                groups[group].append((tree, column))
         return tree_sums(self.present, groups, start)
 
     def _linear(self, start: float) -> Value:
@@ -161,11 +162,20 @@ class _XGBoost(Boosted):
         return [_tree(tree) for tree in self.kept]
 
 
+def _values(tree: Mapping[str, Any]) -> Array:
+    """(n_nodes, n_values); several are those of multi_strategy="multi_output_tree"."""
+    n_values = max(1, int(tree["tree_param"]["size_leaf_vector"]))
+    if n_values == 1:
+        return np.array(tree["split_conditions"], np.float32)[:, np.newaxis]
+    if "leaf_weights" not in tree:  # of older versions
+        return np.array(tree["base_weights"], np.float32).reshape(-1, n_values)
+    is_leaf = np.array(tree["left_children"], np.int64) < 0
+    places = np.where(is_leaf, np.array(tree["right_children"], np.int64), 0)
+    found: Array = np.array(tree["leaf_weights"], np.float32).reshape(-1, n_values)[places]
+    return found
+
+
 def _tree(tree: Mapping[str, Any]) -> Tree:
-    if tree["tree_param"]["size_leaf_vector"] not in ("0", "1"):
-        raise NotConvertible(
-            'XGBoost with multi_strategy="multi_output_tree" has no ONNX form; fit with multi_strategy="one_output_per_tree"'
-        )
     left, right = (np.array(tree[f"{side}_children"], np.int64) for side in ("left", "right"))
     nan_left = np.array(tree["default_left"], bool)
     nodes = tree["categories_nodes"]
@@ -173,7 +183,6 @@ def _tree(tree: Mapping[str, Any]) -> Tree:
     members = dict(zip(nodes, [tree["categories"][start : start + size] for start, size in spans], strict=True))
     left[nodes], right[nodes] = right[nodes], left[nodes]  # members go right, all others left
     nan_left[nodes] = ~nan_left[nodes]
-    left[right < 0] = -1
     below = np.nextafter(
         np.array(tree["split_conditions"], np.float32), np.float32(-np.inf)
     )  # x < t is x <= the float32 before t

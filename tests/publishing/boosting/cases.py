@@ -128,6 +128,7 @@ def _of_xgboost() -> dict[str, Case]:
         "no trees": regressor(n_estimators=0),
         "several targets of a classifier": classifier(np.stack([TWO, THREE > 1], axis=1).astype(int)),
         "multi_strategy=multi_output_tree": regressor(SEVERAL, multi_strategy="multi_output_tree"),
+        "multi_strategy=multi_output_tree, three classes": classifier(THREE, multi_strategy="multi_output_tree"),
         "one class": classifier(TWO * 0),
     }
 
