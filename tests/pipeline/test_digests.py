@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed
+from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed, said_of
 from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import changes, locked_versions
 from splitserve.pipeline.digests import NotPlainData, canonical, digest_of
@@ -167,3 +168,14 @@ def test_a_metric_that_is_not_finite_fails_the_step(tmp_path: Path):
 def test_a_champion_is_replaced_by_what_is_as_good_within_the_margin(champion: Any, value: float, is_moved: bool):
     """A champion whose metric is unknown is moved by hand only."""
     assert beats(champion, "accuracy", value, 0.01)[0] is is_moved
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_file_that_cannot_be_written_is_told_with_the_way_out(number: int):
+    """With its name; other errors are told as they are."""
+    told = said_of(OSError(number, os.strerror(number), "/store/mlflow.db"))
+
+    assert told == (
+        f"/store/mlflow.db: {os.strerror(number)}; what has finished is kept, and the same command goes on once it can be written"
+    )
+    assert said_of(FileNotFoundError(errno.ENOENT, "no such file", "x")) == "[Errno 2] no such file: 'x'"
