@@ -436,6 +436,15 @@ class PostgresStore:
             (worker, lease_s),
         )
 
+    async def give_back_all_but(self, worker: str, leases: Sequence[Lease]) -> int:
+        async with self._transaction() as cursor:
+            await cursor.execute(
+                f"UPDATE {_T}.jobs SET status = 'queued', attempt = attempt - 1 "
+                "WHERE status = 'running' AND worker = %s AND id <> ALL(%s)",
+                (worker, [lease.id for lease in leases]),
+            )
+            return cursor.rowcount
+
     async def renew(self, worker: str, leases: Sequence[Lease], lease_s: float) -> Sequence[Lease]:
         async with self._transaction() as cursor:
             await self._beat(cursor, worker, lease_s)

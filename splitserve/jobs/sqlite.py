@@ -395,6 +395,17 @@ class SqliteStore:
                     found[seq] = None
         return list(found)
 
+    async def give_back_all_but(self, worker: str, leases: Sequence[Lease]) -> int:
+        def act(connection: Connection) -> int:
+            marks = ", ".join("?" * len(leases))
+            return connection.execute(
+                "UPDATE jobs SET status = 'queued', attempt = attempt - 1 "
+                f"WHERE status = 'running' AND worker = ? AND id NOT IN ({marks})",
+                (worker, *(lease.id for lease in leases)),
+            ).rowcount
+
+        return await self._call(act)
+
     async def renew(self, worker: str, leases: Sequence[Lease], lease_s: float) -> Sequence[Lease]:
         def act(connection: Connection) -> list[Lease]:
             until = self.now() + lease_s

@@ -92,6 +92,14 @@ class JobStore(Protocol):
         """Up to ``n`` jobs to run: orphans first, then by priority and age. Orphans without attempts left end as failed."""
         ...
 
+    async def give_back_all_but(self, worker: str, leases: Sequence[Lease]) -> int:
+        """Queue the running jobs of a worker again that are not among these leases, without counting the attempt; how many.
+
+        A claim may have been committed although its answer was lost with the connection: the worker does not know these jobs, and
+        must not keep them. No other claim of the worker may be in progress.
+        """
+        ...
+
     async def renew(self, worker: str, leases: Sequence[Lease], lease_s: float) -> Sequence[Lease]:
         """Extend leases. Returns those that are lost: cancelled, or claimed by another worker."""
         ...

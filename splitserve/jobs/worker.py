@@ -153,7 +153,7 @@ class Worker:
         self._work = asyncio.Event()
         self._has_room = asyncio.Event()
         self._slowed_at = self._renewed_at = self._asked_at = clock()
-        self._is_draining = False
+        self._is_draining = self._may_hold_unknown = False
         self._not_ready = "starting"
 
     @property
@@ -247,7 +247,11 @@ class Worker:
         free = self._n_free()
         if free < 1:
             return 0
+        if self._may_hold_unknown:
+            await self._store.give_back_all_but(self.name, list(self._running))
+        self._may_hold_unknown = True  # until the answer is here: it may be lost although the claim was committed
         claims = await self._store.claim(self.name, free, self._rules.lease_s)
+        self._may_hold_unknown = False
         if self._is_draining:
             await self._store.retry([Retry(claimed.lease) for claimed in claims])
             return 0

@@ -123,7 +123,8 @@ async def load_while_the_database_restarts(
         meanwhile = await client.post(f"/v2/models/{NAME}/jobs", json=v2_request(table[0]))
         await asyncio.to_thread(stack.compose, "start", "postgres")
         is_up_again.set()
-        await callers
+        async with asyncio.timeout(180):
+            await callers
         states = [(await insist(client, "GET", f"/v2/jobs/{job}", until=200)).json() for job in jobs]
         results = [await insist(client, "GET", f"/v2/jobs/{job}/result", until=200) for job in jobs]
     assert [state["finished"] for state in states] == finished  # a second result would have changed it

@@ -233,6 +233,25 @@ async def test_an_orphan_is_claimed_again(open_store):
     assert second.attempt == 2
 
 
+async def test_a_worker_gives_back_what_it_does_not_know(open_store):
+    """The answer to its claim was lost: the jobs are not kept, nor do they lose an attempt. Other workers' are untouched."""
+    store = await open_store()
+    for _ in range(3):
+        await store.submit(job())
+    known, lost = await store.claim("a", 2, HOUR)
+    (other,) = await store.claim("b", 1, HOUR)
+
+    n_given_back = await store.give_back_all_but("a", [known.lease])
+    (again,) = await store.claim("a", 3, HOUR)
+
+    assert n_given_back == 1
+    assert (again.lease.id, again.attempt) == (lost.lease.id, 1)
+    assert again.lease.fence > lost.lease.fence
+    assert await store.renew("a", [known.lease, again.lease], HOUR) == []
+    assert await store.renew("b", [other.lease], HOUR) == []
+    assert await store.give_back_all_but("b", []) == 1
+
+
 async def test_a_leased_job_is_not_claimed_again(open_store):
     """However long it runs, as long as its worker renews the lease."""
     store = await open_store()

@@ -588,3 +588,23 @@ def test_backoff_doubles_up_to_a_limit():
     assert 0.75 <= backoff_s(1) <= 1.25
     assert 3.0 <= backoff_s(3) <= 5.0
     assert 45 <= backoff_s(40) <= 75
+
+
+async def test_jobs_of_a_claim_whose_answer_is_lost_run(workshop, monkeypatch):
+    """It was committed before the connection broke: the worker that renews its leases would keep them for ever."""
+    claim, lost = workshop.store.claim, []
+
+    async def committed_and_cut_off(*arguments):
+        claims = await claim(*arguments)
+        if claims and not lost:
+            lost.extend(claims)
+            raise Unavailable("the job store cannot be reached")
+        return claims
+
+    monkeypatch.setattr(workshop.store, "claim", committed_and_cut_off)
+    job = await workshop.submit()
+    async with workshop.working(workshop.new_worker(lease_s=HOUR)):
+        ended = await workshop.ended(job)
+
+    assert [each.lease.id for each in lost] == [job.id]
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
