@@ -401,9 +401,10 @@ def test_closing_ends_a_download(server: RegistryServer, open_source: OpenSource
     thread.start()
     started.wait()
     source.close()
-    server.stopping.set()
-    thread.join()
-    assert problems
+    thread.join(30)
+
+    assert not thread.is_alive()
+    assert "the service is stopping" in problems[0]
 
 
 def test_several_models_do_not_affect_each_other(server: RegistryServer, open_source: OpenSource) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -131,6 +132,8 @@ class MlflowServer:
         """Without user and password."""
         self._timeout_s = timeout_s
         self._is_closed = threading.Event()
+        self._connections: set[Any] = set()
+        """Those on which an answer arrives, as httpcore's network streams."""
         headers = {"Accept-Encoding": "identity"}
         user, password = (environment.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
         auth = (user, password) if user and password else None
@@ -206,16 +209,32 @@ class MlflowServer:
                     raise NotFetched(f"{what}: not found: {_said(answer)}") from FileNotFoundError()
                 if answer.status_code != httpx.codes.OK:
                     raise NotFetched(f"{what}: {_refusal(answer)}")
-                yield answer
+                with self._receiving(answer):
+                    yield answer
         except httpx.TimeoutException:
             raise NotFetched(f"{what}: no answer within {self._timeout_s:g} s") from None
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:  # RuntimeError: the client is closed
             reason = "the service is stopping" if self._is_closed.is_set() else f"{type(error).__name__}: {error}"
             raise NotFetched(f"{what}: {reason}") from error
 
+    @contextlib.contextmanager
+    def _receiving(self, answer: httpx.Response) -> Iterator[None]:
+        """While the body arrives, `close` finds its connection."""
+        connection = answer.extensions["network_stream"]
+        self._connections.add(connection)
+        try:
+            if self._is_closed.is_set():
+                raise NotFetched("the service is stopping")
+            yield
+        finally:
+            self._connections.discard(connection)
+
     def close(self) -> None:
-        """Refuse new requests, and end those in progress."""
+        """Refuse new requests, and end answers that arrive: a thread that waits for more of one is woken."""
         self._is_closed.set()
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError):
+                connection.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         self._http.close()
 
 
