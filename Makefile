@@ -17,7 +17,7 @@ help:
 	@echo "make test-long     soaks and long repetitions"
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
-	@echo "make test-jobs     tests of jobs in PostgreSQL; installs it"
+	@echo "make test-jobs     jobs in PostgreSQL, and while processes are killed; installs PostgreSQL"
 	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make test-training tests of training pipelines; downloads torch once, installs Fashion-MNIST"
@@ -183,7 +183,7 @@ test-kserve: .venv-kserve/.installed
 # The job store in PostgreSQL, whose package is installed once.
 test-jobs: $(BIN)/.installed
 	bash tests/jobs/install.sh
-	$(BIN)/pytest -n 0 -m "postgres and not long" tests/jobs
+	$(BIN)/pytest -n 0 -m "(postgres or kills) and not long" tests/jobs
 
 # The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
 # xgboost-cpu is xgboost without code for GPUs, a tenth of its size.

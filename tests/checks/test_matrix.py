@@ -473,7 +473,7 @@ def test_images_need_a_folder(docker: Path) -> None:
 def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     models: Path, docker: Path, tmp_path: Path, where: str
 ) -> None:
-    """If it is given the key that they are given."""
+    """If it is given the key that they are given. The reports of images are combined."""
     keys = make_keys(tmp_path)
     repository = Repository(models)
     for key in (BundleKey("paint", "preprocess", 1), BundleKey("paint", "preprocess", 2)):
@@ -485,7 +485,7 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     load_bundle(repository, BundleKey("paint", "predict", 1), Signer(keys.private).sign)
     unsigned_release = run("--repository", models, "--signature-key", keys.public, *images)
     Signer(keys.private).sign(repository.open_release(ReleaseKey("paint", 1, Pair(1, 1))))
-    signed = run("--repository", models, "--signature-key", keys.public, *images)
+    signed = run("--repository", models, "--signature-key", keys.public, "--markdown", *images)
     no_key = run("--repository", models, "--signature-key", tmp_path / "nowhere")
 
     assert [each.exit_code for each in (without_key, half_signed, unsigned_release, signed, no_key)] == [0, 1, 1, 0, 1]
@@ -493,6 +493,11 @@ def test_what_services_refuse_for_its_signature_the_matrix_refuses(
     assert verdict.reasons == ('paint/predict/1: not signed; "splitserve sign" adds model.sig',)
     assert 'paint/releases/0001-1.1: not signed; "splitserve sign" adds model.sig' in unsigned_release.stderr
     assert no_key.stderr.endswith("nowhere: No such file or directory\n")
+    if where == "images":  # a column for each image's bundles, one for both together of the pairs
+        assert "| bundle | made with | first | second |" in signed.stdout
+        assert "| model | release | pair | serves | first + second |" in signed.stdout
+        assert "| golden samples agree | - |" in signed.stdout
+        assert "| - | golden samples agree |" in signed.stdout
 
 
 def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
@@ -534,18 +539,6 @@ def docker(tmp_path: Path) -> Path:
     program.write_text(FAKE_DOCKER.format(python=sys.executable))
     program.chmod(0o755)
     return program
-
-
-@pytest.mark.heavy
-def test_the_command_combines_the_reports_of_images(published: Path, docker: Path) -> None:
-    """A column for each image's bundles, one for both together of the pairs."""
-    result = run("--repository", published, "--image", "first", "--image", "second", "--docker", docker, "--markdown")
-
-    assert result.exit_code == 0, result.output
-    assert "| bundle | made with | first | second |" in result.stdout
-    assert "| model | release | pair | serves | first + second |" in result.stdout
-    assert "| golden samples agree | - |" in result.stdout
-    assert "| - | golden samples agree |" in result.stdout
 
 
 @pytest.mark.heavy

@@ -20,6 +20,8 @@ from tests.demo_models import Demos
 from tests.jobs.postgres_server import PostgresServer
 from tests.system.processes import Process, free_ports, wait_until
 
+pytestmark = pytest.mark.kills
+
 MODEL = "breast-cancer"
 AT_ONCE = 32
 KILL_INTERVAL_S = (0.3, 1.5)
