@@ -12,6 +12,7 @@ from typing import Any
 
 import boto3
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 _REQUEST = re.compile(r"([A-Z]+) (/\S*) HTTP")
 
@@ -62,6 +63,7 @@ class ObjectStore(logging.Handler):
 @contextmanager
 def object_store() -> Iterator[ObjectStore]:
     """An empty one."""
+    S3FileSystem.clear_instance_cache()  # one that an earlier test made has the address of that test's server
     log = logging.getLogger("werkzeug")
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=True)
     server.start()

@@ -40,7 +40,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         yield Place(where, lambda: {path.name for path in folder.iterdir()}, age)
         return
     from moto.s3.models import s3_backends
-    from s3fs import S3FileSystem
 
     with object_store() as store:
         for name, value in store.environment.items():
@@ -56,7 +55,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
             objects[f"payloads/{ref}"].last_modified -= timedelta(seconds=seconds)
 
         yield Place("s3://jobs/payloads", names, age_object)
-        S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
