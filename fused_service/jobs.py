@@ -109,7 +109,6 @@ class SharedFolderJobs:
                 self._problem = str(error)
                 # Another process owns the folder of jobs; this one forwards its callers to it.
                 self._log.info("jobs forwarded", reason=self._problem, to=f"{LOOPBACK}:{self._config.grpc_port}")
-            return
         except (*CANNOT_OPEN, SystemExit) as error:
             if str(error) != self._problem:
                 self._problem = str(error)

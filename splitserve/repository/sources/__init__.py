@@ -27,6 +27,7 @@ _NEEDS = {
 
 
 MLFLOW = "mlflow:"
+"""Begins the names of versions in MLflow's model registry."""
 
 
 def is_url(where: str) -> bool:
@@ -43,7 +44,7 @@ def check(where: str) -> None:
     if not is_url(where):
         return
     if where.startswith(MLFLOW):
-        _require("mlflow:", "httpx", "registry")
+        _require(MLFLOW, "httpx", "registry")
         from splitserve.repository.sources import mlflow_server
 
         mlflow_server.parse(where)

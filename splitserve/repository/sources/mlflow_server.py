@@ -19,6 +19,7 @@ import msgspec
 
 from splitserve.repository.files import MAX_SMALL_FILE_BYTES
 from splitserve.repository.manifest import BundleError, NotFetched
+from splitserve.repository.sources import MLFLOW
 from splitserve.repository.sources.cache import Download
 
 INDEX_TAG = "splitserve.index"
@@ -38,7 +39,7 @@ class NamedVersion(msgspec.Struct, frozen=True):
     version: str
 
     def __str__(self) -> str:
-        return f"mlflow:{self.model}@{self.alias}" if self.alias else f"mlflow:{self.model}/{self.version}"
+        return MLFLOW + (f"{self.model}@{self.alias}" if self.alias else f"{self.model}/{self.version}")
 
 
 class RegisteredVersion(msgspec.Struct, frozen=True):
@@ -87,7 +88,7 @@ def parse(where: str) -> list[NamedVersion]:
         ValueError: a part of it is not understood.
     """
     found = []
-    for part in where.removeprefix("mlflow:").split(","):
+    for part in where.removeprefix(MLFLOW).split(","):
         match = _NAMED.fullmatch(part.strip())
         if match is None:
             raise ValueError(
@@ -105,7 +106,7 @@ def server_uris(environment: Mapping[str, str]) -> tuple[str, str]:
     """
     tracking, registry = environment.get("MLFLOW_TRACKING_URI", ""), environment.get("MLFLOW_REGISTRY_URI", "")
     if not tracking and not registry:
-        raise ValueError("mlflow: needs MLFLOW_TRACKING_URI, the URL of a tracking server")
+        raise ValueError(f"{MLFLOW} needs MLFLOW_TRACKING_URI, the URL of a tracking server")
     for name, uri in (("MLFLOW_TRACKING_URI", tracking), ("MLFLOW_REGISTRY_URI", registry)):
         parts = urlsplit(uri)
         if uri and not (parts.scheme in ("http", "https") and parts.hostname):
