@@ -141,8 +141,9 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
     """
     inputs = message.inputs
     if raws := list(message.raw_input_contents):
-        if any(tensor.HasField("contents") for tensor in inputs):
-            raise InvalidInput("the contents field must not be specified when using raw_input_contents")
+        for tensor in inputs:
+            if tensor.HasField("contents"):
+                raise InvalidInput("the contents field must not be specified when using raw_input_contents")
         if len(raws) != len(inputs):
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
@@ -150,15 +151,16 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
+    outputs: tuple[RequestedOutput, ...] = ()
+    if message.outputs:
+        outputs = tuple([RequestedOutput(item.name, _decode_parameters(item.parameters)) for item in message.outputs])
     return InferRequest(
-        model=message.model_name,
+        message.model_name,
+        tuple([Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)]),
         version=message.model_version,
+        outputs=outputs,
         id=message.id,
         parameters=parameters,
-        inputs=tuple(
-            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
-        ),
-        outputs=tuple(RequestedOutput(requested.name, _decode_parameters(requested.parameters)) for requested in message.outputs),
         deadline=deadline,
         caller=caller,
     )
@@ -200,7 +202,7 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
         id=message.id,
         parameters=_decode_parameters(message.parameters) if message.parameters else {},
         outputs=tuple(
-            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(outputs, raws, strict=True)
+            [Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(outputs, raws, strict=True)]
         ),
     )
 
