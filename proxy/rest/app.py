@@ -145,7 +145,7 @@ class RestApp:
         try:
             if b"?" in incoming.target:
                 check_no_job_options(incoming)
-            inference = handler(self._rules, path, incoming, encoding, respond)
+            inference: RestInference = handler(self._rules, path, incoming, encoding, respond)
             inference.begin()
         except Exception as error:
             return self.failure(error)

@@ -61,7 +61,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_queue_delay_ms: float = 0.0
     max_queue_wait_ms: float = 0.0
     max_background_wait_ms: float = 20.0
-    background_share: float = 0.25
+    background_share: float = 0.05
 
 
 class ModelQueue:
