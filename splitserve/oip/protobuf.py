@@ -51,6 +51,12 @@ STREAM_KEY = "splitserve-stream"
 WORKER_KEY = "splitserve-worker"
 """Initial metadata of the same stream: which of the processes that share the port answers, e.g. ``0/4``."""
 
+CANCEL = "splitserve_cancel"
+"""Parameter of a message on such a stream that cancels a request."""
+
+_ID_FIRST = b"\x1a"
+"""How a ``ModelInferRequest`` begins whose first field is ``id``."""
+
 _CONTENTS_FIELDS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -99,6 +105,24 @@ def timeout_s(message: pb.ModelInferRequest) -> float | None:
     """
     microseconds = message.parameters[TIMEOUT].int64_param if TIMEOUT in message.parameters else 0
     return microseconds / 1e6 if microseconds > 0 else None
+
+
+def encode_stream_cancel(identity: str) -> bytes:
+    """The message on a stream that cancels the request with this id. It is a request without a model, and has no answer."""
+    message = pb.ModelInferRequest(id=identity)
+    message.parameters[CANCEL].bool_param = True
+    return message.SerializeToString()
+
+
+def cancelled_id(data: bytes) -> str | None:
+    """The id of the request that a message on a stream cancels; None: the message is a request."""
+    if not data.startswith(_ID_FIRST):  # a request begins with its model
+        return None
+    try:
+        message = pb.ModelInferRequest.FromString(data)
+    except DecodeError:
+        return None
+    return message.id if CANCEL in message.parameters and not message.model_name else None
 
 
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
