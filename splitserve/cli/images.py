@@ -72,15 +72,15 @@ class Images:
         except OSError as error:
             raise ImageError(f"{self._docker} cannot be run: {error.strerror}") from error
         if answer.returncode:
-            complaint = _complaint(answer.stderr.decode(errors="replace"))
-            raise ImageError(f"{image}: {complaint or f'exit status {answer.returncode}'}")
+            reason = _error_in(answer.stderr.decode(errors="replace"))
+            raise ImageError(f"{image}: {reason or f'exit status {answer.returncode}'}")
         try:
             return msgspec.json.decode(_last_line(answer.stdout.decode(errors="replace")), type=kind)
         except msgspec.DecodeError as error:
             raise ImageError(f"{image}: the report of its splitserve cannot be decoded: {error}") from error
 
 
-def _complaint(text: str) -> str:
+def _error_in(text: str) -> str:
     """Docker's own error line, without the advice after it; else the last line from the container."""
     return next((line for line in text.splitlines() if line.startswith("docker: ")), "") or _last_line(text)
 

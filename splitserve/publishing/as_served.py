@@ -10,6 +10,8 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,13 +20,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from queue import Empty, Queue
 from typing import Any
 
 from splitserve.errors import SplitserveError
 from splitserve.publishing.errors import PublishError
 
 _MODULE = "splitserve.publishing.as_served"
-_GOLDEN = "expected.npz"
+_GOLDEN, _MODEL, _SAMPLES = "expected.npz", "model.onnx", "samples.npz"
+
+_TICK_S = 0.1
+"""Waiting for an answer is interrupted after so many seconds at most; it is done in native code, which nothing interrupts."""
+
+_ENDS_IN_S = 60.0 if hasattr(os, "fork") else 0.0
+"""Seconds in which the process may end by itself, and end what it has forked."""
 
 
 def check(
@@ -66,9 +75,32 @@ def check(
             "allow_pickle": allow_pickle,
             "path": sys.path,
         }
-        complaint = _process().ask(request)
-    if complaint:
-        raise PublishError(f"a service could not serve this: {complaint}{_way_out(complaint)}")
+        reason = _process().ask(request)
+    if reason:
+        raise PublishError(f"a service could not serve this: {reason}{_way_out(reason)}")
+
+
+def check_model(model: bytes, inputs: Sequence[Any]) -> None:
+    """Load an ONNX model in a fresh process and run it there first: a model that never returns keeps that process, not this one.
+
+    Errors are left to the caller, which does the same next.
+
+    Args:
+        model: the file's bytes.
+        inputs: tensors (n_samples, …).
+
+    Raises:
+        PublishError: it ends the process.
+    """
+    from splitserve.repository import golden as goldens
+    from splitserve.repository.golden import Golden
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _MODEL).write_bytes(model)
+        (Path(folder) / _SAMPLES).write_bytes(goldens.encode(Golden(tuple(inputs), ())))
+        reason = _process().ask({"folder": folder, "path": sys.path})
+    if reason:
+        raise PublishError(f"a service could not serve this: {reason}")
 
 
 def start() -> None:
@@ -76,8 +108,8 @@ def start() -> None:
     _process()
 
 
-def _way_out(complaint: str) -> str:
-    if "__main__" not in complaint:
+def _way_out(reason: str) -> str:
+    if "__main__" not in reason:
         return ""
     return (
         "; functions and classes of a notebook or script exist only there: put them into a module that the services have "
@@ -90,13 +122,22 @@ class _Process:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._answers: Queue[bytes] = Queue()
         self._popen = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; import {_MODULE} as served; served.serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         atexit.register(self.close)
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        for line in self._popen.stdout:
+            self._answers.put(line)
+        self._answers.put(b"")
 
     @property
     def is_running(self) -> bool:
@@ -105,12 +146,10 @@ class _Process:
     def ask(self, request: dict[str, Any]) -> str:
         with self._lock:
             assert self._popen.stdin is not None
-            assert self._popen.stdout is not None
             try:
                 self._popen.stdin.write(json.dumps(request).encode() + b"\n")
                 self._popen.stdin.flush()
-                line = self._popen.stdout.readline()
-                complaint: str = json.loads(line)["complaint"]
+                reason: str = json.loads(self._next_answer())["reason"]
             except (OSError, ValueError, KeyError):
                 self.close()
                 return (
@@ -120,17 +159,28 @@ class _Process:
             except BaseException:  # interrupted: the answer that is still to come belongs to nobody
                 self.close()
                 raise
-            return complaint
+            return reason
+
+    def _next_answer(self) -> bytes:
+        while True:
+            with suppress(Empty):
+                return self._answers.get(timeout=_TICK_S)
 
     def close(self) -> None:
         """End the process."""
         atexit.unregister(self.close)
-        self._popen.kill()
-        self._popen.wait()
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what was still to be written
-                    pipe.close()
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        with suppress(OSError):  # what was still to be written
+            self._popen.stdin.close()
+        try:
+            self._popen.wait(_ENDS_IN_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+        else:
+            self._reader.join()
+            self._popen.stdout.close()
 
 
 def _process() -> _Process:
@@ -148,7 +198,7 @@ def _started(_: int) -> _Process:
 
 
 def serve() -> None:
-    """Answer requests from stdin, each in a process of its own, until stdin ends."""
+    """Answer requests from stdin, each in a process of its own, until stdin ends; then that process is ended, too."""
     from splitserve.runtimes import compiled, predictor, preprocessor  # noqa: F401  (imported once, for all)
 
     out = os.dup(1)
@@ -157,6 +207,7 @@ def serve() -> None:
         if not hasattr(os, "fork"):
             _answer(line, out)
             return  # what this request has imported must not help the next
+        ends, keeps = os.pipe()  # the first is readable once nobody has the second, which is when the child has ended
         child = os.fork()
         if child == 0:
             code = 1
@@ -165,18 +216,34 @@ def serve() -> None:
                 code = 0
             finally:
                 os._exit(code)
+        os.close(keeps)
+        ready, _, _ = select.select([sys.stdin, ends], [], [])
+        os.close(ends)
+        if sys.stdin in ready:  # nobody waits for the answer
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if status:
-            os.write(out, json.dumps({"complaint": "loading it ends the process"}).encode() + b"\n")
+            os.write(out, json.dumps({"reason": "loading it ends the process"}).encode() + b"\n")
 
 
 def _answer(line: bytes, out: int) -> None:
     request = json.loads(line)
     sys.path[:] = request["path"]
-    os.write(out, json.dumps({"complaint": _complaint(request)}).encode() + b"\n")
+    reason = _refusal(request) if "kinds" in request else _run_model(Path(request["folder"]))
+    os.write(out, json.dumps({"reason": reason}).encode() + b"\n")
 
 
-def _complaint(request: dict[str, Any]) -> str:
+def _run_model(folder: Path) -> str:
+    from splitserve.repository import golden as goldens
+    from splitserve.runtimes.predictor import Predictor
+
+    with suppress(Exception):  # which the publisher's own run raises, too
+        model = Predictor((folder / _MODEL).read_bytes())
+        model.infer(goldens.decode((folder / _SAMPLES).read_bytes(), model.inputs, ()).inputs)
+    return ""
+
+
+def _refusal(request: dict[str, Any]) -> str:
     """Why a service would refuse the halves, or answer differently; "" if it would not."""
     from splitserve.publishing.proof import tolerances_of
     from splitserve.repository import golden as goldens

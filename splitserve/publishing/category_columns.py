@@ -189,7 +189,11 @@ def _on_codes(estimator: Any, known: Known, columns: list[str]) -> Any:
 
 
 def _of_xgboost(estimator: Any, features: Any, names: list[str]) -> tuple[list[list[Any]], Unseen]:
-    """Since 3.1 the model has its categories, and takes an unknown one for the next known one in the order of bytes."""
+    """Since 3.1 the model has its categories, and takes an unknown one for the next known one in the order of bytes.
+
+    Raises:
+        NotConvertible: they are damaged: XGBoost measures text in characters, so that of text that is not ASCII it loses bytes.
+    """
     stored = model_of(learner_of(estimator)).get("cats")
     if not stored or not stored["enc"]:
         return [features[name].cat.categories.tolist() for name in names], "after"
@@ -199,5 +203,13 @@ def _of_xgboost(estimator: Any, features: Any, names: list[str]) -> tuple[list[l
             known.append(list(each["values"]))
         elif ends := each.get("offsets"):
             text = bytes(byte % 256 for byte in each["values"])
-            known.append([text[start:end].decode() for start, end in pairwise(ends)])
+            known.append([text[start:end].decode(errors="replace") for start, end in pairwise(ends)])
+    for name, categories in zip(names, known, strict=False):
+        given = features[name].cat.categories.tolist()
+        if categories != given and not all(str(category).isascii() for category in (*categories, *given)):
+            raise NotConvertible(
+                f'{type(estimator).__name__} stored categories of "{name}" as {categories}, and looks them up so: this version '
+                "of XGBoost damages text that is not ASCII; encode the column in a step before, e.g. by OrdinalEncoder("
+                'handle_unknown="use_encoded_value", unknown_value=np.nan), or rename its categories, and fit again'
+            )
     return known, "next"

@@ -37,7 +37,7 @@ def without_unused(transformer: Any, data: Rowset) -> tuple[Rowset, tuple[str, .
     if not unused or not kept or len(kept) == len(data.columns):
         return data, ()
     probe = samples.take(data, samples.spread(len(data), _N_TRIED))
-    if not _same(transformer, probe, probe[kept]):
+    if not same(transformer, probe, probe[kept]):
         return data, ()
     return data[kept], tuple(name for name in data.columns if name in unused)
 
@@ -62,7 +62,7 @@ def _is_dropped(part: Any) -> bool:
     return isinstance(part, str) and part == "drop"
 
 
-def _same(transformer: Any, rows: Rowset, others: Rowset, kinds: str = "") -> bool:
+def same(transformer: Any, rows: Rowset, others: Rowset, kinds: str = "") -> bool:
     """Whether the transforms give the same numbers for both, of the same dtype or of dtypes of these kinds."""
     try:
         want, have = (to_dense(transformer.transform(each)) for each in (rows, others))
@@ -118,7 +118,7 @@ def with_floats(
     gaps = accepted(whole, np.nan)
     decimals = accepted([name for name in whole if name not in gaps], 0.5) if refuses == "nan" else []
     names = {*gaps, *decimals}
-    if not _same(transformer, probe, probe.astype(dict.fromkeys(names, np.float64)), kinds):
+    if not same(transformer, probe, probe.astype(dict.fromkeys(names, np.float64)), kinds):
         names, gaps, decimals = set(), [], []
     columns = tuple(msgspec.structs.replace(each, dtype="float64") if each.name in names else each for each in rows.columns)
     changed = tuple(TensorSpec(spec.name, "FP64", spec.shape) if spec.name in names else spec for spec in specs)
@@ -135,7 +135,7 @@ def _plain(column: Column) -> Any:
 def _accepts_all(transformer: Any, rows: Rowset, names: list[str], change: float, takes_nan: bool, kinds: str) -> bool:
     """Whether this may be added to these columns all at once, and they mean the same as float64."""
     wide = rows.astype(dict.fromkeys(names, np.float64))
-    if (wide[names].abs() > 2**53).to_numpy().any() or not _same(transformer, rows, wide, kinds):
+    if (wide[names].abs() > 2**53).to_numpy().any() or not same(transformer, rows, wide, kinds):
         return False
     changed = wide[:1].copy()
     changed[names] += change

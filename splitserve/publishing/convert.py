@@ -34,7 +34,15 @@ class ModelOutput(msgspec.Struct, frozen=True):
     classes: tuple[str, ...] = ()
 
 
-def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str, targets: Sequence[str] = ()) -> onnx.ModelProto:
+def to_onnx(
+    estimator: Any,
+    n_features: int,
+    *,
+    input_name: str,
+    precision: str,
+    targets: Sequence[str] = (),
+    is_sparse: bool = False,
+) -> onnx.ModelProto:
     """Convert an estimator.
 
     Args:
@@ -43,6 +51,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
         input_name: name of the model's only input, (batch, n_features).
         precision: "FP32" or "FP64", the datatype of that input and of floating-point outputs.
         targets: names of the targets, as for `outputs_of`.
+        is_sparse: whether the pipeline gives the estimator a sparse matrix, without the zeros of the input.
 
     Returns:
         A model with the outputs that `outputs_of` lists.
@@ -52,7 +61,7 @@ def to_onnx(estimator: Any, n_features: int, *, input_name: str, precision: str,
     """
     graph = Graph(DTYPES[precision])
     try:
-        form = form_of(estimator, graph.input(input_name, n_features))
+        form = form_of(estimator, graph.input(input_name, n_features, is_sparse=is_sparse))
         outputs = {}
         for answer in outputs_of(estimator, targets):
             value = answer.value(form)
@@ -220,6 +229,9 @@ class Names(msgspec.Struct, frozen=True):
 
     labels: tuple[str, ...] = ()
     output_labels: dict[str, tuple[str, ...]] = {}
+
+
+NO_NAMES = Names()
 
 
 def names_of(outputs: Sequence[ModelOutput], targets: Sequence[str] = ()) -> Names:

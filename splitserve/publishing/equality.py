@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from scipy.sparse import csr_matrix
 from threadpoolctl import threadpool_limits
 
 from splitserve.arrays import DTYPES, Array, from_array, to_array
@@ -23,7 +24,7 @@ from splitserve.publishing.agreement import Scale, compare, expected_answer, lar
 from splitserve.publishing.convert import ModelOutput
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
 from splitserve.publishing.hard_rows import FAR_KINDS, MIXED, Block, HardRows
-from splitserve.publishing.proof import row_wise_complaint, threads_complaint
+from splitserve.publishing.proof import row_wise_difference, threads_difference
 from splitserve.repository import golden as goldens
 from splitserve.repository.manifest import MODEL_FILE
 from splitserve.runtimes.predictor import Predictor
@@ -52,13 +53,13 @@ Answering = Callable[[Arrays], Outputs]
 
 
 class ComparisonOutcome(msgspec.Struct, frozen=True):
-    """What was compared: hard rows by kind, the largest difference of each output; ``complaint`` is "" if the answers are
+    """What was compared: hard rows by kind, the largest one of each output; ``difference`` is "" if the answers are
     equal.
     """
 
     hard_rows: dict[str, int]
     worst: dict[str, float]
-    complaint: str = ""
+    difference: str = ""
 
 
 class HardRowComparison:
@@ -74,6 +75,7 @@ class HardRowComparison:
         outputs: of the estimator.
         tolerance: as for `publish`.
         scales: of the answers to the training data.
+        is_sparse: whether the transforms give the estimator a sparse matrix.
         tick: called between comparisons, with what is compared next.
     """
 
@@ -89,6 +91,7 @@ class HardRowComparison:
         outputs: Sequence[ModelOutput],
         tolerance: float,
         scales: Mapping[str, Scale],
+        is_sparse: bool = False,
         tick: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._preprocessor, self._predictor = preprocessor, predictor
@@ -96,7 +99,7 @@ class HardRowComparison:
         self._specs, self._output = preprocessor.manifest.inputs, preprocessor.manifest.outputs[0]
         self._last, self._transformer, self._estimator = pipeline.steps[-1][1], transformer, estimator
         self._transforms = pipeline[:-1] if len(pipeline.steps) > 1 else None  # once for all methods of the estimator
-        self._tick = tick
+        self._is_sparse, self._tick = is_sparse, tick
 
     def run(self, *, is_row_wise: bool) -> ComparisonOutcome:
         """Compare raw rows through the whole, then feature rows through the predictor.
@@ -118,15 +121,15 @@ class HardRowComparison:
         for blocks, original, split, level in levels:
             for block in blocks:
                 self._tick(block.kind)
-                rows, difference, complaint = self._compared(block, original, split)
-                if complaint:
-                    return ComparisonOutcome(dict(counts), worst, complaint)
+                rows, of_block, difference = self._compared(block, original, split)
+                if difference:
+                    return ComparisonOutcome(dict(counts), worst, difference)
                 counts[f"{block.kind} ({level})" if level else block.kind] += len(rows[0])
-                worst = larger(worst, difference)
+                worst = larger(worst, of_block)
                 if not level and len(rows[0]):
                     kept.append(rows)
-        complaint = self._together(kept) if kept and is_row_wise else ""
-        return ComparisonOutcome({kind: count for kind, count in counts.items() if count}, worst, complaint)
+        difference = self._together(kept) if kept and is_row_wise else ""
+        return ComparisonOutcome({kind: count for kind, count in counts.items() if count}, worst, difference)
 
     def _raw_blocks(self) -> Iterator[Block]:
         made = hard_rows.of_raw(self._tensors, self._preprocessor.rows, self._specs)
@@ -161,7 +164,7 @@ class HardRowComparison:
                 yield made
 
     def _compared(self, block: Block, original: Answering, split: Answering) -> tuple[Arrays, dict[str, float], str]:
-        """The rows that were compared, the largest differences, and the complaint."""
+        """The rows that were compared, the largest difference of each output, and the message about one that is too large."""
         if block.kind in FAR_KINDS:
             block = self._determined(block, original)
         expected, answered, _ = _answered(original, block.arrays, Exception)
@@ -173,13 +176,13 @@ class HardRowComparison:
         if not len(answered):
             return rows, {}, ""
         expected = _of_rows(expected, places)
-        difference, complaint = compare(found, expected, self._tolerance, precision=self._output.datatype, scales=self._scales)
-        if complaint:
-            complaint = self._with_row(complaint, block, answered, found, expected)
-        return rows, difference, complaint
+        worst, difference = compare(found, expected, self._tolerance, precision=self._output.datatype, scales=self._scales)
+        if difference:
+            difference = self._with_row(difference, block, answered, found, expected)
+        return rows, worst, difference
 
-    def _with_row(self, complaint: str, block: Block, answered: Array, found: Outputs, expected: Outputs) -> str:
-        """The complaint with what is special about its row."""
+    def _with_row(self, difference: str, block: Block, answered: Array, found: Outputs, expected: Outputs) -> str:
+        """The message about a difference, with what is special about its row."""
         for place, row in enumerate(answered.tolist()):
             have, want = (_of_rows(side, [place]) for side in (found, expected))
             alone = compare(
@@ -187,7 +190,7 @@ class HardRowComparison:
             )[1]
             if alone:
                 return f"{alone} (row {row} of the kind {block.kind}: {block.shown[row]})"
-        return complaint
+        return difference
 
     def _determined(self, block: Block, original: Answering) -> Block:
         """Without rows that the pipeline itself answers differently when their numbers move by a few units in the last place."""
@@ -218,11 +221,11 @@ class HardRowComparison:
         features = self._preprocessor.runtime.transform(inputs)
         bounds = goldens.bounds_of(self._predictor.manifest)
         one = self._predictor.runtime.infer
-        if complaint := row_wise_complaint(one, features, bounds):
-            return f"on hard rows, {complaint}"
+        if difference := row_wise_difference(one, features, bounds):
+            return f"on hard rows, {difference}"
         several = Predictor(self._predictor.files[MODEL_FILE], intra_op_num_threads=_N_THREADS).infer
-        complaint = threads_complaint(one, several, features, bounds)
-        return f"on hard rows, {complaint}" if complaint else ""
+        difference = threads_difference(one, several, features, bounds)
+        return f"on hard rows, {difference}" if difference else ""
 
     def _tensors_of(self, arrays: Arrays) -> tuple[Tensor, ...]:
         return tuple(from_array(spec.name, array, spec.datatype) for spec, array in zip(self._specs, arrays, strict=True))
@@ -239,7 +242,8 @@ class HardRowComparison:
         return split_answer(self._preprocessor, self._predictor, self._tensors_of(arrays))
 
     def _by_estimator(self, arrays: Arrays) -> Outputs:
-        return expected_answer(self._estimator, arrays[0].astype(np.float64), self._outputs)
+        features = arrays[0].astype(np.float64)
+        return expected_answer(self._estimator, csr_matrix(features) if self._is_sparse else features, self._outputs)
 
     def _by_predictor(self, arrays: Arrays) -> Outputs:
         features = arrays[0].astype(DTYPES[self._output.datatype])
@@ -265,7 +269,7 @@ def _moved(array: Array, sign: int) -> Array:
 
 
 def _refusal(block: Block, answered: Array, refused: Mapping[int, str]) -> str:
-    """The complaint about the first row of ``answered`` that the split refused."""
+    """The message about the first row of ``answered`` that the split refused."""
     place = min(refused)
     return f"the split refuses a row that the pipeline answers ({block.kind}: {block.shown[answered[place]]}): {refused[place]}"
 

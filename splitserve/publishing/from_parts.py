@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 
-from splitserve.arrays import Array
+from splitserve.arrays import Array, from_array
+from splitserve.errors import SplitserveError
 from splitserve.publishing import as_served
+from splitserve.publishing.convert import Names
 from splitserve.publishing.errors import PublishError
-from splitserve.publishing.halves import repository_at, write
-from splitserve.publishing.predictor_half import predictor_half
-from splitserve.publishing.preprocessor_half import passing_half, preprocessor_half
+from splitserve.publishing.halves import PublishOptions, repository_at, write
+from splitserve.publishing.predictor_half import ModelSamples, predictor_half
+from splitserve.publishing.preprocessor_half import FeatureForm, passing_half, preprocessor_half
 from splitserve.publishing.progress import TIME_LIMIT_S, WRITING, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
@@ -28,6 +33,9 @@ from splitserve.runtimes.rows import UnsupportedRows, observe, to_tensors
 from splitserve.tensors import Tensor
 
 _ON_SAMPLES = "the model on the sample inputs"
+
+_MAY_NOT_RETURN = ("Loop", "TreeEnsemble", "TreeEnsembleClassifier", "TreeEnsembleRegressor")
+"""Operators: loops, and trees, which ONNX Runtime rewrites while it loads them (microsoft/onnxruntime#27391)."""
 
 
 def publish_preprocessor(
@@ -72,24 +80,19 @@ def publish_preprocessor(
             written then.
     """
     check_fitted(transformer)
+    options = PublishOptions(
+        name=name,
+        input_name=input_name,
+        trusted_modules=trusted_modules,
+        allow_pickle=allow_pickle,
+        row_wise=row_wise,
+        golden=golden,
+    )
     target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         progress.step("the transforms")
-        half = preprocessor_half(
-            transformer,
-            as_rows(X),
-            name=name,
-            input_name=input_name,
-            output_name=output_name,
-            precision=precision,
-            all_as_floats=False,
-            trusted_modules=trusted_modules,
-            allow_pickle=allow_pickle,
-            labels=tuple(map(str, labels)),
-            postprocess=postprocess,
-            is_row_wise=row_wise,
-            golden=golden,
-        )
+        features = FeatureForm(name=output_name, precision=precision, all_as_floats=False)
+        half = preprocessor_half(transformer, as_rows(X), features, options, names=_named(labels), postprocess=postprocess)
         progress.step("loading as a service does")
         as_served.check(half, trusted_modules=trusted_modules, allow_pickle=allow_pickle)
         progress.step(WRITING)
@@ -137,9 +140,11 @@ def publish_predictor(
         progress.step("reading the model")
         data = _model_bytes(model)
         meaning = NO_MEANING if trained_on is None else meaning_of(trained_on)
-        raw = _raw_rows(rows, input_name)
+        tried = ModelSamples(sample_inputs, _raw_rows(rows, input_name))
         progress.step(_ON_SAMPLES)
-        half = predictor_half(data, sample_inputs, name=name, labels=labels, meaning=meaning, rows=raw, is_row_wise=row_wise)
+        _run_apart(data, sample_inputs)
+        options = PublishOptions(name=name, row_wise=row_wise)
+        half = predictor_half(data, tried, options, names=_named(labels), meaning=meaning)
         progress.step(WRITING)
         return write(target, half, version=version, progress=progress)[0]
 
@@ -186,7 +191,9 @@ def publish_onnx(
         progress.step("reading the model")
         data = _model_bytes(model)
         progress.step(_ON_SAMPLES)
-        predictor = predictor_half(data, sample_inputs, name=name, labels=labels, is_row_wise=row_wise)
+        _run_apart(data, sample_inputs)
+        options = PublishOptions(name=name, row_wise=row_wise)
+        predictor = predictor_half(data, ModelSamples(sample_inputs), options, names=_named(labels))
         progress.step("the preprocessor that passes the inputs on")
         preprocessor = passing_half(predictor, sample_inputs)
         compared = Compared(preprocessor.golden.inputs[0].n_rows, batch_sizes=BATCH_SIZES)
@@ -211,6 +218,33 @@ def refused_types(transformer: Any) -> list[str]:
         return sklearn_pipeline.untrusted_types(sklearn_pipeline.dump(transformer))
     except BundleError as error:
         raise PublishError(str(error)) from error
+
+
+def _run_apart(model: bytes, sample_inputs: Mapping[str, Array] | Array) -> None:
+    """Run a model in a process of its own first if it has operators that ONNX Runtime may load or run for ever: the time limit
+    can end that, and not native code of this process. What is wrong with the model is found by what runs it next.
+
+    Raises:
+        PublishError: it ends the process.
+    """
+    with suppress(DecodeError, SplitserveError):
+        loaded = onnx.load_from_string(model)
+        nodes = [*loaded.graph.node, *(node for function in loaded.functions for node in function.node)]
+        if not any(map(_may_not_return, nodes)):
+            return
+        weights = {each.name for each in loaded.graph.initializer}
+        names = [each.name for each in loaded.graph.input if each.name not in weights]
+        by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {names[0]: sample_inputs}
+        as_served.check_model(model, [from_array(name, np.asarray(array)) for name, array in by_name.items()])
+
+
+def _may_not_return(node: onnx.NodeProto) -> bool:
+    inner = [each for attribute in node.attribute for graph in (attribute.g, *attribute.graphs) for each in graph.node]
+    return node.op_type in _MAY_NOT_RETURN or any(map(_may_not_return, inner))
+
+
+def _named(labels: Sequence[object]) -> Names:
+    return Names(labels=tuple(map(str, labels)))
 
 
 def _model_bytes(model: bytes | str | os.PathLike[str] | onnx.ModelProto) -> bytes:

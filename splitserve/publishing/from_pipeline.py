@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import get_tags
@@ -23,9 +24,16 @@ from splitserve.publishing.convert import LABEL, ModelOutput, Names, names_of, o
 from splitserve.publishing.equality import HardRowComparison
 from splitserve.publishing.errors import NotConvertible, PublishError
 from splitserve.publishing.estimators.refused import reason_for
-from splitserve.publishing.halves import N_PROBED, PredictorHalf, PreprocessorHalf, repository_at, said_of_golden
-from splitserve.publishing.predictor_half import predictor_half
-from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.halves import (
+    N_PROBED,
+    PredictorHalf,
+    PreprocessorHalf,
+    PublishOptions,
+    repository_at,
+    said_of_golden,
+)
+from splitserve.publishing.predictor_half import ModelSamples, predictor_half
+from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
 from splitserve.publishing.progress import TIME_LIMIT_S, WRITING, Progress
 from splitserve.publishing.proof import BATCH_SIZES
 from splitserve.publishing.releasing import write_released
@@ -126,12 +134,20 @@ def publish(
     if not hasattr(estimator, "predict"):
         reason = reason_for(estimator) or "has no predict; publish_preprocessor takes transforms"
         raise PublishError(f"the last step, {type(estimator).__name__}, {reason}")
+    options = PublishOptions(
+        name=name,
+        input_name=input_name,
+        trusted_modules=trusted_modules,
+        allow_pickle=allow_pickle,
+        row_wise=row_wise,
+        golden=golden,
+        origin=origin,
+    )
     target = repository_at(repository)
     with Progress(name, time_limit_s) as progress:
         as_served.start()
         original = _original(pipeline, X, targets, progress)
-        options = _Options(name, input_name, tolerance, trusted_modules, allow_pickle, row_wise, golden, targets, origin)
-        proven = _proven(original, options, progress)
+        proven = _proven(original, options, tolerance, progress)
         n_hard = sum(proven.hard_rows.values())
         worst = {output: value for output, value in proven.worst.items() if np.isfinite(value)}  # JSON has no infinity
         compared = Compared(proven.n_checked + n_hard, hard_rows=proven.hard_rows, batch_sizes=BATCH_SIZES, worst=worst)
@@ -166,31 +182,25 @@ class _Proven(msgspec.Struct, frozen=True):
     worst: dict[str, float]
 
 
-class _Options(msgspec.Struct, frozen=True):
-    """The arguments of `publish` that decide what the halves are and how they are compared."""
-
-    name: str
-    input_name: str
-    tolerance: float
-    trusted_modules: Sequence[str]
-    allow_pickle: bool
-    row_wise: bool
-    golden: Any
-    targets: Sequence[str]
-    origin: str
-
-
 class _Original(msgspec.Struct, frozen=True):
-    """A pipeline that is split: what each half is made from, rows of ``X``, and its answers to some of them, ``checked``."""
+    """A pipeline that is split: what each half is made from, rows of ``X``, and its answers to some of them, ``checked``.
+
+    ``is_sparse``: the transforms give the estimator a sparse matrix.
+    """
 
     pipeline: Pipeline
     transformer: Any
     estimator: Any
     outputs: Sequence[ModelOutput]
-    names: Names
+    targets: Sequence[str]
     rows: Any
     checked: Any
     expected: Mapping[str, Array]
+    is_sparse: bool
+
+    @property
+    def names(self) -> Names:
+        return names_of(self.outputs, self.targets)
 
 
 def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Progress) -> _Original:
@@ -200,35 +210,38 @@ def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Prog
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
     try:
         every = partial(_features_of, transformer, rows, list(range(len(rows))))
-        inner = coded(pipeline.steps[-1][1], _features_of(transformer, rows, [0]), every)
+        first = _features_of(transformer, rows, [0])
+        inner = coded(pipeline.steps[-1][1], first, every)
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
         outputs = outputs_of(inner.estimator, targets)
         expected = expected_answer(pipeline, checked, outputs)
     except NotConvertible as error:
         raise PublishError(str(error)) from error
-    return _Original(pipeline, transformer, inner.estimator, outputs, names_of(outputs, targets), rows, checked, expected)
+    return _Original(pipeline, transformer, inner.estimator, outputs, targets, rows, checked, expected, issparse(first))
 
 
-def _proven(original: _Original, options: _Options, progress: Progress) -> _Proven:
+def _proven(original: _Original, options: PublishOptions, tolerance: float, progress: Progress) -> _Proven:
     """The halves at the first precision at which they answer as the pipeline does.
 
     Raises:
         PublishError: there is none, or a service could not load them.
     """
-    complaints: list[str] = []
+    differences: list[str] = []
     for precision in ("FP32", "FP64"):
         try:
-            found = _at_precision(original, options, precision, progress)
+            found = _at_precision(original, options, tolerance, precision, progress)
         except (NotConvertible, PublishError) as error:
-            raise PublishError("; ".join([*complaints, f"at {precision}, {error}"]) if complaints else str(error)) from error
+            raise PublishError("; ".join([*differences, f"at {precision}, {error}"]) if differences else str(error)) from error
         if isinstance(found, _Proven):
             return found
-        complaints.append(f"at {precision}, {found}")
-    raise PublishError("; ".join(complaints))
+        differences.append(f"at {precision}, {found}")
+    raise PublishError("; ".join(differences))
 
 
-def _at_precision(original: _Original, options: _Options, precision: str, progress: Progress) -> _Proven | str:
+def _at_precision(
+    original: _Original, options: PublishOptions, tolerance: float, precision: str, progress: Progress
+) -> _Proven | str:
     """The halves at one precision, or how they differ from the pipeline.
 
     Raises:
@@ -243,9 +256,9 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
     scales = scales_of(original.expected)
     tensors = to_tensors(preprocessor.rows, preprocessor.manifest.inputs, original.checked)
     answers = split_answer(preprocessor, predictor, tensors)
-    worst, complaint = compare(answers, original.expected, options.tolerance, precision=precision, scales=scales)
-    if complaint:
-        return complaint
+    worst, difference = compare(answers, original.expected, tolerance, precision=precision, scales=scales)
+    if difference:
+        return difference
     comparison = HardRowComparison(
         original.pipeline,
         preprocessor,
@@ -254,13 +267,14 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
         original.estimator,
         tensors,
         outputs=original.outputs,
-        tolerance=options.tolerance,
+        tolerance=tolerance,
         scales=scales,
+        is_sparse=original.is_sparse,
         tick=partial(_hard_step, progress, precision),
     )
     outcome = comparison.run(is_row_wise=options.row_wise)
-    if outcome.complaint:
-        return outcome.complaint
+    if outcome.difference:
+        return outcome.difference
     progress.step("loading as a service does")
     as_served.check(
         preprocessor,
@@ -272,42 +286,25 @@ def _at_precision(original: _Original, options: _Options, precision: str, progre
     return _Proven(preprocessor, predictor, len(original.checked), outcome.hard_rows, larger(worst, outcome.worst))
 
 
-def _preprocessor_of(original: _Original, options: _Options, precision: str) -> PreprocessorHalf:
-    return preprocessor_half(
-        original.transformer,
-        original.rows,
-        name=options.name,
-        input_name=options.input_name,
-        output_name=INPUT_NAME,
-        precision=precision,
-        all_as_floats=True,
-        trusted_modules=options.trusted_modules,
-        allow_pickle=options.allow_pickle,
-        refuses=_refuses(original.estimator),
-        is_row_wise=options.row_wise,
-        golden=options.golden,
-        labels=original.names.labels,
-        output_labels=original.names.output_labels,
-        origin=options.origin,
-    )
+def _preprocessor_of(original: _Original, options: PublishOptions, precision: str) -> PreprocessorHalf:
+    features = FeatureForm(precision=precision, all_as_floats=True, refuses=_refuses(original.estimator))
+    return preprocessor_half(original.transformer, original.rows, features, options, names=original.names)
 
 
-def _predictor_of(original: _Original, options: _Options, half: PreprocessorHalf, precision: str) -> PredictorHalf:
+def _predictor_of(original: _Original, options: PublishOptions, half: PreprocessorHalf, precision: str) -> PredictorHalf:
     """The predictor whose golden inputs are the golden features of the preprocessor ``half``."""
-    model = to_onnx(original.estimator, _n_features(half), input_name=INPUT_NAME, precision=precision, targets=options.targets)
-    return predictor_half(
-        model.SerializeToString(),
-        {tensor.name: to_array(tensor) for tensor in half.golden.outputs},
-        name=options.name,
-        labels=original.names.labels,
-        output_labels=original.names.output_labels,
-        origin=options.origin,
-        meaning=meaning_of(original.transformer),
-        rows=half.golden.inputs,
-        is_row_wise=options.row_wise,
-        probed=_features(half, original.checked),
-        source=half.manifest.golden,
+    model = to_onnx(
+        original.estimator,
+        _n_features(half),
+        input_name=INPUT_NAME,
+        precision=precision,
+        targets=original.targets,
+        is_sparse=original.is_sparse,
     )
+    features = {tensor.name: to_array(tensor) for tensor in half.golden.outputs}
+    tried = ModelSamples(features, half.golden.inputs, half.manifest.golden, _features(half, original.checked))
+    meaning = meaning_of(original.transformer)
+    return predictor_half(model.SerializeToString(), tried, options, names=original.names, meaning=meaning)
 
 
 def _hard_step(progress: Progress, precision: str, kind: str) -> None:

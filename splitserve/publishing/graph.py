@@ -38,10 +38,10 @@ class Graph:
         self._n_names = 0
         self._input: onnx.ValueInfoProto | None = None
 
-    def input(self, name: str, n_features: int) -> Value:
+    def input(self, name: str, n_features: int, *, is_sparse: bool = False) -> Value:
         """The only input, (batch, n_features)."""
         self._input = helper.make_tensor_value_info(name, _element(self.dtype), ["batch", n_features])
-        return Value(self, name, self.dtype)
+        return Value(self, name, self.dtype, is_sparse=is_sparse)
 
     def constant(self, array: Any, dtype: Any = None) -> Value:
         """An array in the graph; numbers have the graph's datatype unless one is given, text has none."""
@@ -167,14 +167,19 @@ class Graph:
 
 
 class Value:
-    """What a node computes. Operands that are numbers or arrays become constants; of two datatypes the wider is computed with."""
+    """What a node computes. Operands that are numbers or arrays become constants; of two datatypes the wider is computed with.
+
+    ``is_sparse``: scikit-learn has these rows as a sparse matrix, without zeros, which XGBoost takes for missing values. So are
+    columns of them, and what they are joined with.
+    """
 
     __array_ufunc__ = None  # so that numpy leaves `array + value` to this class
 
-    def __init__(self, graph: Graph, name: str, dtype: Any) -> None:
+    def __init__(self, graph: Graph, name: str, dtype: Any, *, is_sparse: bool = False) -> None:
         self.graph = graph
         self.name = name
         self.dtype = np.dtype(dtype)
+        self.is_sparse = is_sparse
 
     def __add__(self, other: Any) -> Value:
         return self._binary("Add", self, other)
@@ -246,6 +251,10 @@ class Value:
         wanted = np.dtype(dtype)
         return self if wanted == self.dtype else self.graph.op("Cast", self, dtype=wanted, to=_element(wanted))
 
+    def as_sparse(self, is_sparse: bool) -> Value:
+        """The same value, which scikit-learn has as a sparse matrix or not."""
+        return Value(self.graph, self.name, self.dtype, is_sparse=is_sparse)
+
     def exp(self) -> Value:
         return self.graph.op("Exp", self)
 
@@ -301,7 +310,7 @@ class Value:
     def take(self, indices: Any, axis: int = 1) -> Value:
         """numpy.take: an axis for an array of indices, none for one index."""
         chosen = indices if isinstance(indices, Value) else self.graph.constant(np.asarray(indices, np.int64))
-        return self.graph.op("Gather", self, chosen, axis=axis)
+        return self.graph.op("Gather", self, chosen, axis=axis).as_sparse(self.is_sparse)
 
     def reshape(self, *shape: int) -> Value:
         return self.graph.op("Reshape", self, self.graph.constant(np.array(shape, np.int64)))
@@ -334,7 +343,8 @@ class Value:
 def concat(values: Sequence[Value], axis: int = 1) -> Value:
     """As numpy.concatenate; of several datatypes the widest."""
     wide = np.result_type(*[value.dtype for value in values])
-    return values[0].graph.op("Concat", *[value.astype(wide) for value in values], axis=axis)
+    joined = values[0].graph.op("Concat", *[value.astype(wide) for value in values], axis=axis)
+    return joined.as_sparse(any(value.is_sparse for value in values))
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:

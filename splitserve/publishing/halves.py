@@ -13,7 +13,8 @@ from splitserve.arrays import from_array, to_array
 from splitserve.publishing import samples
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.progress import Progress
-from splitserve.publishing.proof import Run, row_wise_complaint, stable_rows, tolerances_of
+from splitserve.publishing.proof import Run, row_wise_difference, stable_rows, tolerances_of
+from splitserve.publishing.training_data import INPUT_NAME
 from splitserve.repository import environment
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
@@ -31,6 +32,18 @@ N_PROBED = 128
 
 N_FEATURE_NAMES = 10_000
 """Names of features that a manifest has at most."""
+
+
+class PublishOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What `publish` and its siblings are asked for beside the model itself, as they describe it."""
+
+    name: str
+    input_name: str = INPUT_NAME
+    trusted_modules: Sequence[str] = ()
+    allow_pickle: bool = False
+    row_wise: bool = True
+    golden: Any = "rows"
+    origin: str = ""
 
 
 class PreprocessorHalf(msgspec.Struct, frozen=True):
@@ -103,9 +116,9 @@ def check_row_wise(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, floa
     Raises:
         PublishError: it does not; the message shows a row and the way out.
     """
-    if complaint := row_wise_complaint(run, first_rows(inputs, N_PROBED), bounds):
+    if difference := row_wise_difference(run, first_rows(inputs, N_PROBED), bounds):
         raise PublishError(
-            f"an answer depends on the other rows of its call, or on chance: {complaint}. Correct the model, or publish it with "
+            f"an answer depends on the other rows of its call, or on chance: {difference}. Correct the model, or publish it with "
             "row_wise=False: then its requests are never merged with those of others"
         )
 

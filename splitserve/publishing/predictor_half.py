@@ -11,10 +11,12 @@ import onnx
 from splitserve.arrays import Array, from_array
 from splitserve.errors import SplitserveError
 from splitserve.publishing import samples
+from splitserve.publishing.convert import NO_NAMES, Names
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.halves import (
     N_FEATURE_NAMES,
     PredictorHalf,
+    PublishOptions,
     check_row_wise,
     encode_golden,
     new_manifest,
@@ -32,35 +34,31 @@ from splitserve.tensors import Tensor
 _PREDICT_PACKAGES = ("onnxruntime", "onnx", "skl2onnx", "numpy", "splitserve")
 
 
+class ModelSamples(msgspec.Struct, frozen=True):
+    """What a model is tried on: ``inputs`` are arrays (n_samples, …) by input name, or the array of the only input.
+
+    `samples.N_GOLDEN_MAX` of them, spread evenly, become the golden samples. ``rows`` are the raw rows (n_samples, …) that they
+    were made from, if known, ``source`` is where these come from. That each answer depends on its own row alone is proven on
+    ``probed``, ``inputs`` by default.
+    """
+
+    inputs: Mapping[str, Array] | Array
+    rows: Sequence[Tensor] = ()
+    source: GoldenRows = "own"
+    probed: Mapping[str, Array] | None = None
+
+
 def predictor_half(
-    model: bytes,
-    sample_inputs: Mapping[str, Array] | Array,
-    *,
-    name: str,
-    labels: Sequence[object],
-    output_labels: Mapping[str, Sequence[str]] | None = None,
-    meaning: Meaning = NO_MEANING,
-    rows: Sequence[Tensor] = (),
-    is_row_wise: bool = True,
-    probed: Mapping[str, Array] | None = None,
-    source: GoldenRows = "own",
-    origin: str = "",
+    model: bytes, tried: ModelSamples, options: PublishOptions, *, names: Names = NO_NAMES, meaning: Meaning = NO_MEANING
 ) -> PredictorHalf:
     """An ONNX model as a bundle.
 
     Args:
         model: the file's bytes.
-        sample_inputs: arrays (n_samples, …) by input name, or the array of the only input; `samples.N_GOLDEN_MAX` of them, spread
-            evenly, become the golden samples.
-        name: of the model.
-        labels: class names in the order of its scores.
-        output_labels: of models with several targets, names of the columns of each output.
+        tried: what it is tried on.
+        options: of the publication.
+        names: of its classes or targets.
         meaning: of the features that it was trained on.
-        rows: raw rows (n_samples, …) that ``sample_inputs`` were made from, if known.
-        is_row_wise: prove that each answer depends on its own row alone; False: it need not, and requests are never merged.
-        probed: arrays to prove that on, by input name; ``sample_inputs`` by default.
-        source: where ``sample_inputs`` come from.
-        origin: where the model comes from.
 
     Raises:
         PublishError: ONNX Runtime cannot run it, its leading dimensions are no batch, or the samples do not fit.
@@ -68,9 +66,9 @@ def predictor_half(
     try:
         runtime = Predictor(model)
         _check_batched(runtime)
-        by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {runtime.inputs[0].name: sample_inputs}
+        by_name = tried.inputs if isinstance(tried.inputs, Mapping) else {runtime.inputs[0].name: tried.inputs}
         arrays = {key: np.asarray(array) for key, array in by_name.items()}
-        golden = _golden(runtime, arrays, rows)
+        golden = _golden(runtime, arrays, tried.rows)
     except BundleError as error:
         raise PublishError(str(error)) from error
     except SplitserveError as error:
@@ -78,25 +76,26 @@ def predictor_half(
     parsed = onnx.load_from_string(model)
     made_with = {f"opset {entry.domain or 'ai.onnx'}": str(entry.version) for entry in parsed.opset_import}
     manifest = new_manifest(
-        name,
+        options.name,
         "predict",
         runtime.inputs,
         runtime.outputs,
         _PREDICT_PACKAGES,
         {"ONNX IR": str(parsed.ir_version), **made_with},
-        labels=tuple(map(str, labels)),
-        output_labels={output: tuple(names) for output, names in (output_labels or {}).items()},
+        labels=names.labels,
+        output_labels=names.output_labels,
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
-        is_row_wise=is_row_wise,
-        golden=source,
-        origin=origin,
+        is_row_wise=options.row_wise,
+        golden=tried.source,
+        origin=options.origin,
         is_quantised=_is_quantised(parsed),
         trained_on=tuple(TensorSpec(tensor.name, tensor.datatype, (BATCH, *tensor.shape[1:])) for tensor in golden.rows),
     )
     bounds = goldens.bounds_of(manifest)
-    if is_row_wise:
-        more = tuple(from_array(key, np.asarray(array)) for key, array in (probed if probed is not None else arrays).items())
+    if options.row_wise:
+        probed = arrays if tried.probed is None else tried.probed
+        more = tuple(from_array(key, np.asarray(array)) for key, array in probed.items())
         check_row_wise(runtime.infer, more, bounds)
     golden, tolerances = settled(runtime.infer, golden, bounds)
     manifest = msgspec.structs.replace(manifest, tolerances=tolerances)

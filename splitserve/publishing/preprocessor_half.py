@@ -13,6 +13,7 @@ from splitserve.arrays import Array, from_array
 from splitserve.errors import SplitserveError
 from splitserve.publishing import columns, samples
 from splitserve.publishing.compile import compile_transforms
+from splitserve.publishing.convert import NO_NAMES, Names
 from splitserve.publishing.errors import PublishError
 from splitserve.publishing.golden_rows import choose
 from splitserve.publishing.halves import (
@@ -20,13 +21,14 @@ from splitserve.publishing.halves import (
     N_PROBED,
     PredictorHalf,
     PreprocessorHalf,
+    PublishOptions,
     check_row_wise,
     encode_golden,
     new_manifest,
     settled,
 )
 from splitserve.publishing.proof import tolerances_of
-from splitserve.publishing.training_data import misfit
+from splitserve.publishing.training_data import INPUT_NAME, misfit
 from splitserve.repository import golden as goldens
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import (
@@ -36,6 +38,7 @@ from splitserve.repository.manifest import (
     BundleError,
     Column,
     Manifest,
+    Postprocess,
     Rows,
 )
 from splitserve.runtimes import sklearn_pipeline
@@ -48,36 +51,36 @@ from splitserve.signature import BATCH, TensorSpec
 _PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "pillow", "skops", "splitserve")
 
 
+class FeatureForm(msgspec.Struct, frozen=True, kw_only=True):
+    """What a predictor takes from a preprocessor: the ``name`` of its input and the ``precision`` of floating-point features,
+    "FP32" or "FP64", to which all are converted if ``all_as_floats``. It does not accept the values that it ``refuses``: "nan"
+    (NaN and infinity), "inf" or "" (neither).
+    """
+
+    name: str = INPUT_NAME
+    precision: str
+    all_as_floats: bool
+    refuses: Literal["", "inf", "nan"] = ""
+
+
 def preprocessor_half(
     transformer: Any,
     data: Rowset,
+    features: FeatureForm,
+    options: PublishOptions,
     *,
-    name: str,
-    input_name: str,
-    output_name: str,
-    precision: str,
-    all_as_floats: bool,
-    trusted_modules: Sequence[str],
-    allow_pickle: bool = False,
-    golden: Any = "rows",
-    refuses: Literal["", "inf", "nan"] = "",
-    **manifest_fields: Any,
+    names: Names = NO_NAMES,
+    postprocess: Postprocess | None = None,
 ) -> PreprocessorHalf:
     """Fitted transforms as a bundle.
 
     Args:
         transformer: fitted.
         data: rows of the kind that it was fitted on.
-        name: of the model.
-        input_name: of the input if the data is one array.
-        output_name: of the result.
-        precision: "FP32" or "FP64", the datatype of floating-point features.
-        all_as_floats: convert all features to that datatype.
-        trusted_modules: further modules whose types may be in the transforms.
-        allow_pickle: write a pickle if skops does not support the transforms.
-        golden: where golden rows come from, as for `publish`.
-        refuses: which values of features the model does not accept: "nan" (NaN and infinity), "inf" or "" (neither).
-        manifest_fields: further fields of the manifest.
+        features: what the predictor takes.
+        options: of the publication.
+        names: of the predictor's classes or targets.
+        postprocess: how the predictor's scores become probabilities and a label.
 
     Raises:
         PublishError: the data does not fit, or the transforms cannot be written, loaded or called with wire tensors.
@@ -86,17 +89,20 @@ def preprocessor_half(
     learnt = {word for vocabulary in meaning.vocabularies for word in vocabulary}
     data, unused = columns.without_unused(transformer, data)
     try:
-        rows, inputs = observe(data, input_name)
+        rows, inputs = observe(data, options.input_name)
     except UnsupportedRows as error:
         raise PublishError(str(error)) from error
-    rows, inputs, floats = columns.with_floats(transformer, data, rows, inputs, refuses=refuses, all_as_floats=all_as_floats)
-    chosen = choose(golden, data, rows, learnt)
+    rows, inputs, floats = columns.with_floats(
+        transformer, data, rows, inputs, refuses=features.refuses, all_as_floats=features.all_as_floats
+    )
+    chosen = choose(options.golden, data, rows, learnt)
     golden_rows, source = chosen.rows, chosen.source
-    features = _transform(transformer, golden_rows, "X" if source == "rows" else "golden")
+    given = _transform(transformer, golden_rows, "X" if source == "rows" else "golden")
     rows = _settle_missing(rows, transformer, data)
-    output = _feature_spec(output_name, features, precision if all_as_floats or features.dtype.kind == "f" else None)
+    _check_empty_text(rows, transformer, data)
+    output = _feature_spec(features, given)
     manifest = new_manifest(
-        name,
+        options.name,
         "preprocess",
         inputs,
         (output,),
@@ -106,17 +112,21 @@ def preprocessor_half(
         ignored=unused,
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
-        refuses=refuses,
-        **manifest_fields,
+        refuses=features.refuses,
+        labels=names.labels,
+        output_labels=names.output_labels,
+        postprocess=postprocess,
+        is_row_wise=options.row_wise,
+        origin=options.origin,
     )
-    file_name, file = _written(transformer, allow_pickle)
-    runtime = _load(manifest, file_name, file, trusted_modules)
+    file_name, file = _written(transformer, options.allow_pickle)
+    runtime = _load(manifest, file_name, file, options.trusted_modules)
     try:
         golden_inputs = to_tensors(rows, inputs, golden_rows)
         proof = Golden(golden_inputs, runtime.transform(golden_inputs))
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
-    direct = from_array(output.name, features, output.datatype)
+    direct = from_array(output.name, given, output.datatype)
     if worst := goldens.worst_difference((direct,), proof.outputs, tolerances_of(proof.outputs)):
         raise PublishError(f"the transforms answer differently when they are loaded from disk: {worst}")
     if manifest.is_row_wise:
@@ -135,7 +145,7 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
 
     Args:
         predictor: its inputs become the model's.
-        sample_inputs: as for `predictor_half`.
+        sample_inputs: as for `publish_predictor`.
     """
     specs = predictor.manifest.inputs
     by_name = sample_inputs if isinstance(sample_inputs, Mapping) else {specs[0].name: sample_inputs}
@@ -189,8 +199,8 @@ def _load(manifest: Manifest, file_name: str, file: bytes, trusted_modules: Sequ
     try:
         return Preprocessor(manifest, sklearn_pipeline.load(file, trusted_modules))
     except BundleError as error:
-        if complaint := _not_loadable(sklearn_pipeline.untrusted_types(file)):
-            raise PublishError(complaint) from error
+        if reason := _not_loadable(sklearn_pipeline.untrusted_types(file)):
+            raise PublishError(reason) from error
         modules = sklearn_pipeline.untrusted_modules(file, trusted_modules)
         way_out = f"trusted_modules={modules}" if modules else "allow_pickle=True, and services that allow it too"
         raise PublishError(f"{error} (to publish: {way_out})") from error
@@ -241,6 +251,34 @@ def _missing_of(column: Column, rows: Rows, transformer: Any, data: Rowset) -> M
     return next((missing for missing in ranked if _accepts(missing, column, rows, transformer, data)), "")
 
 
+def _check_empty_text(rows: Rows, transformer: Any, data: Rowset) -> None:
+    """Refuse columns of text with both empty and missing values, if the transforms tell them apart: on the wire they are one.
+
+    Raises:
+        PublishError: there is one; names it and the way out.
+    """
+    for column in rows.columns:
+        given = data[column.name] if rows.form == "frame" else np.asarray(data)
+        if column.missing or given.dtype.kind in "biufM" or column.dtype.startswith("category["):
+            continue
+        values = np.asarray(given, dtype=object).reshape(len(data), -1)
+        chosen = np.flatnonzero(pd.isna(values).any(axis=1))[:N_PROBED].tolist()
+        if not chosen or "" not in values.ravel().tolist():
+            continue
+        probe = samples.take(data, chosen)
+        filled = probe.copy()
+        if rows.form == "frame":
+            filled[column.name] = filled[column.name].fillna("")
+        else:
+            filled[pd.isna(filled)] = ""
+        if not columns.same(transformer, probe, filled):
+            name = f'X["{column.name}"]' if rows.form == "frame" else "X"
+            raise PublishError(
+                f'"{column.name}": has both missing and empty text, which are the same on the wire and which the transforms tell '
+                f'apart; fit again with one of them, e.g. after {name} = {name}.fillna("")'
+            )
+
+
 def _replaces_none(transformer: Any) -> bool:
     return getattr(transformer, "missing_values", "") is None or any(map(_replaces_none, parts(transformer)))
 
@@ -262,5 +300,7 @@ def _accepts(missing: Missing, column: Column, rows: Rows, transformer: Any, dat
     return True
 
 
-def _feature_spec(name: str, features: Array, datatype: str | None) -> TensorSpec:
-    return TensorSpec(name, datatype or from_array(name, features[:0]).datatype, (BATCH, *features.shape[1:]))
+def _feature_spec(features: FeatureForm, given: Array) -> TensorSpec:
+    is_float = features.all_as_floats or given.dtype.kind == "f"
+    datatype = features.precision if is_float else from_array(features.name, given[:0]).datatype
+    return TensorSpec(features.name, datatype, (BATCH, *given.shape[1:]))

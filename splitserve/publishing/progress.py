@@ -113,9 +113,9 @@ class Progress:
             kind, error = _OutOfTime, late
             self._stack.close()
         if kind is not None and issubclass(kind, _OutOfTime):
-            raise PublishError(self._complaint()) from error
+            raise PublishError(self._late()) from error
 
-    def _complaint(self) -> str:
+    def _late(self) -> str:
         return (
             f"publishing took longer than {self._limit:g} s, at the step: {self._what}; give it more time (time_limit_s=, "
             "--time-limit), fewer rows, or a smaller model"
@@ -129,7 +129,7 @@ class Progress:
     def _end_process(self) -> None:
         with self._lock:
             if not self._is_over:
-                print(self._complaint(), file=sys.stderr, flush=True)
+                print(self._late(), file=sys.stderr, flush=True)
                 os._exit(1)
 
     def _show(self) -> None:

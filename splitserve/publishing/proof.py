@@ -46,7 +46,7 @@ def tolerances_of(outputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUND
     }
 
 
-def row_wise_complaint(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
+def row_wise_difference(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
     """Where an answer depends on the other rows of its call, or on chance; "" if it never does.
 
     Runs the rows all together twice, permuted, repeated, and in calls of `BATCH_SIZES`.
@@ -64,19 +64,19 @@ def row_wise_complaint(run: Run, inputs: Sequence[Tensor], bounds: Mapping[str, 
     together = run(tuple(inputs))
     for what, rows in _arrangements(n_rows):
         found = run(_taken(inputs, arrays, rows))
-        if complaint := _difference(together, found, rows, bounds, what, f"a call of {n_rows}"):
-            return complaint
+        if difference := _difference(together, found, rows, bounds, what, f"a call of {n_rows}"):
+            return difference
     return ""
 
 
-def threads_complaint(one: Run, several: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
+def threads_difference(one: Run, several: Run, inputs: Sequence[Tensor], bounds: Mapping[str, float] = BOUNDS) -> str:
     """Where an answer depends on the number of threads; "" if it never does.
 
     Args:
         one: what is examined, with one thread.
         several: the same with several.
         inputs: rows (n_rows, …) of each input.
-        bounds: as for `row_wise_complaint`.
+        bounds: as for `row_wise_difference`.
     """
     rows = np.arange(inputs[0].n_rows)
     return _difference(one(tuple(inputs)), several(tuple(inputs)), rows, bounds, "with several threads", "a call with one thread")

@@ -14,7 +14,7 @@ from splitserve.publishing.progress import Progress
 from splitserve.publishing.proof import stable_rows, tolerances_of
 from splitserve.repository import release_log
 from splitserve.repository.bundle import Bundle
-from splitserve.repository.golden import Golden, not_finite_complaint
+from splitserve.repository.golden import Golden, not_finite_reason
 from splitserve.repository.manifest import BOUNDS, GOLDEN_FILE, QUANTISED_BOUND, BundleError, GoldenRows, Manifest
 from splitserve.repository.release import SCHEMA_VERSION, Compared, Proof, Release, ReleaseManifest
 from splitserve.repository.releases import ReleaseReader
@@ -36,8 +36,8 @@ def proven_golden(whole: WholeRelease, rows: Sequence[Tensor]) -> Golden:
     """
     try:
         answers = whole.infer(rows)
-        if complaint := not_finite_complaint(answers):
-            raise PublishError(f"the whole cannot be proven: {complaint}")
+        if reason := not_finite_reason(answers):
+            raise PublishError(f"the whole cannot be proven: {reason}")
         golden = Golden(tuple(rows), answers)
         tolerances = tolerances_of(answers, bounds_of_pair(whole))
         features = whole.features(rows)

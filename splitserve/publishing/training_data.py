@@ -71,7 +71,10 @@ def as_rows(X: Any) -> Rowset:
     if hasattr(X, "columns") and hasattr(X, "iloc"):
         rows = X
     elif hasattr(X, "toarray"):
-        raise PublishError("X is a sparse matrix, which the protocol cannot carry; publish with X.toarray()")
+        raise PublishError(
+            "X is a sparse matrix, which the protocol cannot carry; publish with X.toarray(), for XGBoost with NaN in place of "
+            "zeros, since it takes the zeros of a sparse matrix for missing values"
+        )
     else:
         try:
             rows = np.asarray(X)

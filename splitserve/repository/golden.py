@@ -165,8 +165,8 @@ def check(golden: Golden, manifest: Manifest, run: Callable[[tuple[Tensor, ...]]
     refuse_large_tolerances(golden.outputs, manifest.tolerances, bounds_of(manifest))
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
         raise BundleError(f"{GOLDEN_FILE}: expected at least one sample, got none; publish the bundle again")
-    if complaint := not_finite_complaint(golden.outputs):
-        raise BundleError(f"{GOLDEN_FILE}: {complaint}; publish the bundle again")
+    if reason := not_finite_reason(golden.outputs):
+        raise BundleError(f"{GOLDEN_FILE}: {reason}; publish the bundle again")
     try:
         found = run(golden.inputs)
     except SplitserveError as error:
@@ -201,7 +201,7 @@ def refuse_large_tolerances(
             )
 
 
-def not_finite_complaint(outputs: Sequence[Tensor]) -> str:
+def not_finite_reason(outputs: Sequence[Tensor]) -> str:
     """Which output has no finite number in any row; "" if none."""
     for tensor in outputs:
         array = to_array(tensor)

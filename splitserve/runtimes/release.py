@@ -110,8 +110,8 @@ def golden_of(manifest: ReleaseManifest, data: bytes) -> Golden:
             raise BundleError(f'{GOLDEN_FILE}: "{spec.name}": expected {spec.datatype} as in the manifest, got {tensor.datatype}')
     if any(tensor.shape[:1] == (0,) for tensor in golden.inputs):
         raise BundleError(f"{GOLDEN_FILE}: expected at least one row, got none")
-    if complaint := goldens.not_finite_complaint(golden.outputs):
-        raise BundleError(f"{GOLDEN_FILE}: {complaint}")
+    if reason := goldens.not_finite_reason(golden.outputs):
+        raise BundleError(f"{GOLDEN_FILE}: {reason}")
     goldens.refuse_large_tolerances(golden.outputs, manifest.tolerances, _WIDEST_BOUNDS)
     return golden
 

@@ -14,10 +14,10 @@ import pytest
 from splitserve import PublishError
 from splitserve.arrays import from_array, to_array
 from splitserve.publishing import as_served
-from splitserve.publishing.convert import to_onnx
-from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
-from splitserve.publishing.predictor_half import predictor_half
-from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.convert import Names, to_onnx
+from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, PublishOptions
+from splitserve.publishing.predictor_half import ModelSamples, predictor_half
+from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
 from splitserve.runtimes.rows import to_tensors
 from tests.publishing import pipelines
 
@@ -89,16 +89,8 @@ def test_what_exists_in_the_publishers_process_only_is_refused(tmp_path: Path, c
 
 def a_half() -> PreprocessorHalf:
     pipeline, rows = pipelines.CASES["logistic regression"].fitted()
-    return preprocessor_half(
-        pipeline[:-1],
-        rows,
-        name="m",
-        input_name="x",
-        output_name="y",
-        precision="FP32",
-        all_as_floats=True,
-        trusted_modules=(),
-    )
+    features = FeatureForm(name="y", precision="FP32", all_as_floats=True)
+    return preprocessor_half(pipeline[:-1], rows, features, PublishOptions(name="m", input_name="x"))
 
 
 def test_the_fresh_process_is_kept_and_starts_again() -> None:
@@ -131,7 +123,7 @@ def test_another_answer_than_the_publishers_is_refused() -> None:
     half = a_half()
     sample = to_array(half.golden.outputs[0])
     model = to_onnx(pipeline[-1], 5, input_name="y", precision="FP32").SerializeToString()
-    predictor = predictor_half(model, {"y": sample}, name="m", labels=["0", "1"])
+    predictor = predictor_half(model, ModelSamples({"y": sample}), PublishOptions(name="m"), names=Names(labels=("0", "1")))
 
     class Changed:
         inputs, outputs = predictor.runtime.inputs, predictor.runtime.outputs

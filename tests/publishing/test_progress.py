@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -18,12 +19,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from splitserve import PublishError, publish, publish_predictor
+from splitserve.arrays import from_array
+from splitserve.publishing import as_served, progress, publish_onnx
 from splitserve.publishing import halves as halves_module
-from splitserve.publishing import progress, publish_onnx
-from splitserve.publishing.predictor_half import predictor_half
+from splitserve.publishing.halves import PublishOptions
+from splitserve.publishing.predictor_half import ModelSamples, predictor_half
 from splitserve.publishing.preprocessor_half import passing_half
 from splitserve.publishing.progress import WRITING, Progress
 from splitserve.repository.folder import Repository
+from splitserve.repository.golden import Golden, encode
 from splitserve.repository.manifest import Manifest
 from tests.publishing import pipelines
 from tests.system.models import softmax_model
@@ -128,7 +132,7 @@ def test_writing_is_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def half_written(self: Repository, manifest: Manifest, files: Mapping[str, bytes]) -> Any:
         return write(self, manifest, files) if manifest.kind == "preprocess" else loop_for_ever()
 
-    predictor = predictor_half(softmax_model(3), SAMPLES, name="m", labels=())
+    predictor = predictor_half(softmax_model(3), ModelSamples(SAMPLES), PublishOptions(name="m"))
     halves = passing_half(predictor, SAMPLES), predictor
     monkeypatch.setattr(Repository, "write", half_written)
 
@@ -185,35 +189,50 @@ def endless_model() -> bytes:
     return model
 
 
-def test_the_process_ends_although_native_code_keeps_the_interpreter_lock() -> None:
-    """No thread of Python can run then; the stack on stderr shows where it is."""
+@pytest.mark.parametrize(
+    ("library", "messages"),
+    [
+        ("CDLL", ["publishing took longer than 0.1 s, at the step: native code"]),
+        ("PyDLL", ["Timeout", "line 4 in <module>"]),  # no thread of Python can run then; the stack shows where it is
+    ],
+    ids=["without the interpreter lock", "with the interpreter lock"],
+)
+def test_a_command_ends_although_native_code_does_not_return(library: str, messages: list[str]) -> None:
     command = (
         "import ctypes; from splitserve.publishing import progress; progress.ENDS_PROCESS_AFTER_S = 0.1\n"
-        "with progress.ending_process(), progress.Progress('m', 0.1): ctypes.PyDLL(None).pause()"
+        "with progress.ending_process(), progress.Progress('m', 0.1) as steps:\n"
+        "    steps.step('native code')\n"
+        f"    ctypes.{library}(None).pause()"
     )
 
     ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300)
 
     assert ended.returncode == 1
-    assert "Timeout" in ended.stderr
-    assert "line 2 in <module>" in ended.stderr
+    assert all(message in ended.stderr for message in messages)
 
 
-def test_the_command_ends_although_native_code_does_not_return(tmp_path: Path) -> None:
-    (tmp_path / "endless.onnx").write_bytes(endless_model())
-    np.save(tmp_path / "rows.npy", np.zeros((3, 1), np.float32))
-    command = (
-        "from splitserve.cli import app; from splitserve.publishing import progress; progress.ENDS_PROCESS_AFTER_S = 0.1; app()"
-    )
-    options = ["--onnx", "endless.onnx", "--data", "rows.npy", "--repository", "models", "--time-limit", "0.3"]
+@pytest.mark.parametrize("publish_model", [publish_predictor, publish_onnx])
+def test_a_model_that_never_returns_is_refused(publish_model: Callable[..., Any], tmp_path: Path) -> None:
+    """It runs in a process of its own, which is ended: otherwise its end would be waited for here for ever."""
+    as_served.start()
 
-    ended = subprocess.run(
-        [sys.executable, "-c", command, "publish", "m", *options], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    with pytest.raises(PublishError, match="took longer than 0.5 s, at the step: the model on the sample inputs"):
+        publish_model(endless_model(), SAMPLES[:, :1], name="m", repository=tmp_path, time_limit_s=0.5)
 
-    assert ended.returncode == 1
-    assert "publishing took longer than 0.3 s, at the step: the model on the sample inputs" in ended.stderr
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_model_that_never_returns_ends_with_its_publisher(tmp_path: Path) -> None:
+    """However that ends: with it the other end of the pipe from which requests come is closed."""
+    (tmp_path / "model.onnx").write_bytes(endless_model())
+    (tmp_path / "samples.npz").write_bytes(encode(Golden((from_array("features", SAMPLES[:, :1]),), ())))
+    command = "from splitserve.publishing import as_served; as_served.serve()"
+    request = json.dumps({"folder": str(tmp_path), "path": sys.path})
+
+    served = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    answers, _ = served.communicate(request + "\n")  # which closes the pipe, then waits for all that could still answer
+
+    assert json.loads(answers) == {"reason": "loading it ends the process"}
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan")])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from splitserve.arrays import from_array, to_array
-from splitserve.publishing.proof import row_wise_complaint, stable_rows, threads_complaint, tolerances_of
+from splitserve.publishing.proof import row_wise_difference, stable_rows, threads_difference, tolerances_of
 from splitserve.repository.golden import scale_of
 from splitserve.repository.manifest import Tolerance
 
@@ -76,17 +76,17 @@ def with_a_label_by_place(x):
     ],
 )
 def test_an_answer_that_depends_on_other_rows_or_on_chance_is_found(function):
-    assert 'output "y" of row' in row_wise_complaint(runs(function), ROWS)
+    assert 'output "y" of row' in row_wise_difference(runs(function), ROWS)
 
 
 def test_an_answer_of_another_number_of_rows_is_found():
-    assert "has shape [1] for 100 rows" in row_wise_complaint(runs(lambda x: x.sum(axis=1)[:1]), ROWS)
+    assert "has shape [1] for 100 rows" in row_wise_difference(runs(lambda x: x.sum(axis=1)[:1]), ROWS)
 
 
 @pytest.mark.parametrize("function", [linear, lambda x: x > 0, lambda x: np.where(x > 0, np.nan, x), lambda x: np.tanh(x) * 1e9])
 def test_an_answer_of_its_row_alone_passes(function):
     """NaN agrees with NaN, and rounding is measured by the scale of the output."""
-    assert row_wise_complaint(runs(function), ROWS) == ""
+    assert row_wise_difference(runs(function), ROWS) == ""
 
 
 def test_rounding_passes_and_more_does_not():
@@ -94,8 +94,8 @@ def test_rounding_passes_and_more_does_not():
         return runs(lambda x: linear(x) + (np.float32(by) if len(x) == 1 else 0))
 
     scale = scale_of(linear(to_array(ROWS[0])))
-    assert row_wise_complaint(shifted(0.5e-5 * scale), ROWS) == ""
-    assert row_wise_complaint(shifted(5e-5 * scale), ROWS) != ""
+    assert row_wise_difference(shifted(0.5e-5 * scale), ROWS) == ""
+    assert row_wise_difference(shifted(5e-5 * scale), ROWS) != ""
 
 
 def scored(gap):
@@ -111,11 +111,11 @@ def scored(gap):
 
 
 def test_a_label_may_differ_where_rounding_decides_it():
-    assert row_wise_complaint(scored(1e-6), ROWS) == ""
+    assert row_wise_difference(scored(1e-6), ROWS) == ""
 
 
 def test_a_label_of_equal_scores_is_the_same_alone_and_merged():
-    assert 'output "label"' in row_wise_complaint(scored(0.0), ROWS)
+    assert 'output "label"' in row_wise_difference(scored(0.0), ROWS)
 
 
 def test_a_label_that_depends_on_threads_is_found():
@@ -123,8 +123,8 @@ def test_a_label_that_depends_on_threads_is_found():
         scores, label = scored(0.0)(inputs)
         return [scores, from_array("label", 1 - to_array(label))]
 
-    assert 'output "label" of row 0 with several threads' in threads_complaint(scored(0.0), several, ROWS)
-    assert threads_complaint(scored(0.0), scored(0.0), ROWS) == ""
+    assert 'output "label" of row 0 with several threads' in threads_difference(scored(0.0), several, ROWS)
+    assert threads_difference(scored(0.0), scored(0.0), ROWS) == ""
 
 
 def test_a_label_may_not_differ_where_scores_are_clear():
@@ -133,7 +133,7 @@ def test_a_label_may_not_differ_where_scores_are_clear():
         scores = np.tile(np.array([[0.2, 0.8]], dtype=np.float32), (len(x), 1))
         return [from_array("scores", scores), from_array("label", np.full(len(x), len(x) == 1, dtype=np.int64))]
 
-    assert 'output "label"' in row_wise_complaint(run, ROWS)
+    assert 'output "label"' in row_wise_difference(run, ROWS)
 
 
 def test_tolerances_are_the_bound_of_the_datatype_times_the_scale():

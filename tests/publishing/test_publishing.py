@@ -31,7 +31,8 @@ from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing import from_pipeline
 from splitserve.publishing.agreement import compare
-from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.halves import PublishOptions
+from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
 from splitserve.publishing.samples import N_GOLDEN, N_GOLDEN_MAX, golden_rows
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
@@ -388,16 +389,8 @@ def test_numbers_are_categories_if_the_transforms_have_learnt_them(make: Any) ->
     rows = make({"floor": [1] * 321 + [2] + [1] * 178, "size": range(500)})
     encoder = make_column_transformer((OneHotEncoder(), [0]), (StandardScaler(), [1])).fit(rows)
 
-    half = preprocessor_half(
-        encoder,
-        rows,
-        name="m",
-        input_name="x",
-        output_name="y",
-        precision="FP32",
-        all_as_floats=True,
-        trusted_modules=(),
-    )
+    features = FeatureForm(name="y", precision="FP32", all_as_floats=True)
+    half = preprocessor_half(encoder, rows, features, PublishOptions(name="m", input_name="x"))
 
     floors = np.concatenate([to_array(tensor).reshape(tensor.shape[0], -1)[:, :1] for tensor in half.golden.inputs[:1]])
     assert set(floors.ravel().tolist()) == {1, 2}
@@ -476,6 +469,26 @@ def test_rows_that_the_estimator_would_refuse_are_refused_by_the_preprocessor(tm
     found = answer(tmp_path, "lenient", rows)
 
     np.testing.assert_allclose(found["probabilities"], trees.predict_proba(rows), atol=1e-5)
+
+
+def with_both(kind: str) -> Any:
+    """A column with missing and empty text."""
+    frame = pd.DataFrame({"city": pd.Series(["Oslo", "", None, "Lima"] * 10, dtype="object" if kind == "array" else kind)})
+    return frame.to_numpy() if kind == "array" else frame
+
+
+@pytest.mark.parametrize("kind", ["object", "category", "array"])
+def test_missing_and_empty_text_that_the_transforms_tell_apart_are_refused(tmp_path: Path, kind: str) -> None:
+    """They are one on the wire. What the transforms take for the same is published."""
+    rows, target = with_both(kind), [0, 0, 1, 1] * 10
+    told_apart = make_pipeline(OneHotEncoder(), LogisticRegression()).fit(rows, target)
+
+    with pytest.raises(PublishError, match="has both missing and empty text, .*fit again with one of them, e.g. after X"):
+        publish(told_apart, rows, name="m", repository=tmp_path)
+
+    if kind == "object":
+        one = make_pipeline(SimpleImputer(strategy="constant", fill_value="", missing_values=None), OneHotEncoder())
+        publish(make_pipeline(one, LogisticRegression()).fit(rows, target), rows, name="m", repository=tmp_path)
 
 
 def test_an_empty_string_is_a_missing_value_if_the_transforms_accept_one(tmp_path: Path) -> None:

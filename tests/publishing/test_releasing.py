@@ -15,9 +15,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve.publishing import PublishError, publish, publish_onnx, publish_preprocessor
-from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf
-from splitserve.publishing.predictor_half import predictor_half
-from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.convert import Names
+from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, PublishOptions
+from splitserve.publishing.predictor_half import ModelSamples, predictor_half
+from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
 from splitserve.publishing.releasing import labels_of, withdraw_record, write_released
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
@@ -142,16 +143,14 @@ def test_a_withdrawn_release_does_not_serve_any_more(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def halves() -> tuple[PreprocessorHalf, PredictorHalf]:
-    first = preprocessor_half(
-        FITTED[:-1], IRIS, name="iris", input_name="features", output_name="features", precision="FP32", all_as_floats=True,
-        trusted_modules=(),
-    )  # fmt: skip
+    options = PublishOptions(name="iris")
+    first = preprocessor_half(FITTED[:-1], IRIS, FeatureForm(precision="FP32", all_as_floats=True), options)
     from splitserve.arrays import to_array
     from splitserve.publishing.convert import to_onnx
 
     features = {tensor.name: to_array(tensor) for tensor in first.golden.outputs}
     model = to_onnx(FITTED[-1], 4, input_name="features", precision="FP32")
-    return first, predictor_half(model.SerializeToString(), features, name="iris", labels=[0, 1, 2])
+    return first, predictor_half(model.SerializeToString(), ModelSamples(features), options, names=Names(labels=("0", "1", "2")))
 
 
 def write_both(root: Path, halves: tuple[PreprocessorHalf, PredictorHalf]) -> Release:

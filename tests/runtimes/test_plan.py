@@ -30,8 +30,8 @@ from sklearn.preprocessing import (
 from splitserve.arrays import to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing import preprocessor_half as half_module
-from splitserve.publishing.halves import PreprocessorHalf
-from splitserve.publishing.preprocessor_half import preprocessor_half
+from splitserve.publishing.halves import PreprocessorHalf, PublishOptions
+from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
 from splitserve.repository.golden import Golden
 from splitserve.repository.manifest import Compiled
 from splitserve.runtimes.plan import plan_of
@@ -146,16 +146,9 @@ def published(transformer: Any, rows: Any) -> PreprocessorHalf:
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
         patch.setattr(half_module, "compile_transforms", lambda *_: (b"", Compiled(reason="a plan is what is wanted")))
-        return preprocessor_half(
-            transformer.fit(rows),
-            rows,
-            name="model",
-            input_name="x",
-            output_name="features",
-            precision="FP64",
-            all_as_floats=False,
-            trusted_modules=[__name__],
-        )
+        features = FeatureForm(precision="FP64", all_as_floats=False)
+        options = PublishOptions(name="model", input_name="x", trusted_modules=[__name__])
+        return preprocessor_half(transformer.fit(rows), rows, features, options)
 
 
 def planned(half: PreprocessorHalf) -> Preprocessor:

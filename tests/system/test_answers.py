@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from splitserve import Client
+from splitserve import Client, publish
 from tests.demo_models import Demo, Demos
 from tests.system.processes import System
 
@@ -171,3 +177,29 @@ def test_the_answer_names_the_pair_that_gave_it(system: System) -> None:
     assert (chosen["model_name"], chosen["model_version"]) == ("digits", "1.1")
     assert "id" not in chosen
     assert (named["model_version"], named["id"]) == ("1.1", "seven")
+
+
+@pytest.fixture(scope="module")
+def with_unused_columns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[System, Demo]]:
+    """A model whose transforms select one of three columns, served split."""
+    rows = pd.DataFrame({"id": range(N_ROWS), "age": np.arange(N_ROWS) % 7 / 2, "note": ["a", "b"] * (N_ROWS // 2)})
+    pipeline = make_pipeline(make_column_transformer((StandardScaler(), ["age"])), LogisticRegression())
+    demo = Demo(pipeline.fit(rows, rows["age"] > 1), rows)
+    repository = tmp_path_factory.mktemp("unused")
+    publish(*demo, name="ages", repository=repository)
+    running = System(repository).wait_until_settled()
+    yield running, demo
+    running.stop()
+
+
+@pytest.mark.parametrize("columns", [["age"], ["id", "age", "note"]], ids=["only what is used", "all columns"])
+@pytest.mark.parametrize("way", WAYS)
+def test_columns_that_no_transform_selects_may_be_sent(
+    with_unused_columns: tuple[System, Demo], way: str, columns: list[str]
+) -> None:
+    """Or not, by clients that know nothing of it, too: the answer is the same."""
+    system, demo = with_unused_columns
+
+    answer = WAYS[way](system, "ages", inputs_of(demo.rows[columns], ""))
+
+    check(answer, demo, demo.rows)

@@ -42,7 +42,7 @@ class Boosted(Form):
         super().__init__(estimator, x)
         found = str(sys.modules[self.library].__version__)
         lowest, beyond = self.versions
-        if not _parsed(lowest) <= _parsed(found) < _parsed(beyond):
+        if not parsed(lowest) <= parsed(found) < parsed(beyond):
             raise NotConvertible(
                 f"{type(estimator).__name__} of {self.library} {found}: publishing is tested with {lowest} up to, not including, "
                 f"{beyond}; install such a version and load or fit the model with it"
@@ -58,7 +58,7 @@ class Boosted(Form):
         return NotConvertible(f"{name} was fitted on one class, which has no ONNX form; fit it on rows of at least two classes")
 
 
-def _parsed(version: str) -> tuple[int, ...]:
+def parsed(version: str) -> tuple[int, ...]:
     numbers = []
     for part in version.split(".")[:3]:
         if not part.isdigit():

@@ -56,21 +56,24 @@ def check_columns(estimator: Any, *, takes_categories: bool = False) -> None:
 
     Args:
         estimator: fitted.
-        takes_categories: whether categories are compared as `on_codes` makes it possible.
+        takes_categories: whether categories are left to `on_codes`.
 
     Raises:
         NotConvertible: there are some.
     """
-    for kind in ("cat", "text", "embedding"):
-        numbers = getattr(estimator, f"get_{kind}_feature_indices")()
-        if not numbers or (kind == "cat" and takes_categories and not written(estimator).get("ctr_data")):
-            continue
-        found = ", ".join(str(estimator.feature_names_[number]) for number in numbers)
-        other = " or with one_hot_max_size of at least their number of categories, as the last step" if kind == "cat" else ""
-        raise NotConvertible(
-            f"{type(estimator).__name__} with {kind}_features ({found}) has no ONNX form; encode these columns in a "
-            f"ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them{other and ',' + other}"
-        )
+    for kind in ("text", "embedding") if takes_categories else ("cat", "text", "embedding"):
+        if getattr(estimator, f"get_{kind}_feature_indices")():
+            raise _encoded_inside(estimator, kind)
+
+
+def _encoded_inside(estimator: Any, kind: str) -> NotConvertible:
+    numbers = getattr(estimator, f"get_{kind}_feature_indices")()
+    found = ", ".join(str(estimator.feature_names_[number]) for number in numbers)
+    other = ", or with one_hot_max_size of at least their number of categories, as the last step" if kind == "cat" else ""
+    return NotConvertible(
+        f"{type(estimator).__name__} with {kind}_features ({found}) has no ONNX form; encode these columns in a "
+        f"ColumnTransformer step (OneHotEncoder or TargetEncoder) and fit without naming them{other}"
+    )
 
 
 def written(estimator: Any) -> dict[str, Any]:
@@ -89,13 +92,15 @@ def on_codes(estimator: Any, known: Mapping[int, list[Any]]) -> Any:
     comparison each.
 
     Args:
-        estimator: fitted; without category statistics (``ctr_data``).
+        estimator: fitted.
         known: by column, its categories in the order of their codes.
 
     Raises:
-        NotConvertible: the trees compare with a category that is not known.
+        NotConvertible: it has category statistics (``ctr_data``), or the trees compare with a category that is not known.
     """
     model = written(estimator)
+    if model.get("ctr_data"):
+        raise _encoded_inside(estimator, "cat")
     infos = model["features_info"]
     n_before = sum(len(each["borders"]) for each in infos["float_features"])
     compared = [
@@ -176,7 +181,9 @@ class _CatBoost(Boosted):
 
     @cached_property
     def model(self) -> Mapping[str, Any]:
-        check_columns(self.estimator, takes_categories=hasattr(self.estimator, "category_codes_"))
+        check_columns(
+            self.estimator, takes_categories=hasattr(self.estimator, "category_codes_")
+        )  # those were left to `on_codes`
         return written(self.estimator)
 
     @cached_property

@@ -112,8 +112,10 @@ class _XGBoost(Boosted):
 
     @cached_property
     def present(self) -> Value:
-        """The rows in float32, NaN where the estimator takes a value as missing."""
+        """The rows in float32, NaN where the estimator takes a value as missing: of a sparse matrix, zeros."""
         x, missing = self.x.astype(np.float32), self.estimator.missing
+        if self.x.is_sparse:
+            x = self.graph.where(x.equals(0.0), np.nan, x)
         return x if missing is None or math.isnan(missing) else self.graph.where(x.equals(float(missing)), np.nan, x)
 
     @cached_property

@@ -26,7 +26,7 @@ class NaiveBayes(Form):
 
 
 @converts("sklearn.GaussianNB")
-class Gaussian(NaiveBayes):
+class GaussianNB(NaiveBayes):
     @cached_property
     def likelihood(self) -> Value:
         model, columns = self.estimator, []
@@ -38,14 +38,14 @@ class Gaussian(NaiveBayes):
 
 
 @converts("sklearn.MultinomialNB")
-class Multinomial(NaiveBayes):
+class MultinomialNB(NaiveBayes):
     @cached_property
     def likelihood(self) -> Value:
         return self.wide @ self.estimator.feature_log_prob_.T + self.estimator.class_log_prior_.reshape(1, -1)
 
 
 @converts("sklearn.ComplementNB")
-class Complement(NaiveBayes):
+class ComplementNB(NaiveBayes):
     @cached_property
     def likelihood(self) -> Value:
         model = self.estimator
@@ -54,7 +54,7 @@ class Complement(NaiveBayes):
 
 
 @converts("sklearn.BernoulliNB")
-class Bernoulli(NaiveBayes):
+class BernoulliNB(NaiveBayes):
     @cached_property
     def likelihood(self) -> Value:
         model = self.estimator
@@ -64,7 +64,7 @@ class Bernoulli(NaiveBayes):
 
 
 @converts("sklearn.CategoricalNB")
-class Categorical(NaiveBayes):
+class CategoricalNB(NaiveBayes):
     @cached_property
     def likelihood(self) -> Value:
         total, indices = None, self.x.astype(np.int64)

@@ -95,14 +95,14 @@ converts(
 
 
 @converts("sklearn.RFE", "sklearn.RFECV")
-class Eliminating(Inner):
+class FeatureElimination(Inner):
     @cached_property
     def inner(self) -> Form:
         return form_of(self.estimator.estimator_, self.x.take(np.flatnonzero(self.estimator.support_)))
 
 
 @converts("sklearn.FixedThresholdClassifier", "sklearn.TunedThresholdClassifierCV")
-class Threshold(Inner):
+class ThresholdClassifier(Inner):
     @cached_property
     def class_index(self) -> Value:
         model, inner = self.estimator, self.inner
@@ -129,7 +129,7 @@ class Threshold(Inner):
 
 
 @converts("sklearn.VotingClassifier")
-class Voting(Form):
+class VotingClassifier(Form):
     @cached_property
     def members(self) -> list[Form]:
         return [form_of(each, self.x) for each in self.estimator.estimators_]
@@ -156,7 +156,7 @@ class Voting(Form):
 
 
 @converts("sklearn.VotingRegressor")
-class VotingRegressor(Voting, Regressor):
+class VotingRegressor(VotingClassifier, Regressor):
     @cached_property
     def predict(self) -> Value:
         parts = [member.predict * float(weight) for member, weight in zip(self.members, self.weights, strict=True)]
@@ -194,7 +194,7 @@ class _Stacking(Form):
 
 
 @converts("sklearn.StackingClassifier")
-class Stacking(_Stacking):
+class StackingClassifier(_Stacking):
     @cached_property
     def predict_proba(self) -> Value:
         return self.final.predict_proba
@@ -230,7 +230,7 @@ class _Bagging(Form):
 
 
 @converts("sklearn.BaggingClassifier")
-class Bagging(_Bagging):
+class BaggingClassifier(_Bagging):
     @cached_property
     def predict_proba(self) -> Value:
         n_classes, parts = int(self.estimator.n_classes_), []
@@ -258,7 +258,7 @@ class BaggingRegressor(_Bagging, Regressor):
 
 
 @converts("sklearn.AdaBoostClassifier")
-class AdaBoost(Form):
+class AdaBoostClassifier(Form):
     @cached_property
     def decision_function(self) -> Value:
         model = self.estimator
@@ -303,7 +303,7 @@ class AdaBoostRegressor(Regressor):
 
 
 @converts("sklearn.CalibratedClassifierCV")
-class Calibrated(Form):
+class CalibratedClassifier(Form):
     @cached_property
     def predict_proba(self) -> Value:
         members = self.estimator.calibrated_classifiers_
@@ -399,7 +399,7 @@ class OneVsRest(Form):
 
 
 @converts("sklearn._ConstantPredictor")
-class Constant(Form):
+class ConstantPredictor(Form):
     @cached_property
     def decision_function(self) -> Value:
         return constant_rows(self.x, np.ravel(self.estimator.y_)[:1])
@@ -450,7 +450,7 @@ class OutputCode(Form):
 
 
 @converts("sklearn.MultiOutputClassifier")
-class MultiOutput(Form):
+class MultiOutputClassifier(Form):
     @cached_property
     def targets(self) -> Sequence[Form]:
         return [form_of(each, self.x) for each in self.estimator.estimators_]
@@ -499,7 +499,7 @@ class RegressorChain(_Chain, Regressor):
 
 
 @converts("sklearn.TransformedTargetRegressor")
-class TransformedTarget(Regressor):
+class TransformedTargetRegressor(Regressor):
     @cached_property
     def predict(self) -> Value:
         model = self.estimator

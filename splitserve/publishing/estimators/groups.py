@@ -15,7 +15,7 @@ from splitserve.publishing.graph import Value, concat
 
 
 @converts("sklearn.MeanShift", "sklearn.AffinityPropagation")
-class Centres(Form):
+class ClusterCentres(Form):
     @cached_property
     def predict(self) -> Value:
         return nearest_centre(self.x, self.estimator.cluster_centers_)
@@ -26,14 +26,14 @@ class Centres(Form):
 
 
 @converts("sklearn.KMeans", "sklearn.MiniBatchKMeans")
-class Means(Centres):
+class KMeans(ClusterCentres):
     @cached_property
     def predict(self) -> Value:
         return nearest_mean(self.x, self.estimator.cluster_centers_)
 
 
 @converts("sklearn.BisectingKMeans")
-class Bisecting(Centres):
+class BisectingKMeans(ClusterCentres):
     @cached_property
     def predict(self) -> Value:
         return self._below(self.estimator._bisecting_tree).astype(np.int64)
@@ -48,7 +48,7 @@ class Bisecting(Centres):
 
 
 @converts("sklearn.Birch")
-class Subclusters(Form):
+class Birch(Form):
     @cached_property
     def predict(self) -> Value:
         model = self.estimator
@@ -61,7 +61,7 @@ class Subclusters(Form):
 
 
 @converts("sklearn.GaussianMixture")
-class Mixture(Form):
+class GaussianMixture(Form):
     @cached_property
     def log_probabilities(self) -> Value:
         """(n_rows, n_components), weighted."""
@@ -92,7 +92,7 @@ class Mixture(Form):
 
 
 @converts("sklearn.BayesianGaussianMixture")
-class BayesianMixture(Mixture):
+class BayesianGaussianMixture(GaussianMixture):
     def log_weights(self) -> Any:
         model = self.estimator
         n_features = model.means_.shape[1]

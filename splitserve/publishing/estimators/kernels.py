@@ -172,7 +172,7 @@ class SupportVectorRegressor(SupportVectors, Regressor):
 
 
 @converts("sklearn.OneClassSVM")
-class OneClass(SupportVectors):
+class OneClassSVM(SupportVectors):
     @cached_property
     def decision_function(self) -> Value:
         return self.weighted()
@@ -245,7 +245,7 @@ def _matern(squares: Value, nu: float) -> Value:
 
 
 @converts("sklearn.GaussianProcessRegressor")
-class ProcessRegressor(Regressor):
+class GaussianProcessRegressor(Regressor):
     @cached_property
     def predict(self) -> Value:
         model = self.estimator
@@ -256,14 +256,14 @@ class ProcessRegressor(Regressor):
 
 
 @converts("sklearn.GaussianProcessClassifier")
-class ProcessClassifier(Forwarding):
+class GaussianProcessClassifier(Forwarding):
     @cached_property
     def inner(self) -> Form:
         return form_of(self.estimator.base_estimator_, self.x)
 
 
 @converts("sklearn._BinaryGaussianProcessClassifierLaplace")
-class BinaryProcess(Form):
+class BinaryGaussianProcess(Form):
     @cached_property
     def covariance(self) -> Value:
         return covariance(self.x, np.asarray(self.estimator.X_train_, np.float64), self.estimator.kernel_)

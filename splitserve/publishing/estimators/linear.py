@@ -122,7 +122,7 @@ class RidgeClassifier(LinearClassifier):
 
 
 @converts("sklearn.LogisticRegression", "sklearn.LogisticRegressionCV")
-class Logistic(LinearClassifier):
+class LogisticRegression(LinearClassifier):
     @cached_property
     def predict_proba(self) -> Value:
         model = self.estimator
@@ -137,7 +137,7 @@ class Logistic(LinearClassifier):
 
 
 @converts("sklearn.SGDClassifier")
-class StochasticGradient(LinearClassifier):
+class SGDClassifier(LinearClassifier):
     @cached_property
     def predict_proba(self) -> Value:
         if self.estimator.loss == "log_loss":
@@ -149,7 +149,7 @@ class StochasticGradient(LinearClassifier):
 
 
 @converts("sklearn.LinearDiscriminantAnalysis")
-class LinearDiscriminant(LinearClassifier):
+class LinearDiscriminantAnalysis(LinearClassifier):
     @cached_property
     def predict_proba(self) -> Value:
         return two_columns(self.decision_function.sigmoid()) if self.is_binary else self.decision_function.softmax()

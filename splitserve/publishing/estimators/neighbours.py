@@ -111,7 +111,7 @@ def _one_hot(codes: Array, n_classes: int) -> Array:
 
 
 @converts("sklearn.KNeighborsClassifier")
-class NearestClassifier(Neighbours):
+class KNeighborsClassifier(Neighbours):
     @cached_property
     def targets(self) -> Sequence[Form]:
         if not self.estimator.outputs_2d_:
@@ -135,7 +135,7 @@ class NearestClassifier(Neighbours):
 
 
 @converts("sklearn.KNeighborsRegressor")
-class NearestRegressor(Neighbours, Regressor):
+class KNeighborsRegressor(Neighbours, Regressor):
     @cached_property
     def predict(self) -> Value:
         found, indices = self.nearest
@@ -149,7 +149,7 @@ class NearestRegressor(Neighbours, Regressor):
 
 
 @converts("sklearn.RadiusNeighborsRegressor")
-class RadiusRegressor(Neighbours, Regressor):
+class RadiusNeighborsRegressor(Neighbours, Regressor):
     """NaN, as in scikit-learn, for a row without neighbours."""
 
     @cached_property
@@ -161,7 +161,7 @@ class RadiusRegressor(Neighbours, Regressor):
 
 
 @converts("sklearn.RadiusNeighborsClassifier")
-class RadiusClassifier(Neighbours):
+class RadiusNeighborsClassifier(Neighbours):
     @cached_property
     def targets(self) -> Sequence[Form]:
         raise NotConvertible("RadiusNeighborsClassifier with several targets has no ONNX form; use KNeighborsClassifier")
@@ -210,7 +210,7 @@ def _weights_within(model: Any, found: Value, is_near: Value) -> Value:
 
 
 @converts("sklearn.NearestCentroid")
-class Centroid(Form):
+class NearestCentroid(Form):
     @cached_property
     def decision_function(self) -> Value:
         model = self.estimator
@@ -233,7 +233,7 @@ class Centroid(Form):
 
 
 @converts("sklearn.LabelPropagation", "sklearn.LabelSpreading")
-class Propagated(Form):
+class LabelPropagation(Form):
     @cached_property
     def predict_proba(self) -> Value:
         model = self.estimator
@@ -249,7 +249,7 @@ class Propagated(Form):
 
 
 @converts("sklearn.LocalOutlierFactor")
-class LocalOutlier(Neighbours, Scored):
+class LocalOutlierFactor(Neighbours, Scored):
     @cached_property
     def score_samples(self) -> Value:
         model = self.estimator

@@ -52,7 +52,7 @@ class DummyRegressor(Regressor):
 
 
 @converts("sklearn.QuadraticDiscriminantAnalysis")
-class QuadraticDiscriminant(Form):
+class QuadraticDiscriminantAnalysis(Form):
     @cached_property
     def decisions(self) -> Value:
         """(n_rows, n_classes)."""
@@ -95,7 +95,7 @@ def interpolated(x: Value, places: Array, values: Array) -> Value:
 
 
 @converts("sklearn.IsotonicRegression")
-class Isotonic(Regressor):
+class IsotonicRegression(Regressor):
     @cached_property
     def predict(self) -> Value:
         model = self.estimator
@@ -111,7 +111,7 @@ class Isotonic(Regressor):
 
 
 @converts("sklearn.IsolationForest")
-class IsolatingForest(Scored):
+class IsolationForest(Scored):
     @cached_property
     def score_samples(self) -> Value:
         model = self.estimator
@@ -126,7 +126,7 @@ class IsolatingForest(Scored):
 
 
 @converts("sklearn.EllipticEnvelope")
-class Elliptic(Form):
+class EllipticEnvelope(Form):
     @cached_property
     def decision_function(self) -> Value:
         model = self.estimator
@@ -139,7 +139,7 @@ class Elliptic(Form):
 
 
 @converts("sklearn.SGDOneClassSVM")
-class LinearOneClass(Form):
+class SGDOneClassSVM(Form):
     @cached_property
     def decision_function(self) -> Value:
         return self.wide @ np.atleast_2d(self.estimator.coef_).T - np.ravel(self.estimator.offset_).reshape(1, -1)

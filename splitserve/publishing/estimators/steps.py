@@ -115,7 +115,7 @@ def _row(values: Any) -> Array:
 
 
 @converts("sklearn.Pipeline")
-class Steps(Forwarding):
+class Pipeline(Forwarding):
     @cached_property
     def inner(self) -> Form:
         x = self.x
@@ -131,7 +131,7 @@ class Steps(Forwarding):
 
 
 @converts("sklearn.ColumnTransformer")
-class Columns(Form):
+class ColumnTransformer(Form):
     @cached_property
     def transform(self) -> Value:
         parts = []
@@ -154,7 +154,7 @@ class Columns(Form):
 
 
 @converts("sklearn.FeatureUnion")
-class Union(Form):
+class FeatureUnion(Form):
     @cached_property
     def transform(self) -> Value:
         parts = []
@@ -171,6 +171,9 @@ class Union(Form):
 class Scaler(Form):
     @cached_property
     def transform(self) -> Value:
+        return self._scaled().as_sparse(self.x.is_sparse)  # those that take a sparse matrix give one
+
+    def _scaled(self) -> Value:
         model, name, x = self.estimator, type(self.estimator).__name__, self.wide
         if name == "MinMaxScaler":
             x = x * _row(model.scale_) + _row(model.min_)
@@ -185,7 +188,7 @@ class Scaler(Form):
 
 
 @converts("sklearn.PCA", "sklearn.IncrementalPCA")
-class Components(Form):
+class PCA(Form):
     @cached_property
     def transform(self) -> Value:
         model = self.estimator
@@ -194,7 +197,7 @@ class Components(Form):
 
 
 @converts("sklearn.TruncatedSVD")
-class SingularValues(Form):
+class TruncatedSVD(Form):
     @cached_property
     def transform(self) -> Value:
         found: Value = self.wide @ self.estimator.components_.T
@@ -205,14 +208,14 @@ class SingularValues(Form):
     *(f"sklearn.Select{name}" for name in ("Fdr", "Fpr", "FromModel", "Fwe", "KBest", "Percentile")),
     *(f"sklearn.{name}" for name in ("GenericUnivariateSelect", "VarianceThreshold", "SequentialFeatureSelector")),
 )
-class Selected(Form):
+class FeatureSelection(Form):
     @cached_property
     def transform(self) -> Value:
         return self.x.take(self.estimator.get_support(indices=True))
 
 
 @converts("sklearn.PolynomialFeatures")
-class Polynomials(Form):
+class PolynomialFeatures(Form):
     @cached_property
     def transform(self) -> Value:
         columns = []
@@ -227,7 +230,7 @@ class Polynomials(Form):
 
 
 @converts("sklearn.SimpleImputer")
-class Imputed(Form):
+class SimpleImputer(Form):
     @cached_property
     def transform(self) -> Value:
         model = self.estimator
@@ -241,14 +244,14 @@ class Imputed(Form):
 
 
 @converts("sklearn.FunctionTransformer")
-class Function(Form):
+class FunctionTransformer(Form):
     @cached_property
     def transform(self) -> Value:
         return function_of(self.estimator.func, "func")(self.wide)
 
 
 @converts("sklearn.PowerTransformer")
-class Powers(Form):
+class PowerTransformer(Form):
     @cached_property
     def transform(self) -> Value:
         model = self.estimator

@@ -298,7 +298,7 @@ class TreeRegressor(_Trees, Regressor):
         return self.mean([each.tree_.value[:, :, 0] for each in self.fitted])
 
 
-class _Boosted(Form):
+class _GradientBoosting(Form):
     """GradientBoosting: the initial estimator's answer, then each stage's values times the learning rate."""
 
     @cached_property
@@ -327,7 +327,7 @@ class _Boosted(Form):
 
 
 @converts("sklearn.GradientBoostingRegressor")
-class BoostedRegressor(_Boosted, Regressor):
+class GradientBoostingRegressor(_GradientBoosting, Regressor):
     def initial_of(self, form: Form) -> Value:
         return form.predict
 
@@ -337,7 +337,7 @@ class BoostedRegressor(_Boosted, Regressor):
 
 
 @converts("sklearn.GradientBoostingClassifier")
-class BoostedClassifier(_Boosted):
+class GradientBoostingClassifier(_GradientBoosting):
     def initial_of(self, form: Form) -> Value:
         given = form.predict_proba.astype(np.float64)
         least = float(np.finfo(np.float64).eps)  # as scikit-learn clips it, to avoid infinities
@@ -459,7 +459,7 @@ def present(categories: Any) -> list[Any]:
     return [each for each in categories.tolist() if each is not None and each == each]
 
 
-class _Histogram(Form):
+class _HistGradientBoosting(Form):
     """HistGradientBoosting on numbers and on categories that are numbers."""
 
     @cached_property
@@ -489,14 +489,14 @@ class _Histogram(Form):
 
 
 @converts("sklearn.HistGradientBoostingRegressor")
-class HistogramRegressor(_Histogram, Regressor):
+class HistGradientBoostingRegressor(_HistGradientBoosting, Regressor):
     @cached_property
     def predict(self) -> Value:
         return self.raw.exp() if self.estimator.loss in ("poisson", "gamma") else self.raw
 
 
 @converts("sklearn.HistGradientBoostingClassifier")
-class HistogramClassifier(_Histogram):
+class HistGradientBoostingClassifier(_HistGradientBoosting):
     @cached_property
     def decision_function(self) -> Value:
         return self.raw

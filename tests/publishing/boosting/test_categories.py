@@ -20,6 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from splitserve import PublishError, publish
+from splitserve.publishing.boosting.boosted import parsed
 from tests.publishing.test_category_columns import ROWS, TARGET, unusual
 from tests.publishing.test_publishing import answer
 
@@ -122,6 +123,20 @@ def test_members_that_treat_unknown_categories_differently_are_refused(tmp_path:
 
     with pytest.raises(PublishError, match=r"XGBRegressor has other codes of categories \(colour\) than LGBMRegressor beside it"):
         publish(pipeline, ROWS, name="m", repository=tmp_path)
+
+
+def test_categories_that_xgboost_damages_are_refused(tmp_path: Path) -> None:
+    """From 3.1 on it stores them, and counts characters where UTF-8 has more bytes: with them it answers otherwise."""
+    rows = ROWS.assign(colour=ROWS["colour"].cat.rename_categories(lambda name: f"{name}é"))
+    pipeline = make_pipeline(clone(MODELS["xgboost"])).fit(rows, TARGET)
+
+    if parsed(xgb.__version__) < (3, 1):
+        publish(pipeline, rows, name="m", repository=tmp_path)
+        return
+    with pytest.raises(
+        PublishError, match='stored categories of "colour" as .*damages text that is not ASCII; encode the column'
+    ):
+        publish(pipeline, rows, name="m", repository=tmp_path)
 
 
 PLAIN = pd.DataFrame(

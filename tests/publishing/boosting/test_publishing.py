@@ -11,16 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import xgboost as xgb
+from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import BaggingClassifier, StackingClassifier, StackingRegressor, VotingClassifier, VotingRegressor
+from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.multioutput import MultiOutputClassifier
+from sklearn.multioutput import ClassifierChain, MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.preprocessing import MaxAbsScaler, OneHotEncoder, StandardScaler
 
 from splitserve import PublishError, publish
 from splitserve.publishing.boosting import boosted, catboost, lightgbm, xgboost
@@ -135,6 +137,47 @@ def assert_equal(estimator: Any) -> None:
             np.testing.assert_allclose(have.reshape(want.shape), want, rtol=0, atol=1e-6)
         else:
             assert have.tolist() == want.tolist()
+
+
+def sparse_transforms() -> Any:
+    """They give a sparse matrix, without the zeros of ``count``."""
+    return make_column_transformer(("passthrough", ["count"]), (OneHotEncoder(), ["purpose"]), sparse_threshold=1.0)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_zeros_of_a_sparse_matrix_are_what_the_library_takes_them_for(tmp_path: Path, library: str) -> None:
+    """XGBoost: missing values, the others: zeros."""
+    labels = (FRAME["count"] < 3).to_numpy() ^ (FRAME["purpose"] == "car").to_numpy()
+    pipeline = make_pipeline(sparse_transforms(), classifier(library)).fit(FRAME, labels)
+    rows = pipeline[:-1].transform(FRAME)
+    is_same = np.array_equal(pipeline[-1].predict_proba(rows), pipeline[-1].predict_proba(rows.toarray()))
+
+    assert is_same == (library != "xgboost")
+    assert_served(pipeline, FRAME, tmp_path)
+
+
+@pytest.mark.parametrize("outer", [*CLASSIFIERS, "pipeline", "chain", "passed on"])
+def test_zeros_of_a_sparse_matrix_are_missing_inside_of_another_estimator(outer: str) -> None:
+    """Also to those that get scaled columns, or columns with answers beside them."""
+    one = classifier("xgboost")
+    makers: dict[str, Any] = {
+        **CLASSIFIERS,
+        "pipeline": lambda one: VotingClassifier([("a", make_pipeline(MaxAbsScaler(), SelectKBest(k=2), one))], voting="soft"),
+        "chain": lambda one: ClassifierChain(one, order=[1, 0]),
+        "passed on": lambda one: StackingClassifier([("a", LogisticRegression())], one, cv=3, passthrough=True),
+    }
+    rows = csr_matrix(np.random.default_rng(3).integers(0, 3, size=(200, 3)).astype(np.float64))
+    labels = (rows.toarray()[:, 0] < 1).astype(int) ^ (rows.toarray()[:, 1] > 1)
+    estimator = makers[outer](one).fit(
+        rows, np.stack([labels, labels ^ (rows.toarray()[:, 2] > 0)], 1) if outer == "chain" else labels
+    )
+
+    model = to_onnx(estimator, 3, input_name="features", precision="FP64", is_sparse=True)
+    found = run(model.SerializeToString(), rows.toarray())
+
+    for answer_ in outputs_of(estimator):
+        want = answer_.expected(estimator, rows)
+        np.testing.assert_allclose(found[answer_.name].reshape(want.shape), want, rtol=0, atol=1e-6)
 
 
 def test_several_targets_of_a_classifier_are_served_one_by_one(tmp_path: Path) -> None:
