@@ -138,6 +138,9 @@ class SharedFolderJobs:
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
         return await self._jobs.submit(caller, submission)
 
+    async def job_of_key(self, caller: JobCaller, key: str, fingerprint: bytes) -> Job | None:
+        return await self._jobs.job_of_key(caller, key, fingerprint)
+
     async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
         return await self._jobs.get(caller, job_id, wait_s)
 

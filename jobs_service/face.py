@@ -82,6 +82,10 @@ class JobsFace:
 
     async def _submit(self, data: bytes, call: ServerCall) -> bytes:
         message = parse(pb.SubmitJobRequest, data)
+        caller = protobuf.decode_caller(call.metadata)
+        if message.only_known:
+            job = await self._queue.job_of_key(caller, message.idempotency_key, message.fingerprint)
+            return _bytes(pb.SubmitJobResponse(job=None if job is None else protobuf.encode_job(job)))
         submission = Submission(
             model=message.request.model_name,
             version=message.request.model_version,
@@ -89,7 +93,7 @@ class JobsFace:
             rendering=message.rendering,
             options=protobuf.decode_options(message),
         )
-        submitted = await self._queue.submit(protobuf.decode_caller(call.metadata), submission)
+        submitted = await self._queue.submit(caller, submission)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))
 
     async def _get(self, data: bytes, call: ServerCall) -> bytes:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import msgspec
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from splitserve.jobs.folder import PAYLOADS
+from splitserve.jobs.protobuf import max_wrapped_bytes
 from splitserve.jobs.records import StoreRules
 from splitserve.jobs.service import JobRules
 from splitserve.jobs.webhooks import WebhookPolicy, read_secrets
 from splitserve.jobs.worker import WorkerRules
 from splitserve.server.face_settings import FaceSettings
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import Target
 from splitserve.server.tls_settings import NextStageTlsSettings
 
@@ -73,7 +76,7 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     lease_s: float = Field(10.0, gt=0)
     """Seconds without a heartbeat after which a worker's jobs are given to another one."""
 
-    concurrency: int = Field(256, ge=1)
+    concurrency: int = Field(256, ge=1, le=10_000)
     """Maximum number of jobs in flight at the proxy. It adapts below that."""
 
     merged_rows: int = Field(32, ge=1)
@@ -92,6 +95,10 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
     """Longest time, in seconds, that a call waits for the end of a job. Less than the idle timeout of load balancers in front (60
     for nginx)."""
 
+    max_streams: int = Field(8192, gt=0)
+    """Maximum number of concurrent gRPC calls on one connection. Each caller that waits for the end of a job takes one on its
+    proxy's, up to 4096."""
+
     max_jobs_per_caller: int = Field(1_000_000, ge=1)
     """Maximum number of queued and running jobs of one caller; more are refused with status 429."""
 
@@ -105,6 +112,12 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
 
     lock_wait_s: float = Field(10.0, ge=0)
     """Seconds to wait for another process to release JOBS_DIR, e.g. one that is stopping."""
+
+    @property
+    def grpc_config(self) -> GrpcConfig:
+        """Configuration of the gRPC face, whose messages are larger than the requests and answers in them."""
+        config = super().grpc_config
+        return msgspec.structs.replace(config, max_message_bytes=max_wrapped_bytes(config.max_message_bytes))
 
     @property
     def store_rules(self) -> StoreRules:

@@ -38,6 +38,9 @@ N_REMEMBERED = 10_000
 REMEMBERED_S = 60.0
 """How long a verified JWT is cached, if it does not expire earlier."""
 
+MAX_SUBJECT_LENGTH = 255
+"""Of a JWT whose caller is named by its subject. Source: OpenID Connect Core 1.0, section 2, "sub"."""
+
 WRONG_CREDENTIALS = "the credentials are not valid"
 """The only message for an invalid token: it does not reveal whether the token is unknown, expired, or of another issuer."""
 
@@ -236,7 +239,7 @@ class BearerAuthenticator:
         for token in self._policy.value.tokens:
             if hmac.compare_digest(token.sha256, text):
                 found = token
-        return Caller(found.name, found.models, found.operator) if found else None
+        return Caller(found.name, found.models, found.operator, owner=found.name) if found else None
 
     async def _signed(self, issuer: Issuer, token: str, digest: bytes) -> Caller:
         try:
@@ -295,7 +298,17 @@ def _granted(grants: Sequence[Grant], claims: Mapping[str, Any]) -> Caller:
     """The union of the matching grants."""
     matching = [grant for grant in grants if all(_matches(claims, *claim) for claim in grant.claims.items())]
     models = tuple(pattern for grant in matching for pattern in grant.models)
-    return Caller(str(claims.get("sub", "jwt"))[:64], models, any(grant.operator for grant in matching))
+    subject = str(claims.get("sub") or "")
+    return Caller(subject[:64] or "jwt", models, any(grant.operator for grant in matching), owner=_owner(subject))
+
+
+def _owner(subject: str) -> str:
+    """Whom jobs of a JWT's subject belong to: no listed token, which may have the same name; "" without a subject."""
+    if not subject:
+        return ""
+    if len(subject) > MAX_SUBJECT_LENGTH or not subject.isprintable():
+        return f"jwt:sha256:{hashlib.sha256(subject.encode(errors='surrogatepass')).hexdigest()}"
+    return f"jwt:{subject}"
 
 
 def _matches(claims: Mapping[str, Any], name: str, pattern: str) -> bool:

@@ -12,19 +12,35 @@ from typing import Any
 
 import msgspec
 
-from proxy.guard import Guard, check_model
+from proxy.guard import NO_CREDENTIALS, Guard, check_model
 from proxy.service import ProxyService
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
-from splitserve.errors import PermissionDenied, Unauthenticated, Unsupported
+from splitserve.errors import (
+    InvalidInput,
+    NotFound,
+    PermissionDenied,
+    SplitserveError,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+)
 from splitserve.jobs import protobuf
 from splitserve.jobs.records import Job, JobCaller, JobOptions, Submitted
-from splitserve.jobs.service import JobAnswer, Jobs, Submission
+from splitserve.jobs.service import JobAnswer, Jobs, Submission, known_job
 from splitserve.oip import protobuf as oip
 from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import NO_DEADLINE, PRIORITY, InferRequest, Parameter, RequestedOutput
 from splitserve.server.callers import NOBODY, current
 from splitserve.server.grpc_face import MoreMethods
 from splitserve.wire.grpc.call import ServerCall
+
+MAX_WAITING = 4096
+"""Callers of one process that wait for the end of a job. Each takes one of the calls to the jobs service that may be open at once
+(JOBS_MAX_STREAMS), and submits need some too."""
+
+
+UNBOUND = (InvalidInput, NotFound, Unavailable)
+"""How a request is refused that another release may have accepted."""
 
 
 class Rendering(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -71,6 +87,7 @@ class ProxyJobs:
         self._is_authenticated = is_authenticated
         self._is_local = is_local
         self._draining = asyncio.Event()
+        self._n_waiting = 0
 
     def drain(self) -> None:
         """Answer everyone who waits for the end of a job, with the job as it is."""
@@ -92,8 +109,10 @@ class ProxyJobs:
             return JobCaller()
         caller = current.get()
         if caller is None or caller is NOBODY:
-            raise Unauthenticated("credentials are required: Authorization: Bearer TOKEN")
-        return JobCaller(caller.name, caller.models)
+            raise Unauthenticated(NO_CREDENTIALS)
+        if not caller.owner:
+            raise PermissionDenied("jobs belong to callers: the token has no name, or no subject (sub)")
+        return JobCaller(caller.owner, caller.models)
 
     def check_enabled(self) -> None:
         """Raises:
@@ -101,13 +120,20 @@ class ProxyJobs:
         """
         _ = self._jobs
 
-    async def submit(self, request: InferRequest, rendering: Rendering, options: JobOptions) -> Submitted:
-        """Bind the request to the release that it gets now, check it, and store it as a job."""
-        jobs, caller = self._jobs, self._caller()
+    def bind(self, request: InferRequest) -> InferRequest:
+        """The request as it is stored: bound to the release that it gets now, and checked.
+
+        Raises:
+            SplitserveError: it is refused; if it is one of `UNBOUND`, `submitted_before` may know its job.
+        """
         self._limits.check(request)
         bound = self._service.bind(request)
         parameters = {name: value for name, value in bound.parameters.items() if name != PRIORITY}
-        bound = msgspec.structs.replace(bound, parameters=parameters)
+        return msgspec.structs.replace(bound, parameters=parameters)
+
+    async def submit(self, bound: InferRequest, rendering: Rendering, options: JobOptions) -> Submitted:
+        """Store a request as a job. ``bound``: by `bind`."""
+        jobs, caller = self._jobs, self._caller()
         submission = Submission(
             model=bound.model,
             version=bound.version,
@@ -117,17 +143,31 @@ class ProxyJobs:
         )
         return await jobs.submit(caller, submission)
 
+    async def submitted_before(self, options: JobOptions, refusal: SplitserveError) -> Submitted:
+        """The job of a request that cannot be bound now, e.g. since another release serves, if its key has stored it before.
+
+        Raises:
+            Gone: the job was removed.
+            SplitserveError: there is none; the refusal.
+        """
+        job = await known_job(self._jobs, self._caller(), options.key, options.fingerprint)
+        if job is None:
+            raise refusal
+        return Submitted(job, is_new=False)
+
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job:
-        """As `Jobs.get`."""
+        """As `Jobs.get`; at once where `MAX_WAITING` wait already."""
         jobs, caller = self._jobs, self._caller()
-        if not wait_s > 0 or self._draining.is_set():
+        if not wait_s > 0 or self._draining.is_set() or self._n_waiting >= MAX_WAITING:
             return await jobs.get(caller, job_id)
+        self._n_waiting += 1
         ended = asyncio.ensure_future(jobs.get(caller, job_id, wait_s))
         draining = asyncio.ensure_future(self._draining.wait())
         try:
             await asyncio.wait((ended, draining), return_when=asyncio.FIRST_COMPLETED)
             return ended.result() if ended.done() else await jobs.get(caller, job_id)
         finally:
+            self._n_waiting -= 1
             ended.cancel()
             draining.cancel()
 
@@ -172,8 +212,13 @@ class ProxyJobs:
         message = oip.parse(pb.SubmitJobRequest, data)
         mark = fingerprint([b"grpc", _meaning(message)]) if message.idempotency_key else b""
         options = msgspec.structs.replace(protobuf.decode_options(message), fingerprint=mark)
-        request = oip.decode_request(message.request, NO_DEADLINE)
-        submitted = await self.submit(request, Rendering.of(request), options)
+        try:
+            request = oip.decode_request(message.request, NO_DEADLINE)
+            bound = self.bind(request)
+        except UNBOUND as refusal:
+            submitted = await self.submitted_before(options, refusal)
+        else:
+            submitted = await self.submit(bound, Rendering.of(request), options)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))
 
     async def _grpc_get(self, data: bytes, call: ServerCall) -> bytes:
@@ -211,7 +256,7 @@ def _meaning(message: Any) -> bytes:
     """The request without its key and without what the proxy sets."""
     copy = pb.SubmitJobRequest()
     copy.CopyFrom(message)
-    for field in ("idempotency_key", "fingerprint", "rendering"):
+    for field in ("idempotency_key", "fingerprint", "rendering", "only_known"):
         copy.ClearField(field)
     data: bytes = copy.SerializeToString(deterministic=True)
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import TracebackType
 from typing import Any
 
@@ -39,16 +40,17 @@ class RemoteJobs:
 
     Args:
         target: host and port of the jobs service.
-        max_message_bytes: the largest message sent or received.
+        max_message_bytes: the largest request or answer of an inference.
         tls: of the calls; None: plain text.
     """
 
     def __init__(self, target: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES, tls: ClientTls | None = None) -> None:
         self._target = target
         self._tls = tls
+        self._closing: set[asyncio.Task[None]] = set()
         self._files = Watched(self._tls.files, self._tls.credentials) if self._tls else None
         self._options: list[tuple[str, Any]] = [
-            *channel_options(max_message_bytes, BETWEEN_SERVICES, health_service=""),
+            *channel_options(protobuf.max_wrapped_bytes(max_message_bytes), BETWEEN_SERVICES, health_service=""),
             *(self._tls.options() if self._tls else []),
         ]
 
@@ -57,6 +59,9 @@ class RemoteJobs:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for closing in self._closing:
+            closing.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         await self._channel.close()
 
     def _connect(self) -> None:
@@ -68,9 +73,10 @@ class RemoteJobs:
 
     async def _call(self, name: str, caller: JobCaller, request: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         if self._files is not None and self._files.has_changed():
-            old = self._channel
+            closing = asyncio.create_task(self._channel.close(MAX_WAIT_S))  # once its calls have ended
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
             self._connect()
-            await old.close(CALL_TIMEOUT_S)
         try:
             return await self._methods[name](request, timeout=timeout_s, metadata=protobuf.encode_caller(caller))
         except grpc.aio.AioRpcError as error:
@@ -82,6 +88,11 @@ class RemoteJobs:
         request.request.ParseFromString(submission.request)
         answer = await self._call("SubmitJob", caller, request)
         return Submitted(protobuf.decode_job(answer.job), answer.is_new)
+
+    async def job_of_key(self, caller: JobCaller, key: str, fingerprint: bytes) -> Job | None:
+        request = pb.SubmitJobRequest(idempotency_key=key, fingerprint=fingerprint, only_known=True)
+        answer = await self._call("SubmitJob", caller, request)
+        return protobuf.decode_job(answer.job) if answer.HasField("job") else None
 
     async def get(self, caller: JobCaller, job_id: str, wait_s: float = 0.0) -> Job:
         wait_s = min(max(0.0, wait_s), MAX_WAIT_S)

@@ -145,7 +145,8 @@ class ProxyService:
     def begin(self, request: InferRequest, on_answer: OnAnswer) -> Pending:
         began = time.monotonic()
         bound = self._bound.get((request.model, request.version)) or self._bind(request)
-        request = without_ignored(request, bound.ignored)
+        if bound.ignored:
+            request = without_ignored(request, bound.ignored)
         try:
             answer_bytes = self._check(bound, request)
             request = msgspec.structs.replace(request, version=bound.pair, is_pinned=bool(request.version))

@@ -111,26 +111,23 @@ class InputCheck:
         Raises:
             InvalidInput: as `check_inputs`.
         """
-        return inputs if self._is_obviously_valid(inputs) else self.fully(inputs)
+        if len(inputs) != len(self._row_forms) or not inputs or not inputs[0].shape:
+            return self.fully(inputs)
+        n_rows = inputs[0].shape[0]
+        for (name, inner, row_sizes), tensor in zip(self._row_forms, inputs):  # noqa: B905, strict=True costs as much as the rest
+            shape = tensor.shape
+            if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
+                return self.fully(inputs)
+            row_size = row_sizes.get(tensor.datatype)
+            if row_size is None or (row_size and len(tensor.raw) != n_rows * row_size):
+                return self.fully(inputs)
+        return inputs if n_rows > 0 else self.fully(inputs)
 
     def fully(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The same without the fast path, including the elements of BYTES tensors."""
         check_inputs(self._specs, inputs, widen=self._widen)
         by_name = {tensor.name: tensor for tensor in inputs}
         return [by_name[spec.name] for spec in self._specs]
-
-    def _is_obviously_valid(self, inputs: Sequence[Tensor]) -> bool:
-        if len(inputs) != len(self._row_forms) or not inputs or not inputs[0].shape:
-            return False
-        n_rows = inputs[0].shape[0]
-        for (name, inner, row_sizes), tensor in zip(self._row_forms, inputs):  # noqa: B905, strict=True costs as much as the rest
-            shape = tensor.shape
-            if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
-                return False
-            row_size = row_sizes.get(tensor.datatype)
-            if row_size is None or (row_size and len(tensor.raw) != n_rows * row_size):
-                return False
-        return n_rows > 0
 
     def _row_form(self, spec: TensorSpec) -> tuple[str, tuple[Dimension, ...], dict[str, int]]:
         """Name, shape of a row, and the bytes of a row by accepted datatype; 0: any number of bytes. {}: no fast path."""

@@ -233,15 +233,21 @@ def unpack(tensor: Tensor) -> list[Any]:
     Raises:
         InvalidInput: BF16, which Python does not support.
     """
-    datatype = DATATYPES[tensor.datatype]
-    if datatype.name == "BYTES":
+    format = _MEMORY_FORMATS.get(tensor.datatype)
+    if format is not None:
+        elements: list[Any] = memoryview(tensor.raw).cast(format).tolist()  # type: ignore[call-overload]
+        return elements
+    if tensor.datatype == "BYTES":
         return decode_bytes(tensor)
-    if datatype.name == "FP16":
+    if tensor.datatype == "FP16":
         return list(numbers(len(tensor.raw) // 2, "e").unpack(tensor.raw))
-    if not datatype.format:
-        raise InvalidInput(f'"{tensor.name}": {datatype.name} is supported as raw bytes only')
-    elements: list[Any] = memoryview(tensor.raw).cast(datatype.format).tolist()  # type: ignore[call-overload]
-    return elements
+    raise InvalidInput(f'"{tensor.name}": {tensor.datatype} is supported as raw bytes only')
+
+
+_MEMORY_FORMATS = {
+    datatype.name: datatype.format for datatype in DATATYPES.values() if datatype.format and datatype.name != "FP16"
+}
+"""Of the datatypes that `memoryview` can cast."""
 
 
 @lru_cache(512)

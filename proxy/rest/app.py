@@ -138,19 +138,14 @@ class RestApp:
             encoding = _body_encoding(incoming)
         except Refused as refused:
             return _refusal(refused)
-        if isinstance(handler, type):
-            return self._infer(handler, path, incoming, encoding, respond)
-        return self._answer(handler, path, incoming, encoding)
-
-    def _infer(
-        self, kind: type[RestInference], path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond
-    ) -> Handled:
+        if not isinstance(handler, type):
+            return self._answer(handler, path, incoming, encoding)
         if PREFER in incoming.headers and prefers_async(incoming):
-            return self._answer(self._jobs.submitting(kind), path, incoming, encoding)
+            return self._answer(self._jobs.submitting(handler), path, incoming, encoding)
         try:
             if b"?" in incoming.target:
                 check_no_job_options(incoming)
-            inference = kind(self._rules, path, incoming, encoding, respond)
+            inference: RestInference = handler(self._rules, path, incoming, encoding, respond)
             inference.begin()
         except Exception as error:
             return self.failure(error)

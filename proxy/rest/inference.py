@@ -100,7 +100,7 @@ class RestInference(Inference[HttpResponse]):
     request: InferRequest
 
     def __init__(self, rules: RestRules, path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond) -> None:
-        super().__init__(rules, path["model"], path["version"])
+        super().__init__(rules, path["model"], path["version"], is_received=incoming.body.is_complete and not encoding)
         self._rest = rules
         self._incoming = incoming
         self._encoding = encoding
@@ -111,9 +111,6 @@ class RestInference(Inference[HttpResponse]):
 
     def _credentials(self) -> Sequence[str]:
         return credentials(self._incoming)
-
-    def _is_received(self) -> bool:
-        return self._incoming.body.is_complete and not self._encoding
 
     async def _receive(self) -> None:
         self._body = await receive(self._incoming, self._encoding, self._rest.max_body_bytes)

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Awaitable
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
-from proxy.jobs import ProxyJobs, Rendering, fingerprint
-from proxy.rest.inference import HEADER_LENGTH, RestInference, RestRules, V1Inference, v1_response, v2_response
+from proxy.jobs import UNBOUND, ProxyJobs, Rendering, fingerprint
+from proxy.rest.inference import HEADER_LENGTH, TIMEOUT, RestInference, RestRules, V1Inference, v1_response, v2_response
 from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
-from splitserve.errors import InvalidInput
+from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.jobs import events
 from splitserve.jobs.records import Job, JobOptions, webhook_to
-from splitserve.jobs.service import DEFAULT_LISTED, MAX_LISTED
+from splitserve.jobs.service import DEFAULT_LISTED, MAX_LISTED, STAGE
 from splitserve.oip import protobuf
+from splitserve.oip.messages import InferRequest, remaining_s
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 
 PREFER, KEY = b"prefer", b"idempotency-key"
 RETRY_AFTER_S = 1
+UNKNOWN_WHETHER_STORED = ": it is unknown whether the job was stored; send an Idempotency-Key to submit again without a duplicate"
+WAITING_SHARE = 0.9
+"""Of the time of a call that waits for the end of a job; the rest is for its answer."""
 _ASYNC = "respond-async"
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _SUBMIT_OPTIONS = frozenset({"priority", "timeout", "expires", "webhook", "webhook_events"})
 _LIST_OPTIONS = frozenset({"model", "status", "limit", "after"})
-_rendering = msgspec.json.Decoder(Rendering)
+_decode_rendering = msgspec.json.Decoder(Rendering).decode
+
+T = TypeVar("T")
 
 
 def prefers_async(incoming: HttpRequest) -> bool:
@@ -65,28 +74,34 @@ class JobRoutes:
         async def submit(request: RoutedRequest) -> HttpResponse:
             self._jobs.check_enabled()
             inference = kind(self._rules, request.path, request.incoming, "", lambda _: None)
-            decoded = inference.decode_body(request.body)
-            rendering = Rendering.of(decoded)
-            if isinstance(inference, V1Inference):
-                rendering = Rendering(api="v1", is_columnar=inference.is_columnar)
-            submitted = await self._jobs.submit(decoded, rendering, _options(request, api=rendering.api))
+            options = _options(request, api="v1" if kind is V1Inference else "v2")
+            try:
+                decoded = inference.decode_body(request.body)
+                bound = self._jobs.bind(decoded)
+            except UNBOUND as refusal:
+                submitting = self._jobs.submitted_before(options, refusal)
+            else:
+                submitting = self._jobs.submit(bound, _rendering(inference, decoded), options)
+            submitted = await _in_time(submitting, request, UNKNOWN_WHETHER_STORED)
             headers = [("location", _path(submitted.job)), ("retry-after", str(RETRY_AFTER_S))]
             if preference:
                 headers.append(("preference-applied", preference))
-            return json_response(202, events.shown(submitted.job), tuple(headers))
+            return json_response(202, events.job_json(submitted.job), tuple(headers))
 
         return submit
 
     async def get(self, request: RoutedRequest) -> HttpResponse:
         """``GET /v2/jobs/JOB?wait=SECONDS``"""
-        options = _query(request, frozenset({"wait"}))
-        job = await self._jobs.get(request.path["job"], _number("wait", options.get("wait", "0")))
-        return json_response(200, events.shown(job), () if job.is_finished else (("retry-after", str(RETRY_AFTER_S)),))
+        wait_s = _number("wait", _query(request, frozenset({"wait"})).get("wait", "0"))
+        if TIMEOUT in request.incoming.headers:
+            wait_s = min(wait_s, WAITING_SHARE * remaining_s(request.deadline))
+        job = await self._jobs.get(request.path["job"], wait_s)
+        return json_response(200, events.job_json(job), () if job.is_finished else (("retry-after", str(RETRY_AFTER_S)),))
 
     async def result(self, request: RoutedRequest) -> HttpResponse:
         """``GET /v2/jobs/JOB/result``: the body that the inference would have had."""
-        result = await self._jobs.result(request.path["job"])
-        rendering = _rendering.decode(result.rendering)
+        result = await _in_time(self._jobs.result(request.path["job"]), request)
+        rendering = _decode_rendering(result.rendering)
         response = protobuf.decode_response(protobuf.parse(inference_pb2.ModelInferResponse, result.answer))
         if rendering.api == "v1":
             return v1_response(response, is_columnar=rendering.is_columnar)
@@ -97,7 +112,8 @@ class JobRoutes:
         keep = _query(request, frozenset({"keep_ended"})).get("keep_ended", "false")
         if keep not in ("true", "false"):
             raise InvalidInput(f'keep_ended: expected true or false, got "{keep[:32]}"')
-        return json_response(200, events.shown(await self._jobs.delete(request.path["job"], keep_ended=keep == "true")))
+        job = await _in_time(self._jobs.delete(request.path["job"], keep_ended=keep == "true"), request)
+        return json_response(200, events.job_json(job))
 
     async def list_jobs(self, request: RoutedRequest) -> HttpResponse:
         """``GET /v2/jobs?model=&status=&limit=&after=``"""
@@ -105,13 +121,32 @@ class JobRoutes:
         limit = options.get("limit", str(DEFAULT_LISTED))
         if not (limit.isascii() and limit.isdecimal() and 0 < int(limit[:9]) <= MAX_LISTED and len(limit) < 10):
             raise InvalidInput(f'limit: expected 1 to {MAX_LISTED}, got "{limit[:32]}"')
-        jobs = await self._jobs.list_jobs(
+        listing = self._jobs.list_jobs(
             model=options.get("model", ""),
             status=options.get("status", ""),
             limit=int(limit),
             after=options.get("after", ""),
         )
-        return json_response(200, {"jobs": [events.shown(job) for job in jobs]})
+        return json_response(200, {"jobs": [events.job_json(job) for job in await _in_time(listing, request)]})
+
+
+async def _in_time(call: Awaitable[T], request: RoutedRequest, advice: str = "") -> T:
+    """The answer of the jobs service, within what ``Request-Timeout`` allows.
+
+    Raises:
+        DeadlineExceeded: it did not answer in time.
+    """
+    try:  # deadlines are on the clock of the event loop, asyncio's and uvloop's
+        async with asyncio.timeout_at(request.deadline):
+            return await call
+    except TimeoutError:
+        raise DeadlineExceeded(f"the jobs service did not answer in time{advice}", stage=STAGE) from None
+
+
+def _rendering(inference: RestInference, request: InferRequest) -> Rendering:
+    if isinstance(inference, V1Inference):
+        return Rendering(api="v1", is_columnar=inference.is_columnar)
+    return Rendering.of(request)
 
 
 def _path(job: Job) -> str:

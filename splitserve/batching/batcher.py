@@ -159,7 +159,8 @@ class Batcher:
         self._compatible[compatible.key] = compatible
         if request.deadline < self._expiry_at:
             self._schedule_expiry(request.deadline - now)
-        self._dispatch_soon(queue)
+        if not queue.is_scheduled:
+            self._dispatch_soon(queue)
         if preempted is not None:
             self._fail([preempted], Overloaded("preempted by a request of higher priority", model=request.model))
         return queued
@@ -244,9 +245,8 @@ class Batcher:
             self._compatible.pop(compatible.key, None)
 
     def _dispatch_soon(self, queue: ModelQueue) -> None:
-        if not queue.is_scheduled:
-            queue.is_scheduled = True
-            queue.loop.call_soon(self._dispatch, queue)
+        queue.is_scheduled = True
+        queue.loop.call_soon(self._dispatch, queue)
 
     def _dispatch(self, queue: ModelQueue) -> None:
         """Send every batch that may be sent now."""
@@ -271,7 +271,7 @@ class Batcher:
             self._drop_if_empty(compatible)
             self._fail(batch.expired, DeadlineExceeded("deadline exceeded before the request was sent"))
             if len(batch.requests) == 1 and self._answer_inline(queue, batch.requests[0]):
-                if queue.compatible:
+                if queue.compatible and not queue.is_scheduled:
                     self._dispatch_soon(queue)  # other work gets its turn between two answers
                 return
             if batch.requests:
@@ -392,17 +392,15 @@ class Batcher:
     def _record_success(self, queue: ModelQueue, call: BatchCall, requests: Sequence[QueuedRequest]) -> None:
         if not requests:
             return
-        now = call.answered_at
+        now, n_requests = call.answered_at, len(requests)
+        queued_s = sum([call.sent_at - queued.queued_at for queued in requests])
+        total_s = sum([now - queued.began_at for queued in requests])
+        infer_s = n_requests * (now - call.sent_at)
         queue.statistics.succeeded(
-            len(requests),
-            n_rows=sum([queued.n_rows for queued in requests]) if len(requests) > 1 else requests[0].request.n_rows,
-            total_ns=_ns(sum([now - queued.began_at for queued in requests])),
-            parts={
-                "input": _ns(sum([queued.queued_at - queued.began_at for queued in requests])),
-                "queue": _ns(sum([call.sent_at - queued.queued_at for queued in requests])),
-                "infer": _ns(len(requests) * (now - call.sent_at)),
-                "output": 0,
-            },
+            n_requests,
+            n_rows=sum([queued.n_rows for queued in requests]) if n_requests > 1 else requests[0].request.n_rows,
+            total_ns=_ns(total_s),
+            parts={"input": _ns(total_s - queued_s - infer_s), "queue": _ns(queued_s), "infer": _ns(infer_s), "output": 0},
         )
 
     def _schedule_expiry(self, delay_s: float) -> None:

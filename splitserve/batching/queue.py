@@ -61,7 +61,7 @@ class BatchLimits(msgspec.Struct, frozen=True):
     max_queue_delay_ms: float = 0.0
     max_queue_wait_ms: float = 0.0
     max_background_wait_ms: float = 20.0
-    background_share: float = 0.25
+    background_share: float = 0.05
 
 
 class ModelQueue:
@@ -227,19 +227,18 @@ class CompatibleRequests:
         """Whether a request that is not background work is queued."""
         return bool(self._foreground)
 
-    def _callers_of(self, queued: QueuedRequest) -> _ByCaller:
-        return self._background if queued.is_background else self._foreground
-
     def add(self, queued: QueuedRequest) -> None:
         """Append it to the requests of its caller."""
         if not self.n_queued:
             self._since = queued.queued_at
             self.queue.compatible[self.key] = self
-        callers = self._callers_of(queued)
-        of_caller = callers.get(queued.request.caller)
+        callers = self._background if queued.is_background else self._foreground
+        caller = queued.request.caller
+        of_caller = callers.get(caller)
         if of_caller is None:
-            of_caller = callers[queued.request.caller] = {}
-        of_caller[queued] = None
+            callers[caller] = {queued: None}
+        else:
+            of_caller[queued] = None
         self.n_queued += 1
         queue = self.queue
         queue.n_queued += 1
@@ -253,23 +252,20 @@ class CompatibleRequests:
 
     def remove(self, queued: QueuedRequest) -> None:
         """Remove one that is sent, or that its caller has cancelled."""
-        caller, callers = queued.request.caller, self._callers_of(queued)
+        caller, callers = queued.request.caller, self._background if queued.is_background else self._foreground
         of_caller = callers[caller]
         del of_caller[queued]
         if of_caller:
             callers.move_to_end(caller)
         else:
             del callers[caller]
-        self._mark_removed(queued)
+        queued.is_queued = False
+        if queued.priority > HIGHEST_PRIORITY:
+            self.queue.preemptible.remove(queued, queued.priority)
         self.n_queued -= 1
         self.queue.n_queued -= 1
         self._n_rows -= queued.n_rows
         self._n_bytes -= queued.n_bytes
-
-    def _mark_removed(self, queued: QueuedRequest) -> None:
-        queued.is_queued = False
-        if queued.priority > HIGHEST_PRIORITY:
-            self.queue.preemptible.remove(queued, queued.priority)
 
     def due_at(self) -> float:
         """When a batch is sent although more requests could join it; 0 for at once."""
@@ -300,36 +296,43 @@ class CompatibleRequests:
             if batch.requests and (n_rows > max_rows or n_bytes > limits.max_batch_bytes):
                 self._since = queued.queued_at
                 n_rows -= queued.n_rows
+                n_bytes -= queued.n_bytes
                 break
             if queued.is_background:
                 n_background += queued.n_rows
             self.remove(queued)
             batch.requests.append(queued)
         queue.background_share.sent(n_rows - n_background, n_background, now)
-        batch.is_full = self._is_full(batch.requests)
+        batch.is_full = self._is_full(batch.requests, n_rows, n_bytes)
         return batch
 
     def _take_all(self, now: float) -> Batch:
         everything = [queued for of_caller in self._foreground.values() for queued in of_caller]
         self._foreground.clear()
-        self.queue.background_share.sent(self._n_rows, 0, now)
+        n_rows, n_bytes = self._n_rows, self._n_bytes
+        self.queue.background_share.sent(n_rows, 0, now)
         self.queue.n_queued -= self.n_queued
         self.n_queued = self._n_rows = self._n_bytes = 0
         batch = Batch([], [], is_full=False)
         for queued in everything:
-            self._mark_removed(queued)
+            queued.is_queued = False
+            if queued.priority > HIGHEST_PRIORITY:
+                self.queue.preemptible.remove(queued, queued.priority)
             if queued.request.deadline > now:
                 batch.requests.append(queued)
             else:
                 batch.expired.append(queued)
-        batch.is_full = self._is_full(batch.requests)
+                n_rows -= queued.n_rows
+                n_bytes -= queued.n_bytes
+        batch.is_full = self._is_full(batch.requests, n_rows, n_bytes)
         return batch
 
-    def _is_full(self, requests: list[QueuedRequest]) -> bool:
-        """Whether another request like the last one would exceed a limit."""
-        limits, last = self.queue.limits, requests[-1:]
-        n_rows = sum([queued.n_rows for queued in requests + last])
-        return n_rows > limits.max_batch_size or sum([queued.n_bytes for queued in requests + last]) > limits.max_batch_bytes
+    def _is_full(self, requests: list[QueuedRequest], n_rows: int, n_bytes: int) -> bool:
+        """Whether another request like the last one would exceed a limit, on top of so many rows and bytes."""
+        if not requests:
+            return False
+        limits, last = self.queue.limits, requests[-1]
+        return n_rows + last.n_rows > limits.max_batch_size or n_bytes + last.n_bytes > limits.max_batch_bytes
 
 
 class Batch(msgspec.Struct):

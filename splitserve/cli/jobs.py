@@ -103,7 +103,7 @@ def show(job_id: str, url: str, *, wait_s: float) -> int:
     """Print the job as JSON, after waiting for its end."""
     import msgspec
 
-    from splitserve.jobs.events import shown
+    from splitserve.jobs.events import job_json
 
     def act(connection: Client) -> int:
         job = connection.job(job_id)
@@ -112,7 +112,7 @@ def show(job_id: str, url: str, *, wait_s: float) -> int:
                 job.wait(wait_s)
             except DeadlineExceeded:
                 job.refresh()
-        print(json.dumps(msgspec.to_builtins(shown(job.info)), indent=2))
+        print(json.dumps(msgspec.to_builtins(job_json(job.info)), indent=2))
         return 0
 
     return _run(url, act)
@@ -157,7 +157,7 @@ def backup(folder: Path, to: Path) -> int:
     n_files = _copy_new(folder / PAYLOADS, to / PAYLOADS)
     (to / DATABASE).touch(mode=0o600)
     copied = sqlite3.connect(to / DATABASE)
-    source = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    source = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
     try:
         source.backup(copied, pages=1000)
         copied.execute("PRAGMA journal_mode = DELETE")
@@ -209,11 +209,13 @@ def restore(folder: Path, source: Path) -> int:
         print(f"{error}: stop it first", file=sys.stderr)
         return 1
     try:
-        for suffix in ("", "-wal", "-shm"):  # a WAL that is left would be replayed over the restored database
-            (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
-        shutil.copy2(source / DATABASE, folder / DATABASE)
+        restored = folder / f"{DATABASE}.restored"  # what is there is not touched before all is copied
+        shutil.copy2(source / DATABASE, restored)
         if (source / PAYLOADS).is_dir():
             shutil.copytree(source / PAYLOADS, folder / PAYLOADS, dirs_exist_ok=True)
+        for suffix in ("-wal", "-shm"):  # a WAL that is left would be replayed over the restored database
+            (folder / f"{DATABASE}{suffix}").unlink(missing_ok=True)
+        restored.rename(folder / DATABASE)
     finally:
         os.close(lock)
     print(f"{folder}: restored; jobs that have ended since the backup are run again")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from splitserve.catalogue import why_not_ready
+from splitserve.child_processes import ending_with_parent
 from splitserve.cli.connection import connect
 from splitserve.cli.serve import MODULES
 from splitserve.cli.tables import print_table
@@ -129,7 +130,9 @@ class _Fleet:
         self._restarting: list[asyncio.Task[None]] = []
 
     async def start(self, service: Service) -> None:
-        """In a session of its own: Ctrl-C reaches this process only, which stops the others in order."""
+        """In a session of its own: Ctrl-C reaches this process only, which stops the others in order. If this one is killed, they
+        stop, too.
+        """
         defaults = {"LOG_FORMAT": "text" if sys.stdout.isatty() else "json"}
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", MODULES[service.name],
@@ -138,6 +141,7 @@ class _Fleet:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=ending_with_parent(),
         )  # fmt: skip
         self.processes[service.name] = process
         if service.is_vital:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from splitserve.client.answer import Answer, outputs_of
 from splitserve.client.inference import Core, columns_for
-from splitserve.client.steps import Ask, JobAsk, Steps
-from splitserve.errors import DeadlineExceeded
+from splitserve.client.steps import Ask, JobAsk, Steps, Wait
+from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.jobs.records import Job as JobRecord
 from splitserve.jobs.records import JobOptions, webhook_to
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 POLL_S = 20.0
 """How long one call waits for the end of a job; less than the idle timeouts of load balancers."""
+
+LEAST_INTERVAL_S = 1.0
+"""Between two such calls."""
 
 
 def submit(
@@ -71,19 +74,31 @@ def get(core: Core, job_id: str) -> Steps[JobRecord]:
 
 
 def wait(core: Core, record: JobRecord, timeout_s: float | None) -> Steps[JobRecord]:
-    """The job once it has ended, in whatever state.
+    """The job once it has ended, in whatever state. A server that restarts does not end the waiting.
 
     Raises:
         DeadlineExceeded: it has not within ``timeout_s``. It goes on.
         NotFound: it was removed.
+        Unavailable: the server was away for as long as a request may take.
     """
     end = None if timeout_s is None else core.now() + timeout_s
+    give_up_at = core.deadline_after(None)
     while not record.is_finished:
-        wait_s = POLL_S if end is None else min(POLL_S, end - core.now())
+        asked_at = core.now()
+        wait_s = POLL_S if end is None else min(POLL_S, end - asked_at)
         if wait_s <= 0:
             raise DeadlineExceeded(f"job {record.id} is still {record.status} after {timeout_s:g} s", model=record.model)
         ask = Ask("job", job=JobAsk(record.id, wait_s=wait_s))
-        record = yield from core.ask(ask, core.deadline_after(None) + wait_s)
+        try:
+            record = yield from core.ask(ask, core.deadline_after(None) + wait_s)
+            give_up_at = core.deadline_after(None)
+        except Unavailable:
+            if core.now() + LEAST_INTERVAL_S > give_up_at:
+                raise
+        # A server that is stopping, or where too many wait, answers at once with the job as it is.
+        early_s = min(LEAST_INTERVAL_S, wait_s) - (core.now() - asked_at)
+        if early_s > 0 and not record.is_finished:
+            yield Wait(early_s)
     return record
 
 

@@ -28,7 +28,7 @@ from splitserve.errors import (
     Unsupported,
     from_wire,
 )
-from splitserve.jobs.records import Delivered, Job, JobError, JobOptions, Status, Webhook
+from splitserve.jobs.records import DeliveryState, Job, JobError, JobOptions, Status, Webhook
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, ModelState, Parameter, ServerMetadata
 from splitserve.oip.rest import decode_json, flatten, pack_values
 from splitserve.signature import TensorSpec
@@ -173,7 +173,7 @@ class _DecodedMetadata(msgspec.Struct):
 class _DecodedWebhook(msgspec.Struct):
     url: str
     events: tuple[str, ...] = ()
-    delivery: Delivered | None = None
+    delivery: DeliveryState | None = None
 
 
 class _DecodedJob(msgspec.Struct):

@@ -11,6 +11,7 @@ from splitserve.remote.retry_budget import RetryBudget
 
 INITIAL_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 2.0
+MOST_DOUBLINGS = 30
 
 
 class Failed(Exception):
@@ -64,5 +65,5 @@ class Retries:
                 return None
         if failure.retry_after_s is not None:
             return failure.retry_after_s * self._uniform(1, 1.2)
-        backoff_s: float = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** (n_failures - 1))
+        backoff_s: float = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** min(n_failures - 1, MOST_DOUBLINGS))
         return backoff_s * self._uniform(0.5, 1)

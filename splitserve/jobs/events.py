@@ -32,7 +32,7 @@ def outbox_row(job: Job) -> tuple[str, str, str, str, str, bytes] | None:
 
 def body(job: Job) -> bytes:
     """The body, serialised once: these bytes are stored, signed and sent."""
-    content = {"type": event_of(job), "timestamp": rfc3339(job.finished), "data": shown(job)}
+    content = {"type": event_of(job), "timestamp": rfc3339(job.finished), "data": job_json(job)}
     return msgspec.json.encode(content)
 
 
@@ -46,7 +46,7 @@ def rfc3339(seconds: float) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z") if seconds else None
 
 
-def shown(job: Job) -> dict[str, Any]:
+def job_json(job: Job) -> dict[str, Any]:
     """A job as its owner sees it in JSON."""
     content: dict[str, Any] = {
         "id": job.id,

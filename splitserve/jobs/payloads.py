@@ -54,7 +54,7 @@ class Payloads:
         try:
             await asyncio.to_thread(self._files.write, ref, data)
         except OSError as error:
-            raise _translated(error) from error
+            raise _payload_error(error) from error
         return Payload(ref=ref)
 
     async def read(self, payload: Payload) -> bytes:
@@ -71,7 +71,7 @@ class Payloads:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise _translated(error) from error
+            raise _payload_error(error) from error
 
     async def remove(self, refs: Iterable[str]) -> None:
         """Remove files whose rows are gone. One that is there no longer, or cannot be removed now, is left to the sweep."""
@@ -86,7 +86,7 @@ class Payloads:
         return len(strays)
 
 
-def _translated(error: OSError) -> StorageFull | Unavailable:
+def _payload_error(error: OSError) -> StorageFull | Unavailable:
     # What the file system says of payloads of jobs that cannot be read or written. Callers get a 503, or 507 if it is full.
     structlog.get_logger().error("job payloads failed", reason=str(error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -33,9 +33,9 @@ from splitserve.jobs.records import (
     ACTIVE,
     OLDEST_SHARE,
     Claimed,
-    Delivered,
     Delivery,
     DeliveryAttempt,
+    DeliveryState,
     Finish,
     Job,
     JobError,
@@ -50,13 +50,24 @@ from splitserve.jobs.records import (
     Swept,
     Tally,
 )
-from splitserve.jobs.rows import claimed_of, delivery_of, encode, encoded, job_of, migrations
-from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed, unexpected
+from splitserve.jobs.row_mapping import claimed_of, delivery_of, encode, encode_optional, job_of, migrations
+from splitserve.jobs.store import (
+    SWEEP_SIZE,
+    died,
+    expired,
+    internal_error,
+    key_gone,
+    key_reused,
+    out_of_attempts,
+    store_unavailable,
+)
 
 CALL_TIMEOUT_S = 10.0
 """Of a transaction."""
 
 CONNECT_TIMEOUT_S, CHECK_TIMEOUT_S = 5, 2.0
+POOL_TIMEOUT_S = 2.0
+"""How long a call waits for a connection: while the database is down, callers are told so after this."""
 
 ANNOUNCE_INTERVAL_S = 0.1
 """At most one NOTIFY in this time: each takes a lock that all commits share."""
@@ -139,7 +150,7 @@ class PostgresStore:
             open=False,
             kwargs={"prepare_threshold": None},
             check=_check,
-            timeout=CONNECT_TIMEOUT_S,
+            timeout=POOL_TIMEOUT_S,
             max_lifetime=300.0,
             reconnect_timeout=1.0,  # then the next call tries again: waiting longer would only delay the recovery
         )
@@ -190,11 +201,11 @@ class PostgresStore:
         except (psycopg.Error, PoolTimeout, TimeoutError, OSError) as error:
             # What the driver says of a call to the database that failed. Callers get a 503.
             self._log.warning("job store failed", reason=str(error).strip(), code=type(error).__name__)
-            raise store_failed() from error
+            raise store_unavailable() from error
         except SplitserveError:
             raise
         except Exception as error:
-            raise unexpected(error) from error
+            raise internal_error(error) from error
 
     async def _migrate(self, connection: AsyncConnection[tuple[Any, ...]]) -> None:
         async with self._migrating:
@@ -222,7 +233,7 @@ class PostgresStore:
 
     def _unusable(self, reason: str, code: str) -> Unavailable:
         self._log.error("job store failed", reason=reason, code=code)
-        return store_failed()
+        return store_unavailable()
 
     # Announcements.
 
@@ -300,7 +311,7 @@ class PostgresStore:
             if taken is None:
                 known = await self._job_of_key(cursor, new.owner, new.key, new.fingerprint)
                 if known is None:  # its time was over in this moment
-                    raise store_failed()
+                    raise store_unavailable()
                 return Submitted(known, is_new=False)
         row = await _one(
             cursor,
@@ -310,7 +321,7 @@ class PostgresStore:
             f"%s) RETURNING {_COLUMNS}",
             (
                 *(new.id, new.owner, encode(new.rights), new.model, new.version, new.priority, new.timeout_s),
-                *(new.expires_s or None, new.rendering, new.request.data, new.request.ref, encoded(new.webhook)),
+                *(new.expires_s or None, new.rendering, new.request.data, new.request.ref, encode_optional(new.webhook)),
             ),
         )
         assert row is not None, "an INSERT returns its row"
@@ -395,7 +406,7 @@ class PostgresStore:
             cursor,
             f"UPDATE {_T}.jobs SET status = %s, finished = now(), remove_at = now() + make_interval(secs => %s), answer = %s, "
             f"answer_ref = %s, error = %s, request = '', request_ref = '' WHERE seq = %s RETURNING {_COLUMNS}",
-            (status, self._rules.ttl_s, answer.data, answer.ref, encoded(error), seq),
+            (status, self._rules.ttl_s, answer.data, answer.ref, encode_optional(error), seq),
         )
         assert row is not None, "the row is locked"
         job = job_of(row)
@@ -405,7 +416,7 @@ class PostgresStore:
                 "ON CONFLICT DO NOTHING",
                 due,
             )
-            await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE seq = %s", (encode(Delivered("pending")), seq))
+            await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE seq = %s", (encode(DeliveryState("pending")), seq))
         return job.id
 
     async def claim(self, worker: str, n: int, lease_s: float) -> Sequence[Claimed]:
@@ -476,7 +487,7 @@ class PostgresStore:
                 await cursor.execute(
                     f"UPDATE {_T}.jobs SET status = 'queued', attempt = %s, not_before = now() + make_interval(secs => %s), "
                     "error = %s WHERE seq = %s",
-                    (attempt if retry.error else attempt - 1, retry.delay_s, encoded(retry.error), seq),
+                    (attempt if retry.error else attempt - 1, retry.delay_s, encode_optional(retry.error), seq),
                 )
         return [retry.lease in held for retry in retries]
 
@@ -537,17 +548,17 @@ class PostgresStore:
         return None if row is None else delivery_of(row)
 
     async def finish_delivery(self, attempt: DeliveryAttempt) -> None:
-        delivered = attempt.delivered
+        state = attempt.state
         async with self._transaction() as cursor:
             row = await _one(
                 cursor,
                 f"UPDATE {_T}.deliveries SET status = %s, not_before = now() + make_interval(secs => %s), "
                 "finished = CASE WHEN %s THEN now() END "
                 "WHERE id = %s AND attempt = %s AND status = 'pending' RETURNING job",
-                (delivered.status, attempt.retry_s or 0.0, attempt.retry_s is None, attempt.id, delivered.attempt),
+                (state.status, attempt.retry_s or 0.0, attempt.retry_s is None, attempt.id, state.attempt),
             )
             if row is not None:
-                await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE id = %s", (encode(delivered), row[0]))
+                await cursor.execute(f"UPDATE {_T}.jobs SET delivery = %s WHERE id = %s", (encode(state), row[0]))
 
     async def state(self) -> StoreState:
         async with self._transaction() as cursor:

@@ -7,7 +7,18 @@ from typing import Any
 
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
 from splitserve.errors import InvalidInput
-from splitserve.jobs.records import ACTIVE, FINISHED, Delivered, Job, JobCaller, JobError, JobOptions, Status, Webhook, webhook_to
+from splitserve.jobs.records import (
+    ACTIVE,
+    FINISHED,
+    DeliveryState,
+    Job,
+    JobCaller,
+    JobError,
+    JobOptions,
+    Status,
+    Webhook,
+    webhook_to,
+)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["JobService"].full_name
 
@@ -15,6 +26,17 @@ CALLER_KEY = "splitserve-caller"
 """Metadata of calls from the proxy to jobs: who calls, as JSON in ASCII; absent where callers are not authenticated."""
 
 _STATUS_PREFIX = "JOB_STATUS_"
+
+
+_MOST_BYTES = 2**31 - 1
+_JOB_BYTES = 64 * 1024
+
+
+def max_wrapped_bytes(max_message_bytes: int) -> int:
+    """The largest message between the proxy and jobs: a request or an answer with how it is rendered, which the request says too,
+    and with its job. So what the proxy accepts can be stored, and what is stored can be fetched.
+    """
+    return min(2 * max_message_bytes + _JOB_BYTES, _MOST_BYTES)
 
 
 def encode_caller(caller: JobCaller) -> tuple[tuple[str, str], ...]:
@@ -156,7 +178,7 @@ def decode_job(message: Any) -> Job:
         if message.HasField("error")
         else None,
         webhook=decode_webhook(message.webhook) if message.HasField("webhook") else None,
-        delivery=Delivered(delivery.status, delivery.attempt, delivery.http_status, delivery.answer)
+        delivery=DeliveryState(delivery.status, delivery.attempt, delivery.http_status, delivery.answer)
         if message.HasField("delivery")
         else None,
     )

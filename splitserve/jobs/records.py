@@ -131,7 +131,7 @@ class NewJob(msgspec.Struct, frozen=True, kw_only=True):
     webhook: Webhook | None = None
 
 
-class Delivered(msgspec.Struct, frozen=True, omit_defaults=True):
+class DeliveryState(msgspec.Struct, frozen=True, omit_defaults=True):
     """How far the delivery of a webhook is: pending, delivered or failed."""
 
     status: str
@@ -158,7 +158,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     remove_at: float = 0.0
     error: JobError | None = None
     webhook: Webhook | None = None
-    delivery: Delivered | None = None
+    delivery: DeliveryState | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -233,7 +233,7 @@ class DeliveryAttempt(msgspec.Struct, frozen=True):
     """How far the delivery of a webhook is after an attempt; ``retry_s`` None: there is no other."""
 
     id: str
-    delivered: Delivered
+    state: DeliveryState
     retry_s: float | None = None
 
 

@@ -14,7 +14,18 @@ from typing import Protocol
 import msgspec
 import structlog
 
-from splitserve.errors import Conflict, InvalidInput, NotFinished, NotFound, Overloaded, SplitserveError, StorageFull, TooLarge
+from splitserve.errors import (
+    Conflict,
+    IdempotencyKeyReused,
+    InvalidInput,
+    NotFinished,
+    NotFound,
+    Overloaded,
+    SplitserveError,
+    StorageFull,
+    TooLarge,
+    Unavailable,
+)
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import (
     ACTIVE,
@@ -75,6 +86,14 @@ class Jobs(Protocol):
             IdempotencyKeyReused, Gone: as `JobStore.submit`.
             Overloaded: the caller has as many jobs as it may have.
             StorageFull: the disk is full.
+        """
+        ...
+
+    async def job_of_key(self, caller: JobCaller, key: str, fingerprint: bytes) -> Job | None:
+        """The job that was submitted under a key; None: there is none.
+
+        Raises:
+            IdempotencyKeyReused, Gone: as `submit`.
         """
         ...
 
@@ -190,12 +209,12 @@ class JobQueue:
     # The verbs.
 
     async def submit(self, caller: JobCaller, submission: Submission) -> Submitted:
-        self._check(caller, submission)
         options = submission.options
         try:
+            self._check(caller, submission)
             return await self._submit(caller, submission)
-        except (Overloaded, StorageFull):  # a caller that repeats a key gets its job all the same
-            known = await self._store.job_of_key(caller.name, options.key, options.fingerprint) if options.key else None
+        except (InvalidInput, Overloaded, StorageFull):  # a caller that repeats a key gets its job all the same
+            known = await known_job(self, caller, options.key, options.fingerprint)
             if known is None:
                 raise
             return Submitted(known, is_new=False)
@@ -234,6 +253,9 @@ class JobQueue:
         else:
             await self._payloads.remove([payload.ref])
         return submitted
+
+    async def job_of_key(self, caller: JobCaller, key: str, fingerprint: bytes) -> Job | None:
+        return await self._store.job_of_key(caller.name, key, fingerprint)
 
     def _too_many(self, caller: JobCaller) -> Overloaded:
         return Overloaded(
@@ -312,8 +334,7 @@ class JobQueue:
         if found is None:
             raise _unknown(job_id)
         job, freed = found
-        if self.worker is not None:
-            self.worker.cancel(job_id)
+        self._cancel_here([job_id])
         self.ended([job_id])
         await self._payloads.remove(freed)
         return job
@@ -389,15 +410,24 @@ class JobQueue:
         self.on_webhook()
 
     async def _keep_polling(self) -> None:
-        """Find out which of the jobs that somebody waits for have ended elsewhere."""
+        """Find out which of the jobs that somebody waits for, or that run here, have ended elsewhere, e.g. were cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(SWEEP_INTERVAL_S):
                     await self._poll_now.wait()
             self._poll_now.clear()
-            if self._waiting:
+            running = self.worker.running_ids if self.worker is not None else set()
+            if watched := running.union(self._waiting):
                 with contextlib.suppress(SplitserveError):
-                    self._wake(await self._store.finished_among(list(self._waiting)))
+                    ended = await self._store.finished_among(list(watched))
+                    self._wake(ended)
+                    self._cancel_here(running.intersection(ended))
+
+    def _cancel_here(self, job_ids: Iterable[str]) -> None:
+        """Drop jobs that have ended, if they are in flight here."""
+        if self.worker is not None:
+            for job_id in job_ids:
+                self.worker.cancel(job_id)
 
     async def _keep_sweeping(self) -> None:
         while True:
@@ -432,6 +462,22 @@ class JobQueue:
                     # Files of requests or answers whose jobs were never stored, or are gone.
                     self._log.info("stray payloads removed", files=n_removed)
             await asyncio.sleep(STRAYS_INTERVAL_S)
+
+
+async def known_job(jobs: Jobs, caller: JobCaller, key: str, fingerprint: bytes) -> Job | None:
+    """The job that a submit stored before it is refused now, e.g. since another release or other limits are in force.
+
+    None: there is none, the key was used for another request, or that is unknown: then the refusal is the answer.
+
+    Raises:
+        Gone: the job was removed.
+    """
+    if not key or len(key) > MAX_KEY_LENGTH or not key.isprintable():
+        return None
+    try:
+        return await jobs.job_of_key(caller, key, fingerprint)
+    except (IdempotencyKeyReused, Unavailable):
+        return None
 
 
 def _unknown(job_id: str) -> NotFound:

@@ -34,9 +34,9 @@ from splitserve.jobs.records import (
     ACTIVE,
     OLDEST_SHARE,
     Claimed,
-    Delivered,
     Delivery,
     DeliveryAttempt,
+    DeliveryState,
     Finish,
     Job,
     JobError,
@@ -51,8 +51,17 @@ from splitserve.jobs.records import (
     Swept,
     Tally,
 )
-from splitserve.jobs.rows import claimed_of, delivery_of, encode, encoded, job_of, migrations
-from splitserve.jobs.store import SWEEP_SIZE, died, expired, key_gone, key_reused, out_of_attempts, store_failed, unexpected
+from splitserve.jobs.row_mapping import claimed_of, delivery_of, encode, encode_optional, job_of, migrations
+from splitserve.jobs.store import (
+    SWEEP_SIZE,
+    died,
+    expired,
+    internal_error,
+    key_gone,
+    key_reused,
+    out_of_attempts,
+    store_unavailable,
+)
 
 T = TypeVar("T")
 Connection = sqlite3.Connection
@@ -195,7 +204,7 @@ class SqliteStore:
                 try:
                     outcomes += self._transaction(connection, [call])
                 except Exception as error:
-                    outcomes.append(_translated(error))
+                    outcomes.append(_store_error(error))
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Any]]] = {}
         for call, outcome in zip(calls, outcomes, strict=True):
             by_loop.setdefault(call.loop, []).append((call.answer, outcome))
@@ -228,7 +237,7 @@ class SqliteStore:
         if self._pid != os.getpid():
             raise RuntimeError("a job store cannot be used in a forked process: close() there would drop this process's locks")
         if self._is_closed:
-            raise store_failed()
+            raise store_unavailable()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         self._calls.put(_Call(act, answer, loop, is_write))
@@ -259,7 +268,7 @@ class SqliteStore:
             "request, request_ref, webhook) VALUES (?, ?, ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(new.id, new.owner, encode(new.rights), new.model, new.version, new.priority, now, new.timeout_s, expires),
-                *(new.rendering, new.request.data, new.request.ref, encoded(new.webhook)),
+                *(new.rendering, new.request.data, new.request.ref, encode_optional(new.webhook)),
             ),
         )  # fmt: skip
         job = Job(
@@ -338,7 +347,7 @@ class SqliteStore:
             "UPDATE jobs SET status = ?, finished = ?, remove_at = ?, answer = ?, answer_ref = ?, error = ?, request = x'', "
             f"request_ref = '' WHERE seq = ? RETURNING {_COLUMNS}",
             (
-                status, now, now + self._rules.ttl_s, answer.data, answer.ref, encoded(error), seq,
+                status, now, now + self._rules.ttl_s, answer.data, answer.ref, encode_optional(error), seq,
             ),
         ).fetchone()  # fmt: skip
         job = job_of(row)
@@ -348,7 +357,7 @@ class SqliteStore:
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (*due, now, now),
             )
-            connection.execute("UPDATE jobs SET delivery = ? WHERE seq = ?", (encode(Delivered("pending")), seq))
+            connection.execute("UPDATE jobs SET delivery = ? WHERE seq = ?", (encode(DeliveryState("pending")), seq))
         return job.id
 
     def announce(self) -> None:
@@ -450,7 +459,7 @@ class SqliteStore:
                     (
                         attempt if retry.error else attempt - 1,
                         now + retry.delay_s,
-                        encoded(retry.error),
+                        encode_optional(retry.error),
                         seq,
                     ),
                 )
@@ -510,17 +519,17 @@ class SqliteStore:
 
     async def finish_delivery(self, attempt: DeliveryAttempt) -> None:
         def act(connection: Connection) -> None:
-            now, delivered = self.now(), attempt.delivered
+            now, state = self.now(), attempt.state
             row = connection.execute(
                 "UPDATE deliveries SET status = ?, not_before = ?, finished = ? "
                 "WHERE id = ? AND attempt = ? AND status = 'pending' RETURNING job",
                 (
-                    *(delivered.status, now + (attempt.retry_s or 0.0), 0.0 if attempt.retry_s is not None else now),
-                    *(attempt.id, delivered.attempt),
+                    *(state.status, now + (attempt.retry_s or 0.0), 0.0 if attempt.retry_s is not None else now),
+                    *(attempt.id, state.attempt),
                 ),
             ).fetchone()
             if row is not None:
-                connection.execute("UPDATE jobs SET delivery = ? WHERE id = ?", (encode(delivered), row[0]))
+                connection.execute("UPDATE jobs SET delivery = ? WHERE id = ?", (encode(state), row[0]))
 
         await self._call(act)
 
@@ -593,15 +602,15 @@ def _full() -> StorageFull:
     return StorageFull("the disk of the job store is full: jobs can be read and removed, not submitted", stage="jobs")
 
 
-def _translated(error: Exception) -> SplitserveError:
+def _store_error(error: Exception) -> SplitserveError:
     if not isinstance(error, sqlite3.Error):
-        return unexpected(error)
+        return internal_error(error)
     name = getattr(error, "sqlite_errorname", "")
     # What SQLite says of a statement that failed. Callers get a 503, or 507 if the disk is full.
     structlog.get_logger().error("job store failed", reason=str(error), code=name)
-    translated = _full() if name == "SQLITE_FULL" else store_failed()
-    translated.__cause__ = error
-    return translated
+    store_error = _full() if name == "SQLITE_FULL" else store_unavailable()
+    store_error.__cause__ = error
+    return store_error
 
 
 def _get(connection: Connection, owner: str, job_id: str) -> Job | None:

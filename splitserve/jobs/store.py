@@ -167,12 +167,12 @@ def out_of_attempts(error: JobError, n_attempts: int) -> JobError:
     return JobError(error.code, error.reason, message, error.stage, error.model, error.pair)
 
 
-def store_failed() -> Unavailable:
+def store_unavailable() -> Unavailable:
     """The error while the database cannot be used. What is wrong is in the log."""
     return Unavailable("the job store cannot be reached", stage="jobs")
 
 
-def unexpected(error: Exception) -> Internal:
+def internal_error(error: Exception) -> Internal:
     """The error in place of one that a store must not raise, so that whoever calls it goes on. What is wrong is in the log."""
     # A call to the job store failed in a way that nobody foresaw, e.g. because a row was changed by hand.
     structlog.get_logger().error("job store failed", reason=repr(error), code=type(error).__name__, exc_info=error)

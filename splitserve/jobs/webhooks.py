@@ -18,10 +18,10 @@ import binascii
 import contextlib
 import hashlib
 import hmac
-import random
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ import structlog
 from splitserve.errors import InvalidInput, SplitserveError
 from splitserve.jobs import addresses
 from splitserve.jobs.addresses import AddressRefused
+from splitserve.jobs.backoff import doubled_s
 from splitserve.jobs.events import host_of
-from splitserve.jobs.records import Delivered, Delivery, DeliveryAttempt, JobCaller, Webhook
+from splitserve.jobs.records import Delivery, DeliveryAttempt, DeliveryState, JobCaller, Webhook
 from splitserve.jobs.store import JobStore
 from splitserve.watched import Watched
 
@@ -282,7 +283,7 @@ class WebhookSender:
         try:
             async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                 status, headers, answer = await self._post(delivery)
-            retry_after_s = _retry_after_s(headers)
+            retry_after_s = _retry_after_s(headers, self._clock())
         except (AddressRefused, OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             status, retry_after_s, answer = 0, None, _why(error)
         except Exception as error:
@@ -290,7 +291,7 @@ class WebhookSender:
             self._log.exception("webhook failed", delivery=delivery.id)
             status, retry_after_s, answer = 0, None, _why(error)
         attempt = self._outcome(delivery, status, retry_after_s, answer)
-        if attempt.delivered.status == "failed":
+        if attempt.state.status == "failed":
             # A webhook is given up: its receiver has said 410, or a day has passed.
             self._log.warning("webhook given up", delivery=delivery.id, http_status=status, attempts=delivery.attempt)
         with contextlib.suppress(SplitserveError):  # its lease ends, and it is sent again under the same id
@@ -326,11 +327,11 @@ class WebhookSender:
 
     def _outcome(self, delivery: Delivery, status: int, retry_after_s: float | None, answer: str) -> DeliveryAttempt:
         def attempt(state: str, retry_s: float | None = None) -> DeliveryAttempt:
-            return DeliveryAttempt(delivery.id, Delivered(state, delivery.attempt, status, answer), retry_s)
+            return DeliveryAttempt(delivery.id, DeliveryState(state, delivery.attempt, status, answer), retry_s)
 
         if 200 <= status < 300:
             return attempt("delivered")
-        delay_s = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (delivery.attempt - 1)) * random.uniform(0.75, 1.25)  # noqa: S311
+        delay_s = doubled_s(delivery.attempt, FIRST_BACKOFF_S, MAX_BACKOFF_S)
         if retry_after_s is not None:
             delay_s = min(MAX_BACKOFF_S, max(1.0, retry_after_s))
         if status == 410 or self._clock() + delay_s - delivery.created > GIVE_UP_S:
@@ -338,12 +339,15 @@ class WebhookSender:
         return attempt("pending", delay_s)
 
 
-def _retry_after_s(headers: Iterable[tuple[bytes, bytes]]) -> float | None:
-    """The seconds of Retry-After; a date is not understood, and the backoff applies."""
-    for name, value in headers:
-        if name.lower() == b"retry-after" and value.isdigit() and len(value) < 10:
-            return float(value)
-    return None
+def _retry_after_s(headers: Iterable[tuple[bytes, bytes]], now: float) -> float | None:
+    """The seconds of Retry-After, or until its date; None: there is none that can be read. Source: RFC 9110, section 10.2.3."""
+    found = next((value.strip() for name, value in headers if name.lower() == b"retry-after"), b"")
+    if found.isdigit():
+        return float(found[:10])
+    try:
+        return max(0.0, parsedate_to_datetime(found.decode("latin-1")).timestamp() - now)
+    except (ValueError, OverflowError):
+        return None
 
 
 def _why(error: Exception) -> str:

@@ -43,6 +43,7 @@ from splitserve.errors import (
     Unavailable,
     at_stage,
 )
+from splitserve.jobs.backoff import doubled_s
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, Retry, new_id
 from splitserve.jobs.store import JobStore
@@ -161,12 +162,21 @@ class Worker:
         """Jobs in flight, and those whose end is not written yet."""
         return len(self._running)
 
+    @property
+    def running_ids(self) -> set[str]:
+        """The jobs in flight."""
+        return {lease.id for lease, running in self._running.items() if not running.has_ended}
+
     def wake(self) -> None:
         """There may be jobs to claim."""
         self._work.set()
 
     def cancel(self, job_id: str) -> None:
-        """The job was cancelled: drop it. If its rows were not sent yet they never are."""
+        """The job was cancelled: drop it.
+
+        Rows that were not sent yet never are. A request that has no other job's rows is cancelled at the proxy, which does not
+        send it on if it has not yet.
+        """
         for lease, running in list(self._running.items()):
             if lease.id == job_id and not running.has_ended:
                 self._drop(lease)
@@ -475,5 +485,5 @@ class Worker:
 
 
 def backoff_s(attempt: int) -> float:
-    """The delay after an attempt, by its number: doubled each time, with jitter."""
-    return float(min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25))  # noqa: S311
+    """The delay after an attempt, by its number."""
+    return doubled_s(attempt, FIRST_BACKOFF_S, MAX_BACKOFF_S)

@@ -128,7 +128,11 @@ class InferRequest(msgspec.Struct, frozen=True):
     @property
     def n_rows(self) -> int:
         """Rows of the first input; 0 without inputs."""
-        return self.inputs[0].n_rows if self.inputs else 0
+        inputs = self.inputs
+        if not inputs:
+            return 0
+        shape = inputs[0].shape
+        return shape[0] if shape else 1
 
 
 class InferResponse(msgspec.Struct, frozen=True):

@@ -51,6 +51,12 @@ STREAM_KEY = "splitserve-stream"
 WORKER_KEY = "splitserve-worker"
 """Initial metadata of the same stream: which of the processes that share the port answers, e.g. ``0/4``."""
 
+CANCEL = "splitserve_cancel"
+"""Parameter of a message on such a stream that cancels a request."""
+
+_ID_FIRST = b"\x1a"
+"""How a ``ModelInferRequest`` begins whose first field is ``id``."""
+
 _CONTENTS_FIELDS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -101,6 +107,24 @@ def timeout_s(message: pb.ModelInferRequest) -> float | None:
     return microseconds / 1e6 if microseconds > 0 else None
 
 
+def encode_stream_cancel(identity: str) -> bytes:
+    """The message on a stream that cancels the request with this id. It is a request without a model, and has no answer."""
+    message = pb.ModelInferRequest(id=identity)
+    message.parameters[CANCEL].bool_param = True
+    return message.SerializeToString()
+
+
+def cancelled_id(data: bytes) -> str | None:
+    """The id of the request that a message on a stream cancels; None: the message is a request."""
+    if not data.startswith(_ID_FIRST):  # a request begins with its model
+        return None
+    try:
+        message = pb.ModelInferRequest.FromString(data)
+    except DecodeError:
+        return None
+    return message.id if CANCEL in message.parameters and not message.model_name else None
+
+
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
     """A response as a message on a stream, with the id of its request."""
     message = pb.ModelStreamInferResponse()
@@ -141,8 +165,9 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
     """
     inputs = message.inputs
     if raws := list(message.raw_input_contents):
-        if any(tensor.HasField("contents") for tensor in inputs):
-            raise InvalidInput("the contents field must not be specified when using raw_input_contents")
+        for tensor in inputs:
+            if tensor.HasField("contents"):
+                raise InvalidInput("the contents field must not be specified when using raw_input_contents")
         if len(raws) != len(inputs):
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
@@ -150,15 +175,16 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
+    outputs: tuple[RequestedOutput, ...] = ()
+    if message.outputs:
+        outputs = tuple([RequestedOutput(item.name, _decode_parameters(item.parameters)) for item in message.outputs])
     return InferRequest(
-        model=message.model_name,
+        message.model_name,
+        tuple([Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)]),
         version=message.model_version,
+        outputs=outputs,
         id=message.id,
         parameters=parameters,
-        inputs=tuple(
-            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)
-        ),
-        outputs=tuple(RequestedOutput(requested.name, _decode_parameters(requested.parameters)) for requested in message.outputs),
         deadline=deadline,
         caller=caller,
     )
@@ -200,7 +226,7 @@ def decode_response(message: pb.ModelInferResponse) -> InferResponse:
         id=message.id,
         parameters=_decode_parameters(message.parameters) if message.parameters else {},
         outputs=tuple(
-            Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(outputs, raws, strict=True)
+            [Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(outputs, raws, strict=True)]
         ),
     )
 

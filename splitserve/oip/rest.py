@@ -169,17 +169,18 @@ def decode_request(
     Raises:
         InvalidInput: names the input, what was expected and what was sent.
     """
-    if header_length is None:
-        header_length = len(body)
+    n_bytes = len(body)
     if not body:
         raise InvalidInput("the request body is empty, expected JSON")
-    if not 0 < header_length <= len(body):
-        raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
-    head = body if header_length == len(body) else body[:header_length]
+    head = body
+    if header_length is not None:
+        if not 0 < header_length <= n_bytes:
+            raise InvalidInput(f"Inference-Header-Content-Length is {header_length}, the body has {n_bytes} bytes")
+        head = body[:header_length]
     check_json_depth(head)
     message, inputs, end = _decode_plain(head) or _decode_any(head, body)
-    if end != len(body):
-        raise InvalidInput(f"{len(body) - end} bytes of the body remain after the binary tensors")
+    if end != n_bytes:
+        raise InvalidInput(f"{n_bytes - end} bytes of the body remain after the binary tensors")
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         _check_boolean(message.parameters, _ALL_BINARY)
@@ -396,16 +397,14 @@ def encode_response(response: InferResponse, request: InferRequest) -> tuple[byt
             outputs.append(_AnswerOutput(tensor.name, tensor.datatype, tensor.shape, parameters=parameters))
             binary.append(tensor.raw)
             continue
-        answered = _AnswerOutput(tensor.name, tensor.datatype, tensor.shape, json_values(tensor))
-        if tensor.datatype in ("FP32", "FP64") and (n_bad := _count_nonfinite(answered.data)):
-            answered.parameters = {"nonfinite_values": n_bad}
+        values = unpack(tensor) if tensor.datatype in _list_decoders else json_values(tensor)
+        answered = _AnswerOutput(tensor.name, tensor.datatype, tensor.shape, values)
+        if tensor.datatype in ("FP32", "FP64") and not math.isfinite(sum(values)):
+            n_bad = sum([not math.isfinite(value) for value in values])
+            answered.parameters = {"nonfinite_values": n_bad} if n_bad else {}
         outputs.append(answered)
     head = _encoder.encode(_InferAnswer(response.model, response.version, outputs, response.id, response.parameters))
     return (b"".join((head, *binary)), len(head)) if binary else (head, None)
-
-
-def _count_nonfinite(values: list[float]) -> int:
-    return 0 if math.isfinite(sum(values)) else len(values) - sum(map(math.isfinite, values))
 
 
 def json_values(tensor: Tensor) -> list[Any]:
@@ -416,11 +415,10 @@ def json_values(tensor: Tensor) -> list[Any]:
     """
     if tensor.datatype in ("FP16", "BF16"):
         raise InvalidInput(f'output "{tensor.name}": {tensor.datatype} has no JSON form, request binary_data for it')
-    values = unpack(tensor)
     if tensor.datatype != "BYTES":
-        return values
+        return unpack(tensor)
     try:
-        return [value.decode() for value in values]
+        return [value.decode() for value in unpack(tensor)]
     except UnicodeDecodeError:
         raise InvalidInput(f'output "{tensor.name}": an element is not UTF-8 text, request binary_data for it') from None
 

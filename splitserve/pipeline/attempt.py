@@ -81,7 +81,7 @@ class Attempt:
             shutil.copyfile(file, target)
             if (found := digest_of_file(target)) != digest:
                 raise StepFailed(
-                    f"input {path}: expected SHA-256 {digest[:12]}…, got {found[:12]}…: {file} was changed meanwhile; run again"
+                    f"input {path}: expected SHA-256 {digest[:12]}…, got {found[:12]}…: {file} has changed since; run again"
                 )
             copied[f"inputs/{path}"] = digest
         return copied
@@ -162,12 +162,14 @@ class Attempt:
             assert process.stdin is not None, "it is a pipe"
             process.stdin.close()
             process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started and, being killed, not ended
         if code:
             error = self.folder / "error"
             number = -code if code < 0 else code - 128  # docker's exit codes, as a shell's, are above 128
             ended = f"was killed by signal {number}" if number > 0 else f"exited with {code}"
-            said = error.read_text() if error.exists() else ""  # empty on a disk that is still full
-            raise StepFailed(said or f"its {what} {ended}; its output is above")
+            reason = error.read_text() if error.exists() else ""  # empty on a disk that is still full
+            raise StepFailed(reason or f"its {what} {ended}; its output is above")
 
 
 def _started(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes]:

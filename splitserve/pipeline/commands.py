@@ -7,10 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from splitserve.pipeline.context import RecordError, StepFailed, said_of
+from splitserve.pipeline.context import RecordError, StepFailed, error_message
 from splitserve.pipeline.declaration import DeclarationError, TrainingPipeline
 from splitserve.pipeline.index import REUSED, RunState, StepState
 from splitserve.pipeline.runner import RunFailed, Runner
@@ -24,7 +25,7 @@ def main(pipelines: TrainingPipeline | Mapping[str, TrainingPipeline], arguments
     try:
         return int(parsed.command(pipeline, parsed))
     except (RunFailed, RecordError, OSError) as error:  # OSError: a full disk, a store that cannot be written
-        print(said_of(error), file=sys.stderr)
+        print(error_message(error), file=sys.stderr)
         return 1
     except (DeclarationError, SourceError, StepFailed) as error:
         print(error, file=sys.stderr)
@@ -102,14 +103,20 @@ def _print_models(runner: Runner, states: Sequence[StepState]) -> None:
 
 def _status(pipeline: TrainingPipeline, parsed: argparse.Namespace) -> int:
     runner = _runner(pipeline, parsed)
-    if runner.index.unfinished_runs() and not runner.index.is_running():
-        with runner.index.locked():
+    with ExitStack() as stack:
+        is_closing = bool(runner.index.open_runs()) and not runner.index.is_running()
+        if is_closing:
+            stack.enter_context(runner.index.locked())
             runner.close_dead()
-    _print_steps(runner.states())
-    runs = runner.index.runs()
-    for run in runs[-5:]:
-        steps = ", ".join(f"{step.step} {step.state}" for step in run.steps)
-        print(f"{run.started_at}  {run.id}  {run.state}: {steps}")
+        _print_steps(runner.states())
+        for run in runner.index.runs()[-5:]:
+            steps = ", ".join(f"{step.step} {step.state}" for step in run.steps)
+            print(f"{run.started_at}  {run.id}  {run.state}: {steps}", flush=True)
+        if is_closing:
+            try:
+                runner.record_ends()
+            except RecordError as error:
+                print(f"{error}; the next command records how earlier runs have ended", file=sys.stderr)
     return 0
 
 

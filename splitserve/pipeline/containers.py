@@ -7,6 +7,7 @@ there; the runner records them as it does those of a process. Only the folder wi
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -22,13 +23,16 @@ from pathlib import Path
 import splitserve
 from splitserve.pipeline.context import StepFailed
 from splitserve.pipeline.declaration import Step, TrainingPipeline
+from splitserve.pipeline.dependencies import locked_versions
 from splitserve.pipeline.digests import digest_of, digest_of_file
 from splitserve.pipeline.docker import docker, docker_client, image_id, last_lines, pip_secret
-from splitserve.pipeline.exchange import ARTIFACTS
 from splitserve.pipeline.worker import end_with_the_runner
 
 DOCKERFILE = Path(__file__).with_name("step.Dockerfile")
 PYTHON_IMAGE = "python:{}.{}-slim-bookworm".format(*sys.version_info)
+WHEELS_VARIABLE = "SPLITSERVE_TRAINING_WHEELS"
+"""Environment variable: a folder with wheels for images of steps, beside those of the index."""
+
 ATTEMPT, SCRATCH = Path("/attempt"), Path("/scratch")
 """The folders of an attempt in a container."""
 
@@ -69,6 +73,7 @@ class StepImages:
             return found
         print(f"{step.name}: building the image {name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "wheels").mkdir()
             for path, file in files.items():
                 target = Path(folder, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +97,34 @@ class StepImages:
                 for name, file in names.items()
                 if name.parts[:2] != ("pipeline", "templates")
             }
+        lock = self._pipeline.path(step.lock) if step.lock else Path(os.devnull)
         return {
             "Dockerfile": DOCKERFILE,
-            "requirements.txt": self._pipeline.path(step.lock) if step.lock else Path(os.devnull),
+            "requirements.txt": lock,
+            **{f"wheels/{wheel.name}": wheel for wheel in _wheels(lock)},
             **self._library,
             **{f"code/{path}": file for path, file in self._modules(step).items()},
         }
+
+
+def _wheels(lock: Path) -> list[Path]:
+    """Those of the variable's folder whose package a lock names: others change nothing.
+
+    Raises:
+        StepFailed: there is no such folder.
+    """
+    named = os.environ.get(WHEELS_VARIABLE)
+    if not named:
+        return []
+    if not Path(named).is_dir():
+        raise StepFailed(f"{WHEELS_VARIABLE}: expected a folder with wheels, got {named}")
+    locked = {_normalised(re.split(r"[^A-Za-z0-9._-]", line)[0]) for line in locked_versions(lock)}
+    return sorted(wheel for wheel in Path(named).glob("*.whl") if _normalised(wheel.name.partition("-")[0]) in locked)
+
+
+def _normalised(name: str) -> str:
+    """The name of a package. Source: PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,10 @@ class ArtifactServer:
 
     def url(self, path: str) -> str:
         """Of a file or folder, as containers reach it."""
+        from splitserve.repository.sources.mlflow_server import (
+            ARTIFACTS,
+        )  # imports httpx, which a run without containers need not
+
         return f"http://{self._host}:{self._port}{ARTIFACTS}/{path}"
 
     def close(self) -> None:

@@ -24,18 +24,18 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 
 class StepFailed(Exception):
-    """A step cannot go on; the message says what, expected, found, and the way out."""
+    """A step cannot continue; the message says what, expected, found, and the way out."""
 
 
 class RecordError(Exception):
     """MLflow, or its artifact store, does not do what it is asked for; the message says which and why."""
 
 
-def said_of(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """An error as a run reports it; of a disk that is full or cannot be written with the way out."""
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-        return f"{what}; what has finished is kept, and the same command goes on once it can be written"
+        return f"{what}; what has finished is kept, and the same command continues once it can be written"
     return str(error)
 
 

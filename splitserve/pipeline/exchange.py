@@ -14,7 +14,6 @@ from urllib.parse import quote
 from splitserve.pipeline.context import StepFailed
 from splitserve.pipeline.digests import digest_of_file
 
-ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
 _TIMEOUT_S = 60.0
 
 

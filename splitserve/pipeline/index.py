@@ -11,10 +11,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ class StepState:
 
 @dataclass
 class RunState:
-    """A run: MLflow's id, the runner's process, and its steps."""
+    """A run: MLflow's id, the runner's process, and its steps. ``why`` says why it failed or was interrupted.
+
+    ``is_recorded`` is false until MLflow's record says how the run ended.
+    """
 
     id: str
     pipeline: str
@@ -77,6 +80,8 @@ class RunState:
     started_at: str
     parameters: dict[str, Any]
     steps: list[StepState] = field(default_factory=list)
+    why: str = ""
+    is_recorded: bool = True
 
 
 class Index:
@@ -117,9 +122,9 @@ class Index:
         found = [run for file in self._runs.glob("*.json") if (run := _run(file)) and run.pipeline == self._pipeline]
         return sorted(found, key=lambda run: run.started_at)
 
-    def unfinished_runs(self) -> list[RunState]:
-        """Runs that say that they are running. With the lock held, their runner is dead."""
-        return [run for run in self.runs() if run.state == RUNNING]
+    def open_runs(self) -> list[RunState]:
+        """Runs that say that they are running, or whose end MLflow has not. With the lock held, their runner is dead."""
+        return [run for run in self.runs() if run.state == RUNNING or not run.is_recorded]
 
     def is_running(self) -> bool:
         """Whether a runner holds the lock."""
@@ -155,8 +160,8 @@ class Index:
 
 
 def now() -> str:
-    """The time of a run's start and of a step's end, in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    """The time of a run's start and of a step's end, in UTC, to the millisecond: runs are ordered by it."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

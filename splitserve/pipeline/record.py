@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from splitserve.arrays import DTYPES
-from splitserve.pipeline.context import RecordError, StepFailed, said_of
-from splitserve.pipeline.digests import digests_of_folder
-from splitserve.pipeline.index import Finished
+from splitserve.pipeline.context import RecordError, StepFailed, error_message
+from splitserve.pipeline.digests import digest_of, digests_of_folder
+from splitserve.pipeline.index import FAILED, FINISHED, REUSED, Finished, RunState
 from splitserve.repository.release import ReleaseManifest
 from splitserve.repository.sources.mlflow_server import without_credentials
 from splitserve.signature import TensorSpec
 
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the tables that it creates
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import LifecycleStage, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -35,15 +36,21 @@ from mlflow.types import TensorSpec as MlflowTensorSpec
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 STEP_TAG, DIGEST_TAG, REUSED_TAG, ERROR_TAG = "splitserve.step", "splitserve.digest", "splitserve.reused", "splitserve.error"
+STORE_TAG = "splitserve.store"
+"""Of a run: which store's runner has started it."""
+
 MODEL_FOLDER = "model"
 FLAVOR = "splitserve"
 """Of a registered version whose files are a model repository."""
+
+_STATUSES = {FINISHED: "FINISHED", FAILED: "FAILED"}
+"""MLflow's status of a run by its state here; all others are ``KILLED``."""
 
 _METRICS_IN_ONE_CALL, _PARAMETERS_IN_ONE_CALL, _LONGEST_VALUE = 1000, 100, 6000
 
 
 class _Client:
-    """MLflow's client, whose errors are told in one line, without passwords of URLs: each store has classes of its own."""
+    """MLflow's client, whose errors become a `RecordError` of one line, without passwords: each store has classes of its own."""
 
     def __init__(self, uri: str, registry_uri: str) -> None:
         self._uri = without_credentials(uri)
@@ -56,7 +63,7 @@ class _Client:
             try:
                 return method(*values, **named)
             except Exception as error:
-                reason = re.sub(r"//[^/@\s]+@", "//", " ".join(said_of(error).split("[SQL:")[0].split()))[:500]
+                reason = re.sub(r"//[^/@\s]+@", "//", " ".join(error_message(error).split("[SQL:")[0].split()))[:500]
                 raise RecordError(
                     f"MLflow at {without_credentials(self._uri)}: {name}: {reason or type(error).__name__}"
                 ) from error
@@ -73,6 +80,7 @@ class Record:
         self.uri = uri
         self.client = _Client(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         self._store = store
+        self._store_id = digest_of([socket.gethostname(), str(store)])[:32]
         found = self.client.get_experiment_by_name(pipeline)
         location = None if self.is_remote else (store / "artifacts" / pipeline).as_uri()
         if found and location and found.artifact_location != location:  # the folder was moved: new artifacts belong here
@@ -86,7 +94,7 @@ class Record:
         Returns:
             Its id.
         """
-        run = self.client.create_run(self._experiment, tags=dict(tags or {}), run_name=name)
+        run = self.client.create_run(self._experiment, tags={STORE_TAG: self._store_id, **(tags or {})}, run_name=name)
         values = [Param(legal_name(key), json.dumps(value)[:_LONGEST_VALUE]) for key, value in parameters.items()]
         for begin in range(0, len(values), _PARAMETERS_IN_ONE_CALL):
             self.client.log_batch(run.info.run_id, params=values[begin : begin + _PARAMETERS_IN_ONE_CALL])
@@ -141,20 +149,37 @@ class Record:
             self.client.log_batch(run_id, metrics=values[begin : begin + _METRICS_IN_ONE_CALL])
 
     def end(self, run_id: str, status: str, *, error: str = "") -> None:
-        """End a run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        """End a run, or a step's, as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if error:
             self.client.set_tag(run_id, ERROR_TAG, error[:_LONGEST_VALUE])
         self.client.set_terminated(run_id, status)
 
-    def close(self, run_id: str, reason: str) -> None:
-        """End a run whose runner is dead, and its steps, if they are not ended."""
+    def close(self, run: RunState) -> None:
+        """End a run as its state says, and before it what has not ended of its steps. One that was deleted, or is of another
+        server, is left.
+        """
         try:
-            nested = self.client.search_runs([self._experiment], f"tags.`mlflow.parentRunId` = '{run_id}'")
-            for run in (self.client.get_run(run_id), *nested):
-                if not RunStatus.is_terminated(RunStatus.from_string(run.info.status)):
-                    self.end(run.info.run_id, "KILLED", error=reason)
-        except RecordError:
-            return  # deleted, or of another store
+            parent = self.client.get_run(run.id)
+        except RecordError as error:
+            if _says(error, "RESOURCE_DOES_NOT_EXIST"):
+                return
+            raise
+        if parent.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            return
+        steps = {step.run_id: step for step in run.steps if step.state != REUSED}
+        nested = self.client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.id}'")
+        for each in (*nested, parent):
+            if not RunStatus.is_terminated(RunStatus.from_string(each.info.status)):
+                ended = steps.get(each.info.run_id, run)
+                self.end(each.info.run_id, _STATUSES.get(ended.state, "KILLED"), error=ended.why)
+
+    def close_unknown(self) -> None:
+        """End the runs that runners of this store have started, and were killed before they wrote down. The store is locked, so
+        none of them lives.
+        """
+        query = f"attributes.status = 'RUNNING' and tags.`{STORE_TAG}` = '{self._store_id}'"
+        for run in self.client.search_runs([self._experiment], query):
+            self.end(run.info.run_id, "KILLED", error="its runner is dead")
 
     def fetch(self, step: str, digest: str) -> Finished | None:
         """A step that finished elsewhere on the same tracking server, with its outputs beside the index; None if there is none,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from splitserve.pipeline.context import Context, StepFailed
 from splitserve.pipeline.digests import digest_of_file
+from splitserve.pipeline.images import IMAGES_FILE
 from splitserve.repository.folder import Repository
 from splitserve.repository.manifest import BundleError
 from splitserve.repository.releases import ReleaseReader
@@ -25,11 +26,11 @@ def register_release(
 
     Uploads the repository, reads it back, compares digests, registers the version, then moves the alias: whatever fails before
     that leaves the alias where it was. The version's artifacts are a model repository with an index and with MLflow's description
-    of its signature (``MLmodel``), in the folder ``model`` of the run.
+    of its signature (``MLmodel``), in the folder ``model`` of the run. Names and digests of the images that build made are tags.
 
     Args:
         context: of a step with ``runs_in_runner=True``.
-        models: the model repository that build wrote; gets an ``index.json``.
+        models: the model repository that build wrote, beside the `IMAGES_FILE` if it made images; gets an ``index.json``.
         model: its name, also in the registry.
         metric: what the alias is decided by; higher is better.
         value: of this release.
@@ -59,6 +60,7 @@ def register_release(
         "splitserve.metric": metric,
         f"splitserve.metric.{metric}": repr(float(value)),
         INDEX_TAG: digest_of_file(index.write(models, listed)),
+        **_image_tags(models.parent / IMAGES_FILE),
     }
     version = context.record.register(context.run_id, models, model=model, release=release.manifest, tags=tags)
     champion = context.record.champion(model, alias)
@@ -68,6 +70,17 @@ def register_release(
     print(f"{model} version {version} is registered; {alias}: {reason}", flush=True)
     result = {"model": model, "version": version, "alias": alias, "is_champion": is_better, "reason": reason}
     (context.outputs / "registered.json").write_text(json.dumps(result))
+
+
+def _image_tags(file: Path) -> dict[str, str]:
+    """For each service ``splitserve.image.SERVICE``, a name, and ``splitserve.image.SERVICE.digest``; none without the file."""
+    if not file.exists():
+        return {}
+    tags = {}
+    for service, image in json.loads(file.read_text()).items():
+        tags[f"splitserve.image.{service}"] = image["name"]
+        tags[f"splitserve.image.{service}.digest"] = image["digest"]
+    return tags
 
 
 def beats(champion: tuple[str, Mapping[str, str]] | None, metric: str, value: float, margin: float) -> tuple[bool, str]:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitserve.pipeline.attempt import Attempt
 from splitserve.pipeline.containers import ArtifactServer, Container, StepImages, runs_in_container
-from splitserve.pipeline.context import RecordError, StepFailed, first_of, read_metrics, said_of, write_durably
+from splitserve.pipeline.context import RecordError, StepFailed, error_message, first_of, read_metrics, write_durably
 from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import Dependencies, changes, inputs_of
 from splitserve.pipeline.digests import digest_of, digests_of_folder
@@ -125,6 +125,7 @@ class Runner:
         with self.index.locked(), _sigterm_as_interrupt():
             shutil.rmtree(self._attempts, ignore_errors=True)  # of runners that were killed
             self.close_dead()
+            self.record_ends()
             try:
                 return self._run(steps, forced)
             finally:
@@ -134,32 +135,33 @@ class Runner:
         finished: dict[str, Finished] = {}
         reused: list[StepState] = []
         run: RunState | None = None
-        for step in steps:
-            try:
+        try:
+            for step in steps:
                 depends_on = self._dependencies.of(step, finished)
-            except (DeclarationError, SourceError) as error:
-                if run is not None:
-                    self._end(run, FAILED, str(error))
-                raise
-            if self._images is not None and runs_in_container(step):
-                try:
-                    depends_on["image"] = self._images.build(step)
-                except StepFailed as error:
-                    raise self._failed_to_begin(run or self._begin(reused), step, str(error)) from error
-            state, found = self._state(step, depends_on, is_forced=step.name in forced)
-            if found is None and step.name not in forced:
-                state, found = self._finished_elsewhere(state)
-            if found is not None:
-                finished[step.name] = found
-                state.state = REUSED
-                (run.steps if run else reused).append(state)
-                if run:
-                    self._note_reuse(run, state)
-                continue
-            if run is None:
-                run = self._begin(reused)
-            run.steps.append(state)
-            finished[step.name] = self._run_step(run, step, state, depends_on, finished)
+                if self._images is not None and runs_in_container(step):
+                    try:
+                        depends_on["image"] = self._images.build(step)
+                    except StepFailed as error:
+                        raise self._failed_to_begin(run or self._begin(reused), step, str(error)) from error
+                state, found = self._state(step, depends_on, is_forced=step.name in forced)
+                if found is None and step.name not in forced:
+                    state, found = self._finished_elsewhere(state)
+                if found is not None:
+                    finished[step.name] = found
+                    state.state = REUSED
+                    (run.steps if run else reused).append(state)
+                    if run:
+                        self._note_reuse(run, state)
+                    continue
+                if run is None:
+                    run = self._begin(reused)
+                run.steps.append(state)
+                finished[step.name] = self._run_step(run, step, state, depends_on, finished)
+        except (DeclarationError, SourceError, RecordError, OSError) as error:
+            if run is not None:
+                with suppress(RecordError, OSError):
+                    self._end(run, FAILED, error_message(error))
+            raise
         if run is not None:
             self._end(run, FINISHED)
             self._write_report(run)
@@ -190,8 +192,9 @@ class Runner:
 
     def _begin(self, reused: list[StepState]) -> RunState:
         values = dict(self.pipeline.parameters)
+        self.record.close_unknown()
         run_id = self.record.start(self.pipeline.name, values)
-        run = RunState(run_id, self.pipeline.name, RUNNING, os.getpid(), socket.gethostname(), now(), values)
+        run = RunState(run_id, self.pipeline.name, RUNNING, os.getpid(), socket.gethostname(), now(), values, is_recorded=False)
         self.index.write_run(run)
         for state in reused:
             run.steps.append(state)
@@ -208,8 +211,8 @@ class Runner:
     ) -> Finished:
         print(f"{step.name}: running ({state.why})", flush=True)
         self.index.forget(step.name, state.digest)
-        state.run_id = self.record.start_step(step.name, state.digest, parent=run.id, parameters=depends_on["parameters"])
         state.state = RUNNING
+        state.run_id = self.record.start_step(step.name, state.digest, parent=run.id, parameters=depends_on["parameters"])
         self.index.write_run(run)
         scratch = self.index.scratch(step.name, state.digest)
         scratch.mkdir(parents=True, exist_ok=True)
@@ -219,9 +222,10 @@ class Runner:
             result = self._attempt(step, state, depends_on, finished, scratch)
             self.index.finish(result)
         except (StepFailed, OSError, RecordError) as error:
-            raise self._failed(run, state, said_of(error), read_metrics(scratch / "metrics.jsonl")) from error
+            raise self._failed(run, state, error_message(error), read_metrics(scratch / "metrics.jsonl")) from error
         except KeyboardInterrupt:
-            self._end(run, INTERRUPTED, "interrupted by a signal")
+            with suppress(RecordError, OSError):  # the next command does what this one cannot
+                self._end(run, INTERRUPTED, "interrupted by a signal")
             raise
         shutil.rmtree(scratch, ignore_errors=True)
         state.state = FINISHED
@@ -271,23 +275,30 @@ class Runner:
 
     def _failed(self, run: RunState, state: StepState, reason: str, metrics: list[dict[str, Any]]) -> RunFailed:
         state.state, state.why = FAILED, reason
-        with suppress(RecordError, OSError):  # it may be what failed; the next run closes what it could not
-            self.record.end(state.run_id, "FAILED", error=reason)
-            self.record.log_metrics(state.run_id, metrics)
+        with suppress(RecordError, OSError):  # it may be what failed; the next command does what this one cannot
             self._end(run, FAILED, f"step {state.step} failed")
+            self.record.log_metrics(state.run_id, metrics)
             self._write_report(run)
         return RunFailed(f"step {state.step} failed: {reason}")
 
-    def _end(self, run: RunState, state: str, reason: str = "") -> None:
-        run.state = state
+    def _end(self, run: RunState, state: str, why: str = "") -> None:
+        """End a run here, then in MLflow."""
+        try:
+            self._end_here(run, state, why)
+        finally:
+            self._record_end(run)
+
+    def _end_here(self, run: RunState, state: str, why: str) -> None:
+        run.state, run.why = state, why
         for step in run.steps:
             if step.state == RUNNING:
-                step.state, step.why = state, reason
+                step.state, step.why = state, why
         self.index.write_run(run)
-        if state == INTERRUPTED:
-            self.record.close(run.id, reason)
-        else:
-            self.record.end(run.id, state.upper(), error=reason)
+
+    def _record_end(self, run: RunState) -> None:
+        self.record.close(run)
+        run.is_recorded = True
+        self.index.write_run(run)
 
     def report(self, run_id: str) -> Path:
         """Where the report of a run is."""
@@ -302,9 +313,20 @@ class Runner:
             self.record.client.log_artifact(run.id, str(path))
 
     def close_dead(self) -> None:
-        """End the runs that a dead runner left, here and in MLflow. The store must be locked, or not in use."""
-        for run in self.index.unfinished_runs():
-            self._end(run, INTERRUPTED, f"its runner, process {run.pid} on {run.host}, is dead")
+        """End the runs that a dead runner left, here. The store must be locked."""
+        for run in self.index.open_runs():
+            if run.state == RUNNING:
+                self._end_here(run, INTERRUPTED, f"its runner, process {run.pid} on {run.host}, is dead")
+
+    def record_ends(self) -> None:
+        """End in MLflow the runs that have ended here, and have not in its record. The store must be locked.
+
+        Raises:
+            RecordError: MLflow is away.
+        """
+        for run in self.index.open_runs():
+            self._record_end(run)
+            self._write_report(run)
 
     def _downstream(self, name: str) -> set[str]:
         reached = {self.pipeline.step(name).name}

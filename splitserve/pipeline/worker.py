@@ -16,7 +16,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from splitserve.pipeline.context import Call, Context, StepFailed, first_of, said_of
+from splitserve.pipeline.context import Call, Context, StepFailed, error_message, first_of
 from splitserve.pipeline.digests import digests_of_folder
 from splitserve.pipeline.environment import differences
 from splitserve.pipeline.exchange import Exchange
@@ -71,20 +71,20 @@ def _run(call: Call) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a runner that was killed may need a moment to end
             call.make(Context(call))
     except StepFailed as error:
-        _tell(call, str(error))
+        _write_error(call, str(error))
         return EXIT_FAILED
     except Exception as error:
         traceback.print_exc()
-        said = said_of(error)
-        _tell(call, said if said != str(error) else f"{type(error).__name__}: {error}")
+        message = error_message(error)
+        _write_error(call, message if message != str(error) else f"{type(error).__name__}: {error}")
         return EXIT_CRASHED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return 0
 
 
-def _tell(call: Call, message: str) -> None:
-    """Say why the step failed. What it has written goes first: it is of no use, and the disk may be full."""
+def _write_error(call: Call, message: str) -> None:
+    """Write why the step failed. Its outputs, which are incomplete, are removed first: the disk may be full."""
     shutil.rmtree(call.outputs, ignore_errors=True)
     Path(call.error).write_text(message)
 

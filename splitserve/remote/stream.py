@@ -8,6 +8,7 @@ protocol's error text cannot hold into the parameters of the response (`splitser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -117,7 +118,7 @@ class InferStream:
         self.is_open = True
 
     async def infer(self, request: InferRequest) -> Any:
-        """Send a request and await its ``ModelInferResponse``.
+        """Send a request and await its ``ModelInferResponse``. If this is cancelled, so is the request at the peer.
 
         Raises:
             Unavailable: the stream ended before the response arrived.
@@ -136,10 +137,18 @@ class InferStream:
                 text = f"the message to {self._stage} is larger than its limit"
                 raise TooLarge(text, stage=self._stage) from None
             raise self._unavailable() from None
+        except asyncio.CancelledError:
+            self._cancel(identity)
+            raise
         finally:
             self._pending.pop(identity, None)
         protobuf.raise_stream_error(message)
         return message.infer_response
+
+    def _cancel(self, identity: str) -> None:
+        if self.is_open:  # nothing can be written to one that is half-closed
+            with contextlib.suppress(CallError):
+                self._call.write(protobuf.encode_stream_cancel(identity))
 
     def on_message(self, data: bytes) -> None:
         """Pass a response to the call that awaits it."""

@@ -14,6 +14,9 @@ from splitserve.repository.routes import Route, StoredRoute
 
 T = TypeVar("T")
 
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+"""After how long what could not be fetched is tried again: twice as long each time."""
+
 
 class BundleSource(ReleaseSource, Protocol):
     """A model repository that is read: a folder (`Repository`, `LocalFolder`), or a URL with a cache (`RemoteRepository`)."""
@@ -103,3 +106,9 @@ def _naming(key: BundleKey) -> Iterator[None]:
         yield
     except BundleError as error:
         raise type(error)(f"{key}: {error}") from error
+
+
+def backoff_s(n_failures: int) -> float:
+    """How long to wait before the next try, after this many earlier failures, any number."""
+    n_doublings = min(n_failures, 30)  # a power of 1,024 is no float
+    return min(FIRST_RETRY_S * 2.0**n_doublings, LAST_RETRY_S)

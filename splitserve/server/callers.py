@@ -15,11 +15,16 @@ from splitserve.oip.permission import is_permitted
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """An authenticated caller: ``models`` are shell patterns (``penguins-*``); operators load, unload, and see every model."""
+    """An authenticated caller: ``models`` are shell patterns (``penguins-*``); operators load, unload, and see every model.
+
+    ``name`` is for logs, where it may be cut. ``owner`` is whom its jobs belong to, which no two callers share; "": nothing tells
+    it apart from others.
+    """
 
     name: str
     models: tuple[str, ...] = ()
     is_operator: bool = False
+    owner: str = ""
 
     def may_call(self, model: str) -> bool:
         """Whether one of the patterns matches the model's name."""

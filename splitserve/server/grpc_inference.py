@@ -10,6 +10,7 @@ from splitserve.errors import SplitserveError, TooLarge
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.pending import Pending
+from splitserve.server.infer_stream import StreamPending
 from splitserve.server.inference import Inference, InferenceRules
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import ServerCall
@@ -69,7 +70,7 @@ class GrpcInferences:
         inference.begin()
         return inference
 
-    def begin_on_stream(self, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> Pending | None:
+    def begin_on_stream(self, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> StreamPending | None:
         """Begin the inference of a message on a stream, where errors are messages too. Raises nothing."""
         inference = _StreamInference(self, data, call, answer)
         try:

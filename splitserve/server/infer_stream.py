@@ -1,7 +1,7 @@
 """Server side of ``ModelStreamInfer``: many requests in flight on one stream, each answered when it is done.
 
 Answers carry the ids of their requests and are sent as they are ready, in any order. An error is a message too, and does not end
-the stream.
+the stream. So is a cancellation: the request that it names is abandoned, and not answered.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 from splitserve.oip import protobuf
-from splitserve.oip.pending import Pending
 from splitserve.server.workers import own_place
 from splitserve.wire.grpc.call import ServerCall
 from splitserve.wire.grpc.messages import CallError
@@ -19,7 +19,18 @@ from splitserve.wire.grpc.messages import CallError
 MAX_UNANSWERED = 256
 """Limit on the requests in flight on one stream; at the limit nothing is read from it."""
 
-Begin = Callable[[bytes, ServerCall, Callable[[bytes], None]], Pending | None]
+
+class StreamPending(Protocol):
+    """A request in progress, by the id in its message."""
+
+    identity: str
+
+    def cancel(self) -> object:
+        """Abandon the request: its callback is not called after this."""
+        ...
+
+
+Begin = Callable[[bytes, ServerCall, Callable[[bytes], None]], StreamPending | None]
 """Takes a message, its stream, and a callback for the response's bytes, which is called at once or later. Raises nothing."""
 
 
@@ -64,7 +75,7 @@ class _Stream:
         self._begin = begin
         self._call = call
         self._n_read = 0
-        self._unanswered: dict[int, Pending | None] = {}
+        self._unanswered: dict[int, StreamPending | None] = {}
         self._changed = asyncio.Event()
 
     async def read(self) -> None:
@@ -74,12 +85,23 @@ class _Stream:
             data = await self._call.read()
             if data is None:
                 return
+            if (identity := protobuf.cancelled_id(data)) is not None:
+                self._cancel(identity)
+                continue
             self._n_read += 1
             number = self._n_read
             self._unanswered[number] = None
             pending = self._begin(data, self._call, partial(self._answer, number))
             if number in self._unanswered:
                 self._unanswered[number] = pending
+
+    def _cancel(self, identity: str) -> None:
+        """Abandon a request, unless it has been answered."""
+        for number, pending in self._unanswered.items():
+            if pending is not None and pending.identity == identity:
+                del self._unanswered[number]
+                pending.cancel()
+                return
 
     async def _until_fewer(self) -> None:
         """Wait until a request is answered, or the send queue is empty."""

@@ -47,12 +47,14 @@ class Inference(ABC, Generic[A]):
         rules: of the face.
         model: for the log, as far as it is known before the request is decoded.
         version: likewise.
+        is_received: whether the request can be decoded now; otherwise after `_receive`.
     """
 
-    __slots__ = ("_began", "_context", "_is_over", "_pending", "_rules", "model", "version")
+    __slots__ = ("_began", "_context", "_is_over", "_is_received", "_pending", "_rules", "model", "version")
 
-    def __init__(self, rules: InferenceRules, model: str = "", version: str = "") -> None:
+    def __init__(self, rules: InferenceRules, model: str = "", version: str = "", *, is_received: bool = True) -> None:
         self._rules = rules
+        self._is_received = is_received
         self.model = model
         self.version = version
         self._began = time.monotonic()
@@ -67,12 +69,12 @@ class Inference(ABC, Generic[A]):
             Exception: the request is refused at once, and nothing is delivered.
         """
         try:
-            authenticator, is_received = self._rules.authenticator, self._is_received()
-            if authenticator is None and is_received:
+            authenticator = self._rules.authenticator
+            if authenticator is None and self._is_received:
                 self._begin_at_service()
                 return
             caller = None if authenticator is None else authenticator.recognise(self._credentials())
-            if caller is not None and is_received:
+            if caller is not None and self._is_received:
                 self._start(caller)
             else:
                 self._pending = asyncio.get_running_loop().create_task(self._start_later(caller))
@@ -155,10 +157,6 @@ class Inference(ABC, Generic[A]):
     @abstractmethod
     def _credentials(self) -> Sequence[str]:
         """The values of the request's ``authorization`` headers."""
-
-    def _is_received(self) -> bool:
-        """Whether `_decode` can be called now."""
-        return True
 
     async def _receive(self) -> None:
         """Wait until `_decode` can be called."""

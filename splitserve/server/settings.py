@@ -143,7 +143,7 @@ class BatchingSettings(ServiceSettings):
     """Requests of jobs are refused, and their worker slows down, while other requests wait longer than this in the queue, in
     milliseconds. 0: never."""
 
-    background_share: float = Field(0.25, ge=0)
+    background_share: float = Field(0.05, ge=0)
     """Rows of jobs that are sent for each row of other requests, while there are others. In pauses jobs take small calls of their
     own, and with no other request for a second as many rows as a call may have."""
 

@@ -19,14 +19,11 @@ from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, Kind, NotFetched
 from splitserve.repository.release import History, Release
 from splitserve.repository.selection import Selection, half, pinned, selected, wanted
-from splitserve.repository.source import BundleSource, fetch_bundle, load_fetched
+from splitserve.repository.source import BundleSource, backoff_s, fetch_bundle, load_fetched
 from splitserve.server.repository_view import ModelView, RepositoryView
 from splitserve.versions import UNNAMED, Pair, unknown_model
 
 T = TypeVar("T")
-
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
-"""After how long what could not be fetched is tried again: twice as long each time."""
 
 MODELS_AT_A_TIME = 4
 """Models that are fetched concurrently. They are loaded one after the other, since that takes CPU and memory."""
@@ -221,7 +218,7 @@ class VersionStore(Generic[T]):
             await asyncio.to_thread(self._view.poll)
             stamps = await asyncio.to_thread(self._read_stamps, list(self._stamps))
         except BundleError as error:
-            delay_s = _backoff_s(self._n_polls_failed)
+            delay_s = backoff_s(self._n_polls_failed)
             self._n_polls_failed += 1
             problem = f"waiting for the model repository: {error}"
             if problem != self.problem:
@@ -373,7 +370,7 @@ class VersionStore(Generic[T]):
             async with self._turn_to_load:
                 loaded = await asyncio.to_thread(load_fetched, bundle, self._load)
         except NotFetched as error:
-            delay_s = _backoff_s(self._n_tries.get(place, 0))
+            delay_s = backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1
             self._retry_at[place] = self._clock() + delay_s
             # A file is missing or cannot be downloaded; it is tried again after a backoff.
@@ -484,7 +481,3 @@ def _check_expected(bundle: Bundle, expected: frozenset[str]) -> None:
             f"{bundle.key}: {MANIFEST_FILE}: expected sha256 {' or '.join(sorted(expected))} as its releases recorded, got "
             f"{bundle.manifest_sha256}: the bundle was changed after it was released; publish it as a new version"
         )
-
-
-def _backoff_s(n_failures: int) -> float:
-    return float(min(FIRST_RETRY_S * 2**n_failures, LAST_RETRY_S))

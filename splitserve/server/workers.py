@@ -7,8 +7,6 @@ processes that listen on a port (SO_REUSEPORT); each reports its index to client
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,6 +15,8 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 
 import structlog
+
+from splitserve.child_processes import ending_with_parent
 
 OPTION = "--workers"
 INDEX_VARIABLE = "SPLITSERVE_WORKER"
@@ -58,9 +58,6 @@ def supervise(n_workers: int, work: Callable[[], None], ports: Sequence[int]) ->
     _Supervisor(n_workers, work).run()
 
 
-_PR_SET_PDEATHSIG = 1
-
-
 class _Supervisor:
     def __init__(self, n_workers: int, work: Callable[[], None]) -> None:
         self._n_workers = n_workers
@@ -85,13 +82,14 @@ class _Supervisor:
                 self._begin(index)
 
     def _begin(self, index: int) -> None:
+        end_with_parent = ending_with_parent()
         pid = os.fork()
         if pid:
             self._workers[pid] = (index, time.monotonic())
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        _end_with_parent()
+        end_with_parent()
         os.environ[INDEX_VARIABLE] = f"{index}/{self._n_workers}"
         try:
             self._work()
@@ -107,12 +105,6 @@ class _Supervisor:
         self._is_stopping = True
         for pid in self._workers:
             os.kill(pid, number)
-
-
-def _end_with_parent() -> None:
-    """Get SIGTERM if the first process is killed. Source: prctl(2), PR_SET_PDEATHSIG; Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _exit(code: object) -> None:

@@ -225,7 +225,7 @@ def test_background_requests_that_fit_in_no_call_of_others_are_not_starved() -> 
 
     async def main() -> None:
         backend = Backend(call_s=0.01)
-        batcher = batcher_on(backend)
+        batcher = batcher_on(backend, background_share=0.5)
         job = begin(batcher, 100, name="other")
         others: list[asyncio.Task[Any]] = []
         for _ in range(50):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import uuid
@@ -78,9 +80,16 @@ def test_the_tables_example_runs_in_containers(docker: str, birds: Index):
     measured = last(birds, "evaluate").last_metrics()
     assert measured["accuracy"] == last(birds, "train").last_metrics()["accuracy"] >= 0.9
     assert {"rest p50 ms", "rest p99 ms", "grpc p50 ms", "grpc p99 ms"} <= set(measured)
-    assert "registered.json" in last(birds, "register").outputs
-
     images = json.loads((Path(last(birds, "build").folder) / "images.json").read_text())
+    registered = json.loads((Path(last(birds, "register").folder) / "registered.json").read_text())
+    with contextlib.closing(sqlite3.connect(birds.store / "mlflow.db")) as database:
+        query = "SELECT key, value FROM model_version_tags WHERE name = ? AND version = ?"
+        tags = dict(database.execute(query, (NAME, registered["version"])).fetchall())
+    for service, image in images.items():
+        assert (tags[f"splitserve.image.{service}"], tags[f"splitserve.image.{service}.digest"]) == (
+            image["name"],
+            image["digest"],
+        )
     assert {service: image["name"].partition(":")[0] for service, image in images.items()} == {
         service: f"{NAME}-{service}" for service in ("proxy", "preprocess", "predict")
     }

@@ -10,11 +10,14 @@ import pytest
 
 from jobs_service import build
 from jobs_service.settings import JobsSettings, check
+from proxy.jobs import ProxyJobs
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2 as pb
-from splitserve.errors import InvalidInput
+from splitserve.errors import InvalidInput, PermissionDenied
 from splitserve.jobs.protobuf import CALLER_KEY, decode_caller, encode_caller
-from splitserve.jobs.records import JobCaller
+from splitserve.jobs.records import JobCaller, new_id
+from splitserve.oip.limits import RequestLimits
 from splitserve.server import settings
+from splitserve.server.callers import Caller, current
 from splitserve.testing import FakeInference
 from tests.contracts.faces import served
 from tests.jobs.whole import body, until, whole
@@ -106,6 +109,15 @@ async def test_credentials_are_not_stored(system, tmp_path):
 
     assert b"Bearer" not in stored
     assert hashlib.sha256(b"ann").hexdigest().encode() not in stored
+
+
+async def test_a_caller_that_nothing_tells_apart_has_no_jobs():
+    """They would be those of all others like it, e.g. of all bearers of a JWT without a subject."""
+    jobs = ProxyJobs(None, object(), RequestLimits(), is_authenticated=True)
+    current.set(Caller("jwt", ("*",)))
+
+    with pytest.raises(PermissionDenied, match="sub"):
+        await jobs.get(new_id())
 
 
 async def test_a_caller_cannot_name_itself(system):

@@ -90,6 +90,24 @@ async def test_a_key_gives_the_same_job(system):
     assert first.job.id == second.job.id
 
 
+async def test_a_key_gives_its_job_although_its_request_would_be_refused_now(system, monkeypatch):
+    """Another release serves. That the proxy may ask for known jobs only is nothing to its clients."""
+    first = await system.call("SubmitJob", submit_request(idempotency_key="rollout"))
+
+    def refuse(_: InferRequest) -> None:
+        raise NotFound("no such version")
+
+    monkeypatch.setattr(system.service, "bind", refuse)
+    again = await system.call("SubmitJob", submit_request(idempotency_key="rollout", only_known=True))
+    new = await error_of(system.call("SubmitJob", submit_request(idempotency_key="another")))
+    monkeypatch.undo()
+    stored = await system.call("SubmitJob", submit_request(idempotency_key="another", only_known=True))
+
+    assert (again.job.id, again.is_new) == (first.job.id, False)
+    assert type(new) is NotFound
+    assert stored.is_new
+
+
 async def test_jobs_are_listed(system):
     """By status too."""
     job = (await system.call("SubmitJob", submit_request(InferRequest("identity_fp32", REQUEST.inputs)))).job

@@ -9,9 +9,13 @@ from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
 
+from proxy import jobs as proxy_jobs
+from proxy import remote_jobs
+from splitserve.errors import InvalidInput, NotFound, Unavailable
 from splitserve.jobs.records import new_id
 from tests.jobs.whole import Whole, body, until, whole
 
@@ -105,6 +109,26 @@ async def test_binary_tensors_are_sent_and_returned(system):
     assert int(result.headers["inference-header-content-length"]) == len(result.content) - len(raw)
 
 
+async def test_whatever_can_be_answered_at_once_can_be_a_job(tmp_path):
+    """A job's message has more in it than the request, and that of its result more than the answer."""
+    limit = 100_000
+    outputs = [{"name": "x", "parameters": {"binary_data": True, "note": "n" * 20_000}}]
+    inputs: list[dict[str, Any]] = [{"name": "x", "datatype": "FP32", "shape": [9_800, 2]}]
+    inputs[0]["parameters"] = {"binary_data_size": 9_800 * 8}
+    head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
+    content = head + bytes(9_800 * 8)
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Idempotency-Key": "k" * 255}
+    async with whole(tmp_path, jobs={"max_message_bytes": limit}, max_message_bytes=limit) as system:
+        plain = await system.rest.post("/v2/models/echo/infer", content=content, headers=headers)
+        job = await system.rest.post("/v2/models/echo/jobs", content=content, headers=headers)
+        await system.ended(job.json())
+        result = await system.rest.get(job.json()["urls"]["result"])
+
+    assert len(content) < limit
+    assert (plain.status_code, job.status_code, result.status_code) == (200, 202, 200)
+    assert result.content == plain.content
+
+
 @pytest.mark.parametrize(
     ("path", "content", "status"),
     [
@@ -141,7 +165,71 @@ async def test_a_short_deadline_of_the_submit_does_not_bound_the_job(closed):
     assert (await closed.ended(job))["status"] == "succeeded"
 
 
+@pytest.mark.parametrize("verb", ["submit", "result", "delete", "list_jobs"])
+async def test_a_call_ends_in_its_own_time(system, monkeypatch, verb):
+    """Not in that of the jobs service, which gives it up too. Of a submit nobody knows whether it stored a job."""
+    was_given_up = asyncio.Event()
+
+    async def hang(*arguments: Any, **options: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            was_given_up.set()
+
+    monkeypatch.setattr(remote_jobs, "CALL_TIMEOUT_S", 3600)
+    monkeypatch.setattr(system.queue._store, verb, hang)
+    method, path = {
+        "submit": ("POST", "/v2/models/echo/jobs"),
+        "result": ("GET", f"/v2/jobs/{UNKNOWN_ID}/result"),
+        "delete": ("DELETE", f"/v2/jobs/{UNKNOWN_ID}"),
+        "list_jobs": ("GET", "/v2/jobs"),
+    }[verb]
+
+    response = await system.rest.request(method, path, json=body(ROW), headers={"Request-Timeout": "0.2"})
+
+    assert (response.status_code, response.json()["reason"]) == (504, "DEADLINE_EXCEEDED")
+    assert ("Idempotency-Key" in response.json()["error"]) == (verb == "submit")
+    async with asyncio.timeout(30):
+        await was_given_up.wait()
+
+
 # Looking, waiting, fetching
+
+
+async def test_a_call_that_waits_ends_in_its_own_time(closed, monkeypatch):
+    """With the job as it is, before its time is over."""
+    job = await closed.submitted()
+    waits, get = [], closed.queue.get
+
+    async def recorded(caller: Any, job_id: str, wait_s: float = 0.0) -> Any:
+        waits.append(wait_s)
+        return await get(caller, job_id)
+
+    monkeypatch.setattr(closed.queue, "get", recorded)
+
+    response = await closed.rest.get(job["urls"]["self"], params={"wait": "30"}, headers={"Request-Timeout": "20"})
+
+    assert (response.status_code, response.json()["id"]) == (200, job["id"])
+    assert 0 < waits[0] < 20
+
+
+async def test_callers_that_wait_leave_room_for_others(tmp_path, monkeypatch):
+    """Each takes a call to the jobs service; where many wait already, one more is answered at once."""
+    monkeypatch.setattr(proxy_jobs, "MAX_WAITING", 4)
+    async with whole(tmp_path, jobs={"max_streams": 6}) as system:
+        system.backend.gate.clear()
+        job = await system.submitted()
+        waiting = [asyncio.create_task(system.rest.get(job["urls"]["self"], params={"wait": "25"})) for _ in range(12)]
+        await until(lambda: sum(task.done() for task in waiting) == 8)
+
+        other = await system.submitted()
+        system.backend.gate.set()
+        answers = [await task for task in waiting]
+        ended = await system.ended(other)
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert [answer.json()["status"] for answer in answers].count("succeeded") == 4
+    assert ended["status"] == "succeeded"
 
 
 async def test_a_result_that_is_not_there_yet_is_a_conflict(closed):
@@ -164,6 +252,27 @@ async def test_waiting_ends_with_the_job(closed):
 
     assert response.json()["status"] == "succeeded"
     assert closed.queue.n_waiting == 0
+
+
+async def test_new_certificates_end_no_waiting_and_delay_no_call(tmp_path, monkeypatch):
+    """The proxy calls the jobs service on a new connection, and those that are under way end on the old one."""
+    changes = iter([True])
+    certificates = SimpleNamespace(has_changed=lambda: next(changes, False), value=None)
+    monkeypatch.setattr(grpc.aio, "secure_channel", lambda target, _, options: grpc.aio.insecure_channel(target, options))
+    async with whole(tmp_path) as system:
+        system.backend.gate.clear()
+        job = await system.submitted()
+        waiting = asyncio.create_task(system.rest.get(job["urls"]["self"], params={"wait": "25"}))
+        await until(lambda: system.queue.n_waiting == 1)
+
+        monkeypatch.setattr(system.faces._jobs._given, "_files", certificates)
+        other = await system.submitted()
+        system.backend.gate.set()
+        ended = await system.ended(other)
+        waited = await waiting
+
+    assert next(changes, None) is None
+    assert (ended["status"], waited.status_code, waited.json()["status"]) == ("succeeded", 200, "succeeded")
 
 
 async def test_waiting_for_too_long_ends_with_the_job_as_it_is(closed):
@@ -247,6 +356,25 @@ async def test_a_running_job_is_cancelled(closed):
     assert cancelled.json()["status"] == seen["status"] == "cancelled"
     closed.backend.gate.set()
     assert (await closed.rest.get(job["urls"]["self"])).json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
+async def test_rows_of_a_running_job_that_wait_at_the_proxy_are_not_sent(tmp_path, is_fused):
+    """It was sent to the proxy, which waits for a call to end: the job leaves that queue too."""
+    async with whole(tmp_path, is_fused=is_fused) as system:
+        system.backend.gate.clear()
+        first = await system.submitted()
+        await until(lambda: system.service._batcher.occupancy("echo") == (0, 1))
+        second = await system.submitted(rows=((5.0, 6.0),))
+        await until(lambda: system.service._batcher.occupancy("echo") == (1, 1))
+
+        cancelled = await system.rest.delete(second["urls"]["self"])
+        await until(lambda: system.service._batcher.occupancy("echo") == (0, 1))
+        system.backend.gate.set()
+        await system.ended(first)
+
+    assert cancelled.json()["status"] == "cancelled"
+    assert len(system.backend.requests) == 1
 
 
 async def test_a_job_that_has_ended_is_kept_if_only_a_cancel_was_asked_for(system):
@@ -442,6 +570,41 @@ async def test_a_key_whose_job_was_removed_is_gone(system):
     await system.rest.delete(job["urls"]["self"])
 
     assert (await submit_with_key(system, key)).status_code == 410
+
+
+@pytest.mark.parametrize("refusal", [InvalidInput("shape"), NotFound("no such version"), Unavailable("loading")])
+async def test_a_key_gives_its_job_although_its_request_would_be_refused_now(system, monkeypatch, refusal):
+    """Another release serves, or none. What is new, or another request, is refused as it is without a key."""
+
+    def refuse(_: Any) -> None:
+        raise refusal
+
+    key, expected = new_id(), refusal.http_status
+    first = await submit_with_key(system, key)
+    await system.ended(first.json())
+    monkeypatch.setattr(system.service, "bind", refuse)
+
+    again = await submit_with_key(system, key)
+    others = [await submit_with_key(system, key, json=body(((7.0, 7.0),))), await submit_with_key(system, new_id())]
+    await system.rest.delete(first.json()["urls"]["self"])
+    gone = await submit_with_key(system, key)
+
+    assert (again.status_code, again.headers["location"]) == (202, first.headers["location"])
+    assert [other.status_code for other in others] == [expected, expected]
+    assert gone.status_code == 410
+
+
+async def test_a_key_gives_its_job_although_other_limits_are_in_force(tmp_path):
+    """The service was restarted with a smaller timeout."""
+    key = new_id()
+    async with whole(tmp_path) as system:
+        first = await submit_with_key(system, key, url="/v2/models/echo/jobs?timeout=200")
+    async with whole(tmp_path, jobs={"max_timeout_s": 100}) as system:
+        again = await submit_with_key(system, key, url="/v2/models/echo/jobs?timeout=200")
+        new = await submit_with_key(system, new_id(), url="/v2/models/echo/jobs?timeout=200")
+
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert new.status_code == 400
 
 
 async def test_a_key_sent_at_once_by_many_makes_one_job(system):

@@ -18,8 +18,8 @@ from splitserve.errors import Internal, StorageFull, Unavailable
 from splitserve.jobs import folder, sqlite
 from splitserve.jobs.folder import DATABASE, FolderInUse, NetworkFileSystem, file_system_of
 from splitserve.jobs.records import (
-    Delivered,
     DeliveryAttempt,
+    DeliveryState,
     Finish,
     NewJob,
     Payload,
@@ -174,7 +174,7 @@ async def test_a_clock_that_was_set_back_delays_nothing(tmp_path):
     await before.finish([Finish(first.lease, Payload(b"answer"))])
     await before.retry([Retry(second.lease, 60.0)])
     delivery = await before.claim_delivery(60.0, [])
-    await before.finish_delivery(DeliveryAttempt(delivery.id, Delivered("pending", delivery.attempt), retry_s=60.0))
+    await before.finish_delivery(DeliveryAttempt(delivery.id, DeliveryState("pending", delivery.attempt), retry_s=60.0))
     await before.close()
 
     after = SqliteStore(tmp_path)

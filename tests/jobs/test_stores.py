@@ -8,8 +8,8 @@ import pytest
 
 from splitserve.errors import Gone, IdempotencyKeyReused, Internal, InvalidInput, Unavailable
 from splitserve.jobs.records import (
-    Delivered,
     DeliveryAttempt,
+    DeliveryState,
     Finish,
     Job,
     JobError,
@@ -656,10 +656,10 @@ async def test_a_delivery_is_tried_again_after_its_delay(open_store):
     store = await open_store()
     found = await ended(store)
     first = await store.claim_delivery(HOUR, [])
-    await store.finish_delivery(DeliveryAttempt(first.id, Delivered("pending", first.attempt, 500, "oops"), retry_s=0))
+    await store.finish_delivery(DeliveryAttempt(first.id, DeliveryState("pending", first.attempt, 500, "oops"), retry_s=0))
 
     second = await store.claim_delivery(HOUR, [])
-    await store.finish_delivery(DeliveryAttempt(second.id, Delivered("delivered", second.attempt, 204)))
+    await store.finish_delivery(DeliveryAttempt(second.id, DeliveryState("delivered", second.attempt, 204)))
 
     seen = (await store.get("ann", found.id)).delivery
     assert (second.attempt, second.body) == (2, first.body)
@@ -675,10 +675,10 @@ async def test_a_late_attempt_to_deliver_does_not_count(open_store):
     late = await store.claim_delivery(0, [])
     newest = await store.claim_delivery(HOUR, [])
 
-    await store.finish_delivery(DeliveryAttempt(late.id, Delivered("failed", late.attempt)))
+    await store.finish_delivery(DeliveryAttempt(late.id, DeliveryState("failed", late.attempt)))
 
     assert (await store.state()).outbox == 1
-    await store.finish_delivery(DeliveryAttempt(newest.id, Delivered("delivered", newest.attempt)))
+    await store.finish_delivery(DeliveryAttempt(newest.id, DeliveryState("delivered", newest.attempt)))
     assert (await store.state()).outbox == 0
 
 

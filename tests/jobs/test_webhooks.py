@@ -377,6 +377,7 @@ async def test_gone_ends_the_delivery(post):
         (301, None, 1, 0, "pending", 3.75, 6.25),
         (500, None, 3, 0, "pending", 15, 25),
         (500, None, 99, 0, "pending", 2700, 4500),
+        (500, None, 10_000, 0, "pending", 2700, 4500),
         (0, None, 1, 0, "pending", 3.75, 6.25),
         (410, None, 1, 0, "failed", None, None),
         (429, 120.0, 1, 0, "pending", 120, 120),
@@ -392,11 +393,30 @@ def test_what_follows_from_an_answer(tmp_path, secrets_file, status, retry_after
 
     outcome = sender._outcome(delivery, status, retry_after, "")
 
-    assert outcome.delivered.status == state
+    assert outcome.state.status == state
     if least_s is None:
         assert outcome.retry_s is None
     else:
         assert least_s <= outcome.retry_s <= most_s
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (b"120", 120.0),
+        (b"Sun, 09 Sep 2001 01:48:40 GMT", 120.0),
+        (b"Sun, 09 Sep 2001 01:40:00 GMT", 0.0),
+        (b"9" * 500, 9_999_999_999.0),
+        (b"soon", None),
+        (b"-1", None),
+        (b"\xff\x00", None),
+        (b"Fri, 99 Dec 99999 23:59:59 GMT", None),
+        (b"", None),
+    ],
+)
+def test_a_pause_is_a_number_or_a_date(value, seconds):
+    """What is neither is as if it were not there."""
+    assert webhooks._retry_after_s([(b"date", b"now"), (b"Retry-After", value)], now=1e9 + 0.0) == seconds
 
 
 async def test_an_answer_without_end_is_cut(post):

@@ -26,10 +26,12 @@ from splitserve.errors import (
 from splitserve.jobs import worker as worker_module
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Job, NewJob, Rights, StoreRules, new_id
+from splitserve.jobs.service import JobQueue
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.worker import INTERNAL_ATTEMPTS, Worker, WorkerRules, backoff_s
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata
+from splitserve.server.lifecycle import background
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import signature
@@ -401,6 +403,30 @@ async def test_a_running_job_that_is_cancelled_is_dropped(workshop):
     assert (await workshop.store.get("ann", job.id)).status == "cancelled"
 
 
+async def test_a_running_job_that_another_replica_cancels_is_dropped(workshop):
+    """The announcement tells it; its next heartbeat would be late."""
+    was_cancelled = asyncio.Event()
+
+    async def wait(_: InferRequest) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            was_cancelled.set()
+
+    workshop.proxy.misbehave = wait
+    queue = JobQueue(workshop.store, workshop.payloads, check_webhook=lambda *_: None)
+    queue.worker = workshop.new_worker(lease_s=HOUR)
+    job = await workshop.submit()
+
+    async with workshop.working(queue.worker), background(queue.run()), asyncio.timeout(30):
+        await workshop.until(job, lambda now: bool(workshop.proxy.requests))
+        await workshop.store.delete("ann", job.id)
+        queue._announced()
+        await was_cancelled.wait()
+
+    assert queue.worker.n_running == 0
+
+
 async def test_a_drained_worker_finishes_what_it_can(workshop):
     """And gives the rest back, without an attempt."""
     release = asyncio.Event()
@@ -588,6 +614,7 @@ def test_backoff_doubles_up_to_a_limit():
     assert 0.75 <= backoff_s(1) <= 1.25
     assert 3.0 <= backoff_s(3) <= 5.0
     assert 45 <= backoff_s(40) <= 75
+    assert 45 <= backoff_s(10_000) <= 75
 
 
 async def test_jobs_of_a_claim_whose_answer_is_lost_run(workshop, monkeypatch):

@@ -53,6 +53,7 @@ class Whole(NamedTuple):
     url: str
     grpc_url: str
     faces: Faces
+    service: ProxyService
 
     async def call(self, method: str, request: Any, **options: Any) -> Any:
         """A method of the jobs service at the proxy."""
@@ -110,10 +111,11 @@ async def whole(
             )
             queue = await stack.enter_async_context(build(proxy, settings))
             await stack.enter_async_context(JobsFace(queue, settings.grpc_config, settings.byte_budget()))
-            remote = await stack.enter_async_context(RemoteJobs(config.jobs_target))
+            remote = RemoteJobs(config.jobs_target, max_message_bytes=config.max_message_bytes)
+            await stack.enter_async_context(remote)
             faces = await stack.enter_async_context(Faces(service, config, remote))
         url, grpc_url = f"http://127.0.0.1:{faces.http.port}", f"127.0.0.1:{faces.grpc.port}"
         rest = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=30, verify=False))
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(grpc_url))
-        yield Whole(rest, channel, backend, queue, url, grpc_url, faces)
+        yield Whole(rest, channel, backend, queue, url, grpc_url, faces, service)
         backend.gate.set()

@@ -107,6 +107,45 @@ def test_an_image_is_named_by_all_that_is_in_it(client: Path, tmp_path: Path):
     assert len(names) == 3
 
 
+def test_wheels_of_a_folder_go_into_the_images_of_steps_whose_lock_names_their_packages(
+    client: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their bytes are part of the image's name; other wheels are not."""
+    package = tiny.write(tmp_path / "project")
+    (package / "lock.txt").write_text("torch==2.13.0\nMy.Package==1 ; python_version > '3'\n")
+    pipeline, wheels = tiny.pipeline(package), tmp_path / "wheels"
+    wheels.mkdir()
+
+    def find(step: str) -> tuple[str, set[str]]:
+        """The image's name, and the wheels that it is built with."""
+        images = StepImages(pipeline, Runner(pipeline)._dependencies.modules_of)
+        images.find(pipeline.step(step))
+        name = (client.parent / "calls").read_text().split()[-1]
+        return name, {path for path in images._files(pipeline.step(step)) if path.startswith("wheels/")}
+
+    without = find("train"), find("data")
+    monkeypatch.setenv("SPLITSERVE_TRAINING_WHEELS", str(wheels))
+    for name in (
+        "torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl",
+        "my_package-1-py3-none-any.whl",
+        "torchvision-1-py3-none-any.whl",
+    ):
+        (wheels / name).write_bytes(b"1")
+
+    name, found = find("train")
+    assert found == {"wheels/torch-2.13.0+cpu-cp311-cp311-linux_x86_64.whl", "wheels/my_package-1-py3-none-any.whl"}
+    assert name != without[0][0]
+    assert find("data") == without[1], "its lock names none of them"
+    (wheels / "torchvision-1-py3-none-any.whl").write_bytes(b"2")
+    assert find("train")[0] == name
+    (wheels / "my_package-1-py3-none-any.whl").write_bytes(b"2")
+    assert find("train")[0] != name
+
+    monkeypatch.setenv("SPLITSERVE_TRAINING_WHEELS", str(tmp_path / "none"))
+    with pytest.raises(StepFailed, match="SPLITSERVE_TRAINING_WHEELS: expected a folder with wheels, got .*none"):
+        find("train")
+
+
 def test_modules_are_copied_to_where_they_are_imported_from(tmp_path: Path):
     pipeline = tiny.pipeline(tiny.write(tmp_path))
     modules = Runner(pipeline)._dependencies.modules_of(pipeline.step("train"))

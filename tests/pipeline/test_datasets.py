@@ -5,19 +5,25 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from splitserve.pipeline import StepFailed
+from splitserve.pipeline import Context, StepFailed
+from splitserve.pipeline.context import Call
+from splitserve.pipeline.templates.images.data import read_files, store
 from splitserve.pipeline.templates.images.fetch import fetch
 from splitserve.pipeline.templates.images.readers import CIFAR_RECORD, cifar_records, read_cifar, read_fashion_mnist
+from splitserve.pipeline.templates.images.transforms import make_transforms
 
 RED = bytes([3]) + bytes([255]) * 1024 + bytes(2048)
 
@@ -51,25 +57,71 @@ def test_a_damaged_file_of_cifar_is_refused(content: bytes, message: str):
         cifar_records(content, "x.bin", 2)
 
 
-def _archive(folder: Path, names: list[str]) -> Path:
+def _archive(folder: Path, names: Sequence[str], record: bytes = RED[1:]) -> Path:
+    """As CIFAR-10 is published: 10,000 records in each file, here of one picture, with the file's place as their label."""
     path = folder / "cifar.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=1) as files:
         for number, name in enumerate(names):
             info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            content = (bytes([number]) + RED[1:]) * 10_000
+            content = (bytes([number]) + record) * 10_000
             info.size = len(content)
             files.addfile(info, io.BytesIO(content))
     return path
 
 
-def test_an_archive_is_read_in_the_order_of_its_batches(tmp_path: Path):
-    """Whatever the order of the files in it; one that is missing is named."""
-    names = ["test_batch.bin", *(f"data_batch_{number}.bin" for number in (5, 4, 3, 2, 1))]
-    train, test = read_cifar(_archive(tmp_path, names))
+NAMES = ("test_batch.bin", *(f"data_batch_{number}.bin" for number in (5, 4, 3, 2, 1)))
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _archive(tmp_path_factory.mktemp("cifar"), NAMES)
+
+
+def test_an_archive_is_read_in_the_order_of_its_batches(cifar: Path):
+    """Whatever the order of the files in it."""
+    train, test = read_cifar(cifar)
     assert train.labels[::10_000].tolist() == [5, 4, 3, 2, 1]
     assert set(test.labels.tolist()) == {0}
+
+
+def test_an_archive_that_is_damaged_is_refused(cifar: Path, tmp_path: Path):
+    """One that lacks a file, is cut short, has records of CIFAR-100, or is none."""
     with pytest.raises(StepFailed, match=r"missing data_batch_1\.bin"):
-        read_cifar(_archive(tmp_path, names[:-1]))
+        read_cifar(_archive(tmp_path, NAMES[:1]))
+    with pytest.raises(StepFailed, match=r"data_batch_5\.bin: expected 10000 records of 3073 bytes"):
+        read_cifar(_archive(tmp_path, ["data_batch_5.bin"], RED))
+    damaged = tmp_path / "damaged.tar.gz"
+    for content in (cifar.read_bytes()[:-1000], cifar.read_bytes()[:50], b"<html>not here</html>"):
+        damaged.write_bytes(content)
+        with pytest.raises(StepFailed, match=f"{damaged}: "):
+            read_cifar(damaged)
+
+
+def test_the_data_step_reads_cifar_from_its_url(cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """URL and digest are parameters; the pixels are those of the published transforms, and the files are what clients send."""
+    monkeypatch.setattr("splitserve.pipeline.templates.images.data.fetch", partial(fetch, cache=tmp_path / "cache"))
+    outputs = tmp_path / "outputs"
+    outputs.mkdir()
+    digest = hashlib.sha256(cifar.read_bytes()).hexdigest()
+
+    def step(sha256: str) -> None:
+        values = {"dataset": "cifar-10", "source": cifar.as_uri(), "sha256": sha256, "n_train": 40, "n_test": 7, "seed": 0}
+        store(Context(Call("data", "m", "f", values, {}, [], inputs="", outputs=str(outputs), scratch="", error="")))
+
+    with pytest.raises(StepFailed, match=f"{cifar.as_uri()}: expected SHA-256 00, got {digest}"):
+        step("00")
+    assert list(outputs.iterdir()) == []
+
+    step(digest)
+    with np.load(outputs / "train.npz") as train, np.load(outputs / "test.npz") as test:
+        assert set(train["labels"].tolist()) == {1, 2, 3, 4, 5}
+        assert test["labels"].tolist() == [0] * 7
+        assert train["pixels"].shape == (40, 3, 32, 32)
+        assert np.unique(train["pixels"], axis=0).shape[0] == 1
+        files = read_files(outputs / "test_files.npz")
+        assert (make_transforms().transform(files) == test["pixels"]).all()
+    assert (np.asarray(Image.open(io.BytesIO(files[0, 0]))) == [255, 0, 0]).all()
+    assert json.loads((outputs / "classes.json").read_text())[:2] == ["airplane", "automobile"]
 
 
 def test_fashion_mnist_is_padded_and_a_cut_file_is_refused(tmp_path: Path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed, said_of
+from splitserve.pipeline.context import Call, Checkpoints, Context, StepFailed, error_message
 from splitserve.pipeline.declaration import DeclarationError, Step, TrainingPipeline
 from splitserve.pipeline.dependencies import changes, locked_versions
 from splitserve.pipeline.digests import NotPlainData, canonical, digest_of
@@ -69,7 +69,7 @@ def test_a_lock_is_its_versions_and_not_its_hashes(tmp_path: Path):
         locked_versions(tmp_path / "none.txt")
 
 
-def test_an_environment_that_is_not_the_locks_is_told():
+def test_an_environment_that_is_not_the_locks_is_reported():
     """Missing packages and other versions; what is for other environments does not count."""
     version = np.__version__
     lock = [f"numpy=={version}", "numpy==1.0", "no-such-package==1", "no-such-package==1 ; python_version < '3'"]
@@ -171,11 +171,12 @@ def test_a_champion_is_replaced_by_what_is_as_good_within_the_margin(champion: A
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
-def test_a_file_that_cannot_be_written_is_told_with_the_way_out(number: int):
-    """With its name; other errors are told as they are."""
-    told = said_of(OSError(number, os.strerror(number), "/store/mlflow.db"))
+def test_a_file_that_cannot_be_written_is_reported_with_the_way_out(number: int):
+    """With its name; other errors are reported as they are."""
+    message = error_message(OSError(number, os.strerror(number), "/store/mlflow.db"))
 
-    assert told == (
-        f"/store/mlflow.db: {os.strerror(number)}; what has finished is kept, and the same command goes on once it can be written"
+    assert message == (
+        f"/store/mlflow.db: {os.strerror(number)}; what has finished is kept, and the same command continues once it can be "
+        "written"
     )
-    assert said_of(FileNotFoundError(errno.ENOENT, "no such file", "x")) == "[Errno 2] no such file: 'x'"
+    assert error_message(FileNotFoundError(errno.ENOENT, "no such file", "x")) == "[Errno 2] no such file: 'x'"

@@ -55,6 +55,45 @@ def test_images_go_from_files_to_a_registered_release(tmp_path: Path):
     assert registered["is_champion"] is True
 
 
+DRAWS = """
+import json, sys
+from types import SimpleNamespace
+import torch
+from splitserve.pipeline.templates.images.train import _Training
+
+class Recording(torch.nn.Linear):
+    def forward(self, batch):
+        seen.append(batch.flatten(1).tolist())
+        return super().forward(batch.flatten(1))
+
+def draws(*epochs):
+    global seen
+    pixels = torch.arange(40.0).reshape(20, 1, 1, 2)
+    values = {"seed": 0, "batch_size": 5, "learning_rate": 0.0, "epochs": 3}
+    training = _Training(Recording(2, 2), values, pixels, torch.zeros(20, dtype=torch.int64))
+    for epoch in epochs:
+        seen = []
+        training.epoch(SimpleNamespace(progress=lambda *_: None), epoch)
+    return seen
+
+print(json.dumps([draws(1), draws(2), draws(1, 2)]))
+"""
+
+
+def test_each_epoch_draws_anew_and_the_same_whatever_ran_before_it():
+    """Order and flips of the images, each of which is here its number."""
+    python, environment = ROOT / ".venv-torch/bin/python", {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([python, "-c", DRAWS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, second_after_first = json.loads(done.stdout)
+    assert sorted(min(row) // 2 for batch in second for row in batch) == list(range(20)), "each image once"
+    orders = [[min(row) // 2 for batch in each for row in batch] for each in (first, second)]
+    flips = [{min(row) // 2: row[0] > row[1] for batch in each for row in batch} for each in (first, second)]
+    assert orders[0] != orders[1]
+    assert flips[0] != flips[1]
+    assert second == second_after_first
+
+
 def test_training_that_is_killed_ends_with_equal_bits(tmp_path: Path):
     """Whichever epoch it was in: weights, logits and losses are those of an uninterrupted run; one epoch is lost at most."""
     whole = copied(tmp_path / "whole")

@@ -155,6 +155,8 @@ def test_a_registered_release_is_loaded_by_its_alias(client: Any, name: str, mod
     assert bundle.manifest_sha256 == built.manifest_sha256
     assert bundle.read("model.onnx") == built.read("model.onnx")
 
+    assert not [tag for tag in client.get_model_version("wine", "1").tags if "image" in tag]
+
     assert not register(models, tmp_path / "2", 0.8)["is_champion"]
     assert [key.version for key in source.bundles() if key.kind == "predict"] == [1]
     assert register(models, tmp_path / "3", 0.95)["is_champion"]
@@ -174,6 +176,23 @@ def test_a_registered_release_is_loaded_by_its_alias(client: Any, name: str, mod
     again = CliRunner().invoke(app, ["publish", "--mlflow", "models:/wine@champion", "--repository", str(tmp_path / "again")])
     assert again.exit_code == 1
     assert "models:/wine/3: is a release already" in again.output
+
+
+@pytest.mark.parametrize("client", ["proxied"], indirect=True)
+def test_a_version_names_the_images_that_were_built_with_it(client: Any, name: str, models: Path, tmp_path: Path) -> None:
+    """What was evaluated can be found from the registry."""
+    images = {service: {"name": f"wine-{service}:1", "digest": f"sha256:{service}"} for service in ("proxy", "predict")}
+    (models.parent / "images.json").write_text(json.dumps(images))
+
+    register(models, tmp_path / "1", 0.9)
+
+    tags = client.get_model_version("wine", "1").tags
+    assert {tag: value for tag, value in tags.items() if "image" in tag} == {
+        "splitserve.image.proxy": "wine-proxy:1",
+        "splitserve.image.proxy.digest": "sha256:proxy",
+        "splitserve.image.predict": "wine-predict:1",
+        "splitserve.image.predict.digest": "sha256:predict",
+    }
 
 
 @pytest.mark.parametrize("client", ["proxied"], indirect=True)

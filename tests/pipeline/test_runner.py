@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import html
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from splitserve.pipeline.commands import main
+from splitserve.pipeline.context import RecordError
 from splitserve.pipeline.declaration import DeclarationError
-from splitserve.pipeline.index import Index
+from splitserve.pipeline.index import Index, RunState, now
 from splitserve.pipeline.runner import RunFailed, Runner
 from tests.folders import MadeOnce
 from tests.pipeline import tiny
@@ -184,12 +188,111 @@ def test_a_failing_step_ends_the_run(package: Path):
     """It is marked as failed, with the reason; nothing after it runs; the next run tries it again."""
     with pytest.raises(RunFailed, match="step train failed: TypeError"):
         run(package, rate=None)
+    with pytest.raises(RunFailed, match='step train failed: metric "loss" at 1: expected a finite number, got nan'):
+        run(package, loss="nan")
     with pytest.raises(RunFailed, match="step evaluate failed: fewer epochs than the floor"):
         run(package, floor=9)
     found = mlflow_runs(package)
-    assert (found["tiny"][:2], found["train"][1], found["evaluate"][0]) == (["FAILED", "FAILED"], "FAILED", "FAILED")
-    assert len(found["evaluate"]) == 2, "not after the failed train"
+    assert (found["tiny"][:3], found["train"][1:3], found["evaluate"][0]) == (["FAILED"] * 3, ["FAILED"] * 2, "FAILED")
+    assert len(found["evaluate"]) == 2, "not after a failed train"
     assert ran(run(package, floor=2)) == ["evaluate"]
+
+
+@pytest.fixture
+def no_run_can_be_ended() -> Iterator[pytest.MonkeyPatch]:
+    """MLflow ends the runs of steps, and is away when the run itself ends; until the changes are undone."""
+    from mlflow.tracking import MlflowClient
+
+    terminate = MlflowClient.set_terminated
+
+    def away(client: Any, run_id: str, *values: Any) -> None:
+        if "splitserve.step" not in client.get_run(run_id).data.tags:
+            raise ConnectionError("connection refused")
+        terminate(client, run_id, *values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "set_terminated", away)
+        yield patch
+
+
+def test_an_end_that_was_not_recorded_is_recorded_by_the_next_run(package: Path, no_run_can_be_ended: pytest.MonkeyPatch):
+    """All steps have finished; the next run has nothing else to do."""
+    _append("evaluate.py")(package)
+    with pytest.raises(RecordError, match="set_terminated: connection refused"):
+        run(package)
+    (*_, last) = Index(package.parent / "store", "tiny").runs()
+    assert (last.state, last.is_recorded) == ("finished", False)
+    assert mlflow_runs(package)["tiny"][0] == "RUNNING"
+
+    no_run_can_be_ended.undo()
+    assert run(package) is None
+    assert mlflow_runs(package)["tiny"][0] == "FINISHED"
+    assert (package.parent / "store" / "reports" / f"{last.id}.html").exists()
+    assert not Index(package.parent / "store", "tiny").open_runs()
+
+
+def test_a_failure_that_was_not_recorded_is_recorded_as_one(
+    package: Path, no_run_can_be_ended: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Not as an interrupted run; `status` works while MLflow is away."""
+    with pytest.raises(RunFailed, match="fewer epochs than the floor"):
+        run(package, floor=9)
+    assert main(tiny.pipeline(package), ["status"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].endswith("failed: data reused, train reused, evaluate failed")
+    assert "connection refused; the next command records how earlier runs have ended" in said.err
+
+    no_run_can_be_ended.undo()
+    assert main(tiny.pipeline(package), ["status"]) == 0
+    assert capsys.readouterr().err == ""
+    found = mlflow_runs(package)
+    assert (found["tiny"][0], found["evaluate"][0]) == ("FAILED", "FAILED")
+
+
+def test_mlflow_that_goes_away_between_two_steps_fails_the_run(package: Path, monkeypatch: pytest.MonkeyPatch):
+    """What has finished is kept."""
+    from splitserve.pipeline.record import Record
+
+    start_step = Record.start_step
+
+    def away(record: Record, step: str, *values: Any, **named: Any) -> str:
+        if step == "evaluate":
+            raise RecordError("MLflow: connection refused")
+        return start_step(record, step, *values, **named)
+
+    monkeypatch.setattr(Record, "start_step", away)
+    with pytest.raises(RecordError, match="connection refused"):
+        run(package, rate=0.2)
+    (*_, last) = Index(package.parent / "store", "tiny").runs()
+    assert (last.state, last.why) == ("failed", "MLflow: connection refused")
+    assert [step.state for step in last.steps] == ["reused", "finished", "failed"]
+    assert mlflow_runs(package)["tiny"][0] == "FAILED"
+
+    monkeypatch.undo()
+    assert ran(run(package, rate=0.2)) == ["evaluate"]
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_down_is_closed_by_the_next(package: Path):
+    """In MLflow it is RUNNING then; what others have started in the same experiment is not touched."""
+    from splitserve.pipeline.record import Record
+
+    record = Record(package.parent / "store", "tiny")
+    killed = record.start("killed", {})
+    others = record.client.create_run(record.client.get_run(killed).info.experiment_id, run_name="others").info.run_id
+    _append("evaluate.py")(package)
+
+    assert ran(run(package)) == ["evaluate"]
+
+    assert (mlflow_runs(package)["killed"], mlflow_runs(package)["others"]) == (["KILLED"], ["RUNNING"])
+    record.client.set_terminated(others)
+
+
+def test_runs_are_ordered_by_their_start_within_a_second_too(tmp_path: Path):
+    index = Index(tmp_path, "tiny")
+    for name, started_at in (("b", now()), ("c", "9999-01-01T00:00:00.002Z"), ("a", "9999-01-01T00:00:00.001Z")):
+        index.write_run(RunState(name, "tiny", "finished", 1, "host", started_at, {}))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", now())
+    assert [run.id for run in index.runs()] == ["b", "a", "c"]
 
 
 def start(package: Path, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
@@ -227,6 +330,24 @@ def train(context):
     assert process.wait() == 130
     assert (package / "cleaned").exists()
     assert [run.state for run in Index(tmp_path / "store", "tiny").runs()] == ["interrupted"]
+
+
+def test_what_a_killed_step_has_started_is_ended(package: Path):
+    """The step's process alone is killed here; the runner says by which signal."""
+    (package / "train.py").write_text("""
+import os, signal, subprocess
+from pathlib import Path
+def train(context):
+    child = subprocess.Popen(["sleep", "600"])
+    Path(__file__).with_name("child").write_text(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    with pytest.raises(RunFailed, match="step train failed: its process was killed by signal 9; its output is above"):
+        run(package)
+    status = Path("/proc", (package / "child").read_text(), "status")
+    deadline = time.monotonic() + 60
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline, "it is still running"
 
 
 def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path):

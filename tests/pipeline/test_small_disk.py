@@ -1,4 +1,4 @@
-"""A disk that is full or cannot be written: what a run says then, what is recorded, and that the same command goes on afterwards.
+"""A disk that is full or cannot be written: what a run says then, what is recorded, and that the same command continues later.
 
 The disks are real ones, of 24 MB in memory, mounted where only the test's own process sees them.
 """
@@ -36,13 +36,13 @@ def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("scenario", [*WRITES, "read-only artifacts"])
 def test_a_disk_that_cannot_be_written_fails_the_step(happened: dict[str, Any], scenario: str):
-    """It says so, marks the step and the run as failed, and runs nothing downstream; with room, the same command goes on."""
+    """It says so, marks the step and the run as failed, and runs nothing downstream; with room, the same command continues."""
     before, after, printed = happened[scenario]
 
     reason = "Read-only file system" if scenario == "read-only artifacts" else "No space left on device"
     last = printed.splitlines()[-1]
     assert last.startswith("step data failed: ")
-    assert f"{reason}; what has finished is kept, and the same command goes on" in last
+    assert f"{reason}; what has finished is kept, and the same command continues" in last
     assert before == {
         "code": 1,
         "steps": {"data": "failed"},

@@ -325,6 +325,21 @@ async def test_claims_give_rights(auth_file: Path, claims: dict[str, Any], may_c
     assert caller.is_operator is is_operator
 
 
+async def test_no_two_callers_own_the_same(auth_file: Path) -> None:
+    """However alike their names begin, whatever characters they have, and although a listed token has the same name."""
+    subjects = ["ann", "a" * 64 + "1", "a" * 64 + "2", "b" * 5000 + "1", "b" * 5000 + "2", "x\0y", "jwt", "None"]
+    rewrite(auth_file, {"tokens": [listed("ann", "token")], "jwt": JWT})
+    authenticator = BearerAuthenticator(str(auth_file))
+
+    owners = [(await caller_of(authenticator, f"Bearer {signed(sub=subject)}")).owner for subject in subjects]
+    owners.append((await caller_of(authenticator, "Bearer token")).owner)
+
+    assert len(set(owners)) == len(owners)
+    assert (owners[0], owners[-1]) == ("jwt:ann", "ann")
+    assert all(owner.isprintable() and 0 < len(owner) < 300 for owner in owners)
+    assert (await caller_of(authenticator, f"Bearer {signed(sub=None)}")).owner == ""
+
+
 @pytest.mark.parametrize(
     "token",
     [

@@ -52,6 +52,21 @@ class Gated(FakeInference):
         return answer
 
 
+class Recording(Gated):
+    """Records the parameter ``n`` of the calls that were cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cancelled: list[Any] = []
+
+    async def infer(self, asked: InferRequest) -> InferResponse:
+        try:
+            return await super().infer(asked)
+        except asyncio.CancelledError:
+            self.cancelled.append(asked.parameters["n"])
+            raise
+
+
 def face(service: FakeInference, **options: Any) -> GrpcFace:
     return GrpcFace(service, GrpcConfig(stage="predict", metadata=ServerMetadata("test", "0"), **options))
 
@@ -157,6 +172,36 @@ async def test_a_cancelled_call_does_not_affect_the_others(over: str) -> None:
         service.gate.set()
 
         assert (await remote.infer(request(id="next"))).id == "next"
+
+
+@over_both
+async def test_a_cancelled_call_is_cancelled_at_the_next_service(over: str) -> None:
+    """Nobody waits for it there either; the other calls are answered."""
+    service = Recording()
+    async with face(service) as server, connected(Name(server), over=over) as remote:
+        calls = [asyncio.create_task(remote.infer(request(parameters={"n": n}))) for n in range(3)]
+        await until(lambda: len(service.requests) == 3)
+
+        calls[1].cancel()
+        await until(lambda: service.cancelled)
+        service.gate.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+
+    assert service.cancelled == [1]
+    assert [type(answer) for answer in answers] == [InferResponse, asyncio.CancelledError, InferResponse]
+
+
+async def test_a_cancellation_of_a_call_that_was_answered_changes_nothing() -> None:
+    """It may cross the answer; the stream stays open, and has no answer to it."""
+    service = FakeInference(ECHO)
+    async with face(service) as server, connected(Name(server)) as remote:
+        (replica,) = remote._replicas.usable()
+        await remote.infer(request())
+        for identity in ("1", "7", ""):
+            replica.keeper.stream._cancel(identity)
+
+        assert (await remote.infer(request(id="next"))).id == "next"
+        assert remote.n_streams == 1
 
 
 async def test_a_server_without_the_stream_gets_unary_calls() -> None:

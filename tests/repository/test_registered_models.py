@@ -20,8 +20,10 @@ from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import source_of
-from splitserve.repository.sources.mlflow_server import NamedVersion, parse
+from splitserve.repository.sources.cache import Cache
+from splitserve.repository.sources.mlflow_server import MlflowServer, NamedVersion, parse
 from splitserve.repository.sources.registered_models import RegisteredModels
+from splitserve.repository.sources.remote_folder import CANCELLED
 from splitserve.repository.writable import writable
 from splitserve.versions import Pair
 from tests.file_server import Fault, Handler, cut, flip, stall, status
@@ -166,6 +168,70 @@ def test_a_version_that_was_deleted_and_registered_again_is_another_one(server: 
     list(source.bundles())
 
     assert content(source) == b"other"
+
+
+def test_a_version_that_cannot_be_read_is_read_again_after_a_while(server: RegistryServer, tmp_path: Path) -> None:
+    """Twice as long each time; another version is read at once."""
+    now, file = 0.0, "1/run/artifacts/model/index.json"
+    registry = MlflowServer(server.url, {}, timeout_s=60)
+    source = RegisteredModels(
+        parse(CHAMPION), registry, registry, Cache(tmp_path / "cache"), serves=lambda _: True, timeout_s=60, clock=lambda: now
+    )
+    indexed = (server.folder / file).read_bytes()
+    (server.folder / file).write_bytes(indexed + b" ")
+    reads = []
+    for now in (0, 0.5, 1, 2.5):  # noqa: B007 - the source's clock
+        assert "version 1: " in problem_of(source)
+        reads.append(len(server.asked(file)))
+    assert reads == [1, 1, 2, 2]
+
+    (server.folder / file).write_bytes(indexed)
+    now = 3
+    list(source.bundles())
+    assert content(source) == b"graph"
+
+    server.register("m", "2", repository(server.folder / "2/run/artifacts/model", b"other"))
+    (server.folder / "2/run/artifacts/model/index.json").write_bytes(b"")
+    assert "version 2: " in problem_of(source)
+    server.register("m", "3", repository(server.folder / "3/run/artifacts/model", b"third"))
+    list(source.bundles())
+    assert content(source) == b"third"
+    source.close()
+
+
+def test_a_version_that_is_no_longer_held_ends_its_downloads(server: RegistryServer, open_source: OpenSource) -> None:
+    """Two moves of the alias later; what the later ones share with it stays usable."""
+    source, started, moved = open_source(), threading.Event(), threading.Event()
+    list(source.bundles())
+
+    def held(handler: Handler, body: bytes) -> bool:
+        handler.answer(200, body[:1], size=len(body))
+        started.set()
+        moved.wait()
+        handler.wfile.write(body[1:])
+        return True
+
+    server.fail("1/run/artifacts/model/m/predict/1/model.onnx", held)
+    problems: list[str] = []
+
+    def load() -> None:
+        try:
+            content(source)
+        except BundleError as error:
+            problems.append(str(error))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    started.wait()
+    for version, written in (("2", b"other"), ("3", b"third")):
+        server.register("m", version, repository(server.folder / version / "run/artifacts/model", written))
+        list(source.bundles())
+    moved.set()
+    thread.join(30)
+
+    assert not thread.is_alive()
+    assert problems == [f"m/predict/1: model.onnx: {CANCELLED}"]
+    assert content(source) == b"third"
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])

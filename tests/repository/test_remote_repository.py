@@ -20,7 +20,7 @@ from splitserve.repository.source import fetch_bundle
 from splitserve.repository.sources import index, source_of
 from splitserve.repository.sources.cache import Cache, WrongContent
 from splitserve.repository.sources.local_folder import LocalFolder
-from splitserve.repository.sources.remote_folder import RemoteFolder
+from splitserve.repository.sources.remote_folder import CANCELLED, RemoteFolder
 from splitserve.repository.sources.remote_repository import RemoteRepository
 from tests.file_server import Fault, FileServer, cut, flip, nothing, stall, status
 from tests.repository.bundles import KEY, write_bundle, write_route
@@ -203,8 +203,8 @@ def test_stopping_ends_downloads_in_progress(server: FileServer, open_source: Ca
     source.close()
     thread.join(60)
 
-    assert problems == ["m/predict/1: model.onnx: the service is stopping"]
-    with pytest.raises(NotFetched, match="the service is stopping"):
+    assert problems == [f"m/predict/1: model.onnx: {CANCELLED}"]
+    with pytest.raises(NotFetched, match=CANCELLED):
         source.bundles()
 
 

@@ -16,7 +16,8 @@ from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.release import ReleaseKey
 from splitserve.repository.routes import Route, RoutedPair
 from splitserve.repository.selection import Selection, parse_policies
-from splitserve.server.store import FIRST_RETRY_S, VersionStore
+from splitserve.repository.source import FIRST_RETRY_S, backoff_s
+from splitserve.server.store import VersionStore
 
 
 class Clock:
@@ -414,6 +415,12 @@ async def test_an_unreadable_source_is_reported_and_unloads_nothing() -> None:
 
     assert before == (False, "waiting for the model repository: no such bucket")
     assert (store.is_loaded, held(store)) == (True, [1])
+
+
+@pytest.mark.parametrize(("n_failures", "delay_s"), [(0, 1), (1, 2), (5, 32), (6, 60), (10_000, 60)])
+def test_a_backoff_has_a_limit_however_many_tries_failed(n_failures: int, delay_s: float) -> None:
+    """A repository may be away for days."""
+    assert backoff_s(n_failures) == delay_s
 
 
 async def test_an_unreadable_source_is_polled_with_backoff() -> None:

@@ -13,8 +13,9 @@ from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.release import SCHEMA_VERSION, Release, ReleaseKey, ReleaseManifest
 from splitserve.repository.routes import Route, RoutedPair
 from splitserve.repository.selection import Selection, parse_policies
+from splitserve.repository.source import FIRST_RETRY_S
 from splitserve.server.repository_view import VANISHED
-from splitserve.server.store import FIRST_RETRY_S, VersionStore
+from splitserve.server.store import VersionStore
 from splitserve.versions import Pair
 from tests.server.test_store import Clock, FakeBundle, FakeSource, held
 

@@ -94,6 +94,17 @@ def test_up_exits_when_a_service_exits(demos: Demos, tmp_path: Path) -> None:
     assert not any(up.is_listening())
 
 
+def test_services_stop_when_up_is_killed(demos: Demos, tmp_path: Path) -> None:
+    """Their ports are free for the next one."""
+    up = Up(demos.repository, tmp_path / "output")
+    up.wait_for("Ctrl-C stops everything.")
+
+    up.process.kill()
+    up.process.wait()
+
+    wait_until(lambda: not any(up.is_listening()), "the services' end")
+
+
 def test_up_starts_jobs_again_when_they_exit(demos: Demos, tmp_path: Path) -> None:
     """Nothing else stops because of it, and what was submitted is still there."""
     up = Up(demos.repository, tmp_path / "output")

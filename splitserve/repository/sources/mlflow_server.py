@@ -21,12 +21,14 @@ from splitserve.repository.files import MAX_SMALL_FILE_BYTES
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.sources import MLFLOW
 from splitserve.repository.sources.cache import Download
+from splitserve.repository.sources.remote_folder import CANCELLED
 
 INDEX_TAG = "splitserve.index"
 """Tag of a registered version: the sha256 of its ``index.json``."""
 
 _NAMED = re.compile(r"(?P<model>[^/:@,]+)(?:@(?P<alias>[^/:@,]+)|/(?P<version>[1-9][0-9]*))")
-_ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
+"""Below it a tracking server, and one with ``--artifacts-only``, has the files that it proxies."""
 
 T = TypeVar("T")
 
@@ -178,7 +180,7 @@ class MlflowServer:
             BundleError: it is too large.
         """
         name = path.rpartition("/")[2]
-        with self._answer(f"{_ARTIFACTS}/{quote(path)}", name) as answer:
+        with self._answer(f"{ARTIFACTS}/{quote(path)}", name) as answer:
             return _all_of(answer, name)
 
     def stream(self, path: str, offset: int) -> Iterator[bytes]:
@@ -188,7 +190,7 @@ class MlflowServer:
         Raises:
             NotFetched: it cannot be fetched.
         """
-        with self._answer(f"{_ARTIFACTS}/{quote(path)}", path.rpartition("/")[2]) as answer:
+        with self._answer(f"{ARTIFACTS}/{quote(path)}", path.rpartition("/")[2]) as answer:
             for block in answer.iter_bytes():
                 if self._is_closed.is_set():
                     raise NotFetched("the service is stopping")
@@ -256,9 +258,10 @@ class ProxiedArtifacts:
         parts = urlsplit(uri)
         if parts.netloc and parts.netloc != urlsplit(server.url).netloc:
             raise BundleError(f"{uri}: expected artifacts of {server}, the server of MLFLOW_TRACKING_URI")
-        self.url = f"{server}{_ARTIFACTS}{parts.path}".rstrip("/")
+        self.url = f"{server}{ARTIFACTS}{parts.path}".rstrip("/")
         self._server = server
         self._path = parts.path.strip("/")
+        self._is_closed = False
 
     def __str__(self) -> str:
         return self.url
@@ -273,10 +276,18 @@ class ProxiedArtifacts:
 
     def download(self, path: str, size: int) -> Download:
         """A file; the server says nothing of its size."""
-        return lambda offset: self._server.stream(f"{self._path}/{path}", offset)
+
+        def download(offset: int) -> Iterator[bytes]:
+            for block in self._server.stream(f"{self._path}/{path}", offset):
+                if self._is_closed:
+                    raise NotFetched(f"{path.rpartition('/')[2]}: {CANCELLED}")
+                yield block
+
+        return download
 
     def close(self) -> None:
-        """The server is shared, and closed by its owner."""
+        """End downloads at their next block. The server is shared, and closed by its owner."""
+        self._is_closed = True
 
 
 def _all_of(answer: httpx.Response, name: str) -> bytes:

@@ -12,6 +12,7 @@ version before it stays in the repository, so that it serves until the other one
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from splitserve.repository.manifest import BundleError, Kind, NotFetched
 from splitserve.repository.release import Release, ReleaseKey
 from splitserve.repository.releases import ReleaseFolder, ReleaseReader
 from splitserve.repository.routes import Route, RoutedPair, StoredRoute
+from splitserve.repository.source import backoff_s
 from splitserve.repository.sources import check, remote_folder
 from splitserve.repository.sources.cache import Cache
 from splitserve.repository.sources.mlflow_server import MlflowServer, NamedVersion, ProxiedArtifacts, RegisteredVersion
@@ -39,16 +41,21 @@ class VersionFiles:
 
     Args:
         version: as the registry has it.
-        repository: its files.
+        files: of the version.
+        cache: for fetched files; shared with other versions.
+        serves: whether a model is selected; others are ignored.
 
     Raises:
         BundleError: they cannot be read, or a model has no release.
     """
 
-    def __init__(self, version: RegisteredVersion, repository: RemoteRepository) -> None:
+    def __init__(self, version: RegisteredVersion, files: Files, cache: Cache, *, serves: Callable[[str], bool]) -> None:
         self.version = version
         self.number = int(version.version)
-        self._repository = repository
+        self._files = files
+        self._repository = repository = RemoteRepository(
+            files, cache, serves=serves, is_indexed=True, index_sha256=version.index_sha256
+        )
         repository.bundles()
         reader = ReleaseReader(repository)
         self.served: Mapping[str, Release] = {model: _served(repository, reader, model) for model in repository.released_models()}
@@ -96,7 +103,7 @@ class VersionFiles:
 
     def close(self) -> None:
         """Cancel fetches in progress."""
-        self._repository.close()
+        self._files.close()
 
 
 def _served(repository: RemoteRepository, reader: ReleaseReader, model: str) -> Release:
@@ -112,6 +119,16 @@ def _served(repository: RemoteRepository, reader: ReleaseReader, model: str) -> 
     return release
 
 
+class _Refused(msgspec.Struct, frozen=True):
+    """A version whose files could not be read: the error and its message, how often, and when they are read again."""
+
+    version: RegisteredVersion
+    error: type[BundleError]
+    message: str
+    n_times: int
+    retry_at: float
+
+
 class _Followed:
     """A version that is followed: the one that is meant now with the one before it, and why nothing newer is known."""
 
@@ -119,6 +136,7 @@ class _Followed:
         self.named = named
         self.held: tuple[VersionFiles, ...] = ()
         self.problem = ""
+        self.refused: _Refused | None = None
 
     @property
     def present(self) -> VersionFiles | None:
@@ -129,8 +147,11 @@ class _Followed:
         return {model for files in self.held for model in files.served} or {self.named.model}
 
     def add(self, files: VersionFiles) -> None:
-        """Hold a version, and the one before it unless that has the same number."""
-        self.held = (files, *(each for each in self.held[:1] if each.number != files.number))
+        """Hold a version, and the one before it unless that has the same number; close the others."""
+        before, self.held = self.held, (files, *(each for each in self.held[:1] if each.number != files.number))
+        for dropped in before:
+            if dropped not in self.held:
+                dropped.close()
 
     def having(self, model: str, number: int) -> VersionFiles | None:
         """The version with this number, if it is held and has the model."""
@@ -147,6 +168,7 @@ class RegisteredModels:
         cache: for fetched files.
         serves: whether a model is selected; others are ignored.
         timeout_s: of one step of a fetch from an artifact store.
+        clock: seconds that never go back.
     """
 
     def __init__(
@@ -158,12 +180,14 @@ class RegisteredModels:
         *,
         serves: Callable[[str], bool],
         timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._followed = [_Followed(each) for each in named]
         self._registry, self._tracking = registry, tracking
         self._cache = cache
         self._serves = serves
         self._timeout_s = timeout_s
+        self._clock = clock
         self._by_model: dict[str, _Followed] = {}
         self._is_polled = False
 
@@ -190,17 +214,25 @@ class RegisteredModels:
         return sorted(found)
 
     def _poll(self, followed: _Followed) -> None:
-        """Find which version is meant; if it is another one, read its index and the records of its releases."""
+        """Find which version is meant; if it is another one, read its index and the records of its releases.
+
+        Raises:
+            BundleError: they cannot be read. They are read again after a while, which is doubled each time.
+        """
         found = self._registry.resolve(followed.named)
         if followed.present is not None and found == followed.present.version:
             return
+        refused = followed.refused if followed.refused is not None and followed.refused.version == found else None
+        if refused is not None and self._clock() < refused.retry_at:
+            raise refused.error(refused.message)
         try:
-            repository = RemoteRepository(
-                self._files(found.artifacts), self._cache, serves=self._serves, is_indexed=True, index_sha256=found.index_sha256
-            )
-            followed.add(VersionFiles(found, repository))
+            followed.add(VersionFiles(found, self._files(found.artifacts), self._cache, serves=self._serves))
         except BundleError as error:
-            raise type(error)(f"version {found.version}: {error}") from error
+            message = f"version {found.version}: {error}"
+            n_before = refused.n_times if refused is not None else 0
+            followed.refused = _Refused(found, type(error), message, n_before + 1, self._clock() + backoff_s(n_before))
+            raise type(error)(message) from error
+        followed.refused = None
 
     def _files(self, uri: str) -> Files:
         """The files below an artifact URI.

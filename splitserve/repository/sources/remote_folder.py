@@ -30,6 +30,9 @@ _PIECES_AHEAD = 4
 _VALIDATORS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created")
 """Keys under which fsspec's packages report what changes with a file's content, most reliable first."""
 
+CANCELLED = "cancelled, since it is no longer needed or the service is stopping"
+"""Why what was closed is not fetched."""
+
 Connect = Callable[[str], tuple[Any, str]]
 """A filesystem of fsspec, and the path of a URL in it."""
 
@@ -217,7 +220,7 @@ class RemoteFolder:
     def _reason(self, error: Exception) -> str:
         """The reason in one line."""
         if isinstance(error, CancelledError):
-            return "the service is stopping"
+            return CANCELLED
         if isinstance(error, TimeoutError):
             return f"no answer within {self._timeout_s:g} s"
         if (status := _status(error)) is not None:

@@ -81,6 +81,8 @@ _NOT_GRPC_HEADERS = {
 }
 _OK_TRAILERS = encode([(b"grpc-status", b"0")])
 _END = frames.END_HEADERS | frames.END_STREAM
+_HEADERS_FRAME = frames.around_stream_id(frames.HEADERS, frames.END_HEADERS, _HEADERS)
+_OK_FRAME = frames.around_stream_id(frames.HEADERS, _END, _OK_TRAILERS)
 
 
 class ServerCall(Http2Stream):
@@ -281,12 +283,12 @@ class ServerCall(Http2Stream):
         if not self._connection.is_open(self):
             return
         self._has_sent_headers = True
-        headers = frames.frame(frames.HEADERS, frames.END_HEADERS, self.stream_id, _HEADERS)
-        trailers = _OK_TRAILERS
+        stream_id = frames.UINT32.pack(self.stream_id)
+        final_frames = stream_id.join(_OK_FRAME)
         if self.trailing_metadata:
-            trailers += encode(encode_metadata(self.trailing_metadata))
-        final_frames = frames.frame(frames.HEADERS, _END, self.stream_id, trailers)
-        self._connection.send(self, headers, prefix, outcome, final_frames)
+            trailers = _OK_TRAILERS + encode(encode_metadata(self.trailing_metadata))
+            final_frames = frames.frame(frames.HEADERS, _END, self.stream_id, trailers)
+        self._connection.send(self, stream_id.join(_HEADERS_FRAME), prefix, outcome, final_frames)
 
     async def _run_stream(self, handler: StreamHandler) -> None:
         try:

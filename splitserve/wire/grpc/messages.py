@@ -79,6 +79,8 @@ class MessageReader:
         Raises:
             CallError: it exceeds its limit, or its compression is invalid.
         """
+        if self._length < 0 and not self._rest and (message := self._take_contiguous()) is not None:
+            return message
         self.check_size()
         size = self._length
         if size < 0 or self._n_bytes < size:
@@ -88,6 +90,23 @@ class MessageReader:
         self._skip(size)
         self._length = -1
         return self._decompressed(message) if self._is_compressed else message
+
+    def _take_contiguous(self) -> bytes | None:
+        """The next message as `take` returns it, if it is plain, within its limit, and has arrived in one piece."""
+        data, start = self._data, self._at + PREFIX.size
+        n_bytes = len(data)
+        if n_bytes < start:
+            return None
+        flag, length = PREFIX.unpack_from(data, self._at)
+        end = start + length
+        if flag or length > self._max_bytes or n_bytes < end:
+            return None
+        self._n_bytes -= length + PREFIX.size
+        if end == n_bytes:
+            self._data, self._at = b"", 0
+        else:
+            self._at = end
+        return data[start:end]
 
     def check_size(self) -> None:
         """Check the length of the next message, if that has arrived. Raises as `take`."""

@@ -82,6 +82,8 @@ class Http1Connection(asyncio.Protocol):
         """What answers the first of the queue."""
         self._is_within_message = True
         """Whether the data received last holds no end of a message."""
+        self._n_received = 0
+        """Bytes of the data received last."""
         self._ignores_input = False
         self._start_message()
 
@@ -90,7 +92,7 @@ class Http1Connection(asyncio.Protocol):
         self._body = RequestBody(self._listener.max_body_bytes, self._listener.budget)
         self._request = HttpRequest(self._id, self._body)
         self._has_started = self._is_upgrade = False
-        self._n_raw_bytes = self._n_header_bytes = self._n_headers = self._n_chunks = 0
+        self._n_raw_bytes = self._n_headers = self._n_chunks = 0
 
     def _enter(self, state: _State) -> None:
         self._state = state
@@ -117,6 +119,7 @@ class Http1Connection(asyncio.Protocol):
         if self._state is _IDLE:
             self._state, self._since = _HEADERS, self._now
         self._is_within_message = True
+        self._n_received = len(data)
         rest = None
         try:
             self._parser.feed_data(data)
@@ -135,7 +138,7 @@ class Http1Connection(asyncio.Protocol):
             self._decline_upgrade(rest)
             return
         if self._has_started and self._is_within_message:
-            self._n_raw_bytes += len(data)
+            self._n_raw_bytes += self._n_received
             self._check_framing()
         self._process_queue()
 
@@ -199,12 +202,8 @@ class Http1Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._n_headers += 1
-        self._n_header_bytes += len(name) + len(value)
-        limits = self._limits
-        if self._n_headers > limits.max_headers:
-            raise _Rejected(431, f"request has more than {limits.max_headers} headers")
-        if self._n_header_bytes > limits.max_header_bytes:
-            raise _Rejected(431, f"request headers exceed {limits.max_header_bytes} bytes")
+        if self._n_headers > self._limits.max_headers:
+            raise _Rejected(431, f"request has more than {self._limits.max_headers} headers")
         if self._state is not _HEADERS:  # trailers are ignored
             return
         name = name.lower()
@@ -214,6 +213,9 @@ class Http1Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         request, parser = self._request, self._parser
         headers = request.headers
+        max_bytes = self._limits.max_header_bytes
+        if self._n_raw_bytes + self._n_received > max_bytes and sum(map(len, [*headers, *headers.values()])) > max_bytes:
+            raise _Rejected(431, f"request headers exceed {max_bytes} bytes")
         may_persist = parser.should_keep_alive()
         is_http_1_0 = (b"connection" in headers or not may_persist) and parser.get_http_version() == "1.0"
         if b", " in headers.get(b"host", b"" if is_http_1_0 else b", "):
@@ -319,30 +321,26 @@ class Http1Connection(asyncio.Protocol):
         request.body.release()
         is_last = self._listener.is_draining or not (request.keep_alive and request.body.is_complete)
         body = response.body
-        head = b"%b%d" % (self._listener.head(response.status, response.content_type), len(body))
-        if response.headers:
-            head += "".join([f"\r\n{name}: {value}" for name, value in response.headers]).encode()
+        head = self._listener.head(response.status, response.content_type)
+        more = "".join([f"\r\n{name}: {value}" for name, value in response.headers]).encode() if response.headers else b""
         if is_last:
-            head += b"\r\nconnection: close"
+            more += b"\r\nconnection: close"
         if request.method == "HEAD":
-            self._transport.write(head + b"\r\n\r\n")
+            self._transport.write(b"%b%d%b\r\n\r\n" % (head, len(body), more))
         elif len(body) > _LARGE_BODY_BYTES:
-            self._transport.writelines((head, b"\r\n\r\n", body))
+            self._transport.writelines((b"%b%d%b\r\n\r\n" % (head, len(body), more), body))
         else:
-            self._transport.write(b"%b\r\n\r\n%b" % (head, body))
+            self._transport.write(b"%b%d%b\r\n\r\n%b" % (head, len(body), more, body))
         if not is_last:
-            self._expect_next()
+            if self._state is _COMPLETE and not self._queue:
+                self._state = _IDLE
+            self._since = self._loop.time()  # what has arrived of a next request had to wait: its time begins now
+            if self._queue or self._is_read_paused:
+                self._update_reading()
         elif request.body.is_complete or request.rejection is not None:
             self.close()
         else:
             self._enter(_LINGER)
-
-    def _expect_next(self) -> None:
-        if self._state is _COMPLETE and not self._queue:
-            self._state = _IDLE
-        self._since = self._loop.time()  # what has arrived of a next request had to wait: its time begins now
-        if self._queue or self._is_read_paused:
-            self._update_reading()
 
     def close(self) -> None:
         """Cancel what is in flight, and close once what was sent is written."""

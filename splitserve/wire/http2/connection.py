@@ -364,6 +364,10 @@ class Http2Connection(asyncio.Protocol):
     def _handle_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id:
             raise Http2ConnectionError(frames.PROTOCOL_ERROR, "HEADERS on stream 0")
+        end_stream = bool(flags & frames.END_STREAM)
+        if flags & frames.END_HEADERS and not flags & (frames.PADDED | frames.HAS_PRIORITY):  # as most are
+            self._headers_received(stream_id, payload, end_stream)
+            return
         start, end = 0, len(payload)
         if flags & frames.PADDED:
             if not payload:
@@ -375,7 +379,7 @@ class Http2Connection(asyncio.Protocol):
             raise Http2ConnectionError(frames.FRAME_SIZE_ERROR, "HEADERS without the announced priority")
         if start > end:
             raise Http2ConnectionError(frames.PROTOCOL_ERROR, "padding exceeds the frame")
-        self._block_stream_id, self._block_ends_stream = stream_id, bool(flags & frames.END_STREAM)
+        self._block_stream_id, self._block_ends_stream = stream_id, end_stream
         self._extend_block(flags, payload[start:end])
 
     def _handle_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:

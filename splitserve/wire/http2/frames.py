@@ -47,6 +47,12 @@ def frame(frame_type: int, flags: int, stream_id: int, payload: bytes = b"") -> 
     return frame_header(len(payload), frame_type, flags, stream_id) + payload
 
 
+def around_stream_id(frame_type: int, flags: int, payload: bytes) -> tuple[bytes, bytes]:
+    """A frame that is the same for many streams, in two parts: what comes before its stream id (`UINT32`), and what after."""
+    whole = frame(frame_type, flags, 0, payload)
+    return whole[: FRAME_HEADER_SIZE - UINT32.size], payload
+
+
 def settings(values: dict[int, int]) -> bytes:
     """A SETTINGS frame."""
     return frame(SETTINGS, 0, 0, b"".join(SETTING.pack(*item) for item in values.items()))

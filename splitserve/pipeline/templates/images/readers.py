@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +35,17 @@ def read_cifar(archive: Path) -> tuple[Images, Images]:
     """The train and test images of ``cifar-10-binary.tar.gz``.
 
     Raises:
-        StepFailed: a file is missing, has the wrong length, or a label out of range.
+        StepFailed: it is no archive or cut short; a file is missing, has the wrong length, or a label out of range.
     """
     found: dict[str, Images] = {}
-    with tarfile.open(archive) as files:
-        for member in files:
-            name = Path(member.name).name
-            if name.endswith(".bin") and (file := files.extractfile(member)) is not None:
-                found[name] = cifar_records(file.read(), name)
+    try:
+        with tarfile.open(archive) as files:
+            for member in files:
+                name = Path(member.name).name
+                if name.endswith(".bin") and (file := files.extractfile(member)) is not None:
+                    found[name] = cifar_records(file.read(), name)
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise StepFailed(f"{archive}: expected a whole archive of files, got: {error}") from None
     expected = [*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin"]
     if missing := [name for name in expected if name not in found]:
         raise StepFailed(f"{archive}: expected {', '.join(expected)}, missing {', '.join(missing)}")

@@ -98,7 +98,7 @@ class _Training:
         state = torch.load(io.BytesIO(found[1]), weights_only=True)
         for part, values in zip((self.network, self.optimiser, self.schedule), state["states"], strict=True):
             part.load_state_dict(values)
-        print(f"going on after epoch {found[0]}", flush=True)
+        print(f"resuming after epoch {found[0]}", flush=True)
         return int(found[0])
 
 

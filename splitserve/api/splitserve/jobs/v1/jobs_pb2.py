@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from splitserve.api.inference import inference_pb2 as inference_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.POOL.AddSerializedFile(b'\n\x1dsplitserve/jobs/v1/jobs.proto\x12\x12splitserve.jobs.v1\x1a\x19inference/inference.proto\"\xed\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0e\x32\x1d.splitserve.jobs.v1.JobStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0f\n\x07\x63reated\x18\x06 \x01(\x01\x12\x0f\n\x07started\x18\x07 \x01(\x01\x12\x10\n\x08\x66inished\x18\x08 \x01(\x01\x12\x0f\n\x07\x65xpires\x18\t \x01(\x01\x12\x11\n\tremove_at\x18\n \x01(\x01\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\x05\x12+\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x1c.splitserve.jobs.v1.JobError\x12,\n\x07webhook\x18\r \x01(\x0b\x32\x1b.splitserve.jobs.v1.Webhook\x12\x35\n\x08\x64\x65livery\x18\x0e \x01(\x0b\x32#.splitserve.jobs.v1.WebhookDelivery\"e\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04pair\x18\x06 \x01(\t\"&\n\x07Webhook\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06\x65vents\x18\x02 \x03(\t\"W\n\x0fWebhookDelivery\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x13\n\x0bhttp_status\x18\x03 \x01(\x05\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\"\xe8\x01\n\x10SubmitJobRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x11\n\texpires_s\x18\x05 \x01(\x01\x12,\n\x07webhook\x18\x06 \x01(\x0b\x32\x1b.splitserve.jobs.v1.Webhook\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x0c\x12\x11\n\trendering\x18\x08 \x01(\x0c\"I\n\x11SubmitJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\x12\x0e\n\x06is_new\x18\x02 \x01(\x08\"+\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"6\n\x0eGetJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\"!\n\x13GetJobResultRequest\x12\n\n\x02id\x18\x01 \x01(\t\"~\n\x14GetJobResultResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\x12-\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1d.inference.ModelInferResponse\x12\x11\n\trendering\x18\x03 \x01(\x0c\"2\n\x10\x44\x65leteJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nkeep_ended\x18\x02 \x01(\x08\"9\n\x11\x44\x65leteJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\"m\n\x0fListJobsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0e\x32\x1d.splitserve.jobs.v1.JobStatus\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\t\"9\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.splitserve.jobs.v1.Job*\xa1\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATUS_QUEUED\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x18\n\x14JOB_STATUS_SUCCEEDED\x10\x03\x12\x15\n\x11JOB_STATUS_FAILED\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x32\xcb\x03\n\nJobService\x12X\n\tSubmitJob\x12$.splitserve.jobs.v1.SubmitJobRequest\x1a%.splitserve.jobs.v1.SubmitJobResponse\x12O\n\x06GetJob\x12!.splitserve.jobs.v1.GetJobRequest\x1a\".splitserve.jobs.v1.GetJobResponse\x12\x61\n\x0cGetJobResult\x12\'.splitserve.jobs.v1.GetJobResultRequest\x1a(.splitserve.jobs.v1.GetJobResultResponse\x12X\n\tDeleteJob\x12$.splitserve.jobs.v1.DeleteJobRequest\x1a%.splitserve.jobs.v1.DeleteJobResponse\x12U\n\x08ListJobs\x12#.splitserve.jobs.v1.ListJobsRequest\x1a$.splitserve.jobs.v1.ListJobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.POOL.AddSerializedFile(b'\n\x1dsplitserve/jobs/v1/jobs.proto\x12\x12splitserve.jobs.v1\x1a\x19inference/inference.proto\"\xed\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0e\x32\x1d.splitserve.jobs.v1.JobStatus\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0f\n\x07\x63reated\x18\x06 \x01(\x01\x12\x0f\n\x07started\x18\x07 \x01(\x01\x12\x10\n\x08\x66inished\x18\x08 \x01(\x01\x12\x0f\n\x07\x65xpires\x18\t \x01(\x01\x12\x11\n\tremove_at\x18\n \x01(\x01\x12\x0f\n\x07\x61ttempt\x18\x0b \x01(\x05\x12+\n\x05\x65rror\x18\x0c \x01(\x0b\x32\x1c.splitserve.jobs.v1.JobError\x12,\n\x07webhook\x18\r \x01(\x0b\x32\x1b.splitserve.jobs.v1.Webhook\x12\x35\n\x08\x64\x65livery\x18\x0e \x01(\x0b\x32#.splitserve.jobs.v1.WebhookDelivery\"e\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0c\n\x04pair\x18\x06 \x01(\t\"&\n\x07Webhook\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06\x65vents\x18\x02 \x03(\t\"W\n\x0fWebhookDelivery\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x13\n\x0bhttp_status\x18\x03 \x01(\x05\x12\x0e\n\x06\x61nswer\x18\x04 \x01(\t\"\xfc\x01\n\x10SubmitJobRequest\x12-\n\x07request\x18\x01 \x01(\x0b\x32\x1c.inference.ModelInferRequest\x12\x17\n\x0fidempotency_key\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\x12\x11\n\texpires_s\x18\x05 \x01(\x01\x12,\n\x07webhook\x18\x06 \x01(\x0b\x32\x1b.splitserve.jobs.v1.Webhook\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\x0c\x12\x11\n\trendering\x18\x08 \x01(\x0c\x12\x12\n\nonly_known\x18\t \x01(\x08\"I\n\x11SubmitJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\x12\x0e\n\x06is_new\x18\x02 \x01(\x08\"+\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06wait_s\x18\x02 \x01(\x01\"6\n\x0eGetJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\"!\n\x13GetJobResultRequest\x12\n\n\x02id\x18\x01 \x01(\t\"~\n\x14GetJobResultResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\x12-\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1d.inference.ModelInferResponse\x12\x11\n\trendering\x18\x03 \x01(\x0c\"2\n\x10\x44\x65leteJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nkeep_ended\x18\x02 \x01(\x08\"9\n\x11\x44\x65leteJobResponse\x12$\n\x03job\x18\x01 \x01(\x0b\x32\x17.splitserve.jobs.v1.Job\"m\n\x0fListJobsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0e\x32\x1d.splitserve.jobs.v1.JobStatus\x12\r\n\x05limit\x18\x03 \x01(\x05\x12\r\n\x05\x61\x66ter\x18\x04 \x01(\t\"9\n\x10ListJobsResponse\x12%\n\x04jobs\x18\x01 \x03(\x0b\x32\x17.splitserve.jobs.v1.Job*\xa1\x01\n\tJobStatus\x12\x1a\n\x16JOB_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATUS_QUEUED\x10\x01\x12\x16\n\x12JOB_STATUS_RUNNING\x10\x02\x12\x18\n\x14JOB_STATUS_SUCCEEDED\x10\x03\x12\x15\n\x11JOB_STATUS_FAILED\x10\x04\x12\x18\n\x14JOB_STATUS_CANCELLED\x10\x05\x32\xcb\x03\n\nJobService\x12X\n\tSubmitJob\x12$.splitserve.jobs.v1.SubmitJobRequest\x1a%.splitserve.jobs.v1.SubmitJobResponse\x12O\n\x06GetJob\x12!.splitserve.jobs.v1.GetJobRequest\x1a\".splitserve.jobs.v1.GetJobResponse\x12\x61\n\x0cGetJobResult\x12\'.splitserve.jobs.v1.GetJobResultRequest\x1a(.splitserve.jobs.v1.GetJobResultResponse\x12X\n\tDeleteJob\x12$.splitserve.jobs.v1.DeleteJobRequest\x1a%.splitserve.jobs.v1.DeleteJobResponse\x12U\n\x08ListJobs\x12#.splitserve.jobs.v1.ListJobsRequest\x1a$.splitserve.jobs.v1.ListJobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'splitserve.jobs.v1.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATUS']._serialized_start=1536
-  _globals['_JOBSTATUS']._serialized_end=1697
+  _globals['_JOBSTATUS']._serialized_start=1556
+  _globals['_JOBSTATUS']._serialized_end=1717
   _globals['_JOB']._serialized_start=81
   _globals['_JOB']._serialized_end=446
   _globals['_JOBERROR']._serialized_start=448
@@ -43,25 +43,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WEBHOOKDELIVERY']._serialized_start=591
   _globals['_WEBHOOKDELIVERY']._serialized_end=678
   _globals['_SUBMITJOBREQUEST']._serialized_start=681
-  _globals['_SUBMITJOBREQUEST']._serialized_end=913
-  _globals['_SUBMITJOBRESPONSE']._serialized_start=915
-  _globals['_SUBMITJOBRESPONSE']._serialized_end=988
-  _globals['_GETJOBREQUEST']._serialized_start=990
-  _globals['_GETJOBREQUEST']._serialized_end=1033
-  _globals['_GETJOBRESPONSE']._serialized_start=1035
-  _globals['_GETJOBRESPONSE']._serialized_end=1089
-  _globals['_GETJOBRESULTREQUEST']._serialized_start=1091
-  _globals['_GETJOBRESULTREQUEST']._serialized_end=1124
-  _globals['_GETJOBRESULTRESPONSE']._serialized_start=1126
-  _globals['_GETJOBRESULTRESPONSE']._serialized_end=1252
-  _globals['_DELETEJOBREQUEST']._serialized_start=1254
-  _globals['_DELETEJOBREQUEST']._serialized_end=1304
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1306
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1363
-  _globals['_LISTJOBSREQUEST']._serialized_start=1365
-  _globals['_LISTJOBSREQUEST']._serialized_end=1474
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1476
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1533
-  _globals['_JOBSERVICE']._serialized_start=1700
-  _globals['_JOBSERVICE']._serialized_end=2159
+  _globals['_SUBMITJOBREQUEST']._serialized_end=933
+  _globals['_SUBMITJOBRESPONSE']._serialized_start=935
+  _globals['_SUBMITJOBRESPONSE']._serialized_end=1008
+  _globals['_GETJOBREQUEST']._serialized_start=1010
+  _globals['_GETJOBREQUEST']._serialized_end=1053
+  _globals['_GETJOBRESPONSE']._serialized_start=1055
+  _globals['_GETJOBRESPONSE']._serialized_end=1109
+  _globals['_GETJOBRESULTREQUEST']._serialized_start=1111
+  _globals['_GETJOBRESULTREQUEST']._serialized_end=1144
+  _globals['_GETJOBRESULTRESPONSE']._serialized_start=1146
+  _globals['_GETJOBRESULTRESPONSE']._serialized_end=1272
+  _globals['_DELETEJOBREQUEST']._serialized_start=1274
+  _globals['_DELETEJOBREQUEST']._serialized_end=1324
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1326
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1383
+  _globals['_LISTJOBSREQUEST']._serialized_start=1385
+  _globals['_LISTJOBSREQUEST']._serialized_end=1494
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1496
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1553
+  _globals['_JOBSERVICE']._serialized_start=1720
+  _globals['_JOBSERVICE']._serialized_end=2179
 # @@protoc_insertion_point(module_scope)

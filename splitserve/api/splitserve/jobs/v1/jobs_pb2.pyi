@@ -92,7 +92,7 @@ class WebhookDelivery(_message.Message):
     def __init__(self, status: _Optional[str] = ..., attempt: _Optional[int] = ..., http_status: _Optional[int] = ..., answer: _Optional[str] = ...) -> None: ...
 
 class SubmitJobRequest(_message.Message):
-    __slots__ = ("request", "idempotency_key", "priority", "timeout_s", "expires_s", "webhook", "fingerprint", "rendering")
+    __slots__ = ("request", "idempotency_key", "priority", "timeout_s", "expires_s", "webhook", "fingerprint", "rendering", "only_known")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class SubmitJobRequest(_message.Message):
     WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RENDERING_FIELD_NUMBER: _ClassVar[int]
+    ONLY_KNOWN_FIELD_NUMBER: _ClassVar[int]
     request: _inference_pb2.ModelInferRequest
     idempotency_key: str
     priority: int
@@ -109,7 +110,8 @@ class SubmitJobRequest(_message.Message):
     webhook: Webhook
     fingerprint: bytes
     rendering: bytes
-    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., expires_s: _Optional[float] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., rendering: _Optional[bytes] = ...) -> None: ...
+    only_known: bool
+    def __init__(self, request: _Optional[_Union[_inference_pb2.ModelInferRequest, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., expires_s: _Optional[float] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., fingerprint: _Optional[bytes] = ..., rendering: _Optional[bytes] = ..., only_known: bool = ...) -> None: ...
 
 class SubmitJobResponse(_message.Message):
     __slots__ = ("job", "is_new")

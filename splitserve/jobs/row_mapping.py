@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from splitserve.jobs.records import Claimed, Delivered, Delivery, Job, JobError, Lease, Payload, Rights, Webhook
+from splitserve.jobs.records import Claimed, Delivery, DeliveryState, Job, JobError, Lease, Payload, Rights, Webhook
 
 encode = msgspec.json.Encoder().encode
 _error, _webhook = msgspec.json.Decoder(JobError), msgspec.json.Decoder(Webhook)
-_delivered, _rights = msgspec.json.Decoder(Delivered), msgspec.json.Decoder(Rights)
+_delivery_state, _rights = msgspec.json.Decoder(DeliveryState), msgspec.json.Decoder(Rights)
 
 
-def encoded(record: msgspec.Struct | None) -> bytes | None:
+def encode_optional(record: msgspec.Struct | None) -> bytes | None:
     """A record for a column that may be NULL."""
     return None if record is None else encode(record)
 
@@ -40,7 +40,7 @@ def job_of(row: Sequence[Any]) -> Job:
         remove_at=row[12],
         error=None if row[13] is None else _error.decode(row[13]),
         webhook=None if row[14] is None else _webhook.decode(row[14]),
-        delivery=None if row[15] is None else _delivered.decode(row[15]),
+        delivery=None if row[15] is None else _delivery_state.decode(row[15]),
     )
 
 
