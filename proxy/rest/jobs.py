@@ -178,23 +178,33 @@ def _number(name: str, text: str) -> float:
     return float(text)
 
 
+def _period(name: str, options: dict[str, str]) -> float:
+    """The seconds of an option; 0 if it is not there."""
+    if name not in options:
+        return 0.0
+    seconds = _number(name, options[name])
+    if not seconds > 0:
+        raise InvalidInput(f"{name}: expected more than 0 seconds, got {options[name]}")
+    return seconds
+
+
 def _options(request: RoutedRequest, *, api: str) -> JobOptions:
+    """What the URL says of the job. A parameter without a value is refused: whoever sends it believes that it says something."""
     options = _query(request, _SUBMIT_OPTIONS)
-    priority = options.get("priority", "0")
-    if priority not in set("0123456789"):
+    priority = options.get("priority", "")
+    if "priority" in options and priority not in set("123456789"):
         raise InvalidInput(f'priority: expected a number from 1 to 9, got "{priority[:32]}"')
-    webhook = None
-    if url := options.get("webhook"):
-        names = options.get("webhook_events")
-        webhook = webhook_to(url, names.split(",") if names else ())
+    names = options["webhook_events"].split(",") if "webhook_events" in options else ()
+    if not options.get("webhook") and options.keys() & {"webhook", "webhook_events"}:
+        raise InvalidInput("webhook: expected an https URL, got none")
     key = _key(request.incoming)
     return JobOptions(
         key=key,
         fingerprint=_fingerprint(request, api, options) if key else b"",
-        priority=int(priority),
-        timeout_s=_number("timeout", options.get("timeout", "0")),
-        expires_s=_number("expires", options.get("expires", "0")),
-        webhook=webhook,
+        priority=int(priority or 0),
+        timeout_s=_period("timeout", options),
+        expires_s=_period("expires", options),
+        webhook=webhook_to(options["webhook"], names) if "webhook" in options else None,
     )
 
 

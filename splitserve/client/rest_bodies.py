@@ -9,7 +9,6 @@ import gzip
 import time
 from collections.abc import Mapping
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -33,6 +32,7 @@ from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, 
 from splitserve.oip.rest import decode_json, flatten, pack_values
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, datatype_of, n_elements
+from splitserve.wire.http1.retry_after import parse_retry_after
 
 _LENGTH_HEADER = "inference-header-content-length"
 _MIN_COMPRESSED_BYTES = 1024
@@ -102,8 +102,8 @@ def _submit_options(options: JobOptions) -> str:
     webhook = options.webhook
     return _query(
         priority=str(options.priority or ""),
-        timeout=f"{options.timeout_s:.3f}" if options.timeout_s else "",
-        expires=f"{options.expires_s:.3f}" if options.expires_s else "",
+        timeout=f"{options.timeout_s:.9f}" if options.timeout_s else "",
+        expires=f"{options.expires_s:.9f}" if options.expires_s else "",
         webhook=webhook.url if webhook else "",
         webhook_events=",".join(webhook.events) if webhook else "",
     )
@@ -271,7 +271,8 @@ def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:
     kind = _BY_STATUS.get(status, InvalidInput if 400 <= status < 500 else Internal)
     message = facts.get("error") or f"the server answered with HTTP status {status}"
     error = from_wire(kind.grpc_code, message, facts.get("reason") or kind.reason, facts)
-    return Failed(error, can_retry=isinstance(error, Unavailable), retry_after_s=_retry_after_s(headers.get("retry-after")))
+    pause_s = parse_retry_after(headers.get("retry-after", ""), time.time())
+    return Failed(error, can_retry=isinstance(error, Unavailable), retry_after_s=pause_s)
 
 
 def _facts(body: bytes) -> dict[str, str]:
@@ -281,18 +282,6 @@ def _facts(body: bytes) -> dict[str, str]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return {key: value for key, value in content.items() if isinstance(value, str)} if isinstance(content, dict) else {}
-
-
-def _retry_after_s(value: str | None) -> float | None:
-    """The seconds of a Retry-After header, a number or a date. Source: RFC 9110, section 10.2.3."""
-    if value is None:
-        return None
-    if value.isascii() and value.isdecimal():
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def _header_length(headers: Mapping[str, str], body: bytes) -> int:

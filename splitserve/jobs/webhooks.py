@@ -21,7 +21,6 @@ import hmac
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from splitserve.jobs.events import host_of
 from splitserve.jobs.records import Delivery, DeliveryAttempt, DeliveryState, JobCaller, Webhook
 from splitserve.jobs.store import JobStore
 from splitserve.watched import Watched
+from splitserve.wire.http1.retry_after import parse_retry_after
 
 ATTEMPT_TIMEOUT_S = 15.0
 LEASE_S = 30.0
@@ -283,7 +283,8 @@ class WebhookSender:
         try:
             async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                 status, headers, answer = await self._post(delivery)
-            retry_after_s = _retry_after_s(headers, self._clock())
+            pause = next((value for name, value in headers if name.lower() == b"retry-after"), b"").decode("latin-1")
+            retry_after_s = parse_retry_after(pause.strip(), self._clock())
         except (AddressRefused, OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             status, retry_after_s, answer = 0, None, _why(error)
         except Exception as error:
@@ -337,17 +338,6 @@ class WebhookSender:
         if status == 410 or self._clock() + delay_s - delivery.created > GIVE_UP_S:
             return attempt("failed")
         return attempt("pending", delay_s)
-
-
-def _retry_after_s(headers: Iterable[tuple[bytes, bytes]], now: float) -> float | None:
-    """The seconds of Retry-After, or until its date; None: there is none that can be read. Source: RFC 9110, section 10.2.3."""
-    found = next((value.strip() for name, value in headers if name.lower() == b"retry-after"), b"")
-    if found.isdigit():
-        return float(found[:10])
-    try:
-        return max(0.0, parsedate_to_datetime(found.decode("latin-1")).timestamp() - now)
-    except (ValueError, OverflowError):
-        return None
 
 
 def _why(error: Exception) -> str:

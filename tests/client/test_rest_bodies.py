@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from splitserve.client import rest_bodies
 from splitserve.client.retries import Failed
-from splitserve.client.steps import Ask
+from splitserve.client.steps import Ask, JobAsk
 from splitserve.errors import (
     IdempotencyKeyReused,
     Internal,
@@ -22,6 +22,7 @@ from splitserve.errors import (
     Unavailable,
     Unsupported,
 )
+from splitserve.jobs.records import JobOptions
 from splitserve.oip import rest
 from splitserve.oip.messages import InferRequest, InferResponse, RequestedOutput
 from splitserve.tensors import Tensor
@@ -117,7 +118,11 @@ def test_errors_of_other_servers_are_classified_by_status(status: int, body: Any
 
 
 @pytest.mark.parametrize(
-    ("value", "seconds"), [(None, None), ("7", 7), ("soon", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("-1", None)]
+    ("value", "seconds"),
+    [
+        *[(None, None), ("7", 7), ("soon", None), ("-1", None), ("", None), ("\xff\x00", None)],
+        *[("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Fri, 99 Dec 99999 23:59:59 GMT", None)],
+    ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | None) -> None:
     """Other values are ignored."""
@@ -127,6 +132,14 @@ def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: float | No
         rest_bodies.decode(INFER, 503, headers, b"{}")
 
     assert raised.value.retry_after_s == seconds
+
+
+def test_short_periods_of_a_job_are_not_rounded_to_none() -> None:
+    """None would be the service's default, and no end to waiting in the queue."""
+    options = JobOptions(key="k", timeout_s=0.0004, expires_s=0.0001)
+    asked = rest_bodies.encode(Ask("submit", "m", "", InferRequest("m", ()), JobAsk(options=options)))
+
+    assert asked.path == "/v2/models/m/jobs?timeout=0.000400000&expires=0.000100000"
 
 
 def test_names_are_quoted_in_paths() -> None:

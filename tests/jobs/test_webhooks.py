@@ -358,6 +358,24 @@ async def test_anything_but_success_is_tried_again(post, first):
     assert post.receivers["two.example.org"].requests == []
 
 
+@pytest.mark.parametrize("value", ["7", "Fri, 31 Dec 2199 23:59:59 GMT"])
+async def test_the_receiver_may_ask_for_a_pause(post, monkeypatch, value):
+    """By a number of seconds or a date; then it is tried again, and not before."""
+    pauses, finish = [], post.store.finish_delivery
+
+    async def recorded(attempt):
+        pauses.append(attempt.retry_s)
+        await finish(attempt)
+
+    monkeypatch.setattr(post.store, "finish_delivery", recorded)
+    post.receivers["one.example.org"].answers.append(answer(503, f"retry-after: {value}"))
+    job = await post.end_a_job()
+
+    await post.until(job, lambda now: now.delivery.attempt == 1)
+
+    assert pauses == [7.0 if value == "7" else webhooks.MAX_BACKOFF_S]
+
+
 async def test_gone_ends_the_delivery(post):
     """The receiver does not want it any more; the answer is kept."""
     post.receivers["one.example.org"].answers.append(answer(410, body="no more"))
@@ -398,25 +416,6 @@ def test_what_follows_from_an_answer(tmp_path, secrets_file, status, retry_after
         assert outcome.retry_s is None
     else:
         assert least_s <= outcome.retry_s <= most_s
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        (b"120", 120.0),
-        (b"Sun, 09 Sep 2001 01:48:40 GMT", 120.0),
-        (b"Sun, 09 Sep 2001 01:40:00 GMT", 0.0),
-        (b"9" * 500, 9_999_999_999.0),
-        (b"soon", None),
-        (b"-1", None),
-        (b"\xff\x00", None),
-        (b"Fri, 99 Dec 99999 23:59:59 GMT", None),
-        (b"", None),
-    ],
-)
-def test_a_pause_is_a_number_or_a_date(value, seconds):
-    """What is neither is as if it were not there."""
-    assert webhooks._retry_after_s([(b"date", b"now"), (b"Retry-After", value)], now=1e9 + 0.0) == seconds
 
 
 async def test_an_answer_without_end_is_cut(post):
