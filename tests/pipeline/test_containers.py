@@ -285,6 +285,15 @@ import_module(sys.argv[1])
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("module", ["mlflow.server.fastapi_app", "fsspec"])
+def test_the_extra_has_what_the_runner_needs_beside_the_steps(module: str):
+    """MLflow's server imports more than the client, and asks for it nowhere; a registered version may be in a folder."""
+    names = [re.split("[ =]", line)[0] for line in locked_versions(TABLES.path("requirements.txt"))]
+    done = subprocess.run([sys.executable, "-c", ONLY_LOCKED, module, " ".join(names)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("pipeline", [IMAGES, TABLES], ids=lambda pipeline: pipeline.name)
 def test_the_lock_of_a_step_that_has_an_image_has_what_it_imports(pipeline: TrainingPipeline):
     """Of each step of the examples, but those with an environment of their own, which is not installed here."""

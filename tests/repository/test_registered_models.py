@@ -568,11 +568,12 @@ def test_the_registry_is_not_published_to(server: RegistryServer) -> None:
         writable(CHAMPION)
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["httpx", "fsspec"])
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """With the command that installs them."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
 
-    with pytest.raises(ValueError, match=r'mlflow: needs more packages \(httpx\): pip install "splitserve\[registry\]"'):
+    with pytest.raises(ValueError, match=rf'mlflow: needs more packages \({missing}\): pip install "splitserve\[registry\]"'):
         sources.check(CHAMPION)
 
 

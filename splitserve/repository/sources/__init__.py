@@ -44,7 +44,8 @@ def check(where: str) -> None:
     if not is_url(where):
         return
     if where.startswith(MLFLOW):
-        _require(MLFLOW, "httpx", "registry")
+        for package in ("httpx", "fsspec"):
+            _require(MLFLOW, package, "registry")
         from splitserve.repository.sources import mlflow_server
 
         mlflow_server.parse(where)
