@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         rollback,
         withdraw,
     )
+    from splitserve.scoring import score, score_batches
 
 __version__ = "0.1.0"
 
@@ -32,10 +33,15 @@ __all__ = [
     "publish_preprocessor",
     "release",
     "rollback",
+    "score",
+    "score_batches",
     "withdraw",
 ]
 
-_HOMES = dict.fromkeys(("TLS", "Answer", "AsyncClient", "Client"), "splitserve.client")
+_HOMES = {
+    **dict.fromkeys(("TLS", "Answer", "AsyncClient", "Client"), "splitserve.client"),
+    **dict.fromkeys(("score", "score_batches"), "splitserve.scoring"),
+}
 
 
 def __getattr__(name: str) -> Any:

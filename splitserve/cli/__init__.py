@@ -363,6 +363,75 @@ def infer(
     raise typer.Exit(run(model, file, rows=rows, url=url, version=version, timeout_s=timeout_s))
 
 
+@app.command()
+def batch(
+    model: Annotated[str, typer.Argument(help="Name of the model, or NAME@K.M for a pair.")],
+    input: Annotated[
+        str, typer.Argument(help="Parquet, CSV, JSON lines, Arrow, or a folder or glob of them or of pictures: a path or a URL.")
+    ],
+    output: Annotated[str, typer.Argument(help="A file with a suffix (.parquet, .csv, .jsonl, .arrow), or a folder.")],
+    repository: RepositoryOption = DEFAULT_REPOSITORY,
+    map: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=INPUT: read an input from a column of another name; *=INPUT: from all other columns."),
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Columns to copy to the output, or all; with commas.")] = None,
+    to: Annotated[str, typer.Option(help="Format of a folder's files: parquet, csv, jsonl or arrow.")] = "",
+    max_errors: Annotated[str, typer.Option(help="Stop with status 3 after so many bad rows: N or P%.")] = "10%",
+    limit: Annotated[int | None, typer.Option(help="Score the first N rows only.")] = None,
+    sample: Annotated[str, typer.Option(help="Score a share of the rows, e.g. 1%.")] = "100%",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show the plan and an estimate; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an equal run that has begun.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of another run.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
+    encoding: Annotated[str, typer.Option(help="Of text.")] = "utf-8",
+    escape_formulas: Annotated[
+        bool, typer.Option("--escape-formulas", help="In CSV, write a quote before text that a spreadsheet would run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON.")] = False,
+    trusted_module: TrustedModulesOption = None,
+    allow_environment_mismatch: EnvironmentMismatchOption = False,
+    allow_unsafe_pickle: UnsafePickleOption = False,
+    signature_key: Annotated[
+        str, typer.Option(envvar="MODEL_SIGNATURE_KEY", help="A public key in PEM form: the release must be signed.")
+    ] = "",
+) -> None:
+    """Score files and tables with a release, in processes of this machine; docs/batch.md.
+
+    Bad rows go to an errors file beside the output. A run that was stopped goes on where it was.
+    Exit status: 0 done, 1 input, release or output cannot be used, 2 wrong options, 3 too many bad rows, 130 interrupted.
+    """
+    from splitserve.checks.examination import Allowed
+    from splitserve.cli.batch import Arguments, run
+
+    allowed = Allowed(
+        trusted_modules=tuple(trusted_module or ()),
+        environment_mismatch=allow_environment_mismatch,
+        unsafe_pickle=allow_unsafe_pickle,
+    )
+    arguments = Arguments(
+        model=model,
+        input=input,
+        output=output,
+        repository=repository,
+        map=map or [],
+        keep=keep or [],
+        to=to,
+        limit=limit,
+        sample=sample,
+        max_errors=max_errors,
+        encoding=encoding,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
+        escape_formulas=escape_formulas,
+        dry_run=dry_run,
+        as_json=as_json,
+        signature_key=signature_key,
+    )
+    raise typer.Exit(run(arguments, allowed))
+
+
 jobs_app = typer.Typer(help="Inferences that are answered later.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(jobs_app, name="jobs")
 

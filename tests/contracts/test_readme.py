@@ -25,6 +25,7 @@ def folder(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a user would stand: a clone with its ``.venv`` and ``./models``."""
     clone = tmp_path_factory.mktemp("clone")
     shutil.copytree(demos.repository, clone / "models")
+    (clone / "examples").symlink_to(ROOT / "examples")
     (clone / ".venv").symlink_to(Path(sys.executable).parents[1])
     return clone
 
@@ -51,6 +52,7 @@ EXPECTED = [
     ("our client", "[1 1]"),
     ("tritonclient", "[1]"),
     ("the command", "Chinstrap"),
+    ("a batch", "rows in 344 = rows out 344 + errors 0"),
     ("a job", "Gentoo"),
     ("publishing", "wine 1.1"),
 ]

@@ -1,0 +1,1 @@
+"""Formats of inputs: how each is split into parts, and read."""

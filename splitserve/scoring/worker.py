@@ -1,0 +1,49 @@
+"""``python -m splitserve.scoring.worker FD``: scores shards that come over a connection, and sends the results."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+import msgspec
+import pyarrow as pa
+
+from splitserve.scoring.engines.local import Failed, Finished, Message, Progress
+from splitserve.scoring.errors import ScoringError
+from splitserve.scoring.shards import Shard, ShardScorer, decode_job
+
+
+def main(handle: int) -> int:
+    """Score until the connection closes; 1 after an error, which was sent."""
+    pa.set_cpu_count(1)
+    connection = Connection(handle)
+    shards: queue.SimpleQueue[Shard] = queue.SimpleQueue()
+    job = connection.recv_bytes()
+    threading.Thread(target=_receive, args=(connection, shards), daemon=True).start()
+
+    def send(message: Message) -> None:
+        connection.send_bytes(msgspec.json.encode(message))
+
+    try:
+        scorer = ShardScorer(decode_job(job))
+        while True:
+            send(Finished(scorer.score(shards.get(), lambda n_rows, n_errors: send(Progress(n_rows, n_errors)))))
+    except ScoringError as error:
+        send(Failed(type(error).__name__, str(error)))
+        return 1
+
+
+def _receive(connection: Connection, shards: queue.SimpleQueue[Shard]) -> None:
+    """Take shards as they come. When the other end is closed, the parent has ended or died: nobody waits for a result."""
+    try:
+        while True:
+            shards.put(msgspec.json.decode(connection.recv_bytes(), type=Shard))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,306 @@
+"""The release of a repository in worker processes: its answers, what kills it, what the command prints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import splitserve
+from splitserve import Client
+from splitserve.scoring import ScoringError, batch_schema, score
+from splitserve.scoring.runs import ScoringOptions, plan, run
+from tests.command_line import run_command
+from tests.demo_models import Demos
+from tests.scoring.here import Here
+from tests.system.processes import System, wait_until
+
+ROOT = Path(__file__).parents[2]
+PENGUINS = ROOT / "examples" / "penguins.csv"
+COMMAND = Path(sys.executable).with_name("splitserve")
+
+pytestmark = pytest.mark.xdist_group("scoring")
+
+
+def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([COMMAND, "batch", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def many(demos: Demos, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40,000 penguins as Parquet, in row groups of 10,000."""
+    frame = demos.models["penguins"].rows
+    repeated = pd.concat([frame] * 117, ignore_index=True).iloc[:40_000]
+    path = tmp_path_factory.mktemp("many") / "many.parquet"
+    repeated.assign(id=range(len(repeated))).to_parquet(path, row_group_size=10_000, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fused(demos: Demos) -> Iterator[System]:
+    running = System(demos.repository, is_fused=True).wait_until_settled()
+    yield running
+    running.stop()
+
+
+def test_the_readme_s_command_scores_the_example(demos: Demos, tmp_path: Path) -> None:
+    """In the repository ./models; the summary goes to stdout, nothing else."""
+    (tmp_path / "models").symlink_to(demos.repository)
+
+    done = command("penguins", PENGUINS, "scores.csv", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "rows in 344 = rows out 344 + errors 0" in done.stdout
+    found = pd.read_csv(tmp_path / "scores.csv")
+    assert list(found.columns) == ["label", "probabilities_Adelie", "probabilities_Chinstrap", "probabilities_Gentoo"]
+    species = pd.read_csv(PENGUINS)["species"]
+    assert (found["label"] == species).mean() > 0.95
+
+
+@pytest.mark.parametrize("model", ["penguins", "breast-cancer"])
+def test_answers_are_those_of_the_running_system(demos: Demos, fused: System, tmp_path: Path, model: str) -> None:
+    """Bit by bit, on the same rows."""
+    rows = demos.models[model].rows
+    frame = rows if model == "penguins" else pd.DataFrame({"features": list(rows)})
+    frame.to_parquet(tmp_path / "t.parquet", index=False)
+    with Client(fused.grpc) as client:
+        online = client.infer(model, rows if model == "penguins" else {"features": rows}, chunk_rows=0)
+
+    summary = score(model, tmp_path / "t.parquet", tmp_path / "out.parquet", repository=demos.repository, workers=1)
+
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert summary.errors == 0
+    labels = [label.decode() if isinstance(label, bytes) else label for label in online["label"].tolist()]
+    assert found["label"].to_pylist() == labels
+    names = [name for name in found.column_names if name.startswith("probabilities_")]
+    batch = np.stack([found[name].to_numpy() for name in names], axis=1)
+    np.testing.assert_array_equal(batch.view(np.uint32), online["probabilities"].view(np.uint32))
+
+
+def test_text_formats_mean_what_they_mean_online(demos: Demos, fused: System, tmp_path: Path) -> None:
+    """An empty cell is missing; NA is missing in a number and text in text."""
+    header = "island,bill_length_mm,bill_depth_mm,flipper_length_mm,body_mass_g,sex,year"
+    (tmp_path / "t.csv").write_text(f"{header}\nDream,NA,18,190,,NA,2008\nNA,40,18.5,190,3700,,2007\n")
+    nan = float("nan")
+    rows = [["Dream", nan, 18.0, 190.0, nan, "NA", 2008.0], ["NA", 40.0, 18.5, 190.0, 3700.0, "", 2007.0]]
+    with Client(fused.grpc) as client:
+        online = client.infer("penguins", pd.DataFrame(rows, columns=header.split(",")))
+
+    score("penguins", tmp_path / "t.csv", tmp_path / "out.parquet", repository=demos.repository)
+
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found["probabilities_Adelie"].to_pylist() == online["probabilities"][:, 0].tolist()
+
+
+PROGRAM = """
+import sys
+from splitserve.scoring.runs import ScoringOptions, plan, run
+options = ScoringOptions(repository=sys.argv[1], keep=("id",), workers=2, shard_rows=8192)
+run(plan("penguins", sys.argv[2], sys.argv[3], options), options)
+"""
+
+
+def test_a_run_that_is_killed_goes_on_and_gives_the_same_bytes(demos: Demos, many: Path, tmp_path: Path) -> None:
+    """Killed when a shard is finished, and again with the next one. The workers end with their parent."""
+    options = ScoringOptions(repository=str(demos.repository), keep=("id",), workers=2, shard_rows=8192)
+    whole = run(plan("penguins", str(many), str(tmp_path / "whole.parquet"), options), options)
+    output = tmp_path / "killed.parquet"
+    records = tmp_path / "killed.parquet.parts" / "_splitserve" / "shards"
+
+    def n_finished() -> int:
+        return len(list(records.glob("part-*.json"))) if records.exists() else 0
+
+    for n_wanted in (1, 2):
+        arguments = [sys.executable, "-c", PROGRAM, str(demos.repository), str(many), str(output)]
+        with subprocess.Popen(arguments, start_new_session=True) as process:
+            wait_until(lambda n_wanted=n_wanted: n_finished() >= n_wanted or output.exists(), "a finished shard")
+            process.send_signal(signal.SIGKILL)
+    summary = wait_until(lambda: resumed(many, output, options), "the workers of the killed run to end")
+
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert 2 <= summary.resumed_shards <= summary.shards
+    assert (summary.rows, summary.scored, summary.errors) == (whole.rows, whole.scored, whole.errors)
+
+
+def resumed(where: Path, output: Path, options: ScoringOptions) -> Any:
+    return run(plan("penguins", str(where), str(output), options), options)
+
+
+def test_exactly_the_bad_rows_fail_in_many(demos: Demos, many: Path, tmp_path: Path) -> None:
+    """One in ten thousand, with the message of the transforms."""
+    frame = pd.read_parquet(many)
+    bad = [7, 10_007, 20_007, 39_999]
+    frame.loc[bad, "bill_depth_mm"] = np.inf
+    frame.to_parquet(tmp_path / "t.parquet", index=False)
+
+    summary = score("penguins", tmp_path / "t.parquet", tmp_path / "out.parquet", repository=demos.repository, keep=["id"])
+
+    assert (summary.rows, summary.scored, summary.errors) == (40_000, 39_996, 4)
+    errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in errors] == bad
+    assert {each["error_stage"] for each in errors} == {"preprocess"}
+    assert "infinity" in errors[0]["error_message"]
+    kept = pq.read_table(tmp_path / "out.parquet")["id"].to_pylist()
+    assert kept == [row for row in range(40_000) if row not in bad]
+
+
+def test_a_worker_that_dies_is_named_by_its_shard(
+    demos: Demos, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a run that hangs, nor a broken pool. A module of the caller's is what kills it here."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if '-m' in sys.orig_argv and 'splitserve.scoring.worker' in sys.orig_argv:\n"
+        "    import signal\n"
+        "    from splitserve.scoring import shards\n"
+        "    shards.ShardScorer.score = lambda *_: os.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    with pytest.raises(ScoringError, match=r"the worker that scored .*many\.parquet from row 1 was ended by signal 11"):
+        score("penguins", many, tmp_path / "out.parquet", repository=demos.repository, workers=1)
+
+
+def test_golden_samples_are_replayed_before_the_first_row(demos: Demos, tmp_path: Path) -> None:
+    """A release whose bundle was replaced does not score."""
+    shutil.copytree(demos.repository / "penguins", tmp_path / "models" / "penguins")
+    model = tmp_path / "models" / "penguins" / "predict" / "1" / "model.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"\0")
+
+    with pytest.raises(ScoringError, match=r"penguins/predict/1: model\.onnx: "):
+        score("penguins", PENGUINS, tmp_path / "out.csv", repository=tmp_path / "models")
+
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nope", PENGUINS, "out.csv"], 1, 'model "nope" has no release'),
+        (["penguins@9.9", PENGUINS, "out.csv"], 1, 'model "penguins" has no release of 9.9; released pairs: 1.1'),
+        (["penguins", "absent.csv", "out.csv"], 1, "absent.csv: no such file or folder"),
+        (["digits", PENGUINS, "out.csv"], 1, 'missing "image (lists of 64, or image_0 to image_63)"'),
+        (["penguins", PENGUINS, "out.csv", "--max-errors", "many"], 2, "--max-errors many: expected a number of rows"),
+        (["penguins", PENGUINS, "out.csv", "--sample", "2"], 2, "--sample: expected a share"),
+        (["penguins", PENGUINS, "out.csv", "--keep", "idd"], 1, '--keep idd: there is no column "idd"'),
+        (["penguins", "bad.csv", "out.csv"], 3, "too many rows failed: 1 of 1; --max-errors is 10%"),
+    ],
+    ids=["model", "version", "input", "columns", "max-errors", "sample", "keep", "bad-rows"],
+)
+def test_the_exit_status_says_what_was_wrong(
+    demos: Demos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[object], status: int, message: str
+) -> None:
+    """1 for input, release and output, 2 for options, 3 for too many bad rows."""
+    lines = PENGUINS.read_text().splitlines()
+    (tmp_path / "bad.csv").write_text(f"{lines[0]}\n{lines[1].replace('39.1', 'long')}\n")
+
+    monkeypatch.chdir(tmp_path)
+
+    done = run_command("batch", *arguments, "--repository", demos.repository)
+
+    assert (done.exit_code, message in done.stderr) == (status, True), done.stderr
+
+
+def test_json_is_all_that_is_printed(demos: Demos, tmp_path: Path) -> None:
+    """Progress goes to stderr, without carriage returns where it is no terminal."""
+    done = command("penguins", PENGUINS, "out", "--to", "parquet", "--json", "--repository", demos.repository, cwd=tmp_path)
+
+    summary = json.loads(done.stdout)
+    assert (summary["rows"], summary["scored"], summary["errors"], summary["pair"]) == (344, 344, 0, "1.1")
+    assert set(summary["stage_seconds"]) == {"read", "convert", "preprocess", "predict", "write"}
+    assert "\r" not in done.stderr
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 1
+
+
+def test_a_dry_run_checks_and_writes_nothing(demos: Demos, tmp_path: Path) -> None:
+    """The plan and an estimate."""
+    done = command("penguins", PENGUINS, "out.csv", "--dry-run", "--repository", demos.repository, cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert "344 rows of csv in 1 files, 1 shards" in done.stdout
+    assert "columns not used: id, species" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_batches_of_a_caller_s_own_are_scored(demos: Demos, many: Path) -> None:
+    """As many rows as there were, in order; a bad one has no answer and an error."""
+    table = pq.read_table(many).slice(0, 500)
+    batches = table.to_batches(max_chunksize=200)
+
+    found = list(splitserve.score_batches("penguins", batches, repository=demos.repository, keep=["id"]))
+
+    assert [batch.num_rows for batch in found] == [200, 200, 100]
+    assert (found[0].schema.names[0], found[0].schema.names[-1]) == ("id", "error")
+    assert found[0].schema == batch_schema("penguins", table.schema, repository=demos.repository, keep=["id"])
+    assert all(batch["error"].null_count == batch.num_rows for batch in found)
+    frame = table.to_pandas()
+    frame.loc[3, "bill_depth_mm"] = np.inf
+    (one,) = splitserve.score_batches("penguins", [pa.RecordBatch.from_pandas(frame)], repository=demos.repository, keep=["id"])
+    assert one["error"][3].as_py().startswith("preprocess: INVALID_INPUT: the transforms refuse a row")
+    assert (one["label"].null_count, one["label"][3].as_py()) == (1, None)
+    assert one["label"][4].as_py() == found[0]["label"][4].as_py()
+
+
+def test_pictures_are_rows(tmp_path: Path, made_once: Any) -> None:
+    """One a file, with its name; what is damaged or no picture is an error of its row, other files are listed."""
+    repository = made_once(publish_pictures)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", (10, 12), (number * 10, 0, 0)).save(folder / f"{number:02d}.png")
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff damaged")
+    (folder / "text.png").write_text("no picture")
+    (folder / "notes.txt").write_text("x")
+    (folder / ".DS_Store").touch()
+
+    summary = score("pictures", folder, tmp_path / "out.csv", repository=repository, max_errors=2)
+
+    found = pd.read_csv(tmp_path / "out.csv")
+    assert found["file"].tolist() == [f"{number:02d}.png" for number in range(20)]
+    errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert [each["file"] for each in errors] == ["damaged.jpg", "text.png"]
+    assert summary.skipped_files == (".DS_Store", "notes.txt")
+    assert summary.exit_status == 0
+
+
+def publish_pictures(folder: Path) -> None:
+    import io
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    from splitserve.transformers import DecodeImage, Flatten, NormaliseImage, ResizeImage
+
+    def png(red: int) -> bytes:
+        stream = io.BytesIO()
+        Image.new("RGB", (10, 10), (red, 0, 0)).save(stream, "PNG")
+        return stream.getvalue()
+
+    rows = np.array([[png(red)] for red in range(0, 250, 8)], dtype=np.object_)
+    pipeline = make_pipeline(DecodeImage(), ResizeImage(4), NormaliseImage(), Flatten(), LogisticRegression())
+    pipeline.fit(rows, [red > 120 for red in range(0, 250, 8)])
+    splitserve.publish(pipeline, rows, name="pictures", repository=folder)
+
+
+def test_memory_is_flat(demos: Demos, many: Path, tmp_path: Path) -> None:
+    """A reader never holds more than a few calls of rows: the shard of a large row group is read in pieces."""
+    options = ScoringOptions(repository=str(demos.repository), shard_rows=8192)
+    planned = plan("penguins", str(many), str(tmp_path / "out.parquet"), options)
+
+    largest: list[int] = []
+    run(planned, options, engine=Here(None, watch=largest.append))
+
+    assert sum(largest) == 40_000
+    assert max(largest) <= 8192

@@ -1,0 +1,110 @@
+"""Files of text split into ranges of rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitserve.scoring.sources import text
+from splitserve.scoring.sources.block import Part, Reading
+from splitserve.scoring.sources.delimited import header_of, plan, read
+
+CELLS = st.text(st.sampled_from('ab",\n \r=;é'), max_size=6).map(lambda cell: cell.replace("\r", "\r\n"))
+TABLES = st.lists(st.tuples(st.just("x"), CELLS, CELLS), max_size=30)
+
+
+def written(rows: object, *, ending: str) -> bytes:
+    """Rows as CSV."""
+    stream = io.StringIO(newline="")
+    csv.writer(stream, lineterminator=ending).writerows(rows)  # type: ignore[arg-type]
+    return stream.getvalue().encode()
+
+
+def rows_of(path: Path, parts: list[Part]) -> list[tuple[object, ...]]:
+    """The cells of every row, in the order of the parts, and its number."""
+    found: list[tuple[object, ...]] = []
+    for part in parts:
+        for block in read(str(path), part, Reading((), (), ("a", "b", "c"))):
+            cells = [block.kept[name].to_pylist() for name in ("a", "b", "c")]
+            found += zip(block.rows.tolist(), *cells, strict=True)
+    return found
+
+
+@given(TABLES, st.integers(1, 80), st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_a_csv_file_has_the_same_rows_for_every_split(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, ...]], shard_bytes: int, ending: str, has_last: bool
+) -> None:
+    """Line breaks in quotes end no row, doubled quotes are no end of a field; ranges are small enough to fall into both."""
+    data = written([("a", "b", "c"), *rows], ending=ending)
+    path = tmp_path_factory.mktemp("csv") / "t.csv"
+    path.write_bytes(data if has_last else data.removesuffix(ending.encode()))
+
+    parts = plan(0, str(path), "utf-8", shard_bytes)
+
+    assert rows_of(path, parts) == [(number, *row) for number, row in enumerate(rows, 1)]
+    assert sum(part.n_rows for part in parts) == len(rows)
+
+
+@given(st.lists(st.sampled_from(["a", "", "b,c", "  "]), max_size=40), st.integers(1, 20), st.sampled_from(["\n", "\r\n"]))
+def test_lines_are_counted_without_the_empty_ones(lines: list[str], shard_bytes: int, ending: str) -> None:
+    """And every byte of a row is in one range."""
+    data = "".join(line + ending for line in lines).encode()
+
+    found = text.scan(io.BytesIO(data), 0, shard_bytes)
+
+    pieces = [data[start:end] for start, end, _ in found.ranges]
+    assert [len([each for each in piece.splitlines() if each]) for piece in pieces] == [count for _, _, count in found.ranges]
+    assert b"".join(pieces).split() == data.split()
+
+
+@pytest.mark.parametrize("cell", ['5" pipe', '"a"b', "a\rb"], ids=["inch", "after", "return"])
+def test_a_file_whose_quotes_do_not_tell_is_not_split(tmp_path: Path, cell: str) -> None:
+    """It is one shard, which Arrow's parser reads from the start."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"a,b,c\n" + f"x,{cell},y\n".encode() * 40)
+
+    assert plan(0, str(path), "utf-8", 10) == [Part(0, 0, -1)]
+
+
+def test_a_chunk_may_end_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between two quotes, or between a carriage return and its line feed."""
+    rows = [("x", 'a""b"', "q\r\nr"), ("x", "", '"'), ("x", "é", ",")] * 4
+    path = tmp_path / "t.csv"
+    path.write_bytes(written([("a", "b", "c"), *rows], ending="\r\n"))
+
+    for size in range(1, 40):
+        monkeypatch.setattr(text, "_SCANNED", size)
+        parts = plan(0, str(path), "utf-8", 12)
+        assert rows_of(path, parts) == [(number, *row) for number, row in enumerate(rows, 1)], size
+
+
+def test_lines_of_a_stream_longer_than_the_limit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their length is told, and the lines after them are whole."""
+    monkeypatch.setattr(text, "_SCANNED", 8)
+    lines = [b"{}", b"x" * 50, b"after", b"last"]
+
+    found = list(text.lines_of(io.BytesIO(b"\n".join(lines)), 20))
+
+    assert [line for block, _ in found for line in block] == [b"{}", b"after", b"last"]
+    assert [length for _, length in found if length] == [50]
+
+
+def test_a_header_may_be_quoted_and_marked(tmp_path: Path) -> None:
+    """A byte order mark is not part of the first name, a line break in quotes is part of a name."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'\xef\xbb\xbf"a\nb",c\n1,2\n')
+
+    assert header_of(str(path), "utf-8") == (["a\nb", "c"], 11)
+
+
+def test_json_strings_of_every_line_are_whole() -> None:
+    """Quotes mean nothing there."""
+    data = b"".join(json.dumps({"a": 'x"y'}).encode() + b"\n" for _ in range(9))
+
+    assert [count for _, _, count in text.scan(io.BytesIO(data), 0, 40).ranges] == [3, 3, 3]
