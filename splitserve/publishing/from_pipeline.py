@@ -205,6 +205,7 @@ class _Original(msgspec.Struct, frozen=True):
 
 def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Progress) -> _Original:
     progress.step("the pipeline's own answers")
+    given, pipeline = pipeline, _without_samplers(pipeline)
     transformer = pipeline[:-1] if len(pipeline.steps) > 1 else make_pipeline(FunctionTransformer()).fit(X)
     rows = as_rows(X)
     checked = samples.take(rows, samples.spread(len(rows), samples.N_CHECKED))
@@ -215,10 +216,16 @@ def _original(pipeline: Pipeline, X: Any, targets: Sequence[str], progress: Prog
         if inner.step is not None:
             transformer = Pipeline([*transformer.steps, ("category_codes", inner.step)])
         outputs = outputs_of(inner.estimator, targets)
-        expected = expected_answer(pipeline, checked, outputs)
+        expected = expected_answer(given, checked, outputs)
     except NotConvertible as error:
         raise PublishError(str(error)) from error
     return _Original(pipeline, transformer, inner.estimator, outputs, targets, rows, checked, expected, issparse(first))
+
+
+def _without_samplers(pipeline: Pipeline) -> Pipeline:
+    """Without steps of training alone: those of imbalanced-learn's pipelines that draw other rows, which `predict` leaves out."""
+    steps = [(name, step) for name, step in pipeline.steps if not hasattr(step, "fit_resample")]
+    return pipeline if len(steps) == len(pipeline.steps) else Pipeline(steps)
 
 
 def _proven(original: _Original, options: PublishOptions, tolerance: float, progress: Progress) -> _Proven:

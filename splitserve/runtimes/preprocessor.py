@@ -110,7 +110,7 @@ class Preprocessor:
         if n_rows == 1 and features.shape == spec.shape[1:]:  # scikit-learn's SparsePCA loses the dimension of rows
             features = features[np.newaxis]
         with np.errstate(over="ignore"):  # values beyond float32 become infinite; `check_values` decides
-            converted = features.astype(DTYPES[spec.datatype], copy=False)
+            converted = _converted(features, DTYPES[spec.datatype])
         try:
             self.check_values(converted)
         except InvalidInput:
@@ -306,7 +306,17 @@ def to_dense(features: Any) -> Array:
     """A transform's result as a plain array, from a sparse matrix or a DataFrame, too."""
     if hasattr(features, "toarray"):
         features = features.toarray()
-    return np.asarray(features)
+    array = np.asarray(features)
+    if array.dtype.kind == "O" and hasattr(features, "dtypes") and all(dtype.kind in "biuf" for dtype in features.dtypes):
+        array = features.to_numpy(np.float64, na_value=np.nan)  # pandas.NA, of its nullable dtypes, is no number
+    return array
+
+
+def _converted(features: Array, dtype: Any) -> Array:
+    try:
+        return features.astype(dtype, copy=False)
+    except (TypeError, ValueError) as error:  # of objects that are not numbers
+        raise InvalidInput(f"the transforms give something other than numbers: {_first_line(error)}") from error
 
 
 def _agree(plan: Plan, transformer: Any, rows: Rowset, tensors: Sequence[Tensor]) -> bool:

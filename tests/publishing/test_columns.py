@@ -25,6 +25,7 @@ from splitserve.repository.source import load_bundle
 from splitserve.runtimes import predictor, preprocessor
 from splitserve.runtimes.release import WholeRelease
 from splitserve.runtimes.rows import UnsupportedRows, observe, to_tensors
+from tests.publishing.test_publishing import answer
 
 N = 40
 RANDOM = np.random.default_rng(0)
@@ -168,6 +169,19 @@ def test_nullable_numbers_are_sent_with_nan_for_missing(tmp_path: Path, dtype: s
     if wrong is not None:
         with pytest.raises(InvalidInput, match=f'"x": expected {message}, as {dtype} in training'):
             whole.infer((from_array("x", np.array([[wrong]])),))
+
+
+@pytest.mark.parametrize("step", [FunctionTransformer(), make_column_transformer(("passthrough", ["count", "is_new"]))])
+def test_nullable_numbers_may_reach_the_estimator(tmp_path: Path, step: Any) -> None:
+    """A missing value is NaN to it, as to the estimators that take such columns."""
+    counts = pd.array([1, None, 3, 4] * 10, dtype="Int64")
+    rows = pd.DataFrame({"count": counts, "is_new": pd.array([True, False, None, True, False] * 8, dtype="boolean")})
+    pipeline = make_pipeline(step.set_output(transform="pandas"), HistGradientBoostingClassifier(max_iter=4, min_samples_leaf=2))
+    pipeline.fit(rows, [0, 1, 1, 0] * 10)
+
+    publish(pipeline, rows, name="m", repository=tmp_path)
+
+    assert answer(tmp_path, "m", rows)["label"].tolist() == pipeline.predict(rows).tolist()
 
 
 def test_pandas_text_is_sent_as_text(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.naive_bayes import GaussianNB, MultinomialNB
 from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 from sklearn.tree import DecisionTreeClassifier
@@ -469,6 +469,30 @@ def test_rows_that_the_estimator_would_refuse_are_refused_by_the_preprocessor(tm
     found = answer(tmp_path, "lenient", rows)
 
     np.testing.assert_allclose(found["probabilities"], trees.predict_proba(rows), atol=1e-5)
+
+
+class SamplingPipeline(Pipeline):
+    """As imbalanced-learn's: steps that draw other rows to train on are left out of predictions."""
+
+    def _iter(self, *arguments: Any, **options: Any) -> Any:
+        return (each for each in super()._iter(*arguments, **options) if not hasattr(each[2], "fit_resample"))
+
+
+class Sampler(BaseEstimator):
+    def fit_resample(self, X: Any, y: Any) -> Any:
+        return X, y
+
+
+def test_steps_of_training_alone_are_not_published(tmp_path: Path) -> None:
+    """Services need no module of theirs."""
+    scaler = StandardScaler().fit(IRIS)
+    model = LogisticRegression().fit(scaler.transform(IRIS), NAMES)
+    pipeline = SamplingPipeline([("scaler", scaler), ("sampler", Sampler()), ("model", model)])
+
+    publish(pipeline, IRIS, name="m", repository=tmp_path)
+
+    found = [each.decode() for each in answer(tmp_path, "m", IRIS)["label"].tolist()]
+    assert found == pipeline.predict(IRIS).tolist()
 
 
 def with_both(kind: str) -> Any:
