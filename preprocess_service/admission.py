@@ -14,6 +14,7 @@ from preprocess_service.golden_replay import IN_PROGRESS, GoldenReplay, PairUnde
 from splitserve.catalogue import Catalogue, Entry, by_model
 from splitserve.oip import classification
 from splitserve.oip.ignored_inputs import IGNORED_INPUTS, encode_ignored
+from splitserve.oip.input_columns import INPUT_COLUMNS, encode_columns
 from splitserve.oip.messages import (
     EXPECTED_MANIFEST,
     LOADING,
@@ -80,6 +81,7 @@ class AdmittedPair(msgspec.Struct, frozen=True):
             "accepted": "; ".join(self.release.manifest.accepted) if self.release else "",
             classification.LABELS: classification.encode_labels(*self._labels),
             IGNORED_INPUTS: encode_ignored(self.preprocessor.manifest.ignored),
+            INPUT_COLUMNS: encode_columns(self.preprocessor.manifest.columns),
             **self.release_properties,
         }
         return {name: fact for name, fact in facts.items() if fact}

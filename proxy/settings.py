@@ -47,6 +47,10 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
     """Authorization file: JSON with tokens, JWT issuer and rights (docs/security.md); reloaded when it changes. Without one,
     calls are not authenticated."""
 
+    cors_origins: str = ""
+    """Origins of web pages that may call the REST face from a browser, separated by commas, e.g. `https://app.example.com`; `*`
+    for any. By default none: browsers keep pages of other origins from reading answers."""
+
     max_url_bytes: int = Field(8 * 1024, gt=0)
     """Maximum length of a REST request's URL, in bytes."""
 
@@ -101,6 +105,7 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
             default_timeout_s=self.default_timeout_s,
             max_timeout_s=self.max_timeout_s,
             retry_after_s=RETRY_AFTER_S,
+            cors_origins=tuple(self.cors_origins.replace(",", " ").split()),
             allow_control=self.allow_repository_control,
             request_limits=self.limits,
             connection_limits=self.http_limits,
@@ -122,6 +127,15 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
             keep_alive_s=self.keep_alive_s,
             write_timeout_s=self.write_timeout_s,
         )
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_cors_origins(cls, origins: str) -> str:
+        for origin in origins.replace(",", " ").split():
+            scheme, separator, host = origin.partition("://")
+            if origin != "*" and not (separator and scheme.islower() and host and "/" not in host and "*" not in host):
+                raise ValueError(f"expected origins like https://app.example.com, or *, got {origin}")
+        return origins
 
     @field_validator("jobs_target")
     @classmethod

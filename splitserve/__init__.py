@@ -49,3 +49,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "splitserve.publishing")), name)
+
+
+def __dir__() -> list[str]:
+    """For completion: names that have not been imported yet, too."""
+    return sorted({*globals(), *__all__})

@@ -28,7 +28,7 @@ from proxy.rest.inference import (
 )
 from proxy.rest.jobs import PREFER, JobRoutes, check_no_job_options, prefers_async
 from proxy.rest.openapi import document
-from proxy.rest.routing import Handler, Refused, RoutedRequest, json_response
+from proxy.rest.routing import REQUEST_ID, Handler, Refused, RoutedRequest, json_response, request_id_of, with_headers
 from proxy.service import STAGE, ProxyService
 from splitserve.errors import (
     InvalidInput,
@@ -54,6 +54,16 @@ from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, R
 
 N_REMEMBERED_PATHS = 512
 """Size of the cache of routes by path."""
+
+ORIGIN = b"origin"
+ALLOWED = (
+    "authorization, content-type, content-encoding, inference-header-content-length, request-timeout, x-request-id, prefer, "
+    "idempotency-key, job-priority, job-timeout, job-expires, webhook, webhook-events, traceparent, tracestate"
+)
+"""Headers that a page of another origin may send. Source: Fetch, Access-Control-Allow-Headers; "*" does not include tokens."""
+
+EXPOSED = "inference-header-content-length, retry-after, x-request-id, location"
+"""Headers that it may read."""
 
 _CHALLENGE = 'Bearer realm="splitserve"'
 """Source: RFC 6750, section 3."""
@@ -133,6 +143,42 @@ class RestApp:
 
     def answer(self, incoming: HttpRequest, respond: Respond) -> Handled:
         """Begin to answer."""
+        if REQUEST_ID in incoming.headers or ORIGIN in incoming.headers:
+            extra = self._extra_headers(incoming)
+            if extra is None:
+                return HttpResponse(204, b"", headers=self._preflight_headers(incoming))
+            if extra:
+                return with_headers(extra, lambda responding: self._begin(incoming, responding), respond)
+        return self._begin(incoming, respond)
+
+    def _extra_headers(self, incoming: HttpRequest) -> tuple[tuple[str, str], ...] | None:
+        """Of every response to this request: its id, and what lets a page of another origin read it; None: a preflight."""
+        extra: tuple[tuple[str, str], ...] = ()
+        if ORIGIN in incoming.headers and (origin := self._allowed_origin(incoming)):
+            if incoming.method == "OPTIONS" and b"access-control-request-method" in incoming.headers:
+                return None
+            extra += (("access-control-allow-origin", origin), ("access-control-expose-headers", EXPOSED), ("vary", "origin"))
+        if (request_id := request_id_of(incoming)) is not None:
+            extra += (("x-request-id", request_id),)
+        return extra
+
+    def _allowed_origin(self, incoming: HttpRequest) -> str:
+        """The origin of the page that sends a request, if it is allowed; else ""."""
+        origin = incoming.header(ORIGIN) or ""
+        allowed = self.config.cors_origins
+        return origin if origin in allowed else "*" if "*" in allowed else ""
+
+    def _preflight_headers(self, incoming: HttpRequest) -> tuple[tuple[str, str], ...]:
+        """Source: Fetch, "CORS-preflight request". Browsers ask before they send JSON or a token."""
+        return (
+            ("access-control-allow-origin", self._allowed_origin(incoming)),
+            ("access-control-allow-methods", "GET, POST, DELETE"),
+            ("access-control-allow-headers", ALLOWED),
+            ("access-control-max-age", "600"),
+            ("vary", "origin, access-control-request-method, access-control-request-headers"),
+        )
+
+    def _begin(self, incoming: HttpRequest, respond: Respond) -> Handled:
         try:
             handler, path = self._route(incoming.method, incoming.path)
             encoding = _body_encoding(incoming)

@@ -40,6 +40,9 @@ class RestConfig(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: int = 1
     """The ``Retry-After`` sent to clients, in seconds."""
 
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call; "*": any."""
+
     allow_control: bool = False
     """Accept requests to load and unload models."""
 

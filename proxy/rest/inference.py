@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
+
 from proxy.rest import compression
+from proxy.rest.routing import REQUEST_ID, request_id_of
 from splitserve.errors import InvalidInput
 from splitserve.oip import rest, v1
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata
@@ -118,6 +121,8 @@ class RestInference(Inference[HttpResponse]):
     def _decode(self) -> InferRequest:
         body, self._body = self._body, None
         self.request = self.decode_body(self._incoming.body.content() if body is None else body)
+        if REQUEST_ID in self._incoming.headers and not self.request.id and (named := request_id_of(self._incoming)):
+            self.request = msgspec.structs.replace(self.request, id=named)
         return self.request
 
     def decode_body(self, body: bytes) -> InferRequest:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
 
-from splitserve.wire.http1.messages import JSON, HttpRequest, HttpResponse
+from splitserve.wire.http1.messages import JSON, Handled, HttpRequest, HttpResponse, Respond
+
+REQUEST_ID = b"x-request-id"
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+"""What is taken as an id: it goes into logs and headers."""
 
 
 class RoutedRequest(msgspec.Struct):
@@ -34,3 +41,33 @@ Handler = Callable[[RoutedRequest], Coroutine[Any, Any, HttpResponse]]
 def json_response(status: int, content: Any, headers: tuple[tuple[str, str], ...] = ()) -> HttpResponse:
     """A response with a JSON body."""
     return HttpResponse(status, msgspec.json.encode(content), JSON, headers)
+
+
+def request_id_of(incoming: HttpRequest) -> str | None:
+    """The id in a request's header ``X-Request-Id``; None without one that can be taken."""
+    value = incoming.header(REQUEST_ID)
+    return value if value is not None and _REQUEST_ID.fullmatch(value) else None
+
+
+def with_headers(extra: tuple[tuple[str, str], ...], begin: Callable[[Respond], Handled], respond: Respond) -> Handled:
+    """What ``begin`` handles, its response with more headers."""
+
+    def added(response: HttpResponse) -> HttpResponse:
+        present = {name for name, _ in response.headers}
+        merged = tuple(
+            (name, f"{value}, {dict(extra)[name]}") if name == "vary" and name in dict(extra) else (name, value)
+            for name, value in response.headers
+        )
+        more = tuple(header for header in extra if header[0] not in present)
+        return HttpResponse(response.status, response.body, response.content_type, (*merged, *more))
+
+    async def added_later(response: Coroutine[Any, Any, HttpResponse]) -> HttpResponse:
+        return added(await response)
+
+    def responding(response: HttpResponse | Coroutine[Any, Any, HttpResponse]) -> None:
+        respond(added(response) if isinstance(response, HttpResponse) else added_later(response))
+
+    handled = begin(responding)
+    if isinstance(handled, HttpResponse):
+        return added(handled)
+    return added_later(handled) if inspect.iscoroutine(handled) else handled

@@ -38,6 +38,9 @@ EnvironmentMismatchOption = Annotated[
 ]
 UnsafePickleOption = Annotated[bool, typer.Option("--allow-unsafe-pickle", help="Load pickles, which can run any code.")]
 ModelArgument = Annotated[str, typer.Argument(help="Name of the model.")]
+ClientUrlOption = Annotated[
+    str, typer.Option("--url", "-u", help="The system: http://host:port, or grpc://host:port or host:port.")
+]
 UrlOption = Annotated[str, typer.Option("--url", "-u", help="Address of the proxy's gRPC face, host:port.")]
 
 
@@ -348,19 +351,39 @@ def index(repository: FolderOption = DEFAULT_REPOSITORY) -> None:
 @app.command()
 def infer(
     model: ModelArgument,
-    file: Annotated[Path | None, typer.Argument(help="Rows: .json, .csv, an image, or - for JSON on standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="Rows: .json, .jsonl, .csv, an image, or - for JSON on standard input.")
+    ] = None,
     rows: Annotated[str | None, typer.Option(help="The rows themselves, as JSON.")] = None,
-    url: UrlOption = GRPC_URL,
+    url: ClientUrlOption = GRPC_URL,
     version: Annotated[str, typer.Option(help='A pair, "K.M"; the server\'s choice by default.')] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds that the call may take.")] = 30.0,
+    output: Annotated[
+        Literal["table", "json", "jsonl", "csv"], typer.Option("--output", "-o", help="How to print it.")
+    ] = "table",
+    encoding: Annotated[str, typer.Option(help="Of a .csv file; by default UTF-8, or UTF-16 if it begins with its mark.")] = "",
+    no_header: Annotated[bool, typer.Option("--no-header", help="The first line of a .csv file is a row.")] = False,
 ) -> None:
-    """Send rows and print the answer as a table.
+    """Send rows and print the answer.
 
-    JSON is a list of records by column name, or of rows, or an object with such a list in "instances".
+    JSON is a list of records by column name, or of rows; one record; one a line; an object with a list in "instances"; or the
+    body of a V2 request. CSV is read as pandas reads it: empty cells, NA, null and the like are missing values.
     """
     from splitserve.cli.infer import run
 
-    raise typer.Exit(run(model, file, rows=rows, url=url, version=version, timeout_s=timeout_s))
+    raise typer.Exit(
+        run(
+            model,
+            file,
+            rows=rows,
+            url=url,
+            version=version,
+            timeout_s=timeout_s,
+            output=output,
+            encoding=encoding,
+            has_header=not no_header,
+        )
+    )
 
 
 @app.command()
@@ -435,9 +458,6 @@ def batch(
 jobs_app = typer.Typer(help="Inferences that are answered later.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(jobs_app, name="jobs")
 
-ClientUrlOption = Annotated[
-    str, typer.Option("--url", "-u", help="The system: http://host:port, or grpc://host:port or host:port.")
-]
 JobsFolderOption = Annotated[Path, typer.Option("--dir", envvar="JOBS_DIR", help="Folder of the jobs service.")]
 
 

@@ -1,41 +1,105 @@
-"""``splitserve infer``: rows from a file to a running system, the answer as a table."""
+"""``splitserve infer``: rows from a file to a running system, the answer as a table, JSON or CSV."""
 
 from __future__ import annotations
 
-import asyncio
+import codecs
 import csv
+import io
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from splitserve.cli.connection import connect
+import msgspec
+
+from splitserve.cli.connection import client
 from splitserve.cli.tables import print_table
 from splitserve.errors import InvalidInput, SplitserveError
-from splitserve.oip.classification import LABELS, labels_of
-from splitserve.oip.messages import DEFAULT, InferResponse, ModelMetadata, deadline_after
-from splitserve.oip.rest import decode_json
+from splitserve.oip.classification import labels_of
+from splitserve.oip.input_columns import input_columns
+from splitserve.oip.messages import ModelMetadata
+from splitserve.oip.rest import decode_json, decode_request
 from splitserve.oip.v1 import from_instances
 from splitserve.tensors import DATATYPES, Tensor, unpack
+
+if TYPE_CHECKING:
+    from splitserve.client import Answer
+
+Output = Literal["table", "json", "jsonl", "csv"]
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 N_SHOWN = 5
 """Of a long row of numbers, this many are shown: the largest, with their classes or indices."""
 
+MISSING = frozenset(
+    (
+        "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+        "NaN", "None", "n/a", "nan", "null",
+    )
+)  # fmt: skip
+"""Cells that are missing values, in text and in numbers: those of ``pandas.read_csv``."""
 
-def run(model: str, file: Path | None, *, rows: str | None, url: str, version: str, timeout_s: float) -> int:
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def run(
+    model: str,
+    file: Path | None,
+    *,
+    rows: str | None,
+    url: str,
+    version: str,
+    timeout_s: float,
+    output: Output = "table",
+    encoding: str = "",
+    has_header: bool = True,
+) -> int:
     """Print a row for each row sent; 1 and the reason if that fails."""
     if (file is None) == (rows is None):
         print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
     try:
-        response, metadata = asyncio.run(_infer(model, reader(file, rows), url, version, timeout_s))
-    except (SplitserveError, OSError) as error:
+        read = reader(file, rows, encoding=encoding, has_header=has_header)
+        with client(url, timeout_s=timeout_s) as connection:
+            metadata = connection.metadata(model, version)
+            answer = connection.infer(model, arrays_of(read(metadata), metadata), version=version)
+        print_answer(answer, metadata, output)
+    except (SplitserveError, OSError, LookupError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{response.model} {response.version}")
-    print_outputs(response.outputs, metadata)
     return 0
+
+
+def arrays_of(given: list[Any] | dict[str, Any], metadata: ModelMetadata) -> dict[str, Any]:
+    """The inputs of a request, from what `reader` has read."""
+    from splitserve.arrays import to_array
+
+    tensors = [*given.values()] if isinstance(given, dict) else from_instances(given, metadata).inputs
+    return {tensor.name: to_array(tensor) for tensor in tensors}
+
+
+def print_answer(answer: Answer, metadata: ModelMetadata, output: Output = "table") -> None:
+    """Print an answer; a table names the model and the version that answered, and has the labels of that version."""
+    from splitserve.arrays import from_array
+
+    match output:
+        case "json":
+            print(json.dumps(answer.to_records(), ensure_ascii=False))
+        case "jsonl":
+            for record in answer.to_records():
+                print(json.dumps(record, ensure_ascii=False))
+        case "csv":
+            records = answer.to_records()
+            writer = csv.DictWriter(sys.stdout, list(records[0]) if records else list(answer), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+        case _:
+            print(f"{answer.model} {answer.version}")
+            known = (
+                msgspec.structs.replace(metadata, properties={"labels": json.dumps(answer.labels)}) if answer.labels else metadata
+            )
+            print_outputs([from_array(name, array) for name, array in answer.items()], known)
 
 
 def print_outputs(outputs: Sequence[Tensor], metadata: ModelMetadata) -> None:
@@ -44,66 +108,143 @@ def print_outputs(outputs: Sequence[Tensor], metadata: ModelMetadata) -> None:
     print_table([name for name, _ in columns], zip(*(cells for _, cells in columns), strict=True))
 
 
-def reader(file: Path | None, rows: str | None) -> Callable[[ModelMetadata], list[Any]]:
-    """A function from the model's metadata to the instances in the input."""
+def reader(
+    file: Path | None, rows: str | None, *, encoding: str = "", has_header: bool = True
+) -> Callable[[ModelMetadata], list[Any] | dict[str, Any]]:
+    """A function from the model's metadata to the instances in the input, or to tensors by name (a V2 body)."""
     if rows is not None:
-        return lambda _: _from_json(rows.encode(), "--rows")
+        return lambda metadata: _from_json(rows.encode(), "--rows", metadata)
     assert file is not None, "run checks it"
     if str(file) == "-":
-        return lambda _: _from_json(sys.stdin.buffer.read(), "standard input")
+        return lambda metadata: _from_json(sys.stdin.buffer.read(), "standard input", metadata)
     if file.suffix.lower() in IMAGE_SUFFIXES:
-        return lambda _: [file.read_bytes()]
+        return lambda metadata: _from_image(file, metadata)
     if file.suffix.lower() == ".csv":
-        return lambda metadata: _from_csv(file, metadata)
-    return lambda _: _from_json(file.read_bytes(), str(file))
+        return lambda metadata: _from_csv(file, metadata, encoding, has_header)
+    return lambda metadata: _from_json(file.read_bytes(), str(file), metadata)
 
 
-def _from_json(text: bytes, what: str) -> list[Any]:
-    content = decode_json(text, what=what)
-    instances = content.get("instances") if isinstance(content, dict) else content
-    if not isinstance(instances, list):
-        raise InvalidInput(f'{what}: expected a list of rows or records, or an object with one in "instances"')
-    return instances
+def _from_image(file: Path, metadata: ModelMetadata) -> list[Any]:
+    """Its bytes, or its pixels if the model takes those."""
+    if len(metadata.inputs) == 1 and metadata.inputs[0].datatype != "BYTES":
+        import numpy as np
+        from PIL import Image
+
+        return [np.asarray(Image.open(file)).tolist()]
+    return [file.read_bytes()]
 
 
-def _from_csv(file: Path, metadata: ModelMetadata) -> list[Any]:
-    """Records by column name; columns without an input are omitted, empty cells are missing values."""
+def _from_json(text: bytes, what: str, metadata: ModelMetadata) -> list[Any] | dict[str, Any]:
+    """Instances: a list, one record, one a line, or in "instances"; or the tensors of a V2 body."""
+    text = text.removeprefix(codecs.BOM_UTF8)
+    try:
+        content = decode_json(text, what=what)
+    except InvalidInput:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2:
+            raise
+        return [decode_json(line, what=f"{what}, line {number}") for number, line in enumerate(lines, 1)]
+    names = {spec.name for spec in metadata.inputs}
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict) and "instances" in content and "instances" not in names:
+        if not isinstance(content["instances"], list):
+            raise InvalidInput(f'{what}: "instances": expected a list of rows or records')
+        return content["instances"]
+    if isinstance(content, dict) and isinstance(content.get("inputs"), list) and "inputs" not in names:
+        return {tensor.name: tensor for tensor in decode_request(metadata.name, "", text).inputs}
+    if isinstance(content, dict):
+        return [content]
+    raise InvalidInput(f'{what}: expected a list of rows or records, a record, or an object with a list in "instances"')
+
+
+def _from_csv(file: Path, metadata: ModelMetadata, encoding: str, has_header: bool) -> list[Any]:
+    """Records by column name; columns without an input are omitted, missing values as pandas reads them."""
+    header, lines = _cells(file, encoding, has_header)
     datatypes = {spec.name: spec.datatype for spec in metadata.inputs}
-    with file.open(newline="", encoding="utf-8") as lines:
-        records = list(csv.DictReader(lines))
-    is_table = len(metadata.inputs) == 1 and metadata.inputs[0].name not in (records[0] if records else {})
-    if is_table:  # one input that takes all columns
-        datatype = metadata.inputs[0].datatype
-        return [[_value(cell, datatype) for cell in record.values()] for record in records]
-    return [{name: _value(cell, datatypes[name]) for name, cell in record.items() if name in datatypes} for record in records]
+    only = metadata.inputs[0] if len(metadata.inputs) == 1 else None
+    if only is not None and only.name not in (header or ()):  # one input that takes all columns
+        places = _places(file, header, input_columns(metadata))
+        return [
+            [_value(cells[place], only.datatype, file, line) for place in places or range(len(cells))] for line, cells in lines
+        ]
+    if header is None:
+        header = list(datatypes)
+        lines = [(line, _checked(cells, len(header), file, line)) for line, cells in lines]
+    if not datatypes.keys() & set(header):
+        expected = ", ".join(f'"{name}"' for name in datatypes)
+        raise InvalidInput(f"{file}: the first line names no input of the model, expected a header with {expected}")
+    return [
+        {name: _value(cell, datatypes[name], file, line) for name, cell in zip(header, cells, strict=True) if name in datatypes}
+        for line, cells in lines
+    ]
 
 
-def _value(cell: str, datatype: str) -> Any:
+def _cells(file: Path, encoding: str, has_header: bool) -> tuple[list[str] | None, list[tuple[int, list[str]]]]:
+    """The header, and the cells of each line with its number.
+
+    Raises:
+        InvalidInput: the text has another encoding, or a line another number of cells.
+    """
+    data = file.read_bytes()
+    used = encoding or _MARKS.get(data[:2], "utf-8-sig")
+    try:
+        text = data.decode(used)
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{file}: byte {error.start} is not {used}: name its encoding, e.g. --encoding latin-1") from None
+    parsed = csv.reader(io.StringIO(text, newline=""))
+    lines = [(parsed.line_num, cells) for cells in parsed if cells]
+    if not has_header:
+        width = len(lines[0][1]) if lines else 0
+        return None, [(line, _checked(cells, width, file, line)) for line, cells in lines]
+    if not lines:
+        raise InvalidInput(f"{file}: expected a header, got an empty file")
+    header = lines[0][1]
+    if header and all(_is_number(cell) for cell in header):
+        raise InvalidInput(f"{file}: the first line has numbers, expected a header; --no-header reads it as a row")
+    return header, [(line, _checked(cells, len(header), file, line)) for line, cells in lines[1:]]
+
+
+def _checked(cells: list[str], width: int, file: Path, line: int) -> list[str]:
+    if len(cells) != width:
+        raise InvalidInput(f"{file}, line {line}: expected {width} cells, got {len(cells)}")
+    return cells
+
+
+def _places(file: Path, header: list[str] | None, columns: Sequence[str]) -> list[int] | None:
+    """Where each column of the model is in the file; None: in the file's order."""
+    if header is None or not columns:
+        return None
+    if missing := [name for name in columns if name not in header]:
+        raise InvalidInput(f"{file}: the header lacks {', '.join(missing)}")
+    return [header.index(name) for name in columns]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(cell: str, datatype: str, file: Path, line: int) -> Any:
+    text = cell.strip()
+    if text in MISSING:
+        return None
     if datatype == "BYTES":
         return cell
-    if cell.strip() in ("", "NA", "NaN", "nan"):
-        return None
     if datatype == "BOOL":
-        return cell.strip().lower() in ("1", "true", "yes")
+        return text.lower() in ("1", "true", "yes")
     try:
-        number = float(cell)
+        if "_" in text:
+            raise ValueError
+        if DATATYPES[datatype].is_integer and text.lstrip("+-").isdecimal():
+            return int(text)
+        number = float(text)
     except ValueError:
-        raise InvalidInput(f'"{cell[:32]}" is not a number') from None
+        raise InvalidInput(f'{file}, line {line}: "{cell[:32]}" is not a number') from None
     return int(number) if DATATYPES[datatype].is_integer and number.is_integer() else number
-
-
-async def _infer(
-    model: str, read: Callable[[ModelMetadata], list[Any]], url: str, version: str, timeout_s: float
-) -> tuple[InferResponse, ModelMetadata]:
-    """The answer, and the metadata of the version that gave it."""
-    deadline = deadline_after(timeout_s)
-    async with connect(url) as remote:
-        metadata = await remote.metadata(model, version)
-        instances = read(metadata)
-        response = await remote.infer(from_instances(instances, metadata, version, deadline=deadline))
-        if LABELS in metadata.properties and response.version not in (version, metadata.properties.get(DEFAULT)):
-            metadata = await remote.metadata(response.model, response.version)
-        return response, metadata
 
 
 def _columns(tensor: Tensor, labels: Sequence[str]) -> list[tuple[str, list[str]]]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitserve.cli.connection import client
-from splitserve.cli.infer import print_outputs, reader
+from splitserve.cli.infer import arrays_of, print_answer, reader
 from splitserve.cli.tables import print_table
 from splitserve.errors import DeadlineExceeded, NotFound, SplitserveError
-from splitserve.oip.v1 import from_instances
 
 if TYPE_CHECKING:
     from splitserve.client import Client, Job
@@ -49,15 +48,11 @@ def submit(
     if (file is None) == (rows is None):
         print("expected a file or --rows, got both or neither", file=sys.stderr)
         return 2
-    from splitserve.arrays import to_array
-
     read = reader(file, rows)
 
     def act(connection: Client) -> int:
         metadata = connection.metadata(model, version)
-        inputs = from_instances(read(metadata), metadata).inputs
-        arrays = {tensor.name: to_array(tensor) for tensor in inputs}
-        job = connection.submit(model, arrays, version=version, **options)
+        job = connection.submit(model, arrays_of(read(metadata), metadata), version=version, **options)
         if not is_awaited:
             print(job.id)
             return 0
@@ -69,12 +64,8 @@ def submit(
 
 
 def _print_result(connection: Client, job: Job) -> int:
-    from splitserve.arrays import from_array
-
     answer = job.result()
-    print(f"{answer.model} {answer.version}")
-    outputs = [from_array(name, array) for name, array in answer.items()]
-    print_outputs(outputs, connection.metadata(answer.model, answer.version))
+    print_answer(answer, connection.metadata(answer.model, answer.version))
     return 0
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
+from splitserve import __version__
 from splitserve.errors import Unauthenticated
 
 Compression = Literal["gzip"] | None
@@ -18,6 +20,11 @@ Token = str | Callable[[], str] | None
 
 AsyncToken = str | Callable[[], str | Awaitable[str]] | None
 """The same; the function may be async."""
+
+Headers = Mapping[str, str] | Callable[[], Mapping[str, str]] | None
+"""Headers of every request, or a function that returns them. It is called for every request."""
+
+USER_AGENT = f"splitserve/{__version__}"
 
 _SCHEMES = {"http": (True, False), "https": (True, True), "grpc": (False, False), "grpcs": (False, True)}
 
@@ -46,11 +53,28 @@ class ConnectionOptions(msgspec.Struct, frozen=True):
     tls: TLS | None
     compression: Compression
     max_message_bytes: int
-    headers: Mapping[str, str]
+    headers: Headers = None
+    proxy: str = ""
+    http_client: Any = None
+    channel: Any = None
+    user_agent: str = USER_AGENT
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        return self.target if self.is_rest or "://" in self.target else f"grpc{'s' if self.tls else ''}://{self.target}"
 
 
 def connection_options(
-    url: str, *, tls: TLS | None, compression: Compression, max_message_bytes: int, headers: Mapping[str, str] | None
+    url: str,
+    *,
+    tls: TLS | None,
+    compression: Compression,
+    max_message_bytes: int,
+    headers: Headers,
+    proxy: str | None = None,
+    http_client: Any = None,
+    channel: Any = None,
 ) -> ConnectionOptions:
     """Options from a URL and arguments.
 
@@ -60,10 +84,14 @@ def connection_options(
         tls: certificates; a gRPC name without a scheme then means TLS.
         compression: of requests and responses.
         max_message_bytes: the largest message sent or received.
-        headers: for every request; names in lower case.
+        headers: for every request.
+        proxy: URL of an HTTP proxy.
+        http_client: the caller's, for REST.
+        channel: the caller's, for gRPC.
 
     Raises:
-        ValueError: the URL has no host or, for gRPC, no port, or its scheme is plain text although ``tls`` is given.
+        ValueError: the URL has no host or, for gRPC, no port, or its scheme is plain text although ``tls`` is given; or an
+            option is for the other protocol.
     """
     if compression not in (None, "gzip"):
         raise ValueError(f'compression: expected "gzip" or None, got {compression!r}')
@@ -79,23 +107,50 @@ def connection_options(
         raise ValueError(f"{url!r}: expected a host and a port, e.g. {target or 'host'}:8001")
     if known and not is_rest and not target.rpartition(":")[2].isdecimal():
         raise ValueError(f"{url!r}: expected a port, e.g. {scheme}://{target}:8001")
-    named = {name.lower(): value for name, value in (headers or {}).items()}
-    return ConnectionOptions(target, is_rest, (tls or TLS()) if is_secure else None, compression, max_message_bytes, named)
+    if http_client is not None and not is_rest:
+        raise ValueError(f"http_client is for REST, but {url!r} is gRPC; give a channel, or a URL that begins with http://")
+    if channel is not None and is_rest:
+        raise ValueError(f"channel is for gRPC, but {url!r} is REST; give an http_client, or a URL that begins with grpc://")
+    return ConnectionOptions(
+        target,
+        is_rest,
+        (tls or TLS()) if is_secure else None,
+        compression,
+        max_message_bytes,
+        headers if callable(headers) else _lower(headers),
+        proxy or "",
+        http_client,
+        channel,
+    )
 
 
-def request_headers(headers: Mapping[str, str], token: Token) -> dict[str, str]:
-    """The headers of a request, including its credentials.
+def request_headers(headers: Headers, token: Token, own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The headers of a request: trace context, the client's, the call's own, credentials. Names in lower case.
 
     Raises:
         Unauthenticated: the token is not valid in a header.
     """
-    return dict(headers) | _authorization(token() if callable(token) else token)
+    return _merged(headers, own) | _authorization(token() if callable(token) else token)
 
 
-async def request_headers_async(headers: Mapping[str, str], token: AsyncToken) -> dict[str, str]:
+async def request_headers_async(headers: Headers, token: AsyncToken, own: Mapping[str, str] | None = None) -> dict[str, str]:
     """As `request_headers`, for a token that may have to be awaited."""
     value = token() if callable(token) else token
-    return dict(headers) | _authorization(await value if inspect.isawaitable(value) else value)
+    return _merged(headers, own) | _authorization(await value if inspect.isawaitable(value) else value)
+
+
+def _merged(headers: Headers, own: Mapping[str, str] | None) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    if (propagate := sys.modules.get("opentelemetry.propagate")) is not None:
+        propagate.inject(merged)
+    merged.update(_lower(headers()) if callable(headers) else headers or {})
+    if own:
+        merged.update(_lower(own))
+    return merged
+
+
+def _lower(headers: Mapping[str, str] | None) -> dict[str, str]:
+    return {name.lower(): value for name, value in (headers or {}).items()}
 
 
 def _authorization(token: str | None) -> dict[str, str]:

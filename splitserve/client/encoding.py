@@ -1,23 +1,29 @@
 """Arrays, lists, DataFrames and dicts of columns -> arrays of the datatypes of a signature.
 
 Without a signature the datatypes follow from the values. No conversion changes a value, except for the precision of floats.
-Knows no transport; recognises pandas objects without importing pandas.
+Knows no transport; recognises pandas objects without importing pandas, and those of other libraries in `foreign`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from datetime import date
-from typing import Any, NamedTuple
+from datetime import date, time
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from splitserve.arrays import DTYPES, Array, datatype_of, from_array, objects
+from splitserve.client.foreign import foreign_kind, to_known_kind, to_plain
 from splitserve.errors import InvalidInput
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
 _N_SAMPLED = 1000
+
+Extra = Literal["error", "drop"]
+"""What happens to columns and keys that the model does not have: an error, or nothing."""
 
 
 class InputColumn(NamedTuple):
@@ -45,51 +51,146 @@ def is_frame(inputs: Any) -> bool:
     return hasattr(inputs, "columns") and hasattr(inputs, "iloc")
 
 
-def to_columns(inputs: Any, specs: Sequence[TensorSpec] | None, ignored: Collection[str] = ()) -> list[InputColumn]:
+def is_table(inputs: Any) -> bool:
+    """Whether its rows are independent by its kind: a DataFrame of pandas or polars, a Table of Arrow."""
+    return is_frame(inputs) or foreign_kind(inputs) in ("polars frame", "arrow table")
+
+
+def index_of(inputs: Any) -> Any:
+    """The index of pandas objects among the inputs; None if there is none."""
+    if is_frame(inputs):
+        return inputs.index
+    if isinstance(inputs, Mapping):
+        return next((values.index for values in inputs.values() if _is_series(values)), None)
+    return None
+
+
+def to_columns(
+    inputs: Any,
+    specs: Sequence[TensorSpec] | None,
+    ignored: Collection[str] = (),
+    *,
+    extra: Extra = "error",
+    columns: Sequence[str] = (),
+) -> list[InputColumn]:
     """The inputs of a request.
 
     Args:
-        inputs: by input name, arrays or lists of rows; or a DataFrame, each column an input, or all columns the rows of a
-            model's only input; or the values of a model's only input.
+        inputs: see `splitserve.client.Client.infer`.
         specs: the inputs of the model's signature; None: unknown.
         ignored: names of inputs that the model does not look at: they are left out.
+        extra: "drop" leaves out all that the model does not have.
+        columns: names of the columns of a model's only input, as they were when it was published; () if unknown.
 
     Raises:
         InvalidInput: names the input, what was expected and what was given.
     """
     by_name = {spec.name: spec for spec in specs or ()}
-    if ignored:
-        inputs = _without(inputs, ignored)
-    return [_column(name, values, by_name.get(name)) for name, values in _named(inputs, specs).items()]
+    named = _named(inputs, specs, ignored, extra, columns)
+    if extra == "drop" and by_name:
+        named = {name: values for name, values in named.items() if name in by_name}
+    return [_column(name, values, by_name.get(name)) for name, values in named.items() if name not in ignored]
 
 
-def _without(inputs: Any, ignored: Collection[str]) -> Any:
-    if is_frame(inputs):
-        return inputs.loc[:, [str(name) not in ignored for name in inputs.columns]]
-    if isinstance(inputs, Mapping):
-        return {name: values for name, values in inputs.items() if str(name) not in ignored}
-    return inputs
-
-
-def _named(inputs: Any, specs: Sequence[TensorSpec] | None) -> dict[str, Any]:
+def _named(
+    inputs: Any, specs: Sequence[TensorSpec] | None, ignored: Collection[str], extra: Extra, columns: Sequence[str]
+) -> dict[str, Any]:
     only = specs[0] if specs and len(specs) == 1 else None
+    inputs = to_known_kind(inputs)
     if is_frame(inputs):
         if not inputs.columns.is_unique:
             raise InvalidInput("the DataFrame has duplicate column names, expected one column for each input")
         if only and only.name not in inputs.columns and len(only.shape) == 2:
-            return {only.name: inputs}
+            kept = [name for name in inputs.columns if str(name) not in ignored]
+            order = _ordered([str(name) for name in kept], only, extra, columns)
+            return {only.name: inputs[[kept[place] for place in order]]}
         return {str(name): inputs[name] for name in inputs.columns}
+    if _is_series(inputs) and _is_row(inputs.index.tolist(), specs):
+        row = {str(name): [value] for name, value in zip(inputs.index.tolist(), inputs.tolist(), strict=True)}
+        return _named(row, specs, ignored, extra, columns)
     if isinstance(inputs, Mapping):
-        return {str(name): values for name, values in inputs.items()}
+        named = {str(name): values for name, values in inputs.items()}
+        if only and only.name not in named and len(only.shape) == 2 and len(named) > 1:
+            kept_names = [name for name in named if name not in ignored]
+            order = _ordered(kept_names, only, extra, columns)
+            arrays = [_to_array(kept_names[place], named[kept_names[place]], only.datatype).ravel() for place in order]
+            try:
+                return {only.name: np.stack(arrays, axis=1)}
+            except ValueError:
+                raise InvalidInput(f'input "{only.name}": the columns have different numbers of rows') from None
+        return named
+    if _are_records(inputs):
+        names = dict.fromkeys(str(name) for record in inputs for name in record)
+        texts = [{str(name): value for name, value in record.items()} for record in inputs]
+        return _named({name: [record.get(name) for record in texts] for name in names}, specs, ignored, extra, columns)
     if only:
         return {only.name: inputs}
+    if specs and (rows := _rows_of(inputs, len(specs))) is not None and all(spec.is_column for spec in specs):
+        return {spec.name: [row[place] for row in rows] for place, spec in enumerate(specs)}
     expected = ", ".join(f'"{spec.name}"' for spec in specs or ()) or "a dict or a DataFrame"
     raise InvalidInput(f"the inputs have no names, expected {expected}")
 
 
+def _is_series(inputs: Any) -> bool:
+    return hasattr(inputs, "iloc") and hasattr(inputs, "index") and not hasattr(inputs, "columns")
+
+
+def _is_row(labels: Sequence[Any], specs: Sequence[TensorSpec] | None) -> bool:
+    """Whether a Series with these labels is one row of a frame, not a column."""
+    if not labels or not all(isinstance(label, str) for label in labels):
+        return False
+    return (
+        specs is None
+        or len(specs) > 1
+        or any(spec.name in labels or len(spec.shape) == 2 for spec in specs if not spec.is_column)
+    )
+
+
+def _are_records(inputs: Any) -> bool:
+    return isinstance(inputs, list | tuple) and bool(inputs) and all(isinstance(record, Mapping) for record in inputs)
+
+
+def _rows_of(inputs: Any, n_columns: int) -> Sequence[Sequence[Any]] | None:
+    """Rows of that many values, in the order of the signature; None if it is something else."""
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist()
+    if not isinstance(inputs, list | tuple) or not inputs:
+        return None
+    rows = inputs if all(isinstance(row, list | tuple | np.ndarray) for row in inputs) else [inputs]
+    return rows if all(len(row) == n_columns for row in rows) else None
+
+
+def _ordered(names: Sequence[str], spec: TensorSpec, extra: Extra, columns: Sequence[str]) -> list[int]:
+    """Where each column of a model's only input is among these.
+
+    Raises:
+        InvalidInput: columns are missing, or there are others.
+    """
+    if not columns:
+        if names and not all(name.isdecimal() for name in names):
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            warnings.warn(
+                f'input "{spec.name}" takes columns by position, and the model has no record of their names: they are sent in '
+                f"the order {shown}; pass .to_numpy() if that is the order of the training data",
+                stacklevel=2,
+            )
+        return list(range(len(names)))
+    places = {name: place for place, name in enumerate(names)}
+    if missing := [name for name in columns if name not in places]:
+        raise InvalidInput(f'input "{spec.name}": expected the columns {_listed(columns)}, missing {_listed(missing)}')
+    known = set(columns)
+    if extra != "drop" and (others := [name for name in names if name not in known]):
+        raise InvalidInput(f'input "{spec.name}": expected the columns {_listed(columns)}, got also {_listed(others)}')
+    return [places[name] for name in columns]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _column(name: str, values: Any, spec: TensorSpec | None) -> InputColumn:
-    array = _to_array(name, values)
     datatype = spec.datatype if spec else None
+    array = _to_array(name, values, datatype)
     if array.dtype.kind in "OSU":
         array = _of_objects(name, array, datatype)
     if datatype is None:
@@ -100,11 +201,22 @@ def _column(name: str, values: Any, spec: TensorSpec | None) -> InputColumn:
     array = _as_datatype(name, array, datatype)
     if spec and spec.is_column and array.ndim < 2:
         array = array.reshape(-1, 1)
+    elif spec and _is_bare_row(array, spec):
+        array = array[np.newaxis]
     return InputColumn(name, datatype, array)
 
 
-def _to_array(name: str, values: Any) -> Array:
+def _is_bare_row(array: Array, spec: TensorSpec) -> bool:
+    """Whether it is one row, or one image, without the dimension of rows."""
+    expected = spec.wire_shape
+    if len(expected) < 2 or expected[0] >= 0 or array.ndim != len(expected) - 1:
+        return False
+    return all(size in (have, -1) for have, size in zip(array.shape, expected[1:], strict=True))
+
+
+def _to_array(name: str, values: Any, datatype: str | None) -> Array:
     """An array of the values; text as objects: numpy would convert numbers among text, and cut off trailing zero bytes."""
+    values = to_plain(values, is_text=datatype == "BYTES")
     try:
         array: Array = np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else values)
         if array.dtype.kind in "US" and not isinstance(values, np.ndarray):
@@ -119,13 +231,16 @@ def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
     elements = array.ravel().tolist()
     missing = [_is_missing(element) for element in elements]
     kinds = {type(element) for element, is_missing in zip(elements, missing, strict=True) if not is_missing}
-    if kinds and all(issubclass(kind, date) for kind in kinds):
+    if kinds and all(issubclass(kind, date | time) for kind in kinds):
         texts = ["" if is_missing else element.isoformat() for element, is_missing in zip(elements, missing, strict=True)]
         return objects(texts, array.shape)
     if all(issubclass(kind, str | bytes) for kind in kinds) and (kinds or datatype in (None, "BYTES")):
         filled: Array = np.empty(len(elements), dtype=np.object_)
         filled[:] = ["" if is_missing else element for element, is_missing in zip(elements, missing, strict=True)]
         return filled.reshape(array.shape)
+    if Decimal in kinds:
+        elements = [_number(element) if isinstance(element, Decimal) else element for element in elements]
+        kinds = (kinds - {Decimal}) | {float}
     if not all(issubclass(kind, bool | int | float | np.number | np.bool_) for kind in kinds):
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InvalidInput(f'input "{name}": expected text or numbers, got {found}')
@@ -136,6 +251,11 @@ def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
     if numeric.dtype.kind == "O":
         raise InvalidInput(f'input "{name}": a number does not fit 64 bits')
     return numeric
+
+
+def _number(element: Decimal) -> int | float:
+    """A whole number exactly, another one as the nearest float."""
+    return int(element) if element.is_finite() and element == element.to_integral_value() else float(element)
 
 
 def _is_missing(element: Any) -> bool:
@@ -164,7 +284,9 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     is_kept = ~np.isinf(converted) | ~np.isfinite(array) if expected.kind == "f" else converted == array
     if not is_kept.all():
         index = int(np.argmin(is_kept.ravel()))
-        raise InvalidInput(f'input "{name}": element {index} is {array.ravel()[index]}, which {datatype} cannot represent')
+        width = array[0].size if array.ndim > 1 and len(array) else 1
+        where = f"element {index}" if width == 1 else f"row {index // width}, element {index % width}"
+        raise InvalidInput(f'input "{name}": {where} is {array.ravel()[index]}, which {datatype} cannot represent')
     return converted
 
 

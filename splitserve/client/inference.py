@@ -5,45 +5,87 @@ Yields steps (see `splitserve.client.steps`); the client decides how many chunks
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from splitserve.arrays import Array
-from splitserve.client.answer import Answer, outputs_of
+from splitserve.client.answer import Answer, Text, outputs_of
 from splitserve.client.chunks import can_be_cut, cut, has_rows, join
-from splitserve.client.encoding import InputColumn, is_frame, to_columns
-from splitserve.client.retries import Retries
-from splitserve.client.steps import Ask, Steps, attempts
+from splitserve.client.encoding import Extra, InputColumn, index_of, is_table, to_columns
+from splitserve.client.retries import RETRY_ON, Retries
+from splitserve.client.steps import Ask, Once, Steps, attempts
 from splitserve.errors import DeadlineExceeded, InvalidInput, Overloaded, SplitserveError, Unavailable
 from splitserve.oip.classification import LABELS, labels_of
 from splitserve.oip.ignored_inputs import ignored_inputs
+from splitserve.oip.input_columns import input_columns
 from splitserve.oip.messages import DEFAULT, InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
 
 Outputs = dict[str, Array]
 
 T = TypeVar("T")
 
+_ROW = re.compile(r"\brow (\d+)\b")
+
+
+class RequestOptions(NamedTuple):
+    """What a call says of its requests, beside their inputs.
+
+    ``version``: "" for the server's choice. ``outputs``: names of those requested; () for all. ``timeout_s``: of each request,
+    including its retries; None: the client's.
+    """
+
+    version: str = ""
+    outputs: Sequence[str] = ()
+    parameters: Mapping[str, Parameter] | None = None
+    request_id: str = ""
+    headers: Mapping[str, str] | None = None
+    extra: Extra = "error"
+    timeout_s: float | None = None
+
+
+Known = ModelMetadata | SplitserveError
+"""A model's signature, or why it is unknown."""
+
 
 class Core:
     """What a client keeps between calls: timeout, retry budget, known signatures.
 
     Args:
-        timeout_s: of a request, unless the call says otherwise.
+        timeout_s: of a request, unless the call says otherwise; None or infinity: no limit.
         max_attempts: of a request.
+        retry_on: the errors after which a request is retried.
+        text: what text outputs become.
         clock: monotonic, in seconds.
     """
 
-    def __init__(self, timeout_s: float, max_attempts: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._timeout_s = timeout_s
-        self._retries = Retries(max_attempts)
+    def __init__(
+        self,
+        timeout_s: float | None,
+        max_attempts: int,
+        retry_on: Collection[type[SplitserveError]] = RETRY_ON,
+        text: Text = str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if text not in (str, bytes):
+            raise ValueError(f"text: expected str or bytes, got {text!r}")
+        self.text: Text = text
+        self._timeout_s = float("inf") if timeout_s is None else timeout_s
+        self._retries = Retries(max_attempts, retry_on)
         self._clock = clock
         self._signatures: dict[tuple[str, str], ModelMetadata] = {}
+        self._fetched: dict[tuple[str, str], tuple[int, Known]] = {}
+        """The latest result of fetching a signature, and how many there were."""
         self.deadline_after(None)
 
+    def forked(self) -> None:
+        """In a forked child: another thread of the parent may have held a lock."""
+        self._retries.forked()
+
     def deadline_after(self, timeout_s: float | None) -> float:
-        """The deadline of a request that begins now, on the clock.
+        """The deadline of a request that begins now, on the clock; infinity: none.
 
         Raises:
             ValueError: the timeout is not positive.
@@ -65,25 +107,36 @@ class Core:
         """The signature, if it was fetched before."""
         return self._signatures.get((model, version))
 
-    def fetch_signature(self, model: str, version: str, deadline: float) -> Steps[ModelMetadata | None]:
-        """The current signature; None if the server has none to give: the inference will then report what is wrong.
+    def fetch_signature(self, model: str, version: str, deadline: float) -> Steps[Known]:
+        """The current signature, or why the server gives none: the inference may work all the same.
+
+        Calls that want it at the same time share one request.
 
         Raises:
             SplitserveError: the server cannot be reached or accepts no calls, so that sending the inputs is futile.
         """
+        n_before, _ = self._fetched.get((model, version), (0, None))
+        known: Known = yield Once((model, version), partial(self._fetch, model, version, n_before, deadline))
+        return known
+
+    def _fetch(self, model: str, version: str, n_before: int, deadline: float) -> Steps[Known]:
+        n_fetched, latest = self._fetched.get((model, version), (0, None))
+        if latest is not None and n_fetched != n_before:  # by another call, while this one waited
+            return latest
+        known: Known
         try:
-            signature: ModelMetadata = yield from self.ask(Ask("model_metadata", model, version), deadline)
+            known = yield from self.ask(Ask("model_metadata", model, version), deadline)
         except (Unavailable, Overloaded, DeadlineExceeded):
             raise
-        except SplitserveError:
+        except SplitserveError as error:
             self._signatures.pop((model, version), None)
-            return None
-        self._signatures[model, version] = signature
-        return signature
+            known = error
+        if isinstance(known, ModelMetadata):
+            self._signatures[model, version] = known
+        self._fetched[model, version] = (n_fetched + 1, known)
+        return known
 
-    def with_signature(
-        self, model: str, version: str, send: Callable[[ModelMetadata | None], Steps[T]], deadline: float
-    ) -> Steps[T]:
+    def with_signature(self, model: str, version: str, send: Callable[[Known], Steps[T]], deadline: float) -> Steps[T]:
         """What ``send`` returns, which encodes inputs by a signature. If a known one no longer fits, it is fetched again.
 
         Raises:
@@ -97,18 +150,24 @@ class Core:
         except InvalidInput as error:
             refused = error
         signature = yield from self.fetch_signature(model, version, deadline)
-        if signature is None or signature.inputs == known.inputs:
+        if isinstance(signature, SplitserveError) or signature.inputs == known.inputs:
             raise refused
         return (yield from send(signature))
 
 
-def columns_for(inputs: Any, signature: ModelMetadata | None) -> list[InputColumn]:
-    """The inputs of a request to a model; None: its signature is unknown.
+def columns_for(inputs: Any, known: Known, extra: Extra = "error") -> list[InputColumn]:
+    """The inputs of a request to a model.
 
     Raises:
         InvalidInput: as `to_columns`.
+        SplitserveError: the signature is unknown for this reason, and the inputs cannot be encoded without it.
     """
-    return to_columns(inputs, signature.inputs, ignored_inputs(signature)) if signature else to_columns(inputs, None)
+    if isinstance(known, ModelMetadata):
+        return to_columns(inputs, known.inputs, ignored_inputs(known), extra=extra, columns=input_columns(known))
+    try:
+        return to_columns(inputs, None)
+    except InvalidInput as error:
+        raise type(known)(known.message, stage=known.stage, model=known.model, pair=known.pair) from error
 
 
 class InferCall:
@@ -120,39 +179,28 @@ class InferCall:
         core: the client's.
         model: its name.
         inputs: as `splitserve.client.encoding.to_columns` takes them.
-        version: "" for the server's choice; all chunks go to the version that answered the first.
-        outputs: names of the requested outputs; () for all.
-        parameters: of the request.
+        options: of its requests; all chunks go to the version that answered the first.
         chunk_rows: rows of a request at most; 0: no limit; None: about 1 MiB of rows, if they are independent.
-        timeout_s: of each request, including its retries; None: the client's.
     """
 
-    def __init__(
-        self,
-        core: Core,
-        model: str,
-        inputs: Any,
-        *,
-        version: str,
-        outputs: Sequence[str],
-        parameters: Mapping[str, Parameter] | None,
-        chunk_rows: int | None,
-        timeout_s: float | None,
-    ) -> None:
+    def __init__(self, core: Core, model: str, inputs: Any, options: RequestOptions, *, chunk_rows: int | None) -> None:
         if chunk_rows is not None and chunk_rows < 0:
             raise ValueError(f"chunk_rows: expected 0 or more, got {chunk_rows}")
         self._core = core
         self._model = model
         self._inputs = inputs
-        self._version = version
-        self._outputs = tuple(RequestedOutput(name) for name in outputs)
-        self._parameters = parameters or {}
+        self._options = options
+        self._version = options.version
+        self._outputs = tuple(RequestedOutput(name) for name in options.outputs)
+        self._parameters = options.parameters or {}
         self._chunk_rows = chunk_rows
-        self._timeout_s = timeout_s
+        self._timeout_s = options.timeout_s
         self._columns: list[InputColumn] = []
         self._chunks: list[range] = [range(0)]
         self._model_name = model
         self._labels: dict[str, list[str]] = {}
+        self._id = ""
+        core.deadline_after(options.timeout_s)
 
     @property
     def rest(self) -> list[range]:
@@ -175,13 +223,15 @@ class InferCall:
         send = partial(self._first, deadline)
         return (yield from self._core.with_signature(self._model, self._version, send, deadline))
 
-    def _first(self, deadline: float, signature: ModelMetadata | None) -> Steps[Outputs]:
-        self._columns = columns_for(self._inputs, signature)
+    def _first(self, deadline: float, known: Known) -> Steps[Outputs]:
+        self._columns = columns_for(self._inputs, known, self._options.extra)
+        signature = known if isinstance(known, ModelMetadata) else None
         self._chunks = self._cut(signature)
         response = yield from self._send(self._chunks[0], deadline)
         asked, self._version = self._version, response.version or self._version
         self._model_name = response.model or self._model
-        outputs = outputs_of(response)
+        self._id = response.id or self._options.request_id
+        outputs = outputs_of(response, self._core.text)
         self._labels = yield from self._labels_of(outputs, signature, asked, deadline)
         return outputs
 
@@ -191,12 +241,12 @@ class InferCall:
         """What the columns of each output are, by the metadata of the version that answered."""
         if signature is None or LABELS not in signature.properties:
             return {}
-        known: ModelMetadata | None = signature
+        known: Known | None = signature
         if self._version not in (asked, signature.properties.get(DEFAULT)):
             known = self._core.known_signature(self._model, self._version)
             if known is None:
                 known = yield from self._core.fetch_signature(self._model, self._version, deadline)
-        if known is None:
+        if not isinstance(known, ModelMetadata):
             return {}
         found = {name: labels_of(known, name) for name in outputs}
         return {
@@ -204,10 +254,10 @@ class InferCall:
         }
 
     def _cut(self, signature: ModelMetadata | None) -> list[range]:
-        is_table = can_be_cut(self._columns)
-        if is_table and (self._chunk_rows or (self._chunk_rows is None and (is_frame(self._inputs) or has_rows(signature)))):
+        can_cut = can_be_cut(self._columns)
+        if can_cut and (self._chunk_rows or (self._chunk_rows is None and (is_table(self._inputs) or has_rows(signature)))):
             return cut(self._columns, self._chunk_rows or 0)
-        return [range(len(self._columns[0].array) if is_table else 0)]
+        return [range(len(self._columns[0].array) if can_cut else 0)]
 
     def chunk(self, rows: range) -> Steps[Outputs]:
         """Infer some rows.
@@ -216,7 +266,7 @@ class InferCall:
             SplitserveError: the message names the rows.
         """
         response = yield from self._send(rows, self._core.deadline_after(self._timeout_s))
-        return outputs_of(response)
+        return outputs_of(response, self._core.text)
 
     def _send(self, rows: range, deadline: float) -> Steps[InferResponse]:
         part = slice(rows.start, rows.stop) if len(self._chunks) > 1 else None
@@ -226,9 +276,11 @@ class InferCall:
                 tuple(column.tensor(part) for column in self._columns),
                 version=self._version,
                 outputs=self._outputs,
+                id=self._options.request_id,
                 parameters=self._parameters,
             )
-            response: InferResponse = yield from self._core.ask(Ask("infer", self._model, self._version, request), deadline)
+            ask = Ask("infer", self._model, self._version, request, headers=headers_of(self._options))
+            response: InferResponse = yield from self._core.ask(ask, deadline)
         except SplitserveError as error:
             if part is None:
                 raise
@@ -241,10 +293,26 @@ class InferCall:
         Raises:
             PairMismatch: the outputs do not have as many rows as were sent.
         """
-        index = self._inputs.index if is_frame(self._inputs) else None
-        return Answer(join(parts, self._chunks), model=self._model_name, version=self._version, index=index, labels=self._labels)
+        index = index_of(self._inputs)
+        return Answer(
+            join(parts, self._chunks),
+            model=self._model_name,
+            version=self._version,
+            index=index,
+            labels=self._labels,
+            id=self._id,
+        )
+
+
+def headers_of(options: RequestOptions) -> Mapping[str, str] | None:
+    """The headers of a call's requests; its id is one, so that every server and proxy on the way can log it."""
+    if options.request_id:
+        return {"x-request-id": options.request_id, **(options.headers or {})}
+    return options.headers
 
 
 def _at_rows(error: SplitserveError, rows: range) -> SplitserveError:
-    message = f"rows {rows.start} to {rows.stop - 1}: {error.message}"
+    """The error of a chunk; rows that its message names are those of the whole table."""
+    message = _ROW.sub(lambda found: f"row {int(found[1]) + rows.start}", error.message)
+    message = f"rows {rows.start} to {rows.stop - 1}: {message}"
     return type(error)(message, stage=error.stage, model=error.model, pair=error.pair)

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from splitserve.client.answer import Answer, outputs_of
-from splitserve.client.inference import Core, columns_for
+from splitserve.client.inference import Core, Known, columns_for
 from splitserve.client.steps import Ask, JobAsk, Steps, Wait
 from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.jobs.records import Job as JobRecord
 from splitserve.jobs.records import JobOptions, webhook_to
-from splitserve.oip.messages import InferRequest, InferResponse, ModelMetadata, Parameter, RequestedOutput
+from splitserve.oip.messages import InferRequest, InferResponse, Parameter, RequestedOutput
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ def submit(
         webhook=webhook_to(webhook, webhook_events) if webhook else None,
     )
 
-    def send(signature: ModelMetadata | None) -> Steps[JobRecord]:
-        columns = columns_for(inputs, signature)
+    def send(known: Known) -> Steps[JobRecord]:
+        columns = columns_for(inputs, known)
         request = InferRequest(
             model,
             tuple(column.tensor() for column in columns),
@@ -105,7 +105,9 @@ def wait(core: Core, record: JobRecord, timeout_s: float | None) -> Steps[JobRec
 def result(core: Core, record: JobRecord) -> Steps[Answer]:
     """The answer of a job that has ended. Raises its error."""
     response: InferResponse = yield from core.ask(Ask("job_result", job=JobAsk(record.id)), core.deadline_after(None))
-    return Answer(outputs_of(response), model=response.model or record.model, version=response.version or record.version)
+    return Answer(
+        outputs_of(response, core.text), model=response.model or record.model, version=response.version or record.version
+    )
 
 
 def delete(core: Core, job_id: str, *, keep_ended: bool = False) -> Steps[JobRecord]:

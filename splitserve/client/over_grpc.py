@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.api.splitserve.jobs.v1 import jobs_pb2
 from splitserve.client.connection import TLS, AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
+from splitserve.client.forks import keep_for_ever
 from splitserve.client.retries import Failed
 from splitserve.client.steps import Ask, JobAsk, Send, Verb
 from splitserve.client.stop import Stop
-from splitserve.errors import Cancelled, InvalidInput, PairMismatch, Unavailable
+from splitserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    PairMismatch,
+    SplitserveError,
+    Unavailable,
+    Unsupported,
+)
 from splitserve.jobs import protobuf as jobs
 from splitserve.oip import protobuf
 from splitserve.oip.messages import ServerMetadata
 from splitserve.remote.channel import TO_ANY_SERVER, channel_options
 from splitserve.remote.inference import translate
 
+if TYPE_CHECKING:
+    from splitserve.client.over_own_grpc import AsyncOwnGrpcTransport, OwnGrpcTransport
+
 _STAGE = "server"
 
 
-class _Method(NamedTuple):
+class Method(NamedTuple):
     name: str
     decode: Callable[[Any], Any]
     service: str = protobuf.SERVICE
@@ -38,31 +52,65 @@ class _Method(NamedTuple):
         return getattr(pb if self.service == protobuf.SERVICE else jobs_pb2, f"{self.name}Response")
 
 
-_METHODS: dict[Verb, _Method] = {
-    "live": _Method("ServerLive", lambda answer: answer.live),
-    "ready": _Method("ServerReady", lambda answer: answer.ready),
-    "model_ready": _Method("ModelReady", lambda answer: answer.ready),
-    "server_metadata": _Method(
+METHODS: dict[Verb, Method] = {
+    "live": Method("ServerLive", lambda answer: answer.live),
+    "ready": Method("ServerReady", lambda answer: answer.ready),
+    "model_ready": Method("ModelReady", lambda answer: answer.ready),
+    "server_metadata": Method(
         "ServerMetadata", lambda answer: ServerMetadata(answer.name, answer.version, tuple(answer.extensions))
     ),
-    "model_metadata": _Method("ModelMetadata", protobuf.decode_metadata),
-    "index": _Method("RepositoryIndex", protobuf.decode_index),
-    "infer": _Method("ModelInfer", protobuf.decode_response),
-    "submit": _Method("SubmitJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
-    "job": _Method("GetJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
-    "job_result": _Method("GetJobResult", lambda answer: protobuf.decode_response(answer.answer), jobs.SERVICE),
-    "job_delete": _Method("DeleteJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
-    "jobs": _Method("ListJobs", lambda answer: [jobs.decode_job(job) for job in answer.jobs], jobs.SERVICE),
+    "model_metadata": Method("ModelMetadata", protobuf.decode_metadata),
+    "index": Method("RepositoryIndex", protobuf.decode_index),
+    "infer": Method("ModelInfer", protobuf.decode_response),
+    "submit": Method("SubmitJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "job": Method("GetJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "job_result": Method("GetJobResult", lambda answer: protobuf.decode_response(answer.answer), jobs.SERVICE),
+    "job_delete": Method("DeleteJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
+    "jobs": Method("ListJobs", lambda answer: [jobs.decode_job(job) for job in answer.jobs], jobs.SERVICE),
 }
 
 
+_used_in: int | None = None
+"""The process that has used grpcio first. In its forked children grpcio has no threads: its calls hang, or end the process."""
+
+
+def blocking_transport(connection: ConnectionOptions, token: Token) -> GrpcTransport | OwnGrpcTransport:
+    """By grpcio, unless it was used before this process was forked."""
+    if is_unusable():
+        from splitserve.client.over_own_grpc import OwnGrpcTransport
+
+        return OwnGrpcTransport(connection, token)
+    return GrpcTransport(connection, token)
+
+
+def async_transport(connection: ConnectionOptions, token: AsyncToken) -> AsyncGrpcTransport | AsyncOwnGrpcTransport:
+    """As `blocking_transport`, for an event loop."""
+    if is_unusable():
+        from splitserve.client.over_own_grpc import AsyncOwnGrpcTransport
+
+        return AsyncOwnGrpcTransport(connection, token)
+    return AsyncGrpcTransport(connection, token)
+
+
+def is_unusable() -> bool:
+    """Whether grpcio was used before this process was forked; if not, this process uses it from now on."""
+    global _used_in
+    if _used_in is None:
+        _used_in = os.getpid()
+    return _used_in != os.getpid()
+
+
 class GrpcTransport:
-    """Sends on its own channel. Thread-safe."""
+    """Sends on its own channel, or on the caller's. Thread-safe."""
 
     def __init__(self, connection: ConnectionOptions, token: Token) -> None:
         self._connection = connection
         self._token = token
-        if connection.tls is None:
+        self._channel: Any = connection.channel
+        if self._channel is not None:
+            if not isinstance(self._channel, grpc.Channel):
+                raise ValueError(f"channel: expected a grpc.Channel, got {type(self._channel).__name__}")
+        elif connection.tls is None:
             self._channel = grpc.insecure_channel(connection.target, **_arguments(connection))
         else:
             self._channel = grpc.secure_channel(connection.target, _credentials(connection.tls), **_arguments(connection))
@@ -75,32 +123,44 @@ class GrpcTransport:
             Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
-        metadata = tuple(request_headers(self._connection.headers, self._token).items())
-        request = _encode(step.ask)
+        metadata = tuple(request_headers(self._connection.headers, self._token, step.ask.headers).items())
+        request = encode(step.ask)
+        timeout = None if step.timeout_s == float("inf") else step.timeout_s
         try:
             if stop is None:
-                answer = call(request, timeout=step.timeout_s, metadata=metadata)
+                answer = call(request, timeout=timeout, metadata=metadata)
             else:
-                future = call.future(request, timeout=step.timeout_s, metadata=metadata)
+                future = call.future(request, timeout=timeout, metadata=metadata)
                 with stop.calling(future.cancel):
                     answer = future.result()
         except grpc.FutureCancelledError as error:
             raise Failed(Cancelled("cancelled because another request failed")) from error
         except grpc.RpcError as error:
-            return _failed(step.ask, error)
-        return _decode(step.ask, answer)
+            return _failed(step.ask, error, self._connection)
+        return decode(step.ask, answer)
 
     def close(self) -> None:
-        self._channel.close()
+        """Close the channel, unless it is the caller's."""
+        if self._connection.channel is None:
+            self._channel.close()
+
+    def abandon(self) -> None:
+        """In a forked child: leave the parent's channel as it is."""
+        keep_for_ever(self)
 
 
 class AsyncGrpcTransport:
-    """Sends on its own channel, on the event loop that is running when it is created."""
+    """Sends on its own channel, or on the caller's, on the event loop that is running when it is created."""
 
     def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
         self._connection = connection
         self._token = token
-        if connection.tls is None:
+        self._pid = os.getpid()
+        self._channel: Any = connection.channel
+        if self._channel is not None:
+            if not isinstance(self._channel, grpc.aio.Channel):
+                raise ValueError(f"channel: expected a grpc.aio.Channel, got {type(self._channel).__name__}")
+        elif connection.tls is None:
             self._channel = grpc.aio.insecure_channel(connection.target, **_arguments(connection))
         else:
             self._channel = grpc.aio.secure_channel(connection.target, _credentials(connection.tls), **_arguments(connection))
@@ -113,22 +173,37 @@ class AsyncGrpcTransport:
             Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
-        metadata = tuple((await request_headers_async(self._connection.headers, self._token)).items())
+        metadata = tuple((await request_headers_async(self._connection.headers, self._token, step.ask.headers)).items())
+        timeout = None if step.timeout_s == float("inf") else step.timeout_s
         try:
-            answer = await call(_encode(step.ask), timeout=step.timeout_s, metadata=metadata)
+            answer = await call(encode(step.ask), timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            return _failed(step.ask, error)
-        return _decode(step.ask, answer)
+            return _failed(step.ask, error, self._connection)
+        return decode(step.ask, answer)
 
     async def close(self) -> None:
-        await self._channel.close()
+        """Close the channel, unless it is the caller's."""
+        if self._connection.channel is None:
+            await self._channel.close()
+
+    def abandon(self) -> None:
+        """After its event loop has ended: nothing. In a forked child: leave the parent's channel as it is."""
+        if self._pid != os.getpid():
+            keep_for_ever(self)
 
 
 def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
     return {
-        "options": channel_options(connection.max_message_bytes, TO_ANY_SERVER),
+        "options": [*channel_options(connection.max_message_bytes, TO_ANY_SERVER), *_own_options(connection)],
         "compression": grpc.Compression.Gzip if connection.compression else None,
     }
+
+
+def _own_options(connection: ConnectionOptions) -> list[tuple[str, Any]]:
+    options: list[tuple[str, Any]] = [("grpc.primary_user_agent", connection.user_agent)]
+    if connection.proxy:
+        options += [("grpc.enable_http_proxy", 1), ("grpc.http_proxy", connection.proxy)]
+    return options
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
@@ -143,21 +218,21 @@ def _calls(channel: Any) -> dict[Verb, Any]:
             request_serializer=method.request.SerializeToString,
             response_deserializer=method.response.FromString,
         )
-        for verb, method in _METHODS.items()
+        for verb, method in METHODS.items()
     }
 
 
-def _encode(ask: Ask) -> Any:
+def encode(ask: Ask) -> Any:
     if ask.job is not None:
         return _encode_job_verb(ask, ask.job)
     if ask.request is not None:
         return protobuf.encode_request(ask.request)
-    request = _METHODS[ask.verb].request
+    request = METHODS[ask.verb].request
     return request(name=ask.model, version=ask.version) if ask.model else request()
 
 
 def _encode_job_verb(ask: Ask, job: JobAsk) -> Any:
-    request = _METHODS[ask.verb].request
+    request = METHODS[ask.verb].request
     if ask.verb == "jobs":
         return request(model=ask.model, status=jobs.encode_status(job.status), limit=job.limit, after=job.after)
     if ask.verb == "job":
@@ -171,14 +246,14 @@ def _encode_job_verb(ask: Ask, job: JobAsk) -> Any:
     return message
 
 
-def _decode(ask: Ask, answer: Any) -> Any:
+def decode(ask: Ask, answer: Any) -> Any:
     try:
-        return _METHODS[ask.verb].decode(answer)
+        return METHODS[ask.verb].decode(answer)
     except InvalidInput as error:  # not the caller's fault
         raise Failed(PairMismatch(f"malformed response: {error.message}", stage=_STAGE)) from error
 
 
-def _failed(ask: Ask, error: Any) -> bool:
+def _failed(ask: Ask, error: Any, connection: ConnectionOptions) -> bool:
     """False for an unknown model in a readiness check.
 
     Raises:
@@ -186,13 +261,47 @@ def _failed(ask: Ask, error: Any) -> bool:
     """
     if ask.verb == "model_ready" and error.code() is grpc.StatusCode.NOT_FOUND:
         return False
-    if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
-        raise Failed(Unavailable("the server's certificate is not trusted", stage=_STAGE)) from error
-    translated = translate(error, _STAGE)
-    pushback_ms = dict(error.trailing_metadata() or ()).get(protobuf.PUSHBACK_KEY)
+    details = error.details() or ""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        message = f"the server's certificate is not trusted: {connection.url}: {_cause(details)}"
+        raise Failed(Unavailable(message, stage=_STAGE)) from error
+    raise as_failed(ask, translate(error, _STAGE), details, error.trailing_metadata(), connection) from error
+
+
+def as_failed(ask: Ask, error: SplitserveError, details: str, trailing: Any, connection: ConnectionOptions) -> Failed:
+    """The failure of an attempt; errors that no service raised name the address and the cause.
+
+    Args:
+        ask: what was asked.
+        error: as the services between each other name it.
+        details: the status message.
+        trailing: metadata.
+        connection: of the client.
+    """
+    url = connection.url
+    if error.message == f"the {_STAGE} service cannot be reached":
+        if "http1" in details.lower() or "http/1" in details.lower():
+            hint = f"it answers in HTTP/1.1; is it the REST port? Use http://{connection.target}"
+            return Failed(Unavailable(f"the server cannot be reached: {url}: {hint}", stage=_STAGE))
+        error = Unavailable(f"the server cannot be reached: {url}: {_cause(details)}", stage=_STAGE)
+    elif error.message == f"the {_STAGE} service did not answer in time":
+        error = DeadlineExceeded(f"the server did not answer in time: {url}", stage=_STAGE)
+    elif isinstance(error, Unsupported) and not error.model and "http" not in error.message.lower():
+        method = METHODS[ask.verb]
+        message = f"{url} does not offer {method.service}/{method.name}: {error.message or 'unimplemented'}"
+        error = Unsupported(message, stage=error.stage)
+    elif "http status" in details.lower() or "http2 header" in details.lower() or "content-type" in details.lower():
+        error = Unavailable(f"{url} is no gRPC server, or a proxy in front of it refuses gRPC: {details[:256]}", stage=_STAGE)
+        return Failed(error)
+    pushback_ms = dict(trailing or ()).get(protobuf.PUSHBACK_KEY)
     is_refused = pushback_ms is not None and not str(pushback_ms).isdecimal()
-    raise Failed(
-        translated,
-        can_retry=isinstance(translated, Unavailable) and not is_refused,
+    return Failed(
+        error,
+        can_retry=isinstance(error, Unavailable | Overloaded) and not is_refused,
         retry_after_s=None if pushback_ms is None or is_refused else int(pushback_ms) / 1000,
-    ) from error
+    )
+
+
+def _cause(details: str) -> str:
+    """The last and most precise part of grpcio's chain of causes."""
+    return details.rpartition("last error: ")[2].rpartition(": ")[2].strip()[:256] or "no connection"

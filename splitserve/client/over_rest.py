@@ -1,33 +1,45 @@
-"""The client's transport over HTTP, blocking and async. Tensors are sent and received as binary data after the JSON."""
+"""The client's transport over HTTP/1.1, blocking and async. Tensors are sent and received as binary data after the JSON."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ssl
 import time
-from collections.abc import Iterator
+from collections import deque
 from typing import Any
-
-import httpx
+from urllib.parse import urlsplit
 
 from splitserve.client import rest_bodies
-from splitserve.client.connection import TLS, AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
+from splitserve.client.connection import AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
+from splitserve.client.http1 import BrokenResponse, ResponseReader, encode_request
 from splitserve.client.retries import Failed
+from splitserve.client.sockets import (
+    AsyncSocket,
+    BlockingSocket,
+    Endpoint,
+    is_certificate_error,
+    timed_out,
+    tls_context,
+    unreachable,
+)
 from splitserve.client.steps import Ask, Send
 from splitserve.client.stop import Stop
-from splitserve.errors import DeadlineExceeded, TooLarge, Unavailable
+from splitserve.errors import SplitserveError, TooLarge, Unavailable
 
 _STAGE = "server"
+MAX_IDLE = 128
+"""Connections that are kept for further requests."""
 
 
 class RestTransport:
-    """Sends on its own connection pool. Thread-safe."""
+    """Sends on connections of its own. Thread-safe: each request has one to itself."""
 
     def __init__(self, connection: ConnectionOptions, token: Token) -> None:
+        self._requests = _Requests(connection)
         self._connection = connection
         self._token = token
-        self._http = httpx.Client(**_arguments(connection))
+        self._idle: deque[BlockingSocket] = deque()
+        self._all: set[BlockingSocket] = set()
+        self._is_closed = False
 
     def send(self, step: Send, stop: Stop | None) -> Any:
         """Make one attempt.
@@ -36,29 +48,75 @@ class RestTransport:
             Failed: the error, and whether it can be retried.
         """
         end = time.monotonic() + step.timeout_s
-        headers = request_headers(self._connection.headers, self._token)
-        with _translating(can_retry=True):
-            response = self._http.send(_request(self._http, self._connection, step, headers), stream=True)
-        with contextlib.closing(response), _translating(can_retry=False):
-            body = bytearray()
-            for part in response.iter_bytes():
-                body += part
-                _check_size(body, self._connection.max_message_bytes)
-                if time.monotonic() > end:
-                    raise _timed_out()
-        return _decode(step.ask, response, bytes(body))
+        headers = request_headers(self._connection.headers, self._token, step.ask.headers)
+        parts = self._requests.encode(step, headers)
+        reader = ResponseReader(self._connection.max_message_bytes)
+        try:
+            used = self._connected(end)
+        except OSError as error:
+            raise self._requests.not_connected(error) from error
+        try:
+            used.send(parts, end)
+            while not reader.is_complete:
+                reader.feed(used.receive(end))
+        except (OSError, BrokenResponse, TooLarge) as error:
+            self._drop(used)
+            raise self._requests.failed(error, reader) from error
+        except BaseException:
+            self._drop(used)
+            raise
+        self._release(used, reader)
+        return self._requests.decode(step.ask, reader)
+
+    def _connected(self, end: float) -> BlockingSocket:
+        while self._idle:
+            try:
+                used = self._idle.pop()
+            except IndexError:  # another thread took the last one
+                break
+            if used.is_usable:
+                return used
+            self._drop(used)
+        used = BlockingSocket(self._requests.endpoint, end)
+        self._all.add(used)
+        return used
+
+    def _release(self, used: BlockingSocket, reader: ResponseReader) -> None:
+        if not reader.keeps_alive or self._is_closed or len(self._idle) >= MAX_IDLE:
+            self._drop(used)
+            return
+        used.idle_since = time.monotonic()
+        self._idle.append(used)
+
+    def _drop(self, used: BlockingSocket) -> None:
+        self._all.discard(used)
+        used.close()
 
     def close(self) -> None:
-        self._http.close()
+        """Close idle connections now, those in use after their response."""
+        self._is_closed = True
+        while self._idle:
+            try:
+                self._drop(self._idle.pop())
+            except IndexError:
+                break
+
+    def abandon(self) -> None:
+        """In a forked child: close its copies of the parent's connections."""
+        for each in list(self._all):
+            each.close()
 
 
 class AsyncRestTransport:
-    """Sends on its own connection pool."""
+    """Sends on connections of its own, on the event loop that is running when it is created."""
 
     def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
+        self._requests = _Requests(connection)
         self._connection = connection
         self._token = token
-        self._http = httpx.AsyncClient(**_arguments(connection))
+        self._idle: deque[AsyncSocket] = deque()
+        self._all: set[AsyncSocket] = set()
+        self._is_closed = False
 
     async def send(self, step: Send) -> Any:
         """Make one attempt.
@@ -66,90 +124,137 @@ class AsyncRestTransport:
         Raises:
             Failed: the error, and whether it can be retried.
         """
-        headers = await request_headers_async(self._connection.headers, self._token)
-        request = _request(self._http, self._connection, step, headers)
+        headers = await request_headers_async(self._connection.headers, self._token, step.ask.headers)
+        parts = self._requests.encode(step, headers)
+        reader = ResponseReader(self._connection.max_message_bytes)
+        used: AsyncSocket | None = None
         try:
-            async with asyncio.timeout(step.timeout_s):
-                with _translating(can_retry=True):
-                    response = await self._http.send(request, stream=True)
-                async with contextlib.aclosing(response):
-                    with _translating(can_retry=False):
-                        body = bytearray()
-                        async for part in response.aiter_bytes():
-                            body += part
-                            _check_size(body, self._connection.max_message_bytes)
-        except TimeoutError as error:
-            raise _timed_out() from error
-        return _decode(step.ask, response, bytes(body))
+            async with asyncio.timeout(None if step.timeout_s == float("inf") else step.timeout_s):
+                used = self._taken()
+                if used is None:
+                    used = await AsyncSocket.connect(self._requests.endpoint)
+                    self._all.add(used)
+                await used.send(parts)
+                while not reader.is_complete:
+                    reader.feed(await used.receive())
+        except (OSError, BrokenResponse, TooLarge) as error:
+            if used is None and isinstance(error, OSError):
+                raise self._requests.not_connected(error) from error
+            if used is not None:
+                self._drop(used)
+            raise self._requests.failed(error, reader) from error
+        except BaseException:
+            if used is not None:
+                self._drop(used)
+            raise
+        self._release(used, reader)
+        return self._requests.decode(step.ask, reader)
+
+    def _taken(self) -> AsyncSocket | None:
+        while self._idle:
+            used = self._idle.pop()
+            if used.is_usable:
+                return used
+            self._drop(used)
+        return None
+
+    def _release(self, used: AsyncSocket, reader: ResponseReader) -> None:
+        if not reader.keeps_alive or self._is_closed or len(self._idle) >= MAX_IDLE:
+            self._drop(used)
+        else:
+            used.idle_since = time.monotonic()
+            self._idle.append(used)
+
+    def _drop(self, used: AsyncSocket) -> None:
+        self._all.discard(used)
+        used.close()
 
     async def close(self) -> None:
-        await self._http.aclose()
+        """Close idle connections now, those in use after their response."""
+        self._is_closed = True
+        while self._idle:
+            self._drop(self._idle.pop())
+
+    def abandon(self) -> None:
+        """Close all connections, of an event loop that has ended or of the process that this one was forked from."""
+        for each in list(self._all):
+            each.close()
+        self._all.clear()
+        self._idle.clear()
 
 
-def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
-    return {
-        "base_url": connection.target,
-        "headers": {"accept-encoding": "gzip" if connection.compression else "identity"},
-        "verify": _context(connection.tls)
-        if connection.tls
-        else False,  # creating a context takes time, for nothing with plain text
-        # As over gRPC: a proxy in the environment is for traffic that leaves the cluster, and ~/.netrc is for other programs.
-        "trust_env": False,
-    }
+class _Requests:
+    """Requests as bytes, and what responses and failures mean."""
 
-
-def _context(tls: TLS) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=tls.ca_file)
-    if tls.cert_file:
-        context.load_cert_chain(tls.cert_file, tls.key_file)
-    return context
-
-
-def _request(
-    http: httpx.Client | httpx.AsyncClient, connection: ConnectionOptions, step: Send, headers: dict[str, str]
-) -> httpx.Request:
-    """Raises:
-    Failed: it exceeds the limit.
-    """
-    rest_request = rest_bodies.encode(step.ask, compress=connection.compression is not None)
-    if len(rest_request.body) > connection.max_message_bytes:
-        message = (
-            f"the request has {len(rest_request.body)} bytes, the limit is {connection.max_message_bytes} (max_message_bytes)"
+    def __init__(self, connection: ConnectionOptions) -> None:
+        url = urlsplit(connection.target)
+        is_secure = url.scheme == "https"
+        self._connection = connection
+        self._host = url.netloc.rpartition("@")[2]
+        self._base = url.path.rstrip("/")
+        self.endpoint = Endpoint(
+            connection.target,
+            url.hostname or "",
+            url.port or (443 if is_secure else 80),
+            context=tls_context(connection.tls, "http/1.1") if connection.tls else None,
         )
+
+    def encode(self, step: Send, headers: dict[str, str]) -> list[bytes]:
+        """The parts of a request.
+
+        Raises:
+            Failed: it exceeds the limit.
+        """
+        request = rest_request(self._connection, step)
+        fields = {**_FIELDS, "user-agent": self._connection.user_agent}
+        if self._connection.compression:
+            fields["accept-encoding"] = "gzip"
+        fields |= headers
+        fields |= request.headers
+        return encode_request(request.method, self._base + request.path, self._host, fields, request.body)
+
+    def not_connected(self, error: OSError) -> Failed:
+        """A failure without a connection."""
+        if isinstance(error, TimeoutError):
+            return Failed(timed_out(self.endpoint, "the server did not accept a connection in time"))
+        return Failed(unreachable(self.endpoint, error), can_retry=not is_certificate_error(error))
+
+    def failed(self, error: OSError | BrokenResponse | TooLarge, reader: ResponseReader) -> Failed:
+        """A failure on a connection. It can be retried if no part of a response has arrived."""
+        if isinstance(error, TooLarge):
+            return Failed(error)
+        if isinstance(error, TimeoutError):
+            return Failed(timed_out(self.endpoint))
+        if isinstance(error, OSError):
+            return Failed(unreachable(self.endpoint, error), can_retry=not reader.is_begun and not is_certificate_error(error))
+        hint = f"; is it the gRPC port? Use grpc://{self._host}" if error.is_http2 else ""
+        message = f"the server cannot be reached: {self.endpoint.url}: {error}{hint}"
+        return Failed(Unavailable(message, stage=_STAGE), can_retry=not error.is_begun)
+
+    def decode(self, ask: Ask, reader: ResponseReader) -> Any:
+        """What the response says."""
+        try:
+            body = reader.body()
+        except BrokenResponse as error:
+            raise Failed(Unavailable(f"malformed response: {self.endpoint.url}: {error}", stage=_STAGE)) from error
+        except SplitserveError as error:
+            raise Failed(error) from error
+        return rest_bodies.decode(ask, reader.status, reader.headers, body, self.endpoint.url)
+
+
+_FIELDS = {"accept": "*/*", "accept-encoding": "identity"}
+
+
+def rest_request(connection: ConnectionOptions, step: Send) -> rest_bodies.RestRequest:
+    """The request of a step, with its deadline.
+
+    Raises:
+        Failed: it exceeds the limit.
+    """
+    request = rest_bodies.encode(step.ask, compress=connection.compression is not None)
+    if len(request.body) > connection.max_message_bytes:
+        message = f"the request has {len(request.body)} bytes, the limit is {connection.max_message_bytes} (max_message_bytes)"
         raise Failed(TooLarge(message, model=step.ask.model, pair=step.ask.version))
-    headers = {**headers, **rest_request.headers, "request-timeout": f"{max(step.timeout_s, 0.001):.3f}"}
-    return http.build_request(
-        rest_request.method, rest_request.path, content=rest_request.body, headers=headers, timeout=step.timeout_s
-    )
-
-
-def _decode(ask: Ask, response: httpx.Response, body: bytes) -> Any:
-    return rest_bodies.decode(ask, response.status_code, response.headers, body)
-
-
-def _check_size(body: bytearray, limit: int) -> None:
-    if len(body) > limit:
-        raise Failed(TooLarge(f"the response exceeds the limit of {limit} bytes (max_message_bytes)"))
-
-
-def _timed_out() -> Failed:
-    return Failed(DeadlineExceeded("the server did not answer in time", stage=_STAGE))
-
-
-@contextlib.contextmanager
-def _translating(*, can_retry: bool) -> Iterator[None]:
-    """Raise transport errors as `Failed`. ``can_retry``: no part of a response has arrived."""
-    try:
-        yield
-    except httpx.TimeoutException as error:
-        raise _timed_out() from error
-    except httpx.HTTPError as error:
-        if _is_untrusted(error):
-            raise Failed(Unavailable("the server's certificate is not trusted", stage=_STAGE)) from error
-        raise Failed(Unavailable("the server cannot be reached", stage=_STAGE), can_retry=can_retry) from error
-
-
-def _is_untrusted(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
-        error = error.__cause__ or error.__context__
-    return error is not None
+    if step.timeout_s < float("inf"):
+        request.headers["request-timeout"] = f"{max(step.timeout_s, 0.001):.3f}"
+    return request

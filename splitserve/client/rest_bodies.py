@@ -21,6 +21,7 @@ from splitserve.errors import (
     DeadlineExceeded,
     Internal,
     InvalidInput,
+    Overloaded,
     PairMismatch,
     SplitserveError,
     Unavailable,
@@ -209,7 +210,7 @@ _DECODERS = {verb: msgspec.json.Decoder(of) for verb, of in _TYPES.items()}
 _answer_decoder = msgspec.json.Decoder(_DecodedAnswer)
 
 
-def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> Any:
+def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes, url: str = "the server") -> Any:
     """The result in a response.
 
     Args:
@@ -217,14 +218,21 @@ def decode(ask: Ask, status: int, headers: Mapping[str, str], body: bytes) -> An
         status: of HTTP.
         headers: names in lower case.
         body: decompressed.
+        url: of the server, for messages.
 
     Raises:
         Failed: the error, and whether it can be retried.
     """
+    if 200 <= status < 300 and _is_page(headers):
+        message = (
+            f"{url} answered with a web page ({headers['content-type'][:64]}), expected an Open Inference Protocol server: "
+            "is this its URL, and is a login required?"
+        )
+        raise Failed(Unavailable(message, stage="server"))
     if ask.verb in ("live", "ready", "model_ready") and (status in (200, 400, 404, 503)):
         return status == 200
     if status != (202 if ask.verb == "submit" else 200):
-        raise _failed(status, headers, body)
+        raise _failed(ask, status, headers, body, url)
     try:
         if ask.verb in ("infer", "job_result"):
             return decode_response(body, _header_length(headers, body))
@@ -266,13 +274,29 @@ def _job(answer: _DecodedJob) -> Job:
     )
 
 
-def _failed(status: int, headers: Mapping[str, str], body: bytes) -> Failed:
+def _failed(ask: Ask, status: int, headers: Mapping[str, str], body: bytes, url: str) -> Failed:
     facts = _facts(body)
     kind = _BY_STATUS.get(status, InvalidInput if 400 <= status < 500 else Internal)
-    message = facts.get("error") or f"the server answered with HTTP status {status}"
+    message = facts.get("error") or _message(ask, status, headers, url)
     error = from_wire(kind.grpc_code, message, facts.get("reason") or kind.reason, facts)
     pause_s = parse_retry_after(headers.get("retry-after", ""), time.time())
-    return Failed(error, can_retry=isinstance(error, Unavailable), retry_after_s=pause_s)
+    return Failed(error, can_retry=isinstance(error, Unavailable | Overloaded), retry_after_s=pause_s)
+
+
+def _message(ask: Ask, status: int, headers: Mapping[str, str], url: str) -> str:
+    """For a response that does not say itself what is wrong: of a proxy, or of a server that is none of the protocol."""
+    answered = f"{url} answered with HTTP status {status}"
+    if 300 <= status < 400:
+        return f"{answered}, a redirect to {headers.get('location', '?')[:256]}: give that server's URL"
+    if ask.model and status == 404:
+        what = f'model "{ask.model}"' + (f" version {ask.version}" if ask.version else "")
+        return f"{answered}: it has no {what}, or is no Open Inference Protocol server"
+    software = headers.get("server", "")
+    return f"{answered} ({software[:64]})" if software and _is_page(headers) else answered
+
+
+def _is_page(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-type", "").lower().startswith("text/html")
 
 
 def _facts(body: bytes) -> dict[str, str]:

@@ -6,13 +6,13 @@ So retries and deadlines are written once and tested without a server. Knows no 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Hashable, Mapping
 from functools import partial
 from itertools import count
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from splitserve.client.retries import Failed, Retries
-from splitserve.errors import DeadlineExceeded
+from splitserve.errors import DeadlineExceeded, SplitserveError
 from splitserve.jobs.records import JobOptions
 from splitserve.oip.messages import InferRequest
 
@@ -42,6 +42,8 @@ class Ask(NamedTuple):
     version: str = ""
     request: InferRequest | None = None
     job: JobAsk | None = None
+    headers: Mapping[str, str] | None = None
+    """Of this call, beside those of the client."""
 
 
 class Send(NamedTuple):
@@ -57,7 +59,14 @@ class Wait(NamedTuple):
     seconds: float
 
 
-Steps = Generator[Send | Wait, Any, T]
+class Once(NamedTuple):
+    """A step: run these steps while no other call of the client runs some for the same key, then resume with their result."""
+
+    key: Hashable
+    steps: Callable[[], Steps[Any]]
+
+
+Steps = Generator[Send | Wait | Once, Any, T]
 
 
 def attempts(ask: Ask, deadline: float, retries: Retries, clock: Callable[[], float] = time.monotonic) -> Steps[Any]:
@@ -90,39 +99,55 @@ def attempts(ask: Ask, deadline: float, retries: Retries, clock: Callable[[], fl
     raise AssertionError("count() does not end")
 
 
-def run(steps: Steps[T], send: Callable[[Send], Any], wait: Callable[[float], Any] = time.sleep) -> T:
-    """Run the steps, blocking."""
-    proceed: Callable[[], Send | Wait] = partial(next, steps)
+def run(
+    steps: Steps[T],
+    send: Callable[[Send], Any],
+    wait: Callable[[float], Any] = time.sleep,
+    once: Callable[[Once], Any] | None = None,
+) -> T:
+    """Run the steps, blocking. ``once`` runs the steps of a `Once`."""
+    proceed: Callable[[], Send | Wait | Once] = partial(next, steps)
     while True:
         try:
             step = proceed()
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(step, Wait):
-            wait(step.seconds)
-            proceed = partial(steps.send, None)
-            continue
         try:
-            proceed = partial(steps.send, send(step))
-        except Failed as failure:
+            if isinstance(step, Send):
+                answer = send(step)
+            elif isinstance(step, Wait):
+                answer = wait(step.seconds)
+            else:
+                answer = once(step) if once else run(step.steps(), send, wait)
+        except (Failed, SplitserveError) as failure:
             proceed = partial(steps.throw, failure)
+        else:
+            proceed = partial(steps.send, answer)
 
 
-async def run_async(steps: Steps[T], send: Callable[[Send], Awaitable[Any]], wait: Callable[[float], Awaitable[Any]]) -> T:
+async def run_async(
+    steps: Steps[T],
+    send: Callable[[Send], Awaitable[Any]],
+    wait: Callable[[float], Awaitable[Any]],
+    once: Callable[[Once], Awaitable[Any]] | None = None,
+) -> T:
     """Run the steps on an event loop."""
-    proceed: Callable[[], Send | Wait] = partial(next, steps)
+    proceed: Callable[[], Send | Wait | Once] = partial(next, steps)
     while True:
         try:
             step = proceed()
         except StopIteration as end:
             result: T = end.value
             return result
-        if isinstance(step, Wait):
-            await wait(step.seconds)
-            proceed = partial(steps.send, None)
-            continue
         try:
-            proceed = partial(steps.send, await send(step))
-        except Failed as failure:
+            if isinstance(step, Send):
+                answer = await send(step)
+            elif isinstance(step, Wait):
+                answer = await wait(step.seconds)
+            else:
+                answer = await (once(step) if once else run_async(step.steps(), send, wait))
+        except (Failed, SplitserveError) as failure:
             proceed = partial(steps.throw, failure)
+        else:
+            proceed = partial(steps.send, answer)

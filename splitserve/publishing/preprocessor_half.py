@@ -110,6 +110,7 @@ def preprocessor_half(
         rows=rows,
         golden=source,
         ignored=unused,
+        columns=_column_names(transformer, data),
         fingerprint=meaning.fingerprint,
         feature_names=meaning.feature_names[:N_FEATURE_NAMES],
         refuses=features.refuses,
@@ -138,6 +139,12 @@ def preprocessor_half(
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
     return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, floats, len(inputs)))
+
+
+def _column_names(transformer: Any, data: Any) -> tuple[str, ...]:
+    """The names of an array's columns, if the transforms were fitted on a frame that had them."""
+    names = tuple(map(str, getattr(transformer, "feature_names_in_", ())))
+    return names if not hasattr(data, "columns") and data.ndim == 2 and len(names) == data.shape[1] else ()
 
 
 def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | Array) -> PreprocessorHalf:

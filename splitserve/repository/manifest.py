@@ -118,10 +118,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ``files`` lists every other file except ``model.sig``. ``inputs`` and ``outputs`` are the signature: of a preprocessor, what
     clients send and what the predictor receives. ``labels`` name the classes in the order of the scores; where there are several
     targets, ``output_labels`` name the columns of each output: the classes of a target, or the targets. The rest is for
-    preprocessors only: ``rows``, ``postprocess``, ``compiled``; ``names`` maps an output to the predictor's input where the names
-    differ; ``refuses`` is what the features must not contain because the estimator behind the predictor would have rejected it:
-    "inf" infinities, "nan" infinities and NaN; ``ignored`` names columns of the training data that no transform selects: a client
-    may send them.
+    preprocessors only: ``rows``, ``postprocess``, ``compiled``; ``columns`` names the columns of an only input that is an array;
+    ``names`` maps an output to the predictor's input where the names differ; ``refuses`` is what the features must not contain
+    because the estimator behind the predictor would have rejected it: "inf" infinities, "nan" infinities and NaN; ``ignored``
+    names columns of the training data that no transform selects: a client may send them.
 
     ``is_row_wise``: the result for a row does not depend on the other rows of the call. ``is_quantised``: the model computes with
     8 bit integers, so `QUANTISED_BOUND` bounds its tolerances. ``trained_on`` is the signature of the raw rows that the golden
@@ -149,6 +149,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     refuses: Literal["", "inf", "nan"] = ""
     names: dict[str, str] = {}
     ignored: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     fingerprint: str = ""
     feature_names: tuple[str, ...] = ()
     compiled: Compiled | None = None

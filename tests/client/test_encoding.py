@@ -141,7 +141,8 @@ def test_a_frame_of_other_columns_is_the_row_of_an_only_input() -> None:
     """A model of one input (batch, n) takes the columns together."""
     frame = pd.DataFrame({"a": [1, 2], "b": [0.5, 0.25]})
 
-    [column] = to_columns(frame, [spec("FP32", "features", 2)])
+    with pytest.warns(UserWarning, match="columns by position"):
+        [column] = to_columns(frame, [spec("FP32", "features", 2)])
 
     assert (column.name, column.array.tolist()) == ("features", [[1, 0.5], [2, 0.25]])
 

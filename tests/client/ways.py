@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple
 
 from proxy.rest.app import RestApp
@@ -58,8 +58,12 @@ class Way(NamedTuple):
     @asynccontextmanager
     async def to(self, service: FakeInference, **options: Any) -> AsyncIterator[Caller]:
         """A client of the service."""
-        async with serving_rest(service) if self.is_rest else serving(service) as address, self.at(address, **options) as caller:
+        async with self.serving(service) as address, self.at(address, **options) as caller:
             yield caller
+
+    def serving(self, service: FakeInference) -> AbstractAsyncContextManager[str]:
+        """Serve on a free port of loopback; the address."""
+        return serving_rest(service) if self.is_rest else serving(service)
 
     @asynccontextmanager
     async def at(self, address: str, **options: Any) -> AsyncIterator[Caller]:

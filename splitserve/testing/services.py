@@ -1,4 +1,4 @@
-"""For tests, of splitserve and of its users: a fake service, and a gRPC server for any service on a free port."""
+"""A fake service, and a gRPC server for any service on a free port. Needs the extra server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+from splitserve import testing
 from splitserve.catalogue import why_not_ready
 from splitserve.errors import NotFound
 from splitserve.oip.messages import (
@@ -20,13 +21,10 @@ from splitserve.oip.messages import (
     ServerMetadata,
 )
 from splitserve.oip.pending import Pending, begin_task
-from splitserve.server.grpc_config import Engine, GrpcConfig
+from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.versions import unknown_model
-
-ENGINE: Engine = "own"
-"""The gRPC server that `serving` uses by default."""
 
 
 class FakeInference:
@@ -109,6 +107,6 @@ async def serving(service: FakeInference, *, stage: str = "predict", **options: 
     Yields:
         The address, ``127.0.0.1:port``.
     """
-    config = GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **{"engine": ENGINE, **options})
+    config = GrpcConfig(stage=stage, metadata=ServerMetadata("test", "0"), **{"engine": testing.ENGINE, **options})
     async with GrpcFace(service, config, on_needed=service.needed.extend) as face:
         yield f"127.0.0.1:{face.port}"

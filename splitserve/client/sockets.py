@@ -1,0 +1,261 @@
+"""Connections of the client: blocking, and on an event loop. Knows no protocol above TLS.
+
+Sockets belong to no event loop, so that a client can be closed, and used again, after the loop that made them has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from splitserve.client.connection import TLS
+from splitserve.errors import DeadlineExceeded, Unavailable
+
+RECEIVE_BYTES = 256 * 1024
+MAX_IDLE_S = 55.0
+"""Older idle connections are not used again: a load balancer may have dropped them without a word (after 60 s: nginx, AWS)."""
+
+_STAGE = "server"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a server listens. ``path``: of a Unix socket, in place of host and port. ``url`` is for messages."""
+
+    url: str
+    host: str = ""
+    port: int = 0
+    path: str = ""
+    context: ssl.SSLContext | None = None
+
+
+def tls_context(tls: TLS, *protocols: str) -> ssl.SSLContext:
+    """Certificates, and the protocols to negotiate."""
+    context = ssl.create_default_context(cafile=tls.ca_file)
+    if tls.cert_file:
+        context.load_cert_chain(tls.cert_file, tls.key_file)
+    context.set_alpn_protocols(list(protocols))
+    return context
+
+
+def unreachable(endpoint: Endpoint, error: BaseException) -> Unavailable:
+    """The error for a server that could not be connected to, or whose connection broke."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        text = getattr(cause, "verify_message", "") or "verification failed"
+        return Unavailable(f"the server's certificate is not trusted: {endpoint.url}: {text}", stage=_STAGE)
+    if isinstance(error, ssl.SSLError):
+        hint = "; does it speak TLS?" if "WRONG_VERSION_NUMBER" in str(error) else ""
+        return Unavailable(f"the server cannot be reached: {endpoint.url}: TLS failed: {error.reason}{hint}", stage=_STAGE)
+    if isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno:
+        why = os.strerror(error.errno)  # asyncio puts other texts into its errors
+    else:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return Unavailable(f"the server cannot be reached: {endpoint.url}: {why}", stage=_STAGE)
+
+
+def timed_out(endpoint: Endpoint, what: str = "the server did not answer in time") -> DeadlineExceeded:
+    """The error for a deadline that passed."""
+    return DeadlineExceeded(f"{what}: {endpoint.url}", stage=_STAGE)
+
+
+def is_certificate_error(error: BaseException) -> bool:
+    """Whether another attempt would fail, too."""
+    return isinstance(error, ssl.SSLCertVerificationError)
+
+
+class BlockingSocket:
+    """One connection, for one thread at a time.
+
+    Args:
+        endpoint: of the server.
+        end: on the monotonic clock, when connecting is given up.
+
+    Raises:
+        OSError: it cannot be reached; `TimeoutError` at the end.
+    """
+
+    def __init__(self, endpoint: Endpoint, end: float) -> None:
+        if endpoint.path:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                self._socket.settimeout(_left(end))
+                self._socket.connect(endpoint.path)
+            except BaseException:
+                self._socket.close()
+                raise
+        else:
+            self._socket = socket.create_connection((endpoint.host, endpoint.port), timeout=_left(end))
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if endpoint.context is not None:
+            plain = self._socket
+            try:
+                self._socket = endpoint.context.wrap_socket(plain, server_hostname=endpoint.host or "localhost")
+            except BaseException:
+                plain.close()
+                raise
+        self.idle_since = 0.0
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be used again: nothing has arrived while it was idle, not even its end."""
+        if time.monotonic() - self.idle_since > MAX_IDLE_S:
+            return False
+        try:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            return not poll.poll(0)
+        except (OSError, ValueError):
+            return False
+
+    def send(self, parts: Iterable[bytes], end: float) -> None:
+        """Write everything."""
+        for part in parts:
+            self._socket.settimeout(_left(end))
+            self._socket.sendall(part)
+
+    def receive(self, end: float) -> bytes:
+        """What has arrived; b"": the peer has closed."""
+        self._socket.settimeout(_left(end))
+        return self._socket.recv(RECEIVE_BYTES)
+
+    def close(self) -> None:
+        """Close it; of a child's copy, only the copy."""
+        self._socket.close()
+
+
+def _left(end: float) -> float | None:
+    """Seconds until a point in time, as a socket takes them."""
+    if end == float("inf"):
+        return None
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+async def _addresses(endpoint: Endpoint) -> list[tuple[Any, ...]]:
+    """As `socket.getaddrinfo`; in a thread, unless the host is an address."""
+    options: dict[str, Any] = {"type": socket.SOCK_STREAM}
+    try:
+        return list(socket.getaddrinfo(endpoint.host, endpoint.port, flags=socket.AI_NUMERICHOST, **options))
+    except socket.gaierror:
+        return list(await asyncio.get_running_loop().getaddrinfo(endpoint.host, endpoint.port, **options))
+
+
+class AsyncSocket:
+    """One connection, for one task at a time, on the running event loop. From `connect`."""
+
+    def __init__(self, plain: socket.socket) -> None:
+        self._socket = plain
+        self._loop = asyncio.get_running_loop()
+        self._tls: ssl.SSLObject | None = None
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.idle_since = 0.0
+
+    @classmethod
+    async def connect(cls, endpoint: Endpoint) -> AsyncSocket:
+        """Connect.
+
+        Raises:
+            OSError: the server cannot be reached.
+        """
+        if endpoint.path:
+            return await cls._to(socket.AF_UNIX, endpoint.path, endpoint)
+        found = await _addresses(endpoint)
+        failed: OSError | None = None
+        for family, _, _, _, address in found:
+            try:
+                return await cls._to(family, address, endpoint)
+            except ssl.SSLError:
+                raise
+            except OSError as error:
+                failed = failed or error
+        raise failed or OSError(f"{endpoint.host} has no address")
+
+    @classmethod
+    async def _to(cls, family: int, address: Any, endpoint: Endpoint) -> AsyncSocket:
+        plain = socket.socket(family, socket.SOCK_STREAM)
+        connection = cls(plain)
+        try:
+            plain.setblocking(False)
+            if family != socket.AF_UNIX:
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await connection._loop.sock_connect(plain, address)
+            if endpoint.context is not None:
+                await connection._start_tls(endpoint.context, endpoint.host or "localhost")
+        except BaseException:
+            plain.close()
+            raise
+        return connection
+
+    @property
+    def is_usable(self) -> bool:
+        """As `BlockingSocket.is_usable`."""
+        if time.monotonic() - self.idle_since > MAX_IDLE_S:
+            return False
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    async def send(self, parts: Iterable[bytes]) -> None:
+        """Write everything."""
+        for part in parts:
+            if self._tls is None:
+                await self._loop.sock_sendall(self._socket, part)
+            else:
+                self._tls.write(part)
+                await self._flush()
+
+    async def receive(self) -> bytes:
+        """What has arrived; b"": the peer has closed."""
+        if self._tls is None:
+            return await self._loop.sock_recv(self._socket, RECEIVE_BYTES)
+        while True:
+            try:
+                return self._tls.read(RECEIVE_BYTES)
+            except ssl.SSLWantReadError:
+                await self._flush()
+                await self._fill()
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b""
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+    async def _start_tls(self, context: ssl.SSLContext, server_name: str) -> None:
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                await self._fill()
+            else:
+                await self._flush()
+                return
+
+    async def _flush(self) -> None:
+        if data := self._outgoing.read():
+            await self._loop.sock_sendall(self._socket, data)
+
+    async def _fill(self) -> None:
+        data = await self._loop.sock_recv(self._socket, RECEIVE_BYTES)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()

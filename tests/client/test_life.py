@@ -1,0 +1,191 @@
+"""Clients that are closed, copied, pickled, shown, used in several threads and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+import splitserve
+from splitserve import AsyncClient, Client
+from splitserve.client import ClientClosed
+from splitserve.errors import DeadlineExceeded
+from splitserve.signature import TensorSpec
+from splitserve.testing import FakeInference, signature
+from tests.client.scripted import X, answer, scripted
+from tests.client.ways import Way
+
+ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("t", "BYTES", ("batch", 1))])
+ROW = {"x": [[1, 2]], "t": ["a"]}
+
+
+async def test_a_closed_client_says_so(way: Way) -> None:
+    """Whether or not it was used before."""
+    async with way.serving(FakeInference(ECHO)) as address:
+        async with way.at(address) as client:
+            await client.infer("echo", ROW)
+        with pytest.raises(ClientClosed, match=f"{address}.*was closed; make another one"):
+            await client.infer("echo", ROW)
+        with pytest.raises(ClientClosed):
+            await client.is_live()
+
+
+async def test_a_client_is_pickled_and_copied_as_its_arguments(way: Way) -> None:
+    """The copy has connections of its own, and outlives the original."""
+    async with way.serving(FakeInference(ECHO)) as address:
+        async with way.at(address, timeout_s=7, headers={"a": "b"}) as caller:
+            await caller.infer("echo", ROW)
+            copies = [pickle.loads(pickle.dumps(caller._client)), copy.copy(caller._client), copy.deepcopy(caller._client)]
+        for each in copies:
+            assert (each._arguments["timeout_s"], each._arguments["headers"]) == (7, {"a": "b"})
+            if way.is_async:
+                assert (await each.infer("echo", ROW))["x"].tolist() == [[1, 2]]
+                await each.close()
+            else:
+                assert (await asyncio.to_thread(each.infer, "echo", ROW))["x"].tolist() == [[1, 2]]
+                each.close()
+
+
+def test_a_client_of_the_callers_connection_cannot_be_pickled() -> None:
+    """The message says what to do."""
+    with (
+        httpx.Client() as http,
+        Client("http://127.0.0.1:1", http_client=http) as client,
+        pytest.raises(TypeError, match=r"http_client.*make one where it is used"),
+    ):
+        pickle.dumps(client)
+
+
+async def test_an_async_client_works_in_one_event_loop_after_another(way: Way) -> None:
+    """As with several calls of ``asyncio.run``; and in two at once."""
+    async with way.serving(FakeInference(ECHO)) as address:
+        client = AsyncClient(address)
+
+        def run() -> Any:
+            return asyncio.run(_infer(client))
+
+        in_turn = [await asyncio.to_thread(run) for _ in range(2)]
+        at_once = await asyncio.gather(*(asyncio.to_thread(run) for _ in range(3)), _infer(client))
+        await client.close()
+
+    assert [each["x"].tolist() for each in (*in_turn, *at_once)] == [[[1, 2]]] * 6
+
+
+async def _infer(client: AsyncClient) -> Any:
+    return await client.infer("echo", ROW)
+
+
+async def test_a_client_serves_64_threads(way: Way) -> None:
+    """All of which call at the same moment."""
+    if way.is_async:
+        pytest.skip("threads call the blocking client")
+    barrier = threading.Barrier(64)
+
+    def call(client: Client, number: int) -> float:
+        barrier.wait()
+        return float(client.infer("echo", {"x": [[number, 2]], "t": ["a"]})["x"][0, 0])
+
+    async with way.serving(FakeInference(ECHO)) as address:
+        with Client(address) as client, ThreadPoolExecutor(64) as pool:
+            loop = asyncio.get_running_loop()
+            found = await asyncio.gather(*(loop.run_in_executor(pool, call, client, number) for number in range(64)))
+
+    assert found == list(range(64))
+
+
+def test_a_client_is_shown_with_its_address_and_state() -> None:
+    """In logs and notebooks."""
+    client = Client("http://127.0.0.1:1")
+    assert repr(client) == "<Client http://127.0.0.1:1>"
+    client.close()
+
+    assert repr(client) == "<Client http://127.0.0.1:1, closed>"
+    assert repr(AsyncClient("127.0.0.1:1")) == "<AsyncClient grpc://127.0.0.1:1>"
+
+
+def test_completion_knows_what_was_not_imported_yet() -> None:
+    """``dir`` of the package."""
+    assert set(splitserve.__all__) <= set(dir(splitserve))
+
+
+async def test_text_is_str_unless_bytes_are_wanted(way: Way) -> None:
+    """So that a comparison with text is true, and JSON can hold it."""
+    async with way.serving(FakeInference(ECHO)) as address, way.at(address) as client, way.at(address, text=bytes) as raw:
+        text, data = await client.infer("echo", ROW), await raw.infer("echo", ROW)
+        image = await client.infer("echo", {**ROW, "t": [b"\xff"]})
+
+    assert (text["t"] == "a").all()
+    assert data["t"].tolist() == [[b"a"]]
+    assert image["t"].tolist() == [[b"\xff"]]
+
+
+async def test_arrays_can_be_written_to(way: Way) -> None:
+    """Whatever their datatype."""
+    async with way.to(FakeInference(ECHO)) as client:
+        result = await client.infer("echo", ROW)
+
+    for array in result.values():
+        assert array.flags.writeable
+        array[:] = array[::-1]
+
+
+async def test_the_id_and_headers_of_a_call_are_sent(way: Way) -> None:
+    """Beside those of the client, which may be a function; the answer has the id."""
+    service = FakeInference(ECHO)
+
+    async with way.to(service, headers=lambda: {"x-team": "birds"}) as client:
+        result = await client.infer("echo", ROW, request_id="r-1", headers={"x-user": "7"})
+
+    assert service.requests[0].id == "r-1"
+    assert result.id == "r-1"
+
+
+async def test_headers_of_a_call_go_out_with_it(rest: Way) -> None:
+    """The id as X-Request-Id, and who calls as User-Agent."""
+    async with scripted(answer(1)) as server, rest.at(server.url, headers=lambda: {"X-Team": "birds"}) as client:
+        await client.infer("echo", X, request_id="r-1", headers={"X-User": "7"}, version=3, timeout_s=float("inf"))
+
+    headers = server.asked[-1].headers
+    assert (headers["x-team"], headers["x-user"], headers["x-request-id"]) == ("birds", "7", "r-1")
+    assert headers["user-agent"] == f"splitserve/{splitserve.__version__}"
+    assert "request-timeout" not in headers
+    assert server.asked[-1].path == "/v2/models/echo/versions/3/infer"
+
+
+async def test_a_client_without_a_time_limit(way: Way) -> None:
+    """None and infinity; a call can have its own."""
+    for timeout_s in (None, float("inf")):
+        async with way.to(FakeInference(ECHO), timeout_s=timeout_s) as client:
+            result = await client.infer("echo", ROW)
+            with pytest.raises(DeadlineExceeded):
+                await client.infer("echo", ROW, timeout_s=1e-9)
+        np.testing.assert_array_equal(result["x"], [[1, 2]])
+
+
+async def test_the_callers_own_connection_is_used_and_stays_open(way: Way) -> None:
+    """An httpx client or a gRPC channel, with what the application has put into it."""
+    import grpc
+
+    async with way.serving(FakeInference(ECHO)) as address:
+        if way.is_rest:
+            http = httpx.AsyncClient() if way.is_async else httpx.Client()
+            async with way.at(address, http_client=http) as client:
+                result = await client.infer("echo", ROW)
+            assert not http.is_closed
+            await http.aclose() if way.is_async else http.close()
+        else:
+            channel = grpc.aio.insecure_channel(address) if way.is_async else grpc.insecure_channel(address)
+            async with way.at(address, channel=channel) as client:
+                result = await client.infer("echo", ROW)
+            async with way.at(address, channel=channel) as client:
+                assert await client.is_live()
+            await channel.close() if way.is_async else channel.close()
+
+    assert result["x"].tolist() == [[1, 2]]
