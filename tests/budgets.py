@@ -7,6 +7,10 @@ import os
 IS_CI = bool(os.environ.get("CI"))
 
 
+PAUSE_S = 0.0 if IS_CI else 0.005
+"""Between two requests of a caller under load: what is published meanwhile needs the CPU, too."""
+
+
 def examples(n: int) -> int:
     """Examples of a property, ``n`` in CI."""
     return n if IS_CI else max(n // 5, 5)

@@ -40,8 +40,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's last act: taking all its m
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`make check` does not import what it does not run."""
-    return True if config.option.markexpr == "unit" and collection_path.name in HEAVY_FOLDERS else None
+    """What `make check` does not run it does not import, nor `make heavy`."""
+    if config.option.markexpr == "unit" and collection_path.name in HEAVY_FOLDERS:
+        return True
+    if config.option.markexpr == "heavy" and collection_path.name.startswith("test_") and not _may_be_heavy(collection_path):
+        return True
+    return None
+
+
+def _may_be_heavy(module: Path) -> bool:
+    """Whether there are heavy tests in a module: by its folder, or since it has the mark or names the fixture."""
+    return module.parent.name in HEAVY_FOLDERS or any(word in module.read_text() for word in ("heavy", "demos"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are selected by mark, and before xdist reads their groups
@@ -50,10 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         is_heavy = item.path.parent.name in HEAVY_FOLDERS or "heavy" in marks or "demos" in item.fixturenames
+        if is_heavy and not _may_be_heavy(item.path):
+            raise pytest.UsageError(f"{item.nodeid} is heavy, and `make heavy` does not find it: name the fixture demos in it")
         if marks.isdisjoint(apart):
             item.add_marker("heavy" if is_heavy else "unit")
-        if is_heavy and "system" in item.fixturenames and "xdist_group" not in marks:
-            item.add_marker(pytest.mark.xdist_group(system_of(item)))
+        if is_heavy and "xdist_group" not in marks and (group := system_of(item) or module_of(item)):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,10 +85,19 @@ def _refuse_to_publish(*_: object, **__: object) -> None:
 
 
 def system_of(item: pytest.Function) -> str:
-    """The running system that a test shares with others: one worker gets them all, so that it is started once."""
+    """The running system that a test shares with others: one worker gets them all, so that it is started once. "" if none."""
+    if "system" not in item.fixturenames:
+        return ""
     owner = item.path.stem if hasattr(item.module, "system") else item.path.parent.name
     variant = item.callspec.params.get("system", "") if hasattr(item, "callspec") else ""
     return f"{owner}-{variant}"
+
+
+def module_of(item: pytest.Function) -> str:
+    """The module whose tests share a fixture with this one, e.g. published models, for the same reason. "" if there is none."""
+    definitions = (each[-1] for each in item._fixtureinfo.name2fixturedefs.values() if each)
+    is_shared = any(each.scope == "module" and each.baseid == item.nodeid.partition("::")[0] for each in definitions)
+    return item.path.stem if is_shared else ""
 
 
 @pytest.fixture(scope="session")

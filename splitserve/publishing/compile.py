@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,6 +31,9 @@ N_RANDOM = 200
 
 N_ONE_BY_ONE = 64
 """Up to so many columns get edge cases one by one; of more, several do at a time, so that the number of rows does not grow."""
+
+_N_TRIED_ALONE = 8
+"""Up to so many rows are tried one by one when they are rejected together: mostly several are the reason, e.g. unknown text."""
 
 _SEED = 0
 _ODD_FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-30, 1e6, -1e6, 3e38, -3e38, np.nan, np.inf, -np.inf)
@@ -179,7 +183,7 @@ def _difference(one: Array, other: Array) -> float:
 
 
 def _outcomes(transform: Transform, inputs: Sequence[Tensor]) -> Iterator[Tensor | None]:
-    """The features of each row, None if it is rejected: blocks are bisected to find the rejected rows."""
+    """The features of each row, None if it is rejected: blocks are divided to find the rejected rows."""
     n_rows = inputs[0].n_rows
     try:
         with warnings.catch_warnings():
@@ -190,7 +194,8 @@ def _outcomes(transform: Transform, inputs: Sequence[Tensor]) -> Iterator[Tensor
             yield None
             return
         middle = n_rows // 2
-        for first, last in ((0, middle), (middle, n_rows)):
+        ends = range(n_rows + 1) if n_rows <= _N_TRIED_ALONE else (0, middle, n_rows)
+        for first, last in itertools.pairwise(ends):
             yield from _outcomes(transform, [_rows(tensor, first, last) for tensor in inputs])
         return
     for row in range(n_rows):
@@ -210,7 +215,7 @@ def odd_rows(specs: Sequence[TensorSpec], golden: Golden) -> tuple[Tensor, ...]:
     arrays = [to_array(tensor).reshape(tensor.n_rows, -1) for tensor in golden.inputs]
     odd: list[list[Any]] = [_odd_values(spec, array) for spec, array in zip(specs, arrays, strict=True)]
     made: list[list[Array]] = []
-    infinite: list[list[Array]] = []  # at the end, so that bisection finds them with few calls
+    infinite: list[list[Array]] = []  # at the end, so that they are found with few calls
     n_golden = golden.inputs[0].n_rows
     places = [(which, place) for which, array in enumerate(arrays) for place in range(array.shape[1])]
     n_groups = min(len(places), N_ONE_BY_ONE if len(places) <= N_ONE_BY_ONE else max(1, N_ONE_BY_ONE**2 // len(places)))

@@ -516,19 +516,17 @@ def test_the_runtime_of_transforms_is_shown(models: Path) -> None:
 
 
 FAKE_DOCKER = """#!{python}
-import re, subprocess, sys
-from tests.command_line import run_command
+import re, runpy, sys
 mount = next(word for word in sys.argv if word.startswith("type=bind"))
 at = sys.argv.index("-m")
 image, (module, *arguments) = sys.argv[at - 1], sys.argv[at + 1 :]
 assert "readonly" in mount and sys.argv[sys.argv.index("--network") + 1] == "none"
 if image == "missing":
     sys.exit("Unable to find image 'missing:latest' locally")
-folder = re.search("source=([^,]*)", mount)[1]
-block = "import sys; sys.modules[%r] = None;" % {{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")
-code = block + "import runpy; runpy.run_module(%r, run_name='__main__', alter_sys=True)" % module
-arguments[arguments.index("/models")] = folder
-sys.exit(subprocess.run([sys.executable, "-c", code, *arguments]).returncode)
+arguments[arguments.index("/models")] = re.search("source=([^,]*)", mount)[1]
+sys.argv[1:] = arguments
+sys.modules[{{"first": "onnxruntime", "second": "sklearn"}}.get(image, "nothing")] = None
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 """Runs what would be run in an image, with this environment less a library."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from splitserve.runtimes.rows import to_tensors
 from tests.publishing import pipelines
 
 HEADER = """
+import json
 import sys
 import numpy as np
 from sklearn.linear_model import LogisticRegression
@@ -32,59 +33,63 @@ from splitserve import PublishError, publish
 rows = np.random.default_rng(0).normal(size=(40, 3))
 target = np.arange(40) % 2
 
-def published(*steps, **options):
+def published(case, *steps, **options):
     try:
         pipeline = make_pipeline(*steps, LogisticRegression()).fit(rows, target)
-        print(publish(pipeline, rows, name="m", repository=sys.argv[1], **options))
+        found = str(publish(pipeline, rows, name="m", repository=f"{sys.argv[1]}/{case}", **options))
     except PublishError as error:
-        print("refused:", error)
+        found = f"refused: {error}"
+    print(json.dumps([case, found]))
 """
 
-SCRIPTS = {
-    "a function of a script": (
-        "def doubled(x):\n    return 2 * x\n\npublished(FunctionTransformer(doubled), trusted_modules=['__main__'])",
-        "refused: a service could not serve this: .*functions and classes of a notebook or script",
-    ),
-    "a pickle with a function of a script": (
-        "published(FunctionTransformer(lambda x: 2 * x), allow_pickle=True)",
-        "refused: .*pickle",
-    ),
-    "a pickle with a class of a script": (
-        """
-        from sklearn.preprocessing import StandardScaler
+SCRIPT = """
+def doubled(x):
+    return 2 * x
 
-        class Own(StandardScaler):
-            def __reduce__(self):
-                return (Own, (), self.__dict__)
+published("a function of a script", FunctionTransformer(doubled), trusted_modules=["__main__"])
+published("a pickle with a function of a script", FunctionTransformer(lambda x: 2 * x), allow_pickle=True)
 
-        published(Own(), allow_pickle=True)
-        """,
-        "refused: .*(__main__|Own)",
-    ),
-    "an experimental transformer": (
-        """
-        from sklearn.experimental import enable_iterative_imputer
-        from sklearn.impute import IterativeImputer
+from sklearn.preprocessing import StandardScaler
 
-        published(IterativeImputer())
-        """,
-        "^m 1.1, release 1",
-    ),
+class Own(StandardScaler):
+    def __reduce__(self):
+        return (Own, (), self.__dict__)
+
+published("a pickle with a class of a script", Own(), allow_pickle=True)
+
+from sklearn.experimental import enable_iterative_imputer
+from sklearn.impute import IterativeImputer
+
+published("an experimental transformer", IterativeImputer())
+"""
+"""What the script publishes; each is loaded in a process of its own."""
+
+CASES = {
+    "a function of a script": "^refused: a service could not serve this: .*functions and classes of a notebook or script",
+    "a pickle with a function of a script": "^refused: .*pickle",
+    "a pickle with a class of a script": "^refused: .*(__main__|Own)",
+    "an experimental transformer": "^m 1.1, release 1",
 }
 
 
-@pytest.mark.parametrize("case", SCRIPTS)
-def test_what_exists_in_the_publishers_process_only_is_refused(tmp_path: Path, case: str) -> None:
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The repositories of the script, and what came of each case."""
+    folder = tmp_path_factory.mktemp("scripts")
+    (folder / "script.py").write_text(HEADER + SCRIPT)
+    command = [sys.executable, folder / "script.py", folder / "models"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    return folder / "models", dict(map(json.loads, answer.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_exists_in_the_publishers_process_only_is_refused(ran: tuple[Path, dict[str, str]], case: str) -> None:
     """As in a notebook. What scikit-learn hides behind an import is served all the same."""
-    body, message = SCRIPTS[case]
-    script = tmp_path / "script.py"
-    script.write_text(HEADER + textwrap.dedent(body))
+    models, outcomes = ran
 
-    ran = subprocess.run([sys.executable, script, tmp_path / "models"], capture_output=True, text=True, check=False, timeout=120)
-
-    assert ran.returncode == 0, ran.stderr
-    assert re.search(message, ran.stdout), ran.stdout
-    assert ("refused" in ran.stdout) is (not list((tmp_path / "models").rglob("manifest.json")))
+    assert re.search(CASES[case], outcomes[case], re.DOTALL), outcomes
+    assert ("refused" in outcomes[case]) is (not list((models / case).rglob("manifest.json")))
 
 
 def a_half() -> PreprocessorHalf:

@@ -20,7 +20,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, OrdinalEnc
 
 from splitserve import PublishError, publish, publish_preprocessor, release
 from splitserve.arrays import Array, to_array
-from splitserve.publishing import halves
+from splitserve.publishing import Published, halves
 from splitserve.publishing.golden_rows import synthetic
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import BundleKey
@@ -86,15 +86,22 @@ def test_rows_of_the_training_data_are_stored_by_default_and_that_is_said(tmp_pa
     assert str(published).endswith(f'; {len(stored)} rows of X are stored as golden samples (golden="synthetic" stores none)')
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Published]:
+    """Published with generated rows."""
+    root = tmp_path_factory.mktemp("generated")
+    return root, publish(PEOPLE_PIPELINE, PEOPLE, name="m", repository=root, golden="synthetic")
+
+
 @pytest.mark.parametrize("kind", ["preprocess", "predict"])
-def test_no_row_of_the_training_data_is_stored_if_they_are_generated(tmp_path: Path, kind: Kind) -> None:
+def test_no_row_of_the_training_data_is_stored_if_they_are_generated(generated: tuple[Path, Published], kind: Kind) -> None:
     """Neither in the bundles nor, from them, in the release; the numbers lie in the columns' ranges."""
-    published = publish(PEOPLE_PIPELINE, PEOPLE, name="m", repository=tmp_path, golden="synthetic")
+    root, published = generated
 
     trained = {tuple(map(str, row)) for row in PEOPLE.fillna(-1).astype(object).to_numpy().tolist()}
     incomes = set(PEOPLE["income"].dropna())
-    stored = rows_of(tmp_path, kind)
-    assert everywhere(tmp_path) == {"synthetic"}
+    stored = rows_of(root, kind)
+    assert everywhere(root) == {"synthetic"}
     assert "generated rows are stored" in str(published)
     assert len(stored) > 30
     assert not [row for row in stored.tolist() if row[0] in incomes]
@@ -103,10 +110,8 @@ def test_no_row_of_the_training_data_is_stored_if_they_are_generated(tmp_path: P
     assert np.nanmax(stored[:, 0].astype(float)) <= max(incomes)
 
 
-def test_generated_rows_show_every_category_and_a_missing_value(tmp_path: Path) -> None:
-    publish(PEOPLE_PIPELINE, PEOPLE, name="m", repository=tmp_path, golden="synthetic")
-
-    found, _ = golden(tmp_path, "preprocess")
+def test_generated_rows_show_every_category_and_a_missing_value(generated: tuple[Path, Published]) -> None:
+    found, _ = golden(generated[0], "preprocess")
     by_name = {tensor.name: to_array(tensor).ravel() for tensor in found.inputs}
     assert set(by_name["city"]) == {b"Kassel", b"Ulm", b"Jena"}
     assert set(by_name["letter"]) == {b"a", b"b"}, "those that occur"

@@ -17,6 +17,7 @@ from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from splitserve import Client, publish
 from splitserve.errors import SplitserveError
 from splitserve.publishing.from_bundles import rollback, withdraw
+from tests.budgets import PAUSE_S
 from tests.system.processes import Process, System, free_ports, wait_until
 
 ROWS = np.random.default_rng(0).normal(loc=5, size=(40, 3))
@@ -64,7 +65,7 @@ class Callers:
 
     def _over_rest(self) -> None:
         request = {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 3], "data": ROW.ravel().tolist()}]}
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE_S):
             status, answer = self._system.rest("/v2/models/m/infer", request)
             if status == 200:
                 self._check(answer["model_version"], answer["outputs"][0]["data"])
@@ -73,7 +74,7 @@ class Callers:
 
     def _over_grpc(self) -> None:
         with Client(self._system.grpc, max_attempts=1) as client:
-            while not self._stop.is_set():
+            while not self._stop.wait(PAUSE_S):
                 try:
                     answer = client.infer("m", {"features": ROW})
                 except SplitserveError as error:

@@ -21,6 +21,7 @@ from splitserve import Client, publish_predictor, publish_preprocessor, release
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError
 from splitserve.oip.protobuf import SERVICE
+from tests.budgets import PAUSE_S
 from tests.system.models import affine_model
 from tests.system.processes import System, wait_until
 
@@ -77,7 +78,7 @@ class Load:
 
     def _over_rest(self) -> None:
         request = {"inputs": [{"name": "features", "datatype": "FP64", "shape": [1, 3], "data": [1.0, 1.0, 1.0]}]}
-        while not self._stop.is_set():
+        while not self._stop.wait(PAUSE_S):
             status, answer = self._system.rest("/v2/models/m/infer", request)
             if status == 200:
                 self._check(answer["model_version"], answer["outputs"][0]["data"])
@@ -86,7 +87,7 @@ class Load:
 
     def _over_grpc(self) -> None:
         with Client(self._system.grpc, max_attempts=1) as client:
-            while not self._stop.is_set():
+            while not self._stop.wait(PAUSE_S):
                 try:
                     answer = client.infer("m", {"features": np.ones((1, N_FEATURES))}, outputs=["scores"])
                 except SplitserveError as error:

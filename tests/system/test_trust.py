@@ -23,6 +23,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
 from splitserve import publish, publish_predictor, publish_preprocessor, release
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.oip import protobuf
+from tests.command_line import run_command
 from tests.signing_keys import make_keys
 from tests.system.models import affine_model
 from tests.system.processes import UNRELEASED, System, wait_until
@@ -81,13 +82,13 @@ def test_a_service_with_a_key_loads_signed_bundles_only(tmp_path: Path) -> None:
     ours, others = make_keys(tmp_path), make_keys(tmp_path, "others")
     for name in ("signed", "unsigned", "foreign"):
         publish_halves(repository, name)
-    assert command("sign", "--repository", repository, "--key", ours.private, "signed").returncode == 0
-    assert command("sign", "--repository", repository, "--key", others.private, "foreign").returncode == 0
+    assert run_command("sign", "--repository", repository, "--key", ours.private, "signed").exit_code == 0
+    assert run_command("sign", "--repository", repository, "--key", others.private, "foreign").exit_code == 0
 
     with serving(repository, MODEL_SIGNATURE_KEY=str(ours.public)) as system:
         signed = why_not_ready(system, "signed")
         unsigned, foreign = why_not_ready(system, "unsigned", ""), why_not_ready(system, "foreign", "")
-        command("sign", "--repository", repository, "--key", ours.private, "unsigned")
+        run_command("sign", "--repository", repository, "--key", ours.private, "unsigned")
         wait_until(lambda: system.rest("/v2/models/unsigned/ready")[0] == 200, "ready once it is signed")
 
     assert signed == ""
@@ -208,7 +209,7 @@ def test_a_version_whose_numbers_differ_shows_the_worst_difference_everywhere(tm
         _, index = system.rest("/v2/repository/index", {})
         health = command("health", "--url", system.grpc)
         logged = system.processes["fused" if is_fused else "predict"].wait_for("bundle refused")
-    matrix = command("matrix", "--repository", tmp_path)
+    matrix = run_command("matrix", "--repository", tmp_path)
 
     assert ready_over_grpc == f"m 1.1: m/predict/1: {worst}"
     assert f"(1) m/predict/1: {worst}" in matrix.stdout.splitlines()
