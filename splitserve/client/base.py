@@ -50,6 +50,12 @@ class ClientBase:
         """In a forked child: share nothing with the parent."""
         self._core.forked()
 
+    @property
+    def url(self) -> str:
+        """The address that it was made with."""
+        url: str = self._arguments["url"]
+        return url
+
     def __repr__(self) -> str:
         state = ", closed" if self._is_closed else ""
         return f"<{type(self).__name__} {self._connection.url}{state}>"
