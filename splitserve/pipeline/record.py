@@ -13,8 +13,9 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the table
 from mlflow.entities import LifecycleStage, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 from mlflow.types import Schema
 from mlflow.types import TensorSpec as MlflowTensorSpec
@@ -53,22 +55,35 @@ class _Client:
     """MLflow's client, whose errors become a `RecordError` of one line, without passwords: each store has classes of its own."""
 
     def __init__(self, uri: str, registry_uri: str) -> None:
-        self._uri = without_credentials(uri)
-        self._client = MlflowClient(uri, registry_uri)
+        self._uri = uri
+        self._client = _call(uri, "connect", MlflowClient, uri, registry_uri)
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
+        return partial(_call, self._uri, name, getattr(self._client, name))
 
-        def call(*values: Any, **named: Any) -> Any:
-            try:
-                return method(*values, **named)
-            except Exception as error:
-                reason = re.sub(r"//[^/@\s]+@", "//", " ".join(error_message(error).split("[SQL:")[0].split()))[:500]
-                raise RecordError(
-                    f"MLflow at {without_credentials(self._uri)}: {name}: {reason or type(error).__name__}"
-                ) from error
 
-        return call
+def _call(uri: str, name: str, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+    """Raises:
+    RecordError: the function fails, in whatever way.
+    """
+    try:
+        return function(*values, **named)
+    except Exception as error:
+        reason = re.sub(r"//[^/@\s]+@", "//", " ".join(error_message(error).split("[SQL:")[0].split()))[:500]
+        raise RecordError(f"MLflow at {without_credentials(uri)}: {name}: {reason or type(error).__name__}") from error
+
+
+def _create_database(file: Path) -> None:
+    """MLflow's tables, in a file that gets its name when it has all of them: MLflow refuses a part of them for ever."""
+    folder = file.with_name("new-database")
+    shutil.rmtree(folder, ignore_errors=True)  # of a runner that was killed
+    try:
+        folder.mkdir()
+        created = SqlAlchemyStore(f"sqlite:///{folder / file.name}", (file.parent / "artifacts").as_uri())
+        created.engine.dispose()
+        (folder / file.name).replace(file)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Record:
@@ -78,6 +93,8 @@ class Record:
         self.is_remote = bool(os.environ.get("MLFLOW_TRACKING_URI"))
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store / 'mlflow.db'}"
         self.uri = uri
+        if not self.is_remote and not (store / "mlflow.db").exists():
+            _call(uri, "create tables", _create_database, store / "mlflow.db")
         self.client = _Client(uri, os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         self._store = store
         self._store_id = digest_of([socket.gethostname(), str(store)])[:32]

@@ -377,6 +377,25 @@ def test_training_that_is_killed_goes_on_from_its_last_checkpoint(package: Path)
     assert not list((package.parent / "store" / "work" / "tiny").iterdir())
 
 
+def test_a_run_that_is_killed_while_the_store_is_created_is_started_again(tmp_path: Path):
+    """MLflow's tables are all there, or none: it refuses some of them."""
+    package = tiny.write(tmp_path)
+    process = start(package)
+
+    def has_begun() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return any(file.stat().st_size for file in (tmp_path / "store").glob("**/mlflow.db"))
+        return True  # it has just got its name
+
+    wait_for(has_begun, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    assert ran(run(package)) == ["data", "train", "evaluate"]
+    assert {path.name for path in (tmp_path / "store").iterdir()} >= {"mlflow.db", "artifacts"}
+    assert not (tmp_path / "store" / "new-database").exists()
+
+
 def test_two_runs_at_once_follow_each_other(tmp_path: Path):
     """On a store that does not exist yet: the second waits, and finds everything done. Nothing is written elsewhere."""
     package, elsewhere = tiny.write(tmp_path / "pipeline"), tmp_path / "elsewhere"
