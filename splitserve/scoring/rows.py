@@ -1,8 +1,8 @@
 """Rows answered in large calls, so that a row that is refused fails alone.
 
 1. A block of rows is scored in calls of at most `CHUNK_ROWS` rows and about `CHUNK_BYTES`.
-2. If a call fails, its rows with an infinite number, or else those with NaN, are sent alone and the others together. If one of
-   those alone fails, rows like it are sent alone from then on, without a call that fails first.
+2. Its rows with an infinite number, which hardly any model takes, are sent alone, if they are few. If the call of the others
+   fails, those with NaN are sent alone, too; if one of these fails, such rows are from then on, without a call that fails first.
 3. If the others fail still, they are halved until the rows that are refused are alone.
 4. What was learnt is forgotten at the end of a shard: the calls that a shard's rows take, and so the last bits of their answers,
    depend on nothing outside of the shard.
@@ -67,7 +67,7 @@ class RowScorer:
         self._scorer = scorer
         self._clock = clock
         self._is_row_wise = is_row_wise
-        self._refused_kinds: list[Kind] = []
+        self._refused_kinds: list[Kind] = ["infinite"]
 
     def score(self, values: Sequence[InputValues], rows: Array) -> tuple[list[Answered], dict[int, Refused]]:
         """The answers to some rows of a block, in parts of any order, and why others have none.
@@ -83,6 +83,8 @@ class RowScorer:
         refused: dict[int, Refused] = {}
         for part in self._calls(values, rows):
             suspects = self._are(self._refused_kinds, values, part)
+            if not (self._is_row_wise and _are_few(suspects)):
+                suspects[:] = False
             self._send(values, part[~suspects], answered, refused)
             for row in part[suspects]:
                 self._send(values, np.array([row]), answered, refused)
@@ -110,7 +112,7 @@ class RowScorer:
             return
         for kind in ("infinite", "missing"):
             suspects = self._are([kind], values, rows)
-            if 0 < suspects.sum() <= max(len(rows) // MAX_SHARE_ALONE, 1):
+            if suspects.any() and _are_few(suspects):
                 n_before = len(refused)
                 for row in rows[suspects]:
                     self._send(values, np.array([row]), answered, refused)
@@ -148,6 +150,10 @@ class RowScorer:
                 for kind in kinds:
                     found |= (np.isinf(block) if kind == "infinite" else np.isnan(block)).any(axis=1)
         return found
+
+
+def _are_few(suspects: Array) -> bool:
+    return bool(suspects.sum() <= max(len(suspects) // MAX_SHARE_ALONE, 1))
 
 
 def _refused(error: Exception) -> Refused:

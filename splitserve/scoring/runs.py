@@ -49,6 +49,9 @@ from splitserve.scoring.summary import Summary, summed
 MANIFEST_FILE = "_splitserve/manifest.json"
 LOCK_FILE = "_splitserve/lock"
 DEFAULT_MAX_ERRORS = "10%"
+MORE_ERRORS = 10_000
+"""A shard is finished with its errors, unless it has so many more than the whole run may have."""
+
 READER_VERSION = 1
 """Raised when this code reads values or divides rows in another way."""
 
@@ -158,7 +161,7 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
     if options.limit is not None:
         divided = planning.limited(divided, options.limit, lambda part: _count(job, part))
     facts = _facts(release, options, table, target)
-    return Plan(
+    planned = Plan(
         job=job,
         shards=_shards(divided, job, facts),
         output=target,
@@ -166,6 +169,10 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
         unused_columns=tuple(table.unused),
         skipped_files=tuple(file.removeprefix(listing.root).lstrip("/") for file in listing.skipped),
     )
+    if planned.n_rows is None and "%" in options.max_errors:
+        return planned
+    most = int(_allowed_errors(options.max_errors, planned.n_rows or 0)) + MORE_ERRORS
+    return msgspec.structs.replace(planned, job=msgspec.structs.replace(job, most_errors=most))
 
 
 def _check_options(options: ScoringOptions) -> None:

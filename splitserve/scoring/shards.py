@@ -18,11 +18,11 @@ import pyarrow as pa
 
 from splitserve.arrays import Array
 from splitserve.scoring.answers import AnswerColumns
-from splitserve.scoring.errors import ScoringError
+from splitserve.scoring.errors import ScoringError, TooManyErrors
 from splitserve.scoring.inputs import Binding, values_of
 from splitserve.scoring.release import LoadedRelease, Scorer, ScoringRelease
 from splitserve.scoring.rows import CHUNK_ROWS, Answered, Refused, RowScorer
-from splitserve.scoring.sinks import FORMATS, json_value, sink_of
+from splitserve.scoring.sinks import FORMATS, Sink, json_value, sink_of
 from splitserve.scoring.sources.block import Block, Part, Reading
 from splitserve.scoring.sources.reading import Reader
 from splitserve.scoring.storage import Identity, storage_of
@@ -106,6 +106,8 @@ class ScoringJob(msgspec.Struct, frozen=True):
     escapes_formulas: bool = False
     url: str = ""
     version: str = ""
+    most_errors: int = -1
+    """A shard with more ends the run; -1 for any number."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -197,6 +199,7 @@ class ShardScorer:
             sink = sink_of(
                 data, self._schema, job.output_format, has_header=not job.is_joined, escapes_formulas=job.escapes_formulas
             )
+            files.push(_discarding(sink))
             blocks = self._blocks(shard) if job.release.is_row_wise else _whole(self._blocks(shard))
             for file, block in _timed(blocks, READ, clock):
                 selected = _select(job, file, block)
@@ -205,6 +208,9 @@ class ShardScorer:
                 if batch is not None:
                     sink.write(batch)
                 tally.add(errors, file.path, selected, refused, batch)
+                if 0 <= job.most_errors < tally.errors:
+                    what = f"{tally.errors} rows have failed in shard {shard.number}, more than --max-errors allows"
+                    raise TooManyErrors(f"{what}. The first: {tally.first_error}")
                 clock.add("write", time.perf_counter() - began)
                 on_rows(len(selected.rows) + len(selected.unreadable), len(refused) + len(selected.unreadable))
             sink.close()
@@ -464,6 +470,17 @@ def _kept(block: Block, file: InputFile, field: pa.Field) -> pa.Array:
     if column.type != field.type:
         raise ScoringError(f'{file.path}: column "{field.name}": expected {field.type} as in the first file, got {column.type}')
     return column
+
+
+def _discarding(sink: Sink) -> Callable[..., bool]:
+    """At the end of a ``with`` block that an exception leaves, discards the sink."""
+
+    def leave(kind: type[BaseException] | None, *_: object) -> bool:
+        if kind is not None:
+            sink.discard()
+        return False
+
+    return leave
 
 
 class _OnDemand:

@@ -46,6 +46,10 @@ class Sink(Protocol):
 
     def close(self) -> None: ...
 
+    def discard(self) -> None:
+        """Write nothing more: the file is of no use."""
+        ...
+
 
 def sink_of(file: IO[bytes], schema: pa.Schema, format: str, *, has_header: bool = True, escapes_formulas: bool = False) -> Sink:
     """A sink that writes to an open file."""
@@ -95,6 +99,9 @@ class _ParquetSink:
         self._flush()
         self._writer.close()
 
+    def discard(self) -> None:
+        self._writer.is_open = False  # else it writes a footer when it is collected
+
 
 class _ArrowSink:
     def __init__(self, file: IO[bytes], schema: pa.Schema) -> None:
@@ -105,6 +112,9 @@ class _ArrowSink:
 
     def close(self) -> None:
         self._writer.close()
+
+    def discard(self) -> None:
+        """Nothing is written without `close`."""
 
 
 class _CsvSink:
@@ -134,6 +144,8 @@ class _CsvSink:
     def close(self) -> None:
         """The file is closed by who opened it."""
 
+    discard = close
+
 
 def csv_header(schema: pa.Schema) -> bytes:
     """The first record of a CSV file."""
@@ -157,6 +169,8 @@ class _JsonSink:
 
     def close(self) -> None:
         """The file is closed by who opened it."""
+
+    discard = close
 
 
 def _json_values(column: pa.Array, field: pa.Field) -> list[Any]:

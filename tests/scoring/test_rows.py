@@ -61,13 +61,26 @@ def test_rows_like_one_that_failed_are_sent_alone(monkeypatch: pytest.MonkeyPatc
     """After the first call that fails, no large one does."""
     monkeypatch.setattr(scoring_rows, "CHUNK_ROWS", 100)
     numbers = np.arange(N_ROWS, dtype=float)
-    numbers[50::100] = np.inf
-    scorer = Adding()
+    numbers[50::100] = np.nan
+    scorer = Adding(np.isnan)
 
     _, refused = score(scorer, numbers)
 
     assert len(refused) == 10
     assert sorted(scorer.calls) == [1] * 10 + [99] * 10 + [100]
+
+
+def test_a_row_with_an_infinite_number_costs_one_small_call() -> None:
+    """No large call fails, unless such rows are many."""
+    numbers = np.arange(N_ROWS, dtype=float)
+    numbers[7] = np.inf
+    scorer = Adding()
+    score(scorer, numbers)
+    assert scorer.calls == [N_ROWS - 1, 1]
+
+    taken = Adding(lambda found: np.zeros(len(found), bool))
+    score(taken, np.full(N_ROWS, np.inf))
+    assert taken.calls == [N_ROWS]
 
 
 def test_rows_with_missing_numbers_stay_together_where_the_model_takes_them() -> None:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv as pacsv
 
+from splitserve.scoring import runs
 from splitserve.scoring.errors import ScoringError, TooManyErrors, WrongUsage
 from splitserve.scoring.release import ScoringRelease
 from tests.scoring.conftest import Scored
@@ -380,6 +381,17 @@ def test_too_many_bad_rows_stop_a_run_that_goes_on_with_more_allowed(tmp_path: P
 
     assert 0 not in again.done
     assert (summary.rows, summary.errors, summary.exit_status) == (200, 20, 0)
+
+
+def test_a_shard_that_is_nearly_all_bad_is_not_tried_to_its_end(
+    tmp_path: Path, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of its rows would be sent alone."""
+    monkeypatch.setattr(runs, "MORE_ERRORS", 10)
+    (tmp_path / "t.csv").write_text("number,text,count\n" + "x,a,1\n" * 30_000)
+
+    with pytest.raises(TooManyErrors, match="rows have failed in shard 0, .* The first: .*row 1: input"):
+        scored(tmp_path / "t.csv", tmp_path / "out.csv", max_errors="0")
 
 
 def test_a_run_in_which_every_row_is_bad_ends_with_status_3(tmp_path: Path, scored: Scored) -> None:
