@@ -121,7 +121,9 @@ def publish(
     name: Annotated[
         str, typer.Argument(help="What clients call the model; with --mlflow its registered name by default.", show_default=False)
     ] = "",
-    data: Annotated[Path | None, typer.Option("--data", "-d", help="Sample rows: .csv (with a header), .npy or .npz.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Sample rows: .csv (with a header), .parquet, .npy or .npz.")
+    ] = None,
     mlflow: Annotated[
         str,
         typer.Option(

@@ -11,8 +11,6 @@ import typer
 
 from splitserve.repository.bundle import Bundle, BundleKey
 
-_PICKLES = (".joblib", ".pkl", ".pickle")
-
 
 def run(
     name: str,
@@ -151,17 +149,23 @@ def read_data(path: Path) -> Any:
 
     from splitserve.publishing import PublishError
 
+    if not path.is_file():
+        raise PublishError(f"{path}: no such file")
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path)
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return dict(arrays)
+    except ImportError as error:
+        raise PublishError(f"{path}: pandas reads Parquet with pyarrow: pip install pyarrow") from error
     except (OSError, ValueError) as error:
         raise PublishError(f"{path}: {error}") from error
-    raise PublishError(f"{path}: expected .csv, .npy or .npz")
+    raise PublishError(f"{path}: expected .csv, .parquet, .npy or .npz")
 
 
 def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bool) -> Any:
@@ -171,19 +175,13 @@ def _read_estimator(path: Path, trusted_modules: Sequence[str], allow_pickle: bo
         PublishError: not readable, of a format that is not known, or a pickle that is not allowed.
     """
     from splitserve.publishing import PublishError
-    from splitserve.repository.manifest import BundleError
-    from splitserve.runtimes import sklearn_pipeline
+    from splitserve.publishing.estimator_files import PICKLES, read_pickle, read_skops
 
-    if path.suffix in _PICKLES and not allow_pickle:
-        raise PublishError(f"{path}: reading a pickle runs the code in it; save the pipeline with skops.io.dump, or give "
-                           "--allow-pickle for a file of your own")  # fmt: skip
-    try:
-        if path.suffix in _PICKLES:
-            import joblib
-
-            return joblib.load(path)
-        if path.suffix == ".skops":
-            return sklearn_pipeline.load(sklearn_pipeline.uncompressed(path.read_bytes()), trusted_modules)
-    except (OSError, BundleError) as error:
-        raise PublishError(f"{path}: {error}") from error
+    if path.suffix in PICKLES:
+        if not allow_pickle:
+            raise PublishError(f"{path}: reading a pickle runs the code in it; save the pipeline with skops.io.dump, or give "
+                               "--allow-pickle for a file of your own")  # fmt: skip
+        return read_pickle(path, str(path))
+    if path.suffix == ".skops":
+        return read_skops(path, str(path), trusted_modules)
     raise PublishError(f"{path}: expected .skops, or .joblib or .pkl with --allow-pickle")

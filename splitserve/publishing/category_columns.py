@@ -21,6 +21,7 @@ from splitserve.publishing.boosting import catboost, is_boosted
 from splitserve.publishing.boosting.xgboost import learner_of, model_of
 from splitserve.publishing.errors import NotConvertible
 from splitserve.publishing.estimators.trees import HistogramCodes, present
+from splitserve.publishing.training_data import text_for_categories
 from splitserve.transformers import CategoryCodes, Unseen
 
 Known = dict[str, list[Any]]
@@ -192,8 +193,11 @@ def _of_xgboost(estimator: Any, features: Any, names: list[str]) -> tuple[list[l
     """Since 3.1 the model has its categories, and takes an unknown one for the next known one in the order of bytes.
 
     Raises:
-        NotConvertible: they are damaged: XGBoost measures text in characters, so that of text that is not ASCII it loses bytes.
+        NotConvertible: ``features`` have text in their place, or they are damaged: XGBoost measures text in characters, and loses
+            bytes of text that is not ASCII.
     """
+    if texts := [name for name in names if not hasattr(features[name], "cat")]:
+        raise NotConvertible(f"{type(estimator).__name__} gets {text_for_categories(texts)}")
     stored = model_of(learner_of(estimator)).get("cats")
     if not stored or not stored["enc"]:
         return [features[name].cat.categories.tolist() for name in names], "after"

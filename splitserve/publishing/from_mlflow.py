@@ -16,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import joblib
 import msgspec
 import numpy as np
 import pandas as pd
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from splitserve.publishing.errors import PublishError
-from splitserve.repository.manifest import BundleError
-from splitserve.runtimes import sklearn_pipeline
+from splitserve.publishing.estimator_files import read_pickle, read_skops
 from splitserve.runtimes.rows import Rowset
 
 N_ROWS_MIN = 30
@@ -169,14 +167,7 @@ def _fitted(path: Path, form: str, origin: str, trusted_modules: Sequence[str], 
             f"{origin}: is a pickle ({form or 'of unknown form'}), and reading one runs the code in it; log it with "
             'serialization_format="skops", or give --allow-pickle if you trust everyone who can write to the registry'
         )
-    try:
-        if form == "skops":
-            return sklearn_pipeline.load(sklearn_pipeline.uncompressed(path.read_bytes()), trusted_modules)
-        return joblib.load(path)
-    except (OSError, BundleError) as error:
-        raise PublishError(f"{origin}: {error}") from error
-    except Exception as error:  # a pickle may raise anything
-        raise PublishError(f"{origin}: {path.name} cannot be read: {type(error).__name__}: {error}") from error
+    return read_skops(path, origin, trusted_modules) if form == "skops" else read_pickle(path, origin)
 
 
 def _example(folder: Path, described: Mapping[str, Any], origin: str) -> Rowset | None:

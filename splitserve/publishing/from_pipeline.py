@@ -73,11 +73,14 @@ class Published(msgspec.Struct, frozen=True):
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
-            f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}; on {self.n_checked} "
-            f"rows of X and {sum(self.hard_rows.values())} hard rows ({_listed(self.hard_rows)}) the split differs from the "
-            f"original by at most {self.worst_difference:.1e}; "
-            + "; ".join((said_of_golden(self.golden, self.n_golden), *self.notes))
+        return "\n".join(
+            (
+                f"{self.name} {self.pair}, release {self.sequence}: {self.preprocessor} and {self.predictor}",
+                f"on {self.n_checked} rows of X and {sum(self.hard_rows.values())} hard rows the split differs from the original "
+                f"by at most {self.worst_difference:.1e}: {_listed(self.hard_rows)}",
+                said_of_golden(self.golden, self.n_golden),
+                *self.notes,
+            )
         )
 
 

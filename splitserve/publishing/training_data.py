@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,19 @@ def misfit(transformer: Any, rows: Rowset, reason: str, name: str = "X") -> str:
             way_out += f"publish with {name}{column}"
         else:
             way_out += f'fit it on one column with make_column_transformer(({kind}(), "COLUMN"))'
+    elif hasattr(rows, "dtypes") and re.search("categor|could not convert string", reason):
+        texts = [str(column) for column, dtype in rows.dtypes.items() if str(dtype) in ("object", "str", "string")]
+        if texts:
+            reason, way_out = reason.rstrip("."), f"; {name} has {text_for_categories(texts)}"
     return f"{name} does not fit the {'pipeline' if hasattr(transformer, 'predict') else 'transforms'}: {reason}{way_out}"
+
+
+def text_for_categories(names: Sequence[str]) -> str:
+    """What these columns are, and what to do."""
+    return (
+        f"columns of text ({', '.join(names)}): if training had them as categories, publish with rows of the dtype category, "
+        "which Parquet files keep and CSV files do not"
+    )
 
 
 def _first_of(transformer: Any) -> Any:

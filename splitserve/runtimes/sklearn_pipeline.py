@@ -11,7 +11,7 @@ import io
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import joblib
@@ -113,7 +113,12 @@ def load_pickle(data: bytes) -> Any:
         raise BundleError(f"{PICKLE_FILE}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
-def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
+_WAY_OUT = "name their modules in PREPROCESS_TRUSTED_MODULES if you trust them"
+
+
+def load(
+    data: bytes, trusted_modules: Sequence[str] = (), *, trusted_types: Collection[str] = (), way_out: str = _WAY_OUT
+) -> Any:
     """The transformer in ``pipeline.skops``.
 
     Trusted are skops' own defaults, the classes of numpy, scipy and scikit-learn, and `splitserve.transformers`.
@@ -121,6 +126,8 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
     Args:
         data: the file's bytes.
         trusted_modules: further modules whose types may be loaded, with the modules below them.
+        trusted_types: further types, by name.
+        way_out: what to do about types that are not allowed.
 
     Raises:
         BundleError: not a skops file, it is too large unpacked, or it holds types that are not allowed.
@@ -130,12 +137,9 @@ def load(data: bytes, trusted_modules: Sequence[str] = ()) -> Any:
     try:
         check_skops(data, PIPELINE_FILE)
         unknown = skops.io.get_untrusted_types(data=data)
-        refused = [name for name in unknown if not _is_trusted(name, trusted_modules)]
+        refused = [name for name in unknown if name not in trusted_types and not _is_trusted(name, trusted_modules)]
         if refused:
-            raise BundleError(
-                f"{PIPELINE_FILE}: holds types that are not allowed: {', '.join(sorted(refused))}; "
-                "name their modules in PREPROCESS_TRUSTED_MODULES if you trust them"
-            )
+            raise BundleError(f"{PIPELINE_FILE}: holds types that are not allowed: {', '.join(sorted(refused))}; {way_out}")
         return skops.io.loads(data, trusted=unknown)
     except BundleError:
         raise

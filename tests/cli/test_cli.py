@@ -22,7 +22,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from splitserve import publish_predictor
+from splitserve import PublishError, publish_predictor
+from splitserve.cli.publish import read_data
 from splitserve.cli.samples import golden_instance
 from splitserve.cli.up import refusals
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, UNAVAILABLE, InferRequest, InferResponse, ModelState
@@ -268,7 +269,7 @@ def test_transforms_that_skops_cannot_store_are_pickled_only_if_allowed(files: P
         (["--pipeline", "pipeline.joblib", "--data", "rows.npy"], "reading a pickle runs the code in it"),
         (["--pipeline", "missing.skops", "--data", "rows.npy"], "missing.skops"),
         (["--pipeline", "rows.npy", "--data", "rows.npy"], "expected .skops"),
-        (["--pipeline", "pipeline.skops", "--data", "model.onnx"], "expected .csv, .npy or .npz"),
+        (["--pipeline", "pipeline.skops", "--data", "model.onnx"], "expected .csv, .parquet, .npy or .npz"),
         (["--pipeline", "pipeline.skops", "--data", "missing.csv"], "missing.csv"),
         (["--data", "rows.npy"], "give one of --pipeline, --transformer, --onnx and --mlflow"),
         (
@@ -288,6 +289,21 @@ def test_publish_reports_errors(files: Path, monkeypatch: pytest.MonkeyPatch, op
     assert message in result.output
     assert "Traceback" not in result.output
     assert not Path("models").exists()
+
+
+def test_rows_may_be_a_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the dtypes of columns; what reads it may be missing."""
+    (path := tmp_path / "rows.parquet").touch()
+    rows = pd.DataFrame({"colour": pd.Categorical(["red"])})
+    monkeypatch.setattr(pd, "read_parquet", {path: rows}.get)
+    assert read_data(path) is rows
+
+    def missing(_: Path) -> None:
+        raise ImportError("pyarrow")
+
+    monkeypatch.setattr(pd, "read_parquet", missing)
+    with pytest.raises(PublishError, match="rows.parquet: pandas reads Parquet with pyarrow: pip install pyarrow"):
+        read_data(path)
 
 
 def test_models_lists_bundles_and_names_broken_ones(demos: Demos, tmp_path: Path) -> None:

@@ -125,6 +125,17 @@ def test_members_that_treat_unknown_categories_differently_are_refused(tmp_path:
         publish(pipeline, ROWS, name="m", repository=tmp_path)
 
 
+@pytest.mark.parametrize("model", ["lightgbm", "xgboost"])
+def test_text_in_place_of_categories_is_refused(tmp_path: Path, model: str) -> None:
+    """As a CSV file gives it."""
+    pipeline = make_pipeline(clone(MODELS[model])).fit(ROWS, TARGET)
+
+    with pytest.raises(
+        PublishError, match=r"columns of text \(colour, shop\): if training had them as categories, publish with rows"
+    ):
+        publish(pipeline, ROWS.astype({"colour": object, "shop": object}), name="m", repository=tmp_path)
+
+
 def test_categories_that_xgboost_damages_are_refused(tmp_path: Path) -> None:
     """From 3.1 on it stores them, and counts characters where UTF-8 has more bytes: with them it answers otherwise."""
     rows = ROWS.assign(colour=ROWS["colour"].cat.rename_categories(lambda name: f"{name}é"))

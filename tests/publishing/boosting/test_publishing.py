@@ -10,6 +10,7 @@ import lightgbm as lgb
 import numpy as np
 import pandas as pd
 import pytest
+import skops.io
 import xgboost as xgb
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
@@ -27,6 +28,7 @@ from sklearn.preprocessing import MaxAbsScaler, OneHotEncoder, StandardScaler
 from splitserve import PublishError, publish
 from splitserve.publishing.boosting import boosted, catboost, lightgbm, xgboost
 from splitserve.publishing.convert import outputs_of, to_onnx
+from splitserve.publishing.estimator_files import read_skops
 from tests.publishing.boosting.cases import NAMES, REAL, ROWS, THREE, TWO, WHOLE
 from tests.publishing.boosting.test_options import run
 from tests.publishing.test_publishing import answer
@@ -88,6 +90,17 @@ def test_a_classifier_is_served(tmp_path: Path, library: str) -> None:
     labels = THREE if library == "xgboost" else NAMES[THREE]
 
     assert_served(make_pipeline(transforms, classifier(library)).fit(FRAME, labels), FRAME, tmp_path)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_skops_file_is_read_without_more_trust(tmp_path: Path, library: str) -> None:
+    """Its types are those of estimators that become graphs, which no service loads."""
+    pipelines = [make_pipeline(clone(one)).fit(WHOLE, TWO) for one in LIBRARIES[library]]
+
+    for number, pipeline in enumerate(pipelines):
+        path = tmp_path / f"{number}.skops"
+        skops.io.dump(pipeline, path)
+        assert read_skops(path, "file", ()).predict(WHOLE).tolist() == pipeline.predict(WHOLE).tolist()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
