@@ -6,6 +6,7 @@ Knows HTTP; bodies are encoded by `splitserve.oip.rest` and `splitserve.oip.v1`,
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -27,7 +28,7 @@ from proxy.rest.inference import (
     receive,
 )
 from proxy.rest.jobs import PREFER, JobRoutes, check_no_job_options, prefers_async
-from proxy.rest.openapi import document
+from proxy.rest.openapi import document, with_examples
 from proxy.rest.routing import REQUEST_ID, Handler, Refused, RoutedRequest, json_response, request_id_of, with_headers
 from proxy.service import STAGE, ProxyService
 from splitserve.errors import (
@@ -51,6 +52,9 @@ from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
 from splitserve.versions import is_named
 from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
+
+MAX_EXAMPLES = 20
+"""Models that the OpenAPI document has examples of."""
 
 N_REMEMBERED_PATHS = 512
 """Size of the cache of routes by path."""
@@ -103,9 +107,7 @@ class RestApp:
         )
         jobs = jobs or ProxyJobs(service, None, config.request_limits)
         self._jobs = JobRoutes(jobs, self._rules)
-        self._openapi = msgspec.json.encode(
-            document(config.metadata.version, requires_tokens=authenticator is not None, has_jobs=jobs.is_enabled)
-        )
+        self._openapi = document(config.metadata.version, requires_tokens=authenticator is not None, has_jobs=jobs.is_enabled)
         self._page = files("proxy").joinpath("docs.html").read_bytes()
         self.is_draining = False
         """While it is set, readiness is false and calls are still answered."""
@@ -299,7 +301,14 @@ class RestApp:
         return json_response(200, {})
 
     async def _openapi_document(self, request: RoutedRequest) -> HttpResponse:
-        return HttpResponse(200, self._openapi)
+        if self._rules.authenticator is not None:  # the document is for everyone, the names of models are not
+            return json_response(200, self._openapi)
+        names = sorted({state.name for state in await self._service.index() if state.state == READY})[:MAX_EXAMPLES]
+        models = []
+        for name in names:
+            with suppress(SplitserveError):  # it is gone
+                models.append(await self._service.metadata(name))
+        return json_response(200, with_examples(self._openapi, models))
 
     async def _docs_page(self, request: RoutedRequest) -> HttpResponse:
         return HttpResponse(200, self._page, "text/html; charset=utf-8")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 import msgspec
+
+from splitserve.oip.messages import ModelMetadata
+from splitserve.signature import TensorSpec
 
 Schema = dict[str, Any]
 
 _VERSION: Schema = {"$ref": "#/components/parameters/version"}
 _OPEN = ("/v2", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token."""
+
+_MAX_ELEMENTS = 1_000
+_ZEROS: dict[str, Any] = {"BYTES": "", "BOOL": False, "FP32": 0.0, "FP64": 0.0}
 
 
 def document(version: str, *, requires_tokens: bool = False, has_jobs: bool = True) -> Schema:
@@ -34,12 +42,80 @@ def document(version: str, *, requires_tokens: bool = False, has_jobs: bool = Tr
     for path, item in tuple(paths.items()):
         if "/models/{model}" in path and "repository" not in path:
             versioned = {**item, "parameters": [*item["parameters"], _VERSION]}
+            for method in item.keys() & {"get", "post", "delete"}:
+                versioned[method] = {**item[method], "operationId": f"{item[method]['operationId']}OfVersion"}
             paths[path.replace("{model}", "{model}/versions/{version}")] = versioned
     if requires_tokens:
         content["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path in paths.keys() - set(_OPEN):
             _require_tokens(paths[path])
     return content
+
+
+def with_examples(content: Schema, models: Iterable[ModelMetadata]) -> Schema:
+    """The document, with a request for each model that works as it stands: a row of zeros, and of missing text."""
+    v2, v1 = {}, {}
+    for metadata in models:
+        row = _row(metadata)
+        if row is None:
+            continue
+        inputs = [
+            {"name": spec.name, "datatype": spec.datatype, "shape": [1, *_inner(spec)], "data": values}
+            for spec, values in zip(metadata.inputs, row, strict=True)
+        ]
+        v2[metadata.name] = {"summary": f"{metadata.name}, one row", "value": {"inputs": inputs}}
+        columns = {spec.name: _nested(values, _inner(spec)) for spec, values in zip(metadata.inputs, row, strict=True)}
+        instance = columns if len(columns) > 1 else next(iter(columns.values()))
+        v1[metadata.name] = {"summary": f"{metadata.name}, one row", "value": {"instances": [instance]}}
+    shown: Schema = {**content, "paths": dict(content["paths"])}
+    for path, examples in (("/v2/models/{model}/infer", v2), ("/v1/models/{model}:predict", v1)):
+        if examples:
+            shown["paths"][path] = _with_examples(shown["paths"][path], examples)
+    return shown
+
+
+def _with_examples(item: Schema, examples: Schema) -> Schema:
+    operation = item["post"]
+    body = operation["requestBody"]
+    json = {**body["content"]["application/json"], "examples": examples}
+    return {
+        **item,
+        "parameters": [_model_of(each, examples) for each in item["parameters"]],
+        "post": {**operation, "requestBody": {**body, "content": {**body["content"], "application/json": json}}},
+    }
+
+
+def _model_of(parameter: Schema, examples: Schema) -> Schema:
+    """The parameter with the models' names as examples."""
+    if parameter != {"$ref": "#/components/parameters/model"}:
+        return parameter
+    shown = {name: {"value": name} for name in examples}
+    return {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "examples": shown}
+
+
+def _row(metadata: ModelMetadata) -> list[list[Any]] | None:
+    """The elements of one row of each input; None if JSON cannot hold it, or it is too large for a document."""
+    row: list[list[Any]] = []
+    for spec in metadata.inputs:
+        size = math.prod(_inner(spec))
+        if spec.datatype in ("FP16", "BF16") or size > _MAX_ELEMENTS or not spec.shape:
+            return None
+        row.append([_ZEROS.get(spec.datatype, 0)] * size)
+    return row or None
+
+
+def _inner(spec: TensorSpec) -> list[int]:
+    """The shape of a row; variable sizes are 1."""
+    return [max(size, 1) for size in spec.wire_shape[1:]]
+
+
+def _nested(values: list[Any], shape: Sequence[int]) -> Any:
+    if shape == [1] or not shape:
+        return values[0]
+    nested: list[Any] = values
+    for size in reversed(shape[1:]):
+        nested = [nested[start : start + size] for start in range(0, len(nested), size)]
+    return nested
 
 
 def _may_be_job(operation: Schema) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 
+import httpx
 import pytest
 from openapi_spec_validator import validate
 
 from proxy.rest.app import RestApp
 from proxy.rest.config import RestConfig
 from proxy.rest.openapi import document
+from proxy.rest.server import RestFace
 from proxy.service import ProxyService
 from splitserve.errors import TABLE
 from splitserve.oip.messages import ServerMetadata
-from splitserve.testing import FakeInference
+from splitserve.signature import TensorSpec
+from splitserve.testing import FakeInference, signature
 
 FOR_PEOPLE = {"/", "/docs", "/openapi.json"}
 """Paths that are no part of the API."""
@@ -79,3 +82,56 @@ def test_operations_that_need_a_token_are_marked() -> None:
     assert document_["paths"].keys() - needs == {"/v2", "/v2/health/live", "/v2/health/ready"}
     assert document_["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
     assert "security" not in str(document("0"))
+
+
+def test_every_operation_has_a_name_of_its_own() -> None:
+    """What generators call their functions."""
+    content = document("0")
+    names = [
+        item[method]["operationId"]
+        for item in content["paths"].values()
+        for method in ("get", "post", "delete")
+        if method in item
+    ]
+
+    assert len(set(names)) == len(names)
+    assert {"infer", "inferOfVersion", "predict", "modelMetadata", "submitJob"} <= set(names)
+
+
+MODELS = [
+    signature(
+        "penguins",
+        [
+            TensorSpec("island", "BYTES", ("batch", 1)),
+            TensorSpec("mass", "FP64", ("batch", 1)),
+            TensorSpec("year", "INT64", ("batch", 1)),
+        ],
+        version="1.1",
+    ),
+    signature("images", [TensorSpec("image", "UINT8", ("batch", 2, 2))], version="1.1"),
+    signature("halves", [TensorSpec("x", "FP16", ("batch", 2))], version="1.1"),
+]
+
+
+async def test_each_model_has_an_example_that_works_as_it_stands() -> None:
+    """In V2 and V1; a model that JSON cannot call has none. The document stays valid."""
+    service = ProxyService(FakeInference(*MODELS))
+    await service.refresh()
+    app = RestApp(service, RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=10_000, default_timeout_s=30, grace_s=1))
+
+    async with RestFace(app) as face, httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False) as client:
+        content = (await client.get("/openapi.json")).json()
+        validate(content)
+        called = []
+        for path in ("/v2/models/{model}/infer", "/v1/models/{model}:predict"):
+            examples = content["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
+            for model, example in examples.items():
+                answer = await client.post(path.replace("{model}", model), json=example["value"])
+                called.append((path[:3], model, answer.status_code))
+
+    assert sorted(called) == [
+        ("/v1", "images", 200),
+        ("/v1", "penguins", 200),
+        ("/v2", "images", 200),
+        ("/v2", "penguins", 200),
+    ]

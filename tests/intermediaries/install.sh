@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests of this folder and tests/clients/test_grpc_peers.py run: reverse proxies, and gRPC clients in other
-# languages. Debian packages go to the system, everything else to .venv-clients. Safe to run again.
+# Installs what the tests of this folder, and tests/clients/test_grpc_peers.py and test_languages.py, run: reverse proxies, and
+# clients in other languages. Debian packages go to the system, everything else to .venv-clients. Safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 home=$PWD/.venv-clients
@@ -18,6 +18,8 @@ need go golang-go
 need /usr/share/gocode/src/google.golang.org/grpc golang-google-grpc-dev
 need node nodejs
 need npm npm
+need javac default-jdk-headless
+need curl curl
 if [ ${#packages[@]} -gt 0 ]; then
   as_root apt-get update -qq
   # RUNLEVEL=1: the packages start no daemons.
@@ -39,6 +41,7 @@ environment grpcio-newest grpcio==1.85.3
 environment grpclib grpclib==0.4.9 protobuf
 
 node=(@grpc/grpc-js@1.14.7 @connectrpc/connect@2.3.0 @connectrpc/connect-node@2.3.0 @bufbuild/protobuf@2.17.0)
+node+=(openapi-typescript@7.13.0 openapi-fetch@0.17.0 typescript@5.9.3 @grpc/proto-loader@0.8.1 @types/node@20.9.5)
 if [ "$(cat "$home/node/installed" 2>/dev/null)" != "${node[*]}" ]; then
   mkdir -p "$home/node"
   npm install --silent --no-audit --no-fund --no-save --prefix "$home/node" "${node[@]}"
