@@ -7,8 +7,8 @@
 3. How jobs ended is written in groups: while one group is being written, the next one forms. If the store is unreachable, the
    group is kept and written again; meanwhile its jobs hold their leases and their places in the window, which bounds the buffer.
 4. An error of the request's content ends the job; an error of the system is retried with backoff, up to the store's limit of
-   attempts. An attempt that the proxy refused (429), or that ended because the proxy was unreachable, or because a payload could
-   not be read or stored, is given back.
+   attempts. An attempt that the proxy refused (429, or for the credentials of this service), or that ended because the proxy was
+   unreachable, or because a payload could not be read or stored, is given back.
 5. Draining: nothing is claimed any more; what is in flight may finish within the grace, and is given back after that.
 
 It knows no transport: ``inference`` is any `InferenceService`.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ from splitserve.oip.permission import is_permitted, not_permitted
 
 STAGE = "jobs"
 
-RETRIED = (Cancelled, DeadlineExceeded, Internal, NotFound, Overloaded, StorageFull, Unauthenticated, Unavailable)
+RETRIED = (Cancelled, DeadlineExceeded, Internal, NotFound, Overloaded, StorageFull, Unavailable)
 """Errors of the system. A model or release that is not there may be back after a rollout."""
 
 INTERNAL_ATTEMPTS = 3
@@ -65,6 +66,9 @@ SLOW_DOWN_S = 0.1
 """The window is halved at most once in this time: the refusals of one moment are one signal."""
 
 STORE_RETRY_S = 0.2
+
+REFUSED_PAUSE_S = 5.0
+"""How long nothing is claimed after the proxy has refused the credentials of this service."""
 
 MERGED_BYTES = 64 * 1024
 """Jobs of few small rows cost more than their rows, so the worker merges some; larger ones it leaves to the proxy."""
@@ -154,6 +158,7 @@ class Worker:
         self._work = asyncio.Event()
         self._has_room = asyncio.Event()
         self._slowed_at = self._renewed_at = self._asked_at = clock()
+        self._refused_at = -math.inf
         self._is_draining = self._may_hold_unknown = False
         self._not_ready = "starting"
 
@@ -240,6 +245,8 @@ class Worker:
             await self._has_room.wait()
 
     async def _is_inference_ready(self) -> bool:
+        if self._clock() - self._refused_at < REFUSED_PAUSE_S:
+            return False
         if not self._not_ready and self._clock() - self._asked_at < self._rules.poll_s:
             return True
         self._asked_at = self._clock()
@@ -369,6 +376,9 @@ class Worker:
         if isinstance(error, Overloaded):
             self._slow_down()
             self._end(Retry(claimed.lease, random.uniform(0.05, 0.5)))  # noqa: S311
+        elif isinstance(error, Unauthenticated):
+            self._refused()
+            self._end(Retry(claimed.lease))
         elif isinstance(error, DeadlineExceeded) and self._clock() - running.began >= 0.9 * claimed.timeout_s:
             message = f"the job took longer than its timeout of {claimed.timeout_s:g} s"
             self._end(Finish(claimed.lease, error=msgspec.structs.replace(record, message=message)))
@@ -378,6 +388,13 @@ class Worker:
             running.pending = asyncio.create_task(self._retry_when_ready(claimed, record))
         else:
             self._end(Retry(claimed.lease, backoff_s(claimed.attempt), record))
+
+    def _refused(self) -> None:
+        now = self._clock()
+        if now - self._refused_at >= REFUSED_PAUSE_S:
+            # The proxy refuses this service's token, or it has none. Jobs stay queued.
+            self._log.warning("credentials refused by the proxy", see="JOBS_PROXY_TOKEN_FILE")
+        self._refused_at = now
 
     async def _retry_when_ready(self, claimed: Claimed, record: JobError) -> None:
         reason = await self._inference.not_ready_reason()

@@ -107,6 +107,15 @@ def timeout_s(message: pb.ModelInferRequest) -> float | None:
     return microseconds / 1e6 if microseconds > 0 else None
 
 
+def request_id(data: bytes) -> str:
+    """The id of a request that is refused before it is decoded; "" if it has none."""
+    try:
+        identity: str = pb.ModelInferRequest.FromString(data).id
+    except DecodeError:
+        return ""
+    return identity
+
+
 def encode_stream_cancel(identity: str) -> bytes:
     """The message on a stream that cancels the request with this id. It is a request without a model, and has no answer."""
     message = pb.ModelInferRequest(id=identity)

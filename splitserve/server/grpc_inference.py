@@ -77,8 +77,11 @@ class GrpcInferences:
             inference.reservation.reserve(len(data))
             inference.begin()
         except Exception as error:
+            inference.identity = inference.identity or protobuf.request_id(data)
             inference.refuse(error)
             return None
+        if not inference.identity:  # it is not decoded before its credentials are verified
+            inference.identity = protobuf.request_id(data)
         return inference
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import structlog.testing
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.batching.admission import BACKGROUND_PRIORITY
@@ -21,6 +22,7 @@ from splitserve.errors import (
     PermissionDenied,
     SplitserveError,
     StorageFull,
+    Unauthenticated,
     Unavailable,
 )
 from splitserve.jobs import worker as worker_module
@@ -298,6 +300,35 @@ async def test_a_proxy_that_goes_away_costs_no_attempt(workshop, monkeypatch):
         ended = await workshop.ended(job)
 
     assert (ended.status, ended.attempt) == ("succeeded", 1)
+
+
+async def test_wrong_credentials_of_the_service_cost_no_attempt(workshop, monkeypatch):
+    """They are the operator's fault, who learns it from the log; nothing is wrong with the jobs, which wait."""
+    monkeypatch.setattr(worker_module, "REFUSED_PAUSE_S", 0.0)
+    workshop.proxy.misbehave = raising(*[Unauthenticated("the credentials are not valid")] * 10)
+    with structlog.testing.capture_logs() as logs:
+        job = await workshop.submit()
+        async with workshop.working(workshop.new_worker()):
+            ended = await workshop.ended(job)
+
+    assert (ended.status, ended.attempt) == ("succeeded", 1)
+    assert [entry["see"] for entry in logs if "credentials refused" in entry["event"]] == ["JOBS_PROXY_TOKEN_FILE"] * 10
+
+
+async def test_nothing_is_claimed_for_a_while_after_wrong_credentials(workshop, monkeypatch):
+    """Every job would be refused."""
+    monkeypatch.setattr(worker_module, "REFUSED_PAUSE_S", HOUR)
+    workshop.proxy.misbehave = raising(Unauthenticated("the credentials are not valid"))
+    jobs = [await workshop.submit() for _ in range(3)]
+    worker = workshop.new_worker(window=1)
+
+    async with workshop.working(worker):
+        await workshop.until(jobs[0], lambda _: worker._refused_at > 0 and worker.n_running == 0)
+        is_ready = await worker._is_inference_ready()
+
+    assert not is_ready
+    assert [(await workshop.store.get("ann", job.id)).status for job in jobs] == ["queued"] * 3
+    assert len(workshop.proxy.requests) == 1
 
 
 async def test_a_job_that_exceeds_its_own_timeout_fails(workshop):

@@ -13,7 +13,16 @@ import pytest
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import from_array
-from splitserve.errors import TABLE, DeadlineExceeded, Internal, PairMismatch, SplitserveError, Unavailable
+from splitserve.errors import (
+    TABLE,
+    DeadlineExceeded,
+    Internal,
+    Overloaded,
+    PairMismatch,
+    SplitserveError,
+    Unauthenticated,
+    Unavailable,
+)
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata, deadline_after, remaining_s
 from splitserve.remote.inference import RemoteInference
@@ -22,6 +31,7 @@ from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
+from splitserve.wire.byte_budget import ByteBudget
 
 X = from_array("x", np.array([[1.5, -2.0]], np.float32))
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2))])
@@ -69,6 +79,11 @@ class Recording(Gated):
 
 def face(service: FakeInference, **options: Any) -> GrpcFace:
     return GrpcFace(service, GrpcConfig(stage="predict", metadata=ServerMetadata("test", "0"), **options))
+
+
+def face_of(service: FakeInference, **options: Any) -> GrpcFace:
+    """With another budget, or an authenticator."""
+    return GrpcFace(service, GrpcConfig(stage="predict", metadata=ServerMetadata("test", "0")), **options)
 
 
 class Name:
@@ -129,6 +144,41 @@ async def test_every_error_keeps_its_class_over_the_hop(kind: type[SplitserveErr
     assert type(raised.value) is kind
     assert raised.value.message == "what went wrong"
     assert raised.value.metadata == {"stage": "far", "model": "echo", "pair": "1.2"}
+
+
+class Strangers:
+    """Knows nobody: at once, or once it has awaited something."""
+
+    def __init__(self, is_awaited: bool) -> None:
+        self._is_awaited = is_awaited
+
+    def recognise(self, credentials: Any) -> None:
+        if not self._is_awaited:
+            raise Unauthenticated("the credentials are not valid")
+
+    async def identify(self, credentials: Any) -> Any:
+        await asyncio.sleep(0)
+        raise Unauthenticated("the credentials are not valid")
+
+
+@over_both
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"authenticator": Strangers(is_awaited=False)}, Unauthenticated),
+        ({"authenticator": Strangers(is_awaited=True)}, Unauthenticated),
+        ({"budget": ByteBudget(1)}, Overloaded),
+    ],
+    ids=["unknown", "unknown later", "too many bytes"],
+)
+async def test_what_is_refused_before_it_is_decoded_is_refused_by_its_id(options: Any, kind: Any, over: str) -> None:
+    """The caller of that message learns it, and does not wait until its deadline."""
+    service = FakeInference(ECHO)
+    async with face_of(service, **options) as server, connected(Name(server), over=over) as remote:
+        with pytest.raises(kind):
+            await remote.infer(request())
+
+    assert service.requests == []
 
 
 async def test_on_a_stream_an_unexpected_exception_is_internal_and_not_shown() -> None:
