@@ -41,7 +41,7 @@ environment grpcio-newest grpcio==1.85.3
 environment grpclib grpclib==0.4.9 protobuf
 
 node=(@grpc/grpc-js@1.14.7 @connectrpc/connect@2.3.0 @connectrpc/connect-node@2.3.0 @bufbuild/protobuf@2.17.0)
-node+=(openapi-typescript@7.13.0 openapi-fetch@0.17.0 typescript@5.9.3 @grpc/proto-loader@0.8.1 @types/node@20.9.5)
+node+=(openapi-typescript@7.13.0 openapi-fetch@0.17.0 typescript@5.9.3 @grpc/proto-loader@0.8.1 @types/node@20.9.5 pyright@1.1.414)
 if [ "$(cat "$home/node/installed" 2>/dev/null)" != "${node[*]}" ]; then
   mkdir -p "$home/node"
   npm install --silent --no-audit --no-fund --no-save --prefix "$home/node" "${node[@]}"
