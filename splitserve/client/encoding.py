@@ -48,7 +48,7 @@ class InputColumn(NamedTuple):
 
 def is_frame(inputs: Any) -> bool:
     """Whether it is a pandas DataFrame."""
-    return hasattr(inputs, "columns") and hasattr(inputs, "iloc")
+    return hasattr(inputs, "iloc") and hasattr(inputs, "columns")  # in this order: `columns` of a lazy frame of polars costs
 
 
 def is_table(inputs: Any) -> bool:
