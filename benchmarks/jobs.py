@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -50,6 +51,9 @@ ENDLESS_PER_S = 30_000.0
 
 SUBMIT_PATH = f"/{protobuf.SERVICE}/SubmitJob"
 SUBMITS_PER_S = 500.0
+MOST_DELAY_S = 0.005
+"""Between a submit and its cancel: for as long a job may run."""
+
 ORPHAN_LEASES_S = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5)
 
 DAY_S, N_DAYS, DAY_PER_S = 12.0, 15, 200.0
@@ -251,26 +255,38 @@ class Bench:
         return loads.open_loop(system.http, MODEL, body or self.workload.rest_json(0), per_s=per_s, seconds=seconds)
 
     def cancel(self) -> Figure:
-        """Until a queued job is cancelled, one after the other, while others are submitted."""
-        milliseconds: list[float] = []
+        """Until a job is cancelled, one after the other, while others are submitted: queued ones, and ones that run."""
+        milliseconds: dict[str, list[float]] = {"queued": [], "running": []}
+        n_wrong = self._cancel(NOWHERE, milliseconds) + self._cancel(NO_SETTINGS, milliseconds)
+        rows = []
+        for state, found in milliseconds.items():
+            found.sort()
+            times_ms = (percentile(found, 50), percentile(found, 99), found[-1])
+            rows.append([state, str(len(found)), *(f"{time_ms:.1f}" for time_ms in times_ms)])
+        facts = {"milliseconds": milliseconds, "submits_per_s": SUBMITS_PER_S}
+        return Figure(("cancelled", "jobs", "p50 ms", "p99 ms", "max ms"), rows, facts, n_wrong)
+
+    def _cancel(self, settings: Settings, milliseconds: dict[str, list[float]]) -> int:
+        """Cancel jobs soon after their submits, until each state has some. Returns how many answers were wrong."""
         n_wrong = 0
-        folder = self._folder()
-        with self.system(folder, NOWHERE) as system, ThreadPoolExecutor(1) as others:
+        with self.system(self._folder(), settings) as system, ThreadPoolExecutor(1) as others:
             systems.wait_until_ready(system, [MODEL])
             load = others.submit(self._open_loop, system, SUBMITS_PER_S, self.options.seconds, submitted(self.workload))
             with httpx.Client(base_url=f"http://{system.http}") as client:
                 body = submitted(self.workload)
-                while not load.done() or not milliseconds:
+                expected = "queued" if settings is NOWHERE else "running"
+                while not load.done() or not milliseconds[expected]:
                     job = client.post(f"/v2/models/{MODEL}/infer", content=body.content, headers=dict(body.headers)).json()
+                    time.sleep(0 if settings is NOWHERE else random.uniform(0, MOST_DELAY_S))  # noqa: S311
                     began = time.perf_counter()
-                    answer = client.delete(job["urls"]["self"])
-                    milliseconds.append((time.perf_counter() - began) * 1e3)
-                    n_wrong += answer.status_code != 200 or answer.json()["status"] != "cancelled"
-        milliseconds.sort()
-        p50, p99 = percentile(milliseconds, 50), percentile(milliseconds, 99)
-        rows = [[str(len(milliseconds)), f"{p50:.1f}", f"{p99:.1f}", f"{milliseconds[-1]:.1f}", str(n_wrong)]]
-        facts = {"milliseconds": milliseconds, "submits_per_s": SUBMITS_PER_S}
-        return Figure(("cancelled", "p50 ms", "p99 ms", "max ms", "failed"), rows, facts, n_wrong)
+                    answer = client.delete(job["urls"]["self"], params={"keep_ended": "true"})
+                    took_ms = (time.perf_counter() - began) * 1e3
+                    state = answer.json()
+                    if state["status"] == "cancelled":
+                        milliseconds["running" if state["started"] else "queued"].append(took_ms)
+                    else:  # it had ended
+                        n_wrong += answer.status_code != 200 or settings is NOWHERE
+        return n_wrong
 
     def orphan(self) -> Figure:
         """How long after its lease a job is taken again whose worker has died: workers in this process, on one store."""
