@@ -12,11 +12,14 @@ from benchmarks.processes import BenchmarkError, RunningSystem, StageProcess, Sy
 
 Settings = Mapping[str, str]
 
+_ADMIN = {f"{service}_ADMIN_PORT": "0" for service in ("PROXY", "PREPROCESS", "PREDICT", "JOBS")}
+"""Admin listeners are open, as they are by default."""
+
 
 def split(repository: Path, settings: Settings, name: str = "splitserve") -> SystemSpec:
     """Predict, preprocess and proxy, each a process."""
     http, grpc, preprocess, predict = (free_port() for _ in range(4))
-    common = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings}
+    common = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **_ADMIN, **settings}
     stages = (
         _stage("predict", "predict_service", {**common, "PREDICT_GRPC_PORT": str(predict)}),
         _stage(
@@ -46,6 +49,7 @@ def with_jobs(repository: Path, folder: Path, settings: Settings, name: str = "s
         "LOG_FORMAT": "json",
         "LOG_LEVEL": "warning",
         "JOBS_DIR": str(folder),
+        **_ADMIN,
         "JOBS_GRPC_PORT": jobs,
         "JOBS_PROXY_TARGET": spec.grpc,
         **settings,
@@ -57,7 +61,14 @@ def fused(repository: Path, settings: Settings, name: str = "splitserve fused") 
     """All in one process."""
     http, grpc = free_port(), free_port()
     ports = {"PROXY_HTTP_PORT": str(http), "PROXY_GRPC_PORT": str(grpc)}
-    environment = {"MODEL_REPOSITORY": str(repository), "LOG_FORMAT": "json", "LOG_LEVEL": "warning", **settings, **ports}
+    environment = {
+        "MODEL_REPOSITORY": str(repository),
+        "LOG_FORMAT": "json",
+        "LOG_LEVEL": "warning",
+        **_ADMIN,
+        **settings,
+        **ports,
+    }
     return SystemSpec(name, (_stage("fused", "fused_service", environment),), f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
 
 

@@ -1,4 +1,4 @@
-"""Write the documents that the code holds: settings, errors, log events, the manifest's schema, the rules for
+"""Write the documents that the code holds: settings, errors, log events, metrics, the manifest's schema, the rules for
 versions and of the wire, and the tables of estimators and of options.
 
 ``python docs/generate.py`` writes them; ``--check`` writes nothing and exits 1 if the committed ones differ.
@@ -25,6 +25,8 @@ from splitserve.publishing.boosting.options import OPTIONS
 from splitserve.repository.environment import RULES
 from splitserve.repository.manifest import Manifest
 from splitserve.server.settings import ServiceSettings, variable_name
+from splitserve.telemetry.families import FAMILIES
+from splitserve.telemetry.recorders import LATENCY_BOUNDS, SIZE_BOUNDS
 from tests.wire import test_rfc7541, test_rfc9113, test_rfc9113_client
 from tests.wire.rules import Shown, markdown
 
@@ -76,6 +78,27 @@ def errors_page() -> str:
         retry = "yes" if error.is_retryable else "no"
         meaning = " ".join((error.__doc__ or "").split())
         lines.append(f"| `{error.reason}` | {error.grpc_code} | {error.http_status} | {retry} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def metrics_page() -> str:
+    """docs/metrics.md"""
+    lines = [
+        "# Metrics",
+        "",
+        "What `GET /metrics` of a service's admin listener shows ([telemetry.md](telemetry.md)), as Prometheus text, or as",
+        "OpenMetrics if the scraper asks for it. With several workers, gauges have a label `worker`, and the rest is their sum.",
+        "Written from `splitserve/telemetry/families.py` by `make docs`.",
+        "",
+        "| metric | type | unit | labels | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        lines.append(f"| `{family.name}` | {family.kind} | {family.unit} | {labels} | {family.meaning} |")
+    for title, bounds in (("Durations", LATENCY_BOUNDS), ("Rows and requests of a call", SIZE_BOUNDS)):
+        shown = ", ".join(f"{bound:g}" for bound in bounds)
+        lines += ["", f"Bounds of buckets. {title}: {shown}."]
     return "\n".join(lines) + "\n"
 
 
@@ -159,6 +182,7 @@ def main() -> None:
         "settings.md": settings_page(),
         "errors.md": errors_page(),
         "logs.md": logs_page(),
+        "metrics.md": metrics_page(),
         "manifest.schema.json": manifest_schema(),
         "versions.md": versions_page(),
         "wire.md": wire_page(),

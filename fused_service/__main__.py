@@ -22,7 +22,10 @@ from proxy.guard import JobsGuard
 from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.server import lifecycle, settings
+from splitserve.server.admin import open_admin
 from splitserve.server.lifecycle import keep_refreshing
+from splitserve.server.metrics import StageMetrics
+from splitserve.telemetry.families import PROTOCOLS
 
 if TYPE_CHECKING:
     from fused_service.jobs import DrainingJobs
@@ -51,6 +54,15 @@ async def serve(config: ProxySettings) -> None:
             predict_indexes=predict.indexes,
         )
         service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
+        budget = config.byte_budget()
+        metrics = await open_admin(process, config, service.not_ready_reason)
+        requests = metrics.add(
+            "proxy", StageMetrics("proxy", service, protocols=PROTOCOLS, batcher=service.batcher, budget=budget)
+        )
+        metrics.add("preprocess", StageMetrics("preprocess", preprocess, protocols=(), n_tried=preprocessors.n_tried))
+        metrics.add(
+            "predict", StageMetrics("predict", predict, protocols=(), batcher=predict.batcher, n_tried=predictors.n_tried)
+        )
         process.push_async_callback(preprocess.close)
         for store in (predictors, preprocessors):
             process.callback(store.close)
@@ -66,12 +78,14 @@ async def serve(config: ProxySettings) -> None:
         jobs: DrainingJobs | None = None
         if _has_jobs():
             from fused_service.jobs import jobs_in  # needs the extra jobs
+            from jobs_service.metrics import job_metrics
             from jobs_service.settings import JobsSettings
 
             inference = JobsGuard(service, authenticator.models_of) if authenticator else service
             jobs_config = settings.read(JobsSettings)
             jobs = await process.enter_async_context(jobs_in(inference, jobs_config, config.workers))
-        faces = await process.enter_async_context(Faces(service, config, jobs, authenticator))
+            metrics.registry.add("jobs", job_metrics(jobs.counters))
+        faces = await process.enter_async_context(Faces(service, config, jobs, authenticator, budget=budget, recorder=requests))
         await process.serve(_FusedFace(faces, jobs, config.grace_s))
 
 

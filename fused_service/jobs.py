@@ -28,7 +28,7 @@ from proxy.remote_jobs import RemoteJobs
 from splitserve.jobs.folder import FolderInUse
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Job, JobCaller, Submitted
-from splitserve.jobs.service import JobAnswer, JobQueue, Jobs, Submission
+from splitserve.jobs.service import JobAnswer, JobCounters, JobQueue, Jobs, Submission
 from splitserve.oip.messages import InferenceService
 
 LOOPBACK = "127.0.0.1"
@@ -41,6 +41,10 @@ class DrainingJobs(Jobs, Protocol):
 
     async def drain(self, grace_s: float) -> None:
         """As `JobQueue.drain`."""
+        ...
+
+    def counters(self) -> JobCounters:
+        """As `JobQueue.counters`."""
         ...
 
 
@@ -130,6 +134,10 @@ class SharedFolderJobs:
                         await face.drain()
         finally:
             await store.close()
+
+    def counters(self) -> JobCounters:
+        """As `JobQueue.counters`, in the owner; zeros in the others."""
+        return self._queue.counters() if self._queue is not None else JobCounters()
 
     @property
     def _jobs(self) -> Jobs:

@@ -6,9 +6,11 @@ import os
 
 from jobs_service import build
 from jobs_service.face import JobsFace
+from jobs_service.metrics import job_metrics
 from jobs_service.settings import JobsSettings, check
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, settings
+from splitserve.server.admin import open_admin
 
 NO_HEDGE_S = 1e6
 """A job that takes long is not sent twice."""
@@ -28,6 +30,8 @@ async def serve(config: JobsSettings) -> None:
             )
         )
         queue = await process.enter_async_context(build(proxy, config))
+        metrics = await open_admin(process, config, queue.not_ready_reason)
+        metrics.registry.add("jobs", job_metrics(queue.counters))
         face = await process.enter_async_context(JobsFace(queue, config.grpc_config, config.byte_budget()))
         await process.serve(face)
 

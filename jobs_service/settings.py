@@ -15,6 +15,7 @@ from splitserve.jobs.records import StoreRules
 from splitserve.jobs.service import JobRules
 from splitserve.jobs.webhooks import WebhookPolicy, read_secrets
 from splitserve.jobs.worker import WorkerRules
+from splitserve.server.admin_settings import AdminPort
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import Target
@@ -28,6 +29,9 @@ class JobsSettings(NextStageTlsSettings, FaceSettings):
 
     model_config = SettingsConfigDict(env_prefix="JOBS_")
     stage = "jobs"
+
+    admin_port: AdminPort = 8032
+    """Port of the admin listener; 0: any free one; off: none."""
 
     grpc_port: int = Field(8031, ge=0, le=65535)
     """Port of the gRPC face. The proxy says there who calls, so that beyond loopback it requires mutual TLS. In the fused service

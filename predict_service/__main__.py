@@ -9,7 +9,9 @@ from predict_service.loading import predictor_store
 from predict_service.service import PredictService
 from predict_service.settings import PredictSettings
 from splitserve.server import kserve, lifecycle, settings
+from splitserve.server.admin import open_admin
 from splitserve.server.grpc_face import GrpcFace
+from splitserve.server.metrics import StageMetrics
 
 
 async def serve(config: PredictSettings) -> None:
@@ -17,12 +19,19 @@ async def serve(config: PredictSettings) -> None:
         predictors = predictor_store(config)
         executor = process.enter_context(ThreadPoolExecutor(config.n_threads, thread_name_prefix="predict"))
         service = PredictService(predictors, executor, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
+        budget = config.byte_budget()
+        metrics = await open_admin(process, config, service.not_ready_reason)
+        requests = metrics.add(
+            "predict",
+            StageMetrics("predict", service, batcher=service.batcher, n_tried=predictors.n_tried, budget=budget),
+        )
         face = await process.enter_async_context(
             GrpcFace(
                 service,
                 config.grpc_config,
                 statistics=service.statistics,
-                budget=config.byte_budget(),
+                budget=budget,
+                recorder=requests,
                 on_needed=service.hold,
             )
         )

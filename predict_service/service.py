@@ -64,7 +64,7 @@ class PredictService:
         self._compute = Compute(executor)
         self._replay_turn = asyncio.Lock()
         self.statistics = Statistics()
-        self._batcher = Batcher(self._run, limits, send_inline=self._run_inline, statistics=self.statistics, to_caller=_named)
+        self.batcher = Batcher(self._run, limits, send_inline=self._run_inline, statistics=self.statistics, to_caller=_named)
 
     @property
     def is_loaded(self) -> bool:
@@ -89,7 +89,7 @@ class PredictService:
                 request = msgspec.structs.replace(request, version=str(version))
                 if GOLDEN_REPLAY in request.parameters:
                     return begin_task(partial(self._replay, request, predictor), on_answer)
-                return self._batcher.begin(
+                return self.batcher.begin(
                     request, on_answer, is_mergeable=predictor.is_row_wise, answer_bytes=answer_bytes, began_at=began
                 )
             except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from splitserve.server.admin_settings import AdminPort
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.settings import BatchingSettings, ComputeSettings, RepositorySettings
 
@@ -14,6 +15,9 @@ class PredictSettings(FaceSettings, ComputeSettings, RepositorySettings, Batchin
 
     model_config = SettingsConfigDict(env_prefix="PREDICT_")
     stage = "predict"
+
+    admin_port: AdminPort = 8022
+    """Port of the admin listener; 0: any free one; off: none."""
 
     grpc_port: int = Field(8021, ge=0, le=65535)
     """Port of the gRPC face."""

@@ -11,8 +11,10 @@ from preprocess_service.loading import preprocessor_store
 from preprocess_service.service import PreprocessService
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle
+from splitserve.server.admin import open_admin
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.lifecycle import keep_refreshing
+from splitserve.server.metrics import StageMetrics
 
 
 async def serve(config: settings.PreprocessSettings) -> None:
@@ -33,8 +35,14 @@ async def serve(config: settings.PreprocessSettings) -> None:
             allow_unreleased_pairs=config.allow_unreleased_pairs,
             predict_indexes=server.indexes,
         )
+        budget = config.byte_budget()
+        metrics = await open_admin(process, config, service.not_ready_reason)
+        requests = metrics.add(
+            "preprocess",
+            StageMetrics("preprocess", service, n_tried=preprocessors.n_tried, budget=budget, next_stage=predict),
+        )
         face = await process.enter_async_context(
-            GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=config.byte_budget())
+            GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=budget, recorder=requests)
         )
         process.callback(preprocessors.close)
         process.push_async_callback(service.close)

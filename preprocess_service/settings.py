@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from splitserve.server import kserve, settings
+from splitserve.server.admin_settings import AdminPort
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import ComputeSettings, RepositorySettings, Target
@@ -22,6 +23,9 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
 
     model_config = SettingsConfigDict(env_prefix="PREPROCESS_")
     stage = "preprocess"
+
+    admin_port: AdminPort = 8012
+    """Port of the admin listener; 0: any free one; off: none."""
 
     grpc_port: int = Field(8011, ge=0, le=65535)
     """Port of the gRPC face."""

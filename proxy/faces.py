@@ -18,6 +18,8 @@ from proxy.settings import ProxySettings
 from splitserve.jobs.service import Jobs
 from splitserve.server import lifecycle
 from splitserve.server.grpc_face import GrpcFace
+from splitserve.telemetry.requests import RequestRecorder
+from splitserve.wire.byte_budget import ByteBudget
 
 if TYPE_CHECKING:
     from proxy.auth import BearerAuthenticator
@@ -31,6 +33,8 @@ class Faces:
         config: its settings.
         jobs: the jobs service; None: jobs are not supported.
         authenticator: of callers, if there is one already; by default the one that is configured.
+        budget: of the bytes that requests hold; by default that of the settings.
+        recorder: counts inferences.
     """
 
     def __init__(
@@ -39,16 +43,19 @@ class Faces:
         config: ProxySettings,
         jobs: Jobs | None = None,
         authenticator: BearerAuthenticator | None = None,
+        *,
+        budget: ByteBudget | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self._config = config
         self._stack = AsyncExitStack()
         self.authenticator = authenticator or authenticator_of(config)
         served = Guard(service, self.authenticator.models_of) if self.authenticator else service
-        budget = config.byte_budget()
+        budget = budget or config.byte_budget()
         self._jobs = ProxyJobs(
             served, jobs, config.limits, is_authenticated=self.authenticator is not None, is_local=config.is_local
         )
-        app = RestApp(served, config.rest_config, authenticator=self.authenticator, jobs=self._jobs)
+        app = RestApp(served, config.rest_config, authenticator=self.authenticator, jobs=self._jobs, recorder=recorder)
         self.http = RestFace(app, budget=budget)
         self.grpc = GrpcFace(
             served,
@@ -57,6 +64,7 @@ class Faces:
             authenticator=self.authenticator,
             budget=budget,
             more=self._jobs.methods,
+            recorder=recorder,
         )
 
     @property

@@ -89,7 +89,9 @@ class ProxyService:
         self._preprocess = preprocess
         self._bound: dict[tuple[str, str], BoundPair] = {}
         self.statistics = Statistics()
-        self._batcher = Batcher(self._send, limits, n_backends=n_replicas, statistics=self.statistics, to_caller=_named)
+        self.batcher = Batcher(
+            self._send, limits, n_backends=n_replicas, statistics=self.statistics, is_hop=True, to_caller=_named
+        )
         self._log = structlog.get_logger()
         self._indexes = indexes or self._only_index
         self._known = KnownPairs(preprocess, clock=clock)
@@ -153,7 +155,7 @@ class ProxyService:
             priority = HIGHEST_PRIORITY
             if PRIORITY in request.parameters:
                 request, priority = _without_priority(request)
-            return self._batcher.begin(
+            return self.batcher.begin(
                 request,
                 on_answer,
                 is_mergeable=bound.is_mergeable,

@@ -8,6 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from proxy.rest.config import RestConfig
 from splitserve.oip.messages import ServerMetadata
+from splitserve.server.admin_settings import AdminPort
 from splitserve.server.face_settings import FaceSettings
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.settings import BatchingSettings, Target, check_target
@@ -26,6 +27,9 @@ class ProxySettings(NextStageTlsSettings, FaceSettings, BatchingSettings):
 
     http_port: int = Field(8000, ge=0, le=65535)
     """Port of the REST face."""
+
+    admin_port: AdminPort = 8002
+    """Port of the admin listener; 0: any free one; off: none. The fused service has this one only."""
 
     grpc_port: int = Field(8001, ge=0, le=65535)
     """Port of the gRPC face."""

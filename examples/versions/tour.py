@@ -217,7 +217,7 @@ class DemoSystem:
 def running(repository: Path) -> Iterator[DemoSystem]:
     """A running system that serves all versions of the repository; its log is next to the repository."""
     http_port, grpc_port = free_ports(2)
-    options = ["--repository", repository, "--http-port", http_port, "--grpc-port", grpc_port]
+    options = ["--repository", repository, "--http-port", http_port, "--grpc-port", grpc_port, "--admin-port", "off"]
     print(f"\n$ MODEL_VERSIONS=all splitserve up --fused {' '.join(map(str, options))} &")
     with repository.with_name(f"{repository.name}.log").open("a") as log:
         process = subprocess.Popen(

@@ -50,6 +50,7 @@ from splitserve.oip.messages import (
 from splitserve.oip.model_config import config_of
 from splitserve.server import callers, failures
 from splitserve.server.callers import Authenticator
+from splitserve.telemetry.requests import RequestRecorder
 from splitserve.versions import is_named
 from splitserve.wire.http1.messages import Handled, HttpRequest, HttpResponse, Respond
 
@@ -84,6 +85,7 @@ class RestApp:
         config: how to serve it.
         authenticator: None: calls are not authenticated.
         jobs: None: jobs are not supported.
+        recorder: counts its inferences.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class RestApp:
         *,
         authenticator: Authenticator | None = None,
         jobs: ProxyJobs | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self._service = service
         self.config = config
@@ -100,6 +103,7 @@ class RestApp:
             service=service,
             limits=config.request_limits,
             authenticator=authenticator,
+            recorder=recorder,
             max_body_bytes=config.max_body_bytes,
             default_timeout_s=config.default_timeout_s,
             max_timeout_s=config.max_timeout_s,

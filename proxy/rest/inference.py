@@ -98,6 +98,8 @@ class RestInference(Inference[HttpResponse]):
         respond: called with the answer.
     """
 
+    protocol = "rest"
+
     __slots__ = ("_body", "_encoding", "_incoming", "_respond", "_rest", "deadline", "request")
 
     request: InferRequest

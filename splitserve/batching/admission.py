@@ -19,9 +19,24 @@ Knows no requests and no clock. See docs/decisions/0014-adaptive-admission.md.
 from __future__ import annotations
 
 import math
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
+
+RefusalKind = Literal["queue_full", "queue_wait", "deadline", "background"]
+
+_KINDS: tuple[tuple[str, RefusalKind], ...] = (
+    ("max_queue_size", "queue_full"),
+    ("max_background_wait_ms", "background"),
+    ("request's deadline", "deadline"),
+)
+"""What a reason contains; any other is about the queue wait."""
+
+
+def kind_of_refusal(reason: str) -> RefusalKind:
+    """What a reason for which a request is refused is about."""
+    return next((kind for part, kind in _KINDS if part in reason), "queue_wait")
+
 
 FIRST_LIMIT = 256
 """The limit before the first measurement."""

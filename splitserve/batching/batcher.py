@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 
-from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY
+from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY, kind_of_refusal
 from splitserve.batching.merging import compatibility_key, merge, split
 from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
@@ -78,6 +78,7 @@ class Batcher:
             takes longer, so ``send`` is to be used.
         n_backends: how many replicas ``send`` distributes calls over.
         statistics: where requests are counted.
+        is_hop: whether ``send`` calls another service, rather than computing here.
         to_caller: turns what ``send`` raised into the error that the caller of a request gets.
         clock: monotonic seconds, the same as deadlines are on.
     """
@@ -90,6 +91,7 @@ class Batcher:
         send_inline: Callable[[InferRequest], InferResponse | None] | None = None,
         n_backends: Callable[[], int] = lambda: 1,
         statistics: Statistics | None = None,
+        is_hop: bool = False,
         to_caller: Callable[[InferRequest, Exception], Exception] = lambda _, error: error,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,6 +101,10 @@ class Batcher:
         self._limits = limits if callable(limits) else lambda _: fixed
         self._n_backends = n_backends
         self._statistics = statistics or Statistics()
+        self._durations = self._statistics.durations
+        self._call_durations = self._durations.hop if is_hop else self._durations.compute
+        self.n_refused = dict.fromkeys(("queue_full", "queue_wait", "deadline", "background", "preempted"), 0)
+        """Requests that were refused, by the reason."""
         self._to_caller = to_caller
         self._clock = clock
         self._queues: dict[tuple[str, str], ModelQueue] = {}
@@ -150,6 +156,7 @@ class Batcher:
         if reason := queue.background_refusal_reason(now) if is_background else queue.refusal_reason(request.deadline - now):
             preempted = queue.preemptible.lowest(below=priority)
             if preempted is None:
+                self.n_refused[kind_of_refusal(reason)] += 1
                 raise Overloaded(reason, model=request.model)
             self._dequeue(preempted)
         queued = QueuedRequest(
@@ -162,6 +169,7 @@ class Batcher:
         if not queue.is_scheduled:
             self._dispatch_soon(queue)
         if preempted is not None:
+            self.n_refused["preempted"] += 1
             self._fail([preempted], Overloaded("preempted by a request of higher priority", model=request.model))
         return queued
 
@@ -202,6 +210,11 @@ class Batcher:
             if queued.on_answer is not None:
                 queued.compatible.queue.statistics.failed(now - queued.began_at)
                 self._answer(queued, self._to_caller(queued.request, _copied(error)))
+
+    @property
+    def queues(self) -> Mapping[tuple[str, str], ModelQueue]:
+        """What is queued and in flight, by model and version. Those without requests are forgotten now and then."""
+        return self._queues
 
     def occupancy(self, model: str) -> tuple[int, int]:
         """Requests of a model that are queued, and calls for it that are in flight."""
@@ -393,12 +406,15 @@ class Batcher:
         if not requests:
             return
         now, n_requests = call.answered_at, len(requests)
-        queued_s = sum([call.sent_at - queued.queued_at for queued in requests])
+        waits_s = [call.sent_at - queued.queued_at for queued in requests]
+        queued_s, call_s = sum(waits_s), now - call.sent_at
         total_s = sum([now - queued.began_at for queued in requests])
-        infer_s = n_requests * (now - call.sent_at)
+        infer_s = n_requests * call_s
+        n_rows = sum([queued.n_rows for queued in requests]) if n_requests > 1 else requests[0].request.n_rows
+        self._durations.record_call(self._call_durations, waits_s, call_s, n_rows)
         queue.statistics.succeeded(
             n_requests,
-            n_rows=sum([queued.n_rows for queued in requests]) if n_requests > 1 else requests[0].request.n_rows,
+            n_rows=n_rows,
             total_ns=_ns(total_s),
             parts={"input": _ns(total_s - queued_s - infer_s), "queue": _ns(queued_s), "infer": _ns(infer_s), "output": 0},
         )

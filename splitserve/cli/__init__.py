@@ -90,6 +90,14 @@ def up(
     preprocess_port: Annotated[int, typer.Option(help="gRPC port of preprocess, on loopback.")] = 8011,
     predict_port: Annotated[int, typer.Option(help="gRPC port of predict, on loopback.")] = 8021,
     jobs_port: Annotated[int, typer.Option(help="gRPC port of jobs, on loopback.")] = 8031,
+    admin_port: Annotated[
+        str,
+        typer.Option(
+            help="Port of the proxy's admin listener (8002); those of preprocess, predict and jobs are 10, 20 and 30 above it. "
+            "0: any free ones; off: none.",
+            show_default=False,
+        ),
+    ] = "",
     jobs_dir: Annotated[str, typer.Option(envvar="JOBS_DIR", help="Folder of the jobs.")] = "./jobs",
     no_jobs: Annotated[bool, typer.Option("--no-jobs", help="Without the jobs service.")] = False,
 ) -> None:
@@ -99,7 +107,11 @@ def up(
     """
     from splitserve.cli.up import Ports, run
 
-    ports = Ports(http=http_port, grpc=grpc_port, preprocess=preprocess_port, predict=predict_port, jobs=jobs_port)
+    if admin_port not in ("", "off") and not (admin_port.isdecimal() and int(admin_port) <= 65535 - 30):
+        raise typer.BadParameter(f'expected a port, 0 for any free ones, or "off", got "{admin_port}"', param_hint="--admin-port")
+    ports = Ports(
+        http=http_port, grpc=grpc_port, preprocess=preprocess_port, predict=predict_port, jobs=jobs_port, admin=admin_port
+    )
     raise typer.Exit(run(repository, host=host, ports=ports, is_fused=fused, jobs_dir="" if no_jobs else jobs_dir))
 
 

@@ -30,6 +30,9 @@ RESTART_DELAY_S = 1.0
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not bound
 
 
+ADMIN_OFFSETS = {"proxy": 0, "preprocess": 10, "predict": 20, "jobs": 30}
+
+
 class Ports(NamedTuple):
     """The ports of all listeners."""
 
@@ -38,6 +41,15 @@ class Ports(NamedTuple):
     preprocess: int
     predict: int
     jobs: int
+    admin: str = ""
+    """Port of the admin listener of the proxy, or of the fused service; the others have those 10, 20 and 30 above. "0": any free
+    ones; "off": none; "": those of the settings."""
+
+    def admin_port(self, service: str) -> str:
+        """That of a service."""
+        if self.admin in ("", "0", "off"):
+            return self.admin
+        return str(int(self.admin) + ADMIN_OFFSETS[service])
 
 
 class Service(NamedTuple):
@@ -56,6 +68,14 @@ def run(repository: str, *, host: str, ports: Ports, is_fused: bool, jobs_dir: s
 
 def plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str = "") -> list[Service]:
     """The services in the order in which they start; they stop in the reverse."""
+    found = _plan(repository, host, ports, is_fused, jobs_dir)
+    if not ports.admin:
+        return found
+    admin = {f"{service.upper()}_ADMIN_PORT": ports.admin_port(service) for service in ADMIN_OFFSETS}
+    return [service._replace(environment={**service.environment, **admin}) for service in found]
+
+
+def _plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str) -> list[Service]:
     proxy = {"PROXY_HOST": host, "PROXY_HTTP_PORT": str(ports.http), "PROXY_GRPC_PORT": str(ports.grpc)}
     models = {"MODEL_REPOSITORY": repository}
     edge = f"{_scheme()}://{host}:{ports.http} (REST), {host}:{ports.grpc} (gRPC)"

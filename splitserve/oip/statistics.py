@@ -12,7 +12,9 @@ Each service counts its own work. ``compute_input``, ``compute_infer`` and ``com
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Literal
 
@@ -20,6 +22,7 @@ import msgspec
 
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY, ModelState
+from splitserve.telemetry.recorders import SIZE_BOUNDS, Histogram
 from splitserve.versions import is_named, unknown_model
 
 N_BATCH_SIZES = 128
@@ -127,27 +130,74 @@ class Stopwatch:
 class _Recorded(Stopwatch):
     """A context manager as a class: a generator would cost three times as much for every request."""
 
-    __slots__ = ("_entry", "_n_rows")
+    __slots__ = ("_entry", "_n_rows", "_statistics")
 
-    def __init__(self, entry: ModelStatistics, n_rows: int) -> None:
+    def __init__(self, statistics: Statistics, entry: ModelStatistics, n_rows: int) -> None:
         super().__init__()
+        self._statistics = statistics
         self._entry = entry
         self._n_rows = n_rows
 
     def __enter__(self) -> Stopwatch:
+        self._statistics.n_in_flight[self._entry.name, self._entry.version] += 1
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._statistics.n_in_flight[self._entry.name, self._entry.version] -= 1
         if error is None:
             self._entry.succeeded(1, n_rows=self._n_rows, total_ns=self.total_ns, parts=self.parts)
+            self._statistics.durations.record_parts(self.parts, self._n_rows)
         else:
             self._entry.failed(self.total_ns / 1e9)
+
+
+class PhaseDurations:
+    """Histograms of the parts of successful requests, and of the calls that answered them, over all models."""
+
+    __slots__ = ("call_requests", "call_rows", "compute", "hop", "queue")
+
+    def __init__(self) -> None:
+        self.queue = Histogram()
+        self.compute = Histogram()
+        self.hop = Histogram()
+        self.call_rows = Histogram(SIZE_BOUNDS)
+        self.call_requests = Histogram(SIZE_BOUNDS)
+
+    def record_call(self, phase: Histogram, waits_s: Sequence[float], call_s: float, n_rows: int) -> None:
+        """Record a call.
+
+        Args:
+            phase: `hop` or `compute`.
+            waits_s: how long each of its requests was queued.
+            call_s: how long it took.
+            n_rows: of all of them.
+        """
+        n_requests = len(waits_s)
+        counts, bounds = self.queue.counts, self.queue.bounds
+        for wait_s in waits_s:
+            counts[bisect_left(bounds, wait_s)] += 1
+            self.queue.sum += wait_s
+        phase.counts[bisect_left(bounds, call_s)] += n_requests
+        phase.sum += call_s * n_requests
+        self.call_rows.observe(n_rows)
+        self.call_requests.observe(n_requests)
+
+    def record_parts(self, parts: Mapping[Part, int], n_rows: int) -> None:
+        """Record a request that transforms here and calls the next stage."""
+        self.queue.observe(parts["queue"] / 1e9)
+        self.compute.observe((parts["input"] + parts["output"]) / 1e9)
+        self.hop.observe(parts["infer"] / 1e9)
+        self.call_rows.observe(n_rows)
+        self.call_requests.observe(1)
 
 
 class Statistics:
     """Counts by model and version. Not thread-safe; a `Stopwatch` may be used in another thread."""
 
     def __init__(self) -> None:
+        self.durations = PhaseDurations()
+        self.n_in_flight: Counter[tuple[str, str]] = Counter()
+        """Requests that are being `recorded`, by model and version."""
         self._models: dict[tuple[str, str], ModelStatistics] = {}
         self._batches: dict[tuple[str, str, int], BatchStatistics] = {}
 
@@ -159,7 +209,7 @@ class Statistics:
             version: that serves the request.
             n_rows: of the request.
         """
-        return _Recorded(self.of(model, version), n_rows)
+        return _Recorded(self, self.of(model, version), n_rows)
 
     def record_run(self, model: str, version: str, *, n_rows: int, parts: dict[Part, int]) -> None:
         """Count a run of one or several requests."""
@@ -181,6 +231,10 @@ class Statistics:
         if entry is None:
             entry = self._models[model, version] = ModelStatistics(model, version)
         return entry
+
+    def find(self, model: str, version: str) -> ModelStatistics:
+        """The counts of a version; zeros for one without requests."""
+        return self._models.get((model, version)) or ModelStatistics(model, version)
 
     def report(self, states: Iterable[ModelState], model: str = "", version: str = "") -> list[ModelStatistics]:
         """The counts of all ready versions, zeros for those without requests.

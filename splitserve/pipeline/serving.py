@@ -107,7 +107,8 @@ def running(models: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> Iterat
     """
     http, grpc, preprocess, predict = _free_ports(4)
     command = [sys.executable, "-c", _START, "up", "--repository", str(models), "--http-port", str(http)]
-    command += ["--grpc-port", str(grpc), "--preprocess-port", str(preprocess), "--predict-port", str(predict), "--no-jobs"]
+    command += ["--grpc-port", str(grpc), "--preprocess-port", str(preprocess), "--predict-port", str(predict)]
+    command += ["--no-jobs", "--admin-port", "off"]
     log = models.parent / "services.log"
     ignored = ("JOBS_", "PROXY_", "PREPROCESS_", "PREDICT_", "MODEL_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ignored)}

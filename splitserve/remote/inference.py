@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -93,12 +93,13 @@ class InferenceReplica(Replica):
         stream_target: StreamTarget,
         on_change: Callable[[], None],
         metadata: Sequence[tuple[str, str]],
+        on_stream: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(target, channel, on_change)
         self.metadata = metadata
         self.offers: dict[tuple[str, str], str] | None = None
         """The digest of each version that was ready in its last index, "" if it has none; None while unknown."""
-        self.keeper = StreamKeeper(channel, stream_target)
+        self.keeper = StreamKeeper(channel, stream_target, on_stream)
         self.methods = unary_methods(channel, protobuf.SERVICE, METHODS)
 
     @property
@@ -156,6 +157,8 @@ class RemoteInference:
         self._files = Watched(tls.files, lambda: (tls.credentials(), tls.ssl_context())) if tls else None
         self._metadata = bearer(token)
         self._budget = RetryBudget()
+        self.n_streams_opened = 0
+        """Since the start, to all replicas."""
         self._hedge_after_s = hedge_after_s
         self._replicas = Replicas(target, stage=stage, connect=self._connect, is_stale=self._has_new_files, **replicas)
         self.is_loaded = True
@@ -171,7 +174,10 @@ class RemoteInference:
             context=self._files.value[1] if self._files else None,
             server_name=self._tls.server_name if self._tls else "",
         )
-        return InferenceReplica(target, channel, stream_target, on_change, self._metadata)
+        return InferenceReplica(target, channel, stream_target, on_change, self._metadata, self._stream_opened)
+
+    def _stream_opened(self) -> None:
+        self.n_streams_opened += 1
 
     def _channel(self, target: str, authority: str, options: list[tuple[str, Any]]) -> grpc.aio.Channel:
         authority = (self._tls.server_name if self._tls else "") or authority
@@ -190,6 +196,21 @@ class RemoteInference:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._replicas.close()
+
+    @property
+    def stage(self) -> str:
+        """The stage that it calls."""
+        return self._stage
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        """Further attempts of calls, by kind: "retry", "hedge", and those that the budget "refused"."""
+        return self._budget.counts
+
+    @property
+    def n_channels(self) -> int:
+        """Replicas behind the name, ready or not, each process of one that has several."""
+        return self._replicas.n_channels
 
     @property
     def n_replicas(self) -> int:
@@ -264,7 +285,7 @@ class RemoteInference:
         calls = [asyncio.ensure_future(self._infer_on(request, replica))]
         try:
             await asyncio.wait(calls, timeout=self._hedge_after_s)
-            if not calls[0].done() and self.n_replicas > 1 and self._budget.take():
+            if not calls[0].done() and self.n_replicas > 1 and self._budget.take("hedge"):
                 self._replicas.avoid(replica)
                 other = await self._replicas.pick(but=[replica], suits=suits)
                 calls.append(asyncio.ensure_future(self._infer_on(request, other)))

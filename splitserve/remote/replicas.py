@@ -147,6 +147,11 @@ class Replicas(Generic[R]):
             chain(self._replicas.values(), *self._worker_channels.values()) if self._worker_channels else self._replicas.values()
         )
 
+    @property
+    def n_channels(self) -> int:
+        """Replicas, usable or not."""
+        return sum(1 for _ in self._all())
+
     def usable(self) -> list[R]:
         """Those that accept calls at present."""
         return [replica for replica in self._all() if replica.state is READY]

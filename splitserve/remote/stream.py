@@ -190,11 +190,13 @@ class StreamKeeper:
     Args:
         channel: to the replica; its state says when the replica accepts calls.
         target: where to open it.
+        on_open: called for each stream that is open.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, target: StreamTarget) -> None:
+    def __init__(self, channel: grpc.aio.Channel, target: StreamTarget, on_open: Callable[[], None] = lambda: None) -> None:
         self._channel = channel
         self._target = target
+        self._on_open = on_open
         self._streams: dict[asyncio.Task[None], InferStream] = {}
         self._stream: InferStream | None = None
         self.worker = ALONE
@@ -220,6 +222,7 @@ class StreamKeeper:
             if opened is None:
                 continue
             stream, call = opened
+            self._on_open()
             previous, self._stream = self._stream, stream
             running = asyncio.create_task(stream.run())
             self._streams[running] = stream

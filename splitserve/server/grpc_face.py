@@ -37,6 +37,7 @@ from splitserve.server.grpc_inference import GrpcInferences, credentials
 from splitserve.server.grpc_status import call_error
 from splitserve.server.infer_stream import InferStreams
 from splitserve.server.inference import InferenceRules
+from splitserve.telemetry.requests import RequestRecorder
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import MethodHandler, ServerCall, UnaryHandler
 from splitserve.wire.grpc.messages import CallError
@@ -69,6 +70,7 @@ class GrpcFace:
         budget: of the bytes that requests hold; None: unlimited.
         on_needed: called with the versions that callers of the index need.
         more: another service that it serves.
+        recorder: counts its inferences.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class GrpcFace:
         budget: ByteBudget | None = None,
         on_needed: Callable[[Needed], None] | None = None,
         more: MoreMethods | None = None,
+        recorder: RequestRecorder | None = None,
     ) -> None:
         self._service = service
         self._on_needed = on_needed
@@ -92,7 +95,7 @@ class GrpcFace:
         self._readiness = health.Readiness(
             self._health, protobuf.SERVICE, service.not_ready_reason, accepts_calls=lambda: service.is_loaded
         )
-        rules = InferenceRules(service, config.request_limits, authenticator)
+        rules = InferenceRules(service, config.request_limits, authenticator, recorder)
         self._inferences = GrpcInferences(
             rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
         )

@@ -105,6 +105,7 @@ class _GrpcInference(Inference[bytes]):
 
 
 class _UnaryInference(_GrpcInference):
+    protocol = "grpc"
     __slots__ = ("_on_end",)
 
     def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall, on_end: Callable[[bytes | Exception], None]) -> None:
@@ -127,6 +128,8 @@ class _UnaryInference(_GrpcInference):
 
 class _StreamInference(_GrpcInference):
     """``reservation`` is what the message holds of the budget; ``identity`` is the request's id, which its error carries too."""
+
+    protocol = "stream"
 
     __slots__ = ("_answer", "identity", "reservation")
 

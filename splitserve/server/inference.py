@@ -17,27 +17,33 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextvars import Context
-from typing import Generic, TypeVar, TypeVarTuple
+from typing import ClassVar, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
+from splitserve.errors import SplitserveError
 from splitserve.oip import classification
 from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import Authenticator, Caller, context_of
-from splitserve.server.logs import RequestLog, log_request
+from splitserve.server.logs import RequestLog, log_request, status_of
+from splitserve.telemetry.requests import RequestRecorder
 
 A = TypeVar("A")
 Arguments = TypeVarTuple("Arguments")
 
 
 class InferenceRules(msgspec.Struct, frozen=True):
-    """What is the same for every inference of a face. ``authenticator`` None: calls are not authenticated."""
+    """What is the same for every inference of a face. ``authenticator`` None: calls are not authenticated.
+
+    ``recorder`` None: nobody counts them.
+    """
 
     service: InferenceService
     limits: RequestLimits
     authenticator: Authenticator | None = None
+    recorder: RequestRecorder | None = None
 
 
 class Inference(ABC, Generic[A]):
@@ -49,6 +55,9 @@ class Inference(ABC, Generic[A]):
         version: likewise.
         is_received: whether the request can be decoded now; otherwise after `_receive`.
     """
+
+    protocol: ClassVar[str]
+    """As it is counted: of `splitserve.telemetry.families.PROTOCOLS`."""
 
     __slots__ = ("_began", "_context", "_is_over", "_is_received", "_pending", "_rules", "model", "version")
 
@@ -131,6 +140,7 @@ class Inference(ABC, Generic[A]):
             self._log(outcome)
             self._fail(outcome)
             return
+        encoding_at = time.monotonic()
         try:
             answer = self._encode(outcome)
         except Exception as error:
@@ -138,6 +148,9 @@ class Inference(ABC, Generic[A]):
             self._fail(error)
             return
         self.version = outcome.version
+        recorder = self._rules.recorder
+        if recorder is not None:
+            recorder.succeeded(self.protocol, self.model, self.version, self._began, encoding_at)
         if RequestLog.is_complete:
             self._log(None)
         self._deliver(answer)
@@ -152,6 +165,9 @@ class Inference(ABC, Generic[A]):
         self._in_context(self._log, asyncio.CancelledError())
 
     def _log(self, error: BaseException | None) -> None:
+        if error is not None and (recorder := self._rules.recorder) is not None:
+            release = error.pair if isinstance(error, SplitserveError) and error.pair else self.version
+            recorder.failed(self.protocol, self.model, release, status_of(error))
         log_request("infer", self.model, self.version, self._began, error)
 
     @abstractmethod

@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -91,6 +92,9 @@ class ServiceProcess(contextlib.AsyncExitStack):
         logs.configure(level=config.log_level, format=config.log_format, service=name, requests=config.log_requests)
         self._log = structlog.get_logger()
         self._stop = StopSignal()
+        self.is_draining = False
+        self.admin_ports: Mapping[str, int] = {}
+        """Where its admin listener is, by name; empty: it has none of its own."""
 
     async def start(self, *work: Coroutine[Any, Any, None], why_not_ready: Callable[[], Awaitable[str]]) -> None:
         """Begin background work, and wait until everything that the service finds has been loaded or refused.
@@ -112,11 +116,12 @@ class ServiceProcess(contextlib.AsyncExitStack):
             work: runs in the background until the end.
         """
         # Requests are accepted at these ports: `http_port` of the proxy, `grpc_port` of every service.
-        self._log.info("listening", **face.ports)
+        self._log.info("listening", **face.ports, **self.admin_ports)
         await self.enter_async_context(background(*work))
         await self._stop.wait()
         # SIGTERM or SIGINT: requests in flight are still answered.
         self._log.info("draining")
+        self.is_draining = True
         await face.drain()
 
     async def __aexit__(
@@ -187,7 +192,15 @@ def run(main: Callable[[S], Awaitable[None]], read: Callable[[], S], *, service:
         _run(main(config))
         return
     logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
-    workers.supervise(config.workers, lambda: _run(main(config)), config.ports)
+    workers.check(config.ports)
+    from splitserve.server.admin import listen_for_admin  # these import this module
+    from splitserve.server.worker_admin import serve_workers_admin
+
+    listening = listen_for_admin(config)
+    with tempfile.TemporaryDirectory(prefix="splitserve-") as sockets:  # for this user only
+        admin = None if listening is None else lambda: _run(serve_workers_admin(config, service, sockets, listening))
+        os.environ[workers.SOCKETS_VARIABLE] = sockets
+        workers.supervise(config.workers, lambda: _run(main(config)), admin)
 
 
 def _run(main: Awaitable[None]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -24,17 +24,19 @@ Requests = Literal["all", "failed"]
 def configure(*, level: Level, format: Format, service: str, requests: Requests = "all") -> None:
     """Set up logging for this process. Call it once, first."""
     RequestLog.is_complete = requests == "all"
+    LogLevel.set(level)
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
         processors=[
+            LogLevel.keep,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([structlog.processors.format_exc_info] if is_json else []),
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),  # `LogLevel` filters, since the level may change
         # A line is one write: workers share the output, and it may be unbuffered.
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
@@ -44,6 +46,25 @@ def configure(*, level: Level, format: Format, service: str, requests: Requests 
     if count > 1:
         structlog.contextvars.bind_contextvars(worker=index)
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+class LogLevel:
+    """The minimum level that is logged by this process. Loggers are cached, so that it is looked up for each line."""
+
+    current: ClassVar[Level] = "info"
+    _least: ClassVar[int] = logging.INFO
+
+    @classmethod
+    def set(cls, level: Level) -> None:
+        """From now on."""
+        cls.current, cls._least = level, getattr(logging, level.upper())
+
+    @classmethod
+    def keep(cls, _logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """A structlog processor that drops the lines of lower levels."""
+        if structlog.processors.NAME_TO_LEVEL[method] < cls._least:
+            raise structlog.DropEvent
+        return event
 
 
 def _to_json(event: dict[str, Any], **_: object) -> str:
@@ -83,12 +104,13 @@ def log_request(event: str, model: str, version: str, began: float, error: BaseE
         event,
         model=model[:128],
         version=version[:32],
-        status=_status(error),
+        status=status_of(error),
         duration_ms=round((time.monotonic() - began) * 1000, 2),
     )
 
 
-def _status(error: BaseException | None) -> str:
+def status_of(error: BaseException | None) -> str:
+    """The gRPC code of an outcome; None: OK. An exception that is no `Exception` is a cancellation."""
     if error is None:
         return "OK"
     if not isinstance(error, Exception):

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, AliasChoices, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from splitserve.batching.queue import BatchLimits
 from splitserve.repository import sources
 from splitserve.repository.selection import Selection, parse_models, parse_policies
 from splitserve.repository.signing import Verifier
 from splitserve.server import cores, logs
+from splitserve.server.admin_settings import AdminSettings
 from splitserve.versions import MODEL_NAME
 
 MIB = 1024 * 1024
@@ -46,7 +47,7 @@ def check_target(text: str) -> str:
 Target = Annotated[str, AfterValidator(check_target)]
 
 
-class ServiceSettings(BaseSettings):
+class ServiceSettings(AdminSettings):
     """Settings of every service."""
 
     model_config = SettingsConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore", allow_inf_nan=False)

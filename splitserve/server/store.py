@@ -114,6 +114,8 @@ class VersionStore(Generic[T]):
         self._missing: list[str] = []
         self._incomplete: set[str] = set()
         self.catalogue: Catalogue[int, T] = Catalogue()
+        self.n_tried = dict.fromkeys(("loaded", "refused", "not_fetched", "failed"), 0)
+        """Bundles that were tried, by the outcome."""
         self.is_loaded = False
         """Whether everything that was wanted at the first poll has been tried."""
         self.problem = ""
@@ -372,16 +374,19 @@ class VersionStore(Generic[T]):
         except NotFetched as error:
             delay_s = backoff_s(self._n_tries.get(place, 0))
             self._n_tries[place] = self._n_tries.get(place, 0) + 1
+            self.n_tried["not_fetched"] += 1
             self._retry_at[place] = self._clock() + delay_s
             # A file is missing or cannot be downloaded; it is tried again after a backoff.
             self._log.warning("bundle not fetched", bundle=str(key), reason=str(error), retry_in_s=delay_s)
             return Entry(UNAVAILABLE, f"waiting to fetch it again: {error}")
         except BundleError as error:
             self._loaded[place] = _Loaded("", expected)
+            self.n_tried["refused"] += 1
             # A check failed. Other versions keep serving; it is retried when its files have changed.
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))
         except Exception:  # any failure of one bundle must not end the others
+            self.n_tried["failed"] += 1
             # An unexpected error, with its traceback.
             self._log.exception("bundle failed to load", bundle=str(key))
             return Entry(UNAVAILABLE, f"{key}: failed to load; the log has the cause")
@@ -390,6 +395,7 @@ class VersionStore(Generic[T]):
         self._n_tries.pop(place, None)
         self._stamps.pop(place, None)
         self._loaded[place] = _Loaded(bundle.manifest_sha256, expected)
+        self.n_tried["loaded"] += 1
         # It has passed all checks and can serve.
         self._log.info("bundle loaded", bundle=str(key))
         return Entry(READY, value=loaded)

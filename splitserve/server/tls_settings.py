@@ -34,7 +34,7 @@ class ListenerTlsSettings(BaseSettings):
     @field_validator("tls_cert_file", "tls_client_ca_file")
     @classmethod
     def _check_certificates(cls, path: str) -> str:
-        return _checked_certificates(path)
+        return checked_certificates(path)
 
     @field_validator("tls_client_ca_file")
     @classmethod
@@ -46,7 +46,7 @@ class ListenerTlsSettings(BaseSettings):
     @field_validator("tls_key_file")
     @classmethod
     def _check_key(cls, path: str, info: ValidationInfo) -> str:
-        return _checked_key(path, "TLS_CERT_FILE", info.data.get("tls_cert_file"))
+        return checked_key(path, "TLS_CERT_FILE", info.data.get("tls_cert_file"))
 
 
 class NextStageTlsSettings(BaseSettings):
@@ -77,7 +77,7 @@ class NextStageTlsSettings(BaseSettings):
     @field_validator("next_ca_file", "next_cert_file")
     @classmethod
     def _check_next_certificates(cls, path: str) -> str:
-        return _checked_certificates(path)
+        return checked_certificates(path)
 
     @field_validator("next_cert_file", "next_server_name")
     @classmethod
@@ -89,17 +89,21 @@ class NextStageTlsSettings(BaseSettings):
     @field_validator("next_key_file")
     @classmethod
     def _check_next_key(cls, path: str, info: ValidationInfo) -> str:
-        return _checked_key(path, "NEXT_CERT_FILE", info.data.get("next_cert_file"))
+        return checked_key(path, "NEXT_CERT_FILE", info.data.get("next_cert_file"))
 
 
-def _checked_certificates(path: str) -> str:
+def checked_certificates(path: str) -> str:
+    """The path, if its file holds certificates or it is empty. Raises ValueError."""
     if path:
         _check_files(lambda: check_certificates(path))
     return path
 
 
-def _checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:
-    """``cert_file`` is None if it is invalid; then the key is not checked."""
+def checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:
+    """The path, if its file is the key of the certificate or both are empty. Raises ValueError.
+
+    ``cert_file`` is None if it is invalid; then the key is not checked.
+    """
     if cert_file is not None and bool(path) != bool(cert_file):
         raise ValueError(f"this and {cert_setting} must be set together")
     if cert_file and path:

@@ -22,6 +22,9 @@ OPTION = "--workers"
 INDEX_VARIABLE = "SPLITSERVE_WORKER"
 """In the environment of a worker: its index and the number of workers, e.g. ``0/4``."""
 
+SOCKETS_VARIABLE = "SPLITSERVE_WORKER_SOCKETS"
+"""In the environment of a worker: the folder of the sockets on which workers answer the admin process: ``0.sock`` …"""
+
 RESTART_DELAY_S = 1.0
 """Minimum time between two starts of a worker."""
 
@@ -42,26 +45,34 @@ def own_place() -> tuple[int, int]:
     return int(index), int(count)
 
 
-def supervise(n_workers: int, work: Callable[[], None], ports: Sequence[int]) -> None:
+def check(ports: Sequence[int]) -> None:
+    """Raises:
+    SystemExit: a port is 0, so that each process would get another one.
+    """
+    if 0 in ports:
+        raise SystemExit("workers share a port: expected a port other than 0")
+
+
+def supervise(n_workers: int, work: Callable[[], None], admin: Callable[[], None] | None = None) -> None:
     """Run ``work`` in several processes until SIGTERM or SIGINT, which is forwarded; return when all have ended.
 
     Args:
         n_workers: number of processes.
         work: of each process.
-        ports: that they share.
-
-    Raises:
-        SystemExit: a port is 0, so that each process would get another one.
+        admin: of one more process, which answers for all workers; None: there is none.
     """
-    if 0 in ports:
-        raise SystemExit("workers share a port: expected a port other than 0")
-    _Supervisor(n_workers, work).run()
+    _Supervisor(n_workers, work, admin).run()
+
+
+_ADMIN = -1
+"""The index of the process that answers for all workers."""
 
 
 class _Supervisor:
-    def __init__(self, n_workers: int, work: Callable[[], None]) -> None:
+    def __init__(self, n_workers: int, work: Callable[[], None], admin: Callable[[], None] | None) -> None:
         self._n_workers = n_workers
         self._work = work
+        self._admin = admin
         self._workers: dict[int, tuple[int, float]] = {}
         self._is_stopping = False
 
@@ -70,12 +81,14 @@ class _Supervisor:
             signal.signal(number, self._forward)
         for index in range(self._n_workers):
             self._begin(index)
+        if self._admin is not None:
+            self._begin(_ADMIN)
         while self._workers:
             pid, status = os.wait()
             index, began = self._workers.pop(pid)
             if self._is_stopping:
                 continue
-            # A worker process has ended unexpectedly and is restarted.
+            # A worker process, or that of the admin listener (-1), has ended unexpectedly and is restarted.
             structlog.get_logger().error("worker ended", worker=index, status=os.waitstatus_to_exitcode(status))
             time.sleep(max(0.0, began + RESTART_DELAY_S - time.monotonic()))
             if not self._is_stopping:
@@ -90,9 +103,13 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         end_with_parent()
-        os.environ[INDEX_VARIABLE] = f"{index}/{self._n_workers}"
+        work = self._work
+        if index == _ADMIN and self._admin is not None:
+            work = self._admin
+        else:
+            os.environ[INDEX_VARIABLE] = f"{index}/{self._n_workers}"
         try:
-            self._work()
+            work()
         except SystemExit as end:
             _exit(end.code)
         except BaseException:

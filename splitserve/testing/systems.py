@@ -87,7 +87,7 @@ def _running(repository: str, environment: dict[str, str]) -> Iterator[dict[str,
     """The fused service in a process of its own; its ports, once its models are ready."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
     settings = {"MODEL_REPOSITORY": str(Path(repository).resolve()), "LOG_FORMAT": "json"}
-    settings |= {"PROXY_HTTP_PORT": "0", "PROXY_GRPC_PORT": "0", **environment}
+    settings |= {"PROXY_HTTP_PORT": "0", "PROXY_GRPC_PORT": "0", "PROXY_ADMIN_PORT": "off", **environment}
     process = subprocess.Popen(
         [sys.executable, "-m", "fused_service"],
         env={**inherited, **settings},

@@ -16,9 +16,9 @@ UV = Path(sys.executable).with_name("uv")
 
 SERVICES = {
     "proxy": ("proxy", {"numpy", "sklearn", "skops", "pandas", "onnxruntime", "onnx"}),
-    "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "httptools"}),
-    "predict": ("predict_service", {"sklearn", "skops", "pandas", "scipy", "httptools"}),
-    "jobs": ("jobs_service", {"numpy", "sklearn", "onnxruntime", "httptools", "psycopg"}),
+    "preprocess": ("preprocess_service", {"onnxruntime", "onnx", "skl2onnx", "jwt"}),
+    "predict": ("predict_service", {"sklearn", "skops", "pandas", "scipy", "jwt"}),
+    "jobs": ("jobs_service", {"numpy", "sklearn", "onnxruntime", "jwt", "psycopg"}),
 }
 """The module of each service, and what its environment must not hold."""
 

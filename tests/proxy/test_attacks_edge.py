@@ -141,7 +141,7 @@ async def test_unknown_model_names_are_not_counted(tmp_path: Path) -> None:
             assert answer.status_code == 200
 
         counted = system.service.statistics._models
-        batcher = system.service._batcher
+        batcher = system.service.batcher
         assert {model for model, _ in counted} == {"echo"}
         assert set(batcher._queues) == {("echo", "2.1")}
         assert batcher._compatible == {}

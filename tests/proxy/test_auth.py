@@ -580,10 +580,10 @@ async def test_a_recognised_caller_is_served_without_a_task(faces: BothFaces) ->
         writer.write(head.encode() + body)
         connections.append((reader, writer))
     async with asyncio.timeout(10):
-        while sum(faces.service._batcher.occupancy("open-1")) < len(connections) or not faces.backend.requests:  # noqa: ASYNC110
+        while sum(faces.service.batcher.occupancy("open-1")) < len(connections) or not faces.backend.requests:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
-    n_tasks, (_, n_calls) = len(set(asyncio.all_tasks()) - before), faces.service._batcher.occupancy("open-1")
+    n_tasks, (_, n_calls) = len(set(asyncio.all_tasks()) - before), faces.service.batcher.occupancy("open-1")
     released.set()
 
     assert n_tasks == n_calls

@@ -96,7 +96,7 @@ async def test_waiting_requests_have_no_tasks(front: Front) -> None:
     others = [await front.open() for _ in range(20)]
     for number, (_, other) in enumerate(others):
         other.write(infer(number))
-    await until(lambda: front.service._batcher.occupancy("echo")[0] == 20)
+    await until(lambda: front.service.batcher.occupancy("echo")[0] == 20)
 
     n_tasks = len(asyncio.all_tasks()) - before
     front.backend.released.set()
@@ -114,12 +114,12 @@ async def test_a_disconnected_caller_is_not_waited_for(front: Front, capsys: pyt
     _, first = await front.waiting()
     _, second = await front.open()
     second.write(infer(2))
-    await until(lambda: front.service._batcher.occupancy("echo") == (1, 1))
+    await until(lambda: front.service.batcher.occupancy("echo") == (1, 1))
 
     for writer in (second, first):
         writer.close()
         await writer.wait_closed()
-    await until(lambda: front.service._batcher.occupancy("echo") == (0, 0))
+    await until(lambda: front.service.batcher.occupancy("echo") == (0, 0))
 
     assert [asked.n_rows for asked in front.backend.requests] == [1]
     assert capsys.readouterr().out.count("CANCELLED") == 2
@@ -251,7 +251,7 @@ async def test_answered_requests_release_their_bytes() -> None:
         reader, writer = await front.waiting()
         _, leaving = await front.open()
         leaving.write(infer(2))
-        await until(lambda: front.service._batcher.occupancy("echo") == (1, 1))
+        await until(lambda: front.service.batcher.occupancy("echo") == (1, 1))
         held: Any = budget.used
 
         leaving.close()

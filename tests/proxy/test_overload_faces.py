@@ -46,7 +46,7 @@ async def full() -> AsyncIterator[tuple[Served, Held, list[asyncio.Task[Any]]]]:
         while not backend.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         calls += [asyncio.create_task(over_rest(system, priority=5)) for _ in range(QUEUE)]
-        batcher = system.service._batcher
+        batcher = system.service.batcher
         while batcher.occupancy("echo") != (QUEUE, 1):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         yield system, backend, calls
@@ -126,7 +126,7 @@ async def test_priority_is_not_forwarded_and_does_not_prevent_merging() -> None:
         while not backend.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         calls += [asyncio.create_task(over_rest(system, priority=n)) for n in range(4)]
-        while system.service._batcher.occupancy("echo") != (4, 1):  # noqa: ASYNC110
+        while system.service.batcher.occupancy("echo") != (4, 1):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         backend.released.set()
 

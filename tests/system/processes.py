@@ -19,6 +19,9 @@ from typing import Any
 
 PATIENCE_S = 60.0
 
+NO_ADMIN = {f"{service}_ADMIN_PORT": "off" for service in ("PROXY", "PREPROCESS", "PREDICT", "JOBS")}
+"""Services of several tests run at a time, so that the usual ports are taken."""
+
 UNRELEASED = {"PREPROCESS_ALLOW_UNRELEASED_PAIRS": "true", "PREDICT_ALLOW_UNRELEASED_PAIRS": "true"}
 """For tests of halves that are not proven as a whole."""
 
@@ -50,7 +53,7 @@ class Process:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             [python, "-m", module, *arguments],
-            env={**inherited, "LOG_FORMAT": "json", **environment},
+            env={**inherited, **NO_ADMIN, "LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

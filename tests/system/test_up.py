@@ -26,7 +26,7 @@ class Up:
     def __init__(self, repository: Path, output: Path, *options: str) -> None:
         self.ports = free_ports(5)
         arguments = [part for name, port in zip(PORT_OPTIONS, self.ports, strict=True) for part in (name, str(port))]
-        arguments += ["--jobs-dir", str(output.with_name("jobs"))]
+        arguments += ["--jobs-dir", str(output.with_name("jobs")), "--admin-port", "off"]
         self._output = output
         with output.open("w") as stdout:
             self.process = subprocess.Popen(

@@ -1,0 +1,96 @@
+"""The requests of a stage, counted where they are answered: by protocol, model, release and code."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Set
+
+from splitserve.telemetry.families import PROTOCOLS, REQUEST_SECONDS, REQUESTS, UNKNOWN
+from splitserve.telemetry.recorders import Histogram
+from splitserve.telemetry.registry import Sample
+
+OK = "OK"
+_Place = tuple[str, str]
+"""Model and release."""
+
+
+class RequestRecorder:
+    """Counts requests. Recording one raises nothing: a failure here is only counted.
+
+    Args:
+        protocols: that the stage serves.
+    """
+
+    def __init__(self, protocols: tuple[str, ...] = PROTOCOLS) -> None:
+        self.durations = {protocol: Histogram() for protocol in protocols}
+        self.encode = Histogram()
+        self.n_failures = 0
+        """Requests that could not be counted."""
+        self._succeeded: dict[tuple[str, str, str], int] = {}
+        """By protocol, model, release."""
+        self._failed: dict[tuple[str, str, str, str], int] = {}
+        """By protocol, model, release, code."""
+        self._known: Set[_Place] = frozenset()
+        self._models: Set[str] = frozenset()
+
+    def succeeded(self, protocol: str, model: str, release: str, began: float, encoding_at: float) -> None:
+        """Count a request whose answer is encoded.
+
+        Args:
+            protocol: that it came by.
+            model: an existing one.
+            release: that answered.
+            began: when it arrived, on the monotonic clock.
+            encoding_at: when its answer began to be encoded.
+        """
+        try:
+            now = time.monotonic()
+            place = (protocol, model, release)
+            self._succeeded[place] = self._succeeded.get(place, 0) + 1
+            durations, encode = self.durations[protocol], self.encode
+            durations.counts[bisect_left(durations.bounds, now - began)] += 1
+            durations.sum += now - began
+            encode.counts[bisect_left(encode.bounds, now - encoding_at)] += 1
+            encode.sum += now - encoding_at
+        except Exception:
+            self.n_failures += 1
+
+    def failed(self, protocol: str, model: str, release: str, code: str) -> None:
+        """Count a request that failed.
+
+        Args:
+            protocol: that it came by.
+            model: as the caller named it.
+            release: that it was bound to, or as the caller named it.
+            code: of the table of errors, or CANCELLED.
+        """
+        try:
+            if model not in self._models:
+                model, release = UNKNOWN, ""
+            elif (model, release) not in self._known:
+                release = ""
+            place = (protocol, model, release, code)
+            self._failed[place] = self._failed.get(place, 0) + 1
+        except Exception:
+            self.n_failures += 1
+
+    def know(self, places: Set[_Place]) -> None:
+        """These models and releases exist: others are `unknown` from now on, and their series go."""
+        if places == self._known:
+            return
+        self._known, self._models = places, {model for model, _ in places}
+        self._succeeded = {key: n for key, n in self._succeeded.items() if key[1:] in places}
+        self._failed = {
+            key: n for key, n in self._failed.items() if key[1:3] in places or (not key[2] and key[1] in {UNKNOWN, *self._models})
+        }
+
+    def collect(self, stage: str) -> Iterator[Sample]:
+        """Its samples; requests of a release that is known begin at 0."""
+        counts = {(protocol, *place): 0 for protocol in self.durations for place in self._known if place[1]}
+        for (protocol, model, release), n in (counts | self._succeeded).items():
+            yield Sample(REQUESTS, (stage, model, release, protocol, OK), n)
+        for (protocol, model, release, code), n in self._failed.items():
+            yield Sample(REQUESTS, (stage, model, release, protocol, code), n)
+        for protocol, durations in self.durations.items():
+            yield Sample(REQUEST_SECONDS, (stage, protocol), durations.read())

@@ -1,0 +1,220 @@
+"""The admin listener over a real socket: paths, who may ask, the Host header, and that scrapes harm nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from pydantic import ValidationError
+
+from predict_service.settings import PredictSettings
+from splitserve.server import logs
+from splitserve.server.admin import AdminApp, AdminListener, app_of, listen_for_admin
+from splitserve.telemetry.registry import Family, Snapshot
+from splitserve.wire.byte_budget import ByteBudget
+from splitserve.wire.http1.messages import HttpRequest, RequestBody
+
+COUNT = Family("made_total", "counter", "Made.")
+TOKEN = "0123456789abcdef"
+CREDENTIALS = {"authorization": f"Bearer {TOKEN}"}
+
+
+class Fake:
+    """Implements `splitserve.server.admin.Administered`."""
+
+    def __init__(self) -> None:
+        self.families: Mapping[str, Family] = {COUNT.name: COUNT}
+        self.reason = ""
+        self.n_snapshots = 0
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def snapshot(self) -> Snapshot:
+        self.n_snapshots += 1
+        await self.may_answer.wait()
+        return {COUNT.name: {(): self.n_snapshots}}
+
+    async def not_ready_reason(self) -> str:
+        return self.reason
+
+    async def set_log_level(self, level: logs.Level) -> None:
+        logs.LogLevel.set(level)
+
+
+class Admin:
+    """A listener and a client of it."""
+
+    def __init__(self, of: Fake, port: int, client: httpx.AsyncClient) -> None:
+        self.of, self.port, self.client = of, port, client
+
+    async def get(self, path: str, **headers: str) -> httpx.Response:
+        return await self.client.get(path, headers=headers)
+
+
+@pytest.fixture
+async def admin(request: pytest.FixtureRequest) -> AsyncIterator[Admin]:
+    options: dict[str, Any] = getattr(request, "param", {})
+    of, listening = Fake(), socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    async with (
+        AdminListener(AdminApp(of, **options), listening),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+    ):
+        yield Admin(of, port, client)
+
+
+async def test_readiness_has_the_reason(admin: Admin) -> None:
+    """An orchestrator sees the status, an operator why."""
+    ready = await admin.get("/readyz")
+    admin.of.reason = "models are still being loaded"
+    not_ready, live = await admin.get("/readyz"), await admin.get("/livez")
+
+    assert (ready.status_code, ready.json()) == (200, {"ready": True})
+    assert (not_ready.status_code, not_ready.json()["reason"]) == (503, "models are still being loaded")
+    assert live.status_code == 200
+
+
+async def test_the_format_is_what_the_scraper_asks_for(admin: Admin) -> None:
+    """Prometheus asks for OpenMetrics by the Accept header; a person with a browser gets plain text."""
+    plain = await admin.get("/metrics")
+    openmetrics = await admin.get("/metrics", accept="application/openmetrics-text; version=1.0.0,text/plain;q=0.5")
+
+    assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "made_total 1.0" in plain.text
+    assert openmetrics.headers["content-type"].startswith("application/openmetrics-text")
+    assert openmetrics.text.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "127.0.0.1", "[::1]:8002", "10.0.0.7:8002", "proxy:8002", "named.example"])
+@pytest.mark.parametrize("admin", [{"allowed_hosts": frozenset({"named.example"})}], indirect=True)
+async def test_addresses_and_bare_names_are_ours(admin: Admin, host: str) -> None:
+    """No web page has such an origin, so that no rebound name can have them; other names have to be allowed."""
+    assert (await admin.get("/metrics", host=host)).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8002", "localhost.evil.example", ""])
+async def test_names_of_other_sites_are_refused(admin: Admin, host: str) -> None:
+    """A browser sends such a Host when a page's name was rebound to this machine (DNS rebinding)."""
+    assert (await admin.get("/metrics", host=host)).status_code in (400, 421)
+    assert admin.of.n_snapshots == 0
+
+
+@pytest.mark.parametrize("admin", [{"token": TOKEN}], indirect=True)
+async def test_a_token_protects_all_but_the_probes(admin: Admin) -> None:
+    """Probes of an orchestrator have no secret."""
+    assert [(await admin.get(path)).status_code for path in ("/metrics", "/version", "/log-level")] == [401] * 3
+    assert (await admin.get("/metrics", authorization="Bearer fedcba9876543210")).status_code == 401
+    assert (await admin.get("/metrics", authorization=f"Bearer {TOKEN}")).status_code == 200
+    assert [(await admin.get(path)).status_code for path in ("/livez", "/readyz")] == [200, 200]
+
+
+async def test_changes_need_a_token_that_is_configured(admin: Admin) -> None:
+    """Loopback is shared with every user and web page of the machine."""
+    answer = await admin.client.put("/log-level", json={"level": "debug"}, headers=CREDENTIALS)
+
+    assert answer.status_code == 403
+    assert "ADMIN_TOKEN_FILE" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("admin", [{"token": TOKEN}], indirect=True)
+async def test_the_log_level_changes_at_run_time(
+    admin: Admin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also for loggers that have written before, which are cached."""
+    monkeypatch.setattr(logs.LogLevel, "current", "info")
+    monkeypatch.setattr(logs.LogLevel, "_least", logs.LogLevel._least)
+    logger = structlog.wrap_logger(
+        structlog.WriteLogger(), processors=[logs.LogLevel.keep, structlog.processors.KeyValueRenderer()]
+    )
+    logger.debug("first")
+
+    without = await admin.client.put("/log-level", json={"level": "debug"})
+    wrong = await admin.client.put("/log-level", json={"level": "loud"}, headers=CREDENTIALS)
+    changed = await admin.client.put("/log-level", json={"level": "debug"}, headers=CREDENTIALS)
+    logger.debug("second")
+
+    assert (without.status_code, wrong.status_code, changed.status_code) == (401, 400, 200)
+    assert (await admin.get("/log-level", **CREDENTIALS)).json() == {"level": "debug"}
+    assert "second" in (written := capsys.readouterr().out)
+    assert "first" not in written
+
+
+async def test_other_paths_and_methods_are_refused(admin: Admin) -> None:
+    """As HTTP has it."""
+    assert (await admin.get("/")).status_code == 404
+    refused = await admin.client.post("/metrics")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET")
+
+
+async def test_scrapes_at_the_same_time_share_one_rendering() -> None:
+    """Ten scrapers cost as much as one."""
+    of = Fake()
+    of.may_answer.clear()
+    app = AdminApp(of)
+
+    async def scrape() -> Any:
+        request = HttpRequest(0, RequestBody(0, ByteBudget(0)), "GET", "/metrics", {b"host": b"localhost"})
+        return await app.answer(request, lambda _: None)  # type: ignore[misc]  # a coroutine
+
+    scrapes = [asyncio.create_task(scrape()) for _ in range(10)]
+    while not of.n_snapshots:  # noqa: ASYNC110, a fake counts; the scrapes began in one iteration of the loop
+        await asyncio.sleep(0)
+    of.may_answer.set()
+    answers = await asyncio.gather(*scrapes)
+
+    assert {answer.status for answer in answers} == {200}
+    assert of.n_snapshots == 1
+
+
+async def test_scrapers_that_leave_harm_nothing(admin: Admin) -> None:
+    """Closed in the middle a hundred times; the next scrape is answered."""
+    for _ in range(100):
+        _, writer = await asyncio.open_connection("127.0.0.1", admin.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        await writer.drain()
+        writer.transport.abort()
+
+    assert (await admin.get("/metrics")).status_code == 200
+
+
+def test_a_port_that_is_taken_names_the_setting() -> None:
+    """Two services of one kind on a machine: the second says what to change."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"127.0.0.1:{port}.*PREDICT_ADMIN_PORT"):
+            listen_for_admin(PredictSettings(admin_port=port))
+
+
+def test_the_listener_can_be_off() -> None:
+    """Then nothing is bound; any other word is refused."""
+    assert listen_for_admin(PredictSettings(admin_port="off")) is None
+    with pytest.raises(ValidationError, match="off"):
+        PredictSettings(admin_port="none")
+
+
+def test_a_token_is_a_secret_or_refused(tmp_path: Path) -> None:
+    """An empty or short file protects nothing."""
+    file = tmp_path / "token"
+    file.write_text("short\n")
+    with pytest.raises(ValidationError, match="16 characters"):
+        PredictSettings(admin_token_file=str(file))
+
+    file.write_text(f"{TOKEN}\n")
+    config = PredictSettings(admin_token_file=str(file), admin_host="admin.example")
+
+    assert app_of(config, Fake())._token == TOKEN.encode()
+    assert app_of(config, Fake())._allowed_hosts == {"admin.example"}
+
+
+async def test_variables_of_prometheus_change_nothing(admin: Admin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """prometheus_client's mode for several processes reads a folder of files, which may be another program's."""
+    (tmp_path / "counter_1.db").write_bytes(b"of another program")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+
+    assert "made_total 1.0" in (await admin.get("/metrics")).text
