@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
@@ -18,6 +19,7 @@ from splitserve.scoring.shards import Shard, ShardScorer, decode_job
 
 def main(handle: int) -> int:
     """Score until the connection closes; 1 after an error, which was sent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     pa.set_cpu_count(1)
     connection = Connection(handle)
     shards: queue.SimpleQueue[Shard] = queue.SimpleQueue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -20,8 +22,11 @@ from PIL import Image
 
 import splitserve
 from splitserve import Client
+from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.scoring import ScoringError, batch_schema, score
 from splitserve.scoring.runs import ScoringOptions, plan, run
+from splitserve.scoring.summary import Summary
+from splitserve.tensors import Tensor
 from tests.command_line import run_command
 from tests.demo_models import Demos
 from tests.scoring.here import Here
@@ -36,6 +41,12 @@ pytestmark = pytest.mark.xdist_group("scoring")
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([COMMAND, "batch", *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+
+
+def in_process(model: str, where: Path, output: Path, repository: Path, **chosen: Any) -> Summary:
+    """As `score`, without starting processes."""
+    options = ScoringOptions(repository=str(repository), **chosen)
+    return run(plan(model, str(where), str(output), options), options, engine=Here())
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +66,27 @@ def fused(demos: Demos) -> Iterator[System]:
     running.stop()
 
 
-def test_the_readme_s_command_scores_the_example(demos: Demos, tmp_path: Path) -> None:
-    """In the repository ./models; the summary goes to stdout, nothing else."""
+def test_the_example_draws_its_scores(demos: Demos, tmp_path: Path) -> None:
+    """As its first line says; again where the output exists."""
+    example = ROOT / "examples" / "batch" / "plot_scores.py"
+
+    subprocess.run([sys.executable, example, demos.repository], cwd=tmp_path, check=True, capture_output=True)
+
+    assert (tmp_path / "scores.svg").read_text().count("<rect") == 60
+    assert len(pq.read_table(tmp_path / "scores.parquet")) == 344
+
+
+def test_the_document_s_programs_run(demos: Demos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as they stand, where there are ./models and a table."""
     (tmp_path / "models").symlink_to(demos.repository)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    pd.read_csv(PENGUINS).to_parquet(tmp_path / "penguins.parquet", index=False)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "batch.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
 
-    done = command("penguins", PENGUINS, "scores.csv", cwd=tmp_path)
-
-    assert done.returncode == 0, done.stderr
-    assert "rows in 344 = rows out 344 + errors 0" in done.stdout
-    found = pd.read_csv(tmp_path / "scores.csv")
-    assert list(found.columns) == ["label", "probabilities_Adelie", "probabilities_Chinstrap", "probabilities_Gentoo"]
-    species = pd.read_csv(PENGUINS)["species"]
-    assert (found["label"] == species).mean() > 0.95
+    for block in blocks:
+        exec(block, {})  # in this process: the second loads the release here
 
 
 @pytest.mark.parametrize("model", ["penguins", "breast-cancer"])
@@ -78,7 +98,7 @@ def test_answers_are_those_of_the_running_system(demos: Demos, fused: System, tm
     with Client(fused.grpc) as client:
         online = client.infer(model, rows if model == "penguins" else {"features": rows}, chunk_rows=0)
 
-    summary = score(model, tmp_path / "t.parquet", tmp_path / "out.parquet", repository=demos.repository, workers=1)
+    summary = in_process(model, tmp_path / "t.parquet", tmp_path / "out.parquet", demos.repository)
 
     found = pq.read_table(tmp_path / "out.parquet")
     assert summary.errors == 0
@@ -98,7 +118,7 @@ def test_text_formats_mean_what_they_mean_online(demos: Demos, fused: System, tm
     with Client(fused.grpc) as client:
         online = client.infer("penguins", pd.DataFrame(rows, columns=header.split(",")))
 
-    score("penguins", tmp_path / "t.csv", tmp_path / "out.parquet", repository=demos.repository)
+    in_process("penguins", tmp_path / "t.csv", tmp_path / "out.parquet", demos.repository)
 
     found = pq.read_table(tmp_path / "out.parquet")
     assert found["probabilities_Adelie"].to_pylist() == online["probabilities"][:, 0].tolist()
@@ -113,29 +133,21 @@ run(plan("penguins", sys.argv[2], sys.argv[3], options), options)
 
 
 def test_a_run_that_is_killed_goes_on_and_gives_the_same_bytes(demos: Demos, many: Path, tmp_path: Path) -> None:
-    """Killed when a shard is finished, and again with the next one. The workers end with their parent."""
+    """Killed when a shard is finished; the next process does the others."""
     options = ScoringOptions(repository=str(demos.repository), keep=("id",), workers=2, shard_rows=8192)
-    whole = run(plan("penguins", str(many), str(tmp_path / "whole.parquet"), options), options)
+    whole = in_process("penguins", many, tmp_path / "whole.parquet", demos.repository, keep=("id",), shard_rows=8192)
     output = tmp_path / "killed.parquet"
     records = tmp_path / "killed.parquet.parts" / "_splitserve" / "shards"
 
-    def n_finished() -> int:
-        return len(list(records.glob("part-*.json"))) if records.exists() else 0
-
-    for n_wanted in (1, 2):
-        arguments = [sys.executable, "-c", PROGRAM, str(demos.repository), str(many), str(output)]
-        with subprocess.Popen(arguments, start_new_session=True) as process:
-            wait_until(lambda n_wanted=n_wanted: n_finished() >= n_wanted or output.exists(), "a finished shard")
-            process.send_signal(signal.SIGKILL)
-    summary = wait_until(lambda: resumed(many, output, options), "the workers of the killed run to end")
+    arguments = [sys.executable, "-c", PROGRAM, str(demos.repository), str(many), str(output)]
+    with subprocess.Popen(arguments, start_new_session=True) as process:
+        wait_until(lambda: output.exists() or (records.exists() and list(records.glob("part-*.json"))), "a finished shard")
+        process.send_signal(signal.SIGKILL)
+    summary = run(plan("penguins", str(many), str(output), options), options)
 
     assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert 2 <= summary.resumed_shards <= summary.shards
+    assert 1 <= summary.resumed_shards <= summary.shards
     assert (summary.rows, summary.scored, summary.errors) == (whole.rows, whole.scored, whole.errors)
-
-
-def resumed(where: Path, output: Path, options: ScoringOptions) -> Any:
-    return run(plan("penguins", str(where), str(output), options), options)
 
 
 def test_exactly_the_bad_rows_fail_in_many(demos: Demos, many: Path, tmp_path: Path) -> None:
@@ -145,7 +157,7 @@ def test_exactly_the_bad_rows_fail_in_many(demos: Demos, many: Path, tmp_path: P
     frame.loc[bad, "bill_depth_mm"] = np.inf
     frame.to_parquet(tmp_path / "t.parquet", index=False)
 
-    summary = score("penguins", tmp_path / "t.parquet", tmp_path / "out.parquet", repository=demos.repository, keep=["id"])
+    summary = in_process("penguins", tmp_path / "t.parquet", tmp_path / "out.parquet", demos.repository, keep=("id",))
 
     assert (summary.rows, summary.scored, summary.errors) == (40_000, 39_996, 4)
     errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
@@ -173,14 +185,35 @@ def test_a_worker_that_dies_is_named_by_its_shard(
         score("penguins", many, tmp_path / "out.parquet", repository=demos.repository, workers=1)
 
 
-def test_golden_samples_are_replayed_before_the_first_row(demos: Demos, tmp_path: Path) -> None:
-    """A release whose bundle was replaced does not score."""
+def test_golden_samples_are_replayed_before_the_first_row(demos: Demos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release that answers otherwise than it is recorded does not score."""
+    answer = Preprocessor.answer
+
+    def swapped(self: Preprocessor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return answer(self, tuple(msgspec.structs.replace(each, raw=each.raw[::-1]) for each in outputs))
+
+    monkeypatch.setattr(Preprocessor, "answer", swapped)
+
+    with pytest.raises(ScoringError, match='output "label" of golden sample 0'):
+        in_process("breast-cancer", features(demos, tmp_path), tmp_path / "out.csv", demos.repository)
+
+    assert not (tmp_path / "out.csv").exists()
+
+
+def features(demos: Demos, folder: Path) -> Path:
+    rows = demos.models["breast-cancer"].rows
+    pd.DataFrame({"features": list(rows)}).to_parquet(folder / "features.parquet", index=False)
+    return folder / "features.parquet"
+
+
+def test_a_bundle_that_was_replaced_does_not_score(demos: Demos, tmp_path: Path) -> None:
+    """Its digest is not that of the release."""
     shutil.copytree(demos.repository / "penguins", tmp_path / "models" / "penguins")
     model = tmp_path / "models" / "penguins" / "predict" / "1" / "model.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"\0")
 
     with pytest.raises(ScoringError, match=r"penguins/predict/1: model\.onnx: "):
-        score("penguins", PENGUINS, tmp_path / "out.csv", repository=tmp_path / "models")
+        in_process("penguins", PENGUINS, tmp_path / "out.csv", tmp_path / "models")
 
     assert not (tmp_path / "out.csv").exists()
 
@@ -224,11 +257,13 @@ def test_json_is_all_that_is_printed(demos: Demos, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 1
 
 
-def test_a_dry_run_checks_and_writes_nothing(demos: Demos, tmp_path: Path) -> None:
+def test_a_dry_run_checks_and_writes_nothing(demos: Demos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan and an estimate."""
-    done = command("penguins", PENGUINS, "out.csv", "--dry-run", "--repository", demos.repository, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
 
-    assert done.returncode == 0, done.stderr
+    done = run_command("batch", "penguins", PENGUINS, "out.csv", "--dry-run", "--repository", demos.repository)
+
+    assert done.exit_code == 0, done.stderr
     assert "344 rows of csv in 1 files, 1 shards" in done.stdout
     assert "columns not used: id, species" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +300,7 @@ def test_pictures_are_rows(tmp_path: Path, made_once: Any) -> None:
     (folder / "notes.txt").write_text("x")
     (folder / ".DS_Store").touch()
 
-    summary = score("pictures", folder, tmp_path / "out.csv", repository=repository, max_errors=2)
+    summary = in_process("pictures", folder, tmp_path / "out.csv", repository, max_errors="2")
 
     found = pd.read_csv(tmp_path / "out.csv")
     assert found["file"].tolist() == [f"{number:02d}.png" for number in range(20)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitserve.scoring.sources import text
+from splitserve.scoring.sources import delimited, text
 from splitserve.scoring.sources.block import Part, Reading
 from splitserve.scoring.sources.delimited import header_of, plan, read
 
@@ -108,3 +109,22 @@ def test_json_strings_of_every_line_are_whole() -> None:
     data = b"".join(json.dumps({"a": 'x"y'}).encode() + b"\n" for _ in range(9))
 
     assert [count for _, _, count in text.scan(io.BytesIO(data), 0, 40).ranges] == [3, 3, 3]
+
+
+def test_rows_with_other_numbers_of_cells_are_told_by_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the parser is ahead of the rows: a packed file, read in small blocks. Empty lines do not count."""
+    monkeypatch.setattr(delimited, "MAX_ROW_BYTES", 64)
+    lines = [f"{row},x" if row % 7 == 0 else f"{row},x,y" for row in range(1, 100)]
+    data = ("a,b,c\n" + "\n\n".join(lines)).encode()
+    (tmp_path / "t.csv").write_bytes(data)
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(data))
+
+    for name in ("t.csv", "t.csv.gz"):
+        path = str(tmp_path / name)
+        blocks = [each for part in plan(0, path, "utf-8", 100) for each in read(path, part, Reading((), (), ("a",)))]
+        rows = [row for block in blocks for row in block.rows.tolist()]
+        assert rows == [int(cell) for block in blocks for cell in block.kept["a"].to_pylist()]
+        assert rows == [row for row in range(1, 100) if row % 7]
+        assert [(each.row, each.text) for block in blocks for each in block.unreadable] == [
+            (row, f"{row},x") for row in range(7, 100, 7)
+        ]

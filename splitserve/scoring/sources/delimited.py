@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,7 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
     broken: list[pacsv.InvalidRow] = []
 
     def note(row: Any) -> str:
-        broken.append(row)
+        broken.append(row._replace(number=part.first_row + row.number - 1))  # Arrow counts from where it began to read
         return "skip"
 
     parsing = pacsv.ParseOptions(delimiter=delimiter_of(path), newlines_in_values=True, invalid_row_handler=note)
@@ -115,21 +115,19 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
             data = read_range(path, part)
             options = pacsv.ReadOptions(column_names=names, use_threads=False, block_size=len(data) + 1)
             table = pacsv.read_csv(pa.BufferReader(data), options, parsing, converting)
-            yield _block(path, table, broken, part.first_row, 0, reading)
+            yield _block(path, table, broken, part.first_row, reading, is_last=True)
             return
-        options = pacsv.ReadOptions(column_names=names, skip_rows=0, use_threads=False, block_size=MAX_ROW_BYTES)
+        options = pacsv.ReadOptions(column_names=names, use_threads=False, block_size=MAX_ROW_BYTES)
         with opened(path, reading.encoding) as file:
             first_row = part.first_row
             stream = _after_header(path, file, reading.encoding)
-            n_read = 0
             with pacsv.open_csv(pa.PythonFile(stream, "r"), options, parsing, converting) as batches:
                 for batch in batches:
-                    skipped, broken[:] = list(broken), []
-                    yield _block(path, pa.Table.from_batches([batch]), skipped, first_row, n_read, reading)
-                    first_row += len(batch) + len(skipped)
-                    n_read += len(batch) + len(skipped)
+                    block = _block(path, pa.Table.from_batches([batch]), broken, first_row, reading)
+                    first_row += len(block.rows) + len(block.unreadable)
+                    yield block
             if broken:
-                yield _block(path, batches.schema.empty_table(), list(broken), first_row, n_read, reading)
+                yield _block(path, batches.schema.empty_table(), broken, first_row, reading, is_last=True)
     except pa.ArrowInvalid as error:
         raise ScoringError(f"{path}: {_place(part)}: {error}") from error
     except (UnicodeDecodeError, EOFError) as error:
@@ -164,19 +162,18 @@ class _after_header(io.RawIOBase):  # noqa: N801 - a view of a file
 
 
 def _block(
-    path: str, table: pa.Table, broken: Sequence[pacsv.InvalidRow], first_row: int, n_before: int, reading: Reading
+    path: str, table: pa.Table, broken: list[pacsv.InvalidRow], first_row: int, reading: Reading, *, is_last: bool = False
 ) -> Block:
-    n_rows = len(table) + len(broken)
-    numbers = np.arange(first_row, first_row + n_rows)
+    """The rows of a table. Takes what is broken among them out of ``broken``, which the parser fills ahead of the table."""
+    n_rows = len(table)
+    numbers = [row.number for row in broken]
+    rows = np.setdiff1d(np.arange(first_row, first_row + n_rows + len(broken)), numbers)[:n_rows]
+    n_passed = len(broken) if is_last else sum(number < rows[-1] for number in numbers) if n_rows else 0
+    passed, broken[:] = broken[:n_passed], broken[n_passed:]
     unreadable = tuple(
-        Unreadable(
-            first_row + (row.number - 1 - n_before if row.number is not None else len(table) + place),
-            row.text,
-            f"expected {row.expected_columns} cells as in the header, got {row.actual_columns}",
-        )
-        for place, row in enumerate(broken)
+        Unreadable(row.number, row.text, f"expected {row.expected_columns} cells as in the header, got {row.actual_columns}")
+        for row in passed
     )
-    rows = np.setdiff1d(numbers, [each.row for each in unreadable]) if unreadable else numbers
     texts = {name: _utf8(path, name, table[name], rows) for name in table.column_names}
     failures: Failures = {}
     columns = {name: cells(spec, texts[name], name, failures) for name, spec in reading.spec_by_column.items() if name in texts}
