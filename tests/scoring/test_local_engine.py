@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 PENGUINS = ROOT / "examples" / "penguins.csv"
 COMMAND = Path(sys.executable).with_name("splitserve")
 
-pytestmark = pytest.mark.xdist_group("scoring")
+pytestmark = [pytest.mark.xdist_group("scoring"), pytest.mark.heavy]
 
 
 def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
