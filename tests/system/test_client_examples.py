@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from tests.demo_models import Demos
 from tests.system.processes import System
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "client"
-GUIDE = (Path(__file__).parents[2] / "docs" / "client.md").read_text()
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = (DOCS / "client.md").read_text()
 
 PRINTS = {
     "arrays": "a one is read as 1",
@@ -51,14 +54,51 @@ def test_an_example_works_over_both_transports(url: str, name: str) -> None:
     assert PRINTS[name] in done.stdout
 
 
-def test_the_guides_snippets_work_in_their_order(system: System) -> None:
+def blocks_of(page: str, language: str, system: System) -> list[str]:
+    """The blocks of a page in a language; their addresses are those of the system."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [block.replace("127.0.0.1:8000", system.http).replace("127.0.0.1:8001", system.grpc) for block in blocks]
+
+
+@pytest.mark.parametrize("page", ["client.md", "from-other-clients.md"])
+def test_the_guides_snippets_work_in_their_order(system: System, page: str) -> None:
     """They run when pasted one after the other."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE, flags=re.MULTILINE | re.DOTALL)
-    program = "\n".join(blocks).replace("127.0.0.1:8000", system.http).replace("127.0.0.1:8001", system.grpc)
+    program = "\n".join(blocks_of(page, "python", system))
 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_guides_test_of_a_pipeline_is_one(system: System, tmp_path: Path) -> None:
+    """Ten lines with its imports, run by pytest as a user runs it."""
+    [block] = [block for block in blocks_of("client.md", "python", system) if "def test_my_pipeline" in block]
+    (tmp_path / "test_mine.py").write_text(block)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:schemathesis", "-p", "no:cacheprovider", tmp_path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(block.split("\n\n\n")[1].splitlines()) < 10
+
+
+def test_the_guides_commands_work(system: System) -> None:
+    """In a shell."""
+    commands = blocks_of("client.md", "bash", system)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    printed = [
+        subprocess.run(["bash", "-euc", command], env={**os.environ, "PATH": path}, check=True, capture_output=True).stdout
+        for command in commands
+    ]
+
+    assert [json.loads(text)[0]["label"] for text in printed] == ["Chinstrap"]
 
 
 @pytest.mark.parametrize("dtype", ["object", "string", "category", "str"])
