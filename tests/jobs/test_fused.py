@@ -70,7 +70,10 @@ async def test_a_worker_that_is_not_the_owner_forwards_to_it(workers):
     again = await owner.jobs.submit(ANN, submission(key="k"))
 
     ended = await other.until(submitted.job, "succeeded")
+    known = [await each.jobs.job_of_key(ANN, "k", b"") for each in workers]
 
+    assert [job.id for job in known] == [ended.id] * 2
+    assert await other.jobs.job_of_key(ANN, "other", b"") is None
     assert (submitted.is_new, again.is_new, again.job.id) == (True, False, ended.id)
     assert (len(owner.backend.requests), len(other.backend.requests)) == (1, 0)
     assert (await other.jobs.result(ANN, ended.id)).answer == (await owner.jobs.result(ANN, ended.id)).answer
