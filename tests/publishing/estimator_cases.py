@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ from sklearn.preprocessing import (
 from sklearn.semi_supervised import LabelPropagation, LabelSpreading, SelfTrainingClassifier
 from sklearn.svm import SVC, SVR, LinearSVC, NuSVC, NuSVR, OneClassSVM
 from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
-from sklearn.utils import all_estimators
+from sklearn.utils import discovery
 
 N_FEATURES = 4
 COUNTS = ("MultinomialNB", "ComplementNB", "CategoricalNB")
@@ -126,6 +127,12 @@ SMALL = {"n_estimators": 5, "max_iter": 300, "random_state": 0}
 """Parameters that keep a fit short, where a class has them."""
 
 ITERATIONS = {"HistGradientBoostingClassifier": 5, "HistGradientBoostingRegressor": 5, "BayesianGaussianMixture": 50}
+
+
+@cache
+def all_estimators() -> tuple[tuple[str, Any], ...]:
+    """Names and classes of all of scikit-learn's, for which its files are searched."""
+    return tuple(discovery.all_estimators())
 
 
 def with_predict() -> list[str]:
