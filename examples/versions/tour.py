@@ -228,7 +228,9 @@ def running(repository: Path) -> Iterator[DemoSystem]:
         )
     try:
         system = DemoSystem(http_port, grpc_port)
-        wait_for(system.is_ready, f"the system to come up; {log.name} says more")
+        wait_for(lambda: system.is_ready() or process.poll() is not None, f"the system to come up; {log.name} says more")
+        if process.poll() is not None:
+            sys.exit(f"the system ended instead of coming up; {log.name} says why")
         yield system
     finally:
         process.send_signal(signal.SIGINT)

@@ -78,11 +78,11 @@ def test_a_restart_serves_the_newest_release_whose_halves_load(tmp_path: Path, i
 
 
 @pytest.mark.parametrize("is_fused", [False, True], ids=["split", "fused"])
-def test_a_pair_without_a_release_is_not_found_and_the_error_says_how_to_release_it(models: Path, is_fused: bool) -> None:
+def test_a_pair_without_a_release_is_not_found_and_the_error_says_how_to_release_it(tmp_path: Path, is_fused: bool) -> None:
     """Over REST and gRPC."""
-    publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="two", repository=models)
-    publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="two", repository=models)
-    system = System(models, is_fused=is_fused)
+    publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="two", repository=tmp_path)
+    publish(make_pipeline(StandardScaler(), Ridge()).fit(ROWS, ROWS.sum(axis=1)), ROWS, name="two", repository=tmp_path)
+    system = System(tmp_path, is_fused=is_fused)
     try:
         wait_until(lambda: system.rest("/v2/models/two/ready")[0] == 200, "ready")
         status, answer = system.rest("/v2/models/two/versions/2.1/infer", REQUEST)
