@@ -21,7 +21,10 @@ FACTORIES = ("get_logger", "getLogger")
 REQUEST_LOG = "splitserve/server/logs.py"
 REQUEST_LINES = ("log_request",)
 """What writes the line for a request; its first argument is the event."""
-REQUEST_FIELDS = ("model", "version", "status", "duration_ms")
+REQUEST_FIELDS = (
+    "model", "version", "status", "duration_ms", "request_id", "rows", "bytes", "queue_ms", "compute_ms", "hop_ms", "encode_ms",
+    "failed_stage",
+)  # fmt: skip
 REQUEST_MEANING = "A request was answered or failed (`LOG_REQUESTS` chooses which are logged)."
 
 

@@ -173,7 +173,7 @@ class PreprocessService:
             check_time_left(request.deadline)
             with self.statistics.recorded(request.model, str(pair), n_rows=request.n_rows) as watch:
                 outputs = await self._infer(request, pair, admitted, watch)
-        return InferResponse(request.model, str(pair), outputs, request.id)
+        return InferResponse(request.model, str(pair), outputs, request.id, phases=partial(_phases, watch))
 
     async def _infer(self, request: InferRequest, pair: Pair, admitted: AdmittedPair, watch: Stopwatch) -> tuple[Tensor, ...]:
         preprocessor = admitted.preprocessor
@@ -311,6 +311,11 @@ class PreprocessService:
                 "it and makes one",
                 model=model,
             )
+
+
+def _phases(watch: Stopwatch) -> dict[str, float]:
+    parts = watch.parts
+    return {"queue": parts["queue"] / 1e9, "compute": (parts["input"] + parts["output"]) / 1e9, "hop": parts["infer"] / 1e9}
 
 
 def _transform(preprocessor: Preprocessor, inputs: Sequence[Tensor], watch: Stopwatch) -> tuple[Tensor, ...]:

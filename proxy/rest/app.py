@@ -104,6 +104,7 @@ class RestApp:
             limits=config.request_limits,
             authenticator=authenticator,
             recorder=recorder,
+            makes_ids=True,
             max_body_bytes=config.max_body_bytes,
             default_timeout_s=config.default_timeout_s,
             max_timeout_s=config.max_timeout_s,
@@ -194,13 +195,14 @@ class RestApp:
             return self._answer(handler, path, incoming, encoding)
         if PREFER in incoming.headers and prefers_async(incoming):
             return self._answer(self._jobs.submitting(handler), path, incoming, encoding)
+        inference: RestInference | None = None
         try:
             if b"?" in incoming.target:
                 check_no_job_options(incoming)
-            inference: RestInference = handler(self._rules, path, incoming, encoding, respond)
+            inference = handler(self._rules, path, incoming, encoding, respond)
             inference.begin()
         except Exception as error:
-            return self.failure(error)
+            return self.failure(error) if inference is None else inference.failure(error)
         return inference
 
     async def _answer(self, handler: Handler, path: PathParts, incoming: HttpRequest, encoding: str) -> HttpResponse:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -100,9 +100,7 @@ class RestInference(Inference[HttpResponse]):
 
     protocol = "rest"
 
-    __slots__ = ("_body", "_encoding", "_incoming", "_respond", "_rest", "deadline", "request")
-
-    request: InferRequest
+    __slots__ = ("_body", "_encoding", "_incoming", "_made_id", "_respond", "_rest", "deadline")
 
     def __init__(self, rules: RestRules, path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond) -> None:
         super().__init__(rules, path["model"], path["version"], is_received=incoming.body.is_complete and not encoding)
@@ -111,6 +109,7 @@ class RestInference(Inference[HttpResponse]):
         self._encoding = encoding
         self._respond = respond
         self._body: bytes | None = None
+        self._made_id = ""
         timeout_s = rules.timeout_s(incoming) if TIMEOUT in incoming.headers else rules.default_timeout_s
         self.deadline = self._began + timeout_s
 
@@ -122,10 +121,10 @@ class RestInference(Inference[HttpResponse]):
 
     def _decode(self) -> InferRequest:
         body, self._body = self._body, None
-        self.request = self.decode_body(self._incoming.body.content() if body is None else body)
-        if REQUEST_ID in self._incoming.headers and not self.request.id and (named := request_id_of(self._incoming)):
-            self.request = msgspec.structs.replace(self.request, id=named)
-        return self.request
+        request = self.decode_body(self._incoming.body.content() if body is None else body)
+        if REQUEST_ID in self._incoming.headers and not request.id and (named := request_id_of(self._incoming)):
+            request = msgspec.structs.replace(request, id=named)
+        return request
 
     def decode_body(self, body: bytes) -> InferRequest:
         """The request in a decompressed body."""
@@ -139,13 +138,27 @@ class RestInference(Inference[HttpResponse]):
         )
 
     def _encode(self, response: InferResponse) -> HttpResponse:
+        assert self.request is not None, "an answer follows a request"
         return v2_response(response, self.request)
 
     def _deliver(self, answer: HttpResponse) -> None:
         self._respond(compressed(answer, self._incoming) if may_be_compressed(answer, self._incoming) else answer)
 
     def _fail(self, error: Exception) -> None:
-        self._respond(self._rest.failure(error))
+        self._respond(self.failure(error))
+
+    def failure(self, error: Exception) -> HttpResponse:
+        """The response for an error of this request."""
+        response = self._rest.failure(error)
+        if self._made_id:
+            response.headers += ((REQUEST_ID.decode(), self._made_id),)
+        return response
+
+    def _given_id(self) -> str:
+        return request_id_of(self._incoming) or ""
+
+    def _tell_id(self, identity: str) -> None:
+        self._made_id = identity
 
 
 class V1Inference(RestInference):
@@ -162,8 +175,8 @@ class V1Inference(RestInference):
     def _encode(self, response: InferResponse) -> HttpResponse:
         return v1_response(response, is_columnar=self.is_columnar)
 
-    def _log(self, error: BaseException | None) -> None:
-        log_request("predict", self.model, self.version, self._began, error)
+    def _log(self, error: BaseException | None, facts: Mapping[str, object]) -> None:
+        log_request("predict", self.model, self.version, self._began, error, facts)
 
 
 def v2_response(response: InferResponse, request: InferRequest) -> HttpResponse:

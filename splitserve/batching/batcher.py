@@ -102,6 +102,7 @@ class Batcher:
         self._n_backends = n_backends
         self._statistics = statistics or Statistics()
         self._durations = self._statistics.durations
+        self._call_phase = "hop" if is_hop else "compute"
         self._call_durations = self._durations.hop if is_hop else self._durations.compute
         self.n_refused = dict.fromkeys(("queue_full", "queue_wait", "deadline", "background", "preempted"), 0)
         """Requests that were refused, by the reason."""
@@ -244,7 +245,7 @@ class Batcher:
             queue = self._queues.get(name)
             if queue is None:
                 self._forget_idle_queues()
-                queue = self._queues[name] = ModelQueue(self._limits(request.model), self._statistics.of(*name))
+                queue = self._queues[name] = ModelQueue(self._limits(request.model), self._statistics.of(*name), self._call_phase)
             compatible = CompatibleRequests(key, queue, is_mergeable)
         return compatible
 
@@ -315,8 +316,10 @@ class Batcher:
         except Exception as error:
             self._fail_alone(queue, queued, error)
         else:
+            queued.call = call
             self._succeed_alone(queue, call, queued, response)
             self._learn(queue, call)
+            call.requests.clear()  # breaks a reference cycle, which only the garbage collector would free
         return True
 
     async def _run_call(self, queue: ModelQueue, call: BatchCall) -> None:

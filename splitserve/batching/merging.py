@@ -36,7 +36,7 @@ def _items(parameters: Any) -> Hashable:
 
 
 def merge(requests: Sequence[InferRequest]) -> InferRequest:
-    """One request with the rows of all, in order, and the latest of their deadlines; pinned if one of them is.
+    """One request with the rows of all, in order, the latest of their deadlines, and their ids; pinned if one of them is.
 
     Args:
         requests: compatible ones, at least one; each input of shape (rows, ...).
@@ -54,8 +54,19 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
         outputs=first.outputs,
         parameters=first.parameters,
         deadline=max([request.deadline for request in requests]),
+        id=_joined_ids([request.id for request in requests]),
         is_pinned=any(request.is_pinned for request in requests),
     )
+
+
+MAX_IDS_LENGTH = 1024
+"""Characters of the id of a merged call."""
+
+
+def _joined_ids(ids: Sequence[str]) -> str:
+    """The ids of merged requests, by which the next stage logs them; those that are too many are left out."""
+    named = ",".join(filter(None, ids)) if any(ids) else ""
+    return named if len(named) <= MAX_IDS_LENGTH else named[:MAX_IDS_LENGTH].rpartition(",")[0]
 
 
 def split(response: InferResponse, n_rows: Sequence[int]) -> list[tuple[Tensor, ...]]:

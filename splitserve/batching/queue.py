@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -70,12 +70,14 @@ class ModelQueue:
     Args:
         limits: of its batches.
         statistics: where its requests are counted.
+        call_phase: what a call is to a request: "hop" or "compute".
     """
 
-    def __init__(self, limits: BatchLimits, statistics: ModelStatistics) -> None:
+    def __init__(self, limits: BatchLimits, statistics: ModelStatistics, call_phase: str = "compute") -> None:
         self.loop = asyncio.get_running_loop()  # asking for it costs a system call
         self.limits = limits
         self.statistics = statistics
+        self.call_phase = call_phase
         self.compatible: OrderedDict[Hashable, CompatibleRequests] = OrderedDict()
         """Non-empty, in the order in which they get the next call."""
         self.n_queued = 0
@@ -431,6 +433,13 @@ class QueuedRequest:
         n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
         self.n_bytes = n_bytes if n_bytes > answer_bytes else answer_bytes
         """Of its inputs or of its answer, whichever is larger."""
+
+    def phases(self) -> Mapping[str, float]:
+        """Seconds that it was queued, and that its call took, once that has answered it; else nothing."""
+        call = self.call
+        if call is None or not call.answered_at:
+            return {}
+        return {"queue": call.sent_at - self.queued_at, self.compatible.queue.call_phase: call.answered_at - call.sent_at}
 
     def cancel(self) -> None:
         """Abandon it: the callback is not called after this."""

@@ -136,13 +136,17 @@ class InferRequest(msgspec.Struct, frozen=True):
 
 
 class InferResponse(msgspec.Struct, frozen=True):
-    """The response to one inference; ``version`` is the one that answered."""
+    """The response to one inference; ``version`` is the one that answered.
+
+    ``phases``: gives how long its parts took in this process, in seconds; None: unknown. It is not sent.
+    """
 
     model: str
     version: str
     outputs: tuple[Tensor, ...]
     id: str = ""
     parameters: Mapping[str, Parameter] = {}
+    phases: Callable[[], Mapping[str, float]] | None = None
 
 
 class ModelMetadata(msgspec.Struct, frozen=True):

@@ -44,6 +44,9 @@ from splitserve.wire.grpc.messages import CallError
 
 _MAX_REASON_LENGTH = 1000
 
+EDGE = "proxy"
+"""The stage that gives ids to requests without one."""
+
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """Methods that need no credentials; grpc.health.v1 and reflection need none either."""
 
@@ -95,7 +98,7 @@ class GrpcFace:
         self._readiness = health.Readiness(
             self._health, protobuf.SERVICE, service.not_ready_reason, accepts_calls=lambda: service.is_loaded
         )
-        rules = InferenceRules(service, config.request_limits, authenticator, recorder)
+        rules = InferenceRules(service, config.request_limits, authenticator, recorder, makes_ids=config.stage == EDGE)
         self._inferences = GrpcInferences(
             rules, deadline=self._deadline, named=self._named, budget=budget, max_message_bytes=config.max_message_bytes
         )

@@ -11,9 +11,11 @@ from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.infer_stream import StreamPending
-from splitserve.server.inference import Inference, InferenceRules
+from splitserve.server.inference import MAX_ID_LENGTH, Inference, InferenceRules
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import ServerCall
+
+REQUEST_ID = "x-request-id"
 
 
 def credentials(call: ServerCall) -> list[str]:
@@ -106,6 +108,7 @@ class _GrpcInference(Inference[bytes]):
 
 class _UnaryInference(_GrpcInference):
     protocol = "grpc"
+
     __slots__ = ("_on_end",)
 
     def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall, on_end: Callable[[bytes | Exception], None]) -> None:
@@ -113,8 +116,20 @@ class _UnaryInference(_GrpcInference):
         self._on_end = on_end
 
     def _decode(self) -> InferRequest:
-        message = self._parse()
-        return protobuf.decode_request(message, self._face.deadline(self._call.time_remaining()), self._call.peer)
+        message, call = self._parse(), self._call
+        if named := self._given_id():
+            self._tell_id(named)
+            message.id = message.id or named
+        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer)
+
+    def _given_id(self) -> str:
+        for key, value in self._call.metadata:
+            if key == REQUEST_ID and value.isprintable() and len(value) <= MAX_ID_LENGTH:
+                return value
+        return ""
+
+    def _tell_id(self, identity: str) -> None:
+        self._call.trailing_metadata = ((REQUEST_ID, identity),)
 
     def _encode(self, response: InferResponse) -> bytes:
         return self._face.check_size(protobuf.encode_response(response).SerializeToString())

@@ -59,7 +59,7 @@ class GrpcioServer(grpc.GenericRpcHandler):
             if isinstance(failure, asyncio.CancelledError):
                 raise
             status = failure if isinstance(failure, CallError) else self.status_of(failure)
-            await context.abort(grpc.StatusCode[status.code], status.message, tuple(status.trailing))
+            await context.abort(grpc.StatusCode[status.code], status.message, (*status.trailing, *call.trailing_metadata))
         finally:
             sending.cancel()
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
-from typing import ClassVar, Generic, TypeVar, TypeVarTuple
+from typing import ClassVar, Generic, Protocol, TypeVar, TypeVarTuple, runtime_checkable
 
 import msgspec
 
@@ -34,16 +35,34 @@ A = TypeVar("A")
 Arguments = TypeVarTuple("Arguments")
 
 
+MAX_ID_LENGTH = 256
+"""Characters of a request's id that are logged; a merged call has the ids of its requests."""
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """A request in progress that knows its phases."""
+
+    def phases(self) -> Mapping[str, float]:
+        """Seconds by phase, once it is answered."""
+        ...
+
+
+def _milliseconds(phases: Mapping[str, float]) -> dict[str, object]:
+    return {f"{phase}_ms": round(1000 * seconds, 3) for phase, seconds in phases.items()}
+
+
 class InferenceRules(msgspec.Struct, frozen=True):
     """What is the same for every inference of a face. ``authenticator`` None: calls are not authenticated.
 
-    ``recorder`` None: nobody counts them.
+    ``recorder`` None: nobody counts them. ``makes_ids``: a request that fails and has no id gets one, for the log and its caller.
     """
 
     service: InferenceService
     limits: RequestLimits
     authenticator: Authenticator | None = None
     recorder: RequestRecorder | None = None
+    makes_ids: bool = False
 
 
 class Inference(ABC, Generic[A]):
@@ -59,7 +78,7 @@ class Inference(ABC, Generic[A]):
     protocol: ClassVar[str]
     """As it is counted: of `splitserve.telemetry.families.PROTOCOLS`."""
 
-    __slots__ = ("_began", "_context", "_is_over", "_is_received", "_pending", "_rules", "model", "version")
+    __slots__ = ("_began", "_context", "_is_over", "_is_received", "_pending", "_rules", "model", "request", "version")
 
     def __init__(self, rules: InferenceRules, model: str = "", version: str = "", *, is_received: bool = True) -> None:
         self._rules = rules
@@ -70,6 +89,8 @@ class Inference(ABC, Generic[A]):
         self._context: Context | None = None
         self._pending: Pending | None = None
         self._is_over = False
+        self.request: InferRequest | None = None
+        """Once it is decoded."""
 
     def begin(self) -> None:
         """Begin; the answer or the error is delivered later.
@@ -89,7 +110,7 @@ class Inference(ABC, Generic[A]):
                 self._pending = asyncio.get_running_loop().create_task(self._start_later(caller))
         except Exception as error:
             self._is_over = True
-            self._in_context(self._log, error)
+            self._in_context(self._failed, error)
             raise
 
     async def _start_later(self, caller: Caller | None) -> None:
@@ -113,7 +134,7 @@ class Inference(ABC, Generic[A]):
     def _begin_at_service(self) -> None:
         """Decode the request and begin it at the service."""
         rules = self._rules
-        request = self._decode()
+        request = self.request = self._decode()
         self.model, self.version = request.model, request.version
         rules.limits.check(request)
         on_answer = self._finish if self._context is None else self._finish_in_context
@@ -135,24 +156,26 @@ class Inference(ABC, Generic[A]):
     def _finish(self, outcome: InferResponse | Exception) -> None:
         """The service has answered, or failed."""
         self._is_over = True
-        self._pending = None  # breaks a reference cycle, which only the garbage collector would free
+        pending, self._pending = self._pending, None  # breaks a reference cycle, which only the garbage collector would free
         if isinstance(outcome, Exception):
-            self._log(outcome)
+            self._failed(outcome)
             self._fail(outcome)
             return
         encoding_at = time.monotonic()
         try:
             answer = self._encode(outcome)
         except Exception as error:
-            self._log(error)
+            self._failed(error)
             self._fail(error)
             return
         self.version = outcome.version
         recorder = self._rules.recorder
         if recorder is not None:
             recorder.succeeded(self.protocol, self.model, self.version, self._began, encoding_at)
-        if RequestLog.is_complete:
-            self._log(None)
+        if RequestLog.every and RequestLog.takes():
+            encode_s = time.monotonic() - encoding_at
+            phases = outcome.phases or (pending.phases if isinstance(pending, Phased) else dict)
+            self._log(None, self._facts() | _milliseconds({**phases(), "encode": encode_s}))
         self._deliver(answer)
 
     def cancel(self) -> None:
@@ -162,13 +185,46 @@ class Inference(ABC, Generic[A]):
         self._is_over = True
         if self._pending is not None:
             self._pending.cancel()
-        self._in_context(self._log, asyncio.CancelledError())
+        self._in_context(self._failed, asyncio.CancelledError())
 
-    def _log(self, error: BaseException | None) -> None:
-        if error is not None and (recorder := self._rules.recorder) is not None:
-            release = error.pair if isinstance(error, SplitserveError) and error.pair else self.version
+    def _failed(self, error: BaseException) -> None:
+        """Count and log a request that failed, or whose caller has left."""
+        stage, release = "", self.version
+        if isinstance(error, SplitserveError):
+            stage, release = error.stage, error.pair or release
+        if (recorder := self._rules.recorder) is not None:
             recorder.failed(self.protocol, self.model, release, status_of(error))
-        log_request("infer", self.model, self.version, self._began, error)
+        if isinstance(error, Exception) or RequestLog.takes():
+            facts = self._facts()
+            if "request_id" not in facts and (identity := self._named_id()):
+                facts["request_id"] = identity[:MAX_ID_LENGTH]
+            self._log(error, facts | ({"failed_stage": stage} if stage else {}))
+
+    def _named_id(self) -> str:
+        """The id that the caller has given beside the request, or one that is made and told to the caller, or ""."""
+        identity = self._given_id()
+        if not identity and self._rules.makes_ids:
+            identity = uuid.uuid4().hex
+            self._tell_id(identity)
+        return identity
+
+    def _log(self, error: BaseException | None, facts: Mapping[str, object]) -> None:
+        log_request("infer", self.model, self.version, self._began, error, facts)
+
+    def _facts(self) -> dict[str, object]:
+        """What its line in the log says of the request, if it could be decoded."""
+        request = self.request
+        if request is None:
+            return {}
+        facts: dict[str, object] = {"rows": request.n_rows, "bytes": sum([len(tensor.raw) for tensor in request.inputs])}
+        return {"request_id": request.id[:MAX_ID_LENGTH], **facts} if request.id else facts
+
+    def _given_id(self) -> str:
+        """The id in a header of the request; "" without one."""
+        return ""
+
+    def _tell_id(self, identity: str) -> None:
+        """Send this id with the error, in a header."""
 
     @abstractmethod
     def _credentials(self) -> Sequence[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 import time
@@ -18,12 +17,11 @@ from splitserve.server.workers import own_place
 
 Format = Literal["auto", "json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
-Requests = Literal["all", "failed"]
 
 
-def configure(*, level: Level, format: Format, service: str, requests: Requests = "all") -> None:
+def configure(*, level: Level, format: Format, service: str, requests: str = "all") -> None:
     """Set up logging for this process. Call it once, first."""
-    RequestLog.is_complete = requests == "all"
+    RequestLog.every = every_of(requests)
     LogLevel.set(level)
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
@@ -82,13 +80,41 @@ class _ToStructlog(logging.Handler):
 
 
 class RequestLog:
-    """Set by `configure`. ``is_complete``: requests that succeed are logged too."""
+    """Which requests are logged besides those that fail. Set by `configure`.
 
-    is_complete: ClassVar[bool] = True
+    ``every``: one in so many that succeed, or that their callers cancel; 0: none.
+    """
+
+    every: ClassVar[int] = 1
+    _n_seen: ClassVar[int] = 0
+
+    @classmethod
+    def takes(cls) -> bool:
+        """Whether the next request that succeeds is logged."""
+        if cls.every < 2:
+            return cls.every == 1
+        cls._n_seen += 1
+        return cls._n_seen % cls.every == 0
 
 
-def log_request(event: str, model: str, version: str, began: float, error: BaseException | None) -> None:
-    """Log one line for a request: model, version, status, duration; never payloads. Requests that succeed only if all are wanted.
+def every_of(requests: str) -> int:
+    """`RequestLog.every` of a value of ``LOG_REQUESTS``: all, failed, or sampled:N.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    mode, _, number = requests.partition(":")
+    if mode == "sampled" and number.isascii() and number.isdecimal() and 0 < int(number) < 2**31:
+        return int(number)
+    if requests not in ("all", "failed"):
+        raise ValueError(f'expected all, failed, or sampled:N for one in N, got "{requests[:32]}"')
+    return int(requests == "all")
+
+
+def log_request(
+    event: str, model: str, version: str, began: float, error: BaseException | None, facts: Mapping[str, object]
+) -> None:
+    """Log one line for a request: model, version, status, duration, and more facts; never payloads.
 
     Args:
         event: the verb, e.g. ``"infer"``.
@@ -96,16 +122,15 @@ def log_request(event: str, model: str, version: str, began: float, error: BaseE
         version: that was used, or as the caller named it.
         began: on the monotonic clock.
         error: why it failed, if it did; CancelledError: the caller left.
+        facts: request id, rows, bytes, milliseconds by phase, as far as they are known.
     """
-    has_failed = not (error is None or isinstance(error, asyncio.CancelledError))
-    if not has_failed and not RequestLog.is_complete:
-        return
     structlog.get_logger().info(
         event,
         model=model[:128],
         version=version[:32],
         status=status_of(error),
         duration_ms=round((time.monotonic() - began) * 1000, 2),
+        **facts,
     )
 
 

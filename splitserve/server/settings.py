@@ -61,8 +61,9 @@ class ServiceSettings(AdminSettings):
     log_format: logs.Format = Field("auto", validation_alias=AliasChoices("LOG_FORMAT"))
     """json, text, or auto: text on a terminal, JSON elsewhere."""
 
-    log_requests: logs.Requests = Field("failed", validation_alias=AliasChoices("LOG_REQUESTS"))
-    """Which requests are logged: failed, or all, which costs about as much CPU as answering them."""
+    log_requests: str = Field("failed", validation_alias=AliasChoices("LOG_REQUESTS"))
+    """Which requests are logged: failed, sampled:N (those and one in N others), or all, which costs about as much CPU as
+    answering them."""
 
     max_message_bytes: int = Field(64 * MIB, gt=0)
     """Maximum size of a gRPC message or REST body, received or sent, in bytes."""
@@ -83,6 +84,12 @@ class ServiceSettings(AdminSettings):
 
     refresh_interval_s: float = Field(1.0, gt=0)
     """Seconds between two checks of the model repository and of the next service."""
+
+    @field_validator("log_requests")
+    @classmethod
+    def _check_log_requests(cls, text: str) -> str:
+        logs.every_of(text)
+        return text
 
     @property
     def ports(self) -> tuple[int, ...]:

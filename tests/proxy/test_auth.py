@@ -596,7 +596,7 @@ async def test_every_line_of_an_inference_names_its_caller(
     auth_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests of several callers that are merged into one call are logged with their own caller each."""
-    monkeypatch.setattr(logs.RequestLog, "is_complete", True)
+    monkeypatch.setattr(logs.RequestLog, "every", 1)
     async with opened(auth_file) as faces:
         calls = [faces.grpc("ModelInfer", infer_message("open-1"), token) for token in (USER, BOTH, signed(), USER, BOTH)]
         answers = await asyncio.gather(*calls)

@@ -53,6 +53,12 @@ class Counted:
             answer = await client.post(f"http://127.0.0.1:{self.http}/v2/models/{model}/infer", json=body or ROWS)
         return answer.status_code
 
+    async def predict(self, body: object) -> int:
+        """Over V1."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.post(f"http://127.0.0.1:{self.http}/v1/models/echo:predict", json=body)
+        return answer.status_code
+
     async def snapshot(self) -> Snapshot:
         return await self.metrics.snapshot()
 
@@ -94,6 +100,7 @@ async def test_requests_are_counted_by_protocol_and_code(counted: Counted) -> No
         await stream.done_writing()
         await stream.read()
     assert await counted.infer("made-up") == 404
+    assert await counted.predict({"instances": "none"}) == 400
     assert await counted.infer(body={"inputs": []}) == 400
     counted.backend.is_down = True
     assert await counted.infer() == 503
@@ -104,6 +111,7 @@ async def test_requests_are_counted_by_protocol_and_code(counted: Counted) -> No
         ("echo", "2.1", "stream", "OK"): 1,
         ("unknown", "", "rest", "NOT_FOUND"): 1,
         ("echo", "2.1", "rest", "INVALID_ARGUMENT"): 1,
+        ("echo", "", "rest", "INVALID_ARGUMENT"): 1,
         ("echo", "2.1", "rest", "UNAVAILABLE"): 1,
     }
 

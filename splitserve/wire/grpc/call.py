@@ -241,7 +241,7 @@ class ServerCall(Http2Stream):
         self.cancel()
         if not self._connection.is_open(self):
             return
-        trailers = _error_trailers(error.code, error.message, error.trailing)
+        trailers = _error_trailers(error.code, error.message, (*error.trailing, *self.trailing_metadata))
         if not self._has_sent_headers:
             trailers = _HEADERS + trailers
         self._finish(trailers)
