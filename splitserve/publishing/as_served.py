@@ -110,7 +110,15 @@ def start() -> None:
 
 def _way_out(reason: str) -> str:
     if "__main__" not in reason:
-        return ""
+        import sklearn
+
+        output = sklearn.get_config()["transform_output"]
+        if output == "default":
+            return ""
+        return (
+            f'; set_config(transform_output="{output}") holds in this process alone: keep it in the pipeline, with '
+            f'pipeline.set_output(transform="{output}")'
+        )
     return (
         "; functions and classes of a notebook or script exist only there: put them into a module that the services have "
         "installed, and name it in trusted_modules"

@@ -61,6 +61,14 @@ from sklearn.experimental import enable_iterative_imputer
 from sklearn.impute import IterativeImputer
 
 published("an experimental transformer", IterativeImputer())
+
+import pandas as pd
+from sklearn import set_config
+from sklearn.compose import make_column_transformer
+
+set_config(transform_output="pandas")
+rows = pd.DataFrame(rows, columns=["a", "b", "c"])
+published("a setting of scikit-learn", StandardScaler(), make_column_transformer((FunctionTransformer(), ["a"])))
 """
 """What the script publishes; each is loaded in a process of its own."""
 
@@ -69,6 +77,7 @@ CASES = {
     "a pickle with a function of a script": "^refused: .*pickle",
     "a pickle with a class of a script": "^refused: .*(__main__|Own)",
     "an experimental transformer": "^m 1.1, release 1",
+    "a setting of scikit-learn": r"^refused: .*in this process alone: keep it in the pipeline, with pipeline.set_output\(",
 }
 
 

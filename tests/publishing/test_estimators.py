@@ -15,7 +15,7 @@ from sklearn.cluster import DBSCAN, BisectingKMeans, KMeans, MiniBatchKMeans
 from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, RadiusNeighborsClassifier
+from sklearn.neighbors import KNeighborsClassifier, LocalOutlierFactor, NearestCentroid, RadiusNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -221,6 +221,10 @@ def test_every_class_is_published_in_a_test_or_refused() -> None:
     assert not {name for name, kind in cases.all_estimators() if hasattr(kind, "predict")} - tested
 
 
+class Own(NearestCentroid):
+    """A class of a user's."""
+
+
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
@@ -231,6 +235,10 @@ def test_every_class_is_published_in_a_test_or_refused() -> None:
         (KNeighborsClassifier(weights=lambda distances: distances + 1), "use weights='uniform' or 'distance'"),
         (KNeighborsClassifier(metric="cosine", algorithm="brute"), "the metric cosine has no ONNX form; use euclidean"),
         (SVC(kernel=lambda left, right: left @ right.T), "a callable kernel has no ONNX form; use one of linear"),
+        (
+            Own(),
+            "^Own of .*test_estimators has no ONNX form; fit a NearestCentroid, from which it is derived, if it predicts in the",
+        ),
     ],
     ids=lambda each: type(each).__name__ if not isinstance(each, str) else "",
 )

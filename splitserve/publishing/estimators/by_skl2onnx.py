@@ -8,10 +8,11 @@ from functools import cached_property
 import numpy as np
 from skl2onnx import convert_sklearn
 from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
+from skl2onnx.common.exceptions import MissingConverter, MissingShapeCalculator
 from sklearn.base import is_classifier
 
 from splitserve.publishing.errors import NotConvertible
-from splitserve.publishing.estimators.form import Form, not_converted
+from splitserve.publishing.estimators.form import Form, not_converted, unknown
 from splitserve.publishing.graph import OLDER_OPSETS, Value
 
 
@@ -35,6 +36,8 @@ class ByConverter(Form):
             for entry in model.opset_import:  # skl2onnx states the oldest that it needs, and writes for its target
                 entry.version = OLDER_OPSETS.get(entry.domain, entry.version)
             return graph.inline(model, {"X": self.x})
+        except (MissingConverter, MissingShapeCalculator) as error:
+            raise unknown(estimator) from error
         except Exception as error:  # skl2onnx's converters may raise anything
             raise not_converted(estimator, str(error).strip() or type(error).__name__) from error
 

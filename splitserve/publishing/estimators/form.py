@@ -223,9 +223,23 @@ def not_converted(estimator: Any, reason: str) -> NotConvertible:
     )
 
 
+def unknown(estimator: Any) -> NotConvertible:
+    """The error of an estimator of a class that has no form, and that skl2onnx does not know either."""
+    kind = type(estimator)
+    base = next((each.__name__ for each in kind.__mro__[1:] if _name_of(each) in _FORMS), "")
+    derived = f"; fit a {base}, from which it is derived, if it predicts in the same way" if base else ""
+    return NotConvertible(
+        f"{kind.__name__} of {kind.__module__} has no ONNX form{derived}; convert it by other means and publish the result with "
+        "publish_predictor"
+    )
+
+
 def name_of(estimator: Any) -> str:
     """As `converts` takes it."""
-    kind = type(estimator)
+    return _name_of(type(estimator))
+
+
+def _name_of(kind: type) -> str:
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
 
 
