@@ -241,6 +241,23 @@ def test_text_of_every_kind_is_the_same_text(tmp_path: Path, scored: Scored) -> 
     assert len(set(outputs)) == 1
 
 
+def test_rows_that_are_sent_alone_and_answered_stay_in_their_places(tmp_path: Path, scored: Scored) -> None:
+    """A model may take infinite numbers."""
+    numbers = [1.0] * 100
+    numbers[3] = numbers[50] = float("inf")
+    rows = table(100).set_column(1, "number", [numbers])
+    pq.write_table(rows, tmp_path / "t.parquet")
+    scorer = Adding(lambda found: np.zeros(len(found), bool))
+
+    scored(tmp_path / "t.parquet", tmp_path / "out.parquet", keep=("id",), engine=Here(scorer))
+
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert sorted(scorer.calls) == [1, 1, 98]
+    assert found["id"].to_pylist() == list(range(100))
+    assert found["sum"].to_pylist() == [number + row for row, number in enumerate(numbers)]
+    assert found["label"].to_pylist() == rows["text"].to_pylist()
+
+
 def test_a_column_that_is_empty_in_the_first_file_has_its_type_from_the_signature(tmp_path: Path, scored: Scored) -> None:
     """All null there, text in the second."""
     (tmp_path / "in").mkdir()

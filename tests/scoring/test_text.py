@@ -65,12 +65,15 @@ def test_lines_are_counted_without_the_empty_ones(lines: list[str], shard_bytes:
 
 
 @pytest.mark.parametrize("cell", ['5" pipe', '"a"b', "a\rb"], ids=["inch", "after", "return"])
-def test_a_file_whose_quotes_do_not_tell_is_not_split(tmp_path: Path, cell: str) -> None:
+def test_a_file_whose_quotes_do_not_tell_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cell: str) -> None:
     """It is one shard, which Arrow's parser reads from the start."""
     path = tmp_path / "t.csv"
     path.write_bytes(b"a,b,c\n" + f"x,{cell},y\n".encode() * 40)
 
     assert plan(0, str(path), "utf-8", 10) == [Part(0, 0, -1)]
+    for size in range(1, 20):  # wherever the pieces end in which it is looked through
+        monkeypatch.setattr(text, "_SCANNED", size)
+        assert plan(0, str(path), "utf-8", 10) == [Part(0, 0, -1)]
 
 
 def test_a_chunk_may_end_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -82,6 +85,7 @@ def test_a_chunk_may_end_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for size in range(1, 40):
         monkeypatch.setattr(text, "_SCANNED", size)
         parts = plan(0, str(path), "utf-8", 12)
+        assert len(parts) > 1
         assert rows_of(path, parts) == [(number, *row) for number, row in enumerate(rows, 1)], size
 
 

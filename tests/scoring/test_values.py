@@ -38,7 +38,7 @@ def converted(array: pa.Array, datatype: str) -> tuple[list[Any], dict[int, str]
         (pa.array([True, False]), "FP32", [1.0, 0.0]),
         (pa.array([True, False]), "BOOL", [True, False]),
         (pa.array([1.0, 2.0]), "INT8", [1, 2]),
-        (pa.array([Decimal("0.10"), Decimal("12345678901234567.89")]), "FP64", [0.1, 12345678901234567.89]),
+        (pa.array([Decimal("0.1"), Decimal("12.6614242")], pa.decimal128(38, 12)), "FP64", [0.1, 12.6614242]),
         (pa.array([Decimal("3")]), "INT64", [3]),
         (pa.array([0.1], pa.float64()), "FP32", [float(np.float32(0.1))]),
         (pa.array(["é", None, ""]), "BYTES", ["é".encode(), b"", b""]),
