@@ -370,12 +370,12 @@ async def test_rows_of_a_running_job_that_wait_at_the_proxy_are_not_sent(tmp_pat
     async with whole(tmp_path, is_fused=is_fused) as system:
         system.backend.gate.clear()
         first = await system.submitted()
-        await until(lambda: system.service._batcher.occupancy("echo") == (0, 1))
+        await until(lambda: system.service.batcher.occupancy("echo") == (0, 1))
         second = await system.submitted(rows=((5.0, 6.0),))
-        await until(lambda: system.service._batcher.occupancy("echo") == (1, 1))
+        await until(lambda: system.service.batcher.occupancy("echo") == (1, 1))
 
         cancelled = await system.rest.delete(second["urls"]["self"])
-        await until(lambda: system.service._batcher.occupancy("echo") == (0, 1))
+        await until(lambda: system.service.batcher.occupancy("echo") == (0, 1))
         system.backend.gate.set()
         await system.ended(first)
 
