@@ -12,7 +12,7 @@ from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
 from tests.client.ways import Way
 
-pytestmark = [pytest.mark.heavy, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 N_FORKS = 100
 
@@ -52,7 +52,7 @@ for n in range(n_forks):
     number = 1_000_000 + n
     child = os.fork()
     if not child:
-        signal.alarm(60)  # a child that hangs is a failure
+        signal.alarm(120)  # a child that hangs is a failure
         try:
             if kind == "async":
                 asyncio.run(ask_async(number))
