@@ -24,6 +24,8 @@ def cut(columns: Sequence[InputColumn], chunk_rows: int) -> list[range]:
         chunk_rows: rows of a request at most; 0: as many as fit into about `CHUNK_BYTES`.
     """
     n_rows = len(columns[0].array)
+    if n_rows < 2:
+        return [range(n_rows)]
     if not chunk_rows:
         row_bytes = sum(column.n_bytes for column in columns) / max(n_rows, 1)
         chunk_rows = max(1, int(CHUNK_BYTES / max(row_bytes, 1)))
@@ -48,7 +50,7 @@ def has_rows(signature: ModelMetadata | None) -> bool:
 
 
 def _has_variable_rows(spec: TensorSpec) -> bool:
-    return bool(spec.shape) and spec.wire_shape[0] == -1
+    return bool(spec.shape) and (not isinstance(spec.shape[0], int) or spec.shape[0] < 0)
 
 
 def join(parts: Sequence[dict[str, Array]], chunks: Sequence[range]) -> dict[str, Array]:

@@ -208,10 +208,10 @@ def _column(name: str, values: Any, spec: TensorSpec | None) -> InputColumn:
 
 def _is_bare_row(array: Array, spec: TensorSpec) -> bool:
     """Whether it is one row, or one image, without the dimension of rows."""
-    expected = spec.wire_shape
-    if len(expected) < 2 or expected[0] >= 0 or array.ndim != len(expected) - 1:
+    if len(spec.shape) < 2 or array.ndim != len(spec.shape) - 1:
         return False
-    return all(size in (have, -1) for have, size in zip(array.shape, expected[1:], strict=True))
+    expected = spec.wire_shape
+    return expected[0] < 0 and all(size in (have, -1) for have, size in zip(array.shape, expected[1:], strict=True))
 
 
 def _to_array(name: str, values: Any, datatype: str | None) -> Array:
