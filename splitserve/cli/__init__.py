@@ -580,7 +580,7 @@ def restore_jobs(
 
 
 @app.command()
-def health(url: UrlOption = GRPC_URL) -> None:
+def health(url: ClientUrlOption = GRPC_URL) -> None:
     """Show which models are ready, and why others are not.
 
     Exits 1 if none is ready.

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from splitserve.cli.connection import connect
+from splitserve.cli.connection import client, connect
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, ModelState
 
 
+TIMEOUT_S = 30.0
+
+
 def run(url: str) -> int:
     """Print a row for each version, or the reason if there are none; 1 if none is ready."""
     try:
-        states, reason = asyncio.run(_look(url))
+        is_rest = url.startswith(("http://", "https://"))
+        states, reason = _look_over_rest(url) if is_rest else asyncio.run(_look(url))
     except SplitserveError as error:
         print(f"{url}: {error.message}", file=sys.stderr)
         return 1
@@ -31,6 +35,12 @@ def _row(state: ModelState) -> tuple[str, ...]:
     if state.properties.get(DEFAULT) == "true":
         release += ", default"
     return state.name, state.version, release, state.state, state.reason
+
+
+def _look_over_rest(url: str) -> tuple[list[ModelState], str]:
+    with client(url, timeout_s=TIMEOUT_S) as connection:
+        states = connection.models()
+        return states, "" if states else "no model is ready"
 
 
 async def _look(url: str) -> tuple[list[ModelState], str]:

@@ -173,3 +173,12 @@ def test_pixels_are_sent_to_models_that_take_them(tmp_path: Path) -> None:
 
         assert "seven" in result.output
         assert client.requests[0]["image"].tolist() == [[[1, 2], [3, 4]]]
+
+
+def test_health_is_shown_over_both_protocols(model: FakeClient) -> None:
+    """By the same address as for infer."""
+    for url in (model.rest_url, model.grpc_url):
+        result = run_command("health", "--url", url)
+
+        assert result.exit_code == 0, result.output
+        assert result.output.splitlines()[1].split() == ["m", "1.1", "-", "READY"]
