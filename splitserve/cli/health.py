@@ -10,7 +10,6 @@ from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip.messages import DEFAULT, READY, RELEASE_SEQUENCE, ModelState
 
-
 TIMEOUT_S = 30.0
 
 
