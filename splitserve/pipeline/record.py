@@ -28,6 +28,7 @@ from splitserve.repository.sources.mlflow_server import without_credentials
 from splitserve.signature import TensorSpec
 
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # it announces the tables that it creates
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines for each step
 from mlflow.entities import LifecycleStage, Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature

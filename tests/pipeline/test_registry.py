@@ -87,11 +87,14 @@ def client(request: pytest.FixtureRequest, server: str) -> Iterator[Any]:
     found.rename_experiment(experiment, f"was tiny {experiment}")
 
 
-def test_a_run_is_recorded_at_a_server_and_reused_from_there(client: Any, bucket: ObjectStore, tmp_path: Path) -> None:
+def test_a_run_is_recorded_at_a_server_and_reused_from_there(
+    client: Any, bucket: ObjectStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Statuses, metrics and outputs; another machine downloads what has finished, and runs again what differs there."""
     first, second = tiny.write(tmp_path / "first"), tiny.write(tmp_path / "second")
 
     assert ran(run(first)) == ["data", "train", "evaluate"]
+    assert {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()} == {"data", "train", "evaluate"}
     runs = {each.info.run_name: each for each in client.search_runs([client.get_experiment_by_name("tiny").experiment_id])}
     assert {each.info.status for each in runs.values()} == {"FINISHED"}
     assert runs["train"].data.metrics["loss"] == 0.25
