@@ -179,8 +179,12 @@ class PhaseDurations:
             self.queue.sum += wait_s
         phase.counts[bisect_left(bounds, call_s)] += n_requests
         phase.sum += call_s * n_requests
-        self.call_rows.observe(n_rows)
-        self.call_requests.observe(n_requests)
+        sizes, bounds = self.call_rows, self.call_rows.bounds
+        sizes.counts[bisect_left(bounds, n_rows)] += 1
+        sizes.sum += n_rows
+        merged = self.call_requests
+        merged.counts[bisect_left(bounds, n_requests)] += 1
+        merged.sum += n_requests
 
     def record_parts(self, parts: Mapping[Part, int], n_rows: int) -> None:
         """Record a request that transforms here and calls the next stage."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 OPENMETRICS = "application/openmetrics-text"
+
+_CLIENT = "prometheus_client.exposition"
 
 _SLICE = 200
 """Samples that are rendered before other work gets its turn: about a millisecond."""
@@ -45,6 +49,8 @@ async def render(snapshot: Snapshot, families: Mapping[str, Family], accept: str
         families: what is shown, in this order.
         accept: the header of the request: OpenMetrics if it asks for that, else Prometheus' own format.
     """
+    if _CLIENT not in sys.modules:  # takes tens of milliseconds, in which requests go on
+        await asyncio.to_thread(importlib.import_module, _CLIENT)
     from prometheus_client.exposition import choose_encoder
 
     encode, media_type = choose_encoder(accept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+import trustme
 from pydantic import ValidationError
 
 from predict_service.settings import PredictSettings
@@ -19,6 +21,7 @@ from splitserve.server.admin import AdminApp, AdminListener, app_of, listen_for_
 from splitserve.telemetry.registry import Family, Snapshot
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.http1.messages import HttpRequest, RequestBody
+from tests.certificates import write
 
 COUNT = Family("made_total", "counter", "Made.")
 TOKEN = "0123456789abcdef"
@@ -218,3 +221,21 @@ async def test_variables_of_prometheus_change_nothing(admin: Admin, monkeypatch:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
 
     assert "made_total 1.0" in (await admin.get("/metrics")).text
+
+
+async def test_it_has_tls_of_its_own(tmp_path: Path) -> None:
+    """Independent of the service's ports."""
+    files = write(tmp_path / "admin", trustme.CA())
+    config = PredictSettings(admin_port=0, admin_tls_cert_file=files.cert, admin_tls_key_file=files.key)
+    listening = listen_for_admin(config)
+    assert listening is not None
+    address = f"127.0.0.1:{listening.getsockname()[1]}"
+    trusting = ssl.create_default_context(cafile=files.ca)
+
+    async with (
+        AdminListener(app_of(config, Fake()), listening, config),
+        httpx.AsyncClient(verify=trusting, trust_env=False) as client,
+    ):
+        assert (await client.get(f"https://{address}/livez")).status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            await client.get(f"http://{address}/livez")
