@@ -16,7 +16,7 @@ from splitserve.signature import TensorSpec
 SHARD_ROWS = 131_072
 """Most rows in a shard of a format that knows its rows; a multiple of `splitserve.scoring.rows.CHUNK_ROWS`."""
 
-SHARD_BYTES = 16 * 1024**2
+SHARD_BYTES = 8 * 1024**2
 """Bytes in a shard of text, up to the end of a row, and of a run of small files."""
 
 
