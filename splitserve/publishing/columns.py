@@ -147,9 +147,9 @@ def _accepts_all(transformer: Any, rows: Rowset, names: list[str], change: float
     return takes_nan or not pd.isna(features).any()
 
 
-def said(unused: Sequence[str], floats: AsFloats, n_inputs: int) -> tuple[str, ...]:
+def said(unused: Sequence[str], floats: AsFloats, rows: Rows) -> tuple[str, ...]:
     """Messages for who publishes."""
-    found = []
+    found, n_inputs = [], len(rows.columns)
     if n_inputs > RequestLimits().max_inputs:
         found.append(
             f"requests have {n_inputs} inputs, one a column: set PROXY_MAX_INPUTS and PREPROCESS_MAX_INPUTS to that, or publish "
@@ -157,6 +157,8 @@ def said(unused: Sequence[str], floats: AsFloats, n_inputs: int) -> tuple[str, .
         )
     if unused:
         found.append(f"no transform selects {_listed(unused)}: clients need not send it, and it is ignored if they do")
+    if texts := [column.name for column in rows.columns if column.missing and not column.dtype.startswith("datetime64")]:
+        found.append(f"{_listed(texts)}: empty text is a missing value, as on the wire they are the same")
     for names, what in ((floats.gaps, "be missing or have decimals"), (floats.decimals, "have decimals")):
         if names:
             found.append(f"{_listed(names)}, whole numbers in X, may {what}: sent as FP64")

@@ -138,7 +138,7 @@ def preprocessor_half(
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
     files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
-    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, floats, len(inputs)))
+    return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, floats, rows))
 
 
 def _column_names(transformer: Any, data: Any) -> tuple[str, ...]:

@@ -79,6 +79,18 @@ def test_whole_numbers_may_have_decimals_where_the_pipeline_refuses_gaps(tmp_pat
         labels(whole, asked.assign(age=[np.nan, 30.0]))
 
 
+def test_that_empty_text_is_a_missing_value_is_said(tmp_path: Path) -> None:
+    """Only of columns in which it is one: where training had it, it is a category."""
+    frame = pd.DataFrame({"city": ["Oslo", None] * (N // 2), "job": ["", "cook"] * (N // 2)})
+    encoders = make_column_transformer((OneHotEncoder(handle_unknown="ignore"), ["city", "job"]))
+
+    said, pipeline, whole = published(tmp_path, encoders, frame)
+
+    assert said.notes == ('"city": empty text is a missing value, as on the wire they are the same',)
+    asked = frame[:2].assign(city=["", ""])
+    assert labels(whole, asked) == pipeline.predict(asked.assign(city=None)).tolist()
+
+
 def test_whole_numbers_of_transforms_alone_stay_whole(tmp_path: Path) -> None:
     """Nothing is known of the model behind them, which may refuse a missing value or not."""
     frame = pd.DataFrame({"age": RANDOM.integers(18, 90, N)})

@@ -83,7 +83,7 @@ def test_rows_of_the_training_data_are_stored_by_default_and_that_is_said(tmp_pa
     stored = rows_of(tmp_path, "preprocess").astype(float)
     assert everywhere(tmp_path) == {"rows"}
     assert all((row == IRIS).all(axis=1).any() for row in stored)
-    assert str(published).endswith(f'; {len(stored)} rows of X are stored as golden samples (golden="synthetic" stores none)')
+    assert str(published).endswith(f'\n{len(stored)} rows of X are stored as golden samples (golden="synthetic" stores none)')
 
 
 @pytest.fixture(scope="module")
