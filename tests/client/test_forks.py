@@ -57,14 +57,16 @@ for n in range(n_forks):
             if kind == "async":
                 asyncio.run(ask_async(number))
             else:
-                ask(number)
-                ask(number + 0.5)
+                for part in range(4):
+                    ask(number + part / 4)
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         if n % 10:
             os._exit(0)
         sys.exit(0)
+    for _ in range(4):  # on the connection that was idle when the process was forked
+        ask(next(numbers))
     _, status = os.waitpid(child, 0)
     if status:
         wrong.append(f"child {n}: status {status}")
