@@ -1,4 +1,4 @@
-"""What docs/attacks.md, docs/reliability.md and docs/training.md say is kept by tests that are there."""
+"""What docs/attacks.md, docs/reliability.md, docs/telemetry.md and docs/training.md say is kept by tests that are there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"tests/[\w/]+\.py::\w+")
-ROW = re.compile(r"^\| ([A-HR]\d\d|P-\d\d) \|(.*)\|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([A-HMR]\d\d|P-\d\d) \|(.*)\|$", re.MULTILINE)
 _ATTACKS = """
 A01 A02 A03 A04 A05 A07 A08 A09 A10 A11 A13 A14 A15 A16 A17 A18 B01 B02 B03 B04 B05 B07 B08 B09 C01 C02 C03 C04 C05 C08 C09 C10
 C11 D01 D02 D03 D04 D05 D06 D07 D08 D09 D10 D11 D13 D15 E01 E02 E03 E04 E05 E06 E07 E08 E09 E10 F01 F02 F03 F04 F06 F07 F08 F09
@@ -23,6 +23,7 @@ PAGES = {
     "attacks.md": ATTACKS,
     "reliability.md": [f"P-{number:02}" for number in range(1, 47)],
     "training.md": _TRAINING.split(),
+    "telemetry.md": ["M01", "M03", "M04", "M05", "M11", "M12", "M15", "M16", "M17", "M27"],
 }
 
 
