@@ -19,7 +19,7 @@ from splitserve.client import ClientClosed
 from splitserve.errors import DeadlineExceeded
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
-from tests.client.scripted import X, answer, scripted
+from tests.client.scripted import X, answer, http, scripted
 from tests.client.ways import Way
 
 ECHO = signature("echo", [TensorSpec("x", "FP32", ("batch", 2)), TensorSpec("t", "BYTES", ("batch", 1))])
@@ -189,3 +189,27 @@ async def test_the_callers_own_connection_is_used_and_stays_open(way: Way) -> No
             await channel.close() if way.is_async else channel.close()
 
     assert result["x"].tolist() == [[1, 2]]
+
+
+async def test_a_proxy_is_asked_for_the_server(rest: Way) -> None:
+    """By the server's whole URL; the name of the server is the proxy's to resolve."""
+    async with scripted(http(200, {"live": True})) as proxy, rest.at("http://server.invalid", proxy=proxy.url) as client:
+        assert await client.is_live()
+
+    assert proxy.asked[0].path == "http://server.invalid/v2/health/live"
+
+
+async def test_the_current_trace_is_passed_on(rest: Way) -> None:
+    """Where the application has OpenTelemetry, by its own propagators."""
+    from opentelemetry import context, propagate, trace
+
+    span = trace.NonRecordingSpan(trace.SpanContext(0xA, 0xB, is_remote=False, trace_flags=trace.TraceFlags(1)))
+    token = context.attach(trace.set_span_in_context(span))
+    try:
+        assert propagate.get_global_textmap()
+        async with scripted(answer(1)) as server, rest.at(server.url) as client:
+            await client.infer("echo", X)
+    finally:
+        context.detach(token)
+
+    assert server.asked[-1].headers["traceparent"] == f"00-{0xA:032x}-{0xB:016x}-01"
