@@ -258,7 +258,7 @@ MISTAKES: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
         make_pipeline(StandardScaler(), Unknown()).fit(IRIS, SPECIES),
         IRIS,
         {},
-        "Unknown cannot be converted",
+        "Unknown of .* has no ONNX form; convert it by other means and publish the result with publish_predictor",
     ),
     "fewer columns": (FITTED, IRIS[:, :3], {}, "X has 3 features, but .* is expecting 4 features"),
     "text for numbers": (FITTED, np.full((3, 4), "a"), {}, "X does not fit"),

@@ -63,11 +63,11 @@ def proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The halves of `PIPELINE` are made and proven once; what is examined here is how they are written."""
     prove = from_pipeline._proven
 
-    def proven(original: Any, options: Any, progress: Any) -> Any:
+    def proven(original: Any, options: Any, *others: Any) -> Any:
         if original.pipeline is not PIPELINE:
-            return prove(original, options, progress)
+            return prove(original, options, *others)
         if options.name not in PROVEN:
-            PROVEN[options.name] = prove(original, options, progress)
+            PROVEN[options.name] = prove(original, options, *others)
         return PROVEN[options.name]
 
     monkeypatch.setattr(from_pipeline, "_proven", proven)
