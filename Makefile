@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet diabetes train bench bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet diabetes train bench bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-engines test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make test-training tests of training pipelines; downloads torch once, installs Fashion-MNIST"
+	@echo "make test-engines  batch scoring with Ray, Spark and Dask; downloads them once, needs Java 17"
 	@echo "make fuzz          atheris on decoders and connections, SECONDS=60 each"
 	@echo "make test-clients  tests with other makers' clients; downloads each into its own environment"
 	@echo "make test-intermediaries  tests behind nginx, haproxy and Envoy, and with gRPC clients in other languages; installs them"
@@ -206,6 +207,16 @@ test-boosting: .venv-boosting/highest/.installed .venv-boosting/lowest/.installe
 	OMP_NUM_THREADS=1 .venv-boosting/lowest/bin/python -m pytest -p no:cacheprovider -W ignore -m "" tests/publishing/boosting \
 		$(addprefix tests/publishing/test_,category_columns.py leaf_numbers.py trees.py)
 
+# What people install, with our versions of everything else.
+.venv-engines/.installed: $(BIN)/.installed
+	$(PYTHON) -m venv --without-pip .venv-engines
+	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-engines/bin/python --constraints requirements/dev.txt ray==2.60.0 \
+		pyspark==4.3.0 distributed==2026.8.0 --editable ".[batch-ray,batch-spark,batch-dask]"
+	@touch $@
+
+test-engines: $(BIN)/.installed .venv-engines/.installed
+	$(BIN)/pytest -n 0 -m engines tests/scoring/engines
+
 test-compose: $(BIN)/.installed
 	$(BIN)/pytest -n 0 -m compose tests/compose
 
@@ -213,7 +224,7 @@ test-compose: $(BIN)/.installed
 COMPILE_FROM := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 COMPILE := $(COMPILE_FROM) pyproject.toml
 TEMPLATES := splitserve/pipeline/templates
-# All extras but publish-boosting, whose libraries are large and have environments of their own.
+# All extras but publish-boosting and those of batch engines, whose libraries are large and have environments of their own.
 EXTRAS := azure batch cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish registry s3 server signing training
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt

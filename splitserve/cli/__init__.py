@@ -420,6 +420,10 @@ def batch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show the plan and an estimate; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with an equal run that has begun.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output of another run.")] = False,
+    engine: Annotated[str, typer.Option(help="Where shards are scored: local, ray, spark or dask.")] = "local",
+    url: Annotated[
+        str, typer.Option("--url", "-u", help="A running system that answers, in place of the repository's release.")
+    ] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
     encoding: Annotated[str, typer.Option(help="Of text.")] = "utf-8",
     escape_formulas: Annotated[
@@ -433,10 +437,11 @@ def batch(
         str, typer.Option(envvar="MODEL_SIGNATURE_KEY", help="A public key in PEM form: the release must be signed.")
     ] = "",
 ) -> None:
-    """Score files and tables with a release, in processes of this machine; docs/batch.md.
+    """Score files and tables with a release, in processes of this machine or by an engine; docs/batch.md.
 
     Bad rows go to an errors file beside the output. A run that was stopped goes on where it was.
-    Exit status: 0 done, 1 input, release or output cannot be used, 2 wrong options, 3 too many bad rows, 130 interrupted.
+    Exit status: 0 done, 1 input, release or output cannot be used, 2 wrong options, 3 too many bad rows, 4 the system
+    of --url is gone, 130 interrupted.
     """
     from splitserve.checks.examination import Allowed
     from splitserve.cli.batch import Arguments, run
@@ -458,6 +463,8 @@ def batch(
         sample=sample,
         max_errors=max_errors,
         encoding=encoding,
+        engine=engine,
+        url=url,
         workers=workers,
         resume=resume,
         overwrite=overwrite,

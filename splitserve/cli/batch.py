@@ -28,6 +28,8 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     sample: str
     max_errors: str
     encoding: str
+    engine: str
+    url: str
     workers: int
     resume: bool
     overwrite: bool
@@ -58,6 +60,8 @@ def run(arguments: Arguments, allowed: Allowed) -> int:
             limit=arguments.limit,
             sample=_share(arguments.sample),
             max_errors=arguments.max_errors,
+            engine=arguments.engine,
+            url=arguments.url,
             workers=arguments.workers,
             resume=arguments.resume,
             overwrite=arguments.overwrite,

@@ -36,6 +36,8 @@ def score(
     sample: float = 1.0,
     max_errors: int | str = DEFAULT_MAX_ERRORS,
     encoding: str = "utf-8",
+    engine: str = "local",
+    url: str = "",
     workers: int = 0,
     resume: bool = True,
     overwrite: bool = False,
@@ -58,6 +60,8 @@ def score(
         sample: score this share of the rows.
         max_errors: rows that may fail: a number, or a percentage like ``"1%"``.
         encoding: of text.
+        engine: where shards are scored: local, or ray, spark or dask: a session of theirs that the program has is used.
+        url: of a running system that answers, in place of a release that is loaded here from the repository.
         workers: processes; 0 for one a core.
         resume: go on with an equal run that has begun in the output.
         overwrite: replace the output of another run.
@@ -82,6 +86,8 @@ def score(
         limit=limit,
         sample=sample,
         max_errors=str(max_errors),
+        engine=engine,
+        url=url,
         workers=workers,
         resume=resume,
         overwrite=overwrite,

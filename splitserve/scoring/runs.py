@@ -24,7 +24,7 @@ from splitserve import __version__
 from splitserve.checks.examination import NOTHING_MORE, Allowed
 from splitserve.scoring import planning
 from splitserve.scoring.engines import Engine
-from splitserve.scoring.engines.local import LocalEngine
+from splitserve.scoring.engines.choice import check_engine, engine_of
 from splitserve.scoring.errors import ScoringError, TooManyErrors, WrongUsage
 from splitserve.scoring.planning import ColumnOptions, Listing, ShardSizes, Table
 from splitserve.scoring.progress import Progress
@@ -62,6 +62,8 @@ class ScoringOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the command's options say; docs/batch.md describes them."""
 
     repository: str = "./models"
+    engine: str = "local"
+    url: str = ""
     mapping: Mapping[str, str] = {}
     keep: tuple[str, ...] = ()
     to: str = ""
@@ -134,8 +136,9 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
     Raises:
         ScoringError: names what does not fit.
     """
+    check_engine(options.engine)
     _check_options(options)
-    release = choose(model, options.repository, allowed=options.allowed, signature_key=options.signature_key)
+    release = _release(model, options)
     listing = planning.list_files(where)
     target = _output(output, options, listing)
     columns = ColumnOptions(options.mapping, _kept(options, listing), options.encoding, target.format, target.is_joined)
@@ -153,6 +156,7 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
         encoding=options.encoding,
         is_joined=target.is_joined,
         escapes_formulas=options.escape_formulas,
+        url=options.url,
         version=__version__,
     )
     check_types(job.schema, target.format)
@@ -173,6 +177,15 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
         return planned
     most = int(_allowed_errors(options.max_errors, planned.n_rows or 0)) + MORE_ERRORS
     return msgspec.structs.replace(planned, job=msgspec.structs.replace(job, most_errors=most))
+
+
+def _release(model: str, options: ScoringOptions) -> ScoringRelease:
+    if options.url:
+        from splitserve.scoring.remote import release_at  # here: it needs the client
+
+        return release_at(options.url, model)
+    repository = absolute(options.repository)  # a worker may have another current folder
+    return choose(model, repository, allowed=options.allowed, signature_key=options.signature_key)
 
 
 def _check_options(options: ScoringOptions) -> None:
@@ -270,7 +283,7 @@ def run(planned: Plan, options: ScoringOptions, *, engine: Engine | None = None,
             n_rows = planned.n_rows if options.sample >= 1 else None
             with Progress(n_rows, shows=shows_progress) as progress:
                 _go_on(known, progress)
-                for result in _scored(engine or LocalEngine(n_workers(options)), job, todo, progress):
+                for result in _scored(engine or engine_of(options.engine, n_workers(options)), job, todo, progress):
                     results[result.number] = result
                     _check_errors(results.values(), planned, options, n_left=len(planned.shards) - len(results))
             ordered = [results[shard.number] for shard in planned.shards]
@@ -295,7 +308,7 @@ def run(planned: Plan, options: ScoringOptions, *, engine: Engine | None = None,
 
 
 def n_workers(options: ScoringOptions) -> int:
-    """Processes of the local engine: one a core by default."""
+    """Processes of this machine: one a core by default."""
     return options.workers or len(os.sched_getaffinity(0))
 
 

@@ -7,6 +7,7 @@ record exists, which is written last: after a crash anywhere, a shard is either 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -323,16 +324,27 @@ def scorer_of(job: ScoringJob) -> Scorer:
     """What answers the rows of a run in this process.
 
     Raises:
-        ScoringError: the release cannot be loaded.
+        ScoringError: the release cannot be loaded, or does not serve at the URL.
     """
+    if job.url:
+        from splitserve.scoring.remote import RemoteScorer  # here: it needs the client
+
+        return RemoteScorer(job.url, job.release)
     return LoadedRelease(job.release)
 
 
-_scorers: dict[bytes, ShardScorer] = {}
+class _Scorers(threading.local):
+    """The scorer of each thread: an engine may run two shards of a process at a time."""
+
+    def __init__(self) -> None:
+        self.by_job: dict[bytes, ShardScorer] = {}
+
+
+_scorers = _Scorers()
 
 
 def score_shard(job: bytes, shard: Shard) -> ShardResult:
-    """Score a shard in this process, whose release stays loaded for the next one. What engines schedule.
+    """Score a shard in this thread, whose release stays loaded for the next one. What engines schedule.
 
     Args:
         job: a `ScoringJob` as JSON, which any transport can carry.
@@ -341,10 +353,13 @@ def score_shard(job: bytes, shard: Shard) -> ShardResult:
     Raises:
         ScoringError: as `ShardScorer.score`.
     """
-    if job not in _scorers:
-        _scorers.clear()
-        _scorers[job] = ShardScorer(decode_job(job))
-    return _scorers[job].score(shard)
+    scorers = _scorers.by_job
+    if job not in scorers:
+        for other in scorers.values():
+            other.close()
+        scorers.clear()
+        scorers[job] = ShardScorer(decode_job(job))
+    return scorers[job].score(shard)
 
 
 def encode_job(job: ScoringJob) -> bytes:

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 import msgspec
 import pyarrow as pa
 
-from splitserve.scoring.engines.local import Failed, Finished, Message, Progress
+from splitserve.scoring.engines.local import Message, Progress
+from splitserve.scoring.engines.outcomes import Failed, Finished
 from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.shards import Shard, ShardScorer, decode_job
 
@@ -34,7 +35,7 @@ def main(handle: int) -> int:
         while True:
             send(Finished(scorer.score(shards.get(), lambda n_rows, n_errors: send(Progress(n_rows, n_errors)))))
     except ScoringError as error:
-        send(Failed(type(error).__name__, str(error)))
+        send(Failed.of(error))
         return 1
 
 

@@ -109,6 +109,26 @@ def test_answers_are_those_of_the_running_system(demos: Demos, fused: System, tm
     np.testing.assert_array_equal(batch.view(np.uint32), online["probabilities"].view(np.uint32))
 
 
+@pytest.mark.parametrize("face", ["grpc", "rest"])
+def test_a_running_system_gives_the_answers_of_the_release(
+    demos: Demos, fused: System, many: Path, tmp_path: Path, face: str
+) -> None:
+    """``--url``: bad rows apart, too, with the message of the transforms; no repository is needed."""
+    frame = pd.read_parquet(many).iloc[:3_000]
+    frame.loc[1_234, "bill_depth_mm"] = np.inf
+    frame.to_parquet(tmp_path / "t.parquet", index=False)
+    url = fused.grpc if face == "grpc" else f"http://{fused.http}"
+
+    done = command("penguins", "t.parquet", "url.csv", "--keep", "id", "--url", url, "--workers", 1, cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    score("penguins", tmp_path / "t.parquet", tmp_path / "local.csv", repository=demos.repository, keep=["id"], workers=1)
+    assert (tmp_path / "url.csv").read_text() == (tmp_path / "local.csv").read_text()
+    (error,) = map(json.loads, (tmp_path / "url.errors.jsonl").read_text().splitlines())
+    assert (error["id"], error["error_stage"]) == (1_234, "preprocess")
+    assert "infinity" in error["error_message"]
+
+
 def test_text_formats_mean_what_they_mean_online(demos: Demos, fused: System, tmp_path: Path) -> None:
     """An empty cell is missing; NA is missing in a number and text in text."""
     header = "island,bill_length_mm,bill_depth_mm,flipper_length_mm,body_mass_g,sex,year"

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 
 import msgspec
 
-from splitserve.scoring import errors
+from splitserve.scoring.engines.outcomes import Failed, Finished
 from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.shards import OnRows, Shard, ShardResult, decode_job
 
@@ -29,19 +29,6 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
     rows: int
     errors: int
-
-
-class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """The shard in hand is done."""
-
-    result: ShardResult
-
-
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The worker ends: the shard in hand cannot be scored."""
-
-    kind: str
-    message: str
 
 
 Message = Progress | Finished | Failed
@@ -74,7 +61,7 @@ class LocalEngine:
                     if isinstance(message, Progress):
                         on_rows(message.rows, message.errors)
                     elif isinstance(message, Failed):
-                        raise _KINDS.get(message.kind, ScoringError)(message.message)
+                        raise message.error()
                     else:
                         if waiting:
                             worker.give(waiting.popleft())
@@ -85,11 +72,6 @@ class LocalEngine:
         finally:
             for worker in workers.values():
                 worker.kill()
-
-
-_KINDS: dict[str, type[ScoringError]] = {
-    kind.__name__: kind for kind in (ScoringError, errors.WrongUsage, errors.TooManyErrors, errors.ServerGone)
-}
 
 
 class _Worker:
@@ -104,7 +86,7 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a library prints must not mix with the caller's output
-                env={**dict.fromkeys(_THREADS, "1"), **os.environ, "PYTHONPATH": _import_path()},
+                env={**dict.fromkeys(_THREADS, "1"), **os.environ, "PYTHONPATH": _import_path(), "TZ": "UTC"},
             )
         finally:
             theirs.close()
