@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from splitserve.arrays import DTYPES, Array, from_array, objects
-from splitserve.scoring.errors import ScoringError
+from splitserve.scoring.errors import ScoringError, WrongUsage
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 
@@ -57,15 +57,16 @@ def bind(
         kept: names of columns that are copied to the output, which `ALL_OTHERS` leaves out.
 
     Raises:
-        ScoringError: a column is missing or has another type, or a mapping names no column or no input.
+        ScoringError: a column is missing or has another type.
+        WrongUsage: a mapping names no column or no input.
     """
     names = {spec.name for spec in specs}
     elements = {f"{spec.name}_{place}" for spec in specs for place in range(_width(spec, where))}
     for column, name in mapping.items():
         if column not in columns and column != ALL_OTHERS:
-            raise ScoringError(f'{where}: --map {column}={name}: there is no column "{column}"; it has {_listed(columns)}')
+            raise WrongUsage(f'{where}: --map {column}={name}: there is no column "{column}"; it has {_listed(columns)}')
         if name not in names | elements:
-            raise ScoringError(f'--map {column}={name}: the model has no input "{name}", it has {_listed(names)}')
+            raise WrongUsage(f'--map {column}={name}: the model has no input "{name}", it has {_listed(names)}')
     found: dict[str, str] = {}
     for column in columns:
         name = mapping.get(column, column)
@@ -79,7 +80,7 @@ def bind(
         parts = [f"{spec.name}_{place}" for place in range(width)]
         if mapping.get(ALL_OTHERS) == spec.name:
             if len(others) != width:
-                raise ScoringError(
+                raise WrongUsage(
                     f'{where}: --map "*={spec.name}": expected {width} columns, one for each element, got {len(others)}: '
                     f"{_listed(others)}; --keep those that are no inputs"
                 )

@@ -177,7 +177,7 @@ def check_columns(listing: Listing, release: ScoringRelease, options: ColumnOpti
     names = names or ()
     answers = AnswerColumns(release).schema.names
     if clash_ := [name for name in names if name in answers]:
-        raise ScoringError(f'"{clash_[0]}" is a column of the input and of the answer; leave it out of --keep')
+        raise WrongUsage(f'"{clash_[0]}" is a column of the input and of the answer; leave it out of --keep')
     return Table(files, names, pa.schema([kept[name] for name in names]), list(unused))
 
 
@@ -215,7 +215,7 @@ def _kept_names(everything: Columns, columns: Columns, file: InputFile, options:
         return (*of_folders, *columns)
     for name in options.keep:
         if name not in everything:
-            raise ScoringError(f'{file.path}: --keep {name}: there is no column "{name}"; it has {", ".join(everything)}')
+            raise WrongUsage(f'{file.path}: --keep {name}: there is no column "{name}"; it has {", ".join(everything)}')
     return tuple(name for name in options.keep if name in columns or name in of_folders)
 
 

@@ -43,7 +43,7 @@ from splitserve.scoring.sinks import FORMATS, check_types, format_of, join
 from splitserve.scoring.sources.block import SHARD_BYTES, SHARD_ROWS, Part, Reading
 from splitserve.scoring.sources.images import FILE
 from splitserve.scoring.sources.reading import Reader
-from splitserve.scoring.storage import SCRATCH_PREFIX, LocalStorage, Storage, absolute, storage_of
+from splitserve.scoring.storage import SCRATCH_PREFIX, LocalStorage, Storage, absolute, resolved, storage_of
 from splitserve.scoring.summary import Summary, summed
 
 MANIFEST_FILE = "_splitserve/manifest.json"
@@ -219,10 +219,14 @@ def _output(where: str, options: ScoringOptions, listing: Listing) -> Output:
         path == listing.root or (not named and f"{path}/".startswith(f"{listing.root}/") and len(listing.files) > 1)
     ):
         raise WrongUsage(f"{where}: the output is in the input's folder, where the next run would read it")
-    if any(file.path == path for file in listing.files):
-        raise WrongUsage(f"{where}: the output is the input")
     own = {"images": "parquet"}.get(listing.format, listing.format)
-    return Output(path, bool(named), named or options.to or own)
+    output = Output(path, bool(named), named or options.to or own)
+    written = {resolved(each) for each in (output.path, output.manifest, output.errors)}
+    for file in listing.files:
+        found = resolved(file.path)
+        if found in written or found.startswith(f"{resolved(output.root)}/"):
+            raise WrongUsage(f"{where}: the output is the input, or has it in its files: {file.path}")
+    return output
 
 
 def _count(job: ScoringJob, part: Part) -> int:

@@ -98,6 +98,11 @@ def absolute(path: str) -> str:
     return os.path.abspath(path.removeprefix("file://"))  # noqa: PTH100 - resolve() would follow links, whose names say what they are
 
 
+def resolved(path: str) -> str:
+    """A path without links, to tell whether two are one file."""
+    return path if is_url(path) else os.path.realpath(path)
+
+
 def parent(path: str) -> str:
     """The folder of a path."""
     return path.rpartition("/")[0]

@@ -209,6 +209,29 @@ def test_columns_are_checked_before_the_first_row(tmp_path: Path, scored: Scored
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"keep": ["absent"]},
+        {"keep": ["sum"]},
+        {"mapping": {"absent": "count"}},
+        {"mapping": {"number": "absent"}},
+        {"mapping": {"*": "count"}},
+    ],
+    ids=str,
+)
+def test_an_option_that_does_not_fit_the_input_ends_with_status_2(
+    tmp_path: Path, scored: Scored, arguments: dict[str, Any]
+) -> None:
+    """So that a scheduler does not try it again."""
+    write_csv(table(3).append_column("sum", [["", "", ""]]), tmp_path / "t.csv")
+
+    with pytest.raises(ScoringError) as raised:
+        scored(tmp_path / "t.csv", tmp_path / "out.csv", **arguments)
+
+    assert raised.value.exit_status == 2
+
+
 def test_columns_are_found_by_name_and_by_mapping(tmp_path: Path, scored: Scored) -> None:
     """Their order means nothing."""
     rows = table(10)
@@ -613,6 +636,32 @@ def test_a_wrong_input_or_output_is_named(tmp_path: Path, scored: Scored, argume
 
     assert message in str(raised.value)
     assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "output"),
+    [
+        ("link.csv", "t.csv"),
+        ("t.csv", "link.csv"),
+        ("folder/t.csv", "t.csv"),
+        ("out.errors.jsonl", "out.csv"),
+        ("done/_errors/1.jsonl", "done"),
+    ],
+)
+def test_no_run_removes_its_input(tmp_path: Path, scored: Scored, file: str, output: str) -> None:
+    """By whatever name it is called; what earlier runs left is an input as others are."""
+    (tmp_path / "done" / "_errors").mkdir(parents=True)
+    write_csv(table(3), tmp_path / "t.csv")
+    for name in ("out.errors.jsonl", "done/_errors/1.jsonl"):
+        write_jsonl(table(3), tmp_path / name)
+    (tmp_path / "link.csv").symlink_to("t.csv")
+    (tmp_path / "folder").symlink_to(".")
+    before = (tmp_path / file).read_bytes()
+
+    with pytest.raises(ScoringError, match="the output is the input"):
+        scored(tmp_path / file, tmp_path / output, overwrite=True)
+
+    assert (tmp_path / file).read_bytes() == before
 
 
 def test_text_of_another_encoding_is_read_with_its_name(tmp_path: Path, scored: Scored) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.sources import delimited, text
 from splitserve.scoring.sources.block import Part, Reading
 from splitserve.scoring.sources.delimited import header_of, plan, read
@@ -106,6 +107,51 @@ def test_a_header_may_be_quoted_and_marked(tmp_path: Path) -> None:
     path.write_bytes(b'\xef\xbb\xbf"a\nb",c\n1,2\n')
 
     assert header_of(str(path), "utf-8") == (["a\nb", "c"], 11)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a,b,c\r1,2,3\r4,5,6\r",
+        b"a,b,c\r1,2,3\n4,5,6\n",
+        b"a,b,c\n1,2,3\r\n4,5,6",
+        b"\r\n\na,b,c\r\n1,2,3\r\n4,5,6\r\n",
+        b"\xef\xbb\xbf\na,b,c\n1,2,3\n4,5,6\n",
+    ],
+    ids=["returns", "return", "mixed", "empty lines", "mark"],
+)
+def test_a_header_ends_where_the_rows_begin(tmp_path: Path, data: bytes) -> None:
+    """At each line break that also ends a row; empty lines before it are none."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(data)
+    parts = plan(0, str(path), "utf-8", 100)
+
+    assert rows_of(path, parts) == [(1, "1", "2", "3"), (2, "4", "5", "6")]
+
+
+def test_a_quote_within_a_name_swallows_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b'a,b,c 5"\n1,2,3\n4,"5",6\n')
+
+    assert header_of(str(path), "utf-8") == (["a", "b", 'c 5"'], 9)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'"a,b,c\n1,2,3\n', "cannot be read as CSV"),
+        (b'"' + b"a" * 200_000, "cannot be read as CSV"),
+        (b"a," * 600_000, "longer than 1 MiB"),
+    ],
+    ids=["open quote", "long name", "long"],
+)
+def test_a_header_without_an_end_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    """Else the rows would be taken for a part of it."""
+    path = tmp_path / "t.csv"
+    path.write_bytes(data)
+
+    with pytest.raises(ScoringError, match=message):
+        header_of(str(path), "utf-8")
 
 
 def test_json_strings_of_every_line_are_whole() -> None:

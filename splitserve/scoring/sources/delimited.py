@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ MAX_ROW_BYTES = 16 * 1024**2
 """Longest row, where the file cannot be split beforehand."""
 
 _HEAD_BYTES = 1024**2
+_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # Arrow ends a row at each of these, too
 _MISSING = ("", "NA", "NaN", "nan")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
@@ -39,42 +41,37 @@ def delimiter_of(path: str) -> str:
 
 
 def header_of(path: str, encoding: str) -> tuple[list[str], int]:
-    """Names of the columns, and the byte after the header; no names if the file is empty.
+    """Names of the columns, and the byte after the header, which is the first line that is not empty; no names if there is none.
 
     Raises:
-        ScoringError: it is not text of this encoding, or two columns have one name.
+        ScoringError: it is not text of this encoding, its quotes do not match, or two columns have one name.
         OSError: it cannot be read.
     """
     with opened(path, encoding) as file:
         head = b""
         while len(head) < _HEAD_BYTES and (data := file.read(_HEAD_BYTES)):
             head += data
-    start = start_of_text(path, head)
+    start = end = start_of_text(path, head)
     if not head[start:].strip():
         return [], len(head)
-    end = _end_of_record(head, start)
-    try:
-        text = head[start:end].decode()
+
+    def lines() -> Iterator[str]:
+        nonlocal end
+        for line in _LINE.finditer(head, start):
+            end = line.end()
+            yield line[0].decode()
+
+    try:  # one parser says what the names are and where they end
+        names = next((record for record in csv.reader(lines(), delimiter=delimiter_of(path), strict=True) if record), [])
     except UnicodeDecodeError as error:
-        raise ScoringError(f"{path}: the header is not UTF-8 at byte {start + error.start}; name its --encoding") from None
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(path)), [])
+        raise ScoringError(f"{path}: the header is not UTF-8 ({error.reason}); name its --encoding") from None
+    except csv.Error as error:
+        raise ScoringError(f"{path}: the header cannot be read as CSV: {error}; is a quote not closed?") from None
+    if end >= _HEAD_BYTES:
+        raise ScoringError(f"{path}: the header is longer than {_HEAD_BYTES >> 20} MiB")
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ScoringError(f'{path}: column "{twice[0]}" occurs more than once in the header; rename one')
     return names, end
-
-
-def _end_of_record(head: bytes, start: int) -> int:
-    """The byte after the first line break outside of quotes."""
-    position, in_quotes = start, False
-    while position < len(head):
-        newline = head.find(b"\n", position)
-        if newline < 0:
-            return len(head)
-        in_quotes ^= bool(head.count(b'"', position, newline) % 2)
-        position = newline + 1
-        if not in_quotes:
-            return position
-    return len(head)
 
 
 def plan(file: int, path: str, encoding: str, shard_bytes: int) -> list[Part]:
