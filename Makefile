@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet diabetes train bench bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-engines test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet diabetes train bench bench-batch bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-engines test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-intermediaries-long  streams of five minutes and a soak of ten behind them"
 	@echo "make fix           apply the formatter and the linter's fixes"
 	@echo "make bench         measure our services; needs wrk and h2load; BENCH=--quick to check that it runs"
+	@echo "make bench-batch   measure batch scoring against the libraries alone, and its memory; BENCH=--quick"
 	@echo "make bench-jobs    measure jobs, and what they cost other requests"
 	@echo "make bench-peers   compare them with other systems, each in its own environment; BENCH=... as above"
 	@echo "make soak          ten minutes of mixed load: memory, file descriptors, answers; SOAK=\"--seconds 60\""
@@ -86,6 +87,9 @@ test-training: $(BIN)/.installed .venv-torch/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks own --imagenet $(MODELS) $(BENCH)
+
+bench-batch: $(BIN)/.installed
+	$(BIN)/python -m benchmarks batch $(BENCH)
 
 bench-jobs: $(BIN)/.installed
 	$(BIN)/python -m benchmarks jobs $(BENCH)

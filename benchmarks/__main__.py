@@ -1,4 +1,4 @@
-"""``python -m benchmarks own``, ``peers``, ``jobs`` and ``soak``."""
+"""``python -m benchmarks own``, ``peers``, ``jobs``, ``batch`` and ``soak``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks import jobs, loads, own, report, side_by_side, soak, systems
+from benchmarks import batch, jobs, loads, own, report, side_by_side, soak, systems
 from benchmarks.machine import Machine, this_machine
 from benchmarks.processes import BenchmarkError
 
@@ -19,7 +19,7 @@ from benchmarks.processes import BenchmarkError
 def main() -> None:
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # an exit, so that what was started is stopped
-    if arguments.run is not _soak and (missing := loads.missing_tools()):
+    if arguments.run not in (_soak, _batch) and (missing := loads.missing_tools()):
         sys.exit(f"missing: {', '.join(missing)}")
     try:
         n_failed = arguments.run(arguments)
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("figures", nargs="*", choices=[*jobs.FIGURES, []], metavar="FIGURE", help=", ".join(jobs.FIGURES))
     command.add_argument("--jobs", type=int, default=usual.n_jobs, help=f"that are queued (default {usual.n_jobs})")
     _add_common(command, seconds=usual.seconds, rounds=usual.rounds)
+
+    command = commands.add_parser("batch", help="batch scoring against the libraries alone, and its memory")
+    command.set_defaults(run=_batch)
+    command.add_argument("--rows", type=int, default=batch.BatchOptions().rows, help="of the comparison")
+    command.add_argument("--rounds", type=int, default=batch.BatchOptions().rounds, help="of which medians are taken")
+    command.add_argument("--quick", action="store_true", help="a quick check that it works; the numbers mean little")
+    command.add_argument("--name", help="of the results files")
 
     command = commands.add_parser("soak", help="a long mixed load: are memory and file descriptors flat, is every answer right")
     command.set_defaults(run=_soak)
@@ -124,6 +131,17 @@ def _jobs(arguments: argparse.Namespace) -> int:
     sections = {name: str(figure) for name, figure in found.items()}
     _write(arguments.name or f"jobs-{machine.commit}", machine, sections, {name: figure.facts for name, figure in found.items()})
     return sum(figure.n_failed for figure in found.values())
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    options = batch.BatchOptions(rows=arguments.rows, rounds=arguments.rounds)
+    if arguments.quick:
+        options = batch.BatchOptions(rows=20_000, memory_rows=(20_000, 40_000), rounds=1)
+    machine = this_machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = batch.run(options, Path(scratch))
+    _write(arguments.name or f"batch-{machine.commit}", machine, found.sections(), msgspec.to_builtins(found))
+    return 0
 
 
 def _soak(arguments: argparse.Namespace) -> int:
