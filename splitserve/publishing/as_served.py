@@ -19,6 +19,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -209,9 +210,11 @@ def serve() -> None:
     """Answer requests from stdin, each in a process of its own, until stdin ends; then that process is ended, too."""
     from splitserve.runtimes import compiled, predictor, preprocessor  # noqa: F401  (imported once, for all)
 
+    requests = sys.stdin.buffer
+    assert isinstance(requests, BufferedReader)
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
-    for line in sys.stdin.buffer:
+    for line in requests:
         if not hasattr(os, "fork"):
             _answer(line, out)
             return  # what this request has imported must not help the next
@@ -225,11 +228,13 @@ def serve() -> None:
             finally:
                 os._exit(code)
         os.close(keeps)
-        ready, _, _ = select.select([sys.stdin, ends], [], [])
+        ready, _, _ = select.select([requests.fileno(), ends], [], [])
         os.close(ends)
-        if sys.stdin in ready:  # nobody waits for the answer
+        if ends not in ready and not requests.peek(1):  # stdin has ended, and nobody waits for the answer
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+            os.waitpid(child, 0)
+            return
+        _, status = os.waitpid(child, 0)  # or the next request is there, since this one was answered
         if status:
             os.write(out, json.dumps({"reason": "loading it ends the process"}).encode() + b"\n")
 

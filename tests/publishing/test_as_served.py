@@ -121,6 +121,45 @@ def test_the_fresh_process_is_kept_and_starts_again() -> None:
     assert as_served._process() is not first
 
 
+LATE = """
+import os
+from splitserve.publishing import as_served
+
+reached, reaches = os.pipe()
+wait = os.waitpid
+
+def waitpid(*arguments):
+    os.write(reaches, b"x")
+    return wait(*arguments)
+
+def answer(line, out):
+    os.write(out, line)
+    os.read(reached, 1)
+
+os.waitpid, as_served._answer = waitpid, answer
+as_served.serve()
+"""
+"""Echoes requests; what has answered one ends only when its end is waited for."""
+
+
+def test_a_request_that_comes_before_the_last_one_has_ended_is_answered() -> None:
+    """Each answer is that of its own request."""
+    command = [sys.executable, "-c", LATE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        answers = []
+        for request in ("first\n", "second\n", "third\n"):
+            server.stdin.write(request)
+            answers.append(server.stdout.readline())
+        server.stdin.close()
+        rest = server.stdout.read()
+
+    assert answers == ["first\n", "second\n", "third\n"]
+    assert rest == ""
+    assert server.returncode == 0
+
+
 def test_a_damaged_file_is_refused() -> None:
     """With the words of the loader."""
     half = a_half()
