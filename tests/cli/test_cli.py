@@ -432,7 +432,7 @@ def test_up_names_the_models_that_it_does_not_serve() -> None:
 
 def test_a_rest_address_is_no_grpc_address() -> None:
     """Of the commands that speak gRPC only; a port that answers in HTTP/1.1 would look like one that is away."""
-    result = run_command("health", "--url", "http://127.0.0.1:8000")
+    result = run_command("reload", "--url", "http://127.0.0.1:8000")
 
     assert result.exit_code == 2
     assert 'expected the address of a gRPC face, host:port, got "http://127.0.0.1:8000"' in result.output

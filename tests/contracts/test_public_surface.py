@@ -25,6 +25,8 @@ def test_the_package_offers_these_names_and_no_others() -> None:
         "publish_preprocessor",
         "release",
         "rollback",
+        "score",
+        "score_batches",
         "withdraw",
     ]
 

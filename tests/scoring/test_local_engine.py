@@ -266,6 +266,15 @@ def test_the_exit_status_says_what_was_wrong(
     assert (done.exit_code, message in done.stderr) == (status, True), done.stderr
 
 
+def test_modules_of_the_working_directory_are_not_imported(demos: Demos, tmp_path: Path) -> None:
+    """A file named as a module of Python's lies where people work."""
+    (tmp_path / "csv.py").write_text("raise AssertionError('the csv.py of the working directory is imported')")
+
+    done = command("penguins", PENGUINS, "scores.csv", "--repository", demos.repository, cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_json_is_all_that_is_printed(demos: Demos, tmp_path: Path) -> None:
     """Progress goes to stderr, without carriage returns where it is no terminal."""
     done = command("penguins", PENGUINS, "out", "--to", "parquet", "--json", "--repository", demos.repository, cwd=tmp_path)

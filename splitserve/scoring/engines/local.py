@@ -82,7 +82,7 @@ class _Worker:
         self._shard: Shard | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "splitserve.scoring.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "splitserve.scoring.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a library prints must not mix with the caller's output
@@ -133,5 +133,5 @@ _decoder = msgspec.json.Decoder(Message)
 
 
 def _import_path() -> str:
-    """Where this process imports from, so that workers find the same modules."""
-    return os.pathsep.join(dict.fromkeys(path for path in sys.path if path))
+    """Where this process imports from, so that workers find the same modules: the working directory only if it does, too."""
+    return os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
