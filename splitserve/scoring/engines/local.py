@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import msgspec
 
@@ -134,4 +135,4 @@ _decoder = msgspec.json.Decoder(Message)
 
 def _import_path() -> str:
     """Where this process imports from, so that workers find the same modules: the working directory only if it does, too."""
-    return os.pathsep.join(dict.fromkeys(path or os.getcwd() for path in sys.path))
+    return os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
