@@ -232,7 +232,7 @@ def test_a_model_that_never_returns_ends_with_its_publisher(tmp_path: Path) -> N
     served = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     answers, _ = served.communicate(request + "\n")  # which closes the pipe, then waits for all that could still answer
 
-    assert json.loads(answers) == {"reason": "loading it ends the process"}
+    assert (served.returncode, answers) == (0, "")  # nobody waits for an answer
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan")])
