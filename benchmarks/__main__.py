@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_batch)
     command.add_argument("--rows", type=int, default=batch.BatchOptions().rows, help="of the comparison")
     command.add_argument("--rounds", type=int, default=batch.BatchOptions().rounds, help="of which medians are taken")
+    command.add_argument("--peer-rows", type=int, default=0, help="of the comparison with MLServer and MLflow (default: none)")
     command.add_argument("--quick", action="store_true", help="a quick check that it works; the numbers mean little")
     command.add_argument("--name", help="of the results files")
 
@@ -134,7 +135,7 @@ def _jobs(arguments: argparse.Namespace) -> int:
 
 
 def _batch(arguments: argparse.Namespace) -> int:
-    options = batch.BatchOptions(rows=arguments.rows, rounds=arguments.rounds)
+    options = batch.BatchOptions(rows=arguments.rows, rounds=arguments.rounds, peer_rows=arguments.peer_rows)
     if arguments.quick:
         options = batch.BatchOptions(rows=20_000, memory_rows=(20_000, 40_000), rounds=1)
     machine = this_machine()

@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks import report
+from benchmarks import batch_peers, report
 from benchmarks.processes import BenchmarkError, _pss_mb, tree
 from training.demo import DEMOS, publish_demo
 
@@ -34,19 +34,23 @@ DIRECT = ("-m", "benchmarks.peers.direct_batch")
 
 
 class BatchOptions(msgspec.Struct, frozen=True):
-    """What is measured: ``rows`` of the comparison, and the rows at which memory is."""
+    """What is measured: ``rows`` of the comparison with the libraries alone, and the rows at which memory is."""
 
     rows: int = 1_000_000
     memory_rows: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
     rounds: int = 3
+    peer_rows: int = 0
+    """Rows of the comparison with MLServer and MLflow; 0: none."""
 
 
 class BatchResults(msgspec.Struct, frozen=True):
-    """Seconds by model and command, medians; the highest PSS in MB by rows."""
+    """Seconds by model and command, medians; the highest PSS in MB by rows; seconds beside MLServer and MLflow."""
 
     rows: int
     seconds: dict[str, dict[str, float]]
     pss_mb: dict[str, float]
+    peer_rows: int
+    peer_seconds: dict[str, float]
 
     def sections(self) -> dict[str, str]:
         """As tables."""
@@ -56,7 +60,13 @@ class BatchResults(msgspec.Struct, frozen=True):
             for name, seconds in commands.items():
                 lines.append([model, name, f"{seconds:.1f}", f"{self.rows / seconds:.0f}", f"{direct / seconds:.2f}"])
         memory = [[rows, f"{value:.0f}"] for rows, value in self.pss_mb.items()]
+        ours = self.peer_seconds.get("splitserve batch", 0.0)
+        peers = [
+            [name, f"{seconds:.1f}", f"{self.peer_rows / seconds:.0f}", f"{seconds / ours:.1f}"]
+            for name, seconds in self.peer_seconds.items()
+        ]
         return {
+            f"Beside others, {self.peer_rows} rows": report.table(("command", "seconds", "rows/s", "times ours"), peers),
             "Against the libraries alone": report.table(("model", "command", "seconds", "rows/s", "times direct"), lines),
             "Memory": report.table(("rows", "highest PSS, MB"), memory),
         }
@@ -73,7 +83,16 @@ def run(options: BatchOptions, scratch: Path) -> BatchResults:
         source = _rows_file("penguins", n_rows, scratch / "memory.parquet")
         pss_mb[str(n_rows)] = _run(_ours("penguins", repository, source, scratch, 1), cores=1)[1]
         print(f"{n_rows} rows: {pss_mb[str(n_rows)]:.0f} MB", flush=True)
-    return BatchResults(options.rows, seconds, pss_mb)
+    peer_seconds = {}
+    if options.peer_rows:
+        rows = pq.read_table(_rows_file(MODELS[1], options.peer_rows, scratch / "peers.parquet")).to_pandas()
+        peer_seconds = batch_peers.compare(
+            rows,
+            lambda source: _ours(MODELS[1], repository, source, scratch, 2),
+            lambda command: _run(command, cores=2)[0],
+            scratch,
+        )
+    return BatchResults(options.rows, seconds, pss_mb, options.peer_rows, peer_seconds)
 
 
 def _compare(model: str, repository: Path, options: BatchOptions, scratch: Path) -> dict[str, float]:

@@ -28,6 +28,8 @@ ENVIRONMENTS = {
     "kserve": Environment(sys.executable, ("kserve==0.21.0", "pandas", *COMPUTE)),
     # Triton's Python backend comes built for the CPython of distributions and does not start under others' builds.
     "pytriton": Environment("/usr/bin/python3", ("nvidia-pytriton==0.7.0", *COMPUTE)),
+    "mlserver": Environment(sys.executable, ("mlserver==1.7.1", "mlserver-sklearn==1.7.1", "pandas", *COMPUTE)),
+    "mlflow": Environment(sys.executable, ("mlflow==3.13.0", *COMPUTE)),
     "plain": Environment(
         sys.executable,
         ("fastapi==0.165.0", "orjson==3.13.0", "uvicorn[standard]==0.54.0", "grpcio", "protobuf", "pandas", *COMPUTE),

@@ -94,7 +94,9 @@ def choose(model: str, repository: str, *, allowed: Allowed = NOTHING_MORE, sign
     name, _, version = model.partition("@")
     try:
         source = _source(repository, signature_key)
-        list(source.bundles())
+        models = sorted({bundle.model for bundle in source.bundles()})
+        if name not in models:
+            raise ScoringError(f'{repository}: there is no model "{name}"; it has {", ".join(models) or "none"}')
         history = ReleaseReader(source).history(name)
         release = history.release_of(_pair(name, version)) if version else default_release(source, name, history)
         if release is None:
