@@ -69,6 +69,10 @@ class Answer(dict[str, Array]):
 
         Raises:
             ValueError: outputs have no rows or different numbers of rows, or the number of names is not that of the columns.
+
+        Example::
+
+            print(client.infer("penguins", frame).to_frame()["label"].value_counts())
         """
         from splitserve.client.frames import to_frame
 

@@ -114,7 +114,12 @@ class AsyncClient(ClientBase):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections. Later calls raise `ClientClosed`."""
+        """Close the connections. Later calls raise `ClientClosed`.
+
+        Example::
+
+            await client.close()
+        """
         self._is_closed = True
         for loop, each in list(self._on_loops.items()):
             if loop is asyncio.get_running_loop():
@@ -195,7 +200,12 @@ class AsyncClient(ClientBase):
         webhook_events: Sequence[str] = (),
         timeout_s: float | None = None,
     ) -> AsyncJob:
-        """As `splitserve.Client.submit`."""
+        """As `splitserve.Client.submit`.
+
+        Example::
+
+            job = await client.submit("penguins", frame, idempotency_key="2026-12-01")
+        """
         steps = jobs.submit(
             self._core,
             model,
@@ -214,38 +224,79 @@ class AsyncClient(ClientBase):
         return AsyncJob(self._core, await self._run(steps), self._run)
 
     async def job(self, job_id: str) -> AsyncJob:
-        """As `splitserve.Client.job`."""
+        """As `splitserve.Client.job`.
+
+        Example::
+
+            job = await client.job("61ba1554c610b511bc8ae00c6c7c3bf2")
+        """
         return AsyncJob(self._core, await self._run(jobs.get(self._core, job_id)), self._run)
 
     async def jobs(self, *, model: str = "", status: str = "", limit: int = 100, after: str = "") -> list[AsyncJob]:
-        """As `splitserve.Client.jobs`."""
+        """As `splitserve.Client.jobs`.
+
+        Example::
+
+            for job in await client.jobs(status="failed"):
+                print(job.id, job.error)
+        """
         found = await self._run(jobs.list_jobs(self._core, model=model, status=status, limit=limit, after=after))
         return [AsyncJob(self._core, info, self._run) for info in found]
 
     async def is_live(self) -> bool:
-        """As `splitserve.Client.is_live`."""
+        """As `splitserve.Client.is_live`.
+
+        Example::
+
+            assert await client.is_live()
+        """
         return bool(await self._ask("live"))
 
     async def is_ready(self) -> bool:
-        """As `splitserve.Client.is_ready`."""
+        """As `splitserve.Client.is_ready`.
+
+        Example::
+
+            assert await client.is_ready()
+        """
         return bool(await self._ask("ready"))
 
     async def is_model_ready(self, model: str, version: str | int | None = "") -> bool:
-        """As `splitserve.Client.is_model_ready`."""
+        """As `splitserve.Client.is_model_ready`.
+
+        Example::
+
+            assert await client.is_model_ready("penguins")
+        """
         return bool(await self._ask("model_ready", model, version))
 
     async def metadata(self, model: str, version: str | int | None = "") -> ModelMetadata:
-        """As `splitserve.Client.metadata`."""
+        """As `splitserve.Client.metadata`.
+
+        Example::
+
+            print([tensor.name for tensor in (await client.metadata("penguins")).inputs])
+        """
         metadata: ModelMetadata = await self._ask("model_metadata", model, version)
         return metadata
 
     async def server_metadata(self) -> ServerMetadata:
-        """As `splitserve.Client.server_metadata`."""
+        """As `splitserve.Client.server_metadata`.
+
+        Example::
+
+            print((await client.server_metadata()).extensions)
+        """
         metadata: ServerMetadata = await self._ask("server_metadata")
         return metadata
 
     async def models(self) -> list[ModelState]:
-        """As `splitserve.Client.models`."""
+        """As `splitserve.Client.models`.
+
+        Example::
+
+            print({state.name: state.state for state in await client.models()})
+        """
         index: list[ModelState] = await self._ask("index")
         return index
 

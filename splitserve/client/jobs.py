@@ -177,6 +177,10 @@ class Job(_Job):
 
         Raises:
             NotFound: it was removed.
+
+        Example::
+
+            print(job.refresh().status)
         """
         self.info = self._run(get(self._core, self.id))
         return self
@@ -187,6 +191,10 @@ class Job(_Job):
         Raises:
             DeadlineExceeded: it has not within ``timeout_s``. It goes on.
             NotFound: it was removed.
+
+        Example::
+
+            job = client.submit("penguins", frame).wait(timeout_s=60)
         """
         self.info = self._run(wait(self._core, self.info, timeout_s))
         return self
@@ -198,6 +206,10 @@ class Job(_Job):
             SplitserveError: its own, if it failed.
             Conflict: it was cancelled.
             DeadlineExceeded, NotFound: as `wait`.
+
+        Example::
+
+            frame = client.submit("penguins", frame).result().to_frame()
         """
         self.wait(timeout_s)
         answer: Answer = self._run(result(self._core, self.info))
@@ -208,12 +220,22 @@ class Job(_Job):
 
         Raises:
             NotFound: it was removed.
+
+        Example::
+
+            if job.cancel().status == "cancelled":
+                print("it did not run to its end")
         """
         self.info = self._run(delete(self._core, self.id, keep_ended=True))
         return self
 
     def remove(self) -> None:
-        """Remove it with its result. One that has not ended is cancelled before."""
+        """Remove it with its result. One that has not ended is cancelled before.
+
+        Example::
+
+            job.remove()
+        """
         self.cancel()
         self._run(delete(self._core, self.id))
 
@@ -226,27 +248,53 @@ class AsyncJob(_Job):
         self._run = run
 
     async def refresh(self) -> AsyncJob:
-        """As `Job.refresh`."""
+        """As `Job.refresh`.
+
+        Example::
+
+            print((await job.refresh()).status)
+        """
         self.info = await self._run(get(self._core, self.id))
         return self
 
     async def wait(self, timeout_s: float | None = None) -> AsyncJob:
-        """As `Job.wait`."""
+        """As `Job.wait`.
+
+        Example::
+
+            job = await (await client.submit("penguins", frame)).wait(timeout_s=60)
+        """
         self.info = await self._run(wait(self._core, self.info, timeout_s))
         return self
 
     async def result(self, timeout_s: float | None = None) -> Answer:
-        """As `Job.result`."""
+        """As `Job.result`.
+
+        Example::
+
+            frame = (await job.result()).to_frame()
+        """
         await self.wait(timeout_s)
         answer: Answer = await self._run(result(self._core, self.info))
         return answer
 
     async def cancel(self) -> AsyncJob:
-        """As `Job.cancel`."""
+        """As `Job.cancel`.
+
+        Example::
+
+            if (await job.cancel()).status == "cancelled":
+                print("it did not run to its end")
+        """
         self.info = await self._run(delete(self._core, self.id, keep_ended=True))
         return self
 
     async def remove(self) -> None:
-        """As `Job.remove`."""
+        """As `Job.remove`.
+
+        Example::
+
+            await job.remove()
+        """
         await self.cancel()
         await self._run(delete(self._core, self.id))

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import splitserve
+from splitserve.client.jobs import AsyncJob, Job
 
 
 def test_the_package_offers_these_names_and_no_others() -> None:
@@ -39,6 +40,15 @@ def test_every_public_name_has_a_docstring() -> None:
         if inspect.isfunction(getattr(splitserve, name)):
             assert "Args:" in documented
             assert "Raises:" in documented
+
+
+@pytest.mark.parametrize("kind", [splitserve.Client, splitserve.AsyncClient, splitserve.Answer, Job, AsyncJob])
+def test_every_public_method_shows_how_it_is_called(kind: type) -> None:
+    """Of what applications hold in their hands; special methods and what forks call are not theirs to call."""
+    methods = {name: each for name, each in vars(kind).items() if inspect.isfunction(each) and not name.startswith("_")}
+    assert methods
+
+    assert [name for name, each in methods.items() if name != "forked" and "Example::" not in (each.__doc__ or "")] == []
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
