@@ -20,10 +20,12 @@ N_ROWS = 60
 TOLERANCE = 1e-4
 NAMES = ("breast-cancer", "digits", "weather")
 
+EVERY = {"splitserve", "httptools", "prometheus_client"}
+"""What each image holds: HTTP/1.1 and metrics, for its admin listener."""
 OWN = {
-    "proxy": {"proxy", "splitserve", "httptools"},
-    "preprocess": {"preprocess_service", "splitserve", "numpy", "pandas", "scipy", "sklearn", "skops"},
-    "predict": {"predict_service", "splitserve", "numpy", "onnxruntime"},
+    "proxy": {"proxy"} | EVERY,
+    "preprocess": {"preprocess_service", "numpy", "pandas", "scipy", "sklearn", "skops"} | EVERY,
+    "predict": {"predict_service", "numpy", "onnxruntime"} | EVERY,
 }
 """What each image holds of all that the three together need, and of what none needs."""
 ALL = set.union(*OWN.values()) | {
