@@ -56,6 +56,7 @@ class LogLevel:
     def set(cls, level: Level) -> None:
         """From now on."""
         cls.current, cls._least = level, getattr(logging, level.upper())
+        RequestLog.is_below_level = cls._least > logging.INFO
 
     @classmethod
     def keep(cls, _logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -86,13 +87,15 @@ class RequestLog:
     """
 
     every: ClassVar[int] = 1
+    is_below_level: ClassVar[bool] = False
+    """Whether the level that is logged is above that of requests; `LogLevel` would drop each line after it was made."""
     _n_seen: ClassVar[int] = 0
 
     @classmethod
     def takes(cls) -> bool:
         """Whether the next request that succeeds is logged."""
-        if cls.every < 2:
-            return cls.every == 1
+        if cls.every < 2 or cls.is_below_level:
+            return cls.every == 1 and not cls.is_below_level
         cls._n_seen += 1
         return cls._n_seen % cls.every == 0
 

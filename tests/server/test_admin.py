@@ -125,6 +125,20 @@ async def test_changes_need_a_token_that_is_configured(admin: Admin) -> None:
     assert "ADMIN_TOKEN_FILE" in answer.json()["error"]
 
 
+def test_no_line_is_made_of_a_request_that_the_level_would_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the level warning nothing is put together for requests that succeed."""
+    for name in ("current", "_least"):
+        monkeypatch.setattr(logs.LogLevel, name, getattr(logs.LogLevel, name))
+    monkeypatch.setattr(logs.RequestLog, "is_below_level", logs.RequestLog.is_below_level)
+    taken = {}
+
+    for level in ("warning", "info"):
+        logs.LogLevel.set(level)
+        taken[level] = logs.RequestLog.takes()
+
+    assert taken == {"warning": False, "info": True}
+
+
 @pytest.mark.parametrize("admin", [{"token": TOKEN}], indirect=True)
 async def test_the_log_level_changes_at_run_time(
     admin: Admin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
