@@ -10,7 +10,6 @@ import asyncio
 import math
 import ssl
 import time
-from collections import deque
 from typing import Any
 
 import grpc
@@ -22,6 +21,7 @@ from splitserve.client.sockets import (
     MAX_IDLE_S,
     BlockingSocket,
     Endpoint,
+    Pool,
     is_certificate_error,
     timed_out,
     tls_context,
@@ -170,7 +170,7 @@ class _Connection:
 
     def released(self) -> None:
         """It is idle from now on."""
-        self._socket.idle_since = time.monotonic()
+        self._socket.released()
 
     def _write(self, *parts: bytes) -> None:
         self._socket.send([b"".join(parts)], self._end)
@@ -329,8 +329,7 @@ class OwnGrpcTransport:
         self._connection = connection
         self._token = token
         self._endpoint = _endpoint(connection)
-        self._idle: deque[_Connection] = deque()
-        self._all: set[_Connection] = set()
+        self._pool: Pool[_Connection] = Pool(_MAX_IDLE)
 
     def send(self, step: Send, stop: Stop | None) -> Any:
         """Make one attempt.
@@ -347,7 +346,7 @@ class OwnGrpcTransport:
         headers = {"user-agent": self._connection.user_agent, **headers}
         message = encode(step.ask).SerializeToString()
         try:
-            used = self._connected(end)
+            used = self._pool.take() or self._pool.add(_Connection(self._endpoint, end, self._connection.max_message_bytes))
         except TimeoutError as error:
             raise Failed(timed_out(self._endpoint, "the server did not accept a connection in time")) from error
         except OSError as error:
@@ -359,14 +358,14 @@ class OwnGrpcTransport:
                 f"/{method.service}/{method.name}", host, "https" if self._endpoint.context else "http", headers, message, end
             )
         except _Status as error:
-            self._release(used)
+            self._pool.release(used)
             if step.ask.verb == "model_ready" and error.code() is grpc.StatusCode.NOT_FOUND:
                 return False
             raise as_failed(
                 step.ask, translate(error, _STAGE), error.details(), error.trailing_metadata(), self._connection
             ) from error
         except BaseException as error:
-            self._drop(used)
+            self._pool.drop(used)
             if isinstance(error, TimeoutError):
                 raise Failed(timed_out(self._endpoint)) from error
             if isinstance(error, OSError):
@@ -380,45 +379,16 @@ class OwnGrpcTransport:
             if isinstance(error, CallError):
                 raise Failed(TooLarge(error.message, stage=_STAGE)) from error
             raise
-        self._release(used)
+        self._pool.release(used)
         return decode(step.ask, method.response.FromString(data))
 
-    def _connected(self, end: float) -> _Connection:
-        while self._idle:
-            try:
-                used = self._idle.pop()
-            except IndexError:
-                break
-            if used.is_usable:
-                return used
-            self._drop(used)
-        used = _Connection(self._endpoint, end, self._connection.max_message_bytes)
-        self._all.add(used)
-        return used
-
-    def _release(self, used: _Connection) -> None:
-        if len(self._idle) >= _MAX_IDLE:
-            self._drop(used)
-            return
-        used.released()
-        self._idle.append(used)
-
-    def _drop(self, used: _Connection) -> None:
-        self._all.discard(used)
-        used.close()
-
     def close(self) -> None:
-        """Close idle connections."""
-        while self._idle:
-            try:
-                self._drop(self._idle.pop())
-            except IndexError:
-                break
+        """Close idle connections now, those in use after their call."""
+        self._pool.close()
 
     def abandon(self) -> None:
         """In a forked child: close its copies of the parent's connections."""
-        for each in list(self._all):
-            each.close()
+        self._pool.abandon()
 
 
 class AsyncOwnGrpcTransport:

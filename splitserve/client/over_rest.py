@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,7 +14,9 @@ from splitserve.client.retries import Failed
 from splitserve.client.sockets import (
     AsyncSocket,
     BlockingSocket,
+    C,
     Endpoint,
+    Pool,
     is_certificate_error,
     timed_out,
     tls_context,
@@ -37,9 +38,7 @@ class RestTransport:
         self._requests = _Requests(connection)
         self._connection = connection
         self._token = token
-        self._idle: deque[BlockingSocket] = deque()
-        self._all: set[BlockingSocket] = set()
-        self._is_closed = False
+        self._pool: Pool[BlockingSocket] = Pool(MAX_IDLE)
 
     def send(self, step: Send, stop: Stop | None) -> Any:
         """Make one attempt.
@@ -52,7 +51,7 @@ class RestTransport:
         parts = self._requests.encode(step, headers)
         reader = ResponseReader(self._connection.max_message_bytes)
         try:
-            used = self._connected(end)
+            used = self._pool.take() or self._pool.add(BlockingSocket(self._requests.endpoint, end))
         except OSError as error:
             raise self._requests.not_connected(error) from error
         try:
@@ -60,51 +59,21 @@ class RestTransport:
             while not reader.is_complete:
                 reader.feed(used.receive(end))
         except (OSError, BrokenResponse, TooLarge) as error:
-            self._drop(used)
+            self._pool.drop(used)
             raise self._requests.failed(error, reader) from error
         except BaseException:
-            self._drop(used)
+            self._pool.drop(used)
             raise
-        self._release(used, reader)
+        _give_back(self._pool, used, reader)
         return self._requests.decode(step.ask, reader)
-
-    def _connected(self, end: float) -> BlockingSocket:
-        while self._idle:
-            try:
-                used = self._idle.pop()
-            except IndexError:  # another thread took the last one
-                break
-            if used.is_usable:
-                return used
-            self._drop(used)
-        used = BlockingSocket(self._requests.endpoint, end)
-        self._all.add(used)
-        return used
-
-    def _release(self, used: BlockingSocket, reader: ResponseReader) -> None:
-        if not reader.keeps_alive or self._is_closed or len(self._idle) >= MAX_IDLE:
-            self._drop(used)
-            return
-        used.idle_since = time.monotonic()
-        self._idle.append(used)
-
-    def _drop(self, used: BlockingSocket) -> None:
-        self._all.discard(used)
-        used.close()
 
     def close(self) -> None:
         """Close idle connections now, those in use after their response."""
-        self._is_closed = True
-        while self._idle:
-            try:
-                self._drop(self._idle.pop())
-            except IndexError:
-                break
+        self._pool.close()
 
     def abandon(self) -> None:
         """In a forked child: close its copies of the parent's connections."""
-        for each in list(self._all):
-            each.close()
+        self._pool.abandon()
 
 
 class AsyncRestTransport:
@@ -114,9 +83,7 @@ class AsyncRestTransport:
         self._requests = _Requests(connection)
         self._connection = connection
         self._token = token
-        self._idle: deque[AsyncSocket] = deque()
-        self._all: set[AsyncSocket] = set()
-        self._is_closed = False
+        self._pool: Pool[AsyncSocket] = Pool(MAX_IDLE)
 
     async def send(self, step: Send) -> Any:
         """Make one attempt.
@@ -130,10 +97,9 @@ class AsyncRestTransport:
         used: AsyncSocket | None = None
         try:
             async with asyncio.timeout(None if step.timeout_s == float("inf") else step.timeout_s):
-                used = self._taken()
+                used = self._pool.take()
                 if used is None:
-                    used = await AsyncSocket.connect(self._requests.endpoint)
-                    self._all.add(used)
+                    used = self._pool.add(await AsyncSocket.connect(self._requests.endpoint))
                 await used.send(parts)
                 while not reader.is_complete:
                     reader.feed(await used.receive())
@@ -141,46 +107,30 @@ class AsyncRestTransport:
             if used is None and isinstance(error, OSError):
                 raise self._requests.not_connected(error) from error
             if used is not None:
-                self._drop(used)
+                self._pool.drop(used)
             raise self._requests.failed(error, reader) from error
         except BaseException:
             if used is not None:
-                self._drop(used)
+                self._pool.drop(used)
             raise
-        self._release(used, reader)
+        _give_back(self._pool, used, reader)
         return self._requests.decode(step.ask, reader)
-
-    def _taken(self) -> AsyncSocket | None:
-        while self._idle:
-            used = self._idle.pop()
-            if used.is_usable:
-                return used
-            self._drop(used)
-        return None
-
-    def _release(self, used: AsyncSocket, reader: ResponseReader) -> None:
-        if not reader.keeps_alive or self._is_closed or len(self._idle) >= MAX_IDLE:
-            self._drop(used)
-        else:
-            used.idle_since = time.monotonic()
-            self._idle.append(used)
-
-    def _drop(self, used: AsyncSocket) -> None:
-        self._all.discard(used)
-        used.close()
 
     async def close(self) -> None:
         """Close idle connections now, those in use after their response."""
-        self._is_closed = True
-        while self._idle:
-            self._drop(self._idle.pop())
+        self._pool.close()
 
     def abandon(self) -> None:
         """Close all connections, of an event loop that has ended or of the process that this one was forked from."""
-        for each in list(self._all):
-            each.close()
-        self._all.clear()
-        self._idle.clear()
+        self._pool.abandon()
+
+
+def _give_back(pool: Pool[C], used: C, reader: ResponseReader) -> None:
+    """Its response has arrived."""
+    if reader.keeps_alive:
+        pool.release(used)
+    else:
+        pool.drop(used)
 
 
 class _Requests:

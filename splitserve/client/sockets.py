@@ -11,8 +11,9 @@ import select
 import socket
 import ssl
 import time
+from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -128,6 +129,10 @@ class BlockingSocket:
         self._socket.settimeout(_left(end))
         return self._socket.recv(RECEIVE_BYTES)
 
+    def released(self) -> None:
+        """It is idle from now on."""
+        self.idle_since = time.monotonic()
+
     def close(self) -> None:
         """Close it; of a child's copy, only the copy."""
         self._socket.close()
@@ -233,6 +238,10 @@ class AsyncSocket:
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
 
+    def released(self) -> None:
+        """It is idle from now on."""
+        self.idle_since = time.monotonic()
+
     def close(self) -> None:
         """Close it."""
         self._socket.close()
@@ -259,3 +268,81 @@ class AsyncSocket:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+
+
+class Reusable(Protocol):
+    """A connection for one call after another."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be used again."""
+        ...
+
+    def released(self) -> None:
+        """It is idle from now on."""
+        ...
+
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Reusable)
+
+
+class Pool(Generic[C]):
+    """The connections of a transport: each has one call at a time, and idle ones are used again. Thread-safe.
+
+    Args:
+        max_idle: how many are kept for further calls.
+    """
+
+    def __init__(self, max_idle: int) -> None:
+        self._max_idle = max_idle
+        self._idle: deque[C] = deque()
+        self._all: set[C] = set()
+        self._is_closed = False
+
+    def take(self) -> C | None:
+        """An idle one that can be used; None: a new one is needed."""
+        while self._idle:
+            try:
+                used = self._idle.pop()
+            except IndexError:  # another thread took the last one
+                break
+            if used.is_usable:
+                return used
+            self.drop(used)
+        return None
+
+    def add(self, made: C) -> C:
+        """A new one, in use."""
+        self._all.add(made)
+        return made
+
+    def release(self, used: C) -> None:
+        """Its call is over, and it can be used again."""
+        if self._is_closed or len(self._idle) >= self._max_idle:
+            self.drop(used)
+            return
+        used.released()
+        self._idle.append(used)
+
+    def drop(self, used: C) -> None:
+        """Close one that is in use."""
+        self._all.discard(used)
+        used.close()
+
+    def close(self) -> None:
+        """Close idle ones now, those in use after their call."""
+        self._is_closed = True
+        while self._idle:
+            try:
+                self.drop(self._idle.pop())
+            except IndexError:
+                break
+
+    def abandon(self) -> None:
+        """Close all: of an event loop that has ended, or in a forked child its copies of the parent's."""
+        for each in list(self._all):
+            each.close()
+        self._all.clear()
+        self._idle.clear()
