@@ -290,7 +290,7 @@ def worker_listener(of: Administered) -> AdminListener:
     generation = uuid.uuid4().hex
 
     async def snapshot(_: HttpRequest) -> HttpResponse:
-        answer = WorkerAnswer(generation, await of.not_ready_reason(), list((await of.snapshot()).items()))
+        answer = WorkerAnswer(generation, list((await of.snapshot()).items()))
         return HttpResponse(200, msgspec.msgpack.encode(answer), "application/msgpack")
 
     async def set_level(request: HttpRequest) -> HttpResponse:
@@ -302,10 +302,9 @@ def worker_listener(of: Administered) -> AdminListener:
 
 
 class WorkerAnswer(msgspec.Struct, frozen=True):
-    """What a worker says of itself. ``generation`` is another one after each start; ``reason``: why it is not ready."""
+    """What a worker has counted. ``generation`` is another one after each start."""
 
     generation: str
-    reason: str
     snapshot: list[tuple[str, dict[Labels, Value]]]
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from splitserve.server.tls import ServerTls
-from splitserve.server.tls_settings import checked_certificates, checked_key
+from splitserve.server.tls_settings import checked_certificates, checked_client_ca, checked_key
 
 
 def _port(value: Any) -> Any:
@@ -79,9 +79,7 @@ class AdminSettings(BaseSettings):
     @field_validator("admin_tls_client_ca_file")
     @classmethod
     def _check_admin_client_ca(cls, path: str, info: ValidationInfo) -> str:
-        if path and info.data.get("admin_tls_cert_file") == "":
-            raise ValueError("needs ADMIN_TLS_CERT_FILE too: client certificates require TLS")
-        return checked_certificates(path)
+        return checked_client_ca(path, "ADMIN_TLS_CERT_FILE", info.data.get("admin_tls_cert_file"))
 
     @field_validator("admin_tls_key_file")
     @classmethod

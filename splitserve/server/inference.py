@@ -172,7 +172,7 @@ class Inference(ABC, Generic[A]):
         recorder = self._rules.recorder
         if recorder is not None:
             recorder.succeeded(self.protocol, self.model, self.version, self._began, encoding_at)
-        if RequestLog.every and not RequestLog.is_below_level and RequestLog.takes():
+        if RequestLog.every and RequestLog.takes():
             encode_s = time.monotonic() - encoding_at
             phases = outcome.phases or (pending.phases if isinstance(pending, Phased) else dict)
             self._log(None, self._facts() | _milliseconds({**phases(), "encode": encode_s}))

@@ -21,7 +21,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 def configure(*, level: Level, format: Format, service: str, requests: str = "all") -> None:
     """Set up logging for this process. Call it once, first."""
-    RequestLog.every = every_of(requests)
+    RequestLog.wanted = every_of(requests)
     LogLevel.set(level)
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
@@ -56,7 +56,7 @@ class LogLevel:
     def set(cls, level: Level) -> None:
         """From now on."""
         cls.current, cls._least = level, getattr(logging, level.upper())
-        RequestLog.is_below_level = cls._least > logging.INFO
+        RequestLog.every = RequestLog.wanted if cls._least <= logging.INFO else 0  # no line is made that would be dropped
 
     @classmethod
     def keep(cls, _logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -83,25 +83,24 @@ class _ToStructlog(logging.Handler):
 class RequestLog:
     """Which requests are logged besides those that fail. Set by `configure`.
 
-    ``every``: one in so many that succeed, or that their callers cancel; 0: none.
+    ``wanted``: one in so many that succeed, or that their callers cancel; 0: none. ``every``: the same, at the level of now.
     """
 
+    wanted: ClassVar[int] = 1
     every: ClassVar[int] = 1
-    is_below_level: ClassVar[bool] = False
-    """Whether the level that is logged is above that of requests; `LogLevel` would drop each line after it was made."""
     _n_seen: ClassVar[int] = 0
 
     @classmethod
     def takes(cls) -> bool:
         """Whether the next request that succeeds is logged."""
-        if cls.every < 2 or cls.is_below_level:
-            return cls.every == 1 and not cls.is_below_level
+        if cls.every < 2:
+            return cls.every == 1
         cls._n_seen += 1
         return cls._n_seen % cls.every == 0
 
 
 def every_of(requests: str) -> int:
-    """`RequestLog.every` of a value of ``LOG_REQUESTS``: all, failed, or sampled:N.
+    """`RequestLog.wanted` of a value of ``LOG_REQUESTS``: all, failed, or sampled:N.
 
     Raises:
         ValueError: it is none of them.

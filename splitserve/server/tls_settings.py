@@ -31,7 +31,7 @@ class ListenerTlsSettings(BaseSettings):
         """Files of the ports; None: plain text."""
         return ServerTls(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file) if self.tls_cert_file else None
 
-    @field_validator("tls_cert_file", "tls_client_ca_file")
+    @field_validator("tls_cert_file")
     @classmethod
     def _check_certificates(cls, path: str) -> str:
         return checked_certificates(path)
@@ -39,9 +39,7 @@ class ListenerTlsSettings(BaseSettings):
     @field_validator("tls_client_ca_file")
     @classmethod
     def _check_client_ca(cls, path: str, info: ValidationInfo) -> str:
-        if path and info.data.get("tls_cert_file") == "":
-            raise ValueError("needs TLS_CERT_FILE too: client certificates require TLS")
-        return path
+        return checked_client_ca(path, "TLS_CERT_FILE", info.data.get("tls_cert_file"))
 
     @field_validator("tls_key_file")
     @classmethod
@@ -97,6 +95,16 @@ def checked_certificates(path: str) -> str:
     if path:
         _check_files(lambda: check_certificates(path))
     return path
+
+
+def checked_client_ca(path: str, cert_setting: str, cert_file: str | None) -> str:
+    """The path, if its file holds certificates and there is TLS, or it is empty. Raises ValueError.
+
+    ``cert_file`` is None if it is invalid, which is another error.
+    """
+    if path and cert_file == "":
+        raise ValueError(f"needs {cert_setting} too: client certificates require TLS")
+    return checked_certificates(path)
 
 
 def checked_key(path: str, cert_setting: str, cert_file: str | None) -> str:

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -55,9 +56,9 @@ class Workers:
             return await self._snapshot()
 
     async def _snapshot(self) -> Snapshot:
-        answers = await self._ask()
+        answers = await asyncio.gather(*(self._answer(index) for index in range(self._n_workers)))
         present = []
-        for index, answer in answers.items():
+        for index, answer in enumerate(answers):
             last = self._last.get(index)
             if answer is not None:
                 if last is not None and last.generation != answer.generation:
@@ -67,12 +68,12 @@ class Workers:
             elif last is not None:
                 present.append((str(index), self._sums(last)))
         whole = added([("", self._ended), *present], self._families)
-        whole[WORKER_UP.name] = {(str(index),): int(answer is not None) for index, answer in answers.items()}
+        whole[WORKER_UP.name] = {(str(index),): int(answer is not None) for index, answer in enumerate(answers)}
         return whole
 
     async def not_ready_reason(self) -> str:
-        answers = await self._ask()
-        reasons = [answer.reason for answer in answers.values() if answer is not None]
+        answers = await asyncio.gather(*(self._get(index, "/readyz") for index in range(self._n_workers)))
+        reasons = [_reason(body) for body in answers if body is not None]
         if not reasons:
             return "no worker answers"
         return "" if "" in reasons else reasons[0]
@@ -84,10 +85,6 @@ class Workers:
     def _sums(self, answer: WorkerAnswer) -> Snapshot:
         return sums_of(dict(answer.snapshot), self._families)
 
-    async def _ask(self) -> dict[int, WorkerAnswer | None]:
-        answers = await asyncio.gather(*(self._answer(index) for index in range(self._n_workers)))
-        return dict(enumerate(answers))
-
     async def _answer(self, index: int) -> WorkerAnswer | None:
         body = await self._get(index, "/snapshot")
         try:
@@ -96,19 +93,28 @@ class Workers:
             return None
 
     async def _get(self, index: int, path: str) -> bytes | None:
-        """The body of a worker's response; None: it does not answer in time."""
+        """The body of a worker's response, of whatever status; None: it does not answer in time."""
         writer = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 reader, writer = await asyncio.open_unix_connection(self._sockets / f"{index}.sock")
                 writer.write(f"GET {path} HTTP/1.1\r\nhost: worker\r\nconnection: close\r\n\r\n".encode())
-                head, _, body = (await reader.read()).partition(b"\r\n\r\n")
-                return body if head.startswith(b"HTTP/1.1 200 ") else None
+                _, end, body = (await reader.read()).partition(b"\r\n\r\n")
+                return body if end else None
         except (OSError, TimeoutError):
             return None
         finally:
             if writer is not None:
                 writer.close()
+
+
+def _reason(body: bytes) -> str:
+    """Why a worker is not ready, as its ``/readyz`` says; "" if it is."""
+    try:
+        reason: str = msgspec.json.decode(body, type=dict[str, Any]).get("reason", "")
+    except msgspec.DecodeError:
+        return "malformed answer"
+    return reason
 
 
 async def serve_workers_admin(config: ServiceSettings, service: str, sockets: str, listening: socket.socket) -> None:

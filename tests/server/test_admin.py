@@ -129,7 +129,7 @@ def test_no_line_is_made_of_a_request_that_the_level_would_drop(monkeypatch: pyt
     """At the level warning nothing is put together for requests that succeed."""
     for name in ("current", "_least"):
         monkeypatch.setattr(logs.LogLevel, name, getattr(logs.LogLevel, name))
-    monkeypatch.setattr(logs.RequestLog, "is_below_level", logs.RequestLog.is_below_level)
+    monkeypatch.setattr(logs.RequestLog, "every", logs.RequestLog.every)
     taken = {}
 
     for level in ("warning", "info"):
