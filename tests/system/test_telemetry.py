@@ -44,6 +44,10 @@ def test_a_request_is_counted_at_each_stage(system: System, demos: Demos) -> Non
         {"name": each["name"], "datatype": each["datatype"], "shape": [1, *each["shape"][1:]], "data": [1.0] * each["shape"][-1]}
         for each in metadata["inputs"]
     ]
+    # Until a stream is open the next service gets unary calls, and counts them as such.
+    for name, following in (("proxy", "preprocess"), ("preprocess", "predict")):
+        opened = ("splitserve_streams_opened_total", name, following)
+        wait_until(lambda port=ports[name], opened=opened: scrape(port)[opened], f"the stream to {following}")
     before = {name: scrape(port) for name, port in ports.items()}
 
     status, answer = system.rest("/v2/models/breast-cancer/infer", {"inputs": inputs})
