@@ -52,15 +52,12 @@ class Reservation:
 
     def reserve(self, n_bytes: int) -> None:
         """Reserve more. Raises `BudgetExceeded` as `ByteBudget.reserve`."""
-        budget = self._budget
-        if budget.used + n_bytes > budget.max_bytes:
-            budget.reserve(n_bytes)
-        budget.used += n_bytes
+        self._budget.reserve(n_bytes)
         self._n_bytes += n_bytes
 
     def release(self) -> None:
         """Release everything reserved so far."""
-        self._budget.used -= self._n_bytes
+        self._budget.release(self._n_bytes)
         self._n_bytes = 0
 
     def __enter__(self) -> Reservation:

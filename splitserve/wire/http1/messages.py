@@ -96,8 +96,7 @@ class RequestBody(msgspec.Struct, eq=False):
         try:
             if self.n_bytes > self.max_bytes:
                 raise self._too_large()
-            self.budget.reserve(len(chunk))
-            self._n_reserved += len(chunk)
+            self.reserve(len(chunk))
             self._chunks.append(chunk)
         except (BodyTooLarge, BudgetExceeded) as error:
             self._error = error
@@ -113,7 +112,7 @@ class RequestBody(msgspec.Struct, eq=False):
     def release(self) -> None:
         """The request is answered, or will not be: release what it has reserved."""
         if self._n_reserved:
-            self.budget.used -= self._n_reserved
+            self.budget.release(self._n_reserved)
             self._n_reserved = 0
 
     def _too_large(self) -> BodyTooLarge:
