@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from splitserve.durable import sync_folder
 from splitserve.errors import StorageFull, Unavailable
 from splitserve.jobs.records import Payload
 
@@ -110,11 +111,7 @@ class _Folder:
         except BaseException:
             scratch.unlink(missing_ok=True)
             raise
-        folder = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self._folder)
 
     def read(self, ref: str) -> bytes:
         return (self._folder / ref).read_bytes()

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from splitserve.durable import sync_folder
+
 if TYPE_CHECKING:
     from splitserve.pipeline.record import Record
 
@@ -192,11 +194,7 @@ def write_durably(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk it would leave no room for anything else
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def first_of(names: Sequence[str], n_names: int = 3) -> str:

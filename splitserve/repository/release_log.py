@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from splitserve.durable import sync_folder
 from splitserve.repository.manifest import MANIFEST_FILE, BundleError, FileDigest
 from splitserve.repository.release import (
     MAX_SEQUENCE,
@@ -211,11 +212,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def _sync_folder(folder: Path) -> None:
     """Make names in a folder durable, where the file system can."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync_folder(folder)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import IO, Any, Protocol
 
 import msgspec
 
+from splitserve.durable import sync_folder
 from splitserve.scoring.errors import ScoringError
 
 SCRATCH_PREFIX = ".splitserve-"
@@ -147,7 +148,7 @@ class LocalStorage:
                 os.fchmod(file.fileno(), 0o666 & ~_umask())
                 os.fsync(file.fileno())
             temporary.replace(target)
-            _flush_folder(target.parent)
+            sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -223,11 +224,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
