@@ -18,7 +18,7 @@ def call_error(error: SplitserveError, *, stage: str, retry_after_s: float = 0.0
         stage: the service that answers.
         retry_after_s: the push-back of errors after which a retry helps; 0: none, unless a later stage has retried already.
     """
-    metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, _rich_status(error)),)
+    metadata: tuple[tuple[str, str | bytes], ...] = ((protobuf.DETAILS_KEY, rich_status(error)),)
     if error.is_retryable and retry_after_s:
         metadata += ((protobuf.PUSHBACK_KEY, str(round(retry_after_s * 1000))),)
     elif error.is_retryable and error.stage != stage:
@@ -26,7 +26,8 @@ def call_error(error: SplitserveError, *, stage: str, retry_after_s: float = 0.0
     return CallError(error.grpc_code, error.message, metadata)
 
 
-def _rich_status(error: SplitserveError) -> bytes:
+def rich_status(error: SplitserveError) -> bytes:
+    """The ``google.rpc.Status`` of an error, with reason, stage and model in its ``ErrorInfo``."""
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     detail = any_pb2.Any()
     detail.Pack(info)

@@ -13,16 +13,15 @@ from urllib.parse import unquote
 import grpc
 import msgspec
 import numpy as np
-from google.protobuf import any_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.client import Client
 from splitserve.client.answer import as_text
-from splitserve.errors import DOMAIN, Internal, NotFound, SplitserveError, Unsupported
+from splitserve.errors import Internal, NotFound, SplitserveError, Unsupported
 from splitserve.oip import protobuf, rest
 from splitserve.oip.messages import READY, InferRequest, InferResponse, ModelMetadata, ModelState, ServerMetadata
+from splitserve.server.grpc_status import rich_status
 from splitserve.signature import TensorSpec, check_inputs
 from splitserve.versions import unknown_model
 
@@ -255,10 +254,7 @@ def _handler(verb: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
             return verb(request)
         except Exception as exception:
             error = _as_error(exception)
-        info = any_pb2.Any()
-        info.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
-        status = status_pb2.Status(code=code_pb2.Code.Value(error.grpc_code), message=error.message, details=[info])
-        context.set_trailing_metadata(((protobuf.DETAILS_KEY, status.SerializeToString()),))
+        context.set_trailing_metadata(((protobuf.DETAILS_KEY, rich_status(error)),))
         context.abort(grpc.StatusCode[error.grpc_code], error.message)
         raise AssertionError("abort raises")
 
