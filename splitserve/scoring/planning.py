@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
+import msgspec
 import pyarrow as pa
 
 from splitserve.scoring.answers import AnswerColumns
 from splitserve.scoring.errors import ScoringError, WrongUsage
-from splitserve.scoring.inputs import Binding, Columns, bind, plain_type
+from splitserve.scoring.inputs import Columns, bind, plain_type
 from splitserve.scoring.release import ScoringRelease
 from splitserve.scoring.shards import InputFile
 from splitserve.scoring.sinks import JSON_FIELD
@@ -173,16 +174,12 @@ def check_columns(listing: Listing, release: ScoringRelease, options: ColumnOpti
         bindings = bind(release.inputs, everything, options.mapping, where=file.path, kept=wanted)
         used = {column for binding in bindings for column in binding.columns}
         unused.update(dict.fromkeys(name for name in columns if name not in used | set(wanted) | set(release.ignored)))
-        files.append(_bound(file, bindings))
+        files.append(msgspec.structs.replace(file, bindings=bindings))
     names = names or ()
     answers = AnswerColumns(release).schema.names
-    if clash_ := [name for name in names if name in answers]:
-        raise WrongUsage(f'"{clash_[0]}" is a column of the input and of the answer; leave it out of --keep')
+    if in_both := [name for name in names if name in answers]:
+        raise WrongUsage(f'"{in_both[0]}" is a column of the input and of the answer; leave it out of --keep')
     return Table(files, names, pa.schema([kept[name] for name in names]), list(unused))
-
-
-def _bound(file: InputFile, bindings: tuple[Binding, ...]) -> InputFile:
-    return InputFile(file.path, file.identity, file.below, file.partitions, bindings)
 
 
 def _columns_of(file: InputFile, format: str, release: ScoringRelease, options: ColumnOptions) -> Columns | None:
@@ -295,7 +292,7 @@ def limited(shards: list[list[Part]], limit: int, count: Callable[[Part], int]) 
                 break
             n_rows = min(part.n_rows if part.n_rows >= 0 else count(part), left)
             left -= n_rows
-            some.append(Part(part.file, part.start, part.end, part.first_row, n_rows, part.skip))
+            some.append(msgspec.structs.replace(part, n_rows=n_rows))
         if some:
             kept.append(some)
     return kept

@@ -251,8 +251,8 @@ def _facts(release: ScoringRelease, options: ScoringOptions, table: Table, targe
         "--escape-formulas": options.escape_formulas,
         "input": {file.path: str(file.identity) for file in table.files},
     }
-    facts_: dict[str, Any] = msgspec.to_builtins(facts)
-    return facts_
+    plain: dict[str, Any] = msgspec.to_builtins(facts)
+    return plain
 
 
 def _shards(divided: Sequence[Sequence[Part]], job: ScoringJob, facts: Mapping[str, Any]) -> tuple[Shard, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -43,18 +43,33 @@ def plan_parquet(file: int, path: str, shard_rows: int) -> list[Part]:
         metadata = _parquet(opened).metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     step = max(shard_rows // CHUNK_ROWS, 1) * CHUNK_ROWS
-    parts: list[Part] = []
-    first, group = 1, 0
-    while group < len(sizes):
-        end, n_rows = group + 1, sizes[group]
-        while end < len(sizes) and n_rows + sizes[end] <= step:
+    return [
+        Part(file, run.start, run.end, run.first_row + skip, min(step, run.n_rows - skip), skip)
+        for run in _together(sizes, step)
+        for skip in range(0, run.n_rows, step)
+    ]
+
+
+class _Run(NamedTuple):
+    """Neighbours, from ``start`` up to ``end``, and their rows."""
+
+    start: int
+    end: int
+    first_row: int
+    n_rows: int
+
+
+def _together(sizes: Sequence[int], most_rows: int) -> Iterator[_Run]:
+    """Neighbours that have at most so many rows together; a larger one is alone."""
+    first, start = 1, 0
+    while start < len(sizes):
+        end, n_rows = start + 1, sizes[start]
+        while end < len(sizes) and n_rows + sizes[end] <= most_rows:
             n_rows += sizes[end]
             end += 1
-        for skip in range(0, n_rows, step):
-            parts.append(Part(file, group, end, first + skip, min(step, n_rows - skip), skip))
+        yield _Run(start, end, first, n_rows)
         first += n_rows
-        group = end
-    return parts
+        start = end
 
 
 class ParquetReader:
@@ -145,22 +160,7 @@ def plan_arrow(file: int, path: str, shard_rows: int) -> list[Part]:
         if not isinstance(source, pa.RecordBatchFileReader):
             return [Part(file, 0, -1)]
         sizes = [source.get_batch(number).num_rows for number in range(source.num_record_batches)]
-    return _runs(file, sizes, shard_rows)
-
-
-def _runs(file: int, sizes: Sequence[int], shard_rows: int) -> list[Part]:
-    parts: list[Part] = []
-    first, start = 1, 0
-    while start < len(sizes):
-        end, n_rows = start + 1, sizes[start]
-        while end < len(sizes) and n_rows + sizes[end] <= shard_rows:
-            n_rows += sizes[end]
-            end += 1
-        if n_rows:
-            parts.append(Part(file, start, end, first, n_rows))
-        first += n_rows
-        start = end
-    return parts
+    return [Part(file, *run) for run in _together(sizes, shard_rows) if run.n_rows]
 
 
 def read_arrow(path: str, part: Part, reading: Reading) -> Iterator[Block]:
