@@ -30,17 +30,11 @@ def connect(url: str, *, stage: str = "proxy") -> RemoteInference:
 
 def client(url: str, *, timeout_s: float) -> Client:
     """A client of the system at ``url``, over REST or gRPC. An invalid address or invalid files end the process."""
-    from splitserve.client import TLS, Client
+    from splitserve.client import Client
+    from splitserve.client.environment import arguments_from_environment
 
     try:
-        files = tls.from_environment()
-        return Client(
-            url,
-            timeout_s=timeout_s,
-            max_attempts=1,
-            tls=TLS(ca_file=files.ca_file, cert_file=files.cert_file or None, key_file=files.key_file or None) if files else None,
-            token=tls.token_from_environment() or None,
-        )
+        return Client(url, timeout_s=timeout_s, max_attempts=1, **arguments_from_environment())
     except OSError as error:
         print(f"{_FILES}: {error}", file=sys.stderr)
     except ValueError as error:

@@ -174,9 +174,8 @@ class ArtifactServer:
 
     def url(self, path: str) -> str:
         """Of a file or folder, as containers reach it."""
-        from splitserve.repository.sources.mlflow_server import (
-            ARTIFACTS,
-        )  # imports httpx, which a run without containers need not
+        # It imports httpx, which a run without containers need not.
+        from splitserve.repository.sources.mlflow_server import ARTIFACTS
 
         return f"http://{self._host}:{self._port}{ARTIFACTS}/{path}"
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
-from splitserve import tls
 from splitserve.arrays import from_array, to_array
-from splitserve.client import TLS, Client
+from splitserve.client import Client
+from splitserve.client.environment import arguments_from_environment
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError, Unavailable
 from splitserve.oip.classification import LABELS
 from splitserve.oip.ignored_inputs import ignored_inputs
@@ -128,14 +128,7 @@ def _client(url: str) -> Client:
     ScoringError: the URL or a file with credentials cannot be used.
     """
     try:
-        files = tls.from_environment()
-        return Client(
-            url,
-            timeout_s=REQUEST_TIMEOUT_S,
-            tls=TLS(ca_file=files.ca_file, cert_file=files.cert_file or None, key_file=files.key_file or None) if files else None,
-            token=tls.token_from_environment() or None,
-            text=bytes,
-        )
+        return Client(url, timeout_s=REQUEST_TIMEOUT_S, text=bytes, **arguments_from_environment())
     except (ValueError, OSError) as error:
         raise ScoringError(f"--url {url}: {error}") from error
 
