@@ -24,7 +24,7 @@ from proxy.settings import ProxySettings
 from splitserve.server import lifecycle, settings
 from splitserve.server.admin import open_admin
 from splitserve.server.lifecycle import keep_refreshing
-from splitserve.server.metrics import StageMetrics
+from splitserve.server.metrics import CacheMetrics, StageMetrics
 from splitserve.telemetry.families import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -59,10 +59,20 @@ async def serve(config: ProxySettings) -> None:
         requests = metrics.add(
             "proxy", StageMetrics("proxy", service, protocols=PROTOCOLS, batcher=service.batcher, budget=budget)
         )
-        metrics.add("preprocess", StageMetrics("preprocess", preprocess, protocols=(), n_tried=preprocessors.n_tried))
+        metrics.add(
+            "preprocess",
+            StageMetrics(
+                "preprocess",
+                preprocess,
+                protocols=(),
+                n_tried=preprocessors.n_tried,
+                golden_errors=lambda: preprocess.golden_errors,
+            ),
+        )
         metrics.add(
             "predict", StageMetrics("predict", predict, protocols=(), batcher=predict.batcher, n_tried=predictors.n_tried)
         )
+        metrics.add_part("cache", CacheMetrics(predict_config.count_cached))
         process.push_async_callback(preprocess.close)
         for store in (predictors, preprocessors):
             process.callback(store.close)
@@ -78,13 +88,13 @@ async def serve(config: ProxySettings) -> None:
         jobs: DrainingJobs | None = None
         if _has_jobs():
             from fused_service.jobs import jobs_in  # needs the extra jobs
-            from jobs_service.metrics import job_metrics
+            from jobs_service.metrics import STAGE, JobMetrics
             from jobs_service.settings import JobsSettings
 
             inference = JobsGuard(service, authenticator.models_of) if authenticator else service
             jobs_config = settings.read(JobsSettings)
             jobs = await process.enter_async_context(jobs_in(inference, jobs_config, config.workers))
-            metrics.registry.add("jobs", job_metrics(jobs.counters))
+            metrics.add_part(STAGE, JobMetrics(jobs))
         faces = await process.enter_async_context(Faces(service, config, jobs, authenticator, budget=budget, recorder=requests))
         await process.serve(_FusedFace(faces, jobs, config.grace_s))
 

@@ -47,6 +47,10 @@ class DrainingJobs(Jobs, Protocol):
         """As `JobQueue.counters`."""
         ...
 
+    async def not_ready_reason(self) -> str:
+        """As `JobQueue.not_ready_reason`."""
+        ...
+
 
 def jobs_in(
     inference: InferenceService, config: JobsSettings, n_workers: int
@@ -75,6 +79,7 @@ class SharedFolderJobs:
         self._stack = AsyncExitStack()
         self._is_stopping = asyncio.Event()
         self._problem = ""
+        self._is_forwarding = False
 
     async def __aenter__(self) -> SharedFolderJobs:
         await self._stack.enter_async_context(self._owner)
@@ -109,11 +114,13 @@ class SharedFolderJobs:
         try:
             self._queue = await self._stack.enter_async_context(self._owned())
         except FolderInUse as error:
+            self._is_forwarding = True
             if str(error) != self._problem:
                 self._problem = str(error)
                 # Another process owns the folder of jobs; this one forwards its callers to it.
                 self._log.info("jobs forwarded", reason=self._problem, to=f"{LOOPBACK}:{self._config.grpc_port}")
         except (*CANNOT_OPEN, SystemExit) as error:
+            self._is_forwarding = False
             if str(error) != self._problem:
                 self._problem = str(error)
                 # This process cannot open the folder of jobs, or listen on JOBS_GRPC_PORT; it goes on trying.
@@ -138,6 +145,12 @@ class SharedFolderJobs:
     def counters(self) -> JobCounters:
         """As `JobQueue.counters`, in the owner; zeros in the others."""
         return self._queue.counters() if self._queue is not None else JobCounters()
+
+    async def not_ready_reason(self) -> str:
+        """As `JobQueue.not_ready_reason`, in the owner; one that forwards is ready."""
+        if self._queue is not None:
+            return await self._queue.not_ready_reason()
+        return "" if self._is_forwarding else self._problem
 
     @property
     def _jobs(self) -> Jobs:

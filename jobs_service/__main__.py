@@ -6,7 +6,7 @@ import os
 
 from jobs_service import build
 from jobs_service.face import JobsFace
-from jobs_service.metrics import job_metrics
+from jobs_service.metrics import STAGE, JobMetrics
 from jobs_service.settings import JobsSettings, check
 from splitserve.remote.inference import RemoteInference
 from splitserve.server import lifecycle, settings
@@ -31,7 +31,7 @@ async def serve(config: JobsSettings) -> None:
         )
         queue = await process.enter_async_context(build(proxy, config))
         metrics = await open_admin(process, config, queue.not_ready_reason)
-        metrics.registry.add("jobs", job_metrics(queue.counters))
+        metrics.add_part(STAGE, JobMetrics(queue))
         face = await process.enter_async_context(JobsFace(queue, config.grpc_config, config.byte_budget()))
         await process.serve(face)
 

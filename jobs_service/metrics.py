@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from splitserve.jobs.service import JobCounters
 from splitserve.telemetry import families
-from splitserve.telemetry.registry import Collect, Sample
+from splitserve.telemetry.registry import Sample
+
+STAGE = "jobs"
 
 
-def job_metrics(counters: Callable[[], JobCounters]) -> Collect:
-    """Reads the counters of a queue."""
+class MeasuredJobs(Protocol):
+    """A queue of jobs, as far as metrics are concerned: see `splitserve.jobs.service.JobQueue`."""
 
-    def collect() -> Iterator[Sample]:
-        counted = counters()
+    def counters(self) -> JobCounters: ...
+
+    async def not_ready_reason(self) -> str: ...
+
+
+class JobMetrics:
+    """The metrics of a queue.
+
+    Args:
+        jobs: the queue.
+    """
+
+    def __init__(self, jobs: MeasuredJobs) -> None:
+        self._jobs = jobs
+        self._reason = ""
+
+    async def refresh(self) -> None:
+        """Ask whether jobs can be submitted."""
+        self._reason = await self._jobs.not_ready_reason()
+
+    def collect(self) -> Iterator[Sample]:
+        """The values of this moment."""
+        yield Sample(families.READY, (STAGE,), int(not self._reason))
+        counted = self._jobs.counters()
         yield Sample(families.JOBS, ("queued",), counted.queued)
         yield Sample(families.JOBS, ("running",), counted.running)
         yield Sample(families.JOBS_OLDEST, (), counted.oldest_queued_s)
@@ -23,5 +48,3 @@ def job_metrics(counters: Callable[[], JobCounters]) -> Collect:
         yield Sample(families.JOBS_WINDOW, (), counted.window)
         yield Sample(families.JOB_CALLERS, (), counted.waiting_callers)
         yield Sample(families.WEBHOOKS, (), counted.outbox)
-
-    return collect

@@ -11,7 +11,7 @@ from predict_service.settings import PredictSettings
 from splitserve.server import kserve, lifecycle, settings
 from splitserve.server.admin import open_admin
 from splitserve.server.grpc_face import GrpcFace
-from splitserve.server.metrics import StageMetrics
+from splitserve.server.metrics import CacheMetrics, StageMetrics
 
 
 async def serve(config: PredictSettings) -> None:
@@ -25,6 +25,7 @@ async def serve(config: PredictSettings) -> None:
             "predict",
             StageMetrics("predict", service, batcher=service.batcher, n_tried=predictors.n_tried, budget=budget),
         )
+        metrics.add_part("cache", CacheMetrics(config.count_cached))
         face = await process.enter_async_context(
             GrpcFace(
                 service,

@@ -14,7 +14,7 @@ from splitserve.server import lifecycle
 from splitserve.server.admin import open_admin
 from splitserve.server.grpc_face import GrpcFace
 from splitserve.server.lifecycle import keep_refreshing
-from splitserve.server.metrics import StageMetrics
+from splitserve.server.metrics import CacheMetrics, StageMetrics
 
 
 async def serve(config: settings.PreprocessSettings) -> None:
@@ -39,8 +39,16 @@ async def serve(config: settings.PreprocessSettings) -> None:
         metrics = await open_admin(process, config, service.not_ready_reason)
         requests = metrics.add(
             "preprocess",
-            StageMetrics("preprocess", service, n_tried=preprocessors.n_tried, budget=budget, next_stage=predict),
+            StageMetrics(
+                "preprocess",
+                service,
+                n_tried=preprocessors.n_tried,
+                budget=budget,
+                next_stage=predict,
+                golden_errors=lambda: service.golden_errors,
+            ),
         )
+        metrics.add_part("cache", CacheMetrics(config.count_cached))
         face = await process.enter_async_context(
             GrpcFace(service, config.grpc_config, statistics=service.statistics, budget=budget, recorder=requests)
         )

@@ -26,7 +26,7 @@ from splitserve.oip.messages import (
     Parameter,
     deadline_after,
 )
-from splitserve.repository.golden import Golden
+from splitserve.repository.golden import Golden, error_ratio
 from splitserve.repository.manifest import BundleError, NotFetched
 from splitserve.repository.release import Release
 from splitserve.runtimes.preprocessor import Preprocessor
@@ -63,9 +63,13 @@ class PairUnderProof(msgspec.Struct, frozen=True):
 
 
 class _ReplayState(msgspec.Struct):
-    """The replay of a pair: ``problem`` is None until the first one has finished, "" if its answers agreed."""
+    """The replay of a pair: ``problem`` is None until the first one has finished, "" if its answers agreed. ``error`` is the
+    largest difference relative to its tolerance, NaN before the first answer.
+    """
 
     problem: str | None = None
+    place: tuple[str, str] = ("", "")
+    error: float = math.nan
     proven_at: float = -math.inf
     task: asyncio.Task[None] | None = None
     waiting: str = IN_PROGRESS
@@ -102,11 +106,15 @@ class GoldenReplay:
 
     def problem(self, pair: PairUnderProof) -> str | None:
         """Why a pair is refused, "" if its release is proven, None while that is not known. Starts the replay if it is due."""
-        proof = self._proofs.setdefault(pair.key, _ReplayState())
+        proof = self._proofs.setdefault(pair.key, _ReplayState(place=(pair.release.key.model, str(pair.release.pair))))
         is_due = not pair.predictor_sha256 and self._clock() - proof.proven_at >= REPEAT_S
         if (proof.problem is None or is_due) and (proof.task is None or proof.task.done()):
             proof.task = asyncio.create_task(self._prove(pair, proof))
         return proof.problem
+
+    def errors(self) -> dict[tuple[str, str], float]:
+        """By model and pair: the largest difference from the recorded answers relative to its tolerance, at the last replay."""
+        return {proof.place: proof.error for proof in self._proofs.values() if not math.isnan(proof.error)}
 
     def waiting_for(self, pair: PairUnderProof) -> str:
         """What a replay in progress waits for."""
@@ -145,7 +153,7 @@ class GoldenReplay:
         release = pair.release
         try:
             async with self._turns:
-                problem = await self._difference(pair)
+                problem = await self._difference(pair, proof)
         except (
             Unavailable,
             NotFound,
@@ -172,7 +180,7 @@ class GoldenReplay:
             # The whole chain has given the recorded answers.
             self._log.info("release proven", release=str(release.key))
 
-    async def _difference(self, pair: PairUnderProof) -> str:
+    async def _difference(self, pair: PairUnderProof, proof: _ReplayState) -> str:
         """How the answers differ from the recorded ones; "" if they agree.
 
         Raises:
@@ -183,7 +191,9 @@ class GoldenReplay:
         manifest = pair.release.manifest
         golden = golden_of(manifest, await self._preprocessors.read_golden(pair.release))
         answers = [await self._answer(pair, chunk) for chunk in self._chunks(pair, golden)]
-        check_answer(manifest, golden, _joined(answers))
+        answer = _joined(answers)
+        proof.error = error_ratio(golden.outputs, answer, manifest.tolerances)
+        check_answer(manifest, golden, answer)
         return ""
 
     def _chunks(self, pair: PairUnderProof, golden: Golden) -> list[tuple[Tensor, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
 
@@ -137,6 +137,11 @@ class PreprocessService:
         """Predictors of older pairs, which predict does not hold by itself: it cannot know that newer pairs are refused."""
         pairs = self._preprocessors.beyond_policy()
         return [(model, pair.predictor) for model, pair in pairs if pair.predictor != UNNAMED]
+
+    @property
+    def golden_errors(self) -> Mapping[tuple[str, str], float]:
+        """As `GoldenReplay.errors`."""
+        return self._replay.errors()
 
     async def close(self) -> None:
         """Cancel replays in progress."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from splitserve.catalogue import why_not_ready
 from splitserve.child_processes import ending_with_parent
 from splitserve.cli.connection import connect
-from splitserve.cli.serve import MODULES
+from splitserve.cli.serve import ADMIN_OFFSETS, MODULES
 from splitserve.cli.tables import print_table
 from splitserve.errors import SplitserveError
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
@@ -28,9 +28,6 @@ REPORT_AFTER_S = 5.0
 POLL_INTERVAL_S = 0.1
 RESTART_DELAY_S = 1.0
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - recognised, not bound
-
-
-ADMIN_OFFSETS = {"proxy": 0, "preprocess": 10, "predict": 20, "jobs": 30}
 
 
 class Ports(NamedTuple):

@@ -242,6 +242,31 @@ def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor], toleranc
     return worst
 
 
+def error_ratio(expected: Sequence[Tensor], got: Sequence[Tensor], tolerances: Mapping[str, Tolerance]) -> float:
+    """The largest difference relative to its tolerance: up to 1 is within it.
+
+    Infinite where anything differs that has no tolerance, or cannot be subtracted.
+    """
+    by_name = {tensor.name: tensor for tensor in got}
+    worst = 0.0
+    for want in expected:
+        have = by_name.get(want.name)
+        if have is None or (have.datatype, have.shape) != (want.datatype, want.shape):
+            return np.inf
+        worst = max(worst, _ratio(to_array(want), to_array(have), tolerances.get(want.name, Tolerance())))
+    return worst
+
+
+def _ratio(want: Array, have: Array, tolerance: Tolerance) -> float:
+    if want.dtype.kind != "f":
+        return 0.0 if np.array_equal(want, have) else np.inf
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        wide_want, wide_have = want.astype(np.float64), have.astype(np.float64)
+        ratio = np.abs(wide_have - wide_want) / (tolerance.atol + tolerance.rtol * np.abs(wide_want))
+    same = (wide_want == wide_have) | (np.isnan(wide_want) & np.isnan(wide_have))
+    return float(np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio)).max(initial=0.0))
+
+
 def _excess(want: Array, have: Array, tolerance: Tolerance) -> tuple[float, tuple[int, ...]]:
     """By how much the worst element exceeds the tolerance, and its index; infinite where values cannot be subtracted."""
     if want.size == 0:

@@ -38,6 +38,7 @@ from splitserve.server.metrics import Metrics
 from splitserve.server.settings import ServiceSettings, variable_name
 from splitserve.server.tls import following_ssl_context
 from splitserve.server.workers import SOCKETS_VARIABLE, own_place
+from splitserve.telemetry.process import Beats
 from splitserve.telemetry.registry import Family, Labels, Snapshot, Value
 from splitserve.telemetry.rendering import render
 from splitserve.wire.http1.connection import Http1Connection
@@ -264,25 +265,35 @@ async def open_admin(process: ServiceProcess, config: ServiceSettings, not_ready
     Raises:
         SystemExit: the port cannot be bound.
     """
-    metrics = Metrics()
+    metrics = Metrics(config.latency_bounds)
     of = _Process(process, metrics, not_ready_reason)
-    listener = None
+    listener, beats = None, None
     if config.workers > 1:
         if config.admin_port != "off":
             listener = worker_listener(of)
+            beats = beats_of(_sockets_folder(), own_place()[0])
     elif (listening := listen_for_admin(config)) is not None:
         listener = AdminListener(app_of(config, of), listening, config)
         process.admin_ports = {"admin_port": listening.getsockname()[1]}
     if listener is not None:
         await process.enter_async_context(listener)
-        await process.enter_async_context(background(metrics.process.measure_lag(), metrics.keep_refreshed()))
+        await process.enter_async_context(background(metrics.process.measure_lag(beats), metrics.keep_refreshed()))
     return metrics
+
+
+def beats_of(sockets: Path, index: int) -> Beats:
+    """The beats of one of several workers, which the process reads that answers for all."""
+    return Beats(sockets / f"{index}.beat")
+
+
+def _sockets_folder() -> Path:
+    return Path(os.environ[SOCKETS_VARIABLE])
 
 
 def worker_listener(of: Administered) -> AdminListener:
     """Of one of several workers, for the process that answers for all: `splitserve.server.worker_admin`."""
     index, _ = own_place()
-    path = Path(os.environ[SOCKETS_VARIABLE]) / f"{index}.sock"
+    path = _sockets_folder() / f"{index}.sock"
     path.unlink(missing_ok=True)  # that of a worker that was killed
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from splitserve.batching.batcher import Batcher
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.oip.statistics import Statistics
 from splitserve.telemetry import families
-from splitserve.telemetry.families import FAMILIES, TELEMETRY_FAILURES
+from splitserve.telemetry.families import TELEMETRY_FAILURES, families_with
 from splitserve.telemetry.process import ProcessMetrics
+from splitserve.telemetry.recorders import LATENCY_BOUNDS
 from splitserve.telemetry.registry import Registry, Sample, Snapshot
 from splitserve.telemetry.requests import RequestRecorder
 from splitserve.wire.byte_budget import ByteBudget
 
 REFRESH_INTERVAL_S = 1.0
+CACHE_INTERVAL_S = 60.0
 
 _PHASES = {
     "proxy": ("queue", "hop", "encode"),
@@ -59,6 +62,18 @@ class NextStage(Protocol):
     def n_channels(self) -> int: ...
 
 
+class Part(Protocol):
+    """Part of a process, with metrics of its own."""
+
+    async def refresh(self) -> None:
+        """Learn what can only be waited for: called before each scrape, and once a second."""
+        ...
+
+    def collect(self) -> Iterable[Sample]:
+        """The values of this moment."""
+        ...
+
+
 class StageMetrics:
     """The metrics of one stage. Series of models and releases that are no longer in its index go.
 
@@ -70,6 +85,7 @@ class StageMetrics:
         n_tried: bundles that were tried, by outcome, if it loads any.
         budget: of the bytes that its requests hold.
         next_stage: what calls the next stage, if that is another process.
+        golden_errors: of releases by model and release, where it replays their golden samples.
     """
 
     def __init__(
@@ -82,6 +98,7 @@ class StageMetrics:
         n_tried: Mapping[str, int] | None = None,
         budget: ByteBudget | None = None,
         next_stage: NextStage | None = None,
+        golden_errors: Callable[[], Mapping[tuple[str, str], float]] = dict,
     ) -> None:
         self._stage = stage
         self._service = service
@@ -89,6 +106,7 @@ class StageMetrics:
         self._n_tried = n_tried
         self._budget = budget
         self._next_stage = next_stage
+        self._golden_errors = golden_errors
         self._states: Sequence[ModelState] = ()
         self._reason = ""
         self._ready_since: dict[tuple[str, str], float] = {}
@@ -140,7 +158,10 @@ class StageMetrics:
                 yield Sample(families.RELEASES, (stage, model, state), counts[model, state])
         for (model, version), since in self._ready_since.items():
             yield Sample(families.LOADED_AT, (stage, model, version), since)
+        golden_errors = self._golden_errors()
         for model, version in dict.fromkeys((state.name, state.version) for state in self._states if state.version):
+            if (error := golden_errors.get((model, version))) is not None:
+                yield Sample(families.GOLDEN_ERROR, (stage, model, version), error)
             labels, entry = (stage, model, version), statistics.find(model, version)
             success, queue = entry.inference_stats.success, entry.inference_stats.queue
             yield Sample(families.INFERENCES, (*labels, "succeeded"), success.count)
@@ -174,20 +195,53 @@ class StageMetrics:
         yield Sample(families.STREAMS_OPENED, labels, client.n_streams_opened)
 
 
-class Metrics:
-    """All metrics of a process."""
+class CacheMetrics:
+    """Bytes in the cache of model files. They are counted in a thread, at most once in `CACHE_INTERVAL_S`.
 
-    def __init__(self) -> None:
-        self.registry = Registry(FAMILIES, TELEMETRY_FAILURES)
+    Args:
+        count: counts them.
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, count: Callable[[], int], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._count = count
+        self._clock = clock
+        self._due_at = -math.inf
+        self._n_bytes = 0
+
+    async def refresh(self) -> None:
+        if self._clock() >= self._due_at:
+            self._due_at = self._clock() + CACHE_INTERVAL_S
+            self._n_bytes = await asyncio.to_thread(self._count)
+
+    def collect(self) -> Iterator[Sample]:
+        yield Sample(families.CACHE_BYTES, (), self._n_bytes)
+
+
+class Metrics:
+    """All metrics of a process.
+
+    Args:
+        latency_bounds: of the durations of requests.
+    """
+
+    def __init__(self, latency_bounds: tuple[float, ...] = LATENCY_BOUNDS) -> None:
+        self._latency_bounds = latency_bounds
+        self.registry = Registry(families_with(latency_bounds), TELEMETRY_FAILURES)
         self.process = ProcessMetrics()
         self._refreshes: list[tuple[str, Callable[[], Awaitable[None]]]] = []
         self.registry.add("process", self.process.collect)
 
     def add(self, stage: str, metrics: StageMetrics) -> RequestRecorder:
         """Show a stage too. Returns what its face records requests with."""
-        self.registry.add(stage, metrics.collect)
-        self._refreshes.append((stage, metrics.refresh))
+        metrics.requests.use_bounds(self._latency_bounds)
+        self.add_part(stage, metrics)
         return metrics.requests
+
+    def add_part(self, name: str, part: Part) -> None:
+        """Show a part too."""
+        self.registry.add(name, part.collect)
+        self._refreshes.append((name, part.refresh))
 
     async def refresh(self) -> None:
         """Ask each stage what it has. A stage that fails is counted as a failure of telemetry."""

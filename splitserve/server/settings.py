@@ -19,12 +19,16 @@ from splitserve.repository.selection import Selection, parse_models, parse_polic
 from splitserve.repository.signing import Verifier
 from splitserve.server import cores, logs
 from splitserve.server.admin_settings import AdminSettings
+from splitserve.telemetry.recorders import latency_bounds
 from splitserve.versions import MODEL_NAME
 
 MIB = 1024 * 1024
 
 
 MAX_PORT = 65535
+
+MAX_THRESHOLDS = 16
+MAX_THRESHOLD_MS = 3_600_000.0
 
 _TARGET = re.compile(
     r"(?:dns:(?://[^/]*/)?)?(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(?P<port>[0-9]{1,5})|(?!dns:)[a-z][a-z0-9-]*:(?!\d+$)\S+"
@@ -65,6 +69,10 @@ class ServiceSettings(AdminSettings):
     """Which requests are logged: failed, sampled:N (those and one in N others), or all, which costs about as much CPU as
     answering them."""
 
+    slo_latency_ms: str = Field("", validation_alias=AliasChoices("SLO_LATENCY_MS"))
+    """Latency thresholds of service level objectives, in milliseconds, separated by commas: `37, 250`. Each is a bucket
+    bound of the durations of requests in the metrics, besides those of docs/metrics.md."""
+
     max_message_bytes: int = Field(64 * MIB, gt=0)
     """Maximum size of a gRPC message or REST body, received or sent, in bytes."""
 
@@ -90,6 +98,17 @@ class ServiceSettings(AdminSettings):
     def _check_log_requests(cls, text: str) -> str:
         logs.every_of(text)
         return text
+
+    @field_validator("slo_latency_ms")
+    @classmethod
+    def _check_slo_latency(cls, text: str) -> str:
+        parse_thresholds(text)
+        return text
+
+    @property
+    def latency_bounds(self) -> tuple[float, ...]:
+        """Bucket bounds of the durations of requests, in seconds."""
+        return latency_bounds(parse_thresholds(self.slo_latency_ms))
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -185,6 +204,27 @@ def parse_limits(text: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def parse_thresholds(text: str) -> tuple[float, ...]:
+    """Seconds from milliseconds, e.g. ``37, 250``.
+
+    Raises:
+        ValueError: names the part that is not understood.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(parts) > MAX_THRESHOLDS:
+        raise ValueError(f"expected at most {MAX_THRESHOLDS} thresholds, got {len(parts)}")
+    found = []
+    for part in parts:
+        try:
+            threshold_ms = float(part)
+        except ValueError:
+            threshold_ms = 0.0
+        if not 0 < threshold_ms <= MAX_THRESHOLD_MS:
+            raise ValueError(f'"{part[:32]}": expected milliseconds above 0 and up to {MAX_THRESHOLD_MS:.0f}')
+        found.append(threshold_ms / 1000)
+    return tuple(found)
+
+
 def _parse_limit(text: str) -> tuple[str, float]:
     name, _, value = (each.strip() for each in text.partition("="))
     if name not in BatchLimits.__struct_fields__:
@@ -242,6 +282,10 @@ class RepositorySettings(ServiceSettings):
     def poll_interval_s(self) -> float:
         """Time between two polls of the model repository, if it is not polled in every refresh."""
         return self.model_poll_interval_s if sources.is_url(self.model_repository) else 0.0
+
+    def count_cached(self) -> int:
+        """Bytes in the cache of model files; 0 if there is none."""
+        return sources.count_cached(self.model_repository, self.model_cache)
 
     @property
     def withdrawal_grace_s(self) -> float:

@@ -19,10 +19,11 @@ import msgspec
 import structlog
 
 from splitserve.server import logs
-from splitserve.server.admin import AdminListener, WorkerAnswer, app_of
+from splitserve.server.admin import AdminListener, WorkerAnswer, app_of, beats_of
 from splitserve.server.lifecycle import StopSignal
 from splitserve.server.settings import ServiceSettings
-from splitserve.telemetry.families import FAMILIES, WORKER_UP
+from splitserve.telemetry.families import WORKER_BEAT_AGE, WORKER_UP, families_with
+from splitserve.telemetry.recorders import LATENCY_BOUNDS
 from splitserve.telemetry.registry import Family, Snapshot, added, sums_of
 
 ASK_TIMEOUT_S = 0.5
@@ -35,13 +36,21 @@ class Workers:
         sockets: the folder of their sockets.
         n_workers: how many there are.
         timeout_s: for the answer of each.
+        latency_bounds: of the durations of requests.
     """
 
-    def __init__(self, sockets: Path, n_workers: int, *, timeout_s: float = ASK_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        sockets: Path,
+        n_workers: int,
+        *,
+        timeout_s: float = ASK_TIMEOUT_S,
+        latency_bounds: tuple[float, ...] = LATENCY_BOUNDS,
+    ) -> None:
         self._sockets = sockets
         self._n_workers = n_workers
         self._timeout_s = timeout_s
-        self._families = {family.name: family for family in FAMILIES}
+        self._families = {family.name: family for family in families_with(latency_bounds)}
         self._turn = asyncio.Lock()
         self._last: dict[int, WorkerAnswer] = {}
         self._ended: Snapshot = {}
@@ -69,6 +78,8 @@ class Workers:
                 present.append((str(index), self._sums(last)))
         whole = added([("", self._ended), *present], self._families)
         whole[WORKER_UP.name] = {(str(index),): int(answer is not None) for index, answer in enumerate(answers)}
+        ages_s = {(str(index),): beats_of(self._sockets, index).age_s() for index in range(self._n_workers)}
+        whole[WORKER_BEAT_AGE.name] = {labels: age_s for labels, age_s in ages_s.items() if age_s is not None}
         return whole
 
     async def not_ready_reason(self) -> str:
@@ -129,7 +140,7 @@ async def serve_workers_admin(config: ServiceSettings, service: str, sockets: st
     logs.configure(level=config.log_level, format=config.log_format, service=service, requests=config.log_requests)
     async with AsyncExitStack() as stack:
         stop = StopSignal()
-        workers = Workers(Path(sockets), config.workers)
+        workers = Workers(Path(sockets), config.workers, latency_bounds=config.latency_bounds)
         await stack.enter_async_context(AdminListener(app_of(config, workers), listening, config))
         # Where the process answers that speaks for all workers.
         structlog.get_logger().info("admin listening", admin_port=listening.getsockname()[1])

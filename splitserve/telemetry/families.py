@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from splitserve.telemetry.recorders import LATENCY_BOUNDS, SIZE_BOUNDS
 from splitserve.telemetry.registry import Family
 
 PROTOCOLS = ("rest", "grpc", "stream")
 """How a request came: REST, gRPC unary, or a message on a gRPC stream."""
+
+OK = "OK"
+
+FAILURES = (
+    "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "CANCELLED", "FAILED_PRECONDITION",
+    "UNIMPLEMENTED", "NOT_FOUND", "PERMISSION_DENIED", "UNAUTHENTICATED",
+)  # fmt: skip
+"""The other codes of requests: those of docs/errors.md, and that of a request whose caller has left. What operators look for
+comes first."""
 
 UNKNOWN = "unknown"
 """The model of requests that name one that does not exist."""
@@ -17,15 +28,16 @@ REQUESTS = Family(
     "splitserve_requests_total",
     "counter",
     "Inference requests that were answered, failed or cancelled, by their status. Model `unknown`: it does not exist. Release: "
-    'the pair K.M, at predict the version; "" if the request failed before it was bound to one. A series with another code than '
-    "`OK` begins with the first such request; `splitserve_inferences_total` has failures from the load on. Those "
-    "of predict include golden samples that preprocess replays.",
+    'the pair K.M, at predict the version; "" if the request failed before it was bound to one. 0 from the load on, for all '
+    "codes unless there are very many releases (docs/telemetry.md). Those of predict include golden samples that preprocess "
+    "replays.",
     (*_RELEASE, "protocol", "code"),
 )
 REQUEST_SECONDS = Family(
     "splitserve_request_duration_seconds",
     "histogram",
-    "Of requests that succeeded: from the arrival at the stage until the answer is encoded.",
+    "Of requests that succeeded: from the arrival at the stage until the answer is encoded. The thresholds of `SLO_LATENCY_MS` "
+    "are further bounds.",
     ("stage", "protocol"),
     LATENCY_BOUNDS,
 )
@@ -97,11 +109,23 @@ RELEASES = Family(
 LOADED_AT = Family(
     "splitserve_release_ready_timestamp_seconds", "gauge", "When this process found it ready, in Unix time.", _RELEASE
 )
+GOLDEN_ERROR = Family(
+    "splitserve_golden_error_ratio",
+    "gauge",
+    "Of the golden samples of a release, as last replayed through all stages: the largest difference from the recorded answers, "
+    "relative to its tolerance. Above 1 the release is refused; +Inf: something differs that may not.",
+    _RELEASE,
+)
 LOADED = Family(
     "splitserve_loads_total",
     "counter",
     "Bundles that were tried: `loaded`, `refused` by a check, `not_fetched` (tried again), `failed` unexpectedly.",
     ("stage", "outcome"),
+)
+CACHE_BYTES = Family(
+    "splitserve_model_cache_bytes",
+    "gauge",
+    "Bytes in the folder `MODEL_CACHE`, as of at most a minute ago; 0 if the model repository is a folder.",
 )
 BYTES_IN_FLIGHT = Family("splitserve_in_flight_bytes", "gauge", "Bytes of requests in flight.", ("stage",))
 BYTES_LIMIT = Family("splitserve_in_flight_limit_bytes", "gauge", "Beyond which more are refused.", ("stage",))
@@ -131,13 +155,27 @@ GC = Family("python_gc_collections_total", "counter", "Runs of the garbage colle
 WORKER_UP = Family(
     "splitserve_worker_up", "gauge", "With several workers: 1 if it answered this scrape within 0.5 s.", ("index",)
 )
+WORKER_BEAT_AGE = Family(
+    "splitserve_worker_beat_age_seconds",
+    "gauge",
+    "With several workers: how long ago its event loop last woke up, which it does ten times a second. Another process reads it.",
+    ("index",),
+)
 TELEMETRY_FAILURES = Family(
     "splitserve_telemetry_failures_total", "counter", "Failures of telemetry itself, by part: its metrics are missing.", ("part",)
 )
 
 FAMILIES = (
-    REQUESTS, REQUEST_SECONDS, PHASE_SECONDS, INFERENCES, INFERENCE_SECONDS, QUEUE_SECONDS, ROWS, CALLS, CALL_ROWS, CALL_REQUESTS,
-    QUEUED, IN_FLIGHT, CALLS_IN_FLIGHT, ADMISSION_LIMIT, REFUSED, RETRIES, REPLICAS, STREAMS_OPENED, READY, RELEASES, LOADED_AT,
-    LOADED, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST, JOB_ATTEMPTS, JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW,
-    JOB_CALLERS, WEBHOOKS, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC, WORKER_UP, TELEMETRY_FAILURES,
+    REQUESTS, REQUEST_SECONDS, PHASE_SECONDS, INFERENCES, INFERENCE_SECONDS, QUEUE_SECONDS, ROWS, CALLS, CALL_ROWS,
+    CALL_REQUESTS, QUEUED, IN_FLIGHT, CALLS_IN_FLIGHT, ADMISSION_LIMIT, REFUSED, RETRIES, REPLICAS, STREAMS_OPENED, READY,
+    RELEASES, LOADED_AT, GOLDEN_ERROR, LOADED, CACHE_BYTES, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST, JOB_ATTEMPTS,
+    JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC,
+    WORKER_UP, WORKER_BEAT_AGE, TELEMETRY_FAILURES,
 )  # fmt: skip
+
+
+def families_with(latency_bounds: tuple[float, ...]) -> tuple[Family, ...]:
+    """`FAMILIES`, with these bounds of the durations of requests."""
+    return tuple(
+        msgspec.structs.replace(family, bounds=latency_bounds) if family is REQUEST_SECONDS else family for family in FAMILIES
+    )

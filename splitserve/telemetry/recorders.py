@@ -16,6 +16,11 @@ SIZE_BOUNDS = tuple(float(2**exponent) for exponent in range(13))  # 1, 2, 4 …
 """Upper bounds of rows, or requests, of a call."""
 
 
+def latency_bounds(thresholds_s: Iterable[float]) -> tuple[float, ...]:
+    """`LATENCY_BOUNDS` and these: what is below a threshold is counted exactly only if it is a bound."""
+    return tuple(sorted({*LATENCY_BOUNDS, *(round(threshold_s, 9) for threshold_s in thresholds_s)}))
+
+
 class HistogramValue(msgspec.Struct, frozen=True):
     """A histogram at one moment: ``counts`` of each bucket alone, the last one above all bounds, and the sum of the values."""
 

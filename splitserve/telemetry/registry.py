@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
-import structlog
 
 from splitserve.telemetry.recorders import HistogramValue
 
@@ -73,6 +72,8 @@ class Registry:
         """Count a failure of telemetry; the first of a part is logged, with its traceback."""
         self._n_failed[part] += 1
         if self._n_failed[part] == 1:
+            import structlog  # commands read metrics without it
+
             # Metrics of this part are missing; no request is affected. Further failures are only counted.
             structlog.get_logger().exception("telemetry failed", part=part)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 
-from splitserve.telemetry.families import PROTOCOLS, REQUEST_SECONDS, REQUESTS, UNKNOWN
+from splitserve.telemetry.families import FAILURES, OK, PROTOCOLS, REQUEST_SECONDS, REQUESTS, UNKNOWN
 from splitserve.telemetry.recorders import Histogram
 from splitserve.telemetry.registry import Sample
 
-OK = "OK"
+MAX_ZEROS = 3000
+"""Series that begin at 0 before there is such a request, as far as they are not `OK`: each is about 130 bytes of a scrape."""
+
 _Place = tuple[str, str]
 """Model and release."""
+_Key = tuple[str, str, str, str]
+"""Protocol, model, release, code."""
 
 
 class RequestRecorder:
@@ -29,10 +33,14 @@ class RequestRecorder:
         """Requests that could not be counted."""
         self._succeeded: dict[tuple[str, str, str], int] = {}
         """By protocol, model, release."""
-        self._failed: dict[tuple[str, str, str, str], int] = {}
-        """By protocol, model, release, code."""
+        self._failed: dict[_Key, int] = {}
         self._known: Set[_Place] = frozenset()
         self._models: Set[str] = frozenset()
+        self._zeros: Mapping[_Key, int] = self._at_zero()
+
+    def use_bounds(self, bounds: tuple[float, ...]) -> None:
+        """Upper bounds of the durations; before the first request."""
+        self.durations = {protocol: Histogram(bounds) for protocol in self.durations}
 
     def succeeded(self, protocol: str, model: str, release: str, began: float, encoding_at: float) -> None:
         """Count a request whose answer is encoded.
@@ -84,13 +92,28 @@ class RequestRecorder:
         self._failed = {
             key: n for key, n in self._failed.items() if key[1:3] in places or (not key[2] and key[1] in {UNKNOWN, *self._models})
         }
+        self._zeros = self._at_zero()
+
+    def _at_zero(self) -> dict[_Key, int]:
+        """What begins at 0: requests of known releases, and failures of these, of known models, and of unknown ones.
+
+        With very many releases only the first codes do, so that a scrape stays small.
+        """
+        releases = sorted(place for place in self._known if place[1])
+        unbound = [(UNKNOWN, ""), *((model, "") for model in sorted(self._models))]
+        n_places = len(self.durations) * (len(releases) + len(unbound))
+        codes = FAILURES[: MAX_ZEROS // n_places] if n_places else ()
+        found = {(protocol, *place, OK): 0 for place in releases for protocol in self.durations}
+        for place in (*releases, *unbound):
+            found.update({(protocol, *place, code): 0 for protocol in self.durations for code in codes})
+        return found
 
     def collect(self, stage: str) -> Iterator[Sample]:
-        """Its samples; requests of a release that is known begin at 0."""
-        counts = {(protocol, *place): 0 for protocol in self.durations for place in self._known if place[1]}
-        for (protocol, model, release), n in (counts | self._succeeded).items():
-            yield Sample(REQUESTS, (stage, model, release, protocol, OK), n)
-        for (protocol, model, release, code), n in self._failed.items():
+        """Its samples."""
+        counts = {**self._zeros, **self._failed}
+        for (protocol, model, release), n in self._succeeded.items():
+            counts[protocol, model, release, OK] = n
+        for (protocol, model, release, code), n in counts.items():
             yield Sample(REQUESTS, (stage, model, release, protocol, code), n)
         for protocol, durations in self.durations.items():
             yield Sample(REQUEST_SECONDS, (stage, protocol), durations.read())

@@ -37,7 +37,9 @@ from splitserve.repository.manifest import Tolerance
 from splitserve.repository.release import ReleaseKey, encode
 from splitserve.runtimes import predictor as predictors
 from splitserve.runtimes import preprocessor as preprocessors
+from splitserve.server.metrics import Metrics, StageMetrics
 from splitserve.server.store import VersionStore
+from splitserve.telemetry.families import GOLDEN_ERROR
 from splitserve.versions import Pair
 from tests.system.models import affine_model
 
@@ -339,6 +341,19 @@ async def test_golden_samples_of_the_whole_are_replayed(services: Services, tmp_
     assert 'm/releases/0001-1.1: output "' in state.reason
     with pytest.raises(Unavailable, match="golden sample"):
         await service.infer(request())
+
+
+async def test_how_close_golden_answers_are_is_measured(services: Services, tmp_path: Path) -> None:
+    """Relative to the tolerance: a release that is about to be refused shows before it is."""
+    publish_model(tmp_path)
+    service = await services.refresh()
+    metrics = Metrics()
+    metrics.add("preprocess", StageMetrics("preprocess", service, golden_errors=lambda: service.golden_errors))
+
+    [(labels, ratio)] = (await metrics.snapshot())[GOLDEN_ERROR.name].items()
+
+    assert labels == ("preprocess", "m", "1.1")
+    assert 0 <= ratio <= 1  # type: ignore[operator]
 
 
 async def test_answers_that_are_not_numbers_prove_nothing(services: Services, tmp_path: Path) -> None:

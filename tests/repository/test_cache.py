@@ -337,3 +337,13 @@ def test_the_default_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.Monk
     assert temporary == tmp_path / f"splitserve-{os.geteuid()}"
     with pytest.raises(NotFetched, match="set MODEL_CACHE to a writable folder"):
         default_folder()
+
+
+def test_the_bytes_of_a_cache_are_those_of_all_its_files(cache: Cache) -> None:
+    """Partial downloads included."""
+    assert cache.count_bytes() == 0
+
+    partial(cache, b"part")
+    cache.add(b"whole")
+
+    assert cache.count_bytes() == len(b"part" + b"whole")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitserve.arrays import DTYPES, from_array
-from splitserve.repository.golden import Difference, Golden, decode, encode, replay, worst_difference
+from splitserve.repository.golden import Difference, Golden, decode, encode, error_ratio, replay, worst_difference
 from splitserve.repository.manifest import BundleError, Manifest, Tolerance
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
@@ -215,6 +215,7 @@ def test_the_worst_element_exceeds_its_tolerance_the_most():
 def test_a_difference_equal_to_the_tolerance_passes(tolerance, expected, got):
     """``atol + rtol * abs(expected)``, on either side."""
     assert worst_difference([floats([expected])], [floats([got])], {"y": tolerance}) is None
+    assert error_ratio([floats([expected])], [floats([got])], {"y": tolerance}) <= 1
 
 
 @pytest.mark.parametrize(
@@ -238,6 +239,7 @@ def test_a_difference_equal_to_the_tolerance_passes(tolerance, expected, got):
 def test_a_difference_beyond_the_tolerance_is_found(tolerance, expected, got):
     """By however little, and where numbers cannot be subtracted too."""
     worst = worst_difference([floats([0.0, expected])], [floats([0.0, got])], {"y": tolerance})
+    assert error_ratio([floats([0.0, expected])], [floats([0.0, got])], {"y": tolerance}) > 1
 
     assert worst == Difference("y", 1, (1,), str(np.float64(expected)), str(np.float64(got)))
 
@@ -293,3 +295,18 @@ def test_an_answer_of_another_shape_is_the_worst_difference(have, got):
 def test_scalars_are_compared():
     """It has no index."""
     assert worst_difference([floats(1.0)], [floats(2.0)], EXACT) == Difference("y", 0, (), "1.0", "2.0")
+
+
+def test_the_error_ratio_is_that_of_the_worst_output():
+    """Relative to its own tolerance; what has none, or another shape, is infinitely far."""
+    tolerances = {"rough": Tolerance(atol=1.0), "y": Tolerance(rtol=0.1)}
+
+    close = error_ratio(
+        [floats([1.0], "rough"), floats([10.0, 20.0])], [floats([1.5], "rough"), floats([10.25, 20.0])], tolerances
+    )
+
+    assert close == 0.5
+    assert error_ratio([floats([1.0])], [floats([1.0, 1.0])], tolerances) == np.inf
+    assert error_ratio([floats([1.0], "exact")], [floats([1.1], "exact")], tolerances) == np.inf
+    assert error_ratio([floats([1.0])], [], tolerances) == np.inf
+    assert error_ratio([floats([])], [floats([])], tolerances) == 0

@@ -13,6 +13,7 @@ from proxy.settings import ProxySettings
 from splitserve.batching.queue import BatchLimits
 from splitserve.server import settings
 from splitserve.server.face_settings import FaceSettings
+from splitserve.telemetry.recorders import LATENCY_BOUNDS
 from tests.signing_keys import make_keys
 
 ALL = (ProxySettings, PreprocessSettings, PredictSettings)
@@ -203,3 +204,23 @@ def test_an_alias_of_mlflow_and_a_signature_key_do_not_go_together(
 
     assert raised.value.code == 2
     assert capsys.readouterr().err.startswith("MODEL_SIGNATURE_KEY: expected none with MODEL_REPOSITORY=mlflow:")
+
+
+def thresholds(text: str) -> tuple[float, ...]:
+    return ProxySettings(SLO_LATENCY_MS=text).latency_bounds
+
+
+def test_thresholds_of_objectives_are_bucket_bounds() -> None:
+    """Whatever they are, besides the usual bounds."""
+    bounds = thresholds("37, 250,0.5")
+
+    assert {0.037, 0.25, 0.0005, *LATENCY_BOUNDS} == set(bounds)
+    assert list(bounds) == sorted(bounds)
+    assert ProxySettings().latency_bounds == LATENCY_BOUNDS == thresholds("")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "fast", "1;2", "3600001", ",".join(map(str, range(1, 18)))])
+def test_thresholds_that_are_none_are_refused(text: str) -> None:
+    """When the service starts."""
+    with pytest.raises(ValidationError, match="slo_latency_ms|SLO_LATENCY_MS"):
+        thresholds(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from splitserve.server import logs
-from splitserve.server.admin import worker_listener
+from splitserve.server.admin import beats_of, worker_listener
 from splitserve.server.worker_admin import Workers
 from splitserve.server.workers import INDEX_VARIABLE, SOCKETS_VARIABLE
-from splitserve.telemetry.families import CPU, FAMILIES, LOOP_LAG, RSS, WORKER_UP
+from splitserve.telemetry.families import CPU, FAMILIES, LOOP_LAG, RSS, WORKER_BEAT_AGE, WORKER_UP
 from splitserve.telemetry.recorders import LATENCY_BOUNDS, Histogram
 from splitserve.telemetry.registry import Snapshot
 
@@ -95,6 +96,20 @@ async def test_a_silent_worker_becomes_a_metric(monkeypatch: pytest.MonkeyPatch,
 
     assert up(found) == {"0": 1, "1": 0}
     assert found[CPU.name] == {(): 1.0}
+
+
+async def test_how_long_a_worker_is_blocked_is_seen_by_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own event loop cannot say so before it wakes up."""
+    workers = Workers(tmp_path, 2, timeout_s=TIMEOUT_S)
+    with beats_of(tmp_path, 0).writing() as beat:
+        beat()
+    now = time.monotonic()
+    monkeypatch.setattr("splitserve.telemetry.process.time.monotonic", lambda: now + 2.0)
+
+    ages = (await workers.snapshot())[WORKER_BEAT_AGE.name]
+
+    assert ages.keys() == {("0",)}
+    assert ages["0",] >= 2.0  # type: ignore[operator]
 
 
 async def test_the_service_is_ready_if_a_worker_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from splitserve.telemetry.families import REQUESTS
-from splitserve.telemetry.requests import RequestRecorder
+from splitserve.errors import TABLE
+from splitserve.telemetry.families import FAILURES, OK, REQUEST_SECONDS, REQUESTS
+from splitserve.telemetry.recorders import HistogramValue, latency_bounds
+from splitserve.telemetry.requests import MAX_ZEROS, RequestRecorder
+
+
+def all_counts(recorder: RequestRecorder) -> dict[tuple[str, ...], object]:
+    """By model, release, protocol and code."""
+    return {labels[1:]: value for family, labels, value in recorder.collect("proxy") if family is REQUESTS}
 
 
 def counts(recorder: RequestRecorder) -> dict[tuple[str, ...], object]:
-    """By model, release, protocol and code."""
-    return {labels[1:]: value for family, labels, value in recorder.collect("proxy") if family is REQUESTS}
+    """Without failures that have not occurred."""
+    return {labels: value for labels, value in all_counts(recorder).items() if value or labels[-1] == OK}
 
 
 def test_a_release_begins_at_zero() -> None:
@@ -18,6 +25,47 @@ def test_a_release_begins_at_zero() -> None:
     recorder.know({("m", "1.1")})
 
     assert counts(recorder) == {("m", "1.1", "rest", "OK"): 0, ("m", "1.1", "grpc", "OK"): 0}
+
+
+def test_failures_of_each_code_begin_at_zero() -> None:
+    """Of releases, of requests that were bound to none, and of unknown models: ``increase`` sees the first of each."""
+    recorder = RequestRecorder(("rest", "grpc"))
+    unknown = {("unknown", "", protocol, code) for protocol in ("rest", "grpc") for code in FAILURES}
+    assert all_counts(recorder) == dict.fromkeys(unknown, 0)
+
+    recorder.know({("m", "1.1")})
+
+    known = {("m", release, protocol, code) for release in ("1.1", "") for protocol in ("rest", "grpc") for code in FAILURES}
+    assert {labels for labels, n in all_counts(recorder).items() if n == 0 and labels[-1] != OK} == unknown | known
+
+
+def test_the_codes_are_those_of_the_table_of_errors() -> None:
+    """One that is missing here would begin with its first failure, which ``increase`` does not see."""
+    assert set(FAILURES) == {error.grpc_code for error in TABLE} | {"CANCELLED"}
+
+
+def test_with_very_many_releases_only_the_first_codes_begin_at_zero() -> None:
+    """So that a scrape stays small."""
+    recorder = RequestRecorder()
+
+    recorder.know({(f"m{model}", f"{release}.1") for model in range(100) for release in range(1, 6)})
+
+    found = all_counts(recorder)
+    assert {labels[-1] for labels in found} == {OK, *FAILURES[: MAX_ZEROS // 1803]}
+    assert len(found) <= 1500 + MAX_ZEROS
+
+
+def test_the_threshold_of_an_objective_is_a_bound() -> None:
+    """What is faster than it is counted exactly."""
+    recorder = RequestRecorder(("rest",))
+    recorder.use_bounds(latency_bounds([0.037]))
+
+    recorder.succeeded("rest", "m", "1.1", 0.0, 0.0)
+
+    [value] = [value for family, _, value in recorder.collect("proxy") if family is REQUEST_SECONDS]
+    assert isinstance(value, HistogramValue)
+    assert len(value.counts) == len(latency_bounds([0.037])) + 1
+    assert 0.037 in latency_bounds([0.037])
 
 
 def test_made_up_names_share_one_series() -> None:

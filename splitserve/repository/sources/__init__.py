@@ -82,6 +82,20 @@ def _folder(where: str) -> str:
     return unquote(urlsplit(where).path) if where.startswith("file://") else where
 
 
+def count_cached(where: str, cache: str) -> int:
+    """Bytes in the cache of a model repository; 0 for a folder, which needs none.
+
+    Args:
+        where: the model repository.
+        cache: as for `source_of`.
+    """
+    if not is_url(where):
+        return 0
+    from splitserve.repository.sources.cache import Cache
+
+    return Cache(Path(cache) if cache else None).count_bytes()
+
+
 def source_of(
     where: str | os.PathLike[str],
     *,

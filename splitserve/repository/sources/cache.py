@@ -90,6 +90,15 @@ class Cache:
         """
         return self._given_folder or default_folder()
 
+    def count_bytes(self) -> int:
+        """Bytes of all files in the folder, partial downloads included. Files that vanish meanwhile are not counted."""
+        n_bytes = 0
+        for folder, _, names in os.walk(self.folder):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    n_bytes += Path(folder, name).lstat().st_size
+        return n_bytes
+
     def close(self) -> None:
         """Stop waiting for other processes."""
         self._closed.set()
