@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from splitserve.errors import InvalidInput, PairMismatch, SplitserveError
-from splitserve.tensors import DATATYPES, Tensor, validate
+from splitserve.tensors import DATATYPES, Tensor, holds_elements, validate
 
 Dimension = int | str
 """A fixed size, or the name of a variable one, e.g. ``"batch"``. In a signature equal names are equal sizes; -1 is any size."""
@@ -119,7 +119,12 @@ class InputCheck:
             if tensor.name != name or not shape or shape[0] != n_rows or shape[1:] != inner:
                 return self.fully(inputs)
             row_size = row_sizes.get(tensor.datatype)
-            if row_size is None or (row_size and len(tensor.raw) != n_rows * row_size):
+            if row_size is None:
+                return self.fully(inputs)
+            if row_size < 0:
+                if not holds_elements(tensor.raw, -row_size * n_rows):
+                    return self.fully(inputs)
+            elif row_size and len(tensor.raw) != n_rows * row_size:
                 return self.fully(inputs)
         return inputs if n_rows > 0 else self.fully(inputs)
 
@@ -130,13 +135,16 @@ class InputCheck:
         return [by_name[spec.name] for spec in self._specs]
 
     def _row_form(self, spec: TensorSpec) -> tuple[str, tuple[Dimension, ...], dict[str, int]]:
-        """Name, shape of a row, and the bytes of a row by accepted datatype; 0: any number of bytes. {}: no fast path."""
+        """Name, shape of a row, and the bytes of a row by accepted datatype; {}: no fast path.
+
+        For BYTES it is the number of elements, negated; 0: they are not checked.
+        """
         inner = spec.shape[1:]
         sizes = [size for size in inner if isinstance(size, int) and size > 0]
         if not spec.shape or isinstance(spec.shape[0], int) or len(sizes) != len(inner) or spec.datatype == "BOOL":
             return spec.name, inner, {}
         if spec.datatype == "BYTES":
-            return spec.name, inner, {} if self._with_contents else {"BYTES": 0}
+            return spec.name, inner, {"BYTES": -math.prod(sizes) if self._with_contents else 0}
         taken = [spec.datatype, *(_WIDER.get(spec.datatype, ()) if self._widen else ())]
         taken = [name for name in taken if (name, spec.datatype) not in _ROUNDED]
         return spec.name, inner, {name: DATATYPES[name].itemsize * math.prod(sizes) for name in taken if name in DATATYPES}

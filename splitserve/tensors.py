@@ -140,7 +140,7 @@ def validate(what: str, tensor: Tensor) -> None:
 
 def encode_bytes(elements: Iterable[bytes]) -> bytes:
     """The raw form of a BYTES tensor with these elements."""
-    return b"".join(part for element in elements for part in (len(element).to_bytes(4, "little"), element))
+    return b"".join([part for element in elements for part in (_length(len(element)), element)])
 
 
 def decode_bytes(tensor: Tensor) -> list[bytes]:
@@ -168,7 +168,18 @@ def bytes_offsets(tensor: Tensor) -> list[int]:
     return offsets
 
 
+_length = struct.Struct("<I").pack
 _length_at = struct.Struct("<I").unpack_from
+
+
+def holds_elements(raw: bytes, count: int) -> bool:
+    """Whether this is the raw form of a BYTES tensor with ``count`` elements."""
+    offset, last = 0, len(raw) - 4
+    for _ in range(count):
+        if offset > last:
+            return False
+        offset += 4 + _length_at(raw, offset)[0]
+    return offset == last + 4
 
 
 def _elements(what: str, raw: bytes) -> Iterable[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -433,6 +434,25 @@ def test_an_integer_that_a_double_would_round_is_refused(datatype, value, shape)
 
     with pytest.raises(InvalidInput, match=f'input "x": element 1: expected an integer that FP64 holds exactly, got {value}'):
         InputCheck([spec], widen=True)([tensor])
+
+
+@given(data=st.data(), n_rows=st.integers(0, 3), width=st.integers(1, 2))
+def test_the_fast_path_checks_the_elements_of_text(data, n_rows, width):
+    """As many as the shape says, and none that ends elsewhere than the tensor."""
+    elements = data.draw(st.lists(st.binary(max_size=3), min_size=max(0, n_rows * width - 1), max_size=n_rows * width + 1))
+    raw = encode_bytes(elements)
+    raw = data.draw(st.sampled_from([raw, raw[:-1], raw + b"\x00", raw + b"\x00\x00\x00\x00", b"\xff\xff\xff\xff" + raw[4:]]))
+    specs = [TensorSpec("island", "BYTES", ("batch", width))]
+    tensor = Tensor("island", "BYTES", (n_rows, width), raw)
+
+    def outcome(check: Callable[[], object]) -> str:
+        try:
+            check()
+        except InvalidInput as error:
+            return error.message
+        return ""
+
+    assert outcome(lambda: InputCheck(specs, widen=True)([tensor])) == outcome(lambda: check_inputs(specs, [tensor], widen=True))
 
 
 @pytest.mark.parametrize("value", [2**53, 2**53 - 1, 2**60, 0])

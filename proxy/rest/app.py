@@ -188,7 +188,9 @@ class RestApp:
     def _begin(self, incoming: HttpRequest, respond: Respond) -> Handled:
         try:
             handler, path = self._route(incoming.method, incoming.path)
-            encoding = _body_encoding(incoming)
+            headers = incoming.headers
+            is_plain = headers.get(b"content-type") == b"application/json" and b"content-encoding" not in headers
+            encoding = "" if is_plain else _body_encoding(incoming)
         except Refused as refused:
             return _refusal(refused)
         if not isinstance(handler, type):

@@ -142,7 +142,8 @@ class RestInference(Inference[HttpResponse]):
         return v2_response(response, self.request)
 
     def _deliver(self, answer: HttpResponse) -> None:
-        self._respond(compressed(answer, self._incoming) if may_be_compressed(answer, self._incoming) else answer)
+        is_short = len(answer.body) < compression.MIN_COMPRESSED_BYTES
+        self._respond(answer if is_short or not may_be_compressed(answer, self._incoming) else compressed(answer, self._incoming))
 
     def _fail(self, error: Exception) -> None:
         self._respond(self.failure(error))

@@ -160,8 +160,20 @@ class Batcher:
                 self.n_refused[kind_of_refusal(reason)] += 1
                 raise Overloaded(reason, model=request.model)
             self._dequeue(preempted)
+        inputs = request.inputs
+        n_rows = inputs[0].shape[0] if compatible.is_mergeable else 1
+        n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
         queued = QueuedRequest(
-            request, on_answer, self._on_cancel, compatible, now, now if began_at is None else began_at, priority, answer_bytes
+            request,
+            on_answer,
+            self._on_cancel,
+            compatible,
+            now,
+            now if began_at is None else began_at,
+            priority,
+            is_background,
+            n_rows,
+            n_bytes if n_bytes > answer_bytes else answer_bytes,
         )
         compatible.add(queued)
         self._compatible[compatible.key] = compatible
@@ -195,15 +207,8 @@ class Batcher:
         self._drop_if_empty(queued.compatible)
 
     def _answer(self, queued: QueuedRequest, outcome: InferResponse | Exception) -> None:
-        """Call the callback of a request. An exception in one does not keep the others from their answers."""
-        on_answer = self._finish(queued)
-        if on_answer is None:
-            return
-        try:
-            on_answer(outcome)
-        except Exception as error:
-            context = {"message": "answer callback failed", "exception": error}
-            asyncio.get_running_loop().call_exception_handler(context)
+        if (on_answer := self._finish(queued)) is not None:
+            _call_back(on_answer, outcome)
 
     def _fail(self, requests: Sequence[QueuedRequest], error: Exception) -> None:
         now = self._clock()
@@ -372,10 +377,12 @@ class Batcher:
             return False
         call.answered_at = self._clock()
         self._record_success(queue, call, [queued for queued in requests if queued.on_answer is not None])
+        queue.discard_all(requests)
+        model, version, parameters = response.model, response.version, response.parameters
         for queued, outputs in zip(requests, parts, strict=True):
-            if queued.on_answer is not None:
-                answer = InferResponse(response.model, response.version, outputs, queued.request.id, response.parameters)
-                self._answer(queued, answer)
+            on_answer, queued.on_answer = queued.on_answer, None
+            if on_answer is not None:
+                _call_back(on_answer, InferResponse(model, version, outputs, queued.request.id, parameters))
         return True
 
     async def _send_alone(self, queue: ModelQueue, call: BatchCall, queued: QueuedRequest) -> bool:
@@ -444,6 +451,14 @@ class Batcher:
         self._fail(expired, DeadlineExceeded("deadline exceeded before the answer arrived"))
         for call in self._calls:
             call.cancel_if_abandoned()
+
+
+def _call_back(on_answer: OnAnswer, outcome: InferResponse | Exception) -> None:
+    """An exception in one callback does not keep the others from their answers."""
+    try:
+        on_answer(outcome)
+    except Exception as error:
+        asyncio.get_running_loop().call_exception_handler({"message": "answer callback failed", "exception": error})
 
 
 def _concerns_all(error: Exception, requests: Sequence[QueuedRequest]) -> bool:

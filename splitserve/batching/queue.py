@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
 
 from splitserve.batching.admission import (
-    BACKGROUND_PRIORITY,
     HIGHEST_PRIORITY,
     LEAST_PAUSE_S,
     MOST_CREDIT,
@@ -133,6 +132,12 @@ class ModelQueue:
         if queued in self.requests:
             self.requests.remove(queued)
             self.n_background -= queued.is_background
+
+    def discard_all(self, answered: Sequence[QueuedRequest]) -> None:
+        """As `discard`, for all requests of a call, of which some may have been forgotten already."""
+        if self.n_background:
+            self.n_background -= sum([queued.is_background for queued in answered if queued in self.requests])
+        self.requests.difference_update(answered)
 
     def background_refusal_reason(self, now: float) -> str:
         """Why a background request is refused; "" if it is accepted."""
@@ -373,66 +378,31 @@ class BatchCall:
             self.task.cancel()
 
 
-class QueuedRequest:
+class QueuedRequest(msgspec.Struct, eq=False):
     """A request that is queued or in flight, and the callback for its answer. What `Batcher.begin` returns.
 
-    Args:
-        request: what is sent.
-        on_answer: the callback.
-        on_cancel: called with this object when the caller cancels.
-        compatible: where it is queued.
-        queued_at: point on the batcher's clock.
-        began_at: point on the same clock where work for it began, which may be before it was queued.
-        priority: 1 is the highest.
-        answer_bytes: lower bound of the size of its answer.
+    ``queued_at`` and ``began_at`` are points on the batcher's clock: work for it may have begun before it was queued. 1 is the
+    highest ``priority``. ``n_bytes``: of its inputs or of its answer, whichever is larger.
     """
 
-    __slots__ = (
-        "_on_cancel",
-        "began_at",
-        "call",
-        "compatible",
-        "is_background",
-        "is_queued",
-        "n_bytes",
-        "n_found",
-        "n_rows",
-        "on_answer",
-        "priority",
-        "queued_at",
-        "request",
-    )
-
-    def __init__(
-        self,
-        request: InferRequest,
-        on_answer: OnAnswer,
-        on_cancel: Callable[[QueuedRequest], None],
-        compatible: CompatibleRequests,
-        queued_at: float,
-        began_at: float,
-        priority: int,
-        answer_bytes: int = 0,
-    ) -> None:
-        self.request = request
-        self.on_answer: OnAnswer | None = on_answer
-        """None once it has been called, or the caller has cancelled."""
-        self._on_cancel = on_cancel
-        self.compatible = compatible
-        self.queued_at = queued_at
-        self.began_at = began_at
-        self.priority = priority
-        self.is_background = priority >= BACKGROUND_PRIORITY
-        self.n_found = 0
-        """Requests queued and in flight when it was queued, itself included and background ones excluded."""
-        self.is_queued = True
-        self.call: BatchCall | None = None
-        """None while it is queued."""
-        inputs = request.inputs
-        self.n_rows = inputs[0].shape[0] if compatible.is_mergeable else 1
-        n_bytes = len(inputs[0].raw) if len(inputs) == 1 else sum([len(tensor.raw) for tensor in inputs])
-        self.n_bytes = n_bytes if n_bytes > answer_bytes else answer_bytes
-        """Of its inputs or of its answer, whichever is larger."""
+    request: InferRequest
+    on_answer: OnAnswer | None
+    """None once it has been called, or the caller has cancelled."""
+    on_cancel: Callable[[QueuedRequest], None]
+    """Called with this object when the caller cancels."""
+    compatible: CompatibleRequests
+    """Where it is queued."""
+    queued_at: float
+    began_at: float
+    priority: int
+    is_background: bool
+    n_rows: int
+    n_bytes: int
+    n_found: int = 0
+    """Requests queued and in flight when it was queued, itself included and background ones excluded."""
+    is_queued: bool = True
+    call: BatchCall | None = None
+    """None while it is queued."""
 
     def phases(self) -> Mapping[str, float]:
         """Seconds that it was queued, and that its call took, once that has answered it; else nothing."""
@@ -443,4 +413,4 @@ class QueuedRequest:
 
     def cancel(self) -> None:
         """Abandon it: the callback is not called after this."""
-        self._on_cancel(self)
+        self.on_cancel(self)

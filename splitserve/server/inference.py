@@ -18,7 +18,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
-from typing import ClassVar, Generic, Protocol, TypeVar, TypeVarTuple, runtime_checkable
+from typing import ClassVar, Generic, TypeVar, TypeVarTuple
 
 import msgspec
 
@@ -37,15 +37,6 @@ Arguments = TypeVarTuple("Arguments")
 
 MAX_ID_LENGTH = 256
 """Characters of a request's id that are logged; a merged call has the ids of its requests."""
-
-
-@runtime_checkable
-class Phased(Protocol):
-    """A request in progress that knows its phases."""
-
-    def phases(self) -> Mapping[str, float]:
-        """Seconds by phase, once it is answered."""
-        ...
 
 
 def _milliseconds(phases: Mapping[str, float]) -> dict[str, object]:
@@ -174,8 +165,8 @@ class Inference(ABC, Generic[A]):
             recorder.succeeded(self.protocol, self.model, self.version, self._began, encoding_at)
         if RequestLog.every and RequestLog.takes():
             encode_s = time.monotonic() - encoding_at
-            phases = outcome.phases or (pending.phases if isinstance(pending, Phased) else dict)
-            self._log(None, self._facts() | _milliseconds({**phases(), "encode": encode_s}))
+            phases = outcome.phases or getattr(pending, "phases", None)  # `QueuedRequest` has them
+            self._log(None, self._facts() | _milliseconds({**(phases() if phases else {}), "encode": encode_s}))
         self._deliver(answer)
 
     def cancel(self) -> None:

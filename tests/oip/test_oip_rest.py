@@ -76,6 +76,52 @@ def refusal(data: bytes, header_length: int | None = None) -> str:
 
 # --- requests: JSON
 
+ODD_VALUES: list[Any] = [
+    True,
+    None,
+    "a",
+    "\ud800",
+    1,
+    1.0,
+    1.5,
+    -1,
+    300,
+    2**53 + 1,
+    2**64,
+    10**40,
+    10**400,
+    -(2**63) - 1,
+    {},
+    [1],
+    "NaN",
+]
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+@pytest.mark.parametrize("datatype", [*VALUES, "FP16", "BF16", "NONE"])
+def test_the_fast_path_decides_like_the_general_one(datatype, value, monkeypatch):
+    """Also on text, and on values that are not of the datatype."""
+    data = body(entry(datatype, [2], data=[*VALUES.get(datatype, [1])[:1], value]))
+
+    def outcome() -> Any:
+        try:
+            return decode(data).inputs
+        except InvalidInput as error:
+            return error.message
+
+    fast = outcome()
+    monkeypatch.setattr(rest, "_decode_plain", lambda head: None)
+
+    assert fast == outcome()
+
+
+@pytest.mark.parametrize("datatype", sorted(set(VALUES) - {"BOOL"}))
+def test_flat_lists_take_the_fast_path(datatype):
+    found = rest._decode_plain(body(entry(datatype, [6], data=VALUES[datatype])))
+
+    assert found is not None
+    assert found[1] == [Tensor("x", datatype, (6,), raw_of(datatype, VALUES[datatype]))]
+
 
 def test_the_tested_values_cover_every_datatype_with_a_json_form():
     """A new datatype must have a test value."""

@@ -96,7 +96,8 @@ class RequestBody(msgspec.Struct, eq=False):
         try:
             if self.n_bytes > self.max_bytes:
                 raise self._too_large()
-            self.reserve(len(chunk))
+            self.budget.reserve(len(chunk))
+            self._n_reserved += len(chunk)
             self._chunks.append(chunk)
         except (BodyTooLarge, BudgetExceeded) as error:
             self._error = error
