@@ -33,7 +33,7 @@ TO_ANY_SERVER = Keepalive(60_000, 10_000)
 def channel_options(
     max_message_bytes: int, keepalive: Keepalive, *, health_service: str = protobuf.SERVICE
 ) -> list[tuple[str, Any]]:
-    """Options of a channel that outlives its server: a dead connection is detected, a restarted server is found within a second.
+    """Options of a channel that outlives its server: a dead connection is detected, a restarted server is found at once.
 
     Args:
         max_message_bytes: the largest message sent or received.
@@ -52,7 +52,7 @@ def channel_options(
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 200),
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # keepalive_timeout_ms alone does not end a silent connection; ping_timeout_ms does.
         ("grpc.keepalive_time_ms", keepalive.time_ms),

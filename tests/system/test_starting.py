@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,12 @@ def test_a_pair_without_a_release_is_not_found_and_the_error_says_how_to_release
     assert status == 404
     for message in (answer["error"], raised.value.message):
         assert '"splitserve release two 2.1" proves a pair of published halves and makes it one' in message
+
+
+@pytest.mark.parametrize("service", ["proxy", "predict_service"])
+def test_a_service_does_not_import_what_only_commands_use(service: str) -> None:
+    """It is installed here; each start would pay for it."""
+    code = f"import sys, {service}.__main__; print({{'rich', 'typer'}} & set(sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "set()"
+    assert importlib.util.find_spec("rich") is not None
