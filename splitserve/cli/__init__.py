@@ -598,6 +598,38 @@ def health(url: ClientUrlOption = GRPC_URL) -> None:
 
 
 @app.command()
+def top(
+    url: Annotated[
+        list[str] | None,
+        typer.Option("--url", "-u", help="An admin listener: http://host:port, host:port or a port; may be given several times."),
+    ] = None,
+    admin_port: Annotated[str, typer.Option(help="As splitserve up --admin-port, on this machine.")] = "",
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600.0)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look for one interval, print what was seen, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON; without --once a line for each look.")] = False,
+    token_file: Annotated[
+        str, typer.Option(envvar="SPLITSERVE_ADMIN_TOKEN_FILE", help="File with the token of the listeners.")
+    ] = "",
+    ca_file: Annotated[
+        str, typer.Option(envvar="SPLITSERVE_ADMIN_CA_FILE", help="PEM file of their certificate authority: they have TLS.")
+    ] = "",
+    cert_file: Annotated[str, typer.Option(envvar="SPLITSERVE_ADMIN_CERT_FILE", help="PEM file of a client's certificate.")] = "",
+    key_file: Annotated[str, typer.Option(envvar="SPLITSERVE_ADMIN_KEY_FILE", help="PEM file of its private key.")] = "",
+) -> None:
+    """Show what a running system does: stages, releases, rates, latencies, queues, errors.
+
+    Reads the admin listeners of its services, by default those of this machine. q or Ctrl-C ends it. In a pipe it prints
+    plain text. Exits 1 if no listener answers.
+    """
+    from splitserve.cli.top import Credentials, run
+
+    credentials = Credentials(token_file, ca_file, cert_file, key_file)
+    raise typer.Exit(
+        run(url or [], admin_port=admin_port, interval_s=interval, is_once=once, is_json=as_json, credentials=credentials)
+    )
+
+
+@app.command()
 def verify(
     url: Annotated[str, typer.Argument(help="The system: http://host:port, or grpc://host:port or host:port.")],
     models: Annotated[list[str] | None, typer.Argument(help="Names of models; all of the repository by default.")] = None,
