@@ -49,6 +49,7 @@ from splitserve.oip.messages import (
 )
 from splitserve.oip.model_config import config_of
 from splitserve.server import callers, failures
+from splitserve.server.audited_calls import recorded
 from splitserve.server.callers import Authenticator
 from splitserve.telemetry.requests import RequestRecorder
 from splitserve.versions import is_named
@@ -209,15 +210,27 @@ class RestApp:
 
     async def _answer(self, handler: Handler, path: PathParts, incoming: HttpRequest, encoding: str) -> HttpResponse:
         try:
-            deadline = deadline_after(self._rules.timeout_s(incoming))
-            await callers.identify(self._rules.authenticator, credentials(incoming), is_open=handler in self._open)
-            body = await receive(incoming, encoding, self.config.max_body_bytes)
-            response = await handler(RoutedRequest(path, incoming, body, deadline))
-            if may_be_compressed(response, incoming):
-                response = await compressed(response, incoming)
-            return response
+            if handler == self._repository_control:
+                with recorded(
+                    path["action"],
+                    source=incoming.address(),
+                    model=lambda: path["model"],
+                    protocol="rest",
+                    forwarded_for=incoming.header(b"x-forwarded-for"),
+                ):
+                    return await self._answered(handler, path, incoming, encoding)
+            return await self._answered(handler, path, incoming, encoding)
         except Exception as error:
             return self.failure(error)
+
+    async def _answered(self, handler: Handler, path: PathParts, incoming: HttpRequest, encoding: str) -> HttpResponse:
+        deadline = deadline_after(self._rules.timeout_s(incoming))
+        await callers.identify(self._rules.authenticator, credentials(incoming), is_open=handler in self._open)
+        body = await receive(incoming, encoding, self.config.max_body_bytes)
+        response = await handler(RoutedRequest(path, incoming, body, deadline))
+        if may_be_compressed(response, incoming):
+            response = await compressed(response, incoming)
+        return response
 
     def failure(self, error: Exception) -> HttpResponse:
         """The response for an error; the only place that renders one."""

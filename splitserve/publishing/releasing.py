@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -22,6 +25,21 @@ from splitserve.repository.writable import WritableRepository
 from splitserve.runtimes.release import WholeRelease
 from splitserve.tensors import Tensor
 from splitserve.versions import UNNAMED
+
+PRINCIPAL_VARIABLE = "SPLITSERVE_PRINCIPAL"
+"""Who records releases, for auditors; "" leaves it out."""
+
+
+def principal() -> str:
+    """Who records releases: as the environment says, or the user and the machine."""
+    named = os.environ.get(PRINCIPAL_VARIABLE)
+    if named is not None:
+        return named[:128]
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"[:128]
 
 
 def proven_golden(whole: WholeRelease, rows: Sequence[Tensor]) -> Golden:
@@ -94,6 +112,7 @@ def record(
             sequence=sequence,
             pair=f"{preprocessor.key.version}.{version}",
             created=now(),
+            recorded_by=principal(),
             preprocessor=preprocessor.manifest_sha256,
             predictor=predictor.manifest_sha256 if predictor else "",
             proven=proven,
@@ -213,7 +232,9 @@ def rollback_record(repository: WritableRepository, target: Release, golden: byt
 
     def make(sequence: int) -> tuple[ReleaseManifest, Mapping[str, bytes]]:
         _check_unchanged(repository, target, current)
-        again = msgspec.structs.replace(target.manifest, sequence=sequence, created=now(), rolls_back=current.sequence)
+        again = msgspec.structs.replace(
+            target.manifest, sequence=sequence, created=now(), recorded_by=principal(), rolls_back=current.sequence
+        )
         return again, {GOLDEN_FILE: golden}
 
     return repository.append(target.key.model, make)
@@ -246,6 +267,7 @@ def withdraw_record(repository: WritableRepository, release: Release) -> Release
             sequence=sequence,
             pair=str(release.pair),
             created=now(),
+            recorded_by=principal(),
             withdraws=release.sequence,
         )
         return manifest, {}

@@ -94,7 +94,8 @@ class ReleaseManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     the operator accepted explicitly: "changed features", "unknown features".
 
     A record with ``withdraws`` takes back the release of that sequence number, and has no golden samples. ``rolls_back`` is the
-    sequence number of the release that a rollback moved away from. ``digest`` is the sha256 of the file's bytes with 64 zeros in
+    sequence number of the release that a rollback moved away from. ``recorded_by`` says who recorded it, as that machine says:
+    nothing proves it. ``digest`` is the sha256 of the file's bytes with 64 zeros in
     the place of the digest.
     """
 
@@ -121,6 +122,7 @@ class ReleaseManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     files: dict[str, FileDigest] = {}
     withdraws: int = 0
     rolls_back: int = 0
+    recorded_by: str = ""
 
     @property
     def key(self) -> ReleaseKey:

@@ -28,10 +28,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, cast, get_args
 
 import msgspec
-import structlog
 
 from splitserve import __version__
-from splitserve.server import logs
+from splitserve.server import audit, logs
 from splitserve.server.admin_settings import AdminSettings
 from splitserve.server.lifecycle import background
 from splitserve.server.metrics import Metrics
@@ -52,6 +51,9 @@ if TYPE_CHECKING:
 _LIMITS = HttpLimits(max_connections=64)
 _MAX_BODY_BYTES = 1024
 _PROBES = ("/livez", "/readyz")
+
+ADMIN = "admin token"
+"""The principal of who presents the token of an admin listener."""
 
 
 class Administered(Protocol):
@@ -126,8 +128,11 @@ class AdminApp:
             refusal = json_error(405, f"{method[:16]} is not allowed for this path")
             return msgspec.structs.replace(refusal, headers=(("allow", ", ".join(allowed)),))
         if method != "GET" and not self._token:
+            _audit_log_level(request, "PERMISSION_DENIED")
             return json_error(403, "changes require a token, and none is configured (ADMIN_TOKEN_FILE)")
         if (method != "GET" or request.path not in _PROBES) and not self._is_allowed(request):
+            if method != "GET":
+                _audit_log_level(request, "UNAUTHENTICATED")
             refusal = json_error(401, "expected the token of ADMIN_TOKEN_FILE as Authorization: Bearer")
             return msgspec.structs.replace(refusal, headers=(("www-authenticate", 'Bearer realm="admin"'),))
         return handler(request)  # type: ignore[return-value]  # every handler is a coroutine function
@@ -176,11 +181,11 @@ class AdminApp:
         try:
             level = msgspec.json.decode(await request.body.read(), type=_LogLevel).level
         except (msgspec.DecodeError, BodyTooLarge):
+            _audit_log_level(request, "INVALID_ARGUMENT")
             return json_error(400, f'expected {{"level": …}} with one of {", ".join(get_args(logs.Level))}')
         before = logs.LogLevel.current
         await self._of.set_log_level(level)
-        # An operator has changed what is logged, until the process ends.
-        structlog.get_logger().warning("log level changed", level=level, before=before)
+        _audit_log_level(request, "OK", after=level, before=before)
         return _json(200, {"level": level})
 
 
@@ -317,6 +322,12 @@ class WorkerAnswer(msgspec.Struct, frozen=True):
 
     generation: str
     snapshot: list[tuple[str, dict[Labels, Value]]]
+
+
+def _audit_log_level(request: HttpRequest, result: str, **facts: str) -> None:
+    """A line for auditors: the log level is the only thing that can be changed here."""
+    principal = "" if result in ("UNAUTHENTICATED", "PERMISSION_DENIED") else ADMIN
+    audit.record("set log level", result=result, principal=principal, source=request.address(), **facts)
 
 
 def _json(status: int, content: object) -> HttpResponse:

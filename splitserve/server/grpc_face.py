@@ -30,6 +30,7 @@ from splitserve.oip.messages import (
 from splitserve.oip.model_config import config_of
 from splitserve.oip.statistics import Statistics
 from splitserve.server import callers, failures, health, reflection
+from splitserve.server.audited_calls import recorded
 from splitserve.server.callers import Authenticator
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_engine import bound_server
@@ -49,6 +50,13 @@ EDGE = "proxy"
 
 _OPEN = ("ServerLive", "ServerReady", "ServerMetadata")
 """Methods that need no credentials; grpc.health.v1 and reflection need none either."""
+
+
+_CONTROL: Mapping[str, tuple[str, type[Any]]] = {
+    "RepositoryModelLoad": ("load", pb.RepositoryModelLoadRequest),
+    "RepositoryModelUnload": ("unload", pb.RepositoryModelUnloadRequest),
+}
+"""Methods that change what is served: their verb and their message."""
 
 
 class MoreMethods(msgspec.Struct, frozen=True):
@@ -145,7 +153,7 @@ class GrpcFace:
             f"/{protobuf.SERVICE}/ModelInfer": MethodHandler(begin=self._inferences.begin),
             f"/{protobuf.SERVICE}/ModelStreamInfer": MethodHandler(streaming=self._streams.serve),
             **{
-                f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=self._authenticated(handler, name in _OPEN))
+                f"/{protobuf.SERVICE}/{name}": MethodHandler(unary=_audited(name, self._authenticated(handler, name in _OPEN)))
                 for name, handler in handlers.items()
             },
             **self._more_methods(),
@@ -246,7 +254,7 @@ class GrpcFace:
             raise PermissionDenied("loading and unloading is disabled; ALLOW_REPOSITORY_CONTROL=true enables it")
         if set(request.parameters) - CONTROL_PARAMETERS:
             raise InvalidInput("parameters are not supported: the model repository determines what is loaded")
-        name: str = request.model_name or request.repository_name
+        name = _named_model(request)
         check_model_name(name)
         return name
 
@@ -255,6 +263,34 @@ class GrpcFace:
             return deadline_after(min(remaining_s, self._config.max_timeout_s))
         default_s = self._config.default_timeout_s
         return deadline_after(default_s) if default_s else NO_DEADLINE
+
+
+def _named_model(request: Any) -> str:
+    name: str = request.model_name or request.repository_name
+    return name
+
+
+def _audited(name: str, handler: UnaryHandler) -> UnaryHandler:
+    """The handler, with a line for auditors if it changes what is served."""
+    if name not in _CONTROL:
+        return handler
+    verb, message = _CONTROL[name]
+
+    async def serve(data: bytes, call: ServerCall) -> bytes:
+        with recorded(verb, source=call.address, model=lambda: _model_in(message, data), protocol="grpc"):
+            return await handler(data, call)
+
+    return serve
+
+
+def _model_in(message: type[Any], data: bytes) -> str:
+    """The model of a control request; "" if it does not parse, or its caller is unknown, from whom nothing is decoded."""
+    if callers.current.get() is callers.NOBODY:
+        return ""
+    try:
+        return _named_model(protobuf.parse(message, data))
+    except InvalidInput:
+        return ""
 
 
 def _set_reason(call: ServerCall, reason: str) -> None:

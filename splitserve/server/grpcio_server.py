@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
@@ -86,6 +87,7 @@ class _GrpcioCall:
         self._task: Any = asyncio.current_task()
         self.metadata = tuple((name, value) for name, value in context.invocation_metadata() if isinstance(value, str))
         self.peer, self.time_remaining, self.drain = context.peer(), context.time_remaining, self._unsent.join
+        self.address = unquote(self.peer.partition(":")[2])  # "ipv4:127.0.0.1:1", "ipv6:%5B::1%5D:1"
         self.trailing_metadata: Metadata = ()
         self.failure: CallError | None = None
 

@@ -15,6 +15,9 @@ from splitserve.errors import SplitserveError
 from splitserve.server.failures import in_table
 from splitserve.server.workers import own_place
 
+AUDIT = "audit"
+"""The event of `splitserve.server.audit`."""
+
 Format = Literal["auto", "json", "text"]
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -60,8 +63,8 @@ class LogLevel:
 
     @classmethod
     def keep(cls, _logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """A structlog processor that drops the lines of lower levels."""
-        if structlog.processors.NAME_TO_LEVEL[method] < cls._least:
+        """A structlog processor that drops the lines of lower levels, except those for auditors."""
+        if structlog.processors.NAME_TO_LEVEL[method] < cls._least and event.get("event") != AUDIT:
             raise structlog.DropEvent
         return event
 

@@ -18,8 +18,10 @@ from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, Kind, NotFetched
 from splitserve.repository.release import History, Release
+from splitserve.repository.routes import Route
 from splitserve.repository.selection import Selection, half, pinned, selected, wanted
 from splitserve.repository.source import BundleSource, backoff_s, fetch_bundle, load_fetched
+from splitserve.server import audit
 from splitserve.server.repository_view import ModelView, RepositoryView
 from splitserve.versions import UNNAMED, Pair, unknown_model
 
@@ -89,6 +91,7 @@ class VersionStore(Generic[T]):
         self._fetchers = ThreadPoolExecutor(MODELS_AT_A_TIME, thread_name_prefix=f"fetch-{kind}")
         self._turn_to_load = asyncio.Lock()
         self._poll_at = -math.inf
+        self._has_polled = False
         self._n_polls_failed = 0
         self._view = RepositoryView(
             source,
@@ -233,6 +236,7 @@ class VersionStore(Generic[T]):
                 self._log.info("model repository readable")
             self._report_missing()
             self._report_problems(before)
+            self._audit(before)
             self._notice_changes(stamps)
             delay_s, self._n_polls_failed, self.problem = self._poll_interval_s, 0, ""
         self._poll_at = self._clock() + delay_s
@@ -258,6 +262,29 @@ class VersionStore(Generic[T]):
             if view.problem and view.problem != was.problem:
                 # A record is damaged, not signed, or cannot be fetched, or all of a model have vanished.
                 self._log.error("releases unreadable", model=model, reason=view.problem)
+
+    def _audit(self, before: Mapping[str, ModelView]) -> None:
+        """Lines for auditors of what was recorded since the last poll, at one half only. The first poll finds what is older."""
+        if self._kind != "preprocess" or not self._has_polled:
+            self._has_polled = True
+            return
+        for model, view in self.models.items():
+            was = before.get(model, ModelView())
+            if view.history is not was.history:
+                known = {record.sha256 for record in was.history.records}
+                for record in view.history.records:
+                    if record.sha256 not in known:
+                        audit.record_release(record)
+            if view.route != was.route:
+                audit.record(
+                    "route",
+                    result="OK",
+                    principal="",
+                    source=audit.REPOSITORY,
+                    model=model,
+                    release=_routed(view.route),
+                    before=_routed(was.route),
+                )
 
     def _notice_changes(self, stamps: dict[_Place, str]) -> None:
         """Try again what has changed since it was tried, once two polls have seen the same: a copy takes a while."""
@@ -471,6 +498,11 @@ class VersionStore(Generic[T]):
         """End what is being fetched, so that the process can stop."""
         self._source.close()
         self._fetchers.shutdown(cancel_futures=True)
+
+
+def _routed(route: Route | None) -> str:
+    """The pairs that a route names; "" without one."""
+    return ", ".join(map(str, route.named())) if route is not None else ""
 
 
 def no_release(model: str) -> str:

@@ -19,6 +19,7 @@ import httpx
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from structlog.testing import capture_logs
 
 from proxy import auth
 from proxy.auth import BearerAuthenticator
@@ -195,6 +196,27 @@ async def test_both_faces_enforce_the_same_access_table(faces: BothFaces, action
         assert over_rest.status_code == expected, (token, over_rest.text)
         code = over_grpc.code() if isinstance(over_grpc, grpc.aio.AioRpcError) else grpc.StatusCode.OK
         assert code is STATUSES[expected], token
+
+
+async def test_who_loads_and_unloads_is_written_for_auditors(faces: BothFaces) -> None:
+    """The caller, where the call came from, and whether it was allowed; also attempts without valid credentials."""
+    attempts = [("load open-1", ADMIN), ("unload open-1", ADMIN), ("load open-1", USER), ("load open-1", "wrong")]
+    with capture_logs() as lines:
+        for action, token in attempts:
+            (method, path, content), (call, message) = ACTIONS[action]
+            await faces.rest(method, path, token, json=content, headers={"x-forwarded-for": "192.0.2.7"})
+            await faces.grpc(call, message, token)
+
+    written = [line for line in lines if line["event"] == "audit"]
+    expected = (
+        ("load", "admin", "open-1", "OK"), ("unload", "admin", "open-1", "OK"), ("load", "team", "open-1", "PERMISSION_DENIED"),
+    )  # fmt: skip
+    for protocol, refused_model in (("rest", "open-1"), ("grpc", "")):
+        found = [line for line in written if line["protocol"] == protocol]
+        facts = [(line["verb"], line["principal"], line["model"], line["result"]) for line in found]
+        assert facts == [*expected, ("load", "", refused_model, "UNAUTHENTICATED")]
+        assert all(line["source"].startswith("127.0.0.1:") for line in found)
+    assert {line.get("forwarded_for") for line in written} == {"192.0.2.7", None}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve.publishing import PublishError, publish, publish_onnx, publish_preprocessor
 from splitserve.publishing.convert import Names
+from splitserve.publishing.from_bundles import withdraw
 from splitserve.publishing.halves import PredictorHalf, PreprocessorHalf, PublishOptions
 from splitserve.publishing.predictor_half import ModelSamples, predictor_half
 from splitserve.publishing.preprocessor_half import FeatureForm, preprocessor_half
-from splitserve.publishing.releasing import labels_of, withdraw_record, write_released
+from splitserve.publishing.releasing import PRINCIPAL_VARIABLE, labels_of, withdraw_record, write_released
 from splitserve.repository import release_log
 from splitserve.repository.bundle import BundleKey
 from splitserve.repository.folder import Repository
@@ -66,6 +68,19 @@ def test_publish_releases_the_pair(tmp_path: Path) -> None:
     assert {spec.name for spec in release.manifest.outputs} == {"label", "probabilities"}
     golden = golden_of(release.manifest, data)
     check_answer(release.manifest, golden, whole(tmp_path, release).infer(golden.inputs))
+
+
+def test_a_record_says_who_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the environment says, else the user and the machine; withdrawals too."""
+    monkeypatch.setenv(PRINCIPAL_VARIABLE, "release pipeline 7")
+    publish(FITTED, IRIS, name="iris", repository=tmp_path)
+    monkeypatch.delenv(PRINCIPAL_VARIABLE)
+    withdraw("iris", 1, repository=tmp_path)
+
+    first, second = (read(tmp_path, key)[0].manifest.recorded_by for key in release_log.listing(tmp_path, "iris"))
+
+    assert first == "release pipeline 7"
+    assert second.endswith(f"@{socket.gethostname()}"[-100:])
 
 
 def test_tolerances_of_a_release_are_fixed_bounds(tmp_path: Path) -> None:

@@ -162,6 +162,37 @@ async def test_the_log_level_changes_at_run_time(
     assert "first" not in written
 
 
+@pytest.mark.parametrize("admin", [{"token": TOKEN}], indirect=True)
+async def test_changes_and_attempts_are_written_for_auditors(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the address that they came from, and what it was before."""
+    for name in ("current", "_least"):
+        monkeypatch.setattr(logs.LogLevel, name, getattr(logs.LogLevel, name))
+    with structlog.testing.capture_logs() as lines:
+        await admin.client.put("/log-level", json={"level": "error"})
+        await admin.client.put("/log-level", json={"level": "loud"}, headers=CREDENTIALS)
+        await admin.client.put("/log-level", json={"level": "error"}, headers=CREDENTIALS)
+
+    written = [line for line in lines if line["event"] == "audit"]
+    assert [(line["verb"], line["principal"], line["result"]) for line in written] == [
+        ("set log level", "", "UNAUTHENTICATED"), ("set log level", "admin token", "INVALID_ARGUMENT"),
+        ("set log level", "admin token", "OK"),
+    ]  # fmt: skip
+    assert (written[-1]["before"], written[-1]["after"]) == ("info", "error")
+    assert all(line["source"].startswith("127.0.0.1:") for line in written)
+
+
+def test_lines_for_auditors_pass_every_log_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise who raises the level would hide what follows."""
+    for name in ("current", "_least"):
+        monkeypatch.setattr(logs.LogLevel, name, getattr(logs.LogLevel, name))
+    monkeypatch.setattr(logs.RequestLog, "every", logs.RequestLog.every)
+    logs.LogLevel.set("error")
+
+    assert logs.LogLevel.keep(None, "info", {"event": "audit"}) == {"event": "audit"}
+    with pytest.raises(structlog.DropEvent):
+        logs.LogLevel.keep(None, "info", {"event": "ready"})
+
+
 async def test_other_paths_and_methods_are_refused(admin: Admin) -> None:
     """As HTTP has it."""
     assert (await admin.get("/")).status_code == 404

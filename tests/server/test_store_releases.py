@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY
 from splitserve.repository.bundle import BundleKey
-from splitserve.repository.manifest import BundleError, NotFetched
+from splitserve.repository.manifest import BundleError, Kind, NotFetched
 from splitserve.repository.release import SCHEMA_VERSION, Release, ReleaseKey, ReleaseManifest
 from splitserve.repository.routes import Route, RoutedPair
 from splitserve.repository.selection import Selection, parse_policies
@@ -42,22 +43,30 @@ class ReleasedSource(FakeSource):
         bundle.manifest_sha256 = self.digests.get(key.version, DIGEST)
         return bundle
 
-    def release(self, pair: str, *, predictor: str = DIGEST, withdraws: int = 0, sha256: str = "") -> None:
+    def release(
+        self, pair: str, *, predictor: str = DIGEST, withdraws: int = 0, rolls_back: int = 0, sha256: str = "", by: str = ""
+    ) -> None:
         sequence = len(self.records) + 1
         manifest = ReleaseManifest(
             schema_version=SCHEMA_VERSION, model="m", sequence=sequence, pair=pair, created="",
-            preprocessor=DIGEST, predictor=predictor, withdraws=withdraws,
+            preprocessor=DIGEST, predictor=predictor, withdraws=withdraws, rolls_back=rolls_back, recorded_by=by,
         )  # fmt: skip
         record = FakeRecord(Release(manifest, sha256 or f"{sequence:064d}"))
         self.records[ReleaseKey("m", sequence, manifest.key.pair)] = record
 
 
 def store_of(
-    source: FakeSource, policy: str = "latest:2", *, clock: Clock | None = None, delay_s: float = 0.0, grace_s: float = 0.0
+    source: FakeSource,
+    policy: str = "latest:2",
+    *,
+    kind: Kind = "predict",
+    clock: Clock | None = None,
+    delay_s: float = 0.0,
+    grace_s: float = 0.0,
 ) -> VersionStore[Any]:
     return VersionStore(
         source,
-        "predict",
+        kind,
         str,
         selection=Selection(policies=parse_policies(policy)),
         unload_delay_s=delay_s,
@@ -313,3 +322,42 @@ async def test_versions_without_a_release_are_loaded_only_where_a_setting_allows
     await store.refresh()
 
     assert held(store) == [1, 3]
+
+
+async def test_what_is_recorded_while_a_service_runs_is_written_for_auditors() -> None:
+    """Releases, rollbacks, withdrawals and routes, once, by one of the two halves; not what was there before it started."""
+    source = ReleasedSource(1, 2)
+    source.release("1.1", by="old@host")
+    stores = [store_of(source, kind=kind) for kind in ("preprocess", "predict")]
+    with capture_logs() as lines:
+        for step in ("start", "release", "route", "withdraw", "nothing"):
+            if step == "release":
+                source.release("1.2", by="ann@host")
+                source.release("1.1", rolls_back=2, by="bob@host")
+            elif step == "route":
+                source.found_routes = {"m": Route((RoutedPair("1.1"),))}
+            elif step == "withdraw":
+                source.found_routes = {}
+                source.release("1.2", withdraws=2)
+            for store in stores:
+                await store.refresh()
+
+    written = [line for line in lines if line["event"] == "audit"]
+    assert [(line["verb"], line["release"], line["principal"]) for line in written] == [
+        ("release", "1.2", "ann@host"), ("roll back", "1.1", "bob@host"), ("route", "1.1", ""), ("withdraw", "1.2", ""),
+        ("route", "", ""),
+    ]  # fmt: skip
+    assert {(line["model"], line["source"], line["result"]) for line in written} == {("m", "model repository", "OK")}
+    assert [line["sequence"] for line in written if "sequence" in line] == [2, 3, 4]
+
+
+async def test_models_that_come_later_are_written_for_auditors_too() -> None:
+    """Their first release as well."""
+    source = ReleasedSource(1)
+    store = store_of(source, kind="preprocess")
+    await store.refresh()
+    source.release("1.1", by="ann@host")
+    with capture_logs() as lines:
+        await store.refresh()
+
+    assert [line["verb"] for line in lines if line["event"] == "audit"] == ["release"]

@@ -132,6 +132,11 @@ class ServerCall(Http2Stream):
         """Identifies the connection."""
         return self._connection.peer
 
+    @property
+    def address(self) -> str:
+        """The peer's address, ``host:port``; "" if it has none."""
+        return self._connection.peer_address
+
     def time_remaining(self) -> float | None:
         """Seconds until the deadline; None if there is none."""
         return None if self._deadline is None else self._deadline - self._connection.now()

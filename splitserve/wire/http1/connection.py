@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import httptools
 import structlog
 
+from splitserve.wire.addresses import peer_address
 from splitserve.wire.cancellable import Cancellable
 from splitserve.wire.http1.listener import BODY_GRACE_S, TICK_INTERVAL_S, HttpListener
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse, RequestBody
@@ -85,12 +86,13 @@ class Http1Connection(asyncio.Protocol):
         self._n_received = 0
         """Bytes of the data received last."""
         self._ignores_input = False
+        self._address = self._read_address  # bound once
         self._start_message()
 
     def _start_message(self) -> None:
         """Expect a new message."""
         self._body = RequestBody(self._listener.max_body_bytes, self._listener.budget)
-        self._request = HttpRequest(self._id, self._body)
+        self._request = HttpRequest(self._id, self._body, address=self._address)
         self._has_started = self._is_upgrade = False
         self._n_raw_bytes = self._n_headers = self._n_chunks = 0
 
@@ -105,6 +107,9 @@ class Http1Connection(asyncio.Protocol):
         self._listener.connections.add(self)
         if len(self._listener.connections) > self._limits.max_connections:
             self._reject(503, f"connection limit of {self._limits.max_connections} reached")
+
+    def _read_address(self) -> str:
+        return peer_address(self._transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._listener.connections.remove(self)

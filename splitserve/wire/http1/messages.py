@@ -145,6 +145,9 @@ class HttpRequest(msgspec.Struct, eq=False):
     rejection: HttpResponse | None = None
     """The response that it gets without being handled."""
 
+    address: Callable[[], str] = str
+    """Gives the peer's address, ``host:port``; "" if it has none."""
+
     def header(self, name: bytes) -> str | None:
         """A header's value as text; None if it is absent."""
         value = self.headers.get(name)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from splitserve.wire.addresses import peer_address
 from splitserve.wire.http2 import frames
 from splitserve.wire.http2.errors import Http2ConnectionError
 from splitserve.wire.http2.frames import FRAME_HEADER, FRAME_HEADER_SIZE
@@ -208,6 +209,11 @@ class Http2Connection(asyncio.Protocol):
 
     def _drain_ping_acknowledged(self) -> None:
         """The peer has received what was sent before `_send_drain_ping`."""
+
+    @property
+    def peer_address(self) -> str:
+        """``host:port``; "" if it has none."""
+        return peer_address(self._transport)
 
     # Called by the transport.
 
