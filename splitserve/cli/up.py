@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,16 +61,31 @@ class Service(NamedTuple):
 
 def run(repository: str, *, host: str, ports: Ports, is_fused: bool, jobs_dir: str) -> int:
     """Start, wait, follow the logs, stop; 1 if a service exited unexpectedly. ``jobs_dir`` "": without jobs."""
-    return asyncio.run(_run(plan(repository, host, ports, is_fused, jobs_dir), repository, host, ports))
+    with tempfile.TemporaryDirectory(prefix="splitserve-") as folder:  # for this user only
+        sockets = folder if may_use_sockets(os.environ) else ""
+        return asyncio.run(_run(plan(repository, host, ports, is_fused, jobs_dir, sockets), repository, host, ports))
 
 
-def plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str = "") -> list[Service]:
-    """The services in the order in which they start; they stop in the reverse."""
+def may_use_sockets(environment: Mapping[str, str]) -> bool:
+    """Whether the services can call each other over unix sockets: not with several workers, TLS, or sockets of the user's."""
+    hops = ("PREPROCESS_", "PREDICT_", "PROXY_NEXT_")
+    kept = [name for name in environment if name.startswith(hops) and name.endswith(("_WORKERS", "_FILE", "_SOCKET"))]
+    return sys.platform != "win32" and not kept
+
+
+def plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str = "", sockets_dir: str = "") -> list[Service]:
+    """The services in the order in which they start; they stop in the reverse. Without ``sockets_dir`` the hops are TCP."""
     found = _plan(repository, host, ports, is_fused, jobs_dir)
+    if sockets_dir and not is_fused:
+        found = [_with(service, _socket_settings(service.name, sockets_dir)) for service in found]
     if not ports.admin:
         return found
     admin = {f"{service.upper()}_ADMIN_PORT": ports.admin_port(service) for service in ADMIN_OFFSETS}
-    return [service._replace(environment={**service.environment, **admin}) for service in found]
+    return [_with(service, admin) for service in found]
+
+
+def _with(service: Service, settings: Mapping[str, str]) -> Service:
+    return service._replace(environment={**service.environment, **settings})
 
 
 def _plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: str) -> list[Service]:
@@ -104,6 +120,16 @@ def _plan(repository: str, host: str, ports: Ports, is_fused: bool, jobs_dir: st
         Service("proxy", {**proxy, "PROXY_PREPROCESS_TARGET": f"127.0.0.1:{ports.preprocess}"}, edge),
         *more,
     ]
+
+
+def _socket_settings(service: str, folder: str) -> dict[str, str]:
+    """The settings with which a service listens on a unix socket too, and calls the next one over its own."""
+    settings = {
+        "predict": {"PREDICT_GRPC_SOCKET": f"{folder}/predict"},
+        "preprocess": {"PREPROCESS_GRPC_SOCKET": f"{folder}/preprocess", "PREPROCESS_PREDICT_TARGET": f"unix:{folder}/predict"},
+        "proxy": {"PROXY_PREPROCESS_TARGET": f"unix:{folder}/preprocess"},
+    }
+    return settings.get(service, {})
 
 
 def _scheme() -> str:

@@ -29,6 +29,9 @@ class GrpcConfig(msgspec.Struct, frozen=True, kw_only=True):
     port: int = 0
     """0: a free one, see `GrpcFace.port`."""
 
+    socket_path: str = ""
+    """Of a unix socket that it listens on as well; "": none."""
+
     shares_port: bool = False
     """Whether other processes of the service listen on the same port."""
 

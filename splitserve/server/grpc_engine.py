@@ -13,7 +13,7 @@ from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import MethodHandler
 from splitserve.wire.grpc.messages import CallError
 from splitserve.wire.grpc.server import GrpcServer
-from splitserve.wire.listening import listen
+from splitserve.wire.listening import listen, listen_unix
 
 if TYPE_CHECKING:
     from splitserve.server.grpcio_server import GrpcioServer
@@ -39,13 +39,15 @@ def bound_server(
 
         grpcio_server = GrpcioServer(methods, config, status_of, budget.reservation)
         return grpcio_server, grpcio_server.port
-    socket = listen(config.host, config.port, shares_port=config.shares_port)
+    sockets = [listen(config.host, config.port, shares_port=config.shares_port)]
+    if config.socket_path:
+        sockets.append(listen_unix(config.socket_path))
     server = GrpcServer(
         methods,
-        socket,
+        sockets,
         msgspec.structs.replace(config.connection_limits, max_message_bytes=config.max_message_bytes),
         context=following_ssl_context(config.tls, "h2") if config.tls else None,
         status_of=status_of,
         new_reservation=budget.reservation,
     )
-    return server, socket.getsockname()[1]
+    return server, sockets[0].getsockname()[1]

@@ -20,6 +20,7 @@ from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.tls import following_credentials
 from splitserve.wire.grpc.call import CallReservation, MethodHandler
 from splitserve.wire.grpc.messages import CallError, Metadata, message_prefix
+from splitserve.wire.listening import listen_unix
 
 
 @dataclass(eq=False)
@@ -39,6 +40,9 @@ class GrpcioServer(grpc.GenericRpcHandler):
             self.port: int = self._server.add_insecure_port(address)
         else:
             self.port = self._server.add_secure_port(address, following_credentials(tls))
+        if self.config.socket_path:
+            listen_unix(self.config.socket_path).close()  # replaces what a process has left
+            self._server.add_insecure_port(f"unix:{self.config.socket_path}")
         self.start = self._server.start
 
     async def stop(self, grace_s: float = 0.0) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import structlog
@@ -55,6 +57,57 @@ def listen(host: str, port: int, *, shares_port: bool) -> socket.socket:
         )
     except OSError as error:
         raise SystemExit(f"cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+MAX_SOCKET_PATH_BYTES = 100
+"""The system's limit is 108, or 104."""
+
+
+def check_socket_path(path: str) -> str:
+    """The path of a unix socket as it is; "" is none.
+
+    Raises:
+        ValueError: no socket can have it.
+    """
+    if path and not (path.startswith("/") and len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES):
+        raise ValueError(f'expected an absolute path of at most {MAX_SOCKET_PATH_BYTES} bytes, got "{path[:128]}"')
+    return path
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A listening unix socket. A file that a process has left there when it was killed is replaced.
+
+    Raises:
+        SystemExit: the socket cannot be bound; the message says why.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_unused(path)
+        listening.bind(path)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise SystemExit(f"cannot listen on {path}: {error.strerror}") from None
+    return listening
+
+
+def _remove_unused(path: str) -> None:
+    """Remove a socket's file on which nobody listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        try:
+            trial.connect(path)
+        except FileNotFoundError:
+            pass
+        except ConnectionRefusedError:
+            if Path(path).is_socket():
+                Path(path).unlink()
+
+
+def _remove_file(listening: socket.socket) -> None:
+    """Remove the file of a unix socket, so that another process may listen on its path."""
+    if listening.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            Path(listening.getsockname()).unlink()
 
 
 class OpenConnection(Protocol):
@@ -154,6 +207,7 @@ class Acceptor:
         if self._retry is not None:
             self._retry.cancel()
         self._loop.remove_reader(self._socket)
+        _remove_file(self._socket)
         self._accept()
         self._socket.close()
         if self._accepted:

@@ -40,6 +40,8 @@ def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (PredictSettings, "PREDICT_PROVIDERS", "", "expected some of"),
         (PredictSettings, "MODEL_REPOSITORY", "nowhere", "nowhere: expected a folder, which may be empty; it does not exist"),
         (PreprocessSettings, "MODEL_REPOSITORY", "file:///nowhere", "/nowhere: expected a folder"),
+        (PredictSettings, "PREDICT_GRPC_SOCKET", "predict", 'expected an absolute path of at most 100 bytes, got "predict"'),
+        (PredictSettings, "PREDICT_GRPC_SOCKET", f"/{'a' * 100}", "expected an absolute path of at most 100 bytes"),
     ],
 )
 def test_settings_that_cannot_work_end_the_process_naming_the_variable(
@@ -88,6 +90,14 @@ def test_a_setting_comes_from_its_own_variable(monkeypatch: pytest.MonkeyPatch, 
 
     assert (predict.grpc_port, preprocess.grpc_port) == (1234, 8011)
     assert predict.model_repository == preprocess.model_repository == str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_several_workers_do_not_share_a_unix_socket(kind: type[FaceSettings]) -> None:
+    with pytest.raises(ValidationError, match="several workers cannot share a unix socket; got 2 workers"):
+        kind(workers=2, grpc_socket="/run/x")
+
+    assert kind(grpc_socket="/run/x").grpc_config.socket_path == "/run/x"
 
 
 @pytest.mark.parametrize("kind", ALL)

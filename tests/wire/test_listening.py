@@ -7,8 +7,10 @@ import errno
 import gc
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +21,14 @@ from proxy.rest.app import RestApp
 from proxy.rest.config import RestConfig
 from proxy.rest.server import RestFace
 from proxy.service import ProxyService
-from splitserve.oip.messages import ServerMetadata
+from splitserve.oip.messages import InferRequest, ServerMetadata
+from splitserve.remote.inference import RemoteInference
 from splitserve.server.grpc_config import GrpcConfig
 from splitserve.server.grpc_face import GrpcFace
+from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference
 from splitserve.wire import listening
-from splitserve.wire.listening import Acceptor, listen
+from splitserve.wire.listening import Acceptor, listen, listen_unix
 
 METADATA = ServerMetadata("test", "0")
 
@@ -218,3 +222,38 @@ def contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     authority.issue_cert("127.0.0.1").configure_cert(server)
     authority.configure_trust(client)
     return server, client
+
+
+@pytest.mark.parametrize("engine", ["own", "grpcio"])
+async def test_a_face_listens_on_a_unix_socket_too(engine: Any, tmp_path: Path) -> None:
+    """Both ways lead to the same service. What a killed process has left is replaced; nothing is left at the end."""
+    path = tmp_path / "predict"
+    with socket.socket(socket.AF_UNIX) as left_by_a_killed_process:
+        left_by_a_killed_process.bind(str(path))
+    config = GrpcConfig(stage="test", metadata=METADATA, engine=engine, socket_path=str(path))
+
+    async with GrpcFace(FakeInference(), config) as face:
+        for target in (f"unix:{path}", f"127.0.0.1:{face.port}"):
+            async with RemoteInference(target, stage="test") as remote:
+                for value in (1.0, 2.0):
+                    x = Tensor("x", "FP64", (1,), struct.pack("<d", value))
+                    assert (await remote.infer(InferRequest("m", (x,)))).outputs == (x,)
+
+    assert not path.exists()
+
+
+def test_the_socket_of_a_running_process_is_not_taken(tmp_path: Path) -> None:
+    path = str(tmp_path / "predict")
+    with listen_unix(path), pytest.raises(SystemExit, match=f"cannot listen on {path}: Address already in use"):
+        listen_unix(path)
+    assert Path(path).exists()
+
+
+def test_a_file_that_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("mine")
+
+    with pytest.raises(SystemExit, match="Address already in use"):
+        listen_unix(str(path))
+
+    assert path.read_text() == "mine"

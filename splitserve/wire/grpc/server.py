@@ -11,7 +11,7 @@ import math
 import random
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -292,7 +292,7 @@ class GrpcServer:
 
     Args:
         handlers: by path, ``/package.Service/Method``.
-        socket: that listens.
+        sockets: that listen.
         limits: on clients.
         status_of: the status for an exception of a handler that is not a `CallError`.
         new_reservation: what a call reserves the bytes of its message from, as they arrive.
@@ -302,7 +302,7 @@ class GrpcServer:
     def __init__(
         self,
         handlers: Mapping[str, MethodHandler],
-        socket: socket.socket,
+        sockets: Sequence[socket.socket],
         limits: ServerLimits,
         *,
         status_of: Callable[[Exception], CallError],
@@ -314,17 +314,18 @@ class GrpcServer:
         self.new_reservation = new_reservation
         self.limits = limits
         self.connections: Connections[GrpcServerConnection] = Connections()
-        self._acceptor = Acceptor(socket, lambda: GrpcServerConnection(self), context)
+        self._acceptors = [Acceptor(socket, lambda: GrpcServerConnection(self), context) for socket in sockets]
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Accept connections."""
-        self._acceptor.start()
+        for acceptor in self._acceptors:
+            acceptor.start()
         self._ticking = asyncio.create_task(self._keep_ticking())
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Accept no new calls, and give those in flight ``grace_s`` to finish; calls that remain end as UNAVAILABLE."""
-        await self._acceptor.stop()
+        await asyncio.gather(*[acceptor.stop() for acceptor in self._acceptors])
         self.connections.drain()
         await self.connections.wait_closed(grace_s)
         for connection in self.connections:
