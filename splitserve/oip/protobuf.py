@@ -7,7 +7,7 @@ that no other module has to handle them.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ from splitserve.oip.messages import (
     scheduled,
 )
 from splitserve.oip.model_config import ModelConfig
+from splitserve.oip.raw_contents import LARGE_BYTES, field, with_raw, without_raw
 from splitserve.oip.statistics import ModelStatistics
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, datatype_of, pack
@@ -53,6 +54,10 @@ WORKER_KEY = "splitserve-worker"
 
 CANCEL = "splitserve_cancel"
 """Parameter of a message on such a stream that cancels a request."""
+
+_RAW_INPUTS = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
+_RAW_OUTPUTS = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
+_INFER_RESPONSE = pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER
 
 _ID_FIRST = b"\x1a"
 """How a ``ModelInferRequest`` begins whose first field is ``id``."""
@@ -91,11 +96,14 @@ def parse(message_type: Any, data: bytes) -> Any:
 
 def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     """A request as a message on a stream. Messages have no deadline; the remaining time is sent as the parameter ``timeout``."""
-    message = encode_request(request)
+    is_large = sum([len(tensor.raw) for tensor in request.inputs]) >= LARGE_BYTES
+    message = _request_envelope(request) if is_large else encode_request(request)
     message.id = identity
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
-    return message.SerializeToString()
+    if not is_large:
+        return message.SerializeToString()
+    return b"".join(with_raw(message.SerializeToString(), _RAW_INPUTS, [tensor.raw for tensor in request.inputs]))
 
 
 def timeout_s(message: pb.ModelInferRequest) -> float | None:
@@ -136,10 +144,31 @@ def cancelled_id(data: bytes) -> str | None:
 
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
     """A response as a message on a stream, with the id of its request."""
-    message = pb.ModelStreamInferResponse()
-    _fill_response(message.infer_response, response)
-    message.infer_response.id = identity
-    return message.SerializeToString()
+    if sum([len(tensor.raw) for tensor in response.outputs]) < LARGE_BYTES:
+        message = pb.ModelStreamInferResponse()
+        _fill_response(message.infer_response, response)
+        message.infer_response.id = identity
+        return message.SerializeToString()
+    envelope = pb.ModelInferResponse()
+    _fill_envelope(envelope, response)
+    envelope.id = identity
+    inner = with_raw(envelope.SerializeToString(), _RAW_OUTPUTS, [tensor.raw for tensor in response.outputs])
+    return b"".join(field(_INFER_RESPONSE, *inner))
+
+
+def parse_stream_response(data: bytes) -> tuple[pb.ModelStreamInferResponse, Sequence[bytes] | None]:
+    """The message of a stream's answer, and its raw contents if they are not in it.
+
+    Raises:
+        DecodeError: the bytes are not such a message.
+    """
+    if len(data) >= LARGE_BYTES and (found := without_raw(memoryview(data), _INFER_RESPONSE)) and len(found[1]) == 1:
+        rest, (inner,) = found
+        if (parts := without_raw(inner, _RAW_OUTPUTS)) is not None:
+            envelope, raws = parts
+            message = pb.ModelStreamInferResponse.FromString(b"".join((rest, *field(_INFER_RESPONSE, envelope))))
+            return message, [bytes(raw) for raw in raws]
+    return pb.ModelStreamInferResponse.FromString(data), None
 
 
 def encode_stream_error(identity: str, error: SplitserveError) -> bytes:
@@ -161,19 +190,41 @@ def raise_stream_error(message: pb.ModelStreamInferResponse) -> None:
         raise from_wire(facts.get("code", "INTERNAL"), message.error_message, facts.get("reason", ""), facts)
 
 
-def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE, caller: Hashable = None) -> InferRequest:
+def parse_request(data: bytes, *, is_large: bool | None = None) -> tuple[pb.ModelInferRequest, Sequence[bytes] | None]:
+    """The message of a request, and its raw contents if they are not in it.
+
+    Args:
+        data: what was received.
+        is_large: whether to read the raw contents by hand; None: if it pays.
+
+    Raises:
+        InvalidInput: the bytes are not such a message.
+    """
+    is_large = len(data) >= LARGE_BYTES if is_large is None else is_large
+    if is_large and (found := without_raw(memoryview(data), _RAW_INPUTS)) is not None:
+        return parse(pb.ModelInferRequest, found[0]), [bytes(raw) for raw in found[1]]
+    return parse(pb.ModelInferRequest, data), None
+
+
+def decode_request(
+    message: pb.ModelInferRequest,
+    deadline: float = NO_DEADLINE,
+    caller: Hashable = None,
+    raws: Sequence[bytes] | None = None,
+) -> InferRequest:
     """The request in a message.
 
     Args:
         message: of ModelInfer or ModelStreamInfer.
         deadline: of the request, which its parameter ``timeout`` can shorten.
         caller: for fair queueing.
+        raws: its raw contents, of `parse_request`; None: those of the message.
 
     Raises:
         InvalidInput: raw and typed contents are mixed, their number is wrong, or typed contents do not fit their datatype.
     """
     inputs = message.inputs
-    if raws := list(message.raw_input_contents):
+    if raws := list(message.raw_input_contents) if raws is None else raws:
         for tensor in inputs:
             if tensor.HasField("contents"):
                 raise InvalidInput("the contents field must not be specified when using raw_input_contents")
@@ -201,6 +252,13 @@ def decode_request(message: pb.ModelInferRequest, deadline: float = NO_DEADLINE,
 
 def encode_request(request: InferRequest) -> pb.ModelInferRequest:
     """The message for a request, with raw contents."""
+    message = _request_envelope(request)
+    message.raw_input_contents.extend([tensor.raw for tensor in request.inputs])
+    return message
+
+
+def _request_envelope(request: InferRequest) -> pb.ModelInferRequest:
+    """The message without its raw contents."""
     message = pb.ModelInferRequest(
         model_name=request.model,
         model_version=request.version,
@@ -209,7 +267,6 @@ def encode_request(request: InferRequest) -> pb.ModelInferRequest:
             pb.ModelInferRequest.InferInputTensor(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
             for tensor in request.inputs
         ],
-        raw_input_contents=[tensor.raw for tensor in request.inputs],
     )
     _encode_parameters(request.parameters, message.parameters)
     for requested in request.outputs:
@@ -217,14 +274,18 @@ def encode_request(request: InferRequest) -> pb.ModelInferRequest:
     return message
 
 
-def decode_response(message: pb.ModelInferResponse) -> InferResponse:
+def decode_response(message: pb.ModelInferResponse, raws: Sequence[bytes] | None = None) -> InferResponse:
     """The response in a message.
+
+    Args:
+        message: of ModelInfer or ModelStreamInfer.
+        raws: its raw contents, of `parse_stream_response`; None: those of the message.
 
     Raises:
         InvalidInput: the number of raw contents is not that of the outputs, or typed contents do not fit their datatype.
     """
     outputs = message.outputs
-    raws = list(message.raw_output_contents)
+    raws = list(message.raw_output_contents) if raws is None else raws
     if not raws:
         raws = [_pack_contents("output", tensor) for tensor in outputs]
     elif len(raws) != len(outputs):
@@ -247,13 +308,28 @@ def encode_response(response: InferResponse) -> pb.ModelInferResponse:
     return message
 
 
+def response_bytes(response: InferResponse) -> bytes:
+    """The message of `encode_response`, serialized."""
+    if sum([len(tensor.raw) for tensor in response.outputs]) < LARGE_BYTES:
+        return encode_response(response).SerializeToString()
+    envelope = pb.ModelInferResponse()
+    _fill_envelope(envelope, response)
+    return b"".join(with_raw(envelope.SerializeToString(), _RAW_OUTPUTS, [tensor.raw for tensor in response.outputs]))
+
+
 def _fill_response(message: pb.ModelInferResponse, response: InferResponse) -> None:
+    _fill_envelope(message, response)
+    for tensor in response.outputs:
+        message.raw_output_contents.append(tensor.raw)
+
+
+def _fill_envelope(message: pb.ModelInferResponse, response: InferResponse) -> None:
+    """All but the raw contents."""
     message.model_name = response.model
     message.model_version = response.version
     message.id = response.id
     for tensor in response.outputs:
         message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-        message.raw_output_contents.append(tensor.raw)
     _encode_parameters(response.parameters, message.parameters)
 
 

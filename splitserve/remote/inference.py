@@ -296,10 +296,11 @@ class RemoteInference:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def _infer_on(self, request: InferRequest, replica: InferenceReplica) -> InferResponse:
+        raws = None
         replica.call_started()
         try:
             if (stream := replica.keeper.stream) is not None:
-                message = await stream.infer(request)
+                message, raws = await stream.infer(request)
             else:
                 timeout_s = None if request.deadline == NO_DEADLINE else remaining_s(request.deadline)
                 message = await replica.methods["ModelInfer"](
@@ -312,7 +313,7 @@ class RemoteInference:
         message = _parsed(message, self._stage)
         message.id = request.id
         try:
-            return protobuf.decode_response(message)
+            return protobuf.decode_response(message, raws)
         except InvalidInput as error:  # not the caller's fault
             raise PairMismatch(error.message, stage=self._stage) from error
 

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError, TooLarge, Unavailable
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest
@@ -117,8 +116,11 @@ class InferStream:
         self._call = call
         self.is_open = True
 
-    async def infer(self, request: InferRequest) -> Any:
+    async def infer(self, request: InferRequest) -> tuple[Any, Sequence[bytes] | None]:
         """Send a request and await its ``ModelInferResponse``. If this is cancelled, so is the request at the peer.
+
+        Returns:
+            The message, and its raw contents if they are not in it: arguments of `protobuf.decode_response`.
 
         Raises:
             Unavailable: the stream ended before the response arrived.
@@ -131,7 +133,7 @@ class InferStream:
         self._pending[identity] = answer
         try:
             self._call.write(protobuf.encode_stream_request(request, identity))
-            message = await answer
+            message, raws = await answer
         except CallError as error:
             if error.code == "RESOURCE_EXHAUSTED":
                 text = f"the message to {self._stage} is larger than its limit"
@@ -143,7 +145,7 @@ class InferStream:
         finally:
             self._pending.pop(identity, None)
         protobuf.raise_stream_error(message)
-        return message.infer_response
+        return message.infer_response, raws
 
     def _cancel(self, identity: str) -> None:
         if self.is_open:  # nothing can be written to one that is half-closed
@@ -153,13 +155,13 @@ class InferStream:
     def on_message(self, data: bytes) -> None:
         """Pass a response to the call that awaits it."""
         try:
-            message = pb.ModelStreamInferResponse.FromString(data)
+            parsed = message, _ = protobuf.parse_stream_response(data)
         except DecodeError:
             self.cancel()
             return
         answer = self._pending.get(message.infer_response.id)
         if answer is not None and not answer.done():
-            answer.set_result(message)
+            answer.set_result(parsed)
 
     async def run(self) -> None:
         """Run until the stream has ended; calls that are still in flight then fail."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import SplitserveError, TooLarge
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
@@ -99,11 +98,11 @@ class _GrpcInference(Inference[bytes]):
     def _credentials(self) -> Sequence[str]:
         return credentials(self._call)
 
-    def _parse(self) -> Any:
+    def _parse(self) -> tuple[Any, Sequence[bytes] | None]:
         data, self._data = self._data, b""  # do not hold the bytes for as long as the request
-        message = protobuf.parse(pb.ModelInferRequest, data)
+        message, raws = protobuf.parse_request(data)
         self.model = message.model_name
-        return message
+        return message, raws
 
 
 class _UnaryInference(_GrpcInference):
@@ -116,11 +115,12 @@ class _UnaryInference(_GrpcInference):
         self._on_end = on_end
 
     def _decode(self) -> InferRequest:
-        message, call = self._parse(), self._call
+        message, raws = self._parse()
+        call = self._call
         if named := self._given_id():
             self._tell_id(named)
             message.id = message.id or named
-        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer)
+        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer, raws)
 
     def _given_id(self) -> str:
         for key, value in self._call.metadata:
@@ -132,7 +132,7 @@ class _UnaryInference(_GrpcInference):
         self._call.trailing_metadata = ((REQUEST_ID, identity),)
 
     def _encode(self, response: InferResponse) -> bytes:
-        return self._face.check_size(protobuf.encode_response(response).SerializeToString())
+        return self._face.check_size(protobuf.response_bytes(response))
 
     def _deliver(self, answer: bytes) -> None:
         self._on_end(answer)
@@ -155,9 +155,9 @@ class _StreamInference(_GrpcInference):
         self.identity = ""
 
     def _decode(self) -> InferRequest:
-        message = self._parse()
+        message, raws = self._parse()
         self.identity = message.id
-        return protobuf.decode_request(message, self._face.deadline(protobuf.timeout_s(message)), self._call.peer)
+        return protobuf.decode_request(message, self._face.deadline(protobuf.timeout_s(message)), self._call.peer, raws)
 
     def _encode(self, response: InferResponse) -> bytes:
         return self._face.check_size(protobuf.encode_stream_response(response, self.identity))

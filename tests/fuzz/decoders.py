@@ -42,6 +42,9 @@ def grpc(data: bytes) -> None:
     """A ModelInferRequest."""
     with contextlib.suppress(SplitserveError):
         _checked(protobuf.decode_request(protobuf.parse(pb.ModelInferRequest, data)))
+    with contextlib.suppress(SplitserveError):  # as messages of this size are read
+        message, raws = protobuf.parse_request(data, is_large=True)
+        _checked(protobuf.decode_request(message, raws=raws))
 
 
 DECODERS: dict[str, Callable[[bytes], None]] = {
