@@ -39,7 +39,7 @@ from splitserve.server.tls import following_ssl_context
 from splitserve.server.workers import SOCKETS_VARIABLE, own_place
 from splitserve.telemetry.process import Beats
 from splitserve.telemetry.registry import Family, Labels, Snapshot, Value
-from splitserve.telemetry.rendering import render
+from splitserve.telemetry.rendering import Renderer
 from splitserve.wire.http1.connection import Http1Connection
 from splitserve.wire.http1.listener import HttpLimits, HttpListener, json_error
 from splitserve.wire.http1.messages import BodyTooLarge, Handled, HttpRequest, HttpResponse, Respond
@@ -103,6 +103,7 @@ class AdminApp:
         self._of = of
         self._token = token.encode()
         self._allowed_hosts = allowed_hosts
+        self._renderer = Renderer(of.families)
         self._scrapes: dict[str, asyncio.Task[tuple[bytes, str]]] = {}
         self._handlers: dict[tuple[str, str], Handler] = {
             ("GET", "/metrics"): self._metrics,
@@ -162,7 +163,7 @@ class AdminApp:
         return HttpResponse(200, text, media_type)
 
     async def _scrape(self, accept: str) -> tuple[bytes, str]:
-        return await render(await self._of.snapshot(), self._of.families, accept)
+        return await self._renderer.render(await self._of.snapshot(), accept)
 
     async def _live(self, request: HttpRequest) -> HttpResponse:
         return _json(200, {"live": True})

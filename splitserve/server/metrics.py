@@ -32,6 +32,9 @@ _PHASES = {
 
 _STATES = (READY, LOADING, UNAVAILABLE)
 
+_RELEASES_AT_A_TIME = 50
+"""Releases whose series are read before other work gets its turn: less than a millisecond."""
+
 
 class Measured(Protocol):
     """A service, as far as metrics are concerned: see `splitserve.oip.messages.InferenceService`."""
@@ -69,8 +72,8 @@ class Part(Protocol):
         """Learn what can only be waited for: called before each scrape, and once a second."""
         ...
 
-    def collect(self) -> Iterable[Sample]:
-        """The values of this moment."""
+    def collect(self) -> Iterable[Sample | None]:
+        """The values of this moment, with pauses as `splitserve.telemetry.registry.Collect` has them."""
         ...
 
 
@@ -114,7 +117,10 @@ class StageMetrics:
 
     async def refresh(self) -> None:
         """Ask the service what it has. No requests are sent by that."""
-        self._states, self._reason = await self._service.index(), await self._service.not_ready_reason()
+        self._states = await self._service.index()
+        await asyncio.sleep(0)  # both look at each release
+        self._reason = await self._service.not_ready_reason()
+        await asyncio.sleep(0)
         now = time.time()
         self._ready_since = {
             (state.name, state.version): self._ready_since.get((state.name, state.version), now)
@@ -123,12 +129,13 @@ class StageMetrics:
         }
         self.requests.know({(state.name, state.version) for state in self._states})
 
-    def collect(self) -> Iterator[Sample]:
-        """The values of this moment, for what was there at the last refresh."""
+    def collect(self) -> Iterator[Sample | None]:
+        """The values of this moment, for what was there at the last refresh. Durations are all read in one step."""
         stage = self._stage
         yield Sample(families.READY, (stage,), int(not self._reason))
-        yield from self.requests.collect(stage)
         yield from self._durations()
+        yield from self.requests.collect(stage)
+        yield None
         yield from self._releases()
         if self._batcher is not None:
             yield from self._queues(self._batcher)
@@ -150,16 +157,20 @@ class StageMetrics:
         yield Sample(families.CALL_ROWS, (self._stage,), durations.call_rows.read())
         yield Sample(families.CALL_REQUESTS, (self._stage,), durations.call_requests.read())
 
-    def _releases(self) -> Iterator[Sample]:
-        stage, statistics = self._stage, self._service.statistics
-        counts = Counter((state.name, state.state) for state in self._states)
-        for model in dict.fromkeys(state.name for state in self._states):
+    def _releases(self) -> Iterator[Sample | None]:
+        stage, statistics, states = self._stage, self._service.statistics, self._states
+        counts = Counter((state.name, state.state) for state in states)
+        for model in dict.fromkeys(state.name for state in states):
             for state in _STATES:
                 yield Sample(families.RELEASES, (stage, model, state), counts[model, state])
         for (model, version), since in self._ready_since.items():
             yield Sample(families.LOADED_AT, (stage, model, version), since)
+        yield None
         golden_errors = self._golden_errors()
-        for model, version in dict.fromkeys((state.name, state.version) for state in self._states if state.version):
+        places = dict.fromkeys((state.name, state.version) for state in states if state.version)
+        for index, (model, version) in enumerate(places):
+            if index % _RELEASES_AT_A_TIME == _RELEASES_AT_A_TIME - 1:
+                yield None
             if (error := golden_errors.get((model, version))) is not None:
                 yield Sample(families.GOLDEN_ERROR, (stage, model, version), error)
             labels, entry = (stage, model, version), statistics.find(model, version)
@@ -173,9 +184,11 @@ class StageMetrics:
             if self._batcher is None:
                 yield Sample(families.IN_FLIGHT, labels, statistics.n_in_flight[model, version])
 
-    def _queues(self, batcher: Batcher) -> Iterator[Sample]:
+    def _queues(self, batcher: Batcher) -> Iterator[Sample | None]:
         known = {(state.name, state.version) for state in self._states}
-        for (model, version), queue in batcher.queues.items():
+        for index, ((model, version), queue) in enumerate(list(batcher.queues.items())):
+            if index % _RELEASES_AT_A_TIME == 0:
+                yield None
             if (model, version) not in known:
                 continue
             labels = (self._stage, model, version)
@@ -260,4 +273,4 @@ class Metrics:
     async def snapshot(self) -> Snapshot:
         """The values of now."""
         await self.refresh()
-        return self.registry.snapshot()
+        return await self.registry.snapshot()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple, TypeVar
@@ -46,8 +47,8 @@ class Sample(NamedTuple):
 Snapshot = dict[str, dict[Labels, Value]]
 """By the name of the family, then by labels."""
 
-Collect = Callable[[], Iterable[Sample]]
-"""Reads recorders, without waiting for anything."""
+Collect = Callable[[], Iterable[Sample | None]]
+"""Reads recorders, without waiting for anything. After a None other work may run: what has to agree is between two of them."""
 
 
 class Registry:
@@ -77,17 +78,26 @@ class Registry:
             # Metrics of this part are missing; no request is affected. Further failures are only counted.
             structlog.get_logger().exception("telemetry failed", part=part)
 
-    def snapshot(self) -> Snapshot:
-        """All values, of one moment: nothing is awaited while they are read."""
+    async def snapshot(self) -> Snapshot:
+        """All values. Buckets, count and sum of a histogram are of one moment, and so are all histograms of a part."""
         found: Snapshot = {}
         for part, collect in self._collectors:
+            of_part: Snapshot = {}
             try:
-                samples = list(collect())
+                for sample in collect():
+                    if sample is None:
+                        await asyncio.sleep(0)
+                        continue
+                    family, labels, value = sample
+                    values = of_part.get(family.name)
+                    if values is None:
+                        values = of_part[family.name] = {}
+                    values[labels] = value
             except Exception:
                 self.failed(part)
-                samples = []
-            for family, labels, value in samples:
-                found.setdefault(family.name, {})[labels] = value
+                continue
+            for name, values in of_part.items():
+                found.setdefault(name, {}).update(values)
         parts = dict.fromkeys(part for part, _ in self._collectors) | self._n_failed
         found.setdefault(self._failures.name, {}).update({(part,): self._n_failed[part] for part in parts})
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ OPENMETRICS = "application/openmetrics-text"
 _CLIENT = "prometheus_client.exposition"
 
 _SLICE = 200
-"""Samples that are rendered before other work gets its turn: about a millisecond."""
+"""Samples that are rendered before other work gets its turn: about a millisecond where they are new."""
 
 _END = b"# EOF\n"
 """Source: OpenMetrics, "Overall Structure"."""
@@ -39,39 +39,92 @@ class _Slice:
         yield self._metric
 
 
-async def render(snapshot: Snapshot, families: Mapping[str, Family], accept: str) -> tuple[bytes, str]:
-    """The text of a snapshot, and its media type.
+_Encode = Callable[[Any], bytes]
 
-    It is made in slices, between which the event loop does other work.
+
+class Renderer:
+    """Makes the text of snapshots, in slices, between which the event loop does other work.
+
+    prometheus_client takes some microseconds for a sample. Of counters and gauges, which are nearly all of a large scrape, the
+    beginning of each line is kept for the next one: its name and labels.
 
     Args:
-        snapshot: the values.
         families: what is shown, in this order.
-        accept: the header of the request: OpenMetrics if it asks for that, else Prometheus' own format.
     """
+
+    def __init__(self, families: Mapping[str, Family]) -> None:
+        self._families = families
+        self._beginnings: dict[tuple[bool, str], dict[Labels, bytes]] = {}
+        """By format and family, then by labels: the line up to its value."""
+
+    async def render(self, snapshot: Snapshot, accept: str) -> tuple[bytes, str]:
+        """The text of a snapshot, and its media type.
+
+        Args:
+            snapshot: the values.
+            accept: the header of the request: OpenMetrics if it asks for that, else Prometheus' own format.
+        """
+        encode, media_type = await _encoder(accept)
+        is_open = media_type.startswith(OPENMETRICS)
+        parts: list[bytes] = []
+        for family, values in samples_in(snapshot, self._families):
+            items = list(values.items())
+            if family.kind == "histogram":
+                await _add_histograms(parts, family, items, encode)
+            else:
+                known = self._beginnings.get((is_open, family.name), {})
+                self._beginnings[is_open, family.name] = await _add_values(parts, family, items, encode, known)
+        if is_open:
+            parts.append(_END)
+        return b"".join(parts), media_type
+
+
+async def render(snapshot: Snapshot, families: Mapping[str, Family], accept: str) -> tuple[bytes, str]:
+    """As `Renderer.render`, once."""
+    return await Renderer(families).render(snapshot, accept)
+
+
+async def _encoder(accept: str) -> tuple[_Encode, str]:
     if _CLIENT not in sys.modules:  # takes tens of milliseconds, in which requests go on
         await asyncio.to_thread(importlib.import_module, _CLIENT)
     from prometheus_client.exposition import choose_encoder
 
     encode, media_type = choose_encoder(accept)
-    is_open = media_type.startswith(OPENMETRICS)
-    parts = []
-    for family, values in samples_in(snapshot, families):
-        items = list(values.items())
-        per_sample = len(family.bounds) + 3
-        step = max(1, _SLICE // per_sample) if family.bounds else _SLICE
-        for start in range(0, len(items), step):
-            text: bytes = encode(_Slice(_metric(family, items[start : start + step])))
-            parts.append(_without_head(text) if start else text)
-            await asyncio.sleep(0)
-    if is_open:
-        parts = [part.removesuffix(_END) for part in parts] + [_END]
-    return b"".join(parts), media_type
+    return encode, media_type
 
 
-def _without_head(text: bytes) -> bytes:
-    """The samples alone, after those of the same family."""
-    return b"".join(line for line in text.splitlines(keepends=True) if not line.startswith((b"# HELP", b"# TYPE", b"# UNIT")))
+async def _add_histograms(parts: list[bytes], family: Family, items: list[tuple[Labels, Value]], encode: _Encode) -> None:
+    step = max(1, _SLICE // (len(family.bounds) + 3))
+    for start in range(0, len(items), step):
+        text = encode(_Slice(_metric(family, items[start : start + step])))
+        parts.append(b"\n".join([*_samples_in(text), b""]) if start else text.removesuffix(_END))
+        await asyncio.sleep(0)
+
+
+async def _add_values(
+    parts: list[bytes], family: Family, items: list[tuple[Labels, Value]], encode: _Encode, known: Mapping[Labels, bytes]
+) -> dict[Labels, bytes]:
+    """Add the lines of a counter or gauge. Returns how the line of each sample begins."""
+    from prometheus_client.utils import floatToGoString
+
+    found: dict[Labels, bytes] = {}
+    parts.append(encode(_Slice(_metric(family, []))).removesuffix(_END))
+    for start in range(0, len(items), _SLICE):
+        new = [item for item in items[start : start + _SLICE] if item[0] not in known]
+        if new:
+            lines = _samples_in(encode(_Slice(_metric(family, new))))
+            found.update((labels, line.rpartition(b" ")[0]) for (labels, _), line in zip(new, lines, strict=True))
+        for labels, value in items[start : start + _SLICE]:
+            beginning = known.get(labels) or found[labels]
+            found[labels] = beginning
+            parts.append(b"%b %b\n" % (beginning, floatToGoString(value).encode()))  # type: ignore[no-untyped-call]
+        await asyncio.sleep(0)
+    return found
+
+
+def _samples_in(text: bytes) -> list[bytes]:
+    """The lines of samples alone, without those that describe their family."""
+    return [line for line in text.split(b"\n") if line and not line.startswith(b"#")]
 
 
 def _metric(family: Family, items: list[tuple[Labels, Value]]) -> Any:

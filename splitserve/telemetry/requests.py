@@ -13,6 +13,9 @@ from splitserve.telemetry.registry import Sample
 MAX_ZEROS = 3000
 """Series that begin at 0 before there is such a request, as far as they are not `OK`: each is about 130 bytes of a scrape."""
 
+SLICE = 500
+"""Series that are read before other work gets its turn: about half a millisecond."""
+
 _Place = tuple[str, str]
 """Model and release."""
 _Key = tuple[str, str, str, str]
@@ -108,12 +111,14 @@ class RequestRecorder:
             found.update({(protocol, *place, code): 0 for protocol in self.durations for code in codes})
         return found
 
-    def collect(self, stage: str) -> Iterator[Sample]:
-        """Its samples."""
+    def collect(self, stage: str) -> Iterator[Sample | None]:
+        """Its samples: the durations, then the counts of that moment."""
+        for protocol, durations in self.durations.items():
+            yield Sample(REQUEST_SECONDS, (stage, protocol), durations.read())
         counts = {**self._zeros, **self._failed}
         for (protocol, model, release), n in self._succeeded.items():
             counts[protocol, model, release, OK] = n
-        for (protocol, model, release, code), n in counts.items():
+        for index, ((protocol, model, release, code), n) in enumerate(counts.items()):
+            if index % SLICE == SLICE - 1:
+                yield None
             yield Sample(REQUESTS, (stage, model, release, protocol, code), n)
-        for protocol, durations in self.durations.items():
-            yield Sample(REQUEST_SECONDS, (stage, protocol), durations.read())

@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 
+import prometheus_client
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitserve.telemetry.families import FAMILIES, TELEMETRY_FAILURES
 from splitserve.telemetry.recorders import LATENCY_BOUNDS, Histogram, HistogramValue
-from splitserve.telemetry.registry import Family, Registry, Sample, added, sums_of
-from splitserve.telemetry.rendering import render
+from splitserve.telemetry.registry import Family, Registry, Sample, Snapshot, added, sums_of
+from splitserve.telemetry.rendering import Renderer, render
 
 COUNT = Family("made_total", "counter", "Made.", ("kind",))
 LEVEL = Family("level", "gauge", "Level.", ("kind",))
@@ -42,7 +43,7 @@ def test_a_value_at_a_bound_is_in_its_bucket() -> None:
     assert histogram.read() == HistogramValue((1, 2, 1), 0.1 + 0.5 * 2 + 7.0)
 
 
-def test_a_part_that_fails_is_counted_and_the_others_are_shown() -> None:
+async def test_a_part_that_fails_is_counted_and_the_others_are_shown() -> None:
     """Telemetry never hides what works, and says what does not."""
 
     def broken() -> Iterator[Sample]:
@@ -53,8 +54,8 @@ def test_a_part_that_fails_is_counted_and_the_others_are_shown() -> None:
     registry.add("good", lambda: [Sample(COUNT, ("a",), 3)])
     registry.add("bad", broken)
 
-    registry.snapshot()
-    found = registry.snapshot()
+    await registry.snapshot()
+    found = await registry.snapshot()
 
     assert found == {"made_total": {("a",): 3}, TELEMETRY_FAILURES.name: {("good",): 0, ("bad",): 2}}
 
@@ -97,6 +98,27 @@ async def test_both_formats_are_what_their_parsers_expect(accept: str, families_
     counts = [sample.value for sample in families["times_seconds"].samples if sample.name.endswith("_count")]
     assert buckets == [6]
     assert counts == [6] * 150
+
+
+@pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
+async def test_a_later_scrape_is_as_the_first_one_would_be(accept: str) -> None:
+    """What is kept between scrapes changes nothing: values that changed, series that came and went, workers that joined."""
+    renderer = Renderer(BY_NAME)
+    snapshots: list[Snapshot] = [
+        {"made_total": {("a",): 1, ("b",): 1_234_567_890}, "level": {("a",): 0.5}},
+        {"made_total": {('c\n\r"',): 7, ("b",): 2.5}, "level": {("a",): float("inf")}, "times_seconds": {}},
+        {"made_total": {("a",): 2}, "level": {("a", "0"): 1, ("a", "1"): float("nan")}},
+        {"made_total": {("a",): 3}, "level": {("a",): 2}, "times_seconds": {("a",): HistogramValue((1, 2, 3), 9.5)}},
+    ]
+
+    for snapshot in snapshots:
+        assert await renderer.render(snapshot, accept) == await render(snapshot, BY_NAME, accept)
+    text, _ = await renderer.render(snapshots[0], accept)
+
+    by_client = prometheus_client.CollectorRegistry()
+    gauge = prometheus_client.Gauge("level", "Level.", ["kind"], registry=by_client)
+    gauge.labels("a").set(0.5)
+    assert prometheus_client.generate_latest(by_client) in text.replace(b"# EOF\n", b"")
 
 
 async def test_other_work_gets_its_turn_while_a_large_scrape_is_rendered() -> None:

@@ -10,7 +10,8 @@ from splitserve.telemetry.requests import MAX_ZEROS, RequestRecorder
 
 def all_counts(recorder: RequestRecorder) -> dict[tuple[str, ...], object]:
     """By model, release, protocol and code."""
-    return {labels[1:]: value for family, labels, value in recorder.collect("proxy") if family is REQUESTS}
+    samples = [sample for sample in recorder.collect("proxy") if sample is not None]
+    return {labels[1:]: value for family, labels, value in samples if family is REQUESTS}
 
 
 def counts(recorder: RequestRecorder) -> dict[tuple[str, ...], object]:
@@ -62,7 +63,7 @@ def test_the_threshold_of_an_objective_is_a_bound() -> None:
 
     recorder.succeeded("rest", "m", "1.1", 0.0, 0.0)
 
-    [value] = [value for family, _, value in recorder.collect("proxy") if family is REQUEST_SECONDS]
+    [value] = [sample.value for sample in recorder.collect("proxy") if sample is not None and sample.family is REQUEST_SECONDS]
     assert isinstance(value, HistogramValue)
     assert len(value.counts) == len(latency_bounds([0.037])) + 1
     assert 0.037 in latency_bounds([0.037])
