@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before numpy: each 
 
 import pytest
 from hypothesis import settings
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 from tests.budgets import IS_CI
 from tests.folders import MadeOnce, made_once_in
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 settings.register_profile("full", deadline=None, max_examples=100)
 settings.register_profile("quick", deadline=None, max_examples=20)
 settings.load_profile("full" if IS_CI else "quick")
+
+ConsoleRenderer.get_active().exception_formatter = plain_traceback  # rich takes a tenth of a second for each
+
+if importlib.util.find_spec("sniffio") is None:
+    sys.modules["sniffio"] = None  # type: ignore[assignment]  # httpcore looks for it in all of the path at every request
 
 
 HEAVY_FOLDERS = ("checks", "preprocess", "publishing", "system")
@@ -58,6 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Iterable[pytest.
     apart = {line.partition(":")[0] for line in config.getini("markers") if "run by `make" in line}
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
+        # The lines of docs/conformance.md that it is about go into its record.
+        item.user_properties += [("line", line) for mark in item.iter_markers("line") for line in mark.args]
         is_heavy = item.path.parent.name in HEAVY_FOLDERS or "heavy" in marks or "demos" in item.fixturenames
         if is_heavy and not _may_be_heavy(item.path):
             raise pytest.UsageError(f"{item.nodeid} is heavy, and `make heavy` does not find it: name the fixture demos in it")
@@ -121,11 +130,3 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr("splitserve.testing.ENGINE", request.param)
     monkeypatch.setenv("GRPC_ENGINE", request.param)
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def _lines(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
-    """The lines of docs/conformance.md that a test is about go into its record."""
-    for mark in request.node.iter_markers("line"):
-        for line in mark.args:
-            record_property("line", line)

@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import skops.io
+from click.testing import Result
 from PIL import Image
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from structlog.testing import capture_logs
 
 from splitserve import PublishError, publish_predictor
 from splitserve.cli.publish import read_data
@@ -84,13 +86,20 @@ def test_sign_reports_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ar
     assert not list(tmp_path.rglob("model.sig"))
 
 
-async def run_beside(service: FakeInference, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """The command as a process of its own, against a server in this one, whose log would else be part of the output."""
+async def run_beside(service: FakeInference, *arguments: Any) -> Result:
+    """What a command prints against a server, whose log, which would else be part of it, is kept apart."""
+    async with serving(service, stage="proxy") as address:
+        with capture_logs():
+            return await asyncio.to_thread(run_command, *arguments, "--url", address)
+
+
+async def run_process_beside(service: FakeInference, *arguments: Any) -> subprocess.CompletedProcess[str]:
     async with serving(service, stage="proxy") as address:
         return await run_at(address, *arguments)
 
 
 async def run_at(address: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """The command as a process of its own: one that speaks gRPC by grpcio shares its poller with all loops of a process."""
     process = await asyncio.create_subprocess_exec(
         COMMAND, *map(str, arguments), "--url", address, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
@@ -351,7 +360,7 @@ async def test_infer_sends_a_file_and_prints_a_table(tmp_path: Path, form: str) 
 
     result = await run_beside(service, "infer", "m", tmp_path / form)
 
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()] == [
         ["m", "1.1"],
         ["label", "scores"],
@@ -411,7 +420,7 @@ async def test_infer_reports_an_error_in_one_line(tmp_path: Path) -> None:
     """The server's own words, exit status 1."""
     result = await run_beside(echo_service(), "infer", "nope", "--rows", "[]")
 
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert result.stderr == "Request for unknown model: 'nope' is not found\n"
 
 
@@ -443,9 +452,9 @@ async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
     service = echo_service()
     service.states.append(ModelState("other", "2.1", UNAVAILABLE, "damaged"))
 
-    some = await run_beside(service, "health")
+    some = await run_process_beside(service, "health")
     service.states = service.states[1:]
-    none = await run_beside(service, "health")
+    none = await run_process_beside(service, "health")
 
     assert (some.returncode, none.returncode) == (0, 1)
     assert "damaged" in some.stdout
@@ -460,7 +469,7 @@ async def test_health_says_which_release_serves_by_default() -> None:
         ModelState("n", "1.0", READY),
     ]
 
-    shown = await run_beside(service, "health")
+    shown = await run_process_beside(service, "health")
 
     lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
     assert lines[1:] == ["m 1.1 3, default READY", "m 2.1 2 READY", "n 1.0 - READY"]

@@ -44,7 +44,11 @@ async def system(request: pytest.FixtureRequest, tmp_path: Path):
     (tmp_path / "token").write_text("worker\n")
     policy = write_policy(tmp_path, ann=["echo"], bob=["echo", "identity_*"], worker=["*"])
     async with whole(
-        tmp_path, is_fused=request.param == "fused", auth_file=policy, jobs={"proxy_token_file": str(tmp_path / "token")}
+        tmp_path,
+        is_fused=request.param == "fused",
+        auth_file=policy,
+        refresh_interval_s=0.05,
+        jobs={"proxy_token_file": str(tmp_path / "token")},
     ) as system:
         yield system
 

@@ -35,7 +35,7 @@ async def client(request: pytest.FixtureRequest) -> AsyncIterator[httpx.AsyncCli
     )
     async with (
         RestFace(RestApp(service, config)) as face,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{face.port}", trust_env=False, verify=False) as client,
     ):
         yield client
 

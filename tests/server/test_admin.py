@@ -67,7 +67,7 @@ async def admin(request: pytest.FixtureRequest) -> AsyncIterator[Admin]:
     port = listening.getsockname()[1]
     async with (
         AdminListener(AdminApp(of, **options), listening),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False) as client,
     ):
         yield Admin(of, port, client)
 

@@ -35,6 +35,7 @@ METADATA = ServerMetadata("test", "0")
 
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
+    gc.freeze()  # what a test collects afterwards is what it has made
     with asyncio.Runner(loop_factory=request.param) as runner:
         yield runner
 
