@@ -32,6 +32,7 @@ import msgspec
 from splitserve import __version__
 from splitserve.server import audit, logs
 from splitserve.server.admin_settings import AdminSettings
+from splitserve.server.certificate_metrics import CertificateMetrics
 from splitserve.server.lifecycle import background
 from splitserve.server.metrics import Metrics
 from splitserve.server.settings import ServiceSettings, variable_name
@@ -283,6 +284,7 @@ async def open_admin(process: ServiceProcess, config: ServiceSettings, not_ready
         process.admin_ports = {"admin_port": listening.getsockname()[1]}
     if listener is not None:
         await process.enter_async_context(listener)
+        metrics.add_part("certificates", CertificateMetrics(config))
         await process.enter_async_context(background(metrics.process.measure_lag(beats), metrics.keep_refreshed()))
     return metrics
 

@@ -139,6 +139,14 @@ JOBS_IN_FLIGHT = Family("splitserve_jobs_in_flight", "gauge", "Jobs that this pr
 JOBS_WINDOW = Family("splitserve_jobs_window", "gauge", "Jobs that it may run at a time.")
 JOB_CALLERS = Family("splitserve_job_waiting_callers", "gauge", "Callers that wait for the end of a job.")
 WEBHOOKS = Family("splitserve_webhooks_pending", "gauge", "Webhooks that are not delivered yet.")
+CERTIFICATE_EXPIRY = Family(
+    "splitserve_certificate_expiry_timestamp_seconds",
+    "gauge",
+    "When the certificates in use expire, in Unix time. `server` (the ports), `admin` (the admin listener), `client` (presented "
+    "to the next stage): the first of the chain. `server CA`, `admin CA`, `client CA`: the last of the authorities that the "
+    "other side is verified by.",
+    ("use",),
+)
 LOOP_LAG = Family(
     "splitserve_event_loop_lag_seconds",
     "histogram",
@@ -169,7 +177,8 @@ FAMILIES = (
     REQUESTS, REQUEST_SECONDS, PHASE_SECONDS, INFERENCES, INFERENCE_SECONDS, QUEUE_SECONDS, ROWS, CALLS, CALL_ROWS,
     CALL_REQUESTS, QUEUED, IN_FLIGHT, CALLS_IN_FLIGHT, ADMISSION_LIMIT, REFUSED, RETRIES, REPLICAS, STREAMS_OPENED, READY,
     RELEASES, LOADED_AT, GOLDEN_ERROR, LOADED, CACHE_BYTES, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST, JOB_ATTEMPTS,
-    JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC,
+    JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS,
+    CERTIFICATE_EXPIRY, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC,
     WORKER_UP, WORKER_BEAT_AGE, TELEMETRY_FAILURES,
 )  # fmt: skip
 
