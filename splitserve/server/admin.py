@@ -15,6 +15,7 @@ What changes something requires a token always, the rest if one is configured, e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import os
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 _LIMITS = HttpLimits(max_connections=64)
 _MAX_BODY_BYTES = 1024
 _PROBES = ("/livez", "/readyz")
+
+FOLLOW_INTERVAL_S = 1.0
 
 ADMIN = "admin token"
 """The principal of who presents the token of an admin listener."""
@@ -279,6 +282,7 @@ async def open_admin(process: ServiceProcess, config: ServiceSettings, not_ready
         if config.admin_port != "off":
             listener = worker_listener(of)
             beats = beats_of(_sockets_folder(), own_place()[0])
+            await process.enter_async_context(background(SharedLogLevel(_sockets_folder()).keep_following()))
     elif (listening := listen_for_admin(config)) is not None:
         listener = AdminListener(app_of(config, of), listening, config)
         process.admin_ports = {"admin_port": listening.getsockname()[1]}
@@ -292,6 +296,37 @@ async def open_admin(process: ServiceProcess, config: ServiceSettings, not_ready
 def beats_of(sockets: Path, index: int) -> Beats:
     """The beats of one of several workers, which the process reads that answers for all."""
     return Beats(sockets / f"{index}.beat")
+
+
+class SharedLogLevel:
+    """The log level that was set for all workers of a service, in a file, for those that did not answer or are started later.
+
+    Args:
+        sockets: the folder of the workers' sockets.
+    """
+
+    def __init__(self, sockets: Path) -> None:
+        self._path = sockets / "log-level"
+
+    def set(self, level: logs.Level) -> None:
+        """From now on, in this process and in all that follow it."""
+        written = self._path.with_suffix(".new")
+        written.write_text(level)
+        written.replace(self._path)
+        logs.LogLevel.set(level)
+
+    def follow(self) -> None:
+        """Set the level that was set for all, if one was."""
+        with contextlib.suppress(OSError):
+            level = self._path.read_text()
+            if level in get_args(logs.Level) and level != logs.LogLevel.current:
+                logs.LogLevel.set(cast("logs.Level", level))
+
+    async def keep_following(self) -> None:
+        """Look once in `FOLLOW_INTERVAL_S`, until cancelled."""
+        while True:
+            self.follow()
+            await asyncio.sleep(FOLLOW_INTERVAL_S)
 
 
 def _sockets_folder() -> Path:

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from splitserve.server import logs
-from splitserve.server.admin import AdminListener, WorkerAnswer, app_of, beats_of
+from splitserve.server.admin import AdminListener, SharedLogLevel, WorkerAnswer, app_of, beats_of
 from splitserve.server.lifecycle import StopSignal
 from splitserve.server.settings import ServiceSettings
 from splitserve.telemetry.families import WORKER_BEAT_AGE, WORKER_UP, families_with
@@ -51,6 +51,7 @@ class Workers:
         self._n_workers = n_workers
         self._timeout_s = timeout_s
         self._families = {family.name: family for family in families_with(latency_bounds)}
+        self.log_level = SharedLogLevel(sockets)
         self._turn = asyncio.Lock()
         self._last: dict[int, WorkerAnswer] = {}
         self._ended: Snapshot = {}
@@ -90,8 +91,8 @@ class Workers:
         return "" if "" in reasons else reasons[0]
 
     async def set_log_level(self, level: logs.Level) -> None:
+        self.log_level.set(level)
         await asyncio.gather(*(self._get(index, f"/set-log-level/{level}") for index in range(self._n_workers)))
-        logs.LogLevel.set(level)
 
     def _sums(self, answer: WorkerAnswer) -> Snapshot:
         return sums_of(dict(answer.snapshot), self._families)
@@ -141,6 +142,7 @@ async def serve_workers_admin(config: ServiceSettings, service: str, sockets: st
     async with AsyncExitStack() as stack:
         stop = StopSignal()
         workers = Workers(Path(sockets), config.workers, latency_bounds=config.latency_bounds)
+        workers.log_level.follow()  # this process may have been started again
         await stack.enter_async_context(AdminListener(app_of(config, workers), listening, config))
         # Where the process answers that speaks for all workers.
         structlog.get_logger().info("admin listening", admin_port=listening.getsockname()[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from splitserve.server import logs
-from splitserve.server.admin import beats_of, worker_listener
+from splitserve.server.admin import SharedLogLevel, beats_of, worker_listener
 from splitserve.server.worker_admin import Workers
 from splitserve.server.workers import INDEX_VARIABLE, SOCKETS_VARIABLE
 from splitserve.telemetry.families import CPU, FAMILIES, LOOP_LAG, RSS, WORKER_BEAT_AGE, WORKER_UP
@@ -133,3 +133,19 @@ async def test_the_log_level_is_that_of_all_workers(monkeypatch: pytest.MonkeyPa
         await Workers(tmp_path, 2, timeout_s=TIMEOUT_S).set_log_level("debug")
 
     assert (first.level, second.level, logs.LogLevel.current) == ("debug", "debug", "debug")
+
+
+async def test_a_worker_that_starts_later_has_the_log_level_that_was_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Or did not answer when it was set: no worker logs at another level than the others."""
+    for name in ("current", "_least"):
+        monkeypatch.setattr(logs.LogLevel, name, getattr(logs.LogLevel, name))
+    await Workers(tmp_path, 2, timeout_s=TIMEOUT_S).set_log_level("debug")
+    logs.LogLevel.set("info")  # as a process that starts
+
+    SharedLogLevel(tmp_path).follow()
+    followed = logs.LogLevel.current
+    (tmp_path / "log-level").write_text("loud")
+    SharedLogLevel(tmp_path).follow()
+    SharedLogLevel(tmp_path / "nowhere").follow()
+
+    assert (followed, logs.LogLevel.current) == ("debug", "debug")
