@@ -18,7 +18,6 @@ import httpx
 import msgspec
 
 from splitserve.cli.serve import ADMIN_OFFSETS
-from splitserve.telemetry.families import BUILD
 from splitserve.telemetry.reading import Interval, NotMetrics, Scrape
 from splitserve.telemetry.views import ListenerView, View, view_of
 
@@ -132,7 +131,7 @@ class Watcher:
             return ListenerView(url, _no_answer(url, error)), None
         except NotMetrics as error:
             return ListenerView(url, f"no metrics of splitserve: {error}"), None
-        if not scrape.values.get(BUILD.name):
+        if not scrape.is_ours:
             return ListenerView(url, "no metrics of splitserve: another program listens there"), None
         self._scrapes[url] = scrape
         return ListenerView(url, not_ready_reason=_reason(ready)), Interval(before, scrape)
@@ -288,7 +287,7 @@ def _shown(view: View, is_named: bool) -> View:
 @contextlib.contextmanager
 def _keys(stop: asyncio.Event) -> Iterator[None]:
     """Have q end it. The terminal is as before afterwards."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         yield
         return
     import termios
@@ -495,7 +494,10 @@ def _problems(view: View) -> list[str]:
         where = urlsplit(each.url).netloc
         if each.problem:
             found.append(f"{where}: {each.problem}")
-        elif each.not_ready_reason:
+            continue
+        if each.workers is not None and each.workers_up != each.workers:
+            found.append(f"{where}: {each.workers_up} of {each.workers} workers answer")
+        if each.not_ready_reason:
             found.append(f"{where}: not ready: {each.not_ready_reason[:300]}")
     for stage in view.stages:
         if stage.errors_per_s:

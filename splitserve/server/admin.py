@@ -20,6 +20,7 @@ import hmac
 import ipaddress
 import os
 import platform
+import re
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 _LIMITS = HttpLimits(max_connections=64)
 _MAX_BODY_BYTES = 1024
 _PROBES = ("/livez", "/readyz")
+
+_BARE_NAME = re.compile(r"[a-z0-9_-]+")
+"""A name without a dot, as of a host in the same network, or of compose."""
 
 FOLLOW_INTERVAL_S = 1.0
 
@@ -149,7 +153,7 @@ class AdminApp:
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            return bool(name) and ("." not in name or name in self._allowed_hosts)
+            return _BARE_NAME.fullmatch(name) is not None or name in self._allowed_hosts
         return True
 
     def _is_allowed(self, request: HttpRequest) -> bool:

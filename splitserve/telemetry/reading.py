@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from splitserve.telemetry.registry import Family
+
+Over = Callable[[Iterable[float]], float]
 
 _Series = tuple[tuple[str, str], ...]
 """Labels and their values, sorted."""
@@ -50,17 +52,28 @@ class Scrape:
         """The values of a label, each once, as they are listed."""
         return list(dict.fromkeys(found[label] for _, found, _ in self.select(_first_name(family), labels) if label in found))
 
-    def values_by(self, family: Family, names: tuple[str, ...], **labels: str) -> dict[tuple[str, ...], float]:
-        """A gauge now, by the values of some labels, over all workers."""
-        found: dict[tuple[str, ...], float] = defaultdict(float)
-        for _, values, value in self.select(family.name, labels):
-            found[tuple(values.get(name, "") for name in names)] += value
-        return found
+    def values_by(self, family: Family, names: tuple[str, ...], over: Over = sum, **labels: str) -> dict[tuple[str, ...], float]:
+        """A gauge now, by the values of some labels.
 
-    def value(self, family: Family, **labels: str) -> float | None:
-        """A gauge now, over all workers; None: it is not there."""
-        found = [value for _, _, value in self.select(family.name, labels)]
-        return sum(found) if found else None
+        Args:
+            family: which.
+            names: of the labels.
+            over: what several workers come to: ``sum``, or ``max`` of what each says of the same.
+            labels: that the series have.
+        """
+        found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        for _, values, value in self.select(family.name, labels):
+            found[tuple(values.get(name, "") for name in names)].append(value)
+        return {values: over(each) for values, each in found.items()}
+
+    def value(self, family: Family, over: Over = sum, **labels: str) -> float | None:
+        """As `values_by`, over all series with these labels; None: there is none."""
+        return self.values_by(family, (), over, **labels).get(())
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a service of splitserve has answered."""
+        return any(name.startswith("splitserve_") for name in self.values)
 
 
 class Interval:

@@ -184,10 +184,8 @@ def _releases(url: str, stage: str, interval: Interval) -> list[ReleaseView]:
     now, place = interval.now, ("model", "release")
     outcomes = interval.per_s_by(families.INFERENCES, (*place, "outcome"), stage=stage)
     seconds, rows = (interval.per_s_by(family, place, stage=stage) for family in (families.INFERENCE_SECONDS, families.ROWS))
-    since, queued, in_flight, golden = (
-        now.values_by(family, place, stage=stage)
-        for family in (families.LOADED_AT, families.QUEUED, families.IN_FLIGHT, families.GOLDEN_ERROR)
-    )
+    queued, in_flight = (now.values_by(family, place, stage=stage) for family in (families.QUEUED, families.IN_FLIGHT))
+    since, golden = (now.values_by(family, place, max, stage=stage) for family in (families.LOADED_AT, families.GOLDEN_ERROR))
     found = []
     for model, release in now.values_by(families.INFERENCES, place, stage=stage):
         key = (model, release)
@@ -216,11 +214,11 @@ def _jobs(url: str, interval: Interval) -> JobsView:
     return JobsView(
         url,
         is_ready=_is_ready(interval, "jobs"),
-        queued=int(now.value(families.JOBS, status="queued") or 0),
-        running=int(now.value(families.JOBS, status="running") or 0),
-        oldest_queued_s=now.value(families.JOBS_OLDEST) or 0.0,
+        queued=int(now.value(families.JOBS, max, status="queued") or 0),  # each worker that counts has counted the same store
+        running=int(now.value(families.JOBS, max, status="running") or 0),
+        oldest_queued_s=now.value(families.JOBS_OLDEST, max) or 0.0,
         attempts_per_s=_rounded(interval.per_s(families.JOB_ATTEMPTS)),
-        webhooks_pending=int(now.value(families.WEBHOOKS) or 0),
+        webhooks_pending=int(now.value(families.WEBHOOKS, max) or 0),
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import trustme
 
 from splitserve.cli.top import CannotStart, targets
+from splitserve.telemetry import families
 from tests.admin_server import admin_server, of_a_proxy, text_of
 from tests.certificates import write
 from tests.command_line import run_command
@@ -117,6 +118,18 @@ def test_tls_is_verified(tmp_path: Path) -> None:
     assert "https://" in not_tls.stderr
     assert "use http://" in no_tls_there.stderr
     assert {result.exit_code for result in (untrusted, not_tls, no_tls_there)} == {1}
+
+
+def test_workers_that_do_not_answer_are_shown() -> None:
+    """Also if that is all of them: then there is nothing else to show."""
+    up, down = ({families.WORKER_UP.name: {("0",): 0, ("1",): n}} for n in (1, 0))
+    with admin_server(text_of(up)) as half, admin_server(text_of(down), reason="no worker answers") as none:
+        result = run_command(*ONCE, "-u", half.url, "-u", none.url)
+
+    assert result.exit_code == 0
+    assert "1 of 2 workers answer" in result.stdout
+    assert "0 of 2 workers answer" in result.stdout
+    assert "no worker answers" in result.stdout
 
 
 def test_another_program_is_not_taken_for_a_service() -> None:

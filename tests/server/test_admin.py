@@ -101,7 +101,7 @@ async def test_addresses_and_bare_names_are_ours(admin: Admin, host: str) -> Non
     assert (await admin.get("/metrics", host=host)).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8002", "localhost.evil.example", ""])
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:8002", "localhost.evil.example", "", "a@b", "a b"])
 async def test_names_of_other_sites_are_refused(admin: Admin, host: str) -> None:
     """A browser sends such a Host when a page's name was rebound to this machine (DNS rebinding)."""
     assert (await admin.get("/metrics", host=host)).status_code in (400, 421)

@@ -84,17 +84,20 @@ def test_a_view_has_what_happened_and_how_it_is() -> None:
     assert (listener.version, listener.workers) == ("0.1.0", None)
 
 
-def test_gauges_of_workers_are_added() -> None:
-    """The queue of a service is that of all its workers."""
+def test_gauges_of_workers_become_one() -> None:
+    """The queue of a service is that of all its workers; what all of them say of the same thing is not added."""
     of_workers: Snapshot = {
         families.READY.name: {("proxy", "0"): 0, ("proxy", "1"): 1},
         families.QUEUED.name: {("proxy", "m", "1.1", "0"): 3, ("proxy", "m", "1.1", "1"): 4},
         families.INFERENCES.name: {("proxy", "m", "1.1", "succeeded"): 1},
+        families.LOADED_AT.name: {("proxy", "m", "1.1", "0"): 1500.0, ("proxy", "m", "1.1", "1"): 1600.0},
+        families.GOLDEN_ERROR.name: {("proxy", "m", "1.1", "0"): 0.25, ("proxy", "m", "1.1", "1"): 0.5},
         families.WORKER_UP.name: {("0",): 1, ("1",): 0},
     }
 
     found = view(of_workers, of_workers)
 
     assert (found.stages[0].is_ready, found.stages[0].queued) == (True, 7)
-    assert found.releases[0].queued == 7
+    [release] = found.releases
+    assert (release.queued, release.ready_since, release.golden_error_ratio) == (7, 1600.0, 0.5)
     assert (found.listeners[0].workers, found.listeners[0].workers_up) == (2, 1)

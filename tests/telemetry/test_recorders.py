@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -41,6 +43,29 @@ def test_a_value_at_a_bound_is_in_its_bucket() -> None:
     histogram.observe_each([7.0])
 
     assert histogram.read() == HistogramValue((1, 2, 1), 0.1 + 0.5 * 2 + 7.0)
+
+
+def test_a_value_that_is_recorded_in_the_middle_of_another_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a finaliser or a callback of the garbage collector would, in the same thread: there is no lock to wait for."""
+    histogram = Histogram((0.1, 1.0))
+
+    def collect_garbage(bounds: tuple[float, ...], value: float) -> int:
+        monkeypatch.setattr("splitserve.telemetry.recorders.bisect_left", bisect_left)
+        gc.collect()
+        return bisect_left(bounds, value)
+
+    def on_collection(phase: str, _: object) -> None:
+        if phase == "start":
+            histogram.observe(0.5)
+
+    monkeypatch.setattr("splitserve.telemetry.recorders.bisect_left", collect_garbage)
+    gc.callbacks.append(on_collection)
+    try:
+        histogram.observe(7.0)
+    finally:
+        gc.callbacks.remove(on_collection)
+
+    assert histogram.read() == HistogramValue((0, 1, 1), 7.5)
 
 
 async def test_a_part_that_fails_is_counted_and_the_others_are_shown() -> None:
