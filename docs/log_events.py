@@ -23,7 +23,7 @@ REQUEST_LINES = ("log_request",)
 """What writes the line for a request; its first argument is the event."""
 REQUEST_FIELDS = (
     "model", "version", "status", "duration_ms", "request_id", "rows", "bytes", "queue_ms", "compute_ms", "hop_ms", "encode_ms",
-    "failed_stage",
+    "failed_stage", "trace_id",
 )  # fmt: skip
 REQUEST_MEANING = "A request was answered or failed (`LOG_REQUESTS` chooses which are logged)."
 

@@ -198,6 +198,7 @@ class PreprocessService:
                     id=request.id,
                     parameters=admitted.parameters,
                     deadline=request.deadline,
+                    trace=request.trace,
                 )
             )
         except InvalidInput as error:

@@ -64,7 +64,7 @@ N_REMEMBERED_PATHS = 512
 ORIGIN = b"origin"
 ALLOWED = (
     "authorization, content-type, content-encoding, inference-header-content-length, request-timeout, x-request-id, prefer, "
-    "idempotency-key, job-priority, job-timeout, job-expires, webhook, webhook-events, traceparent, tracestate"
+    "idempotency-key, job-priority, job-timeout, job-expires, webhook, webhook-events, traceparent, tracestate, baggage"
 )
 """Headers that a page of another origin may send. Source: Fetch, Access-Control-Allow-Headers; "*" does not include tokens."""
 
@@ -110,6 +110,7 @@ class RestApp:
             default_timeout_s=config.default_timeout_s,
             max_timeout_s=config.max_timeout_s,
             failure=self.failure,
+            scheme="https" if config.tls else "http",
         )
         jobs = jobs or ProxyJobs(service, None, config.request_limits)
         self._jobs = JobRoutes(jobs, self._rules)

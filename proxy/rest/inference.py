@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import msgspec
 
@@ -16,11 +17,14 @@ from splitserve.oip import rest, v1
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata
 from splitserve.server.inference import Inference, InferenceRules
 from splitserve.server.logs import log_request
+from splitserve.telemetry import traces
+from splitserve.telemetry.traces import Attribute, TraceContext, received
 from splitserve.versions import Pair
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse, Respond
 
 HEADER_LENGTH = b"inference-header-content-length"
 TIMEOUT = b"request-timeout"
+TRACEPARENT, TRACESTATE, BAGGAGE = traces.TRACEPARENT.encode(), traces.TRACESTATE.encode(), traces.BAGGAGE.encode()
 LONG_BODY_BYTES = 64 * 1024
 """Longer answers are compressed in a thread."""
 
@@ -47,6 +51,7 @@ class RestRules(InferenceRules, frozen=True, kw_only=True):
     default_timeout_s: float
     max_timeout_s: float
     failure: Callable[[Exception], HttpResponse]
+    scheme: str = "http"
 
     def timeout_s(self, incoming: HttpRequest) -> float:
         """The seconds that a request may take.
@@ -87,6 +92,43 @@ async def receive(incoming: HttpRequest, encoding: str, max_bytes: int) -> bytes
     return body
 
 
+def trace_of(incoming: HttpRequest) -> TraceContext | None:
+    """The context in the headers of a request."""
+    traceparent, tracestate, baggage = (incoming.header(name) or "" for name in (TRACEPARENT, TRACESTATE, BAGGAGE))
+    return received(traceparent, tracestate, baggage)
+
+
+def http_span(incoming: HttpRequest, route: str, http_status: int, scheme: str) -> tuple[str, dict[str, Attribute]]:
+    """Name and attributes of the span of a request. Source: OpenTelemetry, "HTTP server span"."""
+    address, port = server_in(incoming.header(b"host") or "")
+    return f"{incoming.method} {route}", {
+        "http.request.method": incoming.method,
+        "http.route": route,
+        "http.response.status_code": http_status,
+        "url.path": incoming.path[:256],
+        "url.scheme": scheme,
+        "network.protocol.version": "1.1",
+        "server.address": address,
+        **({"server.port": port} if port else {}),
+        **({"user_agent.original": agent[:256]} if (agent := incoming.header(b"user-agent")) else {}),
+    }
+
+
+def route_of(path: str, model: str) -> str:
+    """The path without the names of model and version, of which there may be many."""
+    api, _, rest_of_path = path.partition("/models/")
+    action = rest_of_path.removeprefix(quote(model)).removeprefix(model)
+    version, separator, verb = action.removeprefix("/versions/").rpartition(":" if ":" in action else "/")
+    is_versioned = action.startswith("/versions/") and bool(version)
+    return f"{api}/models/{{model}}{'/versions/{version}' if is_versioned else ''}{separator}{verb}"
+
+
+def server_in(host: str) -> tuple[str, int]:
+    """Name and port, 0 if there is none, in a Host header."""
+    name, _, port = host.rpartition(":")
+    return (name.strip("[]")[:256], int(port)) if name and port.isdecimal() and len(port) < 6 else (host[:256], 0)
+
+
 class RestInference(Inference[HttpResponse]):
     """``POST /v2/models/MODEL[/versions/VERSION]/infer``.
 
@@ -124,7 +166,15 @@ class RestInference(Inference[HttpResponse]):
         request = self.decode_body(self._incoming.body.content() if body is None else body)
         if REQUEST_ID in self._incoming.headers and not request.id and (named := request_id_of(self._incoming)):
             request = msgspec.structs.replace(request, id=named)
+        if TRACEPARENT in self._incoming.headers or BAGGAGE in self._incoming.headers:
+            request = msgspec.structs.replace(request, trace=trace_of(self._incoming))
         return request
+
+    def _given_trace(self) -> TraceContext | None:
+        return trace_of(self._incoming)
+
+    def _named_span(self, http_status: int) -> tuple[str, dict[str, Attribute]]:
+        return http_span(self._incoming, route_of(self._incoming.path, self.model), http_status, self._rest.scheme)
 
     def decode_body(self, body: bytes) -> InferRequest:
         """The request in a decompressed body."""

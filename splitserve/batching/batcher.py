@@ -43,6 +43,7 @@ from splitserve.errors import (
 from splitserve.oip.messages import NO_DEADLINE, InferRequest, InferResponse, OnAnswer
 from splitserve.oip.pending import Pending, awaited
 from splitserve.oip.statistics import Statistics
+from splitserve.telemetry.traces import Tracing
 
 SHARED_ERRORS = (
     Cancelled,
@@ -363,7 +364,8 @@ class Batcher:
         if len(requests) == 1:
             return await self._send_alone(queue, call, requests[0])
         try:
-            response = await self._send(merge([queued.request for queued in requests]))
+            merged = merge([queued.request for queued in requests])
+            response = await (self._send(merged) if merged.trace is None else self._send_traced(merged))
             parts = split(response, [queued.n_rows for queued in requests])
         except Exception as error:
             if _concerns_all(error, requests):
@@ -384,6 +386,13 @@ class Batcher:
             if on_answer is not None:
                 _call_back(on_answer, InferResponse(model, version, outputs, queued.request.id, parameters))
         return True
+
+    async def _send_traced(self, merged: InferRequest) -> InferResponse:
+        """Send a merged call; if it is recorded, its span ends with it."""
+        if (tracer := Tracing.tracer) is None or merged.trace is None or merged.trace.span is None:
+            return await self._send(merged)
+        with tracer.ending(merged.trace):
+            return await self._send(merged)
 
     async def _send_alone(self, queue: ModelQueue, call: BatchCall, queued: QueuedRequest) -> bool:
         if queued.on_answer is None:

@@ -9,6 +9,7 @@ from typing import Any
 from splitserve.errors import PairMismatch
 from splitserve.oip.messages import ROW_WISE, InferRequest, InferResponse, ModelMetadata
 from splitserve.signature import is_row_wise
+from splitserve.telemetry.traces import merged
 from splitserve.tensors import DATATYPES, Tensor, bytes_offsets
 
 
@@ -38,6 +39,8 @@ def _items(parameters: Any) -> Hashable:
 def merge(requests: Sequence[InferRequest]) -> InferRequest:
     """One request with the rows of all, in order, the latest of their deadlines, and their ids; pinned if one of them is.
 
+    If they belong to traces, see `splitserve.telemetry.traces.merged`.
+
     Args:
         requests: compatible ones, at least one; each input of shape (rows, ...).
     """
@@ -47,6 +50,7 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
         parts = [request.inputs[index] for request in requests]
         n_rows = sum([part.shape[0] for part in parts])
         inputs.append(Tensor(like.name, like.datatype, (n_rows, *like.shape[1:]), b"".join([part.raw for part in parts])))
+    traces = [request.trace for request in requests if request.trace is not None]
     return InferRequest(
         first.model,
         tuple(inputs),
@@ -56,6 +60,7 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
         deadline=max([request.deadline for request in requests]),
         id=_joined_ids([request.id for request in requests]),
         is_pinned=any(request.is_pinned for request in requests),
+        trace=merged(traces, first.model, len(requests), inputs[0].shape[0]) if traces else None,
     )
 
 

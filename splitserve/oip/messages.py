@@ -17,6 +17,7 @@ import msgspec
 from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.oip.pending import Pending
 from splitserve.signature import TensorSpec
+from splitserve.telemetry.traces import TraceContext
 from splitserve.tensors import Tensor
 
 Parameter = bool | int | float | str
@@ -112,7 +113,8 @@ class InferRequest(msgspec.Struct, frozen=True):
     """One inference. ``version`` "": the service chooses; ``outputs`` (): all.
 
     ``caller`` identifies the caller for fair queueing, e.g. its connection; it is not sent to the next stage. Neither is
-    ``is_pinned``: the caller has named the version, so that no other may answer.
+    ``is_pinned``: the caller has named the version, so that no other may answer. ``trace``: what it belongs to, if its caller or
+    this process traces it; it goes on with the request.
     """
 
     model: str
@@ -124,6 +126,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     deadline: float = NO_DEADLINE
     caller: Hashable = None
     is_pinned: bool = False
+    trace: TraceContext | None = None
 
     @property
     def n_rows(self) -> int:

@@ -32,6 +32,7 @@ from splitserve.oip.model_config import ModelConfig
 from splitserve.oip.raw_contents import LARGE_BYTES, field, with_raw, without_raw
 from splitserve.oip.statistics import ModelStatistics
 from splitserve.signature import TensorSpec
+from splitserve.telemetry.traces import BAGGAGE, TRACEPARENT, TRACESTATE, TraceContext, received_in
 from splitserve.tensors import Tensor, datatype_of, pack
 from splitserve.versions import is_number
 
@@ -101,9 +102,17 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     message.id = identity
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
+    if request.trace is not None:
+        add_trace(message, request.trace)
     if not is_large:
         return message.SerializeToString()
     return b"".join(with_raw(message.SerializeToString(), _RAW_INPUTS, [tensor.raw for tensor in request.inputs]))
+
+
+def add_trace(message: pb.ModelInferRequest, trace: TraceContext) -> None:
+    """The context of a trace as parameters of a message that has no headers: one on a stream, or of a job."""
+    for name, value in trace.items():
+        message.parameters[name].string_param = value
 
 
 def timeout_s(message: pb.ModelInferRequest) -> float | None:
@@ -211,6 +220,7 @@ def decode_request(
     deadline: float = NO_DEADLINE,
     caller: Hashable = None,
     raws: Sequence[bytes] | None = None,
+    trace: TraceContext | None = None,
 ) -> InferRequest:
     """The request in a message.
 
@@ -219,6 +229,7 @@ def decode_request(
         deadline: of the request, which its parameter ``timeout`` can shorten.
         caller: for fair queueing.
         raws: its raw contents, of `parse_request`; None: those of the message.
+        trace: in the headers of the call; parameters of the message take precedence.
 
     Raises:
         InvalidInput: raw and typed contents are mixed, their number is wrong, or typed contents do not fit their datatype.
@@ -235,6 +246,9 @@ def decode_request(
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
+        if TRACEPARENT in parameters or BAGGAGE in parameters:
+            trace = received_in(parameters) or trace
+            parameters = {name: value for name, value in parameters.items() if name not in (TRACEPARENT, TRACESTATE, BAGGAGE)}
     outputs: tuple[RequestedOutput, ...] = ()
     if message.outputs:
         outputs = tuple([RequestedOutput(item.name, _decode_parameters(item.parameters)) for item in message.outputs])
@@ -247,6 +261,7 @@ def decode_request(
         parameters=parameters,
         deadline=deadline,
         caller=caller,
+        trace=trace,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -48,6 +49,7 @@ from splitserve.remote.channel import BETWEEN_SERVICES, channel_options, unary_m
 from splitserve.remote.replicas import Replica, Replicas
 from splitserve.remote.retry_budget import RetryBudget
 from splitserve.remote.stream import StreamKeeper, StreamTarget
+from splitserve.telemetry.traces import TraceContext, Tracing
 from splitserve.tls import ClientTls, bearer
 from splitserve.watched import Watched
 
@@ -296,6 +298,8 @@ class RemoteInference:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def _infer_on(self, request: InferRequest, replica: InferenceReplica) -> InferResponse:
+        if request.trace is not None and request.trace.span is not None:
+            return await self._infer_traced(request, request.trace, replica)
         raws = None
         replica.call_started()
         try:
@@ -303,8 +307,9 @@ class RemoteInference:
                 message, raws = await stream.infer(request)
             else:
                 timeout_s = None if request.deadline == NO_DEADLINE else remaining_s(request.deadline)
+                metadata = replica.metadata if request.trace is None else (*replica.metadata, *request.trace.items())
                 message = await replica.methods["ModelInfer"](
-                    protobuf.encode_request(request), timeout=timeout_s, metadata=replica.metadata
+                    protobuf.encode_request(request), timeout=timeout_s, metadata=metadata
                 )
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
@@ -316,6 +321,29 @@ class RemoteInference:
             return protobuf.decode_response(message, raws)
         except InvalidInput as error:  # not the caller's fault
             raise PairMismatch(error.message, stage=self._stage) from error
+
+    async def _infer_traced(self, request: InferRequest, trace: TraceContext, replica: InferenceReplica) -> InferResponse:
+        """As `_infer_on`, with a span for this attempt."""
+        if (tracer := Tracing.tracer) is None:
+            return await self._infer_on(
+                msgspec.structs.replace(request, trace=msgspec.structs.replace(trace, span=None)), replica
+            )
+        method = f"{protobuf.SERVICE}/{'ModelInfer' if replica.keeper.stream is None else 'ModelStreamInfer'}"
+        call = tracer.child(
+            trace,
+            "client",
+            method,
+            {
+                "rpc.system.name": "grpc",
+                "rpc.method": method,
+                **server_of(replica.target),
+                "splitserve.model": request.model,
+                "splitserve.release": request.version,
+                "splitserve.rows": request.n_rows,
+            },
+        )
+        with tracer.ending(call):
+            return await self._infer_on(msgspec.structs.replace(request, trace=msgspec.structs.replace(call, span=None)), replica)
 
     async def metadata(self, model: str, version: str = "") -> ModelMetadata:
         """Call ModelMetadata of a replica that has the version, if that is known."""
@@ -441,6 +469,14 @@ class RemoteInference:
         except grpc.aio.AioRpcError as error:
             raise translate(error, self._stage) from error
         return _parsed(answer, self._stage)
+
+
+def server_of(target: str) -> dict[str, str | int]:
+    """The attributes of a span that name a replica, e.g. ``ipv4:10.0.0.7:8011``. Source: OpenTelemetry, "Server attributes"."""
+    host, _, port = target.rpartition(":")
+    if not port.isdecimal():
+        return {"server.address": target}
+    return {"server.address": re.sub(r"^(ipv[46]:|dns:(//[^/]*/)?)", "", host).strip("[]"), "server.port": int(port)}
 
 
 def _parsed(answer: Any, stage: str) -> Any:

@@ -280,6 +280,8 @@ async def open_admin(process: ServiceProcess, config: ServiceSettings, not_ready
         SystemExit: the port cannot be bound.
     """
     metrics = Metrics(config.latency_bounds)
+    if process.spans is not None:
+        metrics.add_part("spans", process.spans)
     of = _Process(process, metrics, not_ready_reason)
     listener, beats = None, None
     if config.workers > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from splitserve.errors import SplitserveError, TooLarge
 from splitserve.oip import protobuf
@@ -11,6 +11,7 @@ from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.infer_stream import StreamPending
 from splitserve.server.inference import MAX_ID_LENGTH, Inference, InferenceRules
+from splitserve.telemetry.traces import BAGGAGE, TRACEPARENT, Attribute, TraceContext, received_in
 from splitserve.wire.byte_budget import ByteBudget
 from splitserve.wire.grpc.call import ServerCall
 
@@ -20,6 +21,11 @@ REQUEST_ID = "x-request-id"
 def credentials(call: ServerCall) -> list[str]:
     """The values of the call's ``authorization`` metadata."""
     return [value for key, value in call.metadata if key == "authorization"]
+
+
+def _id_in(value: str) -> str:
+    """An id that can be logged, or ""."""
+    return value if value.isprintable() and len(value) <= MAX_ID_LENGTH else ""
 
 
 class GrpcInferences:
@@ -71,9 +77,18 @@ class GrpcInferences:
         inference.begin()
         return inference
 
-    def begin_on_stream(self, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> StreamPending | None:
-        """Begin the inference of a message on a stream, where errors are messages too. Raises nothing."""
-        inference = _StreamInference(self, data, call, answer)
+    def begin_on_stream(
+        self, data: bytes, call: ServerCall, answer: Callable[[bytes], None], trace: TraceContext | None = None
+    ) -> StreamPending | None:
+        """Begin the inference of a message on a stream, where errors are messages too. Raises nothing.
+
+        Args:
+            data: the message.
+            call: the stream.
+            answer: sends the answer.
+            trace: in the headers of the stream, for messages that have none of their own.
+        """
+        inference = _StreamInference(self, data, call, answer, trace)
         try:
             inference.reservation.reserve(len(data))
             inference.begin()
@@ -95,8 +110,16 @@ class _GrpcInference(Inference[bytes]):
         self._data = data
         self._call = call
 
+    method: ClassVar[str]
+
     def _credentials(self) -> Sequence[str]:
         return credentials(self._call)
+
+    def _given_trace(self) -> TraceContext | None:
+        return received_in(self._call.metadata)
+
+    def _named_span(self, http_status: int) -> tuple[str, dict[str, Attribute]]:
+        return self.method, {"rpc.system.name": "grpc", "rpc.method": self.method}
 
     def _parse(self) -> tuple[Any, Sequence[bytes] | None]:
         data, self._data = self._data, b""  # do not hold the bytes for as long as the request
@@ -106,7 +129,7 @@ class _GrpcInference(Inference[bytes]):
 
 
 class _UnaryInference(_GrpcInference):
-    protocol = "grpc"
+    protocol, method = "grpc", f"{protobuf.SERVICE}/ModelInfer"
 
     __slots__ = ("_on_end",)
 
@@ -115,17 +138,23 @@ class _UnaryInference(_GrpcInference):
         self._on_end = on_end
 
     def _decode(self) -> InferRequest:
-        message, raws = self._parse()
-        call = self._call
-        if named := self._given_id():
+        (message, raws), call = self._parse(), self._call
+        named, has_trace = "", False
+        for key, value in call.metadata:
+            if key == REQUEST_ID:
+                named = named or _id_in(value)
+            elif key in (TRACEPARENT, BAGGAGE):
+                has_trace = True
+        if named:
             self._tell_id(named)
             message.id = message.id or named
-        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer, raws)
+        trace = received_in(call.metadata) if has_trace else None
+        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer, raws, trace)
 
     def _given_id(self) -> str:
         for key, value in self._call.metadata:
-            if key == REQUEST_ID and value.isprintable() and len(value) <= MAX_ID_LENGTH:
-                return value
+            if key == REQUEST_ID and (named := _id_in(value)):
+                return named
         return ""
 
     def _tell_id(self, identity: str) -> None:
@@ -144,12 +173,20 @@ class _UnaryInference(_GrpcInference):
 class _StreamInference(_GrpcInference):
     """``reservation`` is what the message holds of the budget; ``identity`` is the request's id, which its error carries too."""
 
-    protocol = "stream"
+    protocol, method = "stream", f"{protobuf.SERVICE}/ModelStreamInfer"
 
-    __slots__ = ("_answer", "identity", "reservation")
+    __slots__ = ("_answer", "_trace", "identity", "reservation")
 
-    def __init__(self, face: GrpcInferences, data: bytes, call: ServerCall, answer: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        face: GrpcInferences,
+        data: bytes,
+        call: ServerCall,
+        answer: Callable[[bytes], None],
+        trace: TraceContext | None,
+    ) -> None:
         super().__init__(face, data, call)
+        self._trace = trace
         self._answer = answer
         self.reservation = face.budget.reservation()
         self.identity = ""
@@ -157,7 +194,8 @@ class _StreamInference(_GrpcInference):
     def _decode(self) -> InferRequest:
         message, raws = self._parse()
         self.identity = message.id
-        return protobuf.decode_request(message, self._face.deadline(protobuf.timeout_s(message)), self._call.peer, raws)
+        deadline = self._face.deadline(protobuf.timeout_s(message))
+        return protobuf.decode_request(message, deadline, self._call.peer, raws, self._trace)
 
     def _encode(self, response: InferResponse) -> bytes:
         return self._face.check_size(protobuf.encode_stream_response(response, self.identity))

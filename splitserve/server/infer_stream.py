@@ -13,6 +13,7 @@ from typing import Protocol
 
 from splitserve.oip import protobuf
 from splitserve.server.workers import own_place
+from splitserve.telemetry.traces import TraceContext, received_in
 from splitserve.wire.grpc.call import ServerCall
 from splitserve.wire.grpc.messages import CallError
 
@@ -30,8 +31,9 @@ class StreamPending(Protocol):
         ...
 
 
-Begin = Callable[[bytes, ServerCall, Callable[[bytes], None]], StreamPending | None]
-"""Takes a message, its stream, and a callback for the response's bytes, which is called at once or later. Raises nothing."""
+Begin = Callable[[bytes, ServerCall, Callable[[bytes], None], TraceContext | None], StreamPending | None]
+"""Takes a message, its stream, a callback for the response's bytes, which is called at once or later, and the context in the
+headers of the stream. Raises nothing."""
 
 
 class InferStreams:
@@ -49,7 +51,7 @@ class InferStreams:
         """Handle a stream until the client half-closes it, or `stop`; then answer the requests in flight."""
         index, count = own_place()
         call.send_initial_metadata(((protobuf.STREAM_KEY, "1"), (protobuf.WORKER_KEY, f"{index}/{count}")))
-        stream = _Stream(self._begin, call)
+        stream = _Stream(self._begin, call, received_in(call.metadata))
         reader = asyncio.create_task(stream.read())
         self._readers.add(reader)
         try:
@@ -71,8 +73,9 @@ class InferStreams:
 
 
 class _Stream:
-    def __init__(self, begin: Begin, call: ServerCall) -> None:
+    def __init__(self, begin: Begin, call: ServerCall, trace: TraceContext | None) -> None:
         self._begin = begin
+        self._trace = trace
         self._call = call
         self._n_read = 0
         self._unanswered: dict[int, StreamPending | None] = {}
@@ -91,7 +94,7 @@ class _Stream:
             self._n_read += 1
             number = self._n_read
             self._unanswered[number] = None
-            pending = self._begin(data, self._call, partial(self._answer, number))
+            pending = self._begin(data, self._call, partial(self._answer, number), self._trace)
             if number in self._unanswered:
                 self._unanswered[number] = pending
 

@@ -4,7 +4,8 @@
 2. The request is received: gRPC messages and most HTTP bodies are complete already; for the others the same task waits.
 3. It is decoded, checked against the limits of requests, and begun at the service (`InferenceService.begin`). Requested
    classifications are applied to the answer (`oip.classification`).
-4. The service calls back with the answer or the error, which is encoded, logged in one line, and sent.
+4. The service calls back with the answer or the error, which is encoded, logged in one line, and sent. The span of the request,
+   if it is recorded, ends here.
 
 A protocol is a subclass with its own ``_decode``, ``_encode``, ``_deliver`` and ``_fail``. There is one object per request, and a
 task only if something must be awaited before the service is called: see docs/decisions/0016.
@@ -28,8 +29,9 @@ from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import Authenticator, Caller, context_of
-from splitserve.server.logs import RequestLog, log_request, status_of
+from splitserve.server.logs import RequestLog, http_status_of, log_request, status_of
 from splitserve.telemetry.requests import RequestRecorder
+from splitserve.telemetry.traces import Attribute, TraceContext, Tracer, Tracing
 
 A = TypeVar("A")
 Arguments = TypeVarTuple("Arguments")
@@ -126,6 +128,8 @@ class Inference(ABC, Generic[A]):
         """Decode the request and begin it at the service."""
         rules = self._rules
         request = self.request = self._decode()
+        if Tracing.tracer is not None:
+            request = self.request = self._traced(Tracing.tracer, request)
         self.model, self.version = request.model, request.version
         rules.limits.check(request)
         on_answer = self._finish if self._context is None else self._finish_in_context
@@ -133,6 +137,31 @@ class Inference(ABC, Generic[A]):
             self._pending = classification.begin(rules.service, request, on_answer)
         else:
             self._pending = rules.service.begin(request, on_answer)
+
+    def _traced(self, tracer: Tracer, request: InferRequest) -> InferRequest:
+        """The request, with a span if it is recorded."""
+        trace = tracer.begin(request.trace, self._began, begins_traces=self._rules.makes_ids)
+        return request if trace is request.trace else msgspec.structs.replace(request, trace=trace)
+
+    def _end_trace(self, tracer: Tracer, release: str, code: str, http_status: int) -> None:
+        """Export the span of the request, if it is recorded."""
+        request = self.request
+        if request is None:  # it was refused before it was decoded
+            trace = tracer.begin(self._given_trace(), self._began, begins_traces=self._rules.makes_ids)
+        else:
+            trace = request.trace
+        if trace is None or (span := trace.span) is None:
+            return
+        span.name, attributes = self._named_span(http_status)
+        attributes |= {"splitserve.model": self.model[:128], "splitserve.release": release[:32]}
+        if request is not None:
+            attributes["splitserve.rows"] = request.n_rows
+            if request.id and self._rules.makes_ids:
+                attributes["splitserve.request_id"] = request.id[:MAX_ID_LENGTH]
+        span.attributes = {"splitserve.batch.requests": 1, **span.attributes, **attributes}
+        tracer.end(span, code)
+        if code == "OK" and (recorder := self._rules.recorder) is not None:
+            recorder.exemplify(self.protocol, time.monotonic() - self._began, span.trace_id, span.span_id)
 
     def _in_context(self, act: Callable[[*Arguments], None], *arguments: *Arguments) -> None:
         """Call ``act`` in the context of the caller, if the caller is known."""
@@ -160,6 +189,8 @@ class Inference(ABC, Generic[A]):
             self._fail(error)
             return
         self.version = outcome.version
+        if Tracing.tracer is not None:
+            self._end_trace(Tracing.tracer, self.version, "OK", 200)
         recorder = self._rules.recorder
         if recorder is not None:
             recorder.succeeded(self.protocol, self.model, self.version, self._began, encoding_at)
@@ -185,6 +216,8 @@ class Inference(ABC, Generic[A]):
             stage, release = error.stage, error.pair or release
         if (recorder := self._rules.recorder) is not None:
             recorder.failed(self.protocol, self.model, release, status_of(error))
+        if Tracing.tracer is not None:
+            self._end_trace(Tracing.tracer, release, status_of(error), http_status_of(error))
         if isinstance(error, Exception) or RequestLog.takes():
             facts = self._facts()
             if "request_id" not in facts and (identity := self._named_id()):
@@ -208,6 +241,8 @@ class Inference(ABC, Generic[A]):
         if request is None:
             return {}
         facts: dict[str, object] = {"rows": request.n_rows, "bytes": sum([len(tensor.raw) for tensor in request.inputs])}
+        if request.trace is not None and request.trace.traceparent:
+            facts["trace_id"] = request.trace.trace_id
         return {"request_id": request.id[:MAX_ID_LENGTH], **facts} if request.id else facts
 
     def _given_id(self) -> str:
@@ -216,6 +251,14 @@ class Inference(ABC, Generic[A]):
 
     def _tell_id(self, identity: str) -> None:
         """Send this id with the error, in a header."""
+
+    def _given_trace(self) -> TraceContext | None:
+        """The context in the headers of the request."""
+        return None
+
+    @abstractmethod
+    def _named_span(self, http_status: int) -> tuple[str, dict[str, Attribute]]:
+        """The name of its span, and what the conventions of the protocol say of it."""
 
     @abstractmethod
     def _credentials(self) -> Sequence[str]:

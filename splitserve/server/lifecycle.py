@@ -18,6 +18,7 @@ import structlog
 
 from splitserve.catalogue import STILL_LOADING
 from splitserve.server import logs, workers
+from splitserve.telemetry.export import open_tracing
 
 if TYPE_CHECKING:
     from splitserve.server.settings import ServiceSettings
@@ -92,6 +93,10 @@ class ServiceProcess(contextlib.AsyncExitStack):
         logs.configure(level=config.log_level, format=config.log_format, service=name, requests=config.log_requests)
         self._log = structlog.get_logger()
         self._stop = StopSignal()
+        self.spans = open_tracing(name)
+        """Exports them, if requests are traced."""
+        if self.spans is not None:
+            self.push_async_callback(self.spans.close)
         self.is_draining = False
         self.admin_ports: Mapping[str, int] = {}
         """Where its admin listener is, by name; empty: it has none of its own."""

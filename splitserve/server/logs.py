@@ -147,3 +147,11 @@ def status_of(error: BaseException | None) -> str:
         return "CANCELLED"
     known = in_table(error)
     return known.grpc_code if isinstance(known, SplitserveError) else "INTERNAL"
+
+
+def http_status_of(error: BaseException) -> int:
+    """The HTTP status of an outcome; 499, as nginx has it, where the caller has left."""
+    if not isinstance(error, Exception):
+        return 499
+    known = in_table(error)
+    return known.http_status if isinstance(known, SplitserveError) else 500

@@ -169,6 +169,16 @@ WORKER_BEAT_AGE = Family(
     "With several workers: how long ago its event loop last woke up, which it does ten times a second. Another process reads it.",
     ("index",),
 )
+SPANS_EXPORTED = Family(
+    "splitserve_spans_exported_total", "counter", "Spans that the collector has accepted. Only with traces (docs/telemetry.md)."
+)
+SPANS_DROPPED = Family(
+    "splitserve_spans_dropped_total",
+    "counter",
+    "Spans that were lost: `queue_full` (`OTEL_BSP_MAX_QUEUE_SIZE`), `not_exported` (the collector did not accept them), "
+    "`not_made`.",
+    ("reason",),
+)
 TELEMETRY_FAILURES = Family(
     "splitserve_telemetry_failures_total", "counter", "Failures of telemetry itself, by part: its metrics are missing.", ("part",)
 )
@@ -179,7 +189,7 @@ FAMILIES = (
     RELEASES, LOADED_AT, GOLDEN_ERROR, LOADED, CACHE_BYTES, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST, JOB_ATTEMPTS,
     JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS,
     CERTIFICATE_EXPIRY, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC,
-    WORKER_UP, WORKER_BEAT_AGE, TELEMETRY_FAILURES,
+    WORKER_UP, WORKER_BEAT_AGE, SPANS_EXPORTED, SPANS_DROPPED, TELEMETRY_FAILURES,
 )  # fmt: skip
 
 

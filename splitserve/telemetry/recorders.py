@@ -21,15 +21,29 @@ def latency_bounds(thresholds_s: Iterable[float]) -> tuple[float, ...]:
     return tuple(sorted({*LATENCY_BOUNDS, *(round(threshold_s, 9) for threshold_s in thresholds_s)}))
 
 
+class Exemplar(msgspec.Struct, frozen=True):
+    """A value that was recorded for a request that is traced; ``at`` is in Unix time."""
+
+    value: float
+    at: float
+    trace_id: str
+    span_id: str
+
+
 class HistogramValue(msgspec.Struct, frozen=True):
-    """A histogram at one moment: ``counts`` of each bucket alone, the last one above all bounds, and the sum of the values."""
+    """A histogram at one moment: ``counts`` of each bucket alone, the last one above all bounds, and the sum of the values.
+
+    ``exemplars``: by the index of the bucket, the last of each.
+    """
 
     counts: tuple[int, ...]
     sum: float
+    exemplars: dict[int, Exemplar] = {}
 
     def __add__(self, other: HistogramValue) -> HistogramValue:
         counts = tuple(one + another for one, another in zip(self.counts, other.counts, strict=True))
-        return HistogramValue(counts, self.sum + other.sum)
+        exemplars = {**self.exemplars, **other.exemplars} if self.exemplars or other.exemplars else {}
+        return HistogramValue(counts, self.sum + other.sum, exemplars)
 
 
 class Histogram:
@@ -39,12 +53,13 @@ class Histogram:
         bounds: upper bounds of the buckets, ascending; a value that equals one is in its bucket.
     """
 
-    __slots__ = ("bounds", "counts", "sum")
+    __slots__ = ("bounds", "counts", "exemplars", "sum")
 
     def __init__(self, bounds: tuple[float, ...] = LATENCY_BOUNDS) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+        self.exemplars: dict[int, Exemplar] = {}
 
     def observe(self, value: float, n: int = 1) -> None:
         """Record a value ``n`` times."""
@@ -60,4 +75,4 @@ class Histogram:
 
     def read(self) -> HistogramValue:
         """All of it, at this moment."""
-        return HistogramValue(tuple(self.counts), self.sum)
+        return HistogramValue(tuple(self.counts), self.sum, dict(self.exemplars))

@@ -138,12 +138,20 @@ def _metric(family: Family, items: list[tuple[Labels, Value]]) -> Any:
     metric: Any = made(family.name, family.meaning, labels=names)
     for labels, value in items:
         if isinstance(value, HistogramValue):
-            metric.add_metric(labels, buckets=_cumulative(family.bounds, value.counts), sum_value=value.sum)
+            metric.add_metric(labels, buckets=_cumulative(family.bounds, value), sum_value=value.sum)
         else:
             metric.add_metric(labels, value)
     return metric
 
 
-def _cumulative(bounds: tuple[float, ...], counts: tuple[int, ...]) -> list[tuple[str, int]]:
+def _cumulative(bounds: tuple[float, ...], value: HistogramValue) -> list[tuple[Any, ...]]:
+    """Each bucket's bound, count and, where there is one, exemplar."""
     names = [*map(repr, bounds), "+Inf"]
-    return list(zip(names, accumulate(counts), strict=True))
+    buckets: list[tuple[Any, ...]] = list(zip(names, accumulate(value.counts), strict=True))
+    if value.exemplars:
+        from prometheus_client.samples import Exemplar
+
+        for index, each in value.exemplars.items():
+            labels = {"trace_id": each.trace_id, "span_id": each.span_id}
+            buckets[index] = (*buckets[index], Exemplar(labels, each.value, each.at))
+    return buckets

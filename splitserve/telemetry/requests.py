@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Set
 
 from splitserve.telemetry.families import FAILURES, OK, PROTOCOLS, REQUEST_SECONDS, REQUESTS, UNKNOWN
-from splitserve.telemetry.recorders import Histogram
+from splitserve.telemetry.recorders import Exemplar, Histogram
 from splitserve.telemetry.registry import Sample
 
 MAX_ZEROS = 3000
@@ -64,6 +64,15 @@ class RequestRecorder:
             durations.sum += now - began
             encode.counts[bisect_left(encode.bounds, now - encoding_at)] += 1
             encode.sum += now - encoding_at
+        except Exception:
+            self.n_failures += 1
+
+    def exemplify(self, protocol: str, duration_s: float, trace_id: str, span_id: str) -> None:
+        """Name the trace of a request that succeeded, for the bucket of its duration."""
+        try:
+            durations = self.durations[protocol]
+            exemplar = Exemplar(duration_s, time.time(), trace_id, span_id)
+            durations.exemplars[bisect_left(durations.bounds, duration_s)] = exemplar
         except Exception:
             self.n_failures += 1
 
