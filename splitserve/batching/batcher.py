@@ -25,7 +25,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 
-from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY, kind_of_refusal
+from splitserve.batching.admission import BACKGROUND_PRIORITY, HIGHEST_PRIORITY, AdaptiveLimit, kind_of_refusal
 from splitserve.batching.merging import compatibility_key, merge, split
 from splitserve.batching.queue import OVERDUE_S, Batch, BatchCall, BatchLimits, CompatibleRequests, ModelQueue, QueuedRequest
 from splitserve.errors import (
@@ -222,6 +222,10 @@ class Batcher:
     def queues(self) -> Mapping[tuple[str, str], ModelQueue]:
         """What is queued and in flight, by model and version. Those without requests are forgotten now and then."""
         return self._queues
+
+    def first_limit(self, model: str) -> float:
+        """How many requests a queue of this model accepts before anything was measured."""
+        return AdaptiveLimit(self._limits(model).max_queue_wait_ms / 1000).limit
 
     def occupancy(self, model: str) -> tuple[int, int]:
         """Requests of a model that are queued, and calls for it that are in flight."""

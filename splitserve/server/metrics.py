@@ -113,6 +113,7 @@ class StageMetrics:
         self._states: Sequence[ModelState] = ()
         self._reason = ""
         self._ready_since: dict[tuple[str, str], float] = {}
+        self._first_limits: dict[str, float] = {}
         self.requests = RequestRecorder(protocols)
 
     async def refresh(self) -> None:
@@ -128,6 +129,7 @@ class StageMetrics:
             if state.state == READY
         }
         self.requests.know({(state.name, state.version) for state in self._states})
+        self._first_limits = {model: limit for model, limit in self._first_limits.items() if model in self.requests.models}
 
     def collect(self) -> Iterator[Sample | None]:
         """The values of this moment, for what was there at the last refresh. Durations are all read in one step."""
@@ -185,19 +187,26 @@ class StageMetrics:
                 yield Sample(families.IN_FLIGHT, labels, statistics.n_in_flight[model, version])
 
     def _queues(self, batcher: Batcher) -> Iterator[Sample | None]:
-        known = {(state.name, state.version) for state in self._states}
-        for index, ((model, version), queue) in enumerate(list(batcher.queues.items())):
+        """Of each release; one without requests has no queue, which is as an empty one."""
+        queues = batcher.queues
+        for index, place in enumerate(dict.fromkeys((state.name, state.version) for state in self._states if state.version)):
             if index % _RELEASES_AT_A_TIME == 0:
                 yield None
-            if (model, version) not in known:
-                continue
-            labels = (self._stage, model, version)
-            yield Sample(families.QUEUED, labels, queue.n_queued)
-            yield Sample(families.IN_FLIGHT, labels, len(queue.requests))
-            yield Sample(families.CALLS_IN_FLIGHT, labels, queue.n_in_flight)
-            yield Sample(families.ADMISSION_LIMIT, labels, queue.admission.limit)
+            labels, queue = (self._stage, *place), queues.get(place)
+            yield Sample(families.QUEUED, labels, queue.n_queued if queue else 0)
+            yield Sample(families.IN_FLIGHT, labels, len(queue.requests) if queue else 0)
+            yield Sample(families.CALLS_IN_FLIGHT, labels, queue.n_in_flight if queue else 0)
+            yield Sample(
+                families.ADMISSION_LIMIT, labels, queue.admission.limit if queue else self._first_limit(batcher, place[0])
+            )
         for reason, n in batcher.n_refused.items():
             yield Sample(families.REFUSED, (self._stage, reason), n)
+
+    def _first_limit(self, batcher: Batcher, model: str) -> float:
+        limit = self._first_limits.get(model)
+        if limit is None:
+            limit = self._first_limits[model] = batcher.first_limit(model)
+        return limit
 
     def _replicas(self, client: NextStage) -> Iterator[Sample]:
         labels = (self._stage, client.stage)

@@ -10,8 +10,11 @@ from splitserve.telemetry.families import FAILURES, OK, PROTOCOLS, REQUEST_SECON
 from splitserve.telemetry.recorders import Exemplar, Histogram
 from splitserve.telemetry.registry import Sample
 
-MAX_ZEROS = 3000
-"""Series that begin at 0 before there is such a request, as far as they are not `OK`: each is about 130 bytes of a scrape."""
+MAX_SERIES = 6500
+"""Series of a stage to which failures that have not occurred are filled up: each is about 130 bytes of a scrape."""
+
+SERIES_OF_A_RELEASE = 15
+"""Others: those of requests that succeeded, of inferences, rows, calls and queues."""
 
 SLICE = 500
 """Series that are read before other work gets its turn: about half a millisecond."""
@@ -95,6 +98,11 @@ class RequestRecorder:
         except Exception:
             self.n_failures += 1
 
+    @property
+    def models(self) -> Set[str]:
+        """Those that are known."""
+        return self._models
+
     def know(self, places: Set[_Place]) -> None:
         """These models and releases exist: others are `unknown` from now on, and their series go."""
         if places == self._known:
@@ -114,7 +122,8 @@ class RequestRecorder:
         releases = sorted(place for place in self._known if place[1])
         unbound = [(UNKNOWN, ""), *((model, "") for model in sorted(self._models))]
         n_places = len(self.durations) * (len(releases) + len(unbound))
-        codes = FAILURES[: MAX_ZEROS // n_places] if n_places else ()
+        n_left = max(0, MAX_SERIES - SERIES_OF_A_RELEASE * len(releases))
+        codes = FAILURES[: n_left // n_places] if n_places else ()
         found = {(protocol, *place, OK): 0 for place in releases for protocol in self.durations}
         for place in (*releases, *unbound):
             found.update({(protocol, *place, code): 0 for protocol in self.durations for code in codes})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 
 import grpc
@@ -146,6 +147,9 @@ async def test_what_is_known_at_the_start_exists_at_zero(counted: Counted) -> No
     assert counted_at_zero == {(protocol, code) for protocol in PROTOCOLS for code in ("OK", *families.FAILURES)}
     assert set(found[families.REQUESTS.name].values()) == {0}
     assert set(found[families.REFUSED.name].values()) == {0}
+    for family in (families.QUEUED, families.IN_FLIGHT, families.CALLS_IN_FLIGHT):
+        assert found[family.name] == {("proxy", "echo", "2.1"): 0}
+    assert found[families.ADMISSION_LIMIT.name] == {("proxy", "echo", "2.1"): math.inf}
     assert found[families.BYTES_IN_FLIGHT.name] == {("proxy",): 0}
     assert found[families.READY.name] == {("proxy",): 1}
 
