@@ -30,7 +30,7 @@ BASE_PORT = 8002
 TIMEOUT_S = 2.0
 """For the answer of a listener."""
 
-MIN_INTERVAL_S = 0.1
+CONNECTION_REFUSED = "connection refused"
 WIDTH_OF_A_PIPE = 160
 _MIB = 1024 * 1024
 
@@ -89,19 +89,30 @@ def _url(text: str, scheme: str) -> str:
     return f"{parts.scheme}://{parts.netloc}"
 
 
+class NobodyAnswers(Exception):
+    """There is nothing to show: none of these listeners answers."""
+
+    def __init__(self, listeners: Sequence[ListenerView]) -> None:
+        super().__init__(listeners)
+        self.listeners = listeners
+
+
 class Watcher:
     """Asks admin listeners, and remembers their last scrapes. An async context manager.
 
     Args:
         urls: of the listeners.
         credentials: for all of them.
+        is_named: the user has named them. Otherwise one whose connection is refused is left out until it has answered once.
 
     Raises:
         CannotStart: a file cannot be used.
     """
 
-    def __init__(self, urls: Sequence[str], credentials: Credentials) -> None:
+    def __init__(self, urls: Sequence[str], credentials: Credentials, *, is_named: bool = True) -> None:
         self._urls = urls
+        self._known = set(urls) if is_named else set()
+        self._has_answered = False
         self._scrapes: dict[str, Scrape] = {}
         # Addresses are internal: no proxy of the environment is asked for them.
         self._client = httpx.AsyncClient(
@@ -115,9 +126,19 @@ class Watcher:
         await self._client.aclose()
 
     async def look(self) -> View:
-        """Ask all of them now."""
+        """Ask all of them now.
+
+        Raises:
+            NobodyAnswers: none of them has ever answered.
+        """
         found = await asyncio.gather(*map(self._ask, self._urls))
-        return view_of(time.time(), found)
+        self._known |= {listener.url for listener, interval in found if interval is not None}
+        if not any(interval is not None for _, interval in found) and not self._has_answered:
+            raise NobodyAnswers([listener for listener, _ in found])
+        self._has_answered = True
+        return view_of(
+            time.time(), [each for each in found if each[0].url in self._known or each[0].problem != CONNECTION_REFUSED]
+        )
 
     async def _ask(self, url: str) -> tuple[ListenerView, Interval | None]:
         before = self._scrapes.pop(url, None)
@@ -180,7 +201,7 @@ def _no_answer(url: str, error: Exception) -> str:
     if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
         return "it does not speak TLS: use http://"
     if isinstance(error, httpx.ConnectError):
-        return "connection refused" if "Connection refused" in text or "All connection attempts" in text else text
+        return CONNECTION_REFUSED if "Connection refused" in text or "All connection attempts" in text else text
     if url.startswith("http:"):
         return f"no HTTP answer ({text or type(error).__name__}): if it has TLS, use https:// and --ca-file"
     return f"no HTTP answer ({text or type(error).__name__}): it may require a client's certificate: --cert-file, --key-file"
@@ -198,18 +219,21 @@ def run(
     """Show it until the user leaves, or once; the exit status: 1 no listener answers, 2 an option cannot be used."""
     try:
         where = targets(urls, admin_port, is_tls=bool(credentials.ca_file))
-        watcher = Watcher(where, credentials)
+        watcher = Watcher(where, credentials, is_named=bool(urls))
     except CannotStart as error:
         print(error, file=sys.stderr)
         return 2
     try:
-        return asyncio.run(_run(watcher, interval_s, is_once, is_json, is_named=bool(urls)))
+        return asyncio.run(_run(watcher, interval_s, is_once, is_json))
+    except NobodyAnswers as error:
+        print(_nobody(error.listeners, is_named=bool(urls)), file=sys.stderr)
+        return 1
     except BrokenPipeError:  # who read it has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-async def _run(watcher: Watcher, interval_s: float, is_once: bool, is_json: bool, *, is_named: bool) -> int:
+async def _run(watcher: Watcher, interval_s: float, is_once: bool, is_json: bool) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     with contextlib.suppress(NotImplementedError):  # as on Windows
@@ -219,19 +243,16 @@ async def _run(watcher: Watcher, interval_s: float, is_once: bool, is_json: bool
         view = await _unless(stop, watcher.look())
         if view is None:
             return 0
-        if all(listener.problem for listener in view.listeners):
-            print(_nobody(view, is_named), file=sys.stderr)
-            return 1
         is_terminal = sys.stdout.isatty() and not is_json and not is_once and os.environ.get("TERM") != "dumb"
         if is_terminal:
-            await _live(watcher, view, stop, interval_s, is_named=is_named)
+            await _live(watcher, view, stop, interval_s)
         else:
-            await _lines(watcher, stop, interval_s, is_once=is_once, is_json=is_json, is_named=is_named)
+            await _lines(watcher, stop, interval_s, is_once=is_once, is_json=is_json)
     return 0
 
 
-def _nobody(view: View, is_named: bool) -> str:
-    lines = ["no admin listener answers:", *(f"  {each.url}: {each.problem}" for each in view.listeners)]
+def _nobody(listeners: Sequence[ListenerView], *, is_named: bool) -> str:
+    lines = ["no admin listener answers:", *(f"  {each.url}: {each.problem}" for each in listeners)]
     if not is_named:
         lines.append(
             'Services of this machine have one there unless ..._ADMIN_PORT is set; their log line "listening" names the port. '
@@ -240,21 +261,18 @@ def _nobody(view: View, is_named: bool) -> str:
     return "\n".join(lines)
 
 
-async def _lines(
-    watcher: Watcher, stop: asyncio.Event, interval_s: float, *, is_once: bool, is_json: bool, is_named: bool
-) -> None:
+async def _lines(watcher: Watcher, stop: asyncio.Event, interval_s: float, *, is_once: bool, is_json: bool) -> None:
     """Print each view from the second on: the first one has no rates."""
     while not await _is_set(stop, interval_s):
-        seen = await _unless(stop, watcher.look())
-        if seen is None:
+        view = await _unless(stop, watcher.look())
+        if view is None:
             return
-        view = _shown(seen, is_named)
         print(msgspec.json.encode(view).decode() if is_json else _text(view), flush=True)
         if is_once:
             return
 
 
-async def _live(watcher: Watcher, view: View, stop: asyncio.Event, interval_s: float, *, is_named: bool) -> None:
+async def _live(watcher: Watcher, view: View, stop: asyncio.Event, interval_s: float) -> None:
     """Show the view of now on the whole terminal, until q or Ctrl-C."""
     from rich.console import Console
     from rich.live import Live
@@ -265,7 +283,7 @@ async def _live(watcher: Watcher, view: View, stop: asyncio.Event, interval_s: f
     with _keys(stop), Live(console=console, screen=True, auto_refresh=False) as live:
 
         def draw() -> None:
-            live.update(rendered(_shown(shown, is_named), console.width, console.height, hint="q: quit"), refresh=True)
+            live.update(rendered(shown, console.width, console.height, hint="q: quit"), refresh=True)
 
         with contextlib.suppress(NotImplementedError, AttributeError):
             loop.add_signal_handler(signal.SIGWINCH, draw)
@@ -275,13 +293,6 @@ async def _live(watcher: Watcher, view: View, stop: asyncio.Event, interval_s: f
             if seen is not None:
                 shown = seen
                 draw()
-
-
-def _shown(view: View, is_named: bool) -> View:
-    """Without the services that do not run here, if none was named."""
-    if is_named:
-        return view
-    return msgspec.structs.replace(view, listeners=tuple(each for each in view.listeners if each.problem != "connection refused"))
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ async def _run(services: Sequence[Service], repository: str, host: str, ports: P
         stopping = asyncio.create_task(stop.wait())
         failing = asyncio.create_task(fleet.first_end())
         welcome = asyncio.create_task(
-            _welcome(services, fleet, repository, f"{_scheme()}://{host}:{ports.http}", f"{host}:{ports.grpc}")
+            _welcome(services, fleet, repository, f"{_scheme()}://{host}:{ports.http}", f"{host}:{ports.grpc}", ports.admin)
         )
         await asyncio.wait((stopping, failing), return_when=asyncio.FIRST_COMPLETED)
         welcome.cancel()
@@ -228,7 +228,9 @@ class _Fleet:
         await asyncio.gather(*self._followers, return_exceptions=True)
 
 
-async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, http_url: str, grpc_url: str) -> None:
+async def _welcome(
+    services: Sequence[Service], fleet: _Fleet, repository: str, http_url: str, grpc_url: str, admin_port: str
+) -> None:
     """Wait until everything is loaded, then print the services and example calls."""
     states = await _loaded_models(grpc_url)
     models = sorted({state.name for state in states if state.state == READY})
@@ -251,6 +253,8 @@ async def _welcome(services: Sequence[Service], fleet: _Fleet, repository: str, 
         if any(service.environment.get("JOBS_DIR") for service in services):
             options = ["--url", grpc_url, "--rows", json.dumps([instance]), "--wait"]
             print(f"job    {shlex.join([_own_command(), 'jobs', 'submit', model, *options])}")
+    if (admin_port or os.environ.get("PROXY_ADMIN_PORT")) not in ("0", "off"):
+        print(f"top    {shlex.join([_own_command(), 'top', *(['--admin-port', admin_port] if admin_port else [])])}")
     print(f"docs   {http_url}/docs\n\nCtrl-C stops everything.\n", flush=True)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 
-from splitserve.cli.top import CannotStart, targets
+from splitserve.cli.top import CannotStart, Credentials, Watcher, targets
 from splitserve.telemetry import families
+from splitserve.telemetry.views import View
 from tests.admin_server import admin_server, of_a_proxy, text_of
 from tests.certificates import write
 from tests.command_line import run_command
@@ -87,6 +90,26 @@ def test_services_that_do_not_run_here_are_not_missed(monkeypatch: pytest.Monkey
 
     assert [each["problem"] for each in view["listeners"]] == [""]
     assert [each["problem"] for each in named["listeners"]] == ["", "connection refused"]
+
+
+def test_a_service_that_has_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although it was not named: it has answered before."""
+    for service in NAMES[1:]:
+        monkeypatch.setenv(f"{service}_ADMIN_PORT", str(unused_port()))
+    with admin_server(BEFORE) as server, ExitStack() as gone:
+        other = gone.enter_context(admin_server(BEFORE))
+        monkeypatch.setenv("PROXY_ADMIN_PORT", server.url.rpartition(":")[2])
+        monkeypatch.setenv("PREPROCESS_ADMIN_PORT", other.url.rpartition(":")[2])
+
+        async def look_twice() -> list[View]:
+            async with Watcher(targets((), "", is_tls=False), Credentials(), is_named=False) as watcher:
+                first = await watcher.look()
+                await asyncio.to_thread(gone.close)
+                return [first, await watcher.look()]
+
+        views = asyncio.run(look_twice())
+
+    assert [[each.problem for each in view.listeners] for view in views] == [["", ""], ["", "connection refused"]]
 
 
 def test_a_token_is_asked_for_and_sent(tmp_path: Path) -> None:
