@@ -6,20 +6,18 @@ server, and see less of its queue than independent callers would; for those ther
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
+from benchmarks import open_loop as generator
 from benchmarks.latencies import LoadResult, of_latencies
-from benchmarks.processes import BenchmarkError
+from benchmarks.processes import BenchmarkError, run_tool
 from benchmarks.workloads import RestBody, Workload, grpc_frame
 
 TOOLS = {"wrk": "wrk", "h2load": "nghttp2-client"}
@@ -33,7 +31,6 @@ MAX_GRPC_CONNECTIONS = 4
 """Calls of gRPC are spread over that many connections at most: clients multiplex them."""
 
 _WRK = Path(__file__).with_name("wrk.lua")
-_PATIENCE_S = 30.0
 
 
 def missing_tools() -> list[str]:
@@ -49,7 +46,7 @@ def rest(address: str, model: str, body: RestBody, *, concurrency: int, seconds:
         headers = [text for header in body.headers for text in header]
         command = ["wrk", "-t1", f"-c{concurrency}", f"-d{max(1, round(seconds))}s", "--timeout", "10s", "-s", str(_WRK)]
         command += [f"http://{address}/v2/models/{model}/infer", "--", file.name, *headers]
-        return parse_wrk(_run(command, seconds))
+        return parse_wrk(run_tool(command, seconds).decode(errors="replace"))
 
 
 def parse_wrk(output: str) -> LoadResult:
@@ -82,7 +79,7 @@ def grpc_unary(
         # Windows of 2^30 bytes: flow control is the server's to show, not the client's.
         command += ["-w30", "-W30", "--log-file", str(log), "-d", str(body)]
         command += [argument for header in GRPC_HEADERS for argument in ("-H", header)]
-        output = _run([*command, f"http://{address}{path}"], seconds)
+        output = run_tool([*command, f"http://{address}{path}"], seconds).decode(errors="replace")
         return parse_h2load(output, log.read_text(), answer_bytes + 5, concurrency)
 
 
@@ -114,26 +111,11 @@ def _number(pattern: str, output: str) -> float:
 def grpc_stream(address: str, workload: Workload, *, concurrency: int, seconds: float) -> LoadResult:
     """Load by `benchmarks.stream_client`, a process of its own: one stream with that many messages in flight."""
     command = [sys.executable, "-m", "benchmarks.stream_client", address, str(concurrency), f"{seconds:g}"]
-    output = _run(command, seconds, pickle.dumps(workload))
+    output = run_tool(command, seconds, pickle.dumps(workload))
     return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)
 
 
 def open_loop(address: str, model: str, body: RestBody, *, per_s: float, seconds: float) -> LoadResult:
-    """Load by `benchmarks.open_loop`, a process of its own."""
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "body")
-        file.write_bytes(body.content)
-        arguments = [address, f"/v2/models/{model}/infer", str(file), json.dumps(body.headers), f"{per_s:g}", f"{seconds:g}"]
-        output = _run([sys.executable, "-m", "benchmarks.open_loop", *arguments], seconds)
-    return msgspec.json.decode(output.splitlines()[-1], type=LoadResult)
-
-
-def _run(command: Sequence[str], seconds: float, stdin: bytes = b"") -> str:
-    try:
-        done = subprocess.run(command, input=stdin, capture_output=True, timeout=seconds + _PATIENCE_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise BenchmarkError(f"{command[0]} did not end within {_PATIENCE_S:.0f} s after its load") from None
-    if done.returncode:
-        output = (done.stderr or done.stdout).decode(errors="replace")
-        raise BenchmarkError(f"{' '.join(command[:3])} failed with status {done.returncode}: {output}")
-    return done.stdout.decode(errors="replace")
+    """Load by `benchmarks.open_loop`."""
+    request = generator.request_bytes(address, f"/v2/models/{model}/infer", body.content, body.headers)
+    return generator.load(address, request, generator.poisson(per_s, seconds))

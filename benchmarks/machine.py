@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,8 @@ class Machine(msgspec.Struct, frozen=True):
     memory_gb: float
     kernel: str
     python: str
+    """Version, compiler, and whether profiles guided the build: without, the interpreter takes a fifth to a third longer."""
+
     commit: str
     time: str
     load_average: float
@@ -44,12 +47,20 @@ def this_machine() -> Machine:
         n_cores=len(os.sched_getaffinity(0)),
         memory_gb=memory / 1e9,
         kernel=f"{platform.system()} {platform.release()}",
-        python=platform.python_version(),
+        python=python_build(),
         commit=_commit(),
         time=datetime.now(UTC).isoformat(timespec="minutes"),
         load_average=os.getloadavg()[0],
         versions={name: version(name) for name in PACKAGES},
     )
+
+
+def python_build() -> str:
+    """The interpreter's version, compiler, and optimisations. Source: CPython, "Configure Python", --enable-optimizations."""
+    options = sysconfig.get_config_var("CONFIG_ARGS") or ""
+    kinds = [name for name, option in (("PGO", "--enable-optimizations"), ("LTO", "--with-lto")) if option in options]
+    built = " and ".join(kinds) if kinds else "no PGO, no LTO"
+    return f"{platform.python_version()} ({platform.python_compiler()}, {built})"
 
 
 def _cpu() -> str:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,10 +21,27 @@ OWN_PREFIXES = ("PROXY_", "PREPROCESS_", "PREDICT_", "JOBS_", "MODEL")
 _ROOT = Path(__file__).parent.parent
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _N_LINES_SHOWN = 15
+_PATIENCE_S = 30.0
 
 
 class BenchmarkError(Exception):
     """A run that cannot go on: something is missing, does not start, or answers wrongly."""
+
+
+def run_tool(command: Sequence[str], seconds: float = 0.0, stdin: bytes = b"") -> bytes:
+    """What a program prints that is expected to take so long.
+
+    Raises:
+        BenchmarkError: it failed, or did not end.
+    """
+    try:
+        done = subprocess.run(command, input=stdin, capture_output=True, timeout=seconds + _PATIENCE_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise BenchmarkError(f"{command[0]} did not end within {_PATIENCE_S:.0f} s after its load") from None
+    if done.returncode:
+        output = (done.stderr or done.stdout).decode(errors="replace")
+        raise BenchmarkError(f"{' '.join(command[:3])} failed with status {done.returncode}: {output}")
+    return done.stdout
 
 
 class StageProcess(NamedTuple):

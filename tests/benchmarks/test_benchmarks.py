@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -292,17 +291,34 @@ class Sometimes(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_open_loop_counts_every_request(monkeypatch):
-    """Each is answered or counted as failed; a connection with a request in flight gets no second one."""
-    monkeypatch.setattr(open_loop, "N_CONNECTIONS", 2)
+@pytest.fixture
+def sometimes() -> Iterator[str]:
+    """The address of a server that answers so."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Sometimes) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()  # polls for shutdown
-        loop = open_loop.OpenLoop("127.0.0.1", server.server_port, request_bytes("test", "/", b"{}", []))
-        loop.run(deque([0.0] * 16))
-        loop.close()
-        server.shutdown()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
-    assert (len(loop.latencies_ms), loop.n_failed) == (12, 4)
+
+def test_the_open_loop_counts_every_request(sometimes):
+    """Each is answered or counted as failed; a connection with a request in flight gets no second one."""
+    found = open_loop.load(sometimes, request_bytes("test", "/", b"{}", []), [0.0] * 16, n_connections=2)
+
+    assert (found.n_requests, found.n_failed) == (12, 4)
+
+
+def test_a_latency_counts_from_when_the_request_was_due(sometimes):
+    """Not from when it was sent."""
+    found = open_loop.load(sometimes, request_bytes("test", "/", b"{}", []), [-10.0, 0.0], n_connections=1)
+
+    assert found.p99_ms >= 10_000
+
+
+def test_a_server_that_cannot_be_reached_is_named():
+    with pytest.raises(BenchmarkError, match="open_loop: connect: Connection refused"):
+        open_loop.load("127.0.0.1:1", b"", [0.0])
 
 
 def test_the_store_alone_does_all_jobs(tmp_path):
