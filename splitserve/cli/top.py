@@ -141,7 +141,7 @@ class Watcher:
         )
 
     async def _ask(self, url: str) -> tuple[ListenerView, Interval | None]:
-        before = self._scrapes.pop(url, None)
+        before = self._scrapes.get(url)
         try:
             async with asyncio.timeout(2 * TIMEOUT_S):
                 ready, metrics = await self._get(url, "/readyz"), await self._get(url, "/metrics")

@@ -51,6 +51,7 @@ def record_release(release: Release) -> None:
     """Write a line for a record that was found in the model repository."""
     manifest = release.manifest
     verb = "withdraw" if manifest.withdraws else "roll back" if manifest.rolls_back else "release"
+    of = {name: n for name, n in (("withdraws", manifest.withdraws), ("rolls_back", manifest.rolls_back)) if n}
     record(
         verb,
         result="OK",
@@ -60,4 +61,5 @@ def record_release(release: Release) -> None:
         release=manifest.pair,
         sequence=manifest.sequence,
         recorded=manifest.created,
+        **of,
     )

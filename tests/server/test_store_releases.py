@@ -349,6 +349,7 @@ async def test_what_is_recorded_while_a_service_runs_is_written_for_auditors() -
     ]  # fmt: skip
     assert {(line["model"], line["source"], line["result"]) for line in written} == {("m", "model repository", "OK")}
     assert [line["sequence"] for line in written if "sequence" in line] == [2, 3, 4]
+    assert [line.get("withdraws") or line.get("rolls_back") for line in written] == [None, 2, None, 2, None]
 
 
 async def test_models_that_come_later_are_written_for_auditors_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import urllib.error
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.command_line import run_command
 from tests.demo_models import Demos
 from tests.system.processes import PATIENCE_S, Process, System, free_ports, wait_until
 
@@ -67,6 +69,23 @@ def test_a_request_is_counted_at_each_stage(system: System, demos: Demos) -> Non
         assert after["process_cpu_seconds_total",] > 0
     assert scrape(ports["proxy"])["splitserve_replicas", "proxy", "ready", "preprocess"] == 1
     assert scrape(ports["predict"])["splitserve_loads_total", "loaded", "predict"] >= 1
+
+
+def test_top_shows_every_stage_and_release(system: System) -> None:
+    """From the admin listeners of three processes."""
+    ports = [process.wait_for("listening")["admin_port"] for process in system.processes.values()]
+    wait_until(lambda: system.rest("/v2/models/breast-cancer/ready")[0] == 200, "the model is ready")
+
+    result = run_command("top", "--once", "--json", "--interval", "0.1", *(f"-u{port}" for port in ports))
+
+    assert result.exit_code == 0, result.output
+    view = json.loads(result.stdout)
+    assert [stage["stage"] for stage in view["stages"] if stage["is_ready"]] == ["proxy", "preprocess", "predict"]
+    assert {(each["stage"], each["model"]) for each in view["releases"] if each["ready_since"]} == {
+        (stage, "breast-cancer") for stage in ("proxy", "preprocess", "predict")
+    }
+    [golden] = {each["golden_error_ratio"] for each in view["releases"] if each["stage"] == "preprocess"}
+    assert 0 <= golden <= 1
 
 
 def test_one_scrape_covers_all_workers(demos: Demos) -> None:
