@@ -1,8 +1,8 @@
 """The Python client: numpy arrays, lists or DataFrames in, numpy arrays or a DataFrame out, over REST or gRPC.
 
 `Client` blocks, `AsyncClient` is for asyncio; both run the same steps (`steps`, `inference`) over a transport: `over_grpc`,
-`over_rest`, `over_httpx` (the caller's own httpx client), `over_own_grpc` (in forked children). Transports and pandas are
-imported on first use; until then numpy is the only dependency.
+`over_rest`, `over_httpx` (the caller's own httpx client), `over_own_grpc` (without grpcio: on event loops, and in forked
+children). Transports and pandas are imported on first use; until then numpy is the only dependency.
 """
 
 from __future__ import annotations

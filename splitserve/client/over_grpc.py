@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,12 +85,13 @@ def blocking_transport(connection: ConnectionOptions, token: Token) -> GrpcTrans
 
 
 def async_transport(connection: ConnectionOptions, token: AsyncToken) -> AsyncGrpcTransport | AsyncOwnGrpcTransport:
-    """As `blocking_transport`, for an event loop."""
-    if is_unusable():
-        from splitserve.client.over_own_grpc import AsyncOwnGrpcTransport
+    """Without grpcio, which costs more on an event loop, unless it is needed: for the caller's channel, a proxy, its names."""
+    from splitserve.client.over_own_grpc import AsyncOwnGrpcTransport, has_endpoint
 
-        return AsyncOwnGrpcTransport(connection, token)
-    return AsyncGrpcTransport(connection, token)
+    needs_grpcio = connection.channel is not None or connection.proxy or not has_endpoint(connection)
+    if (needs_grpcio or sys.platform == "win32") and not is_unusable():
+        return AsyncGrpcTransport(connection, token)
+    return AsyncOwnGrpcTransport(connection, token)
 
 
 def is_unusable() -> bool:
@@ -194,7 +196,8 @@ class AsyncGrpcTransport:
 
 def _arguments(connection: ConnectionOptions) -> dict[str, Any]:
     return {
-        "options": [*channel_options(connection.max_message_bytes, TO_ANY_SERVER), *_own_options(connection)],
+        # In a dict: of an option that is given twice, grpcio takes the first.
+        "options": list(dict([*channel_options(connection.max_message_bytes, TO_ANY_SERVER), *_own_options(connection)]).items()),
         "compression": grpc.Compression.Gzip if connection.compression else None,
     }
 

@@ -1,386 +1,283 @@
-"""The client's transport over gRPC without grpcio, for forked children: grpcio's threads stay in the parent.
+"""The client's transport over gRPC without grpcio: on event loops, where it costs less, and in forked children, where the threads
+of grpcio are missing.
 
-One connection has one call at a time, on the thread that makes it; its frames are read while a call waits, so nothing runs in the
-background. Source: RFC 9113; gRPC, doc/PROTOCOL-HTTP2.md.
+A blocking connection has one call at a time, on the thread that makes it; its frames are read while a call waits, so nothing
+runs in the background. An event loop has one connection for all calls. Source: RFC 9113; gRPC, doc/PROTOCOL-HTTP2.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import math
+import os
 import ssl
 import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 
 from splitserve.client.connection import AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
-from splitserve.client.over_grpc import METHODS, as_failed, decode, encode
+from splitserve.client.over_grpc import METHODS, AsyncGrpcTransport, as_failed, decode, encode, is_unusable
 from splitserve.client.retries import Failed
 from splitserve.client.sockets import (
     MAX_IDLE_S,
+    AsyncSocket,
     BlockingSocket,
     Endpoint,
     Pool,
+    SocketTransport,
+    addresses,
     is_certificate_error,
     timed_out,
     tls_context,
     unreachable,
 )
-from splitserve.client.steps import Send
-from splitserve.client.stop import Stop
+from splitserve.client.steps import Ask, Send
+from splitserve.client.stop import Stop, cancelling
 from splitserve.errors import TooLarge, Unavailable
+from splitserve.remote.channel import TO_ANY_SERVER
 from splitserve.remote.inference import translate
-from splitserve.wire.grpc.messages import (
-    ACCEPT_ENCODING,
-    CONTENT_TYPE,
-    CallError,
-    MessageReader,
-    encode_metadata,
-    message_prefix,
-    percent_decode,
-    status_name,
-)
-from splitserve.wire.grpc.response import ResponseHeaders, parse_response_headers
-from splitserve.wire.http2 import frames
-from splitserve.wire.http2.errors import Http2ConnectionError
-from splitserve.wire.http2.headers import TABLE_SIZE_ZERO, HeaderDecoder, HeaderListTooLarge
-from splitserve.wire.http2.headers import encode as encode_headers
+from splitserve.wire.grpc.messages import CallError
+from splitserve.wire.grpc.unary import ConnectionBroken, UnaryCall, UnaryConnection
+from splitserve.wire.http2.connection import TICK_INTERVAL_S
 
 _STAGE = "server"
-_WINDOW = 16 * 1024 * 1024
-_MAX_METADATA_BYTES = 64 * 1024
 _MAX_IDLE = 16
-_MAX_TIMEOUT_S = 99_999_999 / 1000
-
-
-class _Broken(Exception):
-    """The connection cannot be used any more. ``is_begun``: a response had begun."""
-
-    def __init__(self, message: str, *, is_begun: bool) -> None:
-        super().__init__(message)
-        self.is_begun = is_begun
 
 
 class _Status(grpc.RpcError):
     """A status, in the form that grpcio raises."""
 
-    def __init__(self, code: str, details: str, trailing: tuple[tuple[str, str | bytes], ...]) -> None:
-        super().__init__(details)
-        self._code, self._details, self._trailing = code, details, trailing
+    def __init__(self, error: CallError) -> None:
+        super().__init__(error.message)
+        self._error = error
 
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode[self._code]
+        return grpc.StatusCode[self._error.code]
 
     def details(self) -> str:
-        return self._details
+        return self._error.message
 
     def trailing_metadata(self) -> Any:
-        return self._trailing
+        return tuple(self._error.trailing)
 
 
-class _Connection:
-    """An HTTP/2 connection for one call after another."""
+class _Ended(Exception):
+    """A call has failed. ``is_begun``: a response had begun."""
 
-    def __init__(self, endpoint: Endpoint, end: float, max_message_bytes: int) -> None:
-        self._socket = BlockingSocket(endpoint, end)
-        self._max_message_bytes = max_message_bytes
-        self._headers: HeaderDecoder[ResponseHeaders] = HeaderDecoder(parse_response_headers, _MAX_METADATA_BYTES)
-        self._buffer = bytearray()
-        self._next_stream = 1
-        self._window = self._initial_window = frames.DEFAULT_WINDOW
-        self._stream_window = 0
-        self._frame_size = frames.DEFAULT_FRAME_SIZE
-        self._is_going_away = False
+    def __init__(self, error: CallError, *, is_begun: bool) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.is_begun = is_begun
+
+
+class _Requests:
+    """Requests as messages, and what statuses and failures mean."""
+
+    def __init__(self, connection: ConnectionOptions) -> None:
+        if connection.channel is not None:
+            raise ValueError("a channel cannot be used in a forked child; make another client there")
+        if connection.proxy:
+            raise ValueError("proxy: gRPC through a proxy cannot be used in a forked child; use an http:// URL there")
+        self._connection = connection
+        self.endpoint = _endpoint(connection)
+        host = self.endpoint.host or "localhost"
+        host = f"[{host}]" if ":" in host else host
+        self._authority = f"{host}:{self.endpoint.port}" if self.endpoint.port else host
+
+    def http2(self, **options: Any) -> UnaryConnection:
+        """An HTTP/2 connection to the endpoint, for a socket."""
+        scheme = "https" if self.endpoint.context else "http"
+        return UnaryConnection(self._authority, scheme, self._connection.max_message_bytes, **options)
+
+    def begin(
+        self,
+        used: UnaryConnection,
+        step: Send,
+        headers: dict[str, str],
+        message: bytes,
+        timeout_s: float,
+        on_end: Callable[[UnaryCall, CallError | None], None],
+    ) -> UnaryCall:
+        """Begin a call.
+
+        Raises:
+            Failed: the message exceeds the limit.
+        """
+        method = METHODS[step.ask.verb]
+        try:
+            return used.call(
+                f"/{method.service}/{method.name}",
+                {"user-agent": self._connection.user_agent, **headers}.items(),
+                message,
+                on_end,
+                timeout_s=timeout_s,
+                is_compressed=self._connection.compression is not None,
+            )
+        except CallError as error:
+            raise Failed(TooLarge(f"{error.message} (max_message_bytes)", stage=_STAGE)) from error
+
+    def not_connected(self, error: OSError) -> Failed:
+        """A failure without a connection."""
+        if isinstance(error, TimeoutError):
+            return Failed(timed_out(self.endpoint, "the server did not accept a connection in time"))
+        return Failed(unreachable(self.endpoint, error), can_retry=not is_certificate_error(error))
+
+    def failed(self, ask: Ask, ended: _Ended) -> Failed | None:
+        """The failure of a call; None: it is the answer that a model is not ready."""
+        cause = ended.error.__cause__
+        if isinstance(cause, OSError):
+            return Failed(unreachable(self.endpoint, cause), can_retry=not ended.is_begun and not is_certificate_error(cause))
+        status = _Status(ended.error)
+        if ask.verb == "model_ready" and status.code() is grpc.StatusCode.NOT_FOUND:
+            return None
+        failed = as_failed(ask, translate(status, _STAGE), status.details(), status.trailing_metadata(), self._connection)
+        failed.__cause__ = status
+        if isinstance(ended.error, ConnectionBroken):
+            failed.can_retry = failed.can_retry and not ended.is_begun
+        return failed
+
+
+class _BlockingConnection:
+    """A connection for one call after another: its own event loop, and its own transport."""
+
+    def __init__(self, requests: _Requests, end: float) -> None:
+        self._socket = BlockingSocket(requests.endpoint, end)
         self._end = end
-        settings = frames.settings({frames.HEADER_TABLE_SIZE: 0, frames.ENABLE_PUSH: 0, frames.INITIAL_WINDOW_SIZE: _WINDOW})
-        self._write(frames.PREFACE, settings, frames.window_update(0, _WINDOW))
+        self._soon: deque[Callable[[], Any]] = deque()
+        self._error: OSError | None = None
+        self._http2 = requests.http2(loop=self)
+        self._http2.connection_made(self)
+        self._http2.start()
+        self._run_soon()
 
     @property
     def is_usable(self) -> bool:
         """Whether another call can be made. Control frames that came while it was idle are read first."""
-        if self._is_going_away or self._next_stream > frames.MAX_STREAM_ID - 2:
-            return False
-        if self._socket.is_usable:
-            return True
         if time.monotonic() - self._socket.idle_since > MAX_IDLE_S:
             return False
-        try:
+        if not self._socket.is_usable:
             self._end = time.monotonic() + 0.1
-            self._read_some()
-            while self._take_frame() is not None:
-                pass
-        except (OSError, _Broken, Http2ConnectionError):
-            return False
-        return not self._is_going_away
+            with contextlib.suppress(OSError):
+                self._receive()
+        return self._http2.is_usable
 
-    def call(self, path: str, host: str, scheme: str, metadata: dict[str, str], message: bytes, end: float) -> tuple[bytes, Any]:
+    def call(self, begin: Callable[[UnaryConnection, Callable[..., None]], UnaryCall], end: float) -> bytes:
         """Make a call: the response's message.
 
         Raises:
-            _Status: the call failed.
-            _Broken: the connection did.
+            _Ended: the call failed.
             OSError: as `BlockingSocket`.
         """
         self._end = end
-        stream, self._next_stream = self._next_stream, self._next_stream + 2
-        prefix = message_prefix(message, self._max_message_bytes)
-        fields = [
-            (b":method", b"POST"),
-            (b":scheme", scheme.encode()),
-            (b":path", path.encode()),
-            (b":authority", host.encode()),
-            (b"te", b"trailers"),
-            (b"content-type", CONTENT_TYPE),
-            (b"grpc-accept-encoding", ACCEPT_ENCODING),
-        ]
-        if end < math.inf:
-            left_ms = max(1, int(min(end - time.monotonic(), _MAX_TIMEOUT_S) * 1000))
-            fields.append((b"grpc-timeout", f"{left_ms}m".encode()))
-        block = encode_headers([*fields, *encode_metadata(metadata.items())])
-        if stream == 1:
-            block = TABLE_SIZE_ZERO + block
-        answer = _Answer(self._max_message_bytes)
-        self._stream_window = self._initial_window
-        body = memoryview(prefix + message)
-        parts = [frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block)]
-        while body and not answer.is_complete:
-            size = min(len(body), self._frame_size, self._window, self._stream_window)
-            if size <= 0:
-                self._write(*parts)
-                parts = []
-                self._handle(stream, answer)
-                continue
-            flags = frames.END_STREAM if size == len(body) else 0
-            parts.append(frames.frame(frames.DATA, flags, stream, bytes(body[:size])))
-            body = body[size:]
-            self._window -= size
-            self._stream_window -= size
-        if parts:
-            self._write(*parts)
-        while not answer.is_complete:
-            self._handle(stream, answer)
-        if body:
-            self._write(frames.rst_stream(stream, frames.CANCEL))
-        return answer.result()
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+        errors: list[CallError | None] = []
+        call = begin(self._http2, lambda _, error: errors.append(error))
+        self._run_soon()
+        while not errors:
+            self._receive()
+        if errors[0] is not None:
+            raise _Ended(errors[0], is_begun=call.is_begun)
+        return call.message or b""
 
     def released(self) -> None:
         """It is idle from now on."""
         self._socket.released()
 
-    def _write(self, *parts: bytes) -> None:
-        self._socket.send([b"".join(parts)], self._end)
+    def cancel(self) -> None:
+        """From another thread: end the call."""
+        self._socket.cancel()
 
-    def _read_some(self) -> None:
+    def _receive(self) -> None:
         data = self._socket.receive(self._end)
-        if not data:
-            raise _Broken("it closed the connection", is_begun=False)
-        self._buffer += data
+        if data:
+            self._http2.data_received(data)
+        else:
+            self._http2.connection_lost(None)
+        self._run_soon()
 
-    def _take_frame(self) -> tuple[int, int, int, bytes] | None:
-        """The next frame if it is complete: type, flags, stream, payload. Frames of the connection are handled here."""
-        if len(self._buffer) < frames.FRAME_HEADER_SIZE:
-            return None
-        high, low, kind, flags, stream = frames.FRAME_HEADER.unpack_from(self._buffer)
-        size = (high << 8) | low
-        end = frames.FRAME_HEADER_SIZE + size
-        if self._next_stream <= 3 and self._buffer[:5] == b"HTTP/":
-            raise _Broken("http1: it answers in HTTP/1.1", is_begun=False)
-        if len(self._buffer) < end:
-            return None
-        payload = bytes(self._buffer[frames.FRAME_HEADER_SIZE : end])
-        del self._buffer[:end]
-        stream &= frames.MAX_STREAM_ID
-        if kind == frames.SETTINGS:
-            self._settings(flags, payload)
-        elif kind == frames.PING and not flags & frames.ACK:
-            self._write(frames.frame(frames.PING, frames.ACK, 0, payload))
-        elif kind == frames.GOAWAY:
-            self._is_going_away = True
-        elif kind == frames.WINDOW_UPDATE:
-            (increment,) = frames.UINT32.unpack(payload)
-            if stream:
-                self._stream_window += increment & frames.MAX_WINDOW
-            else:
-                self._window += increment & frames.MAX_WINDOW
-        return kind, flags, stream, payload
+    def _run_soon(self) -> None:
+        while self._soon:
+            self._soon.popleft()()
 
-    def _settings(self, flags: int, payload: bytes) -> None:
-        if flags & frames.ACK:
-            self._headers.disable_dynamic_table()
-            return
-        for name, value in frames.SETTING.iter_unpack(payload):
-            if name == frames.INITIAL_WINDOW_SIZE:
-                self._stream_window += value - self._initial_window
-                self._initial_window = value
-            elif name == frames.MAX_FRAME_SIZE:
-                self._frame_size = value
-        self._write(frames.frame(frames.SETTINGS, frames.ACK, 0))
+    # As an event loop.
 
-    def _handle(self, stream: int, answer: _Answer) -> None:
-        """Wait for a frame and handle it."""
-        while (frame := self._take_frame()) is None:
-            try:
-                self._read_some()
-            except _Broken as error:
-                raise _Broken(str(error), is_begun=answer.is_begun) from None
-        kind, flags, of, payload = frame
-        if kind == frames.GOAWAY:
-            last, _ = frames.GOAWAY_FIELDS.unpack_from(payload)
-            if last & frames.MAX_STREAM_ID < stream:
-                raise _Broken("it accepts no more calls", is_begun=False)
-        if kind == frames.HEADERS:
-            payload = _unpadded(flags, payload, frames.HAS_PRIORITY)
-            while not flags & frames.END_HEADERS:
-                following = self._take_frame()
-                if following is None:
-                    self._read_some()
-                    continue
-                payload += following[3]
-                flags |= following[1] & frames.END_HEADERS
-            headers = self._headers.decode(payload)
-            if of == stream:
-                answer.take_headers(headers, is_end=bool(flags & frames.END_STREAM))
-        elif kind == frames.DATA:
-            if payload:
-                updates = [frames.window_update(0, len(payload))]
-                if not flags & frames.END_STREAM and of == stream:
-                    updates.append(frames.window_update(stream, len(payload)))
-                self._write(*updates)
-            if of == stream:
-                answer.take_data(_unpadded(flags, payload, 0), is_end=bool(flags & frames.END_STREAM))
-        elif kind == frames.RST_STREAM and of == stream:
-            (code,) = frames.UINT32.unpack(payload)
-            answer.take_reset(code)
+    def time(self) -> float:
+        return time.monotonic()
 
+    def call_soon(self, callback: Callable[[], Any]) -> None:
+        self._soon.append(callback)
 
-def _unpadded(flags: int, payload: bytes, priority: int) -> bytes:
-    if flags & frames.PADDED:
-        payload = payload[1 : len(payload) - payload[0]]
-    return payload[5:] if flags & priority else payload
+    def create_future(self) -> Any:
+        raise NotImplementedError("nothing waits on a blocking connection")
 
+    # As a transport.
 
-class _Answer:
-    """The response of one call."""
+    def write(self, data: bytes | memoryview) -> None:
+        self._socket.send([data], self._end)
 
-    def __init__(self, max_message_bytes: int) -> None:
-        self.is_complete = self.is_begun = False
-        self._max_message_bytes = max_message_bytes
-        self._messages: MessageReader | None = None
-        self._message: bytes | None = None
-        self._status: _Status | None = None
+    def writelines(self, pieces: list[bytes | memoryview]) -> None:
+        self._socket.send(pieces, self._end)
 
-    def take_headers(self, headers: ResponseHeaders, *, is_end: bool) -> None:
-        if headers.is_informational:
-            return
-        self.is_begun = True
-        if not is_end and headers.http_status == b"200":
-            self._messages = MessageReader(
-                self._max_message_bytes, headers.fields.get(b"grpc-encoding", b"").replace(b"identity", b"")
-            )
-            return
-        self.is_complete = True
-        if b"grpc-status" not in headers.fields:
-            text = f"HTTP status {headers.http_status.decode(errors='replace')}"
-            self._status = _Status("UNAVAILABLE", text, ())
-            return
-        code = status_name(headers.fields[b"grpc-status"])
-        if code != "OK":
-            details = percent_decode(headers.fields.get(b"grpc-message", b""))
-            self._status = _Status(code, details, tuple(map(_decoded, headers.fields.items())))
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        self.call_soon(lambda: self._http2.connection_lost(None))
 
-    def take_data(self, data: bytes, *, is_end: bool) -> None:
-        if self._messages is not None and self._message is None:
-            self._messages.feed(data)
-            self._message = self._messages.take()
-        if is_end:
-            self.is_complete = True
-
-    def take_reset(self, code: int) -> None:
-        self.is_complete = True
-        name = "UNAVAILABLE" if code == frames.REFUSED_STREAM else "CANCELLED" if code == frames.CANCEL else "INTERNAL"
-        self._status = self._status or _Status(name, f"the stream was reset with code {code}", ())
-
-    def result(self) -> tuple[bytes, Any]:
-        if self._status is not None:
-            raise self._status
-        if self._message is None:
-            raise _Status("INTERNAL", "the response has no message", ())
-        return self._message, None
-
-
-def _decoded(field: tuple[bytes, bytes]) -> tuple[str, str | bytes]:
-    from base64 import b64decode
-
-    name, value = field[0].decode(), field[1]
-    return (name, b64decode(value + b"==")) if name.endswith("-bin") else (name, value.decode(errors="replace"))
+    abort = close
 
 
 class OwnGrpcTransport:
     """Sends on connections of its own. Thread-safe: each call has one to itself."""
 
     def __init__(self, connection: ConnectionOptions, token: Token) -> None:
-        if connection.channel is not None:
-            raise ValueError("a channel cannot be used in a forked child; make another client there")
         self._connection = connection
         self._token = token
-        self._endpoint = _endpoint(connection)
-        self._pool: Pool[_Connection] = Pool(_MAX_IDLE)
+        self._requests = _Requests(connection)
+        self._pool: Pool[_BlockingConnection] = Pool(_MAX_IDLE)
 
     def send(self, step: Send, stop: Stop | None) -> Any:
-        """Make one attempt.
+        """Make one attempt; setting ``stop`` cancels it.
 
         Raises:
             Failed: the error, and whether it can be retried.
+            Cancelled: ``stop`` was set.
         """
-        return self.send_with(step, request_headers(self._connection.headers, self._token, step.ask.headers))
-
-    def send_with(self, step: Send, headers: dict[str, str]) -> Any:
-        """As `send`, with these headers."""
         end = time.monotonic() + step.timeout_s
-        method = METHODS[step.ask.verb]
-        headers = {"user-agent": self._connection.user_agent, **headers}
+        headers = request_headers(self._connection.headers, self._token, step.ask.headers)
         message = encode(step.ask).SerializeToString()
         try:
-            used = self._pool.take() or self._pool.add(_Connection(self._endpoint, end, self._connection.max_message_bytes))
-        except TimeoutError as error:
-            raise Failed(timed_out(self._endpoint, "the server did not accept a connection in time")) from error
+            used = self._pool.take() or self._pool.add(_BlockingConnection(self._requests, end))
         except OSError as error:
-            raise Failed(unreachable(self._endpoint, error), can_retry=not is_certificate_error(error)) from error
-        host = self._endpoint.host or "localhost"
-        host = f"[{host}]:{self._endpoint.port}" if ":" in host else f"{host}:{self._endpoint.port}"
+            raise self._requests.not_connected(error) from error
+
+        def begin(http2: UnaryConnection, on_end: Callable[..., None]) -> UnaryCall:
+            return self._requests.begin(http2, step, headers, message, end - time.monotonic(), on_end)
+
         try:
-            data, _ = used.call(
-                f"/{method.service}/{method.name}", host, "https" if self._endpoint.context else "http", headers, message, end
-            )
-        except _Status as error:
-            self._pool.release(used)
-            if step.ask.verb == "model_ready" and error.code() is grpc.StatusCode.NOT_FOUND:
+            with cancelling(stop, used.cancel):
+                data = used.call(begin, end)
+        except _Ended as ended:
+            self._pool.release(used) if used.is_usable else self._pool.drop(used)
+            failed = self._requests.failed(step.ask, ended)
+            if failed is None:
                 return False
-            raise as_failed(
-                step.ask, translate(error, _STAGE), error.details(), error.trailing_metadata(), self._connection
-            ) from error
-        except BaseException as error:
+            raise failed from failed.__cause__
+        except OSError as error:
             self._pool.drop(used)
             if isinstance(error, TimeoutError):
-                raise Failed(timed_out(self._endpoint)) from error
-            if isinstance(error, OSError):
-                raise Failed(unreachable(self._endpoint, error)) from error
-            if isinstance(error, _Broken | Http2ConnectionError | HeaderListTooLarge):
-                is_begun = not isinstance(error, _Broken) or error.is_begun
-                status = _Status("UNAVAILABLE", str(error), ())
-                failed = as_failed(step.ask, translate(status, _STAGE), str(error), (), self._connection)
-                failed.can_retry = failed.can_retry and not is_begun
-                raise failed from error
-            if isinstance(error, CallError):
-                raise Failed(TooLarge(error.message, stage=_STAGE)) from error
+                raise Failed(timed_out(self._requests.endpoint)) from error
+            raise Failed(unreachable(self._requests.endpoint, error)) from error
+        except BaseException:
+            self._pool.drop(used)
             raise
         self._pool.release(used)
-        return decode(step.ask, method.response.FromString(data))
+        return decode(step.ask, METHODS[step.ask.verb].response.FromString(data))
 
     def close(self) -> None:
         """Close idle connections now, those in use after their call."""
@@ -392,12 +289,27 @@ class OwnGrpcTransport:
 
 
 class AsyncOwnGrpcTransport:
-    """`OwnGrpcTransport`, its calls in threads."""
+    """Sends on one connection of its own, on the event loop that is running when it is created.
+
+    A name with several addresses is left to grpcio, which balances between them.
+    """
 
     def __init__(self, connection: ConnectionOptions, token: AsyncToken) -> None:
+        self._requests = _Requests(connection)
         self._connection = connection
         self._token = token
-        self._blocking = OwnGrpcTransport(connection, None)
+        self._loop = asyncio.get_running_loop()
+        self._current: UnaryConnection | None = None
+        self._connecting: asyncio.Task[UnaryConnection] | None = None
+        self._n_connecting = 0
+        """Calls that wait for it."""
+        self._transports: dict[UnaryConnection, SocketTransport] = {}
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """Calls that wait because the server allows no more at once."""
+        self._idle_since = 0.0
+        self._ticks: asyncio.TimerHandle | None = None
+        self._balanced: AsyncGrpcTransport | None = None
+        self._is_balanced: bool | None = None if _is_name(self._requests.endpoint) else False
 
     async def send(self, step: Send) -> Any:
         """Make one attempt.
@@ -405,31 +317,252 @@ class AsyncOwnGrpcTransport:
         Raises:
             Failed: the error, and whether it can be retried.
         """
+        if self._is_balanced is not False and await self._uses_grpcio(step.timeout_s):
+            assert self._balanced is not None
+            return await self._balanced.send(step)
+        began = self._loop.time()
         headers = await request_headers_async(self._connection.headers, self._token, step.ask.headers)
-        return await asyncio.to_thread(self._blocking.send_with, step, headers)
+        message = encode(step.ask).SerializeToString()
+        used = self._usable()
+        if used is None:
+            used = await self._connected(step)
+        left_s = step.timeout_s - (self._loop.time() - began)
+        answer: asyncio.Future[bytes] = self._loop.create_future()
+
+        def on_end(call: UnaryCall, error: CallError | None) -> None:
+            if answer.done():
+                return
+            if error is None:
+                answer.set_result(call.message or b"")
+            else:
+                answer.set_exception(_Ended(error, is_begun=call.is_begun))
+
+        call = self._requests.begin(used, step, headers, message, left_s, on_end)
+        timer = None if left_s == math.inf else self._loop.call_later(left_s, _time_out, answer)
+        if self._ticks is None:
+            self._ticks = self._loop.call_later(TICK_INTERVAL_S, self._tick)
+        try:
+            data = await answer
+        except _Ended as ended:
+            failed = self._requests.failed(step.ask, ended)
+            if failed is None:
+                return False
+            raise failed from failed.__cause__
+        except TimeoutError as error:
+            used.cancel(call)
+            raise Failed(timed_out(self._requests.endpoint)) from error
+        except asyncio.CancelledError:
+            used.cancel(call)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+        return decode(step.ask, METHODS[step.ask.verb].response.FromString(data))
 
     async def close(self) -> None:
-        """Close idle connections."""
-        self._blocking.close()
+        """Close the connections."""
+        if self._balanced is not None:
+            await self._balanced.close()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._ticks is not None:
+            self._ticks.cancel()
+        for used in list(self._transports):
+            used.close()
+        await asyncio.sleep(0)  # what was written is sent, and the sockets are closed
 
     def abandon(self) -> None:
-        """Close all connections."""
-        self._blocking.abandon()
+        """Close all connections, of an event loop that has ended or of the process that this one was forked from."""
+        if self._balanced is not None:
+            self._balanced.abandon()
+        for transport in self._transports.values():
+            transport.abandon()
+
+    async def _uses_grpcio(self, timeout_s: float) -> bool:
+        """Whether the name has several addresses."""
+        if self._is_balanced is None:
+            try:
+                async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
+                    found = {address for *_, address in await addresses(self._requests.endpoint)}
+            except OSError as error:
+                raise self._requests.not_connected(error) from error
+            if len(found) > 1 and self._is_balanced is None and not is_unusable():
+                self._balanced = AsyncGrpcTransport(self._connection, self._token)
+            self._is_balanced = self._balanced is not None
+        return self._is_balanced
+
+    def _usable(self) -> UnaryConnection | None:
+        """The connection, if a call can begin on it now."""
+        used = self._current
+        if used is None or not used.is_usable or self._waiting or used.n_calls >= used.max_calls:
+            return None
+        if not used.n_calls:
+            if self._loop.time() - self._idle_since > MAX_IDLE_S:
+                used.close()
+                return None
+            self._transports[used].read()  # its end may have arrived while the event loop did not run
+        return used if used.is_usable else None
+
+    async def _connected(self, step: Send) -> UnaryConnection:
+        """A connection on which a call can begin.
+
+        Raises:
+            Failed: there is none.
+        """
+        try:
+            async with asyncio.timeout(None if step.timeout_s == math.inf else step.timeout_s):
+                while True:
+                    used = self._current
+                    if used is None or not used.is_usable:
+                        used = await self._connection_made()
+                    if used.is_usable and used.n_calls < used.max_calls:
+                        return used
+                    if used.is_usable:
+                        await self._turn()
+        except _Ended as ended:
+            raise self._requests.failed(step.ask, ended) or AssertionError from ended
+        except OSError as error:
+            raise self._requests.not_connected(error) from error
+
+    async def _turn(self) -> None:
+        """Wait until a call has ended."""
+        turn = self._loop.create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            elif not turn.cancelled():
+                self._wake_next()
+            raise
+
+    def _wake_next(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    async def _connection_made(self) -> UnaryConnection:
+        """A new connection: calls share the attempt, and it ends with the last call that waits for it."""
+        if self._connecting is None:
+            self._connecting = self._loop.create_task(self._connect())
+        attempt = self._connecting
+        self._n_connecting += 1
+        try:
+            return await asyncio.shield(attempt)
+        finally:
+            self._n_connecting -= 1
+            if not self._n_connecting:
+                attempt.cancel()
+                self._connecting = None
+
+    async def _connect(self) -> UnaryConnection:
+        """Connect, and wait for the server's settings."""
+        connected = await AsyncSocket.connect(self._requests.endpoint)
+        is_settled = asyncio.Event()
+
+        def changed() -> None:
+            if used.is_ready or not used.is_usable:
+                is_settled.set()
+            self._changed(used)
+
+        used = self._requests.http2(
+            on_change=changed,
+            keepalive_time_s=TO_ANY_SERVER.time_ms / 1000,
+            keepalive_timeout_s=TO_ANY_SERVER.timeout_ms / 1000,
+        )
+        transport = self._transports[used] = SocketTransport(connected, used)
+        used.start()
+        try:
+            await is_settled.wait()
+        except asyncio.CancelledError:
+            transport.abort()
+            raise
+        if not used.is_usable:
+            raise _Ended(used.broken(), is_begun=False)
+        self._current = used
+        self._idle_since = self._loop.time()
+        return used
+
+    def _changed(self, used: UnaryConnection) -> None:
+        """A call has ended, or the connection has changed."""
+        if not used.n_calls:
+            self._idle_since = self._loop.time()
+        if used.is_lost:
+            self._transports.pop(used, None)
+        if self._waiting:
+            for _ in range(1 if used.is_usable else len(self._waiting)):
+                self._wake_next()
+
+    def _tick(self) -> None:
+        """Keepalive, while calls are in flight."""
+        self._ticks = None
+        for used in list(self._transports):
+            used.tick(self._loop.time())
+        if any(used.n_calls or not used.is_usable for used in self._transports):
+            self._ticks = self._loop.call_later(TICK_INTERVAL_S, self._tick)
+
+
+def _time_out(answer: asyncio.Future[bytes]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
+
+
+def _is_name(endpoint: Endpoint) -> bool:
+    """Whether the host is a name that may have several addresses."""
+    if endpoint.path or endpoint.host == "localhost":
+        return False
+    try:
+        ipaddress.ip_address(endpoint.host.partition("%")[0])
+    except ValueError:
+        return True
+    return False
+
+
+def has_endpoint(connection: ConnectionOptions) -> bool:
+    """Whether the target is one that this transport knows."""
+    return _address(connection.target) is not None
+
+
+def _address(target: str) -> tuple[str, int, str] | None:
+    """Host, port and path of a Unix socket in a gRPC target; None: it is of a kind that only grpcio knows."""
+    scheme, separator, rest = target.partition(":")
+    if separator and scheme == "unix":
+        return "", 0, "/" + rest.lstrip("/") if rest.startswith("/") else rest
+    if separator and scheme == "unix-abstract":
+        return "", 0, f"\0{rest}"
+    if separator and scheme in ("dns", "ipv4", "ipv6", "passthrough"):
+        if rest.startswith("//") and not rest.startswith("///"):  # a name server of its own
+            return None
+        target = rest.lstrip("/")
+    host, _, port = target.rpartition(":")
+    if not port.isdecimal() or not host or not set(host).isdisjoint("/,"):
+        return None
+    return host.strip("[]"), int(port), ""
 
 
 def _endpoint(connection: ConnectionOptions) -> Endpoint:
     """The address in a gRPC target.
 
     Raises:
-        Unavailable: a forked child cannot use it.
+        Unavailable: it cannot be used without grpcio.
     """
-    scheme, separator, rest = connection.target.partition(":")
-    context: ssl.SSLContext | None = tls_context(connection.tls, "h2") if connection.tls else None
-    if scheme in ("unix", "unix-abstract"):
-        path = "/" + rest.lstrip("/") if rest.startswith("/") else rest
-        return Endpoint(connection.url, path=path, context=context)
-    target = rest.rpartition("/")[2] if separator and scheme in ("dns", "ipv4", "ipv6", "passthrough") else connection.target
-    host, _, port = target.rpartition(":")
-    if not port.isdecimal() or not host:
+    address = _address(connection.target)
+    if address is None:
         raise Unavailable(f"{connection.target}: expected host:port: other gRPC names cannot be used in a forked child")
-    return Endpoint(connection.url, host.strip("[]"), int(port), context=context)
+    context: ssl.SSLContext | None = None
+    if connection.tls is not None:
+        tls = connection.tls
+        context = tls_context(tls if tls.ca_file else msgspec.structs.replace(tls, ca_file=_well_known_authorities()), "h2")
+    host, port, path = address
+    return Endpoint(connection.url, host, port, path=path, context=context)
+
+
+def _well_known_authorities() -> str | None:
+    """The file of those that grpcio trusts."""
+    if path := os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"):
+        return path
+    path = str(Path(grpc.__file__).with_name("_cython") / "_credentials" / "roots.pem")
+    return path if Path(path).exists() else None

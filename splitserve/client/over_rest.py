@@ -23,7 +23,7 @@ from splitserve.client.sockets import (
     unreachable,
 )
 from splitserve.client.steps import Ask, Send
-from splitserve.client.stop import Stop
+from splitserve.client.stop import Stop, cancelling
 from splitserve.errors import SplitserveError, TooLarge, Unavailable
 
 _STAGE = "server"
@@ -41,10 +41,11 @@ class RestTransport:
         self._pool: Pool[BlockingSocket] = Pool(MAX_IDLE)
 
     def send(self, step: Send, stop: Stop | None) -> Any:
-        """Make one attempt.
+        """Make one attempt; setting ``stop`` cancels it.
 
         Raises:
             Failed: the error, and whether it can be retried.
+            Cancelled: ``stop`` was set.
         """
         end = time.monotonic() + step.timeout_s
         headers = request_headers(self._connection.headers, self._token, step.ask.headers)
@@ -55,9 +56,10 @@ class RestTransport:
         except OSError as error:
             raise self._requests.not_connected(error) from error
         try:
-            used.send(parts, end)
-            while not reader.is_complete:
-                reader.feed(used.receive(end))
+            with cancelling(stop, used.cancel):
+                used.send(parts, end)
+                while not reader.is_complete:
+                    reader.feed(used.receive(end))
         except (OSError, BrokenResponse, TooLarge) as error:
             self._pool.drop(used)
             raise self._requests.failed(error, reader) from error

@@ -6,6 +6,7 @@ Sockets belong to no event loop, so that a client can be closed, and used again,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import socket
@@ -118,7 +119,7 @@ class BlockingSocket:
         except (OSError, ValueError):
             return False
 
-    def send(self, parts: Iterable[bytes], end: float) -> None:
+    def send(self, parts: Iterable[bytes | memoryview], end: float) -> None:
         """Write everything."""
         for part in parts:
             self._socket.settimeout(_left(end))
@@ -132,6 +133,11 @@ class BlockingSocket:
     def released(self) -> None:
         """It is idle from now on."""
         self.idle_since = time.monotonic()
+
+    def cancel(self) -> None:
+        """From another thread: end the connection, and what waits for it."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # past TLS, whose state is the other thread's
 
     def close(self) -> None:
         """Close it; of a child's copy, only the copy."""
@@ -148,7 +154,7 @@ def _left(end: float) -> float | None:
     return left
 
 
-async def _addresses(endpoint: Endpoint) -> list[tuple[Any, ...]]:
+async def addresses(endpoint: Endpoint) -> list[tuple[Any, ...]]:
     """As `socket.getaddrinfo`; in a thread, unless the host is an address."""
     options: dict[str, Any] = {"type": socket.SOCK_STREAM}
     try:
@@ -176,7 +182,7 @@ class AsyncSocket:
         """
         if endpoint.path:
             return await cls._to(socket.AF_UNIX, endpoint.path, endpoint)
-        found = await _addresses(endpoint)
+        found = await addresses(endpoint)
         failed: OSError | None = None
         for family, _, _, _, address in found:
             try:
@@ -268,6 +274,147 @@ class AsyncSocket:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+
+
+class SocketTransport:
+    """What an `asyncio.Protocol` is connected to, on the running event loop. It can be closed after that ended, and in a child.
+
+    Args:
+        connected: its socket is this one's from now on.
+        protocol: told what arrives, and when writing should pause.
+    """
+
+    def __init__(self, connected: AsyncSocket, protocol: asyncio.Protocol) -> None:
+        self._socket, self._loop, self._tls = connected._socket, connected._loop, connected._tls
+        self._incoming, self._outgoing = connected._incoming, connected._outgoing
+        self._fd = self._socket.fileno()
+        self._protocol = protocol
+        self._pid = os.getpid()
+        self._unsent = bytearray()
+        self._is_closing = self._is_lost = False
+        protocol.connection_made(self)  # type: ignore[arg-type]  # no asyncio.Transport: it has what is needed of one
+        self._loop.add_reader(self._fd, self.read)
+        if self._tls is not None:
+            self._loop.call_soon(self.read)  # what came with the end of the handshake
+
+    def read(self) -> None:
+        """Deliver what has arrived, if anything has."""
+        if self._is_lost:
+            return
+        try:
+            data = self._socket.recv(RECEIVE_BYTES)
+        except (BlockingIOError, InterruptedError):
+            data = None
+        except OSError as error:
+            self._lose(error)
+            return
+        if self._tls is not None:
+            self._decrypt(self._tls, data)
+        elif data:
+            self._protocol.data_received(data)
+        elif data is not None:
+            self._lose(None)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Send, in the background if the socket's buffer is full."""
+        if self._is_lost or self._is_closing:
+            return
+        if self._tls is not None:
+            self._tls.write(data)
+            data = self._outgoing.read()
+        self._send(data)
+
+    def writelines(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Send them all."""
+        self.write(b"".join(pieces))
+
+    def close(self) -> None:
+        """Close once everything is sent."""
+        if not self._is_closing:
+            self._is_closing = True
+            if not self._unsent:
+                self._loop.call_soon(self._lose, None)
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._is_closing = True
+        self._loop.call_soon(self._lose, None)
+
+    def abandon(self) -> None:
+        """Close the socket, of an event loop that runs in another thread or has ended, or in a forked child its copy."""
+        if self._is_lost:
+            return
+        if self._pid != os.getpid() or self._loop.is_closed():
+            self._is_lost = True  # the event loop is left alone: a child shares the parent's registrations
+            self._socket.close()
+        elif self._loop.is_running():
+            self._loop.call_soon_threadsafe(self.abort)
+        else:
+            self._lose(None)
+
+    def _decrypt(self, tls: ssl.SSLObject, data: bytes | None) -> None:
+        if data:
+            self._incoming.write(data)
+        elif data is not None:
+            self._incoming.write_eof()
+        while not self._is_lost:
+            try:
+                plain = tls.read(RECEIVE_BYTES)
+            except ssl.SSLWantReadError:
+                break
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                plain = b""
+            except ssl.SSLError as error:
+                self._lose(error)
+                return
+            if not plain:
+                self._lose(None)
+                return
+            self._protocol.data_received(plain)
+        if answer := self._outgoing.read():
+            self._send(answer)
+
+    def _send(self, data: bytes | memoryview) -> None:
+        if not self._unsent:
+            try:
+                n_sent = self._socket.send(data)
+            except (BlockingIOError, InterruptedError):
+                n_sent = 0
+            except OSError as error:
+                self._loop.call_soon(self._lose, error)
+                return
+            if n_sent == len(data):
+                return
+            self._loop.add_writer(self._fd, self._send_rest)
+            data = memoryview(data)[n_sent:]
+        self._unsent += data
+        self._protocol.pause_writing()
+
+    def _send_rest(self) -> None:
+        try:
+            n_sent = self._socket.send(self._unsent)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._lose(error)
+            return
+        del self._unsent[:n_sent]
+        if self._unsent:
+            return
+        self._loop.remove_writer(self._fd)
+        if self._is_closing:
+            self._lose(None)
+        else:
+            self._protocol.resume_writing()
+
+    def _lose(self, error: Exception | None) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = self._is_closing = True
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._socket.close()
+        self._protocol.connection_lost(error)
 
 
 class Reusable(Protocol):

@@ -58,3 +58,21 @@ class Stop:
         finally:
             with self._lock:
                 del self._cancels[id(cancel)]
+
+
+@contextmanager
+def cancelling(stop: Stop | None, cancel: Callable[[], object]) -> Iterator[None]:
+    """As `Stop.calling`. What fails once ``stop`` was set has failed because of that.
+
+    Raises:
+        Cancelled: it was set.
+    """
+    if stop is None:
+        yield
+        return
+    try:
+        with stop.calling(cancel):
+            yield
+    except Exception:
+        stop.check()
+        raise

@@ -353,7 +353,7 @@ async def test_the_number_of_chunks_in_flight_is_as_configured(way: Way) -> None
     assert service.n_most == 3
 
 
-async def test_chunks_in_flight_are_cancelled_when_one_fails(grpc_way: Way) -> None:
+async def test_chunks_in_flight_are_cancelled_when_one_fails(way: Way) -> None:
     """The caller does not wait for useless answers."""
 
     class OneFails(FakeInference):
@@ -365,7 +365,7 @@ async def test_chunks_in_flight_are_cancelled_when_one_fails(grpc_way: Way) -> N
                 await asyncio.Event().wait()
             return response
 
-    async with grpc_way.to(OneFails(ONLY_X), timeout_s=300) as client:
+    async with way.to(OneFails(ONLY_X), timeout_s=300) as client:
         with pytest.raises(InvalidInput, match="rows"):
             await client.infer("echo", ROWS, chunk_rows=40, concurrency=2)
 

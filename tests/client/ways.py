@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, NamedTuple
 
+import pytest
+
 from proxy.rest.app import RestApp
 from proxy.rest.config import RestConfig
 from proxy.rest.server import RestFace
 from splitserve import AsyncClient, Client
+from splitserve.client import over_grpc, over_own_grpc
 from splitserve.errors import NotFound
 from splitserve.oip.messages import ModelMetadata, ServerMetadata
 from splitserve.testing import FakeInference, serving
@@ -50,10 +53,15 @@ async def serving_rest(service: FakeInference) -> AsyncIterator[str]:
 
 
 class Way(NamedTuple):
-    """One of the two clients over one of the two transports."""
+    """One of the two clients over one of the transports.
+
+    ``is_other``: over gRPC by the transport that the client uses in special cases only: with grpcio on an event loop, without it
+    in a thread.
+    """
 
     is_rest: bool
     is_async: bool
+    is_other: bool = False
 
     @asynccontextmanager
     async def to(self, service: FakeInference, **options: Any) -> AsyncIterator[Caller]:
@@ -68,12 +76,17 @@ class Way(NamedTuple):
     @asynccontextmanager
     async def at(self, address: str, **options: Any) -> AsyncIterator[Caller]:
         """A client of what is at an address."""
-        if self.is_async:
-            async with AsyncClient(address, **options) as client:
-                yield Caller(client)
-        else:
-            with Client(address, **options) as client:
-                yield Caller(client)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.is_other and self.is_async:
+                patch.setattr(over_own_grpc, "has_endpoint", lambda _: False)
+            elif self.is_other:
+                patch.setattr(over_grpc, "_used_in", 0)  # as in a forked child
+            if self.is_async:
+                async with AsyncClient(address, **options) as client:
+                    yield Caller(client)
+            else:
+                with Client(address, **options) as client:
+                    yield Caller(client)
 
 
 class Caller:
@@ -94,7 +107,9 @@ class Caller:
 
 
 WAYS = [Way(is_rest, is_async) for is_rest in (False, True) for is_async in (False, True)]
+WAYS += [Way(is_rest=False, is_async=is_async, is_other=True) for is_async in (False, True)]
 
 
 def way_name(way: Way) -> str:
-    return f"{'rest' if way.is_rest else 'grpc'}-{'async' if way.is_async else 'sync'}"
+    name = f"{'rest' if way.is_rest else 'grpc'}-{'async' if way.is_async else 'sync'}"
+    return name if not way.is_other else f"{name}-{'grpcio' if way.is_async else 'own'}"

@@ -1,4 +1,5 @@
-"""gRPC on our own HTTP/2 connections: a server for any methods, and a client for one long-lived stream.
+"""gRPC on our own HTTP/2 connections: a server for any methods, a client for one long-lived stream,
+and one for unary calls.
 
 Handlers receive and return bytes. Knows no inference.
 

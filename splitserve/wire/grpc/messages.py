@@ -6,6 +6,8 @@ Source: gRPC, doc/PROTOCOL-HTTP2.md and doc/statuscodes.md.
 from __future__ import annotations
 
 import base64
+import binascii
+import contextlib
 import zlib
 from collections.abc import Iterable
 from struct import Struct
@@ -160,9 +162,21 @@ def message_prefix(message: bytes, max_bytes: int) -> bytes:
     return PREFIX.pack(0, size)
 
 
+def compress(message: bytes) -> tuple[bytes, bytes]:
+    """The length prefix and the content of a message that is compressed by gzip."""
+    compressor = zlib.compressobj(wbits=ENCODINGS[b"gzip"])
+    content = compressor.compress(message) + compressor.flush()
+    return PREFIX.pack(1, len(content)), content
+
+
 def too_large(what: str, size: int, max_bytes: int) -> CallError:
     """The status of a message that exceeds its limit, in the words of grpc-core."""
     return CallError("RESOURCE_EXHAUSTED", f"{what} message larger than max ({size} vs. {max_bytes})")
+
+
+def encode_timeout(seconds: float) -> bytes:
+    """The value of a ``grpc-timeout`` header, at least a millisecond."""
+    return b"%dm" % max(1, min(int(seconds * 1000), 10**_MAX_DIGITS - 1))
 
 
 def timeout_s(text: bytes) -> float:
@@ -208,3 +222,15 @@ def encode_metadata(metadata: Metadata) -> list[tuple[bytes, bytes]]:
         (name.encode(), base64.b64encode(value).rstrip(b"=") if isinstance(value, bytes) else value.encode())
         for name, value in metadata
     ]
+
+
+def decode_metadata(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str | bytes]]:
+    """The metadata in headers; binary values that are malformed are omitted."""
+    metadata: list[tuple[str, str | bytes]] = []
+    for name, value in fields:
+        if not name.endswith(b"-bin"):
+            metadata.append((name.decode(), value.decode(errors="replace")))
+            continue
+        with contextlib.suppress(binascii.Error):
+            metadata.append((name.decode(), base64.b64decode(value + b"==")))
+    return metadata

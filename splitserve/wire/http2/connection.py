@@ -12,7 +12,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from splitserve.wire.addresses import peer_address
 from splitserve.wire.http2 import frames
@@ -98,18 +98,37 @@ class Http2Stream:
         """Resolved when the queue is sent, or the stream is gone."""
 
 
+class EventLoop(Protocol):
+    """What a connection needs of an event loop: asyncio's, or that of a blocking caller."""
+
+    def time(self) -> float:
+        """The monotonic clock."""
+        ...
+
+    def call_soon(self, callback: Callable[[], Any]) -> Any:
+        """Call back once what was received has been handled."""
+        ...
+
+    def create_future(self) -> asyncio.Future[Any]:
+        """For those that wait on an event loop."""
+        ...
+
+
 class Http2Connection(asyncio.Protocol):
     """What client and server have in common. A subclass gives headers, data and the end of a stream their meaning.
 
     Args:
         keepalive_time_s: a PING is sent to a peer that has been silent for so long.
         keepalive_timeout_s: the connection is aborted if nothing is received for so long after that PING.
+        loop: what has the clock and calls back; None: the running event loop.
     """
 
     _transport: Any  # asyncio's or uvloop's, plain or TLS
 
-    def __init__(self, *, keepalive_time_s: float = math.inf, keepalive_timeout_s: float = 20.0) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(
+        self, *, keepalive_time_s: float = math.inf, keepalive_timeout_s: float = 20.0, loop: EventLoop | None = None
+    ) -> None:
+        self._loop: EventLoop = loop or asyncio.get_running_loop()
         self.now: Callable[[], float] = self._loop.time
         self.create_future: Callable[[], asyncio.Future[Any]] = self._loop.create_future
         self._keepalive_time_s = keepalive_time_s
