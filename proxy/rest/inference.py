@@ -181,8 +181,8 @@ class RestInference(Inference[HttpResponse]):
         model, version, incoming = self.model, self.version, self._incoming
         header_length = _header_length(incoming) if HEADER_LENGTH in incoming.headers else None
         if header_length == 0:
-            pair, metadata = self._rest.service.choose(model, version)
-            return rest.decode_raw_request(body, metadata, str(pair), deadline=self.deadline)
+            _, metadata = self._rest.service.choose(model, version)
+            return rest.decode_raw_request(body, metadata, version, deadline=self.deadline, caller=incoming.peer)
         return rest.decode_request(
             model, version, body, header_length=header_length, deadline=self.deadline, caller=incoming.peer
         )
@@ -218,8 +218,9 @@ class V1Inference(RestInference):
     __slots__ = ("is_columnar",)
 
     def decode_body(self, body: bytes) -> InferRequest:
-        pair, metadata = self._rest.service.choose(self.model, self.version)
-        decoded = v1.decode_request(body, metadata, str(pair), deadline=self.deadline)
+        # The version stays the caller's: it is bound to the same pair as here, and to another one if that is gone.
+        _, metadata = self._rest.service.choose(self.model, self.version)
+        decoded = v1.decode_request(body, metadata, self.version, deadline=self.deadline, caller=self._incoming.peer)
         self.is_columnar = decoded.is_columnar
         return decoded.request
 

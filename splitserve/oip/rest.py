@@ -243,7 +243,9 @@ def _decode_any(head: bytes, body: bytes) -> tuple[_PlainRequest | _Request, lis
     return message, inputs, end
 
 
-def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> InferRequest:
+def decode_raw_request(
+    body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE, caller: Hashable = None
+) -> InferRequest:
     """The request in a body without JSON: one row of a model's only input. All outputs are returned as binary data.
 
     Args:
@@ -251,6 +253,7 @@ def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, de
         metadata: signature of the model. Besides the batch one dimension may be variable: its size follows from the body's.
         version: requested.
         deadline: of the request.
+        caller: for fair queueing.
 
     Raises:
         InvalidInput: the model has several inputs or variable dimensions, or the body has another size.
@@ -263,7 +266,9 @@ def decode_raw_request(body: bytes, metadata: ModelMetadata, version: str, *, de
     if spec.datatype == "BYTES":
         body = encode_bytes([body])
     tensor = Tensor(spec.name, spec.datatype, _raw_shape(spec, len(body)), body)
-    return InferRequest(metadata.name, (tensor,), version=version, parameters={_ALL_BINARY: True}, deadline=deadline)
+    return InferRequest(
+        metadata.name, (tensor,), version=version, parameters={_ALL_BINARY: True}, deadline=deadline, caller=caller
+    )
 
 
 def _raw_shape(spec: TensorSpec, n_bytes: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Hashable, Iterable, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -38,7 +38,9 @@ _decoder = msgspec.json.Decoder(_Body)
 _encoder = msgspec.json.Encoder()
 
 
-def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE) -> V1Request:
+def decode_request(
+    body: bytes, metadata: ModelMetadata, version: str, *, deadline: float = NO_DEADLINE, caller: Hashable = None
+) -> V1Request:
     """The request in a body.
 
     An instance is an object by input name, or the row of a model's only input, or a list with one value for each input in the
@@ -50,6 +52,7 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
         metadata: signature of the model.
         version: requested.
         deadline: of the request.
+        caller: for fair queueing.
 
     Raises:
         InvalidInput: names the instance or input, what was expected and what was sent.
@@ -58,10 +61,12 @@ def decode_request(body: bytes, metadata: ModelMetadata, version: str, *, deadli
     if (given.instances is msgspec.UNSET) == (given.inputs is msgspec.UNSET):
         raise InvalidInput('the request body: expected one of "instances" (by row) and "inputs" (by column)')
     if given.inputs is msgspec.UNSET:
-        return V1Request(from_instances(given.instances, metadata, version, deadline=deadline), is_columnar=False)
+        request = from_instances(given.instances, metadata, version, deadline=deadline, caller=caller)
+        return V1Request(request, is_columnar=False)
     columns = _columns(given.inputs, metadata.inputs, ignored_inputs(metadata))
     inputs = tuple(_tensor(spec, columns[spec.name]) for spec in metadata.inputs)
-    return V1Request(InferRequest(metadata.name, inputs, version=version, deadline=deadline), is_columnar=True)
+    request = InferRequest(metadata.name, inputs, version=version, deadline=deadline, caller=caller)
+    return V1Request(request, is_columnar=True)
 
 
 def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec], ignored: Set[str]) -> dict[str, list[Any]]:
@@ -82,14 +87,19 @@ def _columns(given: dict[str, Any] | list[Any], specs: Sequence[TensorSpec], ign
 
 
 def from_instances(
-    instances: Sequence[Any], metadata: ModelMetadata, version: str = "", *, deadline: float = NO_DEADLINE
+    instances: Sequence[Any],
+    metadata: ModelMetadata,
+    version: str = "",
+    *,
+    deadline: float = NO_DEADLINE,
+    caller: Hashable = None,
 ) -> InferRequest:
     """As `decode_request`, for instances that are Python values already."""
     specs = metadata.inputs
     ignored = ignored_inputs(metadata)
     rows = [_row(index, instance, specs, ignored) for index, instance in enumerate(instances)]
     inputs = tuple(_tensor(spec, [row[position] for row in rows]) for position, spec in enumerate(specs))
-    return InferRequest(metadata.name, inputs, version=version, deadline=deadline)
+    return InferRequest(metadata.name, inputs, version=version, deadline=deadline, caller=caller)
 
 
 def _row(index: int, instance: Any, specs: Sequence[TensorSpec], ignored: Set[str]) -> list[Any]:

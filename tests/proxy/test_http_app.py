@@ -16,8 +16,16 @@ from proxy.rest.app import RestApp
 from proxy.rest.config import RestConfig
 from proxy.rest.server import RestFace
 from proxy.service import ProxyService
-from splitserve.errors import Overloaded, PairMismatch
-from splitserve.oip.messages import InferRequest, InferResponse, ServerMetadata
+from splitserve.errors import NotFound, Overloaded, PairMismatch
+from splitserve.oip.messages import (
+    DEFAULT,
+    READY,
+    RELEASE_SEQUENCE,
+    InferRequest,
+    InferResponse,
+    ModelState,
+    ServerMetadata,
+)
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
 from splitserve.testing import FakeInference, signature
@@ -106,6 +114,48 @@ async def test_an_inference_is_bound_to_a_pair_and_answered(client: httpx.AsyncC
 
     assert answer.json() == {"id": "7", "model_name": "echo", "model_version": "1.1", "outputs": [ROW]}
     assert backend.requests[0].version == "1.1"
+
+
+RAW_BODY = {"content": np.zeros(2, np.float32).tobytes(), "headers": {"inference-header-content-length": "0"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent"),
+    [
+        ("/v2/models/echo/infer", {"json": {"inputs": [ROW]}}),
+        ("/v2/models/echo/infer", RAW_BODY),
+        ("/v1/models/echo:predict", {"json": {"instances": [[1.0, 2.5]]}}),
+        ("/v1/models/echo:predict", {"json": {"inputs": {"x": [[1.0, 2.5]]}}}),
+    ],
+    ids=["V2", "raw", "V1 rows", "V1 columns"],
+)
+async def test_a_request_of_any_form_that_names_no_version_gets_the_next_release(path: str, sent: dict[str, Any]) -> None:
+    """The one that it was bound to was withdrawn in the same moment."""
+    specs = [TensorSpec("x", "FP32", ("batch", 2))]
+    backend = FakeInference(*[signature("echo", specs, version=version) for version in ("1.2", "1.1")])
+    newer, older = (
+        ModelState("echo", version, READY, properties={DEFAULT: "true", RELEASE_SEQUENCE: sequence})
+        for version, sequence in (("1.2", "2"), ("1.1", "1"))
+    )
+
+    async def infer(request: InferRequest) -> InferResponse:
+        backend.requests.append(request)
+        if request.version == "1.2":
+            backend.states = [older]
+            raise NotFound("1.2 is gone", stage="preprocess")
+        return InferResponse("echo", request.version, request.inputs)
+
+    backend.infer = infer  # type: ignore[method-assign]
+    backend.states = [newer]
+    service = ProxyService(backend)
+    await service.refresh()
+    config = RestConfig(metadata=ServerMetadata("splitserve", "0"), max_body_bytes=LIMIT, default_timeout_s=30, grace_s=1)
+    async with client_of(RestApp(service, config)) as client:
+        named = path.replace("models/echo", "models/echo/versions/1.2")
+        statuses = [(await client.post(each, **sent)).status_code for each in (named, path)]
+
+    assert statuses == [404, 200]
+    assert [request.version for request in backend.requests] == ["1.2", "1.2", "1.1"]
 
 
 async def test_binary_tensors_are_accepted_and_returned(client: httpx.AsyncClient) -> None:
