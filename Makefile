@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 MODELS ?= ./models
 PACKAGES := splitserve proxy preprocess_service predict_service jobs_service fused_service
 
-.PHONY: help up demo imagenet diabetes train bench bench-batch bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-intermediaries test-intermediaries-long test-kserve test-boosting test-engines test-compose conformance images fix stubs docs lock clean
+.PHONY: help up demo imagenet diabetes train bench bench-batch bench-jobs bench-peers soak fuzz check test test-long test-imagenet test-training test-clients test-jobs test-telemetry test-intermediaries test-intermediaries-long test-kserve test-boosting test-engines test-compose conformance images fix stubs docs lock clean
 
 help:
 	@echo "make up            start the three services with the demo models (FUSED=1: in one process; NO_JOBS=1: without jobs)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-compose  the container tests; needs docker"
 	@echo "make test-kserve   our client and KServe's in one process; downloads kserve once"
 	@echo "make test-jobs     jobs in PostgreSQL, and while processes are killed; installs PostgreSQL"
+	@echo "make test-telemetry  rules, alerts and dashboards by Prometheus and Alertmanager; installs them"
 	@echo "make test-boosting  XGBoost, LightGBM and CatBoost at their lowest and highest supported versions; downloads them once"
 	@echo "make test-imagenet tests of the picture model; downloads torch once"
 	@echo "make test-training tests of training pipelines; downloads torch once, installs Fashion-MNIST"
@@ -190,6 +191,10 @@ test-kserve: .venv-kserve/.installed
 test-jobs: $(BIN)/.installed
 	bash tests/jobs/install.sh
 	$(BIN)/pytest -n 0 -m "(postgres or kills) and not long" tests/jobs
+
+test-telemetry: $(BIN)/.installed
+	bash tests/alerting/install.sh
+	$(BIN)/pytest -n 0 -m alerting tests/alerting
 
 # The highest versions on top of the development environment; the lowest with the lowest of everything that publishing needs.
 # xgboost-cpu is xgboost without code for GPUs, a tenth of its size.

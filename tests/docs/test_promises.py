@@ -23,7 +23,7 @@ PAGES = {
     "attacks.md": ATTACKS,
     "reliability.md": [f"P-{number:02}" for number in range(1, 47)],
     "training.md": _TRAINING.split(),
-    "telemetry.md": ["M01", "M03", "M04", "M05", "M11", "M12", "M15", "M16", "M17", "M27"],
+    "telemetry.md": ["M01", "M03", "M04", "M05", "M07", "M10", "M11", "M12", "M15", "M16", "M17", "M27"],
 }
 
 
