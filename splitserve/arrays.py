@@ -89,12 +89,27 @@ def from_array(name: str, array: Array, datatype: str | None = None) -> Tensor:
     if datatype is None:
         raise InvalidInput(f'"{name}": dtype {array.dtype} has no datatype in the Open Inference Protocol')
     if datatype == "BYTES":
-        raw = encode_bytes(_as_bytes(name, element) for element in array.ravel().tolist())
+        raw = _encoded(name, array.ravel().tolist())
     elif datatype == "BF16":
         raw = _to_bf16(np.ascontiguousarray(array, dtype="<f4")).tobytes()
     else:
         raw = array.astype(DTYPES[datatype], copy=False).tobytes()
     return Tensor(name, datatype, array.shape, raw)
+
+
+_SAMPLE, _FEW = 256, 32
+
+
+def _encoded(name: str, elements: list[Any]) -> bytes:
+    """The raw form. Text that repeats, as labels do, is encoded once."""
+    if len(elements) > _SAMPLE:
+        try:
+            if len(set(elements[:_SAMPLE])) <= _FEW:
+                table = {element: encode_bytes([_as_bytes(name, element)]) for element in set(elements)}
+                return b"".join(map(table.__getitem__, elements))
+        except TypeError:  # an element that cannot be in a set, which is refused below
+            pass
+    return encode_bytes(_as_bytes(name, element) for element in elements)
 
 
 def _as_bytes(name: str, element: object) -> bytes:

@@ -241,3 +241,24 @@ def test_bf16_keeps_the_shape_of_any_array():
 
     assert tensor.shape == (3, 2)
     assert to_array(tensor).tolist() == array.tolist()
+
+
+@pytest.mark.parametrize("words", [3, 1000], ids=["repeated", "distinct"])
+def test_many_texts_are_encoded_as_each_alone(words):
+    """Text that repeats is encoded once."""
+    elements = [f"wört {number % words}" if number % 2 else f"{number % words}".encode() for number in range(1000)]
+
+    tensor = from_array("x", objects(elements, (1000,)))
+
+    assert tensor.raw == b"".join(from_array("x", objects([element], (1,))).raw for element in elements)
+
+
+@pytest.mark.parametrize("odd", [7, ["a"], "\ud800"], ids=["number", "list", "surrogate"])
+@pytest.mark.parametrize("place", [0, 999])
+def test_one_that_is_no_text_among_many_is_refused(odd, place):
+    """Also one that has no hash."""
+    elements = ["a"] * 1000
+    elements[place] = odd
+
+    with pytest.raises(InvalidInput, match="expected bytes or text as BYTES elements|cannot be encoded as UTF-8"):
+        from_array("x", objects(elements, (1000,)))

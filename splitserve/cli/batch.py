@@ -10,6 +10,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from splitserve.checks.examination import Allowed
+    from splitserve.scoring.engines.processes import StartedEarly
 
 INTERRUPTED = 130
 
@@ -41,11 +42,24 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(arguments: Arguments, allowed: Allowed) -> int:
     """Score, and print the summary; the exit status."""
+    from splitserve.scoring.engines.processes import StartedEarly, n_needed, n_of_machine
+
+    is_local = arguments.engine == "local" and not arguments.dry_run and arguments.workers >= 0
     try:
+        # Workers import what they need while this process does.
+        with StartedEarly(n_needed(arguments.input, n_of_machine(arguments.workers)) if is_local else 0) as started:
+            return _run(arguments, allowed, started)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: Arguments, allowed: Allowed, started: StartedEarly) -> int:
+    try:
+        from splitserve.scoring.engines.local import LocalEngine
         from splitserve.scoring.errors import ScoringError
-        from splitserve.scoring.estimate import dry_run
         from splitserve.scoring.planning import parse_mapping
-        from splitserve.scoring.runs import ScoringOptions, plan
+        from splitserve.scoring.runs import ScoringOptions, n_workers, plan
         from splitserve.scoring.runs import run as run_plan
     except ModuleNotFoundError as error:
         print(f'batch scoring needs more packages ({error.name}): pip install "splitserve[batch]"', file=sys.stderr)
@@ -56,10 +70,10 @@ def run(arguments: Arguments, allowed: Allowed) -> int:
             mapping=parse_mapping(arguments.map),
             keep=tuple(name for text in arguments.keep for name in text.split(",") if name),
             to=arguments.to,
-            encoding=arguments.encoding,
             limit=arguments.limit,
             sample=_share(arguments.sample),
             max_errors=arguments.max_errors,
+            encoding=arguments.encoding,
             engine=arguments.engine,
             url=arguments.url,
             workers=arguments.workers,
@@ -71,16 +85,16 @@ def run(arguments: Arguments, allowed: Allowed) -> int:
         )
         planned = plan(arguments.model, arguments.input, arguments.output, options)
         if arguments.dry_run:
+            from splitserve.scoring.estimate import dry_run
+
             found = dry_run(planned, options)
             print(_json(found) if arguments.as_json else found)
             return 0
-        summary = run_plan(planned, options, shows_progress=True)
+        engine = LocalEngine(n_workers(options), started) if options.engine == "local" else None
+        summary = run_plan(planned, options, engine=engine, shows_progress=True)
     except ScoringError as error:
         print(error, file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
     print(_json(summary) if arguments.as_json else summary)
     if summary.exit_status:
         print(f"too many rows failed: {summary.errors} of {summary.rows}; --max-errors is {options.max_errors}", file=sys.stderr)

@@ -125,8 +125,7 @@ class RowScorer:
 
     def _try(self, values: Sequence[InputValues], rows: Array, answered: list[Answered]) -> Exception | None:
         """The error of a call, which one of its rows may have caused."""
-        low, high = int(rows[0]), int(rows[-1]) + 1
-        chosen: Array | slice = slice(low, high) if high - low == len(rows) else rows
+        chosen = _as_slice(rows)
         tensors = [each.tensor(chosen) for each in values]
         try:
             outputs = self._scorer.infer(tensors, self._clock)
@@ -146,10 +145,21 @@ class RowScorer:
         for each in values if kinds else ():
             numbers = each.numbers
             if numbers is not None:
-                block = numbers[rows].reshape(len(rows), -1)
+                block = numbers[_as_slice(rows)].reshape(len(rows), -1)
+                with np.errstate(all="ignore"):
+                    if math.isfinite(block.sum()):  # then each is, and nearly always
+                        continue
                 for kind in kinds:
                     found |= (np.isinf(block) if kind == "infinite" else np.isnan(block)).any(axis=1)
         return found
+
+
+def _as_slice(rows: Array) -> Array | slice:
+    """The same rows, as a view where they are neighbours."""
+    if not len(rows):
+        return rows
+    low, high = int(rows[0]), int(rows[-1]) + 1
+    return slice(low, high) if high - low == len(rows) else rows
 
 
 def _are_few(suspects: Array) -> bool:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from splitserve.checks.examination import NOTHING_MORE, Allowed
 from splitserve.scoring import planning
 from splitserve.scoring.engines import Engine
 from splitserve.scoring.engines.choice import check_engine, engine_of
+from splitserve.scoring.engines.processes import n_of_machine
 from splitserve.scoring.errors import ScoringError, TooManyErrors, WrongUsage
 from splitserve.scoring.planning import ColumnOptions, Listing, ShardSizes, Table
 from splitserve.scoring.progress import Progress
@@ -313,7 +313,7 @@ def run(planned: Plan, options: ScoringOptions, *, engine: Engine | None = None,
 
 def n_workers(options: ScoringOptions) -> int:
     """Processes of this machine: one a core by default."""
-    return options.workers or len(os.sched_getaffinity(0))
+    return n_of_machine(options.workers)
 
 
 def _scored(engine: Engine, job: ScoringJob, todo: Sequence[Shard], progress: Progress) -> Iterator[ShardResult]:

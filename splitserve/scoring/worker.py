@@ -24,7 +24,10 @@ def main(handle: int) -> int:
     pa.set_cpu_count(1)
     connection = Connection(handle)
     shards: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-    job = connection.recv_bytes()
+    try:
+        job = connection.recv_bytes()
+    except (EOFError, OSError):  # it was started early and is not needed
+        return 0
     threading.Thread(target=_receive, args=(connection, shards), daemon=True).start()
 
     def send(message: Message) -> None:

@@ -57,6 +57,16 @@ def test_exactly_the_bad_rows_fail(bad: float, places: list[int]) -> None:
     assert found == {row: row + 1.0 for row in range(N_ROWS) if row not in places}
 
 
+def test_large_numbers_are_not_infinite() -> None:
+    """Their sum is: nothing is learnt from it."""
+    scorer = Adding()
+
+    _, refused = score(scorer, np.full(N_ROWS, 1e308))
+
+    assert refused == {}
+    assert scorer.calls == [N_ROWS]
+
+
 def test_rows_like_one_that_failed_are_sent_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first call that fails, no large one does."""
     monkeypatch.setattr(scoring_rows, "CHUNK_ROWS", 100)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from splitserve.scoring.shards import OnRows, Shard, ShardResult
+if TYPE_CHECKING:
+    from splitserve.scoring.shards import OnRows, Shard, ShardResult
 
 
 class Engine(Protocol):

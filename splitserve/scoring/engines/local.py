@@ -6,23 +6,16 @@ that dies is known by its shard; one whose parent dies ends.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Generator, Sequence
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import msgspec
 
 from splitserve.scoring.engines.outcomes import Failed, Finished
+from splitserve.scoring.engines.processes import StartedEarly, WorkerProcess
 from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.shards import OnRows, Shard, ShardResult, decode_job
-
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -40,10 +33,12 @@ class LocalEngine:
 
     Args:
         n_workers: how many.
+        started: some that were started before; the caller ends those that are not needed.
     """
 
-    def __init__(self, n_workers: int) -> None:
+    def __init__(self, n_workers: int, started: StartedEarly | None = None) -> None:
         self._n_workers = n_workers
+        self._started = started or StartedEarly(0)
 
     def run(self, job: bytes, shards: Sequence[Shard], on_rows: OnRows) -> Generator[ShardResult, None, None]:
         """As `Engine.run`."""
@@ -51,7 +46,7 @@ class LocalEngine:
         workers = {}
         try:
             for _ in range(min(self._n_workers, len(shards))):
-                worker = _Worker(job)
+                worker = _Worker(self._started.take(), job)
                 workers[worker.connection] = worker
                 worker.give(waiting.popleft())
             while workers:
@@ -78,29 +73,16 @@ class LocalEngine:
 class _Worker:
     """A process, and the shard that it has in hand."""
 
-    def __init__(self, job: bytes) -> None:
-        self.connection, theirs = Pipe()
+    def __init__(self, process: WorkerProcess, job: bytes) -> None:
+        self._process = process
+        self.connection = process.connection
         self._shard: Shard | None = None
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "splitserve.scoring.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a library prints must not mix with the caller's output
-                env={**dict.fromkeys(_THREADS, "1"), **os.environ, "PYTHONPATH": _import_path(), "TZ": "UTC"},
-            )
-        finally:
-            theirs.close()
-        self._send(job)
+        process.send(job)
 
     def give(self, shard: Shard) -> None:
         """Let it score a shard."""
         self._shard = shard
-        self._send(msgspec.json.encode(shard))
-
-    def _send(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended: `receive` says why
-            self.connection.send_bytes(data)
+        self._process.send(msgspec.json.encode(shard))
 
     def receive(self, job: bytes) -> Message:
         """Its next message.
@@ -121,18 +103,11 @@ class _Worker:
 
     def end(self) -> None:
         """No more shards."""
-        self.connection.close()
-        self._process.wait()
+        self._process.end()
 
     def kill(self) -> None:
         """End it whatever it does."""
         self._process.kill()
-        self.end()
 
 
 _decoder = msgspec.json.Decoder(Message)
-
-
-def _import_path() -> str:
-    """Where this process imports from, so that workers find the same modules: the working directory only if it does, too."""
-    return os.pathsep.join(dict.fromkeys(path or str(Path.cwd()) for path in sys.path))
