@@ -1,6 +1,8 @@
 # An image per service, by target:
 #
-#   docker build --target proxy|preprocess|predict|jobs .
+#   docker build --target proxy|preprocess|preprocess-slim|predict|jobs .
+#
+# preprocess-slim has numpy alone, and serves portable bundles only (docs/plan-format.md).
 #
 # Each contains the packages of its own lock and its own code, and nothing of the other services.
 # Further packages, such as those for models in a bucket (docs/loading.md), are added by the name of their lock:
@@ -52,6 +54,14 @@ ARG EXTRAS
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=bind,source=requirements,target=/requirements \
     pip install --quiet --requirement /requirements/preprocess.txt && \
+    for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
+    find /venv -type d -name tests -prune -exec rm -r {} +
+
+FROM build AS preprocess-slim-venv
+ARG EXTRAS
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,source=requirements,target=/requirements \
+    pip install --quiet --requirement /requirements/preprocess-slim.txt && \
     for extra in $(echo $EXTRAS | tr , ' '); do pip install --quiet --requirement /requirements/$extra.txt || exit 1; done && \
     find /venv -type d -name tests -prune -exec rm -r {} +
 
@@ -113,6 +123,19 @@ ENTRYPOINT ["python", "-m", "proxy"]
 
 FROM service AS preprocess
 COPY --from=preprocess-venv /venv /venv
+COPY --from=code /app/splitserve splitserve
+COPY --from=code /app/preprocess_service preprocess_service
+COPY --from=bundles /halves/preprocess /models
+ENV MODEL_REPOSITORY=/models \
+    PREPROCESS_HOST=0.0.0.0 \
+    PREPROCESS_GRPC_PORT=8011
+EXPOSE 8011
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=1s \
+    CMD exec python -m splitserve.server.probe "127.0.0.1:$PREPROCESS_GRPC_PORT"
+ENTRYPOINT ["python", "-m", "preprocess_service"]
+
+FROM service AS preprocess-slim
+COPY --from=preprocess-slim-venv /venv /venv
 COPY --from=code /app/splitserve splitserve
 COPY --from=code /app/preprocess_service preprocess_service
 COPY --from=bundles /halves/preprocess /models

@@ -238,7 +238,7 @@ TEMPLATES := splitserve/pipeline/templates
 EXTRAS := azure batch cli client compiled demo gcs http jobs jobs-postgres mlflow predict preprocess proxy publish registry s3 server signing tracing training
 lock: $(BIN)/.installed
 	$(BIN)/$(COMPILE) --upgrade $(addprefix --extra ,$(EXTRAS)) --group dev -o requirements/dev.txt
-	for part in proxy preprocess predict jobs jobs-postgres s3 gcs azure http registry signing compiled tracing; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
+	for part in proxy preprocess preprocess-slim predict jobs jobs-postgres s3 gcs azure http registry signing compiled tracing; do $(BIN)/$(COMPILE) --extra $$part -c requirements/dev.txt -o requirements/$$part.txt; done
 	$(BIN)/$(COMPILE) --extra training -c requirements/dev.txt -o $(TEMPLATES)/tables/requirements.txt
 	cp $(TEMPLATES)/tables/requirements.txt $(TEMPLATES)/images/
 	printf 'pandas\nscikit-learn\nskops\n' | $(BIN)/$(COMPILE_FROM) - -c requirements/dev.txt -o $(TEMPLATES)/tables/data-requirements.txt

@@ -22,8 +22,11 @@ from preprocess_service.settings import PreprocessSettings
 from proxy.settings import ProxySettings
 from splitserve.errors import TABLE
 from splitserve.publishing.boosting.options import OPTIONS
-from splitserve.repository.environment import RULES
+from splitserve.repository.environment import PORTABLE_RULES, RULES
 from splitserve.repository.manifest import Manifest
+from splitserve.runtimes.plans.encoders import Numbers, Words
+from splitserve.runtimes.plans.files import OPERATIONS
+from splitserve.runtimes.plans.operations import EXACT_UFUNCS, ROUNDED_UFUNCS
 from splitserve.server.settings import ServiceSettings, variable_name
 from splitserve.telemetry.families import FAMILIES
 from splitserve.telemetry.recorders import LATENCY_BOUNDS, SIZE_BOUNDS
@@ -145,8 +148,28 @@ def versions_page() -> str:
     for kind, rules in RULES.items():
         for rule in rules:
             rows.append(f"| {kind} | {rule.package} | {rule.meaning} | {'refused' if rule.is_required else 'a warning'} |")
+    for rule in PORTABLE_RULES:
+        rows.append(f"| preprocess, portable | {rule.package} | {rule.meaning} | its transforms are loaded, by the rules above |")
+    rows.append("| preprocess, portable | the plan's format, operations | one that the service has | refused |")
     rows.append("| predict | ONNX IR, opset of each domain | a version that the ONNX Runtime here supports | refused |")
     return _filled("versions.md", "rules", rows)
+
+
+def plan_format_page() -> str:
+    """docs/plan-format.md, with the operations between its marks."""
+    rows = ["| operation | version | class | fields | what it computes |", "|---|---|---|---|---|"]
+    for name, operation in sorted(OPERATIONS.items()):
+        own = [field for field in operation.__struct_fields__ if field not in ("version", "of")]
+        meaning = " ".join((operation.__doc__ or "").split()).replace("``", "`").replace("|", "\\|")
+        fields = ", ".join(f"`{field}`" for field in own)
+        rows.append(f"| `{name}` | {operation.VERSION} | {'exact' if operation.IS_EXACT else 'rounded'} | {fields} | {meaning} |")
+    rows += ["", f"`ufunc`: {', '.join(EXACT_UFUNCS)}. `rounded_ufunc`: {', '.join(ROUNDED_UFUNCS)}.", ""]
+    for table in (Words, Numbers):
+        meaning = " ".join((table.__doc__ or "").split()).replace("``", "`")
+        rows.append(
+            f"A table of `{'look_up` and `one_hot' if table is Words else 'look_up_numbers` and `one_hot_numbers'}`: {meaning}"
+        )
+    return _filled("plan-format.md", "operations", rows)
 
 
 def publishing_page() -> str:
@@ -185,6 +208,7 @@ def main() -> None:
         "metrics.md": metrics_page(),
         "manifest.schema.json": manifest_schema(),
         "versions.md": versions_page(),
+        "plan-format.md": plan_format_page(),
         "wire.md": wire_page(),
         "publishing.md": publishing_page(),
         "boosting.md": boosting_page(),

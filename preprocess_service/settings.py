@@ -41,15 +41,18 @@ class PreprocessSettings(NextStageTlsSettings, FaceSettings, ComputeSettings, Re
     installed."""
 
     allow_environment_mismatch: bool = False
-    """Load bundles of another minor version of scikit-learn and rely on their golden samples."""
+    """Load bundles of another minor version of scikit-learn, or plans of another version of what they require, and rely on their
+    golden samples."""
 
     allow_unsafe_pickle: bool = False
     """Load transforms that are pickles, which can run any code: write access to the model repository is then control of this
     service."""
 
     runtime: Literal["auto", "sklearn", "onnx"] = "auto"
-    """What runs the transforms. `auto`: the compiled form of bundles that have one and no plan, if ONNX Runtime is installed
-    (`splitserve[compiled]`), else scikit-learn. `sklearn`: never the compiled form. `onnx`: refuse bundles without one."""
+    """What runs the transforms. `auto`: the plan of portable bundles, without scikit-learn; of others a plan that is made of
+    their transforms, or the compiled form, if there is one and ONNX Runtime is installed (`splitserve[compiled]`), or
+    scikit-learn. `sklearn`: load the transforms of every bundle, and never the compiled form. `onnx`: refuse bundles without
+    one."""
 
     @property
     def grpc_config(self) -> GrpcConfig:

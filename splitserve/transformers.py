@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any, Literal, Self
 
 import numpy as np
-from PIL import ExifTags, Image
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from sklearn.base import BaseEstimator, TransformerMixin
 
+from splitserve import pictures
 from splitserve.arrays import Array
-
-MAX_PIXELS = 50_000_000
-"""A larger picture is refused before it is decoded: a small file can hold a very large one."""
-
-MAX_PIXELS_TOGETHER = 200_000_000
-"""Limit on the pixels of all pictures of one call; decoded, each takes three bytes."""
-
-_READERS: dict[bytes, type[ImageFile]] = {b"\xff\xd8\xff": JpegImageFile, b"\x89PNG\r\n\x1a\n": PngImageFile}
-"""By the first bytes of a file. Not `Image.open`: it has a limit of its own, which only warns up to twice its size."""
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""The inverse of each EXIF orientation. Not `ImageOps.exif_transpose`: it rewrites the EXIF block and fails on a damaged one."""
 
 
 class _Stateless(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -59,19 +35,12 @@ class DecodeImage(_Stateless):
     The EXIF orientation is applied; transparency and colour profiles are ignored.
 
     Raises:
-        ValueError: an element is not a JPEG or PNG file or is damaged, or has more than ``MAX_PIXELS`` pixels, or all together
-            have more than ``MAX_PIXELS_TOGETHER``.
+        ValueError: an element is not a JPEG or PNG file or is damaged, or has more than ``pictures.MAX_PIXELS`` pixels, or all
+            together have more than ``pictures.MAX_PIXELS_TOGETHER``.
     """
 
     def transform(self, X: Array) -> Array:
-        opened = [_open(file, index) for index, file in enumerate(np.asarray(X, dtype=np.object_).ravel())]
-        n_pixels = sum(image.width * image.height for image in opened)
-        if n_pixels > MAX_PIXELS_TOGETHER:
-            raise ValueError(f"the images have {n_pixels} pixels in total; the limit is {MAX_PIXELS_TOGETHER}")
-        images = np.empty(len(opened), dtype=np.object_)
-        for index, image in enumerate(opened):
-            images[index] = _decode(image, index)
-        return images
+        return pictures.decode(np.asarray(X, dtype=np.object_).ravel().tolist())
 
 
 class ResizeImage(_Stateless):
@@ -89,11 +58,7 @@ class ResizeImage(_Stateless):
         self.crop = crop
 
     def transform(self, X: Array) -> Array:
-        squares = np.empty((len(X), self.size, self.size, 3), dtype=np.uint8)
-        for index, image in enumerate(X):
-            middle = Image.fromarray(_middle_square(image, self.crop))
-            squares[index] = np.asarray(middle.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        return squares
+        return pictures.resize(X, self.size, self.crop)
 
 
 class NormaliseImage(_Stateless):
@@ -109,10 +74,7 @@ class NormaliseImage(_Stateless):
         self.std = std
 
     def transform(self, X: Array) -> Array:
-        scale = 1 / (255 * np.asarray(self.std, dtype=np.float32))
-        offset = np.asarray(self.mean, dtype=np.float32) / np.asarray(self.std, dtype=np.float32)
-        normalised = X.astype(np.float32) * scale - offset
-        return np.ascontiguousarray(np.moveaxis(normalised, -1, 1))
+        return pictures.normalise(X, self.mean, self.std)
 
 
 Unseen = Literal["missing", "after", "next"]
@@ -167,56 +129,3 @@ class CategoryCodes(_Stateless):
 def _order(category: Any) -> Any:
     """What categories are sorted by: numbers by themselves, text by its bytes."""
     return np.frombuffer(category.encode(), np.int8).tolist() if isinstance(category, str) else category
-
-
-def _open(file: object, index: int) -> ImageFile:
-    """A picture of which only the header has been read."""
-    data = file if isinstance(file, bytes) else b""
-    reader = next((reader for start, reader in _READERS.items() if data.startswith(start)), None)
-    if reader is None:
-        raise ValueError(f"image {index} is not a JPEG or PNG file")
-    try:
-        image = reader(io.BytesIO(data))
-    except Exception as error:  # Pillow's parsers raise arbitrary exceptions
-        raise _damaged(index) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"image {index} has {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
-    return image
-
-
-def _decode(image: ImageFile, index: int) -> Array:
-    try:
-        with image:
-            image.load()
-            return np.asarray(_upright(_rgb(image), image))
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _damaged(index) from error
-
-
-def _damaged(index: int) -> ValueError:
-    return ValueError(f"image {index} is damaged")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # grey of 16 bits, which convert would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)  # else convert warns that it is lost
-    return image.convert("RGB")
-
-
-def _upright(picture: Image.Image, file: Image.Image) -> Image.Image:
-    try:
-        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged EXIF block is ignored
-        return picture
-    turn = _UPRIGHT.get(orientation)
-    return picture if turn is None else picture.transpose(turn)
-
-
-def _middle_square(image: Array, crop: float) -> Array:
-    height, width = image.shape[:2]
-    side = max(1, int(crop * min(height, width)))
-    top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    return image[top : top + side, left : left + side]

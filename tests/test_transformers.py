@@ -20,7 +20,7 @@ from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
-from splitserve import transformers
+from splitserve import pictures
 from splitserve.arrays import Array, from_array, to_array
 from splitserve.errors import InvalidInput
 from splitserve.publishing import publish_preprocessor
@@ -234,7 +234,7 @@ def test_other_image_formats_are_refused(file: object):
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(form: str, monkeypatch: pytest.MonkeyPatch):
     """The size is taken from the header: a file that ends there is refused for its size, not for its end."""
-    monkeypatch.setattr(transformers, "MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 64 * 64 - 1)
     file = encode(noise(64, 64), form)
 
     with pytest.raises(ValueError, match="image 0 has 64 x 64 pixels; the limit is 4095"):
@@ -243,7 +243,7 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(form: str,
 
 def test_a_picture_at_the_pixel_limit_is_accepted(monkeypatch: pytest.MonkeyPatch):
     """The limit itself is allowed."""
-    monkeypatch.setattr(transformers, "MAX_PIXELS", HEIGHT * WIDTH)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", HEIGHT * WIDTH)
 
     assert len(decode(encode(noise()))) == 1
 
@@ -257,7 +257,7 @@ def test_a_decompression_bomb_is_refused_by_its_size(side: int):
 
 def test_pictures_of_too_many_pixels_together_are_refused(monkeypatch: pytest.MonkeyPatch):
     """Many pictures below the limit of one picture must not exhaust memory together."""
-    monkeypatch.setattr(transformers, "MAX_PIXELS_TOGETHER", 2 * HEIGHT * WIDTH)
+    monkeypatch.setattr(pictures, "MAX_PIXELS_TOGETHER", 2 * HEIGHT * WIDTH)
     file = encode(noise())
 
     assert len(decode(file, file)) == 2
@@ -289,7 +289,7 @@ def test_a_damaged_file_gives_a_picture_or_a_value_error(form: str, changes: lis
         file[start : start + len(data)] = data
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers, "MAX_PIXELS", 10_000)
+        patch.setattr(pictures, "MAX_PIXELS", 10_000)
         try:
             (decoded,) = decode(bytes(file[:end]))
         except ValueError:

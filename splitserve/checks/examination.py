@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import msgspec
@@ -94,11 +95,19 @@ Loader = Callable[[Bundle], Any]
 
 
 def loaders(allowed: Allowed) -> dict[Kind, Loader]:
-    """Loaders of the halves whose libraries are installed."""
+    """Loaders of the halves whose libraries are installed. Numpy alone runs portable preprocessors; beside ONNX Runtime, without
+    scikit-learn, it is that of an image of predict.
+    """
     found: dict[Kind, Loader] = {}
+    with contextlib.suppress(ImportError):
+        from splitserve.runtimes import predictor
+
+        found["predict"] = predictor.load
     with contextlib.suppress(ImportError):
         from splitserve.runtimes import preprocessor
 
+        if found and find_spec("sklearn") is None:
+            return found
         found["preprocess"] = partial(
             preprocessor.load,
             trusted_modules=allowed.trusted_modules,
@@ -106,11 +115,7 @@ def loaders(allowed: Allowed) -> dict[Kind, Loader]:
             allow_unsafe_pickle=allowed.unsafe_pickle,
             runtime=allowed.runtime,
         )
-    with contextlib.suppress(ImportError):
-        from splitserve.runtimes import predictor
-
-        found["predict"] = predictor.load
-    return found
+    return {kind: found[kind] for kind in KINDS if kind in found}
 
 
 def _try(source: BundleSource, key: BundleKey, load: Loader) -> Trial:

@@ -252,6 +252,8 @@ _NOT_ASKED = "its predictor is a third-party server, which is not asked here: sp
 
 def _made_with(manifest: Manifest) -> str:
     made_with = manifest.environment
+    if manifest.kind == "preprocess" and manifest.portable:
+        return f"portable, numpy {made_with.get('numpy', '?')}"
     if manifest.kind == "preprocess":
         return f"scikit-learn {made_with.get('scikit-learn', '?')}"
     return ", ".join(

@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
 from queue import Empty, Queue
@@ -208,7 +208,8 @@ def _started(_: int) -> _Process:
 
 def serve() -> None:
     """Answer requests from stdin, each in a process of its own, until stdin ends; then that process is ended, too."""
-    from splitserve.runtimes import compiled, predictor, preprocessor  # noqa: F401  (imported once, for all)
+    from splitserve.runtimes import compiled, predictor, preprocessor, sklearn_pipeline  # noqa: F401  (imported once, for all)
+    from splitserve.runtimes.plans import planner  # noqa: F401
 
     requests = sys.stdin.buffer
     assert isinstance(requests, BufferedReader)
@@ -262,14 +263,17 @@ def _refusal(request: dict[str, Any]) -> str:
     from splitserve.repository import golden as goldens
     from splitserve.repository.bundle import BundleKey
     from splitserve.repository.folder import Repository
-    from splitserve.repository.manifest import BundleError
+    from splitserve.repository.manifest import PLAN_FILE, BundleError
     from splitserve.repository.source import load_bundle
     from splitserve.runtimes import predictor, preprocessor
     from splitserve.runtimes.release import WholeRelease
 
     def load_preprocessor(bundle: Any) -> preprocessor.Preprocessor:
         trusted, is_pickle_allowed = request["trusted_modules"], request["allow_pickle"]
-        return preprocessor.load(bundle, trusted_modules=trusted, allow_unsafe_pickle=is_pickle_allowed)
+        load = partial(preprocessor.load, bundle, trusted_modules=trusted, allow_unsafe_pickle=is_pickle_allowed)
+        if bundle.manifest.portable and PLAN_FILE in bundle.manifest.files:
+            load(runtime="sklearn")  # what serves where the plan cannot
+        return load()
 
     repository = Repository(Path(request["folder"]))
     loaders: dict[str, Any] = {"preprocess": load_preprocessor, "predict": predictor.load}

@@ -23,7 +23,15 @@ from splitserve.repository import pairing
 from splitserve.repository.bundle import Bundle, BundleKey
 from splitserve.repository.defaults import default_release
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import GOLDEN_FILE, PIPELINE_FILE, BundleError, GoldenRows
+from splitserve.repository.manifest import (
+    GOLDEN_FILE,
+    PIPELINE_FILE,
+    PLAN_ARRAYS_FILE,
+    PLAN_FILE,
+    BundleError,
+    GoldenRows,
+    Manifest,
+)
 from splitserve.repository.release import Compared, History, Release
 from splitserve.repository.releases import ReleaseReader
 from splitserve.repository.sources import missing
@@ -401,13 +409,19 @@ def _features(
 
 def _fitted(bundle: Bundle) -> str:
     """A digest of fitted parameters: equal ones need no rows to show that they are."""
-    digest = bundle.manifest.files.get(PIPELINE_FILE)
-    return digest.sha256 if digest else ""
+    return _digests(bundle.manifest)
 
 
 def _fitted_of(preprocessor: Preprocessor) -> str:
-    digest = preprocessor.manifest.files.get(PIPELINE_FILE)
-    return digest.sha256 if digest else "unknown"
+    return _digests(preprocessor.manifest) or "unknown"
+
+
+def _digests(manifest: Manifest) -> str:
+    """Of the transforms and their plan; "" if there are no transforms."""
+    if PIPELINE_FILE not in manifest.files:
+        return ""
+    files = (PIPELINE_FILE, PLAN_FILE, PLAN_ARRAYS_FILE)
+    return " ".join(manifest.files[name].sha256 for name in files if name in manifest.files)
 
 
 def _compare(source: WritableRepository, whole: WholeRelease, current: Release) -> Comparison | None:

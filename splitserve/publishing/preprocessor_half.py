@@ -27,6 +27,7 @@ from splitserve.publishing.halves import (
     new_manifest,
     settled,
 )
+from splitserve.publishing.portable import NotPortable, portable_plan
 from splitserve.publishing.proof import tolerances_of
 from splitserve.publishing.training_data import INPUT_NAME, misfit
 from splitserve.repository import golden as goldens
@@ -47,6 +48,7 @@ from splitserve.runtimes.preprocessor import Preprocessor, to_dense
 from splitserve.runtimes.rows import Missing, Rowset, UnsupportedRows, observe, to_tensors
 from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 from splitserve.signature import BATCH, TensorSpec
+from splitserve.tensors import Tensor
 
 _PREPROCESS_PACKAGES = ("scikit-learn", "numpy", "scipy", "pandas", "pillow", "skops", "splitserve")
 
@@ -124,6 +126,8 @@ def preprocessor_half(
     runtime = _load(manifest, file_name, file, options.trusted_modules)
     try:
         golden_inputs = to_tensors(rows, inputs, golden_rows)
+        runtime.transform(golden_inputs)  # raises what is wrong
+        manifest, plan_files, runtime = _portable(manifest, runtime, golden_inputs, data)
         proof = Golden(golden_inputs, runtime.transform(golden_inputs))
     except SplitserveError as error:
         raise PublishError(f"X does not survive the wire: {error.message}") from error
@@ -137,8 +141,27 @@ def preprocessor_half(
     manifest = msgspec.structs.replace(manifest, tolerances=tolerances)
     model, compiled = compile_transforms(transformer, manifest, proof)
     manifest = msgspec.structs.replace(manifest, compiled=compiled)
-    files = {file_name: file, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
+    files = {file_name: file, **plan_files, GOLDEN_FILE: encode_golden(proof), **({COMPILED_FILE: model} if model else {})}
     return PreprocessorHalf(manifest, files, proof, rows, runtime, columns.said(unused, floats, rows))
+
+
+def _portable(
+    manifest: Manifest, runtime: Preprocessor, golden_inputs: Sequence[Tensor], data: Rowset
+) -> tuple[Manifest, dict[str, bytes], Preprocessor]:
+    """The manifest that says whether the bundle is portable, the files of its plan, and what runs it, as a service would."""
+    if manifest.rows is None:
+        return manifest, {}, runtime
+    rows = to_tensors(manifest.rows, manifest.inputs, samples.take(data, samples.spread(len(data), _N_COMPARED)))
+    try:
+        files, plan = portable_plan(runtime.transformer, manifest, golden_inputs, rows)
+    except NotPortable as error:
+        return msgspec.structs.replace(manifest, portable=False, not_portable=" ".join(str(error).split())[:500]), {}, runtime
+    manifest = msgspec.structs.replace(manifest, portable=True)
+    return manifest, files, Preprocessor(manifest, None, plan=plan)
+
+
+_N_COMPARED = 2000
+"""Rows of the training data from which those are made that a plan is compared on."""
 
 
 def _column_names(transformer: Any, data: Any) -> tuple[str, ...]:
@@ -163,6 +186,7 @@ def passing_half(predictor: PredictorHalf, sample_inputs: Mapping[str, Array] | 
         "is_row_wise": predictor.manifest.is_row_wise,
         "golden": predictor.manifest.golden,
         "tolerances": {},
+        "portable": True,
     }
     manifest = new_manifest(predictor.manifest.name, "preprocess", specs, specs, ("numpy", "splitserve"), **fields)
     runtime = Preprocessor(manifest, None)

@@ -60,6 +60,9 @@ RULES: dict[Kind, tuple[Rule, ...]] = {
 """Fitted scikit-learn objects are bound to the minor version that made them (scikit-learn, "Model persistence"). A predictor
 needs the ONNX versions in its model file, which `runtimes.onnx_support` checks."""
 
+PORTABLE_RULES: tuple[Rule, ...] = (Rule("numpy", _same_major, True, "the same major version"),)
+"""Of a preprocessor that runs by its plan, which is data. What single operations need beside numpy is in ``plan.json``."""
+
 
 class Mismatch(msgspec.Struct, frozen=True):
     """A package whose version here breaks a rule."""
@@ -91,15 +94,18 @@ def observe(packages: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def mismatches(kind: Kind, made_with: Mapping[str, str], here: Mapping[str, str] | None = None) -> list[Mismatch]:
+def mismatches(
+    kind: Kind, made_with: Mapping[str, str], here: Mapping[str, str] | None = None, *, portable: bool = False
+) -> list[Mismatch]:
     """The rules that this environment breaks for a bundle.
 
     Args:
         kind: of the bundle.
         made_with: the manifest's environment. Packages that it does not name are not compared, but scikit-learn must be named.
         here: versions by package; those of this process by default.
+        portable: the bundle runs by its plan.
     """
-    rules = RULES[kind]
+    rules = PORTABLE_RULES if portable else RULES[kind]
     here = observe([rule.package for rule in rules]) if here is None else here
     found = []
     for rule in rules:

@@ -18,6 +18,8 @@ GOLDEN_FILE = "golden.npz"
 PIPELINE_FILE = "pipeline.skops"
 MODEL_FILE = "model.onnx"
 COMPILED_FILE = "pipeline.onnx"
+PLAN_FILE = "plan.json"
+PLAN_ARRAYS_FILE = "plan.npz"
 SIGNATURE_FILE = "model.sig"
 
 Kind = Literal["preprocess", "predict"]
@@ -121,7 +123,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     preprocessors only: ``rows``, ``postprocess``, ``compiled``; ``columns`` names the columns of an only input that is an array;
     ``names`` maps an output to the predictor's input where the names differ; ``refuses`` is what the features must not contain
     because the estimator behind the predictor would have rejected it: "inf" infinities, "nan" infinities and NaN; ``ignored``
-    names columns of the training data that no transform selects: a client may send them.
+    names columns of the training data that no transform selects: a client may send them; ``portable`` says whether ``plan.json``
+    and ``plan.npz`` compute the features without scikit-learn (docs/plan-format.md), ``not_portable`` which step is the reason if
+    not; both are missing in bundles that were published before there were plans.
 
     ``is_row_wise``: the result for a row does not depend on the other rows of the call. ``is_quantised``: the model computes with
     8 bit integers, so `QUANTISED_BOUND` bounds its tolerances. ``trained_on`` is the signature of the raw rows that the golden
@@ -153,6 +157,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     fingerprint: str = ""
     feature_names: tuple[str, ...] = ()
     compiled: Compiled | None = None
+    portable: bool | None = None
+    not_portable: str = ""
     is_row_wise: bool = True
     is_quantised: bool = False
     trained_on: tuple[TensorSpec, ...] = ()

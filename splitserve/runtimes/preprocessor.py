@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
@@ -15,13 +15,18 @@ from splitserve.repository import environment, pairing
 from splitserve.repository import golden as goldens
 from splitserve.repository.bundle import Bundle
 from splitserve.repository.golden import Golden
-from splitserve.repository.manifest import COMPILED_FILE, GOLDEN_FILE, BundleError, Manifest
-from splitserve.runtimes import postprocess, sklearn_pipeline
+from splitserve.repository.manifest import COMPILED_FILE, GOLDEN_FILE, PLAN_ARRAYS_FILE, PLAN_FILE, BundleError, Manifest
+from splitserve.runtimes import postprocess
 from splitserve.runtimes.meaning import meaning_of
-from splitserve.runtimes.plan import OriginalDecides, Plan, plan_of
+from splitserve.runtimes.plans import files as plan_files
+from splitserve.runtimes.plans.files import Plan
+from splitserve.runtimes.plans.layouts import RefusedValue
 from splitserve.runtimes.rows import Rowset, to_rows
 from splitserve.signature import InputCheck, OutputBytes, TensorSpec, bound_sizes, check_outputs, empty
 from splitserve.tensors import Tensor
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 RuntimeChoice = Literal["auto", "sklearn", "onnx"]
 
@@ -35,9 +40,16 @@ class Preprocessor:
         manifest: of the bundle.
         transformer: fitted; None if there is only a compiled form.
         compiled: request tensors in the signature's order -> features.
+        plan: likewise, by numpy alone.
     """
 
-    def __init__(self, manifest: Manifest, transformer: Any, compiled: Callable[[Sequence[Tensor]], Array] | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        transformer: Any,
+        compiled: Callable[[Sequence[Tensor]], Array] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         if manifest.rows is None:
             raise BundleError('manifest.json: a preprocessor needs "rows"')
         self.manifest = manifest
@@ -47,8 +59,8 @@ class Preprocessor:
         """Differences from the publisher's environment that were allowed."""
         self._rows = manifest.rows
         self.transformer = transformer
-        """Called for rows that a plan or the compiled form rejects, to decide and say why; None if there is only a compiled form,
-        or there are no transforms."""
+        """Called for rows that a plan or the compiled form rejects, to decide and say why; None if there is only a compiled form
+        or the bundle's own plan, or there are no transforms."""
         self._postprocess = manifest.postprocess
         self._labels = manifest.labels
         self._refuses = manifest.refuses
@@ -60,7 +72,7 @@ class Preprocessor:
         """Raises `InvalidInput` for tensors that do not fit the signature, and gives them in its order."""
         self.output_bytes = OutputBytes(self.inputs, self.outputs)
         """How large the features will be."""
-        self._plan: Plan | None = None
+        self._plan = plan
         self._compiled = compiled
 
     def transform(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -96,12 +108,13 @@ class Preprocessor:
         if self._plan is not None:
             try:
                 return self._plan(tensors)
-            except (OriginalDecides, ValueError):
-                pass
+            except RefusedValue as error:
+                if self.transformer is None:
+                    raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from None
         rows = to_rows(self._rows, self.inputs, tensors)
         try:
             with np.errstate(all="ignore"):  # a caller's values must not cause warnings in the log
-                return to_dense(sklearn_pipeline.transform(self.transformer, rows))
+                return to_dense(_scikit_learn().transform(self.transformer, rows))
         except ValueError as error:
             raise InvalidInput(f"the transforms refuse a row: {_first_line(error)}") from error
 
@@ -137,8 +150,13 @@ class Preprocessor:
         """Use a plan from now on, if there is one that equals the transforms on golden samples."""
         if self._rows.form == "tensors":
             return
-        plan = plan_of(self.transformer, self._rows, self.inputs)
-        if plan is not None and _agree(plan, self.transformer, to_rows(self._rows, self.inputs, golden.inputs), golden.inputs):
+        from splitserve.runtimes.plans.planner import NotPlanned, make_plan
+
+        try:
+            plan = make_plan(self.transformer, self._rows, self.inputs, keep_originals=True).plan
+        except NotPlanned:
+            return
+        if _agree(plan, self.transformer, to_rows(self._rows, self.inputs, golden.inputs), golden.inputs):
             self._plan = plan
 
     def check_values(self, features: Array) -> None:
@@ -190,8 +208,8 @@ def load(
         trusted_modules: as for `sklearn_pipeline.load`.
         allow_environment_mismatch: rely on the golden samples if library versions differ.
         allow_unsafe_pickle: as for `sklearn_pipeline.read`.
-        runtime: "onnx" uses the compiled form, "sklearn" never does, "auto" does if there is one, ONNX Runtime is installed, and
-            there is no plan, which is faster.
+        runtime: "onnx" uses the compiled form, "sklearn" loads the transforms, "auto" prefers the bundle's own plan, then a plan
+            that is made of the transforms, then the compiled form if ONNX Runtime is installed.
 
     Raises:
         BundleError: a file is damaged, the environment does not match, a type or a pickle is not allowed, the compiled form is
@@ -212,19 +230,28 @@ def _load(
     manifest = bundle.manifest
     warnings: tuple[str, ...] = ()
     transformer = None
-    if manifest.rows is None or manifest.rows.form != "tensors":
-        warnings = _check_environment(manifest, allow_environment_mismatch)
+    has_transforms = manifest.rows is None or manifest.rows.form != "tensors"
+    if has_transforms and bool(manifest.portable) != (PLAN_FILE in manifest.files):
+        raise BundleError(f'manifest.json: expected "portable": true if and only if there is {PLAN_FILE}')
+    if has_transforms and manifest.portable and runtime == "auto":
+        preprocessor, problem = _load_portable(bundle, allow_environment_mismatch)
+        if preprocessor is not None:
+            return preprocessor
+        warnings = (f"the plan is not used: {problem}",)
+    if has_transforms:
+        scikit_learn = _scikit_learn(manifest, warnings)
+        warnings += _check_environment(manifest, allow_environment_mismatch)
         for name in manifest.files:  # also the form of the transforms that does not run here: a release is of all files
             bundle.read(name)
         if runtime == "onnx":
             preprocessor = _load_compiled(bundle)
             preprocessor.warnings = warnings
             return preprocessor
-        transformer = sklearn_pipeline.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
+        transformer = scikit_learn.read(bundle, trusted_modules, allow_unsafe_pickle=allow_unsafe_pickle)
         _check_meaning(manifest, transformer)
     preprocessor = Preprocessor(manifest, transformer)
     preprocessor.warnings = warnings
-    if sklearn_pipeline.is_pickle(bundle):
+    if transformer is not None and _scikit_learn().is_pickle(bundle):
         preprocessor.warnings += ("the transforms are a pickle, which can run any code, allowed by a setting",)
     golden = bundle.read(GOLDEN_FILE)
     goldens.replay(golden, manifest, preprocessor.transform)
@@ -240,6 +267,62 @@ def _load(
     if preprocessor.runtime == "plan":  # the samples were replayed without it
         goldens.replay(golden, manifest, preprocessor.transform)
     return preprocessor
+
+
+def _scikit_learn(manifest: Manifest | None = None, warnings: Sequence[str] = ()) -> ModuleType:
+    """The module that loads and calls transforms, imported for the first bundle that needs it.
+
+    Args:
+        manifest: of the bundle, for the message.
+        warnings: why its plan does not run here, if it has one.
+
+    Raises:
+        BundleError: scikit-learn and skops are not installed.
+    """
+    try:
+        from splitserve.runtimes import sklearn_pipeline
+    except ImportError as error:
+        raise BundleError(
+            f"{_not_portable(manifest, warnings)}; its transforms need scikit-learn and skops, which are not installed here "
+            f"({_first_line(error)}): serve it where they are, as in the image preprocess"
+        ) from None
+    return sklearn_pipeline
+
+
+def _not_portable(manifest: Manifest | None, warnings: Sequence[str]) -> str:
+    if warnings:
+        return "; ".join(warnings)
+    if manifest is None or manifest.portable is None:
+        return "the bundle was published without a plan"
+    return (
+        f"the bundle is not portable: {manifest.not_portable}"
+        if not manifest.portable
+        else "PREPROCESS_RUNTIME loads its transforms"
+    )
+
+
+def _load_portable(bundle: Bundle, allow_mismatch: bool) -> tuple[Preprocessor | None, str]:
+    """A preprocessor that runs by the bundle's own plan; None if versions here do not fit, and which.
+
+    Raises:
+        BundleError: as `load`.
+    """
+    manifest = bundle.manifest
+    for name in manifest.files:  # also the transforms, which are not loaded: a release is of all files
+        bundle.read(name)
+    plan = bundle.read(PLAN_FILE)
+    problems = [str(each) for each in environment.mismatches("preprocess", manifest.environment, portable=True)]
+    problems += plan_files.missing_requirements(plan)
+    if problems and not allow_mismatch:
+        return None, "; ".join(problems)
+    if manifest.rows is None or len(manifest.outputs) != 1:
+        raise BundleError(f'manifest.json: with {PLAN_FILE}, expected "rows" and one output')
+    arrays = bundle.read(PLAN_ARRAYS_FILE)
+    run = plan_files.decode(plan, arrays, manifest.rows, manifest.inputs, manifest.outputs[0], manifest.fingerprint)
+    preprocessor = Preprocessor(manifest, None, plan=run)
+    preprocessor.warnings = tuple(f"{each}, allowed: relying on the golden samples" for each in problems)
+    goldens.replay(bundle.read(GOLDEN_FILE), manifest, preprocessor.transform)
+    return preprocessor, ""
 
 
 def _is_compiled(manifest: Manifest) -> bool:

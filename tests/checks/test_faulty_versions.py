@@ -68,7 +68,10 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FILES = [
-    *(f"preprocess/1/{name}" for name in ("manifest.json", "pipeline.skops", "pipeline.onnx", "golden.npz")),
+    *(
+        f"preprocess/1/{name}"
+        for name in ("manifest.json", "pipeline.skops", "pipeline.onnx", "plan.json", "plan.npz", "golden.npz")
+    ),
     *(f"predict/1/{name}" for name in ("manifest.json", "model.onnx", "golden.npz")),
     *(f"releases/0001-1.1/{name}" for name in ("manifest.json", "golden.npz")),
 ]

@@ -369,11 +369,19 @@ def test_a_bundle_that_was_published_meanwhile_was_not_tried(published: Path) ->
     assert reasons(judge(Repository(published), {HERE: early}))["1.1"] == "paint/preprocess/1: not published"
 
 
-@pytest.mark.parametrize(("missing", "kinds"), [("onnxruntime", ["preprocess"]), ("sklearn", ["predict"]), ("numpy", [])])
+@pytest.mark.parametrize(
+    ("missing", "kinds"),
+    [
+        ("onnxruntime", ["preprocess"]),
+        ("sklearn", ["predict"]),
+        ("numpy", []),
+        ("onnxruntime sklearn skops scipy pandas joblib PIL", ["preprocess"]),
+    ],
+)
 @pytest.mark.heavy
 def test_an_image_tries_the_halves_that_it_has_the_library_for(published: Path, missing: str, kinds: list[str]) -> None:
     """As a program of its own, which needs neither the commands' packages nor the other half's."""
-    block = f"import sys; sys.modules.update(dict.fromkeys([{missing!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
+    block = f"import sys; sys.modules.update(dict.fromkeys([*{missing.split()!r}, 'typer', 'rich', 'grpc', 'pydantic']))"
     code = f"{block}; from splitserve.checks.examination import main; sys.exit(main(*sys.argv[1:]))"
 
     printed = subprocess.run([sys.executable, "-c", code, published], check=True, capture_output=True).stdout

@@ -59,6 +59,11 @@ def made_with(**packages: str) -> Callable[[dict[str, Any], dict[str, bytes]], N
     return change
 
 
+def without_plan(content: dict[str, Any], files: dict[str, bytes]) -> None:
+    """As published before there were plans."""
+    del content["portable"], files["plan.json"], files["plan.npz"]
+
+
 def other_weights(content: dict[str, Any], files: dict[str, bytes]) -> None:
     """A model that computes something else."""
     model = onnx.load_from_string(files[MODEL_FILE])
@@ -82,6 +87,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     one_hot = make_column_transformer((OneHotEncoder(), ["colour"]), verbose_feature_names_out=False)
     publish(make_pipeline(one_hot, LogisticRegression()).fit(COLOURS, WORDS), COLOURS, name="paint", repository=folder)
+    rewrite(repository, BundleKey("paint", "preprocess", 1), without_plan)
     rewrite(repository, BundleKey("paint", "preprocess", 1), made_with(**{"scikit-learn": "1.2.0"}))
 
     ordinal = make_pipeline(OrdinalEncoder(categories=[["red", "green", "blue"]]), LogisticRegression()).fit(COLOURS, WORDS)

@@ -28,6 +28,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FILES = [
     "preprocess/1/manifest.json",
     "preprocess/1/pipeline.skops",
+    "preprocess/1/plan.json",
+    "preprocess/1/plan.npz",
     "preprocess/1/golden.npz",
     "predict/1/manifest.json",
     "predict/1/model.onnx",

@@ -163,9 +163,9 @@ def test_a_request_that_comes_before_the_last_one_has_ended_is_answered() -> Non
 def test_a_damaged_file_is_refused() -> None:
     """With the words of the loader."""
     half = a_half()
-    half.files["pipeline.skops"] = b"no archive"
+    half.files["plan.npz"] = b"no archive"
 
-    with pytest.raises(PublishError, match=r"a service could not serve this: .*not a skops file"):
+    with pytest.raises(PublishError, match=r"a service could not serve this: .*plan.npz: not an npz file"):
         as_served.check(half)
 
 

@@ -109,6 +109,10 @@ class Canary:
         return os.system, (f"touch {self.path}",)
 
 
+RUNTIMES = {"pipeline.onnx": "onnx", "pipeline.skops": "sklearn"}
+"""What loads a file that is not loaded by default, since there is a plan."""
+
+
 def publish_halves(repository: Path) -> None:
     publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=repository)
     publish_predictor(affine_model(N, 1, 0), ROWS.astype(np.float32), name="m", repository=repository)
@@ -134,7 +138,7 @@ def test_a_pickle_under_another_file_name_is_not_loaded(half: Kind, form: str, m
         redigest(folder, name)
 
         with pytest.raises(BundleError):
-            load_bundle(source, BundleKey("m", half, 1), partial(load, runtime="onnx") if name == "pipeline.onnx" else load)
+            load_bundle(source, BundleKey("m", half, 1), partial(load, runtime=RUNTIMES[name]) if name in RUNTIMES else load)
 
         path.write_bytes(before)
         redigest(folder, name)
@@ -204,8 +208,10 @@ def test_transforms_with_nan_parameters_are_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("splitserve.publishing.as_served.check", lambda *_args, **_options: None)
     publish_preprocessor(scaler, ROWS, name="m", repository=other)
     good, bad = (root / "m" / "preprocess" / "1" for root in (tmp_path, other))
-    (good / "pipeline.skops").write_bytes((bad / "pipeline.skops").read_bytes())
-    redigest(good, "pipeline.skops")
+    for name in ("pipeline.skops", "plan.npz"):
+        (good / name).write_bytes((bad / name).read_bytes())
+        redigest(good, name)
 
-    with pytest.raises(BundleError, match="golden"):
-        load_bundle(Repository(tmp_path), BundleKey("m", "preprocess", 1), preprocessor.load)
+    for runtime in ("auto", "sklearn"):
+        with pytest.raises(BundleError, match="golden"):
+            load_bundle(Repository(tmp_path), BundleKey("m", "preprocess", 1), partial(preprocessor.load, runtime=runtime))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,5 +221,8 @@ def test_transforms_that_are_not_the_manifests_are_refused(tmp_path: Path) -> No
     path = bundle.folder / "manifest.json"
     path.write_text(path.read_text().replace(bundle.manifest.fingerprint, "sha256:" + "0" * 64))
 
-    with pytest.raises(BundleError, match="fingerprint of the features: expected sha256:000.* as in manifest.json, got sha256:"):
-        load_bundle(Repository(tmp_path), bundle.key, preprocessor.load)
+    for runtime in ("auto", "sklearn"):
+        with pytest.raises(
+            BundleError, match="fingerprint of the features: expected sha256:000.* as in manifest.json, got sha256:"
+        ):
+            load_bundle(Repository(tmp_path), bundle.key, partial(preprocessor.load, runtime=runtime))

@@ -16,6 +16,7 @@ from splitserve.publishing import publish_preprocessor
 from splitserve.publishing.compile import odd_rows
 from splitserve.repository.manifest import COMPILED_FILE, BundleError
 from splitserve.runtimes import preprocessor
+from splitserve.runtimes.plans import planner
 from splitserve.runtimes.rows import to_tensors
 
 pytestmark = pytest.mark.heavy  # they publish
@@ -71,6 +72,7 @@ def test_infinite_numbers_are_refused_by_both_forms(bundle, choice):
 @pytest.mark.parametrize(("is_installed", "runtime"), [(True, "onnx"), (False, "sklearn")])
 def test_without_a_plan_auto_uses_the_compiled_form_if_possible(is_installed, runtime, tmp_path, monkeypatch):
     """ONNX Runtime is an optional part of preprocess."""
+    monkeypatch.delitem(planner._MAKERS, RobustScaler)  # most that has a compiled form has a plan
     rows = np.random.default_rng(0).normal(size=(20, 3))
     found = publish_preprocessor(RobustScaler().fit(rows), rows, name="robust", repository=tmp_path)
     monkeypatch.setattr(preprocessor, "find_spec", lambda name: is_installed or None)

@@ -7,12 +7,15 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from splitserve import publish_predictor, publish_preprocessor
@@ -106,13 +109,80 @@ def test_a_preprocessors_signature_is_observed_on_its_golden_samples(scaler: Bun
     repository = changed(scaler, change)
 
     with pytest.raises(BundleError, match=f"^m/preprocess/1: {re.escape(message)}"):
+        load_bundle(repository, scaler.key, partial(preprocessor.load, runtime="sklearn"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("outputs", "shape", ["batch", 4]), "plan.json: expected features [4] as in manifest.json, the last step makes"),
+        (put("outputs", "datatype", "FP64"), 'golden.npz: "features": expected FP64 as in manifest.json, got FP32'),
+        (put("inputs", "shape", ["batch", 4]), 'plan.json: step 3 ("subtract"): array "by": expected shape [4], got [3]'),
+        (lambda manifest: manifest.update(portable=False), 'manifest.json: expected "portable": true if and only if'),
+        (lambda manifest: manifest.pop("rows"), "manifest.json"),
+    ],
+)
+def test_a_plan_fits_the_signature(scaler: Bundle, change: Any, message: str) -> None:
+    """It is bound to the manifest's inputs and output before it runs."""
+    repository = changed(scaler, change)
+
+    with pytest.raises(BundleError, match=f"^m/preprocess/1: {re.escape(message)}"):
         load_bundle(repository, scaler.key, preprocessor.load)
+
+
+def test_a_plan_serves_whatever_the_version_of_scikit_learn(scaler: Bundle) -> None:
+    """It is bound to numpy's major version; where that is another, to the rules of the transforms, which are loaded instead."""
+    repository = changed(scaler, lambda manifest: manifest["environment"].update({"scikit-learn": "0.24.2", "skops": "99.0"}))
+    loaded = load_bundle(repository, scaler.key, preprocessor.load)
+    assert (loaded.runtime, loaded.transformer, loaded.warnings) == ("plan", None, ())
+
+    changed(scaler, lambda manifest: manifest["environment"].update({"numpy": "1.26.4"}))
+    with pytest.raises(
+        BundleError, match=r"published with scikit-learn 0\.24\.2, .*published with numpy 1\.26\.4, this service runs"
+    ):
+        load_bundle(repository, scaler.key, preprocessor.load)
+    allowed = load_bundle(repository, scaler.key, partial(preprocessor.load, allow_environment_mismatch=True))
+    assert (allowed.runtime, allowed.transformer) == ("plan", None)
+    assert "published with numpy 1.26.4" in allowed.warnings[0]
+
+
+def test_a_plan_of_other_unicode_tables_is_left_to_the_transforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a word is depends on them. If the transforms can be loaded, they serve, and a warning says why."""
+    texts = np.array(["a bird", "it flew", "gone"], dtype=object)
+    bundle = publish_preprocessor(CountVectorizer().fit(texts), texts, name="m", repository=tmp_path)
+    monkeypatch.setattr("splitserve.runtimes.plans.files.unicodedata", SimpleNamespace(unidata_version="99.0.0"))
+
+    loaded = preprocessor.load(bundle)
+
+    assert loaded.transformer is not None
+    assert re.search(r"the plan is not used: .* published with unicodedata .*, this service runs 99\.0\.0", loaded.warnings[0])
+
+
+def without_plan(manifest: dict[str, Any]) -> None:
+    """As published before there were plans."""
+    manifest.pop("portable")
+    for name in ("plan.json", "plan.npz"):
+        manifest["files"].pop(name)
+
+
+def test_a_bundle_without_a_plan_loads_its_transforms(scaler: Bundle) -> None:
+    """Those that were published before there were plans, with the same answers."""
+    repository = changed(scaler, without_plan)
+    (scaler.folder / "plan.json").unlink()
+    (scaler.folder / "plan.npz").unlink()
+
+    loaded = load_bundle(repository, scaler.key, preprocessor.load)
+
+    assert loaded.transformer is not None
+    assert loaded.warnings == ()
 
 
 def test_the_environment_is_compared_before_anything_is_loaded(scaler: Bundle, model: Bundle) -> None:
     """The file that would be loaded does not exist."""
-    (scaler.folder / "pipeline.skops").unlink()
+    for name in ("pipeline.skops", "plan.json", "plan.npz"):
+        (scaler.folder / name).unlink()
     (model.folder / "model.onnx").unlink()
+    changed(scaler, without_plan)
     changed(scaler, lambda manifest: manifest["environment"].update({"scikit-learn": "0.24.2"}))
     repository = changed(model, lambda manifest: manifest["environment"].update({"ONNX IR": "99"}))
 
@@ -137,13 +207,13 @@ def test_versions_that_are_not_numbers_are_left_to_the_runtime(model: Bundle, no
 
 def with_a_pattern() -> FunctionTransformer:
     """Passes rows on, and holds what skops cannot."""
-    return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
+    return FunctionTransformer(np.nan_to_num, inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
 
 
 def test_a_pickle_is_written_and_read_only_if_explicitly_allowed(tmp_path: Path) -> None:
     """Both the publisher and the service must allow it."""
     with pytest.raises(PublishError, match="allow_pickle=True"):
-        publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, trusted_modules=["re"])
+        publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, trusted_modules=["re", "numpy"])
     bundle = publish_preprocessor(with_a_pattern(), ROWS, name="m", repository=tmp_path, allow_pickle=True)
 
     with pytest.raises(
@@ -155,11 +225,20 @@ def test_a_pickle_is_written_and_read_only_if_explicitly_allowed(tmp_path: Path)
     assert any("a pickle, which can run any code" in warning for warning in loaded.warnings)
 
 
+def test_a_pickle_whose_plan_is_known_is_not_loaded(tmp_path: Path) -> None:
+    """The plan serves, so nothing has to be allowed."""
+    transformer = FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
+    bundle = publish_preprocessor(transformer, ROWS, name="m", repository=tmp_path, allow_pickle=True)
+
+    assert "pipeline.joblib" in bundle.manifest.files
+    assert preprocessor.load(bundle).warnings == ()
+
+
 def test_pipelines_that_skops_supports_are_never_pickled(tmp_path: Path) -> None:
     """A pickle is written only if skops cannot store the transforms, even if pickles are allowed."""
     bundle = publish_preprocessor(StandardScaler().fit(ROWS), ROWS, name="m", repository=tmp_path, allow_pickle=True)
 
-    assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.onnx", "pipeline.skops"]
+    assert sorted(bundle.manifest.files) == ["golden.npz", "pipeline.onnx", "pipeline.skops", "plan.json", "plan.npz"]
     assert preprocessor.load(bundle).warnings == ()
 
 

@@ -24,10 +24,11 @@ PUBLISH = """
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import SplineTransformer, StandardScaler
 from splitserve import publish
 X, y = load_iris(return_X_y=True)
-print(publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y), X, name="iris", repository="models"))
+print(publish(make_pipeline(SplineTransformer(), LogisticRegression()).fit(X, y), X, name="iris", repository="models"))
+print(publish(make_pipeline(StandardScaler(), LogisticRegression()).fit(X, y), X, name="portable", repository="models"))
 """
 
 
@@ -48,10 +49,14 @@ def test_another_minor_version_is_refused_with_a_hint(repository: Path) -> None:
     try:
         status, answer = system.rest("/v2/models/iris/ready")
         live, _ = system.rest("/v2/health/live")
+        portable, _ = system.rest("/v2/models/portable/ready")
+        _, metadata = system.rest("/v2/models/portable")
     finally:
         system.stop()
 
     assert (status, live) == (503, 200)
+    assert portable == 200  # its plan needs no scikit-learn
+    assert "warnings" not in metadata["properties"]
     assert f"published with scikit-learn {OTHER}." in answer["error"]
     assert "PREPROCESS_ALLOW_ENVIRONMENT_MISMATCH=true" in answer["error"]
 
