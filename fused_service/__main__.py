@@ -25,6 +25,7 @@ from splitserve.server import lifecycle, settings
 from splitserve.server.admin import open_admin
 from splitserve.server.lifecycle import keep_refreshing
 from splitserve.server.metrics import CacheMetrics, StageMetrics
+from splitserve.server.traced_stage import traced_stage
 from splitserve.telemetry.families import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -47,13 +48,14 @@ async def serve(config: ProxySettings) -> None:
         )
         preprocess = PreprocessService(
             preprocessors,
-            predict,
+            predict if process.spans is None else traced_stage(predict, "predict"),
             executor,
             max_message_bytes=preprocess_config.max_message_bytes,
             allow_unreleased_pairs=preprocess_config.allow_unreleased_pairs,
             predict_indexes=predict.indexes,
         )
-        service = ProxyService(preprocess, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
+        following = preprocess if process.spans is None else traced_stage(preprocess, "preprocess")
+        service = ProxyService(following, limits=config.batch_limits, max_message_bytes=config.max_message_bytes)
         budget = config.byte_budget()
         metrics = await open_admin(process, config, service.not_ready_reason)
         requests = metrics.add(

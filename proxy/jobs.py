@@ -32,6 +32,7 @@ from splitserve.oip.limits import RequestLimits
 from splitserve.oip.messages import NO_DEADLINE, PRIORITY, InferRequest, Parameter, RequestedOutput
 from splitserve.server.callers import NOBODY, current
 from splitserve.server.grpc_face import MoreMethods
+from splitserve.telemetry.traces import FIELDS, received_in, submitting
 from splitserve.wire.grpc.call import ServerCall
 
 MAX_WAITING = 4096
@@ -134,10 +135,13 @@ class ProxyJobs:
     async def submit(self, bound: InferRequest, rendering: Rendering, options: JobOptions) -> Submitted:
         """Store a request as a job. ``bound``: by `bind`."""
         jobs, caller = self._jobs, self._caller()
+        message = oip.encode_request(bound)
+        if bound.trace is not None:
+            oip.add_trace(message, bound.trace)
         submission = Submission(
             model=bound.model,
             version=bound.version,
-            request=oip.encode_request(bound).SerializeToString(),
+            request=message.SerializeToString(),
             rendering=msgspec.json.encode(rendering),
             options=options,
         )
@@ -212,13 +216,19 @@ class ProxyJobs:
         message = oip.parse(pb.SubmitJobRequest, data)
         mark = fingerprint([b"grpc", _meaning(message)]) if message.idempotency_key else b""
         options = msgspec.structs.replace(protobuf.decode_options(message), fingerprint=mark)
-        try:
-            request = oip.decode_request(message.request, NO_DEADLINE)
-            bound = self.bind(request)
-        except UNBOUND as refusal:
-            submitted = await self.submitted_before(options, refusal)
-        else:
-            submitted = await self.submit(bound, Rendering.of(request), options)
+        parameters = {
+            name: message.request.parameters[name].string_param for name in FIELDS if name in message.request.parameters
+        }
+        method = f"{protobuf.SERVICE}/SubmitJob"
+        attributes = {"rpc.system.name": "grpc", "rpc.method": method, "splitserve.model": message.request.model_name[:128]}
+        with submitting(received_in(parameters) or received_in(call.metadata), method, attributes) as trace:
+            try:
+                request = msgspec.structs.replace(oip.decode_request(message.request, NO_DEADLINE), trace=trace)
+                bound = self.bind(request)
+            except UNBOUND as refusal:
+                submitted = await self.submitted_before(options, refusal)
+            else:
+                submitted = await self.submit(bound, Rendering.of(request), options)
         return _bytes(pb.SubmitJobResponse(job=protobuf.encode_job(submitted.job), is_new=submitted.is_new))
 
     async def _grpc_get(self, data: bytes, call: ServerCall) -> bytes:
@@ -253,11 +263,13 @@ def fingerprint(parts: Iterable[bytes]) -> bytes:
 
 
 def _meaning(message: Any) -> bytes:
-    """The request without its key and without what the proxy sets."""
+    """The request without its key, its trace, and what the proxy sets."""
     copy = pb.SubmitJobRequest()
     copy.CopyFrom(message)
     for field in ("idempotency_key", "fingerprint", "rendering", "only_known"):
         copy.ClearField(field)
+    for name in FIELDS:
+        copy.request.parameters.pop(name, None)
     data: bytes = copy.SerializeToString(deterministic=True)
     return data
 

@@ -11,7 +11,18 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 
 from proxy.jobs import UNBOUND, ProxyJobs, Rendering, fingerprint
-from proxy.rest.inference import HEADER_LENGTH, TIMEOUT, RestInference, RestRules, V1Inference, v1_response, v2_response
+from proxy.rest.inference import (
+    HEADER_LENGTH,
+    TIMEOUT,
+    RestInference,
+    RestRules,
+    V1Inference,
+    http_span,
+    route_of,
+    trace_of,
+    v1_response,
+    v2_response,
+)
 from proxy.rest.routing import Handler, RoutedRequest, json_response
 from splitserve.api.inference import inference_pb2
 from splitserve.errors import DeadlineExceeded, InvalidInput
@@ -20,6 +31,7 @@ from splitserve.jobs.records import Job, JobOptions, webhook_to
 from splitserve.jobs.service import DEFAULT_LISTED, MAX_LISTED, STAGE
 from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, remaining_s
+from splitserve.telemetry.traces import TraceContext, submitting
 from splitserve.wire.http1.messages import HttpRequest, HttpResponse
 
 PREFER, KEY = b"prefer", b"idempotency-key"
@@ -73,10 +85,16 @@ class JobRoutes:
     def _submitting(self, kind: type[RestInference], preference: str) -> Handler:
         async def submit(request: RoutedRequest) -> HttpResponse:
             self._jobs.check_enabled()
+            incoming, model = request.incoming, request.path["model"]
+            name, attributes = http_span(incoming, route_of(incoming.path, model), 0, self._rules.scheme)
+            with submitting(trace_of(incoming), name, {**attributes, "splitserve.model": model[:128]}) as trace:
+                return await submit_traced(request, trace)
+
+        async def submit_traced(request: RoutedRequest, trace: TraceContext | None) -> HttpResponse:
             inference = kind(self._rules, request.path, request.incoming, "", lambda _: None)
             options = _options(request, api="v1" if kind is V1Inference else "v2")
             try:
-                decoded = inference.decode_body(request.body)
+                decoded = msgspec.structs.replace(inference.decode_body(request.body), trace=trace)
                 bound = self._jobs.bind(decoded)
             except UNBOUND as refusal:
                 submitting = self._jobs.submitted_before(options, refusal)

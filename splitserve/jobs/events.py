@@ -31,8 +31,12 @@ def outbox_row(job: Job) -> tuple[str, str, str, str, str, bytes] | None:
 
 
 def body(job: Job) -> bytes:
-    """The body, serialised once: these bytes are stored, signed and sent."""
-    content = {"type": event_of(job), "timestamp": rfc3339(job.finished), "data": job_json(job)}
+    """The body, serialised once: these bytes are stored, signed and sent.
+
+    If the job belongs to a trace, its context is in the body too. Source: CloudEvents, "Distributed Tracing extension".
+    """
+    trace = job.webhook.trace if job.webhook is not None else {}
+    content = {**trace, "type": event_of(job), "timestamp": rfc3339(job.finished), "data": job_json(job)}
     return msgspec.json.encode(content)
 
 

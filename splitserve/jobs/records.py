@@ -67,6 +67,8 @@ class Webhook(msgspec.Struct, frozen=True):
 
     url: str
     events: tuple[str, ...] = EVENTS
+    trace: dict[str, str] = {}
+    """Headers of the trace that the job belongs to."""
 
 
 def webhook_to(url: str, events: Sequence[str]) -> Webhook:

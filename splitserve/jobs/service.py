@@ -13,7 +13,9 @@ from typing import Protocol
 
 import msgspec
 import structlog
+from google.protobuf.message import DecodeError
 
+from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import (
     Conflict,
     IdempotencyKeyReused,
@@ -47,6 +49,7 @@ from splitserve.jobs.records import (
 )
 from splitserve.jobs.store import JobStore
 from splitserve.jobs.worker import Worker
+from splitserve.telemetry.traces import FIELDS, received_in
 
 STAGE = "jobs"
 MAX_KEY_LENGTH = 255
@@ -237,7 +240,7 @@ class JobQueue:
             expires_s=options.expires_s,
             key=options.key,
             fingerprint=options.fingerprint,
-            webhook=options.webhook,
+            webhook=_traced(options.webhook, submission.request),
         )
         try:
             submitted = await self._store.submit(new)
@@ -482,3 +485,15 @@ async def known_job(jobs: Jobs, caller: JobCaller, key: str, fingerprint: bytes)
 
 def _unknown(job_id: str) -> NotFound:
     return NotFound(f'there is no job "{job_id[:64]}"', stage=STAGE)
+
+
+def _traced(webhook: Webhook | None, request: bytes) -> Webhook | None:
+    """The webhook, with the context of the trace that the request is of."""
+    if webhook is None:
+        return None
+    try:
+        parameters = pb.ModelInferRequest.FromString(request).parameters
+    except DecodeError:  # the job will fail, and say so
+        return webhook
+    context = received_in({name: parameters[name].string_param for name in FIELDS if name in parameters})
+    return webhook if context is None else msgspec.structs.replace(webhook, trace=dict(context.items()))

@@ -37,6 +37,7 @@ from splitserve.jobs.backoff import doubled_s
 from splitserve.jobs.events import host_of
 from splitserve.jobs.records import Delivery, DeliveryAttempt, DeliveryState, JobCaller, Webhook
 from splitserve.jobs.store import JobStore
+from splitserve.telemetry.traces import TraceContext, Tracing, received_in
 from splitserve.watched import Watched
 from splitserve.wire.http1.retry_after import parse_retry_after
 
@@ -299,6 +300,20 @@ class WebhookSender:
             await self._store.finish_delivery(attempt)
 
     async def _post(self, delivery: Delivery) -> tuple[int, list[tuple[bytes, bytes]], str]:
+        """As `_send`, with a span if the job belongs to a trace that is recorded."""
+        content = msgspec.json.decode(delivery.body)
+        trace = received_in(content) if isinstance(content, dict) else None
+        if trace is not None and (tracer := Tracing.tracer) is not None:
+            attributes = {"http.request.method": "POST", "server.address": host_of(delivery.url), "splitserve.job": delivery.job}
+            call = tracer.continued(trace, "client", "POST", attributes)
+            if call is not None and (span := call.span) is not None:
+                with tracer.ending(call):
+                    answer = await self._send(delivery, call)
+                    span.attributes["http.response.status_code"] = answer[0]
+                    return answer
+        return await self._send(delivery, trace)
+
+    async def _send(self, delivery: Delivery, trace: TraceContext | None) -> tuple[int, list[tuple[bytes, bytes]], str]:
         """Status, headers and the beginning of the answer."""
         secrets, host = self._policy.secrets(delivery.owner), host_of(delivery.url)
         if not secrets or not self._policy.is_allowed(host):
@@ -312,6 +327,7 @@ class WebhookSender:
             ("webhook-id", delivery.id),
             ("webhook-timestamp", str(timestamp)),
             ("webhook-signature", signature(secrets, delivery.id, timestamp, delivery.body)),
+            *(trace.items() if trace is not None else ()),
         ]
         async with (
             OpenedStreams(self._backend) as backend,

@@ -52,6 +52,7 @@ from splitserve.oip import protobuf
 from splitserve.oip.messages import ON_BEHALF_OF, PRIORITY, InferenceService, InferRequest, InferResponse, deadline_after
 from splitserve.oip.pending import Pending
 from splitserve.oip.permission import is_permitted, not_permitted
+from splitserve.telemetry.traces import Attribute, Span, TraceContext, Tracer, Tracing
 
 STAGE = "jobs"
 
@@ -107,10 +108,18 @@ class _Running(msgspec.Struct, eq=False):
     began: float
     pending: Pending | None = None
     has_ended: bool = False
+    span: Span | None = None
+    """Of this attempt, if it is recorded."""
 
     def cancel(self) -> None:
         if self.pending is not None:
             self.pending.cancel()
+
+    def end_span(self, code: str) -> None:
+        """No effect without a span, or a second time."""
+        span, self.span = self.span, None
+        if span is not None and (tracer := Tracing.tracer) is not None:
+            tracer.end(span, code)
 
 
 class Worker:
@@ -306,10 +315,28 @@ class Worker:
         claimed = running.claimed
         try:
             request = self._request(claimed, data)
+            if request.trace is not None and (tracer := Tracing.tracer) is not None:
+                request = self._traced(running, request, request.trace, tracer)
             merges = self._is_mergeable(claimed.model, claimed.version)
             running.pending = self._batcher.begin(request, partial(self._answered, running), is_mergeable=merges)
         except Exception as error:
             self._failed(running, error)
+
+    def _traced(self, running: _Running, request: InferRequest, trace: TraceContext, tracer: Tracer) -> InferRequest:
+        """The request with a span for this attempt, a child of the job's submission, if that was recorded."""
+        claimed = running.claimed
+        attributes: dict[str, Attribute] = {
+            "splitserve.job": claimed.lease.id,
+            "splitserve.job.attempt": claimed.attempt,
+            "splitserve.model": claimed.model,
+            "splitserve.release": claimed.version,
+            "splitserve.rows": request.n_rows,
+        }
+        context = tracer.continued(trace, "consumer", f"run job {claimed.model}", attributes)
+        if context is None:
+            return request
+        running.span = context.span
+        return msgspec.structs.replace(request, trace=context)
 
     def _request(self, claimed: Claimed, data: bytes) -> InferRequest:
         models = claimed.rights.models  # of its caller, when it submitted the job
@@ -418,6 +445,9 @@ class Worker:
             return
         running.pending = None  # breaks a reference cycle, which only the garbage collector would free
         running.has_ended = True
+        if running.span is not None:
+            error = outcome.error
+            running.end_span(error.code if error else "OK" if isinstance(outcome, Finish) else "CANCELLED")
         self._ended.append(outcome)
         self._has_ended.set()
 
@@ -430,6 +460,7 @@ class Worker:
         running = self._running.pop(lease, None)
         if running is not None:
             running.cancel()
+            running.end_span("CANCELLED")
         self._has_room.set()
 
     # Writing.

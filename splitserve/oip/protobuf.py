@@ -32,7 +32,7 @@ from splitserve.oip.model_config import ModelConfig
 from splitserve.oip.raw_contents import LARGE_BYTES, field, with_raw, without_raw
 from splitserve.oip.statistics import ModelStatistics
 from splitserve.signature import TensorSpec
-from splitserve.telemetry.traces import BAGGAGE, TRACEPARENT, TRACESTATE, TraceContext, received_in
+from splitserve.telemetry.traces import BAGGAGE, FIELDS, TRACEPARENT, TraceContext, received_in
 from splitserve.tensors import Tensor, datatype_of, pack
 from splitserve.versions import is_number
 
@@ -248,7 +248,7 @@ def decode_request(
         parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
         if TRACEPARENT in parameters or BAGGAGE in parameters:
             trace = received_in(parameters) or trace
-            parameters = {name: value for name, value in parameters.items() if name not in (TRACEPARENT, TRACESTATE, BAGGAGE)}
+            parameters = {name: value for name, value in parameters.items() if name not in FIELDS}
     outputs: tuple[RequestedOutput, ...] = ()
     if message.outputs:
         outputs = tuple([RequestedOutput(item.name, _decode_parameters(item.parameters)) for item in message.outputs])

@@ -23,7 +23,8 @@ from typing import ClassVar, Literal
 import msgspec
 
 TRACEPARENT, TRACESTATE, BAGGAGE = "traceparent", "tracestate", "baggage"
-"""Headers, metadata of gRPC, and the parameters of a message on a stream."""
+FIELDS = (TRACEPARENT, TRACESTATE, BAGGAGE)
+"""Headers, metadata of gRPC, and the parameters of a message that has none."""
 
 MAX_STATE_LENGTH, MAX_STATE_MEMBERS, LONG_STATE_MEMBER = 512, 32, 128
 """Of ``tracestate``: beyond these, members are left out, first those that are longer than the last. Source: W3C Trace Context,
@@ -125,7 +126,7 @@ def received_in(headers: Mapping[str, object] | Iterable[tuple[str, str]]) -> Tr
     """As `received`, of all headers, names in lower case. Two headers of a name are joined, which no ``traceparent`` can be."""
     found: dict[str, str] = {}
     for name, value in headers.items() if isinstance(headers, Mapping) else headers:
-        if name in (TRACEPARENT, TRACESTATE, BAGGAGE) and isinstance(value, str):
+        if name in FIELDS and isinstance(value, str):
             found[name] = f"{found[name]},{value}" if name in found else value
     return received(found.get(TRACEPARENT, ""), found.get(TRACESTATE, ""), found.get(BAGGAGE, "")) if found else None
 
@@ -284,11 +285,12 @@ class Tracer:
             failed = code != "OK" and (code in FAILURES_OF_SERVERS or span.kind != "server")
             if isinstance(http_status, int):
                 failed = http_status >= 500
-            if failed:
-                span.attributes["error.type"] = code
+            error = "" if not failed else code if code != "OK" else str(http_status)
+            if error:
+                span.attributes["error.type"] = error
             end_ns = time.time_ns()
             duration_ns = int((time.monotonic() - span.began) * 1e9)
-            self._export(FinishedSpan(span, end_ns - duration_ns, end_ns, code if failed else ""))
+            self._export(FinishedSpan(span, end_ns - duration_ns, end_ns, error))
         except Exception:
             self.n_failures += 1
 
@@ -346,6 +348,36 @@ def merged(contexts: Sequence[TraceContext], model: str, n_requests: int, n_rows
         }
         return tracer.merged(recorded, f"batch {model}", attributes)
     return contexts[0] if len(contexts) == 1 else None
+
+
+@contextmanager
+def submitting(
+    given: TraceContext | None, name: str, attributes: Mapping[str, Attribute], *, done: int = 202
+) -> Iterator[TraceContext | None]:
+    """The context that goes on with what is submitted in the block, whose span ends with the block.
+
+    Args:
+        given: in the headers of the request.
+        name: of the span.
+        attributes: of the span; those of HTTP get the status.
+        done: the status of HTTP, unless the block raises.
+    """
+    tracer = Tracing.tracer
+    context = given if tracer is None else tracer.begin(given, time.monotonic(), begins_traces=True)
+    if tracer is None or context is None or (span := context.span) is None:
+        yield context
+        return
+    span.name, span.attributes = name, dict(attributes)
+    is_http = "http.request.method" in attributes
+    with tracer.ending(context):
+        try:
+            yield context
+        except Exception as error:
+            if is_http:
+                span.attributes["http.response.status_code"] = getattr(error, "http_status", 500)
+            raise
+        if is_http:
+            span.attributes["http.response.status_code"] = done
 
 
 def code_of(error: BaseException) -> str:

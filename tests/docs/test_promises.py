@@ -19,11 +19,12 @@ ATTACKS = _ATTACKS.split()
 _TRAINING = """
 R01 R03 R04 R05 R06 R08 R11 R12 R14 R15 R16 R18 R19 R20 R22 R23 R24 R25 R26 R27 R29 R30 R31 R33 R34 R35 R37 R38 R40 R41 R42 R43
 """
+_TELEMETRY = "M01 M03 M04 M05 M07 M10 M11 M12 M15 M16 M17 M18 M19 M20 M21 M22 M23 M24 M27"
 PAGES = {
     "attacks.md": ATTACKS,
     "reliability.md": [f"P-{number:02}" for number in range(1, 47)],
     "training.md": _TRAINING.split(),
-    "telemetry.md": ["M01", "M03", "M04", "M05", "M07", "M10", "M11", "M12", "M15", "M16", "M17", "M27"],
+    "telemetry.md": _TELEMETRY.split(),
 }
 
 

@@ -23,6 +23,7 @@ from splitserve.jobs.addresses import AddressRefused, check_all, is_public, reso
 from splitserve.jobs.records import Delivery, Finish, Job, JobCaller, NewJob, Payload, Webhook, new_id
 from splitserve.jobs.sqlite import SqliteStore
 from splitserve.jobs.webhooks import PinnedBackend, WebhookPolicy, WebhookSender, decode_secret, read_secrets
+from tests.telemetry import traced
 
 SECRETS = [f"whsec_{base64.b64encode(bytes([number]) * 32).decode()}" for number in (1, 2)]
 CALLER = JobCaller("ann", ("*",))
@@ -239,8 +240,8 @@ class Post:
         self.ports = ports
         self.receivers = receivers
 
-    async def end_a_job(self, host: str = "one.example.org") -> Job:
-        webhook = Webhook(f"https://{host}:{self.ports[host]}/hook?x=1")
+    async def end_a_job(self, host: str = "one.example.org", trace: dict[str, str] | None = None) -> Job:
+        webhook = Webhook(f"https://{host}:{self.ports[host]}/hook?x=1", trace=trace or {})
         new = NewJob(id=new_id(), owner="ann", model="m", version="1.1", request=Payload(b"r"), webhook=webhook)
         await self.store.submit(new)
         (claimed,) = await self.store.claim("w", 1, 3600)
@@ -311,6 +312,23 @@ async def test_an_attempt_that_is_cancelled_in_the_handshake_closes_its_connecti
         attempt.cancel()
         await asyncio.wait([attempt])
         await asyncio.wait_for(accepted.get(), 30)
+
+
+async def test_a_webhook_has_the_trace_of_its_job(post):
+    """In headers, and in its body; the span of the delivery, where it is recorded, is between."""
+    trace = {"traceparent": traced.SAMPLED, "tracestate": "a=1", "baggage": "k=v"}
+    first = await post.end_a_job(trace=trace)
+    await post.until(first, lambda now: now.delivery.status == "delivered")
+    with traced.tracing() as recorded:
+        second = await post.end_a_job(trace=trace)
+        await post.until(second, lambda now: now.delivery.status == "delivered")
+
+    (headers, body), (headers_2, _) = post.receivers["one.example.org"].requests
+    (span,) = recorded.spans
+    assert {name: headers[name] for name in trace} == trace == {name: json.loads(body)[name] for name in trace}
+    assert "trace" not in json.loads(body)["data"]["webhook"]
+    assert headers_2["traceparent"] == f"00-{traced.TRACE}-{span.span_id}-01"
+    assert (span.kind, span.parent_id, span.attributes["http.response.status_code"]) == ("client", traced.CALLER, 204)
 
 
 async def test_a_webhook_is_signed_and_sent_to_the_name(post):
