@@ -68,11 +68,20 @@ async def serve(config: ProxySettings) -> None:
                 preprocess,
                 protocols=(),
                 n_tried=preprocessors.n_tried,
+                n_refused=preprocessors.n_refused,
                 golden_errors=lambda: preprocess.golden_errors,
             ),
         )
         metrics.add(
-            "predict", StageMetrics("predict", predict, protocols=(), batcher=predict.batcher, n_tried=predictors.n_tried)
+            "predict",
+            StageMetrics(
+                "predict",
+                predict,
+                protocols=(),
+                batcher=predict.batcher,
+                n_tried=predictors.n_tried,
+                n_refused=predictors.n_refused,
+            ),
         )
         metrics.add_part("cache", CacheMetrics(predict_config.count_cached))
         process.push_async_callback(preprocess.close)

@@ -23,7 +23,14 @@ async def serve(config: PredictSettings) -> None:
         metrics = await open_admin(process, config, service.not_ready_reason)
         requests = metrics.add(
             "predict",
-            StageMetrics("predict", service, batcher=service.batcher, n_tried=predictors.n_tried, budget=budget),
+            StageMetrics(
+                "predict",
+                service,
+                batcher=service.batcher,
+                n_tried=predictors.n_tried,
+                n_refused=predictors.n_refused,
+                budget=budget,
+            ),
         )
         metrics.add_part("cache", CacheMetrics(config.count_cached))
         face = await process.enter_async_context(

@@ -43,6 +43,7 @@ async def serve(config: settings.PreprocessSettings) -> None:
                 "preprocess",
                 service,
                 n_tried=preprocessors.n_tried,
+                n_refused=preprocessors.n_refused,
                 budget=budget,
                 next_stage=predict,
                 golden_errors=lambda: service.golden_errors,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import ssl
@@ -524,8 +525,10 @@ def _yes(is_it: bool) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    if isinstance(value, int) or value == int(value):
-        return str(int(value)) if abs(value) < 1e15 else f"{value:.3g}"
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "-"
+    if value == int(value) and abs(value) < 1e15:
+        return str(int(value))
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

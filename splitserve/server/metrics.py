@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from splitserve.batching.batcher import Batcher
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
@@ -86,6 +86,7 @@ class StageMetrics:
         protocols: by which requests come; () if it has no face of its own.
         batcher: of its requests, if it merges them.
         n_tried: bundles that were tried, by outcome, if it loads any.
+        n_refused: those that were refused, by reason.
         budget: of the bytes that its requests hold.
         next_stage: what calls the next stage, if that is another process.
         golden_errors: of releases by model and release, where it replays their golden samples.
@@ -99,6 +100,7 @@ class StageMetrics:
         protocols: tuple[str, ...] = ("grpc", "stream"),
         batcher: Batcher | None = None,
         n_tried: Mapping[str, int] | None = None,
+        n_refused: Mapping[Any, int] | None = None,
         budget: ByteBudget | None = None,
         next_stage: NextStage | None = None,
         golden_errors: Callable[[], Mapping[tuple[str, str], float]] = dict,
@@ -107,6 +109,7 @@ class StageMetrics:
         self._service = service
         self._batcher = batcher
         self._n_tried = n_tried
+        self._n_refused = n_refused
         self._budget = budget
         self._next_stage = next_stage
         self._golden_errors = golden_errors
@@ -143,6 +146,8 @@ class StageMetrics:
             yield from self._queues(self._batcher)
         for outcome, n in (self._n_tried or {}).items():
             yield Sample(families.LOADED, (stage, outcome), n)
+        for reason, n in (self._n_refused or {}).items():
+            yield Sample(families.LOAD_REFUSALS, (stage, reason), n)
         yield Sample(TELEMETRY_FAILURES, (f"{stage} requests",), self.requests.n_failures)
         if self._budget is not None:
             yield Sample(families.BYTES_IN_FLIGHT, (stage,), self._budget.used)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import msgspec
 import structlog
@@ -16,6 +16,7 @@ from splitserve.catalogue import Catalogue, Entry
 from splitserve.errors import NotFound, Unavailable
 from splitserve.oip.messages import LOADING, READY, UNAVAILABLE, ModelState
 from splitserve.repository.bundle import Bundle, BundleKey
+from splitserve.repository.golden import GoldenDifference
 from splitserve.repository.manifest import GOLDEN_FILE, MANIFEST_FILE, BundleError, Kind, NotFetched
 from splitserve.repository.release import History, Release
 from splitserve.repository.routes import Route
@@ -32,6 +33,10 @@ MODELS_AT_A_TIME = 4
 
 NEEDED_FOR_S = 120.0
 """How long a version is held after another stage has last reported that it needs it."""
+
+RefusalReason = Literal["files", "release", "load", "golden"]
+"""What was wrong with a bundle: its files, or that its releases recorded another one, or that it cannot be loaded here, or that
+its golden samples differ."""
 
 _Place = tuple[str, int]
 """Model and version."""
@@ -119,6 +124,8 @@ class VersionStore(Generic[T]):
         self.catalogue: Catalogue[int, T] = Catalogue()
         self.n_tried = dict.fromkeys(("loaded", "refused", "not_fetched", "failed"), 0)
         """Bundles that were tried, by the outcome."""
+        self.n_refused: dict[RefusalReason, int] = dict.fromkeys(get_args(RefusalReason), 0)
+        """Those that were refused, by what was wrong."""
         self.is_loaded = False
         """Whether everything that was wanted at the first poll has been tried."""
         self.problem = ""
@@ -393,9 +400,12 @@ class VersionStore(Generic[T]):
         """Load a bundle, if it is one of those that releases expect under its number."""
         place = (key.model, key.version)
         self._retry_at.pop(place, None)
+        step: RefusalReason = "files"
         try:
             bundle = await asyncio.get_running_loop().run_in_executor(self._fetchers, self._fetch, key)
+            step = "release"
             _check_expected(bundle, expected)
+            step = "load"
             async with self._turn_to_load:
                 loaded = await asyncio.to_thread(load_fetched, bundle, self._load)
         except NotFetched as error:
@@ -409,6 +419,7 @@ class VersionStore(Generic[T]):
         except BundleError as error:
             self._loaded[place] = _Loaded("", expected)
             self.n_tried["refused"] += 1
+            self.n_refused["golden" if isinstance(error, GoldenDifference) else step] += 1
             # A check failed. Other versions keep serving; it is retried when its files have changed.
             self._log.error("bundle refused", bundle=str(key), reason=str(error))
             return Entry(UNAVAILABLE, str(error))

@@ -122,6 +122,13 @@ LOADED = Family(
     "Bundles that were tried: `loaded`, `refused` by a check, `not_fetched` (tried again), `failed` unexpectedly.",
     ("stage", "outcome"),
 )
+LOAD_REFUSALS = Family(
+    "splitserve_load_refusals_total",
+    "counter",
+    "Bundles that a check refused: `files` (manifest, digests or signature), `release` (it is not the bundle that its releases "
+    "recorded), `load` (types, library versions, or what is in it), `golden` (its golden samples differ).",
+    ("stage", "reason"),
+)
 CACHE_BYTES = Family(
     "splitserve_model_cache_bytes",
     "gauge",
@@ -186,10 +193,9 @@ TELEMETRY_FAILURES = Family(
 FAMILIES = (
     REQUESTS, REQUEST_SECONDS, PHASE_SECONDS, INFERENCES, INFERENCE_SECONDS, QUEUE_SECONDS, ROWS, CALLS, CALL_ROWS,
     CALL_REQUESTS, QUEUED, IN_FLIGHT, CALLS_IN_FLIGHT, ADMISSION_LIMIT, REFUSED, RETRIES, REPLICAS, STREAMS_OPENED, READY,
-    RELEASES, LOADED_AT, GOLDEN_ERROR, LOADED, CACHE_BYTES, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST, JOB_ATTEMPTS,
-    JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS,
-    CERTIFICATE_EXPIRY, LOOP_LAG, BUILD, CPU, RSS, STARTED, OPEN_FILES, GC,
-    WORKER_UP, WORKER_BEAT_AGE, SPANS_EXPORTED, SPANS_DROPPED, TELEMETRY_FAILURES,
+    RELEASES, LOADED_AT, GOLDEN_ERROR, LOADED, LOAD_REFUSALS, CACHE_BYTES, BYTES_IN_FLIGHT, BYTES_LIMIT, JOBS, JOBS_OLDEST,
+    JOB_ATTEMPTS, JOB_REFUSED_WRITES, JOBS_IN_FLIGHT, JOBS_WINDOW, JOB_CALLERS, WEBHOOKS, CERTIFICATE_EXPIRY, LOOP_LAG, BUILD,
+    CPU, RSS, STARTED, OPEN_FILES, GC, WORKER_UP, WORKER_BEAT_AGE, SPANS_EXPORTED, SPANS_DROPPED, TELEMETRY_FAILURES,
 )  # fmt: skip
 
 

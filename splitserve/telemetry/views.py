@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
@@ -127,7 +128,7 @@ def _with_process(listener: ListenerView, interval: Interval) -> ListenerView:
         listener,
         version=next(iter(now.values_of(families.BUILD, "version")), ""),
         workers=len(workers) or None,
-        workers_up=int(sum(workers)) if workers else None,
+        workers_up=_whole(sum(workers)) if workers else None,
         cpu_cores=_rounded(interval.per_s(families.CPU)),
         memory_bytes=_whole(now.value(families.RSS)),
         loop_lag_p99_ms=_ms(interval.quantile(families.LOOP_LAG, 0.99)),
@@ -157,13 +158,13 @@ def _stage(url: str, stage: str, interval: Interval) -> StageView:
         },
         rows_per_call=_rounded(interval.mean(families.CALL_ROWS, stage=stage)),
         requests_per_call=_rounded(interval.mean(families.CALL_REQUESTS, stage=stage)),
-        queued=int(now.value(families.QUEUED, stage=stage) or 0),
-        in_flight=int(now.value(families.IN_FLIGHT, stage=stage) or 0),
+        queued=_whole(now.value(families.QUEUED, stage=stage)) or 0,
+        in_flight=_whole(now.value(families.IN_FLIGHT, stage=stage)) or 0,
         in_flight_bytes=_whole(now.value(families.BYTES_IN_FLIGHT, stage=stage)),
         refusals_per_s=_rates(interval, families.REFUSED, "reason", stage),
         retries_per_s=_rates(interval, families.RETRIES, "kind", stage),
         replicas={
-            state: int(now.value(families.REPLICAS, stage=stage, state=state) or 0)
+            state: _whole(now.value(families.REPLICAS, stage=stage, state=state)) or 0
             for state in now.values_of(families.REPLICAS, "state", stage=stage)
         },
     )
@@ -201,8 +202,8 @@ def _releases(url: str, stage: str, interval: Interval) -> list[ReleaseView]:
                 failures_per_s=_rounded(failed),
                 rows_per_s=_rounded(rows.get(key)),
                 mean_ms=_ms(seconds[key] / succeeded) if succeeded else None,
-                queued=int(queued.get(key, 0)),
-                in_flight=int(in_flight.get(key, 0)),
+                queued=_whole(queued.get(key)) or 0,
+                in_flight=_whole(in_flight.get(key)) or 0,
                 golden_error_ratio=golden.get(key),
             )
         )
@@ -214,11 +215,11 @@ def _jobs(url: str, interval: Interval) -> JobsView:
     return JobsView(
         url,
         is_ready=_is_ready(interval, "jobs"),
-        queued=int(now.value(families.JOBS, max, status="queued") or 0),  # each worker that counts has counted the same store
-        running=int(now.value(families.JOBS, max, status="running") or 0),
+        queued=_whole(now.value(families.JOBS, max, status="queued")) or 0,  # each worker that counts has counted the same store
+        running=_whole(now.value(families.JOBS, max, status="running")) or 0,
         oldest_queued_s=now.value(families.JOBS_OLDEST, max) or 0.0,
         attempts_per_s=_rounded(interval.per_s(families.JOB_ATTEMPTS)),
-        webhooks_pending=int(now.value(families.WEBHOOKS, max) or 0),
+        webhooks_pending=_whole(now.value(families.WEBHOOKS, max)) or 0,
     )
 
 
@@ -235,4 +236,4 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+    return None if value is None or not math.isfinite(value) else int(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import socket
 import ssl
 from contextlib import ExitStack
@@ -141,6 +142,20 @@ def test_tls_is_verified(tmp_path: Path) -> None:
     assert "https://" in not_tls.stderr
     assert "use http://" in no_tls_there.stderr
     assert {result.exit_code for result in (untrusted, not_tls, no_tls_there)} == {1}
+
+
+def test_values_that_are_not_finite_are_shown() -> None:
+    """A golden sample that has no tolerance and differs is infinitely far."""
+    odd = of_a_proxy(n_answered=1)
+    odd[families.GOLDEN_ERROR.name] = {("proxy", "m", "1.1"): math.inf}
+    odd[families.QUEUED.name] = {("proxy", "m", "1.1"): math.nan}
+    with admin_server(text_of(odd)) as server:
+        as_text = run_command(*ONCE, "-u", server.url)
+        as_json = run_command(*ONCE, "-u", server.url, "--json")
+
+    assert (as_text.exit_code, as_json.exit_code) == (0, 0)
+    assert "inf" in as_text.stdout
+    assert json.loads(as_json.stdout)["releases"][0]["golden_error_ratio"] is None
 
 
 def test_workers_that_do_not_answer_are_shown() -> None:

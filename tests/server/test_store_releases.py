@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from splitserve.errors import NotFound
 from splitserve.oip.messages import READY
 from splitserve.repository.bundle import BundleKey
+from splitserve.repository.golden import GoldenDifference
 from splitserve.repository.manifest import BundleError, Kind, NotFetched
 from splitserve.repository.release import SCHEMA_VERSION, Release, ReleaseKey, ReleaseManifest
 from splitserve.repository.routes import Route, RoutedPair
@@ -362,3 +363,21 @@ async def test_models_that_come_later_are_written_for_auditors_too() -> None:
         await store.refresh()
 
     assert [line["verb"] for line in lines if line["event"] == "audit"] == ["release"]
+
+
+async def test_refusals_are_counted_by_what_was_wrong() -> None:
+    """The files, the release, the load, or the golden samples; what was not fetched is not refused."""
+    source = ReleasedSource(1, 2, 3, 4, 5)
+    source.failures = {1: BundleError("its signature is wrong"), 5: NotFetched("away")}
+    for version in (1, 2, 3, 4, 5):
+        source.release(f"1.{version}")
+    source.digests[2] = "b" * 64
+
+    def load(bundle: Any) -> str:
+        raise GoldenDifference("0.5") if bundle.key.version == 4 else BundleError("of another version of scikit-learn")
+
+    store: VersionStore[str] = VersionStore(source, "predict", load, selection=Selection(policies=parse_policies("all")))
+    await store.refresh()
+
+    assert store.n_refused == {"files": 1, "release": 1, "load": 1, "golden": 1}
+    assert store.n_tried == {"loaded": 0, "refused": 4, "not_fetched": 1, "failed": 0}
