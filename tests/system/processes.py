@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.system.fork_server import Forked, fork_server
+
 PATIENCE_S = 60.0
 
 NO_ADMIN = {f"{service}_ADMIN_PORT": "off" for service in ("PROXY", "PREPROCESS", "PREDICT", "JOBS")}
@@ -44,26 +46,34 @@ def wait_until(claim: Callable[[], Any], what: str, *, patience_s: float = PATIE
 
 
 class Process:
-    """One service process and the log lines that it has written so far."""
+    """One service process and the log lines that it has written so far.
+
+    Args:
+        module: what runs.
+        environment: settings, in addition to what this process has.
+        python: the interpreter; "": this one, in a process that is forked with all imports made, see `tests.system.fork_server`.
+        arguments: of the command line.
+    """
 
     def __init__(
-        self, module: str, environment: Mapping[str, str], python: str | Path = sys.executable, arguments: Sequence[str] = ()
+        self, module: str, environment: Mapping[str, str], python: str | Path = "", arguments: Sequence[str] = ()
     ) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PROXY_", "PRE", "MODEL_"))}
+        whole = {**inherited, **NO_ADMIN, "LOG_FORMAT": "json", **environment}
         self.lines: list[str] = []
-        self._process = subprocess.Popen(
-            [python, "-m", module, *arguments],
-            env={**inherited, **NO_ADMIN, "LOG_FORMAT": "json", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
+        ours, theirs = os.pipe()
+        self._process: subprocess.Popen[bytes] | Forked
+        if not python and fork_server().can_start(whole):
+            self._process = fork_server().start(module, arguments, whole, theirs)
+        else:
+            command = [python or sys.executable, "-m", module, *arguments]
+            self._process = subprocess.Popen(command, env=whole, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
         self._reader.start()
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
+    def _read(self, output: int) -> None:
+        with open(output) as lines:
             for line in lines:
                 self.lines.append(line.rstrip())
 

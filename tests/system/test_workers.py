@@ -97,6 +97,7 @@ def test_a_dead_worker_is_restarted_and_all_stop_together(crowd: Crowd) -> None:
     for _ in range(20):
         crowd.ask()
     wait_until(lambda: len(set(children(preprocess.pid)) - {workers[0]}) == n_workers, "a new worker")
+    wait_until(lambda: len(preprocess.events("listening")) == n_workers + 1, "the new worker listens")
     codes = [service.stop() for service in reversed(crowd.services.values())]
 
     assert len(workers) == n_workers
