@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
@@ -19,6 +20,8 @@ _OPEN = ("/v2", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token."""
 
 _MAX_ELEMENTS = 1_000
+_BINARY = {"FP16": 2, "BF16": 2}
+"""The datatypes that JSON has no elements of, and the bytes of an element."""
 _ZEROS: dict[str, Any] = {"BYTES": "", "BOOL": False, "FP32": 0.0, "FP64": 0.0}
 
 
@@ -53,35 +56,86 @@ def document(version: str, *, requires_tokens: bool = False, has_jobs: bool = Tr
 
 
 def with_examples(content: Schema, models: Iterable[ModelMetadata]) -> Schema:
-    """The document, with a request for each model that works as it stands: a row of zeros, and of missing text."""
-    v2, v1 = {}, {}
+    """The document, with a request for each model that works as it stands: a row of zeros, and of missing text.
+
+    JSON cannot hold FP16 and BF16: such inputs are zeros after the JSON, in an example of the binary media type, whose length of
+    JSON is an example of that header.
+    """
+    v2: Schema = {}
+    v1: Schema = {}
+    binary: Schema = {}
+    lengths: Schema = {}
     for metadata in models:
         row = _row(metadata)
         if row is None:
+            continue
+        summary = f"{metadata.name}, one row"
+        if any(spec.datatype in _BINARY for spec in metadata.inputs):
+            header, body = _binary_request(metadata, row)
+            binary[metadata.name] = {"summary": summary, "value": header + body}
+            lengths[metadata.name] = {"summary": summary, "value": len(header)}
             continue
         inputs = [
             {"name": spec.name, "datatype": spec.datatype, "shape": [1, *_inner(spec)], "data": values}
             for spec, values in zip(metadata.inputs, row, strict=True)
         ]
-        v2[metadata.name] = {"summary": f"{metadata.name}, one row", "value": {"inputs": inputs}}
+        v2[metadata.name] = {"summary": summary, "value": {"inputs": inputs}}
         columns = {spec.name: _nested(values, _inner(spec)) for spec, values in zip(metadata.inputs, row, strict=True)}
         instance = columns if len(columns) > 1 else next(iter(columns.values()))
-        v1[metadata.name] = {"summary": f"{metadata.name}, one row", "value": {"instances": [instance]}}
+        v1[metadata.name] = {"summary": summary, "value": {"instances": [instance]}}
     shown: Schema = {**content, "paths": dict(content["paths"])}
-    for path, examples in (("/v2/models/{model}/infer", v2), ("/v1/models/{model}:predict", v1)):
-        if examples:
-            shown["paths"][path] = _with_examples(shown["paths"][path], examples)
+    for path, by_type in (
+        ("/v2/models/{model}/infer", {"application/json": v2, "application/octet-stream": binary}),
+        ("/v1/models/{model}:predict", {"application/json": v1}),
+    ):
+        if any(by_type.values()):
+            shown["paths"][path] = _with_examples(shown["paths"][path], by_type, lengths)
     return shown
 
 
-def _with_examples(item: Schema, examples: Schema) -> Schema:
+def _binary_request(metadata: ModelMetadata, row: Sequence[list[Any]]) -> tuple[str, str]:
+    """JSON in ASCII, and the bytes that follow it: zeros, which are the same in UTF-8."""
+    inputs: list[Schema] = []
+    n_bytes = 0
+    for spec, values in zip(metadata.inputs, row, strict=True):
+        tensor: Schema = {"name": spec.name, "datatype": spec.datatype, "shape": [1, *_inner(spec)]}
+        if spec.datatype in _BINARY:
+            size = _BINARY[spec.datatype] * len(values)
+            tensor["parameters"] = {"binary_data_size": size}
+            n_bytes += size
+        else:
+            tensor["data"] = values
+        inputs.append(tensor)
+    header = json.dumps({"parameters": {"binary_data_output": True}, "inputs": inputs})
+    return header, "\0" * n_bytes
+
+
+def _with_examples(item: Schema, by_type: dict[str, Schema], lengths: Schema) -> Schema:
     operation = item["post"]
     body = operation["requestBody"]
-    json = {**body["content"]["application/json"], "examples": examples}
+    content = dict(body["content"])
+    for media_type, examples in by_type.items():
+        if examples:
+            content[media_type] = {**content[media_type], "examples": examples}
+    names = {name: None for examples in by_type.values() for name in examples}
+    parameters = [_length_of(each, lengths) for each in operation["parameters"]]
     return {
         **item,
-        "parameters": [_model_of(each, examples) for each in item["parameters"]],
-        "post": {**operation, "requestBody": {**body, "content": {**body["content"], "application/json": json}}},
+        "parameters": [_model_of(each, names) for each in item["parameters"]],
+        "post": {**operation, "parameters": parameters, "requestBody": {**body, "content": content}},
+    }
+
+
+def _length_of(parameter: Schema, lengths: Schema) -> Schema:
+    """The parameter with the length of JSON in each binary example."""
+    if not lengths or parameter != {"$ref": "#/components/parameters/header-length"}:
+        return parameter
+    return {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "description": "Bytes of JSON at the beginning of the body, if binary tensors follow.",
+        "schema": {"type": "integer", "minimum": 0},
+        "examples": lengths,
     }
 
 
@@ -94,11 +148,11 @@ def _model_of(parameter: Schema, examples: Schema) -> Schema:
 
 
 def _row(metadata: ModelMetadata) -> list[list[Any]] | None:
-    """The elements of one row of each input; None if JSON cannot hold it, or it is too large for a document."""
+    """The elements of one row of each input; None if it is too large for a document."""
     row: list[list[Any]] = []
     for spec in metadata.inputs:
         size = math.prod(_inner(spec))
-        if spec.datatype in ("FP16", "BF16") or size > _MAX_ELEMENTS or not spec.shape:
+        if size > _MAX_ELEMENTS or not spec.shape:
             return None
         row.append([_ZEROS.get(spec.datatype, 0)] * size)
     return row or None

@@ -16,7 +16,7 @@ _FILES = "SPLITSERVE_CA_FILE, _CERT_FILE, _KEY_FILE or _TOKEN_FILE"
 
 def connect(url: str, *, stage: str = "proxy") -> RemoteInference:
     """Connect to the proxy, or another stage, at ``url``. An invalid address or invalid files end the process with the reason."""
-    if url.startswith(("http://", "https://", "grpcs://")):
+    if is_client_url(url):
         print(f'expected the address of a gRPC face, host:port, got "{url}"', file=sys.stderr)
         raise SystemExit(2)
     try:
@@ -26,6 +26,11 @@ def connect(url: str, *, stage: str = "proxy") -> RemoteInference:
     except (OSError, ValueError) as error:
         print(f"{_FILES}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def is_client_url(url: str) -> bool:
+    """Whether a URL is one for `client` rather than for `connect`: of REST, or of gRPC with TLS."""
+    return url.startswith(("http://", "https://", "grpcs://"))
 
 
 def client(url: str, *, timeout_s: float) -> Client:

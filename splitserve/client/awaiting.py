@@ -290,6 +290,15 @@ class AsyncClient(ClientBase):
         metadata: ServerMetadata = await self._ask("server_metadata")
         return metadata
 
+    async def load(self, model: str) -> None:
+        """As `splitserve.Client.load`.
+
+        Example::
+
+            await client.load("penguins")
+        """
+        await self._ask("load", model)
+
     async def models(self) -> list[ModelState]:
         """As `splitserve.Client.models`.
 

@@ -392,6 +392,18 @@ class Client(ClientBase):
         metadata: ServerMetadata = self._ask("server_metadata")
         return metadata
 
+    def load(self, model: str) -> None:
+        """Have the server poll its model repository now, and serve the model again if it was unloaded.
+
+        Raises:
+            PermissionDenied: the server does not permit it (``ALLOW_REPOSITORY_CONTROL``).
+
+        Example::
+
+            client.load("penguins")
+        """
+        self._ask("load", model)
+
     def models(self) -> list[ModelState]:
         """Every version of every model that the server knows, with its state.
 

@@ -62,6 +62,7 @@ METHODS: dict[Verb, Method] = {
     ),
     "model_metadata": Method("ModelMetadata", protobuf.decode_metadata),
     "index": Method("RepositoryIndex", protobuf.decode_index),
+    "load": Method("RepositoryModelLoad", lambda _: None),
     "infer": Method("ModelInfer", protobuf.decode_response),
     "submit": Method("SubmitJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
     "job": Method("GetJob", lambda answer: jobs.decode_job(answer.job), jobs.SERVICE),
@@ -231,6 +232,8 @@ def encode(ask: Ask) -> Any:
     if ask.request is not None:
         return protobuf.encode_request(ask.request)
     request = METHODS[ask.verb].request
+    if ask.verb == "load":
+        return request(model_name=ask.model)
     return request(name=ask.model, version=ask.version) if ask.model else request()
 
 

@@ -72,6 +72,9 @@ def encode(ask: Ask, *, compress: bool = False) -> RestRequest:
             return RestRequest("GET", model, {}, b"")
         case "index":
             return RestRequest("POST", "/v2/repository/index", {"content-type": "application/json"}, b"{}")
+        case "load":
+            path = f"/v2/repository/models/{quote(ask.model, safe='')}/load"
+            return RestRequest("POST", path, {"content-type": "application/json"}, b"{}")
     if ask.job is not None and ask.request is None:
         return _job_request(ask, ask.job)
     assert ask.request is not None
@@ -201,6 +204,7 @@ _TYPES: dict[str, Any] = {
     "server_metadata": ServerMetadata,
     "model_metadata": _DecodedMetadata,
     "index": list[ModelState],
+    "load": dict[str, Any],
     "submit": _DecodedJob,
     "job": _DecodedJob,
     "job_delete": _DecodedJob,

@@ -6,12 +6,11 @@ import random
 import threading
 from collections.abc import Callable, Collection
 
+from splitserve.backoff import Backoff
 from splitserve.errors import Overloaded, SplitserveError, Unavailable
 from splitserve.remote.retry_budget import RetryBudget
 
-INITIAL_BACKOFF_S = 0.1
-MAX_BACKOFF_S = 2.0
-MOST_DOUBLINGS = 30
+BACKOFF = Backoff(0.1, 2.0)
 
 RETRY_ON: tuple[type[SplitserveError], ...] = (Unavailable, Overloaded)
 """The errors after which another attempt can help, by default."""
@@ -89,5 +88,4 @@ class Retries:
                     return None
         if failure.retry_after_s is not None:
             return failure.retry_after_s * self._uniform(1, 1.2)
-        backoff_s: float = min(MAX_BACKOFF_S, INITIAL_BACKOFF_S * 2 ** min(n_failures - 1, MOST_DOUBLINGS))
-        return backoff_s * self._uniform(0.5, 1)
+        return BACKOFF.pause_s(n_failures, self._uniform)

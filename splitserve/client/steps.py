@@ -17,7 +17,7 @@ from splitserve.jobs.records import JobOptions
 from splitserve.oip.messages import InferRequest
 
 JobVerb = Literal["submit", "job", "job_result", "job_delete", "jobs"]
-Verb = Literal["live", "ready", "model_ready", "server_metadata", "model_metadata", "index", "infer"] | JobVerb
+Verb = Literal["live", "ready", "model_ready", "server_metadata", "model_metadata", "index", "load", "infer"] | JobVerb
 
 T = TypeVar("T")
 

@@ -30,10 +30,10 @@ import httpcore
 import msgspec
 import structlog
 
+from splitserve.backoff import Backoff
 from splitserve.errors import InvalidInput, SplitserveError
 from splitserve.jobs import addresses
 from splitserve.jobs.addresses import AddressRefused
-from splitserve.jobs.backoff import doubled_s
 from splitserve.jobs.events import host_of
 from splitserve.jobs.records import Delivery, DeliveryAttempt, DeliveryState, JobCaller, Webhook
 from splitserve.jobs.store import JobStore
@@ -43,7 +43,7 @@ from splitserve.wire.http1.retry_after import parse_retry_after
 
 ATTEMPT_TIMEOUT_S = 15.0
 LEASE_S = 30.0
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 5.0, 3600.0
+BACKOFF = Backoff(5.0, 3600.0, jitter=(0.75, 1.25))
 GIVE_UP_S = 86_400.0
 MAX_PER_HOST, MAX_AT_ONCE = 4, 64
 MAX_ANSWER_BYTES = 1024
@@ -348,9 +348,9 @@ class WebhookSender:
 
         if 200 <= status < 300:
             return attempt("delivered")
-        delay_s = doubled_s(delivery.attempt, FIRST_BACKOFF_S, MAX_BACKOFF_S)
+        delay_s = BACKOFF.pause_s(delivery.attempt)
         if retry_after_s is not None:
-            delay_s = min(MAX_BACKOFF_S, max(1.0, retry_after_s))
+            delay_s = min(BACKOFF.most_s, max(1.0, retry_after_s))
         if status == 410 or self._clock() + delay_s - delivery.created > GIVE_UP_S:
             return attempt("failed")
         return attempt("pending", delay_s)

@@ -28,6 +28,7 @@ import msgspec
 import structlog
 
 from splitserve.api.inference import inference_pb2 as pb
+from splitserve.backoff import Backoff
 from splitserve.batching.admission import BACKGROUND_PRIORITY
 from splitserve.batching.batcher import Batcher
 from splitserve.batching.merging import is_mergeable
@@ -44,7 +45,6 @@ from splitserve.errors import (
     Unavailable,
     at_stage,
 )
-from splitserve.jobs.backoff import doubled_s
 from splitserve.jobs.payloads import Payloads
 from splitserve.jobs.records import Claimed, Finish, JobError, Lease, Payload, Retry, new_id
 from splitserve.jobs.store import JobStore
@@ -62,7 +62,7 @@ RETRIED = (Cancelled, DeadlineExceeded, Internal, NotFound, Overloaded, StorageF
 INTERNAL_ATTEMPTS = 3
 """An unexpected error may be the content's after all: it is tried no more often."""
 
-FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
+BACKOFF = Backoff(1.0, 60.0, jitter=(0.75, 1.25))
 SLOW_DOWN_S = 0.1
 """The window is halved at most once in this time: the refusals of one moment are one signal."""
 
@@ -427,7 +427,7 @@ class Worker:
         reason = await self._inference.not_ready_reason()
         if reason:
             self._not_ready = reason
-            self._end(Retry(claimed.lease, FIRST_BACKOFF_S))  # the proxy is unreachable: nothing was tried
+            self._end(Retry(claimed.lease, BACKOFF.first_s))  # the proxy is unreachable: nothing was tried
         else:
             self._end(Retry(claimed.lease, backoff_s(claimed.attempt), record))
 
@@ -534,4 +534,4 @@ class Worker:
 
 def backoff_s(attempt: int) -> float:
     """The delay after an attempt, by its number."""
-    return doubled_s(attempt, FIRST_BACKOFF_S, MAX_BACKOFF_S)
+    return BACKOFF.pause_s(attempt)

@@ -7,13 +7,14 @@ run ends.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from typing import TypeVar
 
 from splitserve.arrays import from_array, to_array
+from splitserve.backoff import Backoff
 from splitserve.client import Client
 from splitserve.client.environment import arguments_from_environment
 from splitserve.errors import DeadlineExceeded, Overloaded, SplitserveError, Unavailable
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 PATIENCE_S = 300.0
 REQUEST_TIMEOUT_S = 60.0
-LONGEST_PAUSE_S = 15.0
+BACKOFF = Backoff(0.5, 15.0)
 
 WORTH_WAITING = (Unavailable, Overloaded, DeadlineExceeded)
 
@@ -112,15 +113,15 @@ class RemoteScorer:
         return [from_array(spec.name, answer[spec.name]) for spec in self._release.outputs]
 
     def _patient(self, call: Callable[[], T]) -> T:
-        end, pause = self._clock() + PATIENCE_S, 0.5
-        while True:
+        end = self._clock() + PATIENCE_S
+        for attempt in count(1):
             try:
                 return call()
             except WORTH_WAITING as error:
-                if self._clock() + pause > end:
+                if self._clock() + BACKOFF.longest_s(attempt) > end:
                     raise ServerGone(f"{self._url}: no answer for {PATIENCE_S:.0f} s: {error.message}") from error
-            self._pause(random.uniform(pause / 2, pause))  # noqa: S311 - spreads workers out
-            pause = min(pause * 2, LONGEST_PAUSE_S)
+            self._pause(BACKOFF.pause_s(attempt))
+        raise AssertionError("count() does not end")
 
 
 def _client(url: str) -> Client:

@@ -25,6 +25,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from structlog.testing import capture_logs
 
 from splitserve import PublishError, publish_predictor
+from splitserve.cli.connection import connect
 from splitserve.cli.publish import read_data
 from splitserve.cli.samples import golden_instance
 from splitserve.cli.up import refusals
@@ -35,6 +36,7 @@ from splitserve.repository.signing import Verifier
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor, encode_bytes
 from splitserve.testing import FakeInference, serving, signature
+from tests.client.ways import serving_rest
 from tests.command_line import run_command
 from tests.demo_models import Demos
 from tests.file_server import FileServer
@@ -439,12 +441,13 @@ def test_up_names_the_models_that_it_does_not_serve() -> None:
     assert refusals(states) == ["not ready: b 1.2: a type is not allowed"]
 
 
-def test_a_rest_address_is_no_grpc_address() -> None:
-    """Of the commands that speak gRPC only; a port that answers in HTTP/1.1 would look like one that is away."""
-    result = run_command("reload", "--url", "http://127.0.0.1:8000")
+def test_a_rest_address_is_no_grpc_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a predict service, which speaks gRPC only; a port that answers in HTTP/1.1 would look like one that is away."""
+    with pytest.raises(SystemExit) as ended:
+        connect("http://127.0.0.1:8000", stage="predict")
 
-    assert result.exit_code == 2
-    assert 'expected the address of a gRPC face, host:port, got "http://127.0.0.1:8000"' in result.output
+    assert ended.value.code == 2
+    assert 'expected the address of a gRPC face, host:port, got "http://127.0.0.1:8000"' in capsys.readouterr().err
 
 
 async def test_health_lists_what_is_ready_and_why_the_rest_is_not() -> None:
@@ -549,6 +552,20 @@ async def test_reload_needs_a_name_where_no_model_is_known() -> None:
     assert (nameless.returncode, nameless.stderr) == (1, f"{address}: no models yet; name the new model\n")
     assert (named.returncode, named.stdout) == (0, "reloaded m\n")
     assert service.controlled == [("load", "m")]
+
+
+async def test_reload_over_rest() -> None:
+    """As over gRPC: all models or those that are named; an error names the address and the way out."""
+    service = FakeInference(signature("m", [TensorSpec("x", "FP32", ("batch", 1))]))
+    async with serving_rest(service, allow_control=True) as url, serving_rest(service) as closed:
+        every, named, refused = await run_at(url, "reload"), await run_at(url, "reload", "n"), await run_at(closed, "reload")
+
+    assert (every.returncode, every.stdout) == (0, "reloaded m\n")
+    assert (named.returncode, named.stdout) == (0, "reloaded n\n")
+    assert service.controlled == [("load", "m"), ("load", "n")]
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"{closed}: ")
+    assert "ALLOW_REPOSITORY_CONTROL=true enables it" in refused.stderr
 
 
 def test_a_bucket_has_no_index() -> None:

@@ -16,14 +16,15 @@ from splitserve.errors import (
     InvalidInput,
     NotFound,
     PairMismatch,
+    PermissionDenied,
     SplitserveError,
     Unavailable,
 )
 from splitserve.oip.messages import InferRequest, InferResponse, ModelState, remaining_s
 from splitserve.signature import TensorSpec
 from splitserve.tensors import Tensor
-from splitserve.testing import FakeInference, signature
-from tests.client.ways import EXTENSIONS, Way
+from splitserve.testing import FakeInference, serving, signature
+from tests.client.ways import EXTENSIONS, Way, serving_rest
 
 X = TensorSpec("x", "FP32", ("batch", 2))
 T = TensorSpec("t", "BYTES", ("batch", 1))
@@ -368,6 +369,20 @@ async def test_chunks_in_flight_are_cancelled_when_one_fails(way: Way) -> None:
     async with way.to(OneFails(ONLY_X), timeout_s=300) as client:
         with pytest.raises(InvalidInput, match="rows"):
             await client.infer("echo", ROWS, chunk_rows=40, concurrency=2)
+
+
+async def test_a_model_is_loaded_where_the_server_permits_it(way: Way) -> None:
+    """For operators."""
+    service = FakeInference(ONLY_X)
+    serve = serving_rest if way.is_rest else serving
+
+    async with serve(service, allow_control=True) as address, way.at(address) as client:
+        await client.load("echo")
+    async with serve(service) as address, way.at(address) as client:
+        with pytest.raises(PermissionDenied, match="ALLOW_REPOSITORY_CONTROL"):
+            await client.load("echo")
+
+    assert service.controlled == [("load", "echo")]
 
 
 async def test_an_answer_with_another_number_of_rows_is_a_mismatch(way: Way) -> None:

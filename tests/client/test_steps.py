@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from splitserve.client.retries import MAX_BACKOFF_S, Failed, Retries
+from splitserve.client.retries import BACKOFF, Failed, Retries
 from splitserve.client.steps import Ask, Send, attempts, run
 from splitserve.errors import DeadlineExceeded, InvalidInput, Unavailable
 from splitserve.remote.retry_budget import MAX_TOKENS
@@ -55,7 +55,7 @@ def test_pauses_grow_and_the_time_left_shrinks() -> None:
 
 def test_pauses_are_finite() -> None:
     """However often a request is tried."""
-    assert plain(10_000).delay_s(gone(), 5_000) == MAX_BACKOFF_S
+    assert plain(10_000).delay_s(gone(), 5_000) == BACKOFF.most_s
 
 
 def test_pauses_are_random() -> None:

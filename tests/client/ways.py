@@ -38,15 +38,17 @@ class _Edge:
 
 
 @asynccontextmanager
-async def serving_rest(service: FakeInference) -> AsyncIterator[str]:
-    """Serve over REST on a free port of loopback, as the proxy does.
+async def serving_rest(service: FakeInference, **options: Any) -> AsyncIterator[str]:
+    """Serve over REST on a free port of loopback, as the proxy does. ``options``: fields of `RestConfig`.
 
     Yields:
         The URL.
     """
     app = RestApp(
         _Edge(service),
-        RestConfig(metadata=ServerMetadata("test", "0", EXTENSIONS), max_body_bytes=2**26, default_timeout_s=30, grace_s=1),
+        RestConfig(
+            metadata=ServerMetadata("test", "0", EXTENSIONS), max_body_bytes=2**26, default_timeout_s=30, grace_s=1, **options
+        ),
     )
     async with RestFace(app) as face:
         yield f"http://127.0.0.1:{face.port}"

@@ -109,12 +109,13 @@ MODELS = [
         version="1.1",
     ),
     signature("images", [TensorSpec("image", "UINT8", ("batch", 2, 2))], version="1.1"),
-    signature("halves", [TensorSpec("x", "FP16", ("batch", 2))], version="1.1"),
+    signature("halves", [TensorSpec("x", "FP16", ("batch", 2)), TensorSpec("n", "INT64", ("batch", 1))], version="1.1"),
+    signature("brains", [TensorSpec("x", "BF16", ("batch", 3))], version="1.1"),
 ]
 
 
 async def test_each_model_has_an_example_that_works_as_it_stands() -> None:
-    """In V2 and V1; a model that JSON cannot call has none. The document stays valid."""
+    """In V2 and V1; where JSON cannot hold an input, in binary with the header's value. The document stays valid."""
     service = ProxyService(FakeInference(*MODELS))
     await service.refresh()
     app = RestApp(service, RestConfig(metadata=ServerMetadata("s", "0"), max_body_bytes=10_000, default_timeout_s=30, grace_s=1))
@@ -128,10 +129,24 @@ async def test_each_model_has_an_example_that_works_as_it_stands() -> None:
             for model, example in examples.items():
                 answer = await client.post(path.replace("{model}", model), json=example["value"])
                 called.append((path[:3], model, answer.status_code))
+        operation = content["paths"]["/v2/models/{model}/infer"]["post"]
+        (length,) = (each for each in operation["parameters"] if each.get("name") == "Inference-Header-Content-Length")
+        for model, example in operation["requestBody"]["content"]["application/octet-stream"]["examples"].items():
+            answer = await client.post(
+                f"/v2/models/{model}/infer",
+                content=example["value"].encode(),
+                headers={
+                    "content-type": "application/octet-stream",
+                    "inference-header-content-length": str(length["examples"][model]["value"]),
+                },
+            )
+            called.append(("binary", model, answer.status_code))
 
     assert sorted(called) == [
         ("/v1", "images", 200),
         ("/v1", "penguins", 200),
         ("/v2", "images", 200),
         ("/v2", "penguins", 200),
+        ("binary", "brains", 200),
+        ("binary", "halves", 200),
     ]

@@ -263,7 +263,7 @@ HOSTS = ("one.example.org", "two.example.org")
 
 @pytest.fixture
 async def post(tmp_path: Path, secrets_file: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Post]:
-    monkeypatch.setattr(webhooks, "FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(webhooks, "BACKOFF", webhooks.BACKOFF._replace(first_s=0.0))
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # without the certificates of the system, which take longest to read
     authority.configure_trust(context)
@@ -391,7 +391,7 @@ async def test_the_receiver_may_ask_for_a_pause(post, monkeypatch, value):
 
     await post.until(job, lambda now: now.delivery.attempt == 1)
 
-    assert pauses == [7.0 if value == "7" else webhooks.MAX_BACKOFF_S]
+    assert pauses == [7.0 if value == "7" else webhooks.BACKOFF.most_s]
 
 
 async def test_gone_ends_the_delivery(post):
@@ -465,7 +465,7 @@ async def test_a_slow_receiver_holds_up_only_its_own(post):
 
 async def test_a_receiver_that_is_away_does_not_touch_the_job(post, monkeypatch):
     """The job has succeeded; what the caller learns of the network is only that there was no answer."""
-    monkeypatch.setattr(webhooks, "FIRST_BACKOFF_S", 3600.0)
+    monkeypatch.setattr(webhooks, "BACKOFF", webhooks.BACKOFF._replace(first_s=3600.0))
     post.ports["one.example.org"] = 1
     job = await post.end_a_job()
 
@@ -494,7 +494,7 @@ async def test_an_attempt_that_fails_unexpectedly_is_one_that_failed(post, monke
 
 async def test_a_name_that_cannot_be_resolved_is_a_failed_attempt(post, monkeypatch):
     """It is tried again; nothing is sent to it unchecked."""
-    monkeypatch.setattr(webhooks, "FIRST_BACKOFF_S", 3600.0)
+    monkeypatch.setattr(webhooks, "BACKOFF", webhooks.BACKOFF._replace(first_s=3600.0))
     post.ports["three.example.org"] = 443
     job = await post.end_a_job("three.example.org")
 

@@ -283,7 +283,7 @@ async def test_nothing_is_claimed_while_the_proxy_is_not_ready(workshop):
 
 async def test_a_proxy_that_goes_away_costs_no_attempt(workshop, monkeypatch):
     """Nothing is known to be wrong with the job."""
-    monkeypatch.setattr(worker_module, "FIRST_BACKOFF_S", 0.0)
+    monkeypatch.setattr(worker_module, "BACKOFF", worker_module.BACKOFF._replace(first_s=0.0))
     n_calls = []
 
     async def go_away(_: InferRequest) -> None:
