@@ -153,7 +153,9 @@ class Inference(ABC, Generic[A]):
         if trace is None or (span := trace.span) is None:
             return
         span.name, attributes = self._named_span(http_status)
-        attributes |= {"splitserve.model": self.model[:128], "splitserve.release": release[:32]}
+        attributes["splitserve.model"] = self.model[:128]
+        if release:
+            attributes["splitserve.release"] = release[:32]
         if request is not None:
             attributes["splitserve.rows"] = request.n_rows
             if request.id and self._rules.makes_ids:

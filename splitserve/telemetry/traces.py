@@ -218,10 +218,12 @@ class Tracer:
             # Part of the id decides, so that others who sample by it decide alike.
             trace_id = f"{_random(8)}{_below(self._bound):016x}"
             return self._open("server", trace_id, "", 1, "", context.baggage if context else "", began, is_remote=False)
-        known = parsed(context.traceparent)
-        assert known is not None, "contexts are checked when they are received"
-        trace_id, parent_id, flags = known
-        is_recorded = bool(flags & _SAMPLED) if self._follows else int(trace_id[16:], 16) < self._bound
+        traceparent = context.traceparent  # checked when it was received
+        flags = int(traceparent[53:55], 16)
+        if self._follows and not flags & _SAMPLED:
+            return context
+        trace_id, parent_id = traceparent[3:35], traceparent[36:52]
+        is_recorded = self._follows or int(trace_id[16:], 16) < self._bound
         if is_recorded:
             flags |= _SAMPLED
             return self._open("server", trace_id, parent_id, flags, context.tracestate, context.baggage, began, is_remote=True)
