@@ -605,6 +605,7 @@ def top(
     ] = None,
     admin_port: Annotated[str, typer.Option(help="As splitserve up --admin-port, on this machine.")] = "",
     interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1, max=3600.0)] = 2.0,
+    timeout_s: Annotated[float, typer.Option(help="Seconds that a listener may take to answer.", min=0.1, max=3600.0)] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look for one interval, print what was seen, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON; without --once a line for each look.")] = False,
     token_file: Annotated[
@@ -625,7 +626,15 @@ def top(
 
     credentials = Credentials(token_file, ca_file, cert_file, key_file)
     raise typer.Exit(
-        run(url or [], admin_port=admin_port, interval_s=interval, is_once=once, is_json=as_json, credentials=credentials)
+        run(
+            url or [],
+            admin_port=admin_port,
+            interval_s=interval,
+            timeout_s=timeout_s,
+            is_once=once,
+            is_json=as_json,
+            credentials=credentials,
+        )
     )
 
 

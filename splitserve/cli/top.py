@@ -104,20 +104,24 @@ class Watcher:
     Args:
         urls: of the listeners.
         credentials: for all of them.
+        timeout_s: for the answer of each.
         is_named: the user has named them. Otherwise one whose connection is refused is left out until it has answered once.
 
     Raises:
         CannotStart: a file cannot be used.
     """
 
-    def __init__(self, urls: Sequence[str], credentials: Credentials, *, is_named: bool = True) -> None:
+    def __init__(
+        self, urls: Sequence[str], credentials: Credentials, *, timeout_s: float = TIMEOUT_S, is_named: bool = True
+    ) -> None:
+        self._timeout_s = timeout_s
         self._urls = urls
         self._known = set(urls) if is_named else set()
         self._has_answered = False
         self._scrapes: dict[str, Scrape] = {}
         # Addresses are internal: no proxy of the environment is asked for them.
         self._client = httpx.AsyncClient(
-            verify=_ssl_context(credentials), headers=_headers(credentials), timeout=TIMEOUT_S, trust_env=False
+            verify=_ssl_context(credentials), headers=_headers(credentials), timeout=timeout_s, trust_env=False
         )
 
     async def __aenter__(self) -> Watcher:
@@ -144,13 +148,13 @@ class Watcher:
     async def _ask(self, url: str) -> tuple[ListenerView, Interval | None]:
         before = self._scrapes.get(url)
         try:
-            async with asyncio.timeout(2 * TIMEOUT_S):
+            async with asyncio.timeout(2 * self._timeout_s):
                 ready, metrics = await self._get(url, "/readyz"), await self._get(url, "/metrics")
             if metrics.status_code != httpx.codes.OK:
                 return ListenerView(url, _refusal(metrics.status_code)), None
             scrape = Scrape(metrics.text, time.monotonic())
         except (httpx.HTTPError, TimeoutError) as error:
-            return ListenerView(url, _no_answer(url, error)), None
+            return ListenerView(url, _no_answer(url, error, self._timeout_s)), None
         except NotMetrics as error:
             return ListenerView(url, f"no metrics of splitserve: {error}"), None
         if not scrape.is_ours:
@@ -192,11 +196,11 @@ def _refusal(status: int) -> str:
     return f"{status} to /metrics: not an admin listener"
 
 
-def _no_answer(url: str, error: Exception) -> str:
+def _no_answer(url: str, error: Exception, timeout_s: float) -> str:
     """Why there was none, and what may help."""
     text = str(error)
     if isinstance(error, TimeoutError | httpx.TimeoutException):
-        return f"no answer within {TIMEOUT_S:.0f} s"
+        return f"no answer within {timeout_s:g} s"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return f"its certificate is not trusted: --ca-file names that of its authority ({text})"
     if "WRONG_VERSION_NUMBER" in text or "record layer failure" in text:
@@ -215,12 +219,19 @@ def _reason(response: httpx.Response) -> str:
 
 
 def run(
-    urls: Sequence[str], *, admin_port: str, interval_s: float, is_once: bool, is_json: bool, credentials: Credentials
+    urls: Sequence[str],
+    *,
+    admin_port: str,
+    interval_s: float,
+    timeout_s: float,
+    is_once: bool,
+    is_json: bool,
+    credentials: Credentials,
 ) -> int:
     """Show it until the user leaves, or once; the exit status: 1 no listener answers, 2 an option cannot be used."""
     try:
         where = targets(urls, admin_port, is_tls=bool(credentials.ca_file))
-        watcher = Watcher(where, credentials, is_named=bool(urls))
+        watcher = Watcher(where, credentials, timeout_s=timeout_s, is_named=bool(urls))
     except CannotStart as error:
         print(error, file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from tests.certificates import write
 from tests.command_line import run_command
 
 BEFORE, AFTER = text_of(of_a_proxy(n_answered=100)), text_of(of_a_proxy(n_answered=150, n_failed=5))
-ONCE = ("top", "--once", "--interval", "0.1")
+ONCE = ("top", "--once", "--interval", "0.1", "--timeout-s", "60")
 TOKEN = "0123456789abcdef"
 
 
@@ -103,7 +103,7 @@ def test_a_service_that_has_gone_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("PREPROCESS_ADMIN_PORT", other.url.rpartition(":")[2])
 
         async def look_twice() -> list[View]:
-            async with Watcher(targets((), "", is_tls=False), Credentials(), is_named=False) as watcher:
+            async with Watcher(targets((), "", is_tls=False), Credentials(), timeout_s=60, is_named=False) as watcher:
                 first = await watcher.look()
                 await asyncio.to_thread(gone.close)
                 return [first, await watcher.look()]

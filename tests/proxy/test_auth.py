@@ -130,7 +130,7 @@ async def opened(auth_file: Path, **environment: Any) -> AsyncIterator[BothFaces
     )
     async with (
         Faces(service, config) as faces,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False, verify=False) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False, verify=False, timeout=60) as client,
         grpc.aio.insecure_channel(f"127.0.0.1:{faces.grpc.port}") as channel,
     ):
         yield BothFaces(faces, service, backend, client, channel)

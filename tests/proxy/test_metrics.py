@@ -50,13 +50,13 @@ class Counted:
         self.http, self.grpc_port = http, grpc_port
 
     async def infer(self, model: str = "echo", body: object = None) -> int:
-        async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=60) as client:
             answer = await client.post(f"http://127.0.0.1:{self.http}/v2/models/{model}/infer", json=body or ROWS)
         return answer.status_code
 
     async def predict(self, body: object) -> int:
         """Over V1."""
-        async with httpx.AsyncClient(trust_env=False, verify=False) as client:
+        async with httpx.AsyncClient(trust_env=False, verify=False, timeout=60) as client:
             answer = await client.post(f"http://127.0.0.1:{self.http}/v1/models/echo:predict", json=body)
         return answer.status_code
 
@@ -74,7 +74,7 @@ async def counted() -> AsyncIterator[Counted]:
     stage = StageMetrics("proxy", service, protocols=PROTOCOLS, batcher=service.batcher, budget=budget)
     recorder = metrics.add("proxy", stage)
     await metrics.refresh()
-    async with Faces(service, config, budget=budget, recorder=recorder) as faces, asyncio.timeout(30):
+    async with Faces(service, config, budget=budget, recorder=recorder) as faces, asyncio.timeout(60):
         yield Counted(backend, service, metrics, faces.http.port, faces.grpc.port)
 
 

@@ -67,7 +67,7 @@ async def admin(request: pytest.FixtureRequest) -> AsyncIterator[Admin]:
     port = listening.getsockname()[1]
     async with (
         AdminListener(AdminApp(of, **options), listening),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False) as client,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False, timeout=60) as client,
     ):
         yield Admin(of, port, client)
 
@@ -279,7 +279,7 @@ async def test_it_has_tls_of_its_own(tmp_path: Path) -> None:
 
     async with (
         AdminListener(app_of(config, Fake()), listening, config),
-        httpx.AsyncClient(verify=trusting, trust_env=False) as client,
+        httpx.AsyncClient(verify=trusting, trust_env=False, timeout=60) as client,
     ):
         assert (await client.get(f"https://{address}/livez")).status_code == 200
         with pytest.raises(httpx.HTTPError):

@@ -27,7 +27,7 @@ def server() -> Iterator[AdminServer]:
 
 
 def command(server: AdminServer) -> list[str]:
-    return [sys.executable, "-m", "splitserve", "top", "--interval", "0.1", "--url", server.url]
+    return [sys.executable, "-m", "splitserve", "top", "--interval", "0.1", "--timeout-s", "60", "--url", server.url]
 
 
 class Terminal:
