@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from splitserve import publish
+from tests.command_line import run_command
 from tests.demo_models import Demos
 from tests.system.processes import System
 
-COMMAND = Path(sys.executable).with_name("splitserve")
 MODELS = ("breast-cancer", "digits", "penguins")
 WAYS = {
     "rest": lambda system: f"http://{system.http}",
@@ -25,8 +24,8 @@ WAYS = {
 }
 
 
-def verify(url: str, repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, "verify", url, *arguments, "--repository", repository], capture_output=True, text=True)
+def verify(url: str, repository: Path, *arguments: str) -> Result:
+    return run_command("verify", url, *arguments, "--repository", repository)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def test_a_system_that_serves_what_was_published_passes(system: System, demos: D
     result = verify(WAYS[way](system), demos.repository, *MODELS)
 
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.exit_code, result.stderr) == (0, "")
     assert [(*row[:3], row[-1]) for row in rows] == [(model, "1.1", "1", "agrees") for model in MODELS]
 
 
@@ -56,7 +55,7 @@ def test_a_system_that_answers_differently_fails(system: System, other: Path, wa
     """Exit status 1, with the worst difference; models that agree are reported as such."""
     result = verify(WAYS[way](system), other, *MODELS)
 
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert re.fullmatch(r'breast-cancer 1\.1: output "\w+" of golden sample \d+ at \[.*\]: expected .*, got .*\n', result.stderr)
     assert result.stdout.count("agrees") == 2
     assert result.stdout.count("differs") == 1
@@ -68,7 +67,7 @@ def test_a_missing_pair_fails_in_one_line(system: System, demos: Demos, way: str
     model = verify(WAYS[way](system), demos.repository, "nope", "digits")
     pair = verify(WAYS[way](system), demos.repository, "digits", "--version", "7.1")
 
-    assert (model.returncode, pair.returncode) == (1, 1)
+    assert (model.exit_code, pair.exit_code) == (1, 1)
     assert model.stderr == "nope: Request for unknown model: 'nope' is not found\n"
     assert "digits" in model.stdout
     assert pair.stderr.startswith(
@@ -81,7 +80,7 @@ def test_an_unreachable_system_fails_in_one_line(demos: Demos, url: str) -> None
     """Not a traceback."""
     result = verify(url, demos.repository, "digits", "--version", "1.1")
 
-    assert result.returncode == 1
+    assert result.exit_code == 1
     assert "cannot be reached" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
