@@ -237,9 +237,9 @@ def listen_for_admin(config: ServiceSettings) -> socket.socket | None:
     try:
         return listen(config.admin_host, config.admin_port, shares_port=False)
     except SystemExit as error:
-        variable = variable_name(type(config), "admin_port")
+        port, host = (variable_name(type(config), name) for name in ("admin_port", "admin_host"))
         raise SystemExit(
-            f'{error}; {variable} chooses the port of the admin listener: another one, 0 for any, or "off"'
+            f'{error}; {port} chooses the port of the admin listener: another one, 0 for any, or "off"; {host} its address'
         ) from None
 
 

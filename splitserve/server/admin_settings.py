@@ -13,15 +13,21 @@ from splitserve.server.tls_settings import checked_certificates, checked_client_
 
 
 def _port(value: Any) -> Any:
-    if isinstance(value, str) and value != "off":
-        try:
-            return int(value)
-        except ValueError:
-            raise ValueError(f'expected a port, 0 for any free one, or "off", got "{value}"') from None
-    return value
+    if value == "off":
+        return value
+    try:
+        port = int(value)
+    except (TypeError, ValueError):
+        port = -1
+    if not 0 <= port <= MAX_PORT:
+        raise ValueError(f'expected a port up to {MAX_PORT}, 0 for any free one, or "off", got "{value}"')
+    return port
 
 
-AdminPort = Annotated[Annotated[int, Field(ge=0, le=65535)] | Literal["off"], BeforeValidator(_port)]
+MAX_PORT = 65535
+
+
+AdminPort = Annotated[int | Literal["off"], BeforeValidator(_port)]
 
 
 class AdminSettings(BaseSettings):

@@ -18,14 +18,12 @@ from splitserve.repository import sources
 from splitserve.repository.selection import Selection, parse_models, parse_policies
 from splitserve.repository.signing import Verifier
 from splitserve.server import cores, logs
-from splitserve.server.admin_settings import AdminSettings
+from splitserve.server.admin_settings import MAX_PORT, AdminSettings
 from splitserve.telemetry.recorders import latency_bounds
 from splitserve.versions import MODEL_NAME
 
 MIB = 1024 * 1024
 
-
-MAX_PORT = 65535
 
 MAX_THRESHOLDS = 16
 MAX_THRESHOLD_MS = 3_600_000.0
