@@ -426,6 +426,9 @@ def batch(
     ] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one a core.")] = 0,
     encoding: Annotated[str, typer.Option(help="Of text.")] = "utf-8",
+    delimiter: Annotated[
+        str, typer.Option(help="Between the cells of CSV, e.g. ';' or tab; by the file's suffix if empty.")
+    ] = "",
     escape_formulas: Annotated[
         bool, typer.Option("--escape-formulas", help="In CSV, write a quote before text that a spreadsheet would run.")
     ] = False,
@@ -463,6 +466,7 @@ def batch(
         sample=sample,
         max_errors=max_errors,
         encoding=encoding,
+        delimiter=delimiter,
         engine=engine,
         url=url,
         workers=workers,

@@ -29,6 +29,7 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     sample: str
     max_errors: str
     encoding: str
+    delimiter: str
     engine: str
     url: str
     workers: int
@@ -74,6 +75,7 @@ def _run(arguments: Arguments, allowed: Allowed, started: StartedEarly) -> int:
             sample=_share(arguments.sample),
             max_errors=arguments.max_errors,
             encoding=arguments.encoding,
+            delimiter={"\\t": "\t", "tab": "\t"}.get(arguments.delimiter, arguments.delimiter),
             engine=arguments.engine,
             url=arguments.url,
             workers=arguments.workers,

@@ -155,13 +155,17 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def plain_type(found: pa.DataType) -> pa.DataType:
-    """The type of a column as it is kept: dictionaries, views and 64 bit offsets are other forms of the same values."""
+    """The type of a column as it is kept: dictionaries, views, 64 bit offsets and time zones are
+    other forms of the same values.
+    """
     if pa.types.is_dictionary(found):
         return plain_type(found.value_type)
     if pa.types.is_large_string(found) or found == pa.string_view():
         return pa.string()
     if pa.types.is_large_binary(found) or found == pa.binary_view():
         return pa.binary()
+    if pa.types.is_timestamp(found) and found.tz:
+        return pa.timestamp(found.unit, "UTC")
     return found
 
 

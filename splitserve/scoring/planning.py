@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -45,8 +46,13 @@ def format_of(path: str) -> str:
 
 
 class Listing(NamedTuple):
-    """The files of an input, by the bytes of their paths, and those that were left out."""
+    """The files of an input, by the bytes of their paths, and those that were left out.
 
+    ``where`` names them; ``is_one``: it is the name of a file.
+    """
+
+    where: str
+    is_one: bool
     root: str
     format: str
     files: list[InputFile]
@@ -77,7 +83,7 @@ def list_files(where: str) -> Listing:
         raise ScoringError(f"{error.filename or where}: no such file or folder") from error
     except OSError as error:
         raise ScoringError(f"{error.filename or where}: {error.strerror or error}") from error
-    return Listing(root, formats.pop(), files, skipped)
+    return Listing(where, [where] == paths, root, formats.pop(), files, skipped)
 
 
 def _found(storage: Storage, where: str) -> tuple[list[str], str, list[str]]:
@@ -103,6 +109,23 @@ def _found(storage: Storage, where: str) -> tuple[list[str], str, list[str]]:
 
 def _known() -> str:
     return ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+
+
+def would_list(listing: Listing, path: str) -> bool:
+    """Whether a file of this path would be found where the files of a listing were."""
+    if listing.is_one or not format_of(path):
+        return False
+    if any(character in listing.where for character in "*?[") and not storage_of(listing.where).is_folder(listing.where):
+        return _matches(path, listing.where)
+    return path.startswith(f"{listing.root}/") and not _is_hidden(path.removeprefix(listing.root))
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether a glob finds a path; ``**`` stands for any folders."""
+    if "**" in pattern:
+        return fnmatchcase(path, pattern.replace("**/", "*"))
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _is_hidden(below: str) -> bool:
@@ -135,6 +158,7 @@ class ColumnOptions(NamedTuple):
     mapping: Mapping[str, str]
     keep: Sequence[str]
     encoding: str
+    delimiter: str
     output_format: str
     keeps_partitions: bool
 
@@ -171,7 +195,12 @@ def check_columns(listing: Listing, release: ScoringRelease, options: ColumnOpti
                     f'{file.path}: mixed schemas: column "{name}": expected {kept[name].type} as in the first file, '
                     f"got {field.type}"
                 )
-        bindings = bind(release.inputs, everything, options.mapping, where=file.path, kept=wanted)
+        try:
+            bindings = bind(release.inputs, everything, options.mapping, where=file.path, kept=wanted)
+        except ScoringError as error:
+            if listing.format == "csv" and (delimiter := delimited.other_delimiter(list(columns))):
+                raise type(error)(f"{error}; its cells seem to be separated by {delimiter!r}, which --delimiter names") from error
+            raise
         used = {column for binding in bindings for column in binding.columns}
         unused.update(dict.fromkeys(name for name in columns if name not in used | set(wanted) | set(release.ignored)))
         files.append(msgspec.structs.replace(file, bindings=bindings))
@@ -189,7 +218,7 @@ def _columns_of(file: InputFile, format: str, release: ScoringRelease, options: 
         if format == "arrow":
             return _typed(columnar.arrow_schema(file.path))
         if format == "csv":
-            names, _ = delimited.header_of(file.path, options.encoding)
+            names, _ = delimited.header_of(file.path, options.encoding, options.delimiter)
             return dict.fromkeys(names) if names else None
         if format == "jsonl":
             keys = json_lines.keys_of(file.path, options.encoding, every=ALL in options.keep)
@@ -243,7 +272,7 @@ def divide(table: Table, format: str, options: ColumnOptions, *, is_row_wise: bo
     plan: dict[str, Callable[[int, str], list[Part]]] = {
         "parquet": lambda number, path: columnar.plan_parquet(number, path, sizes.rows),
         "arrow": lambda number, path: columnar.plan_arrow(number, path, sizes.rows),
-        "csv": lambda number, path: delimited.plan(number, path, options.encoding, sizes.bytes),
+        "csv": lambda number, path: delimited.plan(number, path, options.encoding, sizes.bytes, options.delimiter),
         "jsonl": lambda number, path: json_lines.plan(number, path, options.encoding, sizes.bytes),
     }
     shards: list[list[Part]] = []

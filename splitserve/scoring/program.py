@@ -23,6 +23,7 @@ def score(
     sample: float = 1.0,
     max_errors: int | str = DEFAULT_MAX_ERRORS,
     encoding: str = "utf-8",
+    delimiter: str = "",
     engine: str = "local",
     url: str = "",
     workers: int = 0,
@@ -47,6 +48,7 @@ def score(
         sample: score this share of the rows.
         max_errors: rows that may fail: a number, or a percentage like ``"1%"``.
         encoding: of text.
+        delimiter: between the cells of CSV: a comma by default, a tab in ``.tsv``.
         engine: where shards are scored: local, or ray, spark or dask: a session of theirs that the program has is used.
         url: of a running system that answers, in place of a release that is loaded here from the repository.
         workers: processes; 0 for one a core.
@@ -70,6 +72,7 @@ def score(
         keep=tuple(keep),
         to=to,
         encoding=encoding,
+        delimiter=delimiter,
         limit=limit,
         sample=sample,
         max_errors=str(max_errors),

@@ -52,7 +52,7 @@ DEFAULT_MAX_ERRORS = "10%"
 MORE_ERRORS = 10_000
 """A shard is finished with its errors, unless it has so many more than the whole run may have."""
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raised when this code reads values or divides rows in another way."""
 
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)%")
@@ -68,6 +68,7 @@ class ScoringOptions(msgspec.Struct, frozen=True, kw_only=True):
     keep: tuple[str, ...] = ()
     to: str = ""
     encoding: str = "utf-8"
+    delimiter: str = ""
     limit: int | None = None
     sample: float = 1.0
     max_errors: str = DEFAULT_MAX_ERRORS
@@ -141,7 +142,9 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
     release = _release(model, options)
     listing = planning.list_files(where)
     target = _output(output, options, listing)
-    columns = ColumnOptions(options.mapping, _kept(options, listing), options.encoding, target.format, target.is_joined)
+    columns = ColumnOptions(
+        options.mapping, _kept(options, listing), options.encoding, options.delimiter, target.format, target.is_joined
+    )
     table = planning.check_columns(listing, release, columns)
     job = ScoringJob(
         release=release,
@@ -154,6 +157,7 @@ def plan(model: str, where: str, output: str, options: ScoringOptions) -> Plan:
         kept_schema=table.kept_schema.serialize().to_pybytes(),
         selected=Selected(options.sample),
         encoding=options.encoding,
+        delimiter=options.delimiter,
         is_joined=target.is_joined,
         escapes_formulas=options.escape_formulas,
         url=options.url,
@@ -196,6 +200,10 @@ def _check_options(options: ScoringOptions) -> None:
     if options.to and options.to not in FORMATS:
         raise WrongUsage(f"--to {options.to}: expected one of {', '.join(FORMATS)}")
     _allowed_errors(options.max_errors, 0)
+    if options.delimiter and (len(options.delimiter) > 1 or not options.delimiter.isascii() or options.delimiter in '"\r\n'):
+        raise WrongUsage(
+            f"--delimiter {options.delimiter!r}: expected one ASCII character that is neither a quote nor a line break"
+        )
     try:
         "".encode(options.encoding)
     except LookupError:
@@ -215,12 +223,11 @@ def _output(where: str, options: ScoringOptions, listing: Listing) -> Output:
     if not named and re.search(r"\.[A-Za-z0-9]+$", path.rpartition("/")[2]) and not storage_of(path).is_folder(path):
         suffixes = ", ".join(suffix for each in FORMATS.values() for suffix in each)
         raise WrongUsage(f"{where}: expected a name with one of {suffixes}, or without a suffix for a folder")
-    if listing.root and (
-        path == listing.root or (not named and f"{path}/".startswith(f"{listing.root}/") and len(listing.files) > 1)
-    ):
-        raise WrongUsage(f"{where}: the output is in the input's folder, where the next run would read it")
     own = {"images": "parquet"}.get(listing.format, listing.format)
     output = Output(path, bool(named), named or options.to or own)
+    visible = (path, output.errors) if output.is_joined else (f"{path}/part-00000{FORMATS[output.format][0]}",)
+    if path == listing.root or any(planning.would_list(listing, each) for each in visible):
+        raise WrongUsage(f"{where}: the output is in the input's folder, where the next run would read it; name another folder")
     written = {resolved(each) for each in (output.path, output.manifest, output.errors)}
     for file in listing.files:
         found = resolved(file.path)
@@ -231,7 +238,7 @@ def _output(where: str, options: ScoringOptions, listing: Listing) -> Output:
 
 def _count(job: ScoringJob, part: Part) -> int:
     file = job.files[part.file]
-    reading = Reading(job.release.inputs, file.bindings, (), file.partitions, job.encoding)
+    reading = Reading(job.release.inputs, file.bindings, (), file.partitions, job.encoding, job.delimiter)
     return sum(len(block.rows) + len(block.unreadable) for block in Reader().read(job, part, reading))
 
 
@@ -248,6 +255,7 @@ def _facts(release: ScoringRelease, options: ScoringOptions, table: Table, targe
         "--limit": options.limit,
         "--sample": options.sample,
         "--encoding": options.encoding,
+        "--delimiter": options.delimiter,
         "--escape-formulas": options.escape_formulas,
         "input": {file.path: str(file.identity) for file in table.files},
     }

@@ -103,6 +103,7 @@ class ScoringJob(msgspec.Struct, frozen=True):
     kept_schema: bytes = b""
     selected: Selected = Selected()
     encoding: str = "utf-8"
+    delimiter: str = ""
     is_joined: bool = False
     escapes_formulas: bool = False
     url: str = ""
@@ -253,6 +254,7 @@ class ShardScorer:
                 job.kept,
                 file.partitions,
                 job.encoding,
+                job.delimiter,
                 keeps_json=job.output_format == "jsonl",
             )
             n_left = part.n_rows

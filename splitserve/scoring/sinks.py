@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import datetime
 import io
 import math
 import shutil
@@ -187,6 +188,8 @@ def json_value(value: Any) -> Any:
     """A value as JSON has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, datetime.datetime | datetime.timedelta) and type(value).__module__ != "datetime":
+        return value.isoformat().replace("+00:00", "Z")  # type: ignore[union-attr] # pandas' own, of nanoseconds
     if isinstance(value, list | tuple):
         return [json_value(each) for each in value]
     if isinstance(value, dict):
@@ -207,8 +210,14 @@ def join(storage: Storage, paths: Sequence[str], file: IO[bytes], schema: pa.Sch
     for path in paths:
         with storage.open(path) as part:
             for batch in _batches(part, format):
-                sink.write(batch)
+                sink.write(batch if batch.schema.equals(schema) else _as(schema, batch))
     sink.close()
+
+
+def _as(schema: pa.Schema, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Parquet has no whole seconds: it gives milliseconds back."""
+    columns = [column.cast(field.type) for column, field in zip(batch.columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _concatenate(storage: Storage, paths: Iterable[str], file: IO[bytes]) -> None:

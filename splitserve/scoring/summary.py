@@ -15,7 +15,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a run: ``rows`` is ``scored`` and ``errors`` together.
 
     ``reasons`` counts errors by stage and reason, ``stage_seconds`` adds up what the workers took, ``exit_status`` is that of the
-    command. ``unused_columns`` are in the input and neither read nor kept, ``skipped_files`` in its folder and not read.
+    command. ``errors_file`` is empty if there are no errors. ``unused_columns`` are in the input and neither read nor kept,
+    ``skipped_files`` in its folder and not read.
     """
 
     model: str
@@ -117,7 +118,7 @@ def summed(
         shards=shards,
         resumed_shards=resumed_shards,
         output=output,
-        errors_file=errors_file,
+        errors_file=errors_file if errors else "",
         unused_columns=tuple(unused),
         skipped_files=tuple(skipped_files),
     )

@@ -83,11 +83,18 @@ def test_the_document_s_programs_run(demos: Demos, tmp_path: Path, monkeypatch: 
     pd.read_csv(PENGUINS).to_parquet(tmp_path / "penguins.parquet", index=False)
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "batch.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     blocks = [block for block in blocks if "spark" not in block and "ray" not in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    shutil.copy("penguins.parquet", "in/2026-01-31.parquet")
 
+    names: dict[str, Any] = {}
     for block in blocks:
-        exec(block, {})  # in this process: the second loads the release here
+        exec(block, names)  # in this process: the second loads the release here
+
+    for _ in range(2):
+        assert names["score_day"]("2026-01-31") == {"rows": 344, "errors": 0}
+    assert len(pq.read_table("out/2026-01-31.parquet")) == 344
 
 
 @pytest.mark.parametrize("model", ["penguins", "breast-cancer"])

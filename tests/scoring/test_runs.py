@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from pyarrow import csv as pacsv
 
 from splitserve.scoring import runs
 from splitserve.scoring.errors import ScoringError, TooManyErrors, WrongUsage
-from splitserve.scoring.release import ScoringRelease
+from splitserve.scoring.release import Clock, ScoringRelease
+from splitserve.scoring.runs import ScoringOptions
+from splitserve.scoring.shards import ShardScorer
+from splitserve.tensors import Tensor
 from tests.scoring.conftest import Scored
 from tests.scoring.here import Here
 from tests.scoring.releases import COUNT, NUMBER, SUM, Adding, release
@@ -596,6 +601,136 @@ def test_two_runs_do_not_write_to_one_output(tmp_path: Path, scored: Scored) -> 
 
 
 @pytest.mark.parametrize(
+    ("where", "output"),
+    [("in/1.csv", "in/out.csv"), ("in/1.csv", "in/out"), ("in", "in/_out"), ("in/1*.csv", "in/out.csv"), ("in/*.csv", "in/out")],
+    ids=str,
+)
+def test_an_output_that_the_next_run_does_not_read_may_be_beside_the_input(
+    tmp_path: Path, scored: Scored, where: str, output: str
+) -> None:
+    """Of a file, under a hidden name, or where the glob finds nothing: the same command does nothing the second time."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1.csv").write_text("number,text,count\n1,a,1\n")
+
+    first = scored(tmp_path / where, tmp_path / output)
+    again = scored(tmp_path / where, tmp_path / output)
+
+    assert (first.scored, again.scored) == (1, 1)
+
+
+@pytest.mark.parametrize("delimiter", [";", "|", "\t"])
+def test_csv_may_have_another_delimiter(tmp_path: Path, scored: Scored, delimiter: str) -> None:
+    """Also packed, with commas in the cells and line breaks in quotes, at any shard size."""
+    rows = [f'{row}{delimiter}"a,{delimiter}\n{row}"{delimiter}{row}\n' for row in range(50)]
+    content = delimiter.join(["number", "text", "count"]) + "\n" + "".join(rows)
+    (tmp_path / "t.csv").write_text(content)
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(content.encode()))
+
+    for name, options in (("t.csv", {"shard_bytes": 64}), ("t.csv.gz", {})):
+        scored(tmp_path / name, tmp_path / f"{name}.out.parquet", delimiter=delimiter, **options)
+        found = pq.read_table(tmp_path / f"{name}.out.parquet")
+        assert found["label"].to_pylist() == [f"a,{delimiter}\n{row}" for row in range(50)]
+        assert found["sum"].to_pylist() == [2.0 * row for row in range(50)]
+
+
+@pytest.mark.parametrize("delimiter", [";;", '"', "\n", "é"])
+def test_a_delimiter_is_one_character(tmp_path: Path, scored: Scored, delimiter: str) -> None:
+    """Which Arrow takes."""
+    (tmp_path / "t.csv").write_text("number,text,count\n1,a,1\n")
+
+    with pytest.raises(WrongUsage, match="--delimiter .*: expected one ASCII character"):
+        scored(tmp_path / "t.csv", tmp_path / "out.csv", delimiter=delimiter)
+
+
+@pytest.mark.parametrize("last", ["", "\r", "\n", "\r\n\r\n"], ids=repr)
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_lines_of_spaces_are_bad_rows_and_empty_ones_are_none(tmp_path: Path, scored: Scored, suffix: str, last: str) -> None:
+    """Counted alike when the file is planned and when it is read."""
+    good = '{"number": 1, "text": "a", "count": 1}'
+    content = f"{good}\n \t\n\r\n\n{good}{last}".encode()
+    (tmp_path / f"t.{suffix}").write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+
+    summary = scored(tmp_path / f"t.{suffix}", tmp_path / "out.csv", max_errors="1")
+
+    assert (summary.rows, summary.scored, summary.errors) == (3, 2, 1)
+    assert json.loads((tmp_path / "out.errors.jsonl").read_text())["error_row"] == 2
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "csv", "jsonl"])
+def test_kept_times_with_a_zone_are_in_utc(tmp_path: Path, scored: Scored, unit: str, suffix: str) -> None:
+    """In every format and unit, of files with several zones; a bad row's, too. Times without a zone have none."""
+    noon = 1_704_110_400
+    factor = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]
+    (tmp_path / "in").mkdir()
+    for number, zone in enumerate(["Asia/Tokyo", "UTC"]):
+        rows = table(2)
+        rows = rows.set_column(1, "number", pa.array([1.0, float("inf")])).set_column(2, "text", pa.array(["a", "b"]))
+        rows = rows.append_column("at", pa.array([noon * factor] * 2, pa.timestamp(unit, zone)))
+        rows = rows.append_column("naive", pa.array([noon * factor] * 2, pa.timestamp(unit)))
+        with pa.ipc.new_file(str(tmp_path / "in" / f"{number}.arrow"), rows.schema) as writer:
+            writer.write_table(rows)
+
+    scored(tmp_path / "in", tmp_path / f"out.{suffix}", keep=("at", "naive"), max_errors="2")
+
+    if suffix in ("parquet", "arrow"):
+        found = (
+            pq.read_table(tmp_path / "out.parquet")
+            if suffix == "parquet"
+            else pa.ipc.open_file(tmp_path / "out.arrow").read_all()
+        )
+        assert (found.schema.field("at").type.tz, found.schema.field("naive").type.tz) == ("UTC", None)
+        assert found["at"].cast(pa.timestamp("s", "UTC")).cast(pa.int64()).to_pylist() == [noon] * 2
+    else:
+        lines = (tmp_path / f"out.{suffix}").read_text().splitlines()[-2:]
+        assert all("12:00:00" in line and "21:00" not in line and "Z" in line for line in lines)
+        assert lines[0] == lines[1]
+    errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
+    assert [each["at"] for each in errors] == ["2024-01-01T12:00:00Z"] * 2
+    assert errors[0]["naive"] == "2024-01-01T12:00:00"
+
+
+def test_two_attempts_at_a_shard_leave_one_file(tmp_path: Path, chosen: object) -> None:
+    """At the same time, as Spark does with a slow task: the second one loses quietly, and the bytes are those of one."""
+    (tmp_path / "t.csv").write_text("number,text,count\n1,a,1\ninf,b,2\n")
+    options = ScoringOptions(max_errors="1")
+    both_score = threading.Barrier(2, timeout=30)
+
+    class Slow(Adding):
+        def infer(self, inputs: Sequence[Tensor], clock: Clock) -> Sequence[Tensor]:
+            if inputs[0].n_rows == 1 and not self.calls:
+                both_score.wait()
+            return super().infer(inputs, clock)
+
+    once = runs.plan("m", str(tmp_path / "t.csv"), str(tmp_path / "once"), options)
+    ShardScorer(once.job, Adding()).score(once.shards[0])
+    twice = runs.plan("m", str(tmp_path / "t.csv"), str(tmp_path / "twice"), options)
+    with ThreadPoolExecutor(2) as attempts:
+        scorers = [ShardScorer(twice.job, Slow()) for _ in range(2)]
+        results = list(attempts.map(lambda scorer: scorer.score(twice.shards[0]), scorers))
+
+    assert [(each.rows, each.errors) for each in results] == [(2, 1)] * 2
+    files = {path.relative_to(tmp_path / "twice") for path in (tmp_path / "twice").rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path / "once") for path in (tmp_path / "once").rglob("*") if path.is_file()}
+    for path in files:
+        if path.parts[0] != "_splitserve":  # a record has seconds
+            assert (tmp_path / "twice" / path).read_bytes() == (tmp_path / "once" / path).read_bytes()
+
+
+@pytest.mark.parametrize("output", ["out.csv", "out"])
+def test_a_file_of_errors_is_named_only_if_there_is_one(tmp_path: Path, scored: Scored, output: str) -> None:
+    """In the summary of the first run and of the second."""
+    good = "number,text,count\n1,a,1\n"
+    (tmp_path / "good.csv").write_text(good)
+    (tmp_path / "bad.csv").write_text(good + "inf,b,2\n")
+
+    for _ in range(2):
+        assert scored(tmp_path / "good.csv", tmp_path / f"good-{output}").errors_file == ""
+        named = scored(tmp_path / "bad.csv", tmp_path / f"bad-{output}", max_errors="1").errors_file
+        assert Path(named).exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("t.csv", "out.txt"), "out.txt: expected a name with one of .parquet"),
@@ -608,17 +743,31 @@ def test_two_runs_do_not_write_to_one_output(tmp_path: Path, scored: Scored) -> 
         (("twice.csv", "out.csv"), 'twice.csv: column "a" occurs more than once in the header'),
         (("utf16.csv", "out.csv"), "utf16.csv: the text is not UTF-8; --encoding utf-16 reads it"),
         (("latin.csv", "out.csv"), 'latin.csv: row 2, column "text": not UTF-8; name its --encoding'),
+        (("two", "two"), "the output is in the input's folder"),
         (("two", "two/out"), "the output is in the input's folder"),
+        (("two", "two/out.csv"), "the output is in the input's folder"),
+        (("one", "one/below/out.csv"), "the output is in the input's folder"),
+        (("two/*.csv", "two/out.csv"), "the output is in the input's folder"),
+        (("two/**/*.csv", "two/below/out.csv"), "the output is in the input's folder"),
+        (("packed.csv", "out.csv"), "packed.csv: packed by gzip; a name that ends in .gz says so"),
+        (("packed.jsonl", "out.csv"), "packed.jsonl: packed by gzip; a name that ends in .gz says so"),
+        (("short.csv.gz", "out.csv"), "short.csv.gz: Compressed file ended before the end-of-stream marker"),
+        (("short.jsonl.gz", "out.csv"), "short.jsonl.gz: Compressed file ended before the end-of-stream marker"),
+        (("damaged.csv.gz", "out.csv"), "damaged.csv.gz: Error -3 while decompressing data"),
+        (("semicolons.csv", "out.csv"), 'semicolons.csv: missing "number", "text", "count"; it has "number;text;count"'),
+        (("semicolons.csv", "out.csv"), "its cells seem to be separated by ';', which --delimiter names"),
     ],
     ids=lambda each: each[0] if isinstance(each, tuple) else "",
 )
 def test_a_wrong_input_or_output_is_named(tmp_path: Path, scored: Scored, arguments: tuple[str, str], message: str) -> None:
     """And nothing is written."""
     good = "number,text,count\n1,a,1\n"
-    for folder in ("empty", "mixed", "two"):
+    for folder in ("empty", "mixed", "one", "two"):
         (tmp_path / folder).mkdir()
     files = {
         "t.csv": good,
+        "semicolons.csv": good.replace(",", ";"),
+        "one/1.csv": good,
         "two/1.csv": good,
         "two/2.csv": good,
         "mixed/1.csv": good,
@@ -630,6 +779,12 @@ def test_a_wrong_input_or_output_is_named(tmp_path: Path, scored: Scored, argume
     pq.write_table(table(1), tmp_path / "mixed" / "2.parquet")
     (tmp_path / "utf16.csv").write_text(good, encoding="utf-16")
     (tmp_path / "latin.csv").write_text(good + "2,é,2\n", encoding="latin-1")
+    whole = gzip.compress(good.encode())
+    for name in ("packed.csv", "packed.jsonl"):
+        (tmp_path / name).write_bytes(whole)
+    for name in ("short.csv.gz", "short.jsonl.gz"):
+        (tmp_path / name).write_bytes(whole[:-9])
+    (tmp_path / "damaged.csv.gz").write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
 
     with pytest.raises(ScoringError) as raised:
         scored(tmp_path / arguments[0], tmp_path / arguments[1])

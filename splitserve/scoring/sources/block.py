@@ -44,6 +44,7 @@ class Reading(msgspec.Struct, frozen=True):
     kept: tuple[str, ...] = ()
     partitions: Mapping[str, str | None] = {}
     encoding: str = "utf-8"
+    delimiter: str = ""
     keeps_json: bool = False
     """Whether kept values of JSON lines stay JSON, for an output of JSON lines; otherwise they become text."""
 

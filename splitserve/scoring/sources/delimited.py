@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pyarrow import csv as pacsv
 from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.inputs import Failures
 from splitserve.scoring.sources.block import Block, Part, Reading, Unreadable
-from splitserve.scoring.sources.text import is_gzip, is_utf8, opened, parts_of, read_range, scan, start_of_text
+from splitserve.scoring.sources.text import is_gzip, is_utf8, naming_damage, opened, parts_of, read_range, scan, start_of_text
 from splitserve.scoring.storage import storage_of
 from splitserve.signature import TensorSpec
 from splitserve.tensors import DATATYPES
@@ -34,20 +34,29 @@ _MISSING = ("", "NA", "NaN", "nan")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 
 
-def delimiter_of(path: str) -> str:
-    """What separates cells: a tab in ``.tsv``, else a comma."""
+DELIMITERS = (",", ";", "\t", "|")
+
+
+def delimiter_of(path: str, chosen: str = "") -> str:
+    """What separates cells: what was chosen, else a tab in ``.tsv`` and a comma elsewhere."""
     name = path.lower().removesuffix(".gz")
-    return "\t" if name.endswith(".tsv") else ","
+    return chosen or ("\t" if name.endswith(".tsv") else ",")
 
 
-def header_of(path: str, encoding: str) -> tuple[list[str], int]:
+def other_delimiter(names: Sequence[str]) -> str:
+    """What seems to separate the cells of a header that was read as one name; "" if nothing does."""
+    found = [each for each in DELIMITERS if len(names) == 1 and each in names[0]]
+    return max(found, key=names[0].count) if found else ""
+
+
+def header_of(path: str, encoding: str, delimiter: str = "") -> tuple[list[str], int]:
     """Names of the columns, and the byte after the header, which is the first line that is not empty; no names if there is none.
 
     Raises:
         ScoringError: it is not text of this encoding, its quotes do not match, or two columns have one name.
         OSError: it cannot be read.
     """
-    with opened(path, encoding) as file:
+    with naming_damage(path, encoding), opened(path, encoding) as file:
         head = b""
         while len(head) < _HEAD_BYTES and (data := file.read(_HEAD_BYTES)):
             head += data
@@ -62,7 +71,9 @@ def header_of(path: str, encoding: str) -> tuple[list[str], int]:
             yield line[0].decode()
 
     try:  # one parser says what the names are and where they end
-        names = next((record for record in csv.reader(lines(), delimiter=delimiter_of(path), strict=True) if record), [])
+        names = next(
+            (record for record in csv.reader(lines(), delimiter=delimiter_of(path, delimiter), strict=True) if record), []
+        )
     except UnicodeDecodeError as error:
         raise ScoringError(f"{path}: the header is not UTF-8 ({error.reason}); name its --encoding") from None
     except csv.Error as error:
@@ -74,15 +85,15 @@ def header_of(path: str, encoding: str) -> tuple[list[str], int]:
     return names, end
 
 
-def plan(file: int, path: str, encoding: str, shard_bytes: int) -> list[Part]:
+def plan(file: int, path: str, encoding: str, shard_bytes: int, delimiter: str = "") -> list[Part]:
     """The parts of a file. One that is packed, of another encoding, or whose quotes do not tell where rows end, is one part."""
-    names, start = header_of(path, encoding)
+    names, start = header_of(path, encoding, delimiter)
     if not names:
         return []
     if is_gzip(path) or not is_utf8(encoding):
         return [Part(file, 0, -1)]
     with storage_of(path).open(path) as opened_file:
-        lines = scan(opened_file, start, shard_bytes, delimiter=delimiter_of(path).encode())
+        lines = scan(opened_file, start, shard_bytes, delimiter=delimiter_of(path, delimiter).encode())
     return parts_of(file, lines) if lines.is_regular else [Part(file, 0, -1)]
 
 
@@ -93,14 +104,15 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
         ScoringError: the text is not UTF-8, or a row is too long.
         OSError: it cannot be read.
     """
-    names, _ = header_of(path, reading.encoding)
+    names, header_end = header_of(path, reading.encoding, reading.delimiter)
     broken: list[pacsv.InvalidRow] = []
 
     def note(row: Any) -> str:
         broken.append(row._replace(number=part.first_row + row.number - 1))  # Arrow counts from where it began to read
         return "skip"
 
-    parsing = pacsv.ParseOptions(delimiter=delimiter_of(path), newlines_in_values=True, invalid_row_handler=note)
+    delimiter = delimiter_of(path, reading.delimiter)
+    parsing = pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=note)
     converting = pacsv.ConvertOptions(
         include_columns=reading.columns,
         column_types=dict.fromkeys(reading.columns, pa.binary()),
@@ -115,9 +127,9 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
             yield _block(path, table, broken, part.first_row, reading, is_last=True)
             return
         options = pacsv.ReadOptions(column_names=names, use_threads=False, block_size=MAX_ROW_BYTES)
-        with opened(path, reading.encoding) as file:
+        with naming_damage(path, reading.encoding), opened(path, reading.encoding) as file:
             first_row = part.first_row
-            stream = _after_header(path, file, reading.encoding)
+            stream = _after_header(file, skip=header_end)
             with pacsv.open_csv(pa.PythonFile(stream, "r"), options, parsing, converting) as batches:
                 for batch in batches:
                     block = _block(path, pa.Table.from_batches([batch]), broken, first_row, reading)
@@ -127,8 +139,6 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
                 yield _block(path, batches.schema.empty_table(), broken, first_row, reading, is_last=True)
     except pa.ArrowInvalid as error:
         raise ScoringError(f"{path}: {_place(part)}: {error}") from error
-    except (UnicodeDecodeError, EOFError) as error:
-        raise ScoringError(f"{path}: {error}; is it whole, and --encoding {reading.encoding} right?") from error
 
 
 def _place(part: Part) -> str:
@@ -138,10 +148,9 @@ def _place(part: Part) -> str:
 class _after_header(io.RawIOBase):  # noqa: N801 - a view of a file
     """The text after the first record."""
 
-    def __init__(self, path: str, file: Any, encoding: str) -> None:
+    def __init__(self, file: Any, *, skip: int) -> None:
         super().__init__()
         self._file = file
-        skip = header_of(path, encoding)[1]
         self._rest = b""
         while skip > 0 and (data := file.read(min(skip, _HEAD_BYTES))):
             self._rest = data[skip:]

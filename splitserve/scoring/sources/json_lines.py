@@ -18,7 +18,17 @@ from splitserve.oip.rest import decode_json, pack_values
 from splitserve.scoring.errors import ScoringError
 from splitserve.scoring.inputs import Failures
 from splitserve.scoring.sources.block import Block, Part, Reading, Unreadable
-from splitserve.scoring.sources.text import is_gzip, is_utf8, lines_of, opened, parts_of, read_range, scan, start_of_text
+from splitserve.scoring.sources.text import (
+    is_gzip,
+    is_utf8,
+    lines_of,
+    naming_damage,
+    opened,
+    parts_of,
+    read_range,
+    scan,
+    start_of_text,
+)
 from splitserve.scoring.storage import storage_of
 from splitserve.signature import TensorSpec
 from splitserve.tensors import DATATYPES
@@ -28,6 +38,9 @@ MAX_LINE_BYTES = 64 * 1024**2
 
 _N_SAMPLED = 100
 _HEAD_BYTES = 1024**2
+_EMPTY = (b"", b"\r")
+"""Lines that are no rows, as `scan` counts them."""
+
 _ABSENT: Any = object()
 
 _decoder = msgspec.json.Decoder(dict[str, Any])
@@ -43,7 +56,7 @@ def keys_of(path: str, encoding: str, *, every: bool = False) -> list[str]:
     """
     found: dict[str, None] = {}
     n_seen = 0
-    with opened(path, encoding) as file:
+    with naming_damage(path, encoding), opened(path, encoding) as file:
         for lines, _ in lines_of(file, MAX_LINE_BYTES):
             for line in lines:
                 if n_seen == 0:
@@ -84,16 +97,13 @@ def read(path: str, part: Part, reading: Reading) -> Iterator[Block]:
         yield _block(read_range(path, part).split(b"\n"), 0, part.first_row, reading)
         return
     first_row = part.first_row
-    try:
-        with opened(path, reading.encoding) as file:
-            for lines, too_long in lines_of(file, MAX_LINE_BYTES):
-                if first_row == part.first_row and lines:
-                    lines[0] = lines[0][start_of_text(path, lines[0]) :]
-                block = _block(lines, too_long, first_row, reading)
-                first_row += len(block.rows) + len(block.unreadable)
-                yield block
-    except (UnicodeDecodeError, EOFError) as error:
-        raise ScoringError(f"{path}: {error}; is it whole, and --encoding {reading.encoding} right?") from error
+    with naming_damage(path, reading.encoding), opened(path, reading.encoding) as file:
+        for lines, too_long in lines_of(file, MAX_LINE_BYTES):
+            if first_row == part.first_row and lines:
+                lines[0] = lines[0][start_of_text(path, lines[0]) :]
+            block = _block(lines, too_long, first_row, reading)
+            first_row += len(block.rows) + len(block.unreadable)
+            yield block
 
 
 def _block(lines: Sequence[bytes], too_long: int, first_row: int, reading: Reading) -> Block:
@@ -102,7 +112,7 @@ def _block(lines: Sequence[bytes], too_long: int, first_row: int, reading: Readi
     unreadable: list[Unreadable] = []
     row = first_row
     for line in lines:
-        if not line or line.isspace():
+        if line in _EMPTY:
             continue
         if len(line) > MAX_LINE_BYTES:
             unreadable.append(_too_long(row, len(line)))

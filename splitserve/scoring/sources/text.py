@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
@@ -15,6 +17,7 @@ from splitserve.scoring.storage import storage_of
 
 UTF8_BOM = codecs.BOM_UTF8
 _OTHER_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", b"\0\0\xfe\xff": "utf-32"}
+_GZIP = b"\x1f\x8b"
 _SCANNED = 8 * 1024**2
 _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
 
@@ -79,12 +82,25 @@ class _Recoded:
         self.close()
 
 
+@contextmanager
+def naming_damage(path: str, encoding: str) -> Iterator[None]:
+    """Raises:
+    ScoringError: what was read is not whole, or not of this encoding.
+    """
+    try:
+        yield
+    except (UnicodeError, EOFError, zlib.error) as error:
+        raise ScoringError(f"{path}: {error}; is it whole, and --encoding {encoding} right?") from error
+
+
 def start_of_text(path: str, head: bytes) -> int:
     """Bytes of a byte order mark.
 
     Raises:
-        ScoringError: the mark of another encoding.
+        ScoringError: the mark of another encoding, or of gzip.
     """
+    if head.startswith(_GZIP):
+        raise ScoringError(f"{path}: packed by gzip; a name that ends in .gz says so")
     for mark, name in _OTHER_BOMS.items():
         if head.startswith(mark):
             raise ScoringError(f"{path}: the text is not UTF-8; --encoding {name} reads it")
@@ -156,7 +172,8 @@ def scan(file: IO[bytes], start: int, shard_bytes: int, *, delimiter: bytes = b"
             line_start = int(ends[-1]) + position + 1
         previous = int(chunk[-1])
         position += len(chunk)
-    if position > line_start:  # the last row has no line break
+    rest = position - line_start
+    if rest > 1 or (rest and previous != _RETURN):  # the last row has no line break
         n_rows += 1
     if position > range_start:
         ranges.append((range_start, position, n_rows))
