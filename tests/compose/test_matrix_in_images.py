@@ -13,7 +13,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
+from splitserve import publish
 from splitserve.arrays import from_array, to_array
 from splitserve.repository import golden as goldens
 from splitserve.repository import release_log
@@ -53,6 +58,16 @@ def old_image(docker: str, project: str, tmp_path_factory: pytest.TempPathFactor
     run([docker, "image", "rm", image])
 
 
+@pytest.fixture(scope="module")
+def slim_image(docker: str, project: str) -> Iterator[str]:
+    """With numpy alone."""
+    image = f"{project}-preprocess-slim"
+    secret = f"id=pip_conf,src={os.environ.get('PIP_CONFIG_FILE', '/dev/null')}"
+    run([docker, "build", "--quiet", "--target", "preprocess-slim", "--secret", secret, "--tag", image, ROOT])
+    yield image
+    run([docker, "image", "rm", image])
+
+
 def matrix(docker: str, repository: Path, *images: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, what was printed as JSON, what was complained of."""
     options = [word for image in images for word in ("--image", image)]
@@ -65,23 +80,53 @@ def matrix(docker: str, repository: Path, *images: str) -> tuple[int, dict[str, 
 
 
 def test_images_check_what_they_serve_and_the_results_are_combined(
-    docker: str, stack: Stack, repository: Path, old_image: str
+    docker: str, stack: Stack, repository: Path, old_image: str, slim_image: str, tmp_path: Path
 ) -> None:
-    """Each image tries its own half; a pair is admitted in two of them together, and not where scikit-learn is another."""
+    """Each image tries its own half; a pair is admitted in two of them together. One that is not portable is not admitted where
+    scikit-learn is another, or missing.
+    """
     new, predict = f"{stack.project}-preprocess", f"{stack.project}-predict"
+    models = tmp_path / "models"
+    shutil.copytree(repository, models)
+    X, y = load_iris(return_X_y=True)
+    publish(make_pipeline(SplineTransformer(), LogisticRegression(max_iter=1000)).fit(X, y), X, name="splines", repository=models)
 
-    status, found, complaints = matrix(docker, repository, old_image, new, predict)
+    status, found, complaints = matrix(docker, models, old_image, slim_image, new, predict)
 
     kinds = {name: report["kinds"] for name, report in found["environments"].items()}
     verdicts = {release["model"]: release["verdicts"] for release in found["releases"]}
-    assert kinds == {old_image: ["preprocess"], new: ["preprocess"], predict: ["predict"]}
-    assert verdicts.keys() == {"breast-cancer", "digits", "weather"}
+    assert kinds == {old_image: ["preprocess"], slim_image: ["preprocess"], new: ["preprocess"], predict: ["predict"]}
+    assert verdicts.keys() == {"breast-cancer", "digits", "splines", "weather"}
+    splines = verdicts.pop("splines")
     for model, verdict in verdicts.items():
-        assert verdict[f"{new} + {predict}"]["is_admitted"], model
-        assert f"this service runs {OTHER}." in verdict[f"{old_image} + {predict}"]["reasons"][0], model
+        assert all(each["is_admitted"] for each in verdict.values()), model
+    assert splines[f"{new} + {predict}"]["is_admitted"]
+    assert f"this service runs {OTHER}." in splines[f"{old_image} + {predict}"]["reasons"][0]
+    assert 'not portable: step "splinetransformer" (SplineTransformer)' in splines[f"{slim_image} + {predict}"]["reasons"][0]
     assert status == 1
-    assert len(found["problems"]) == len(verdicts)
+    assert len(found["problems"]) == 2
     assert complaints == ""
+
+
+def test_the_slim_image_holds_numpy_alone(docker: str, slim_image: str) -> None:
+    """Nothing of scikit-learn, nor what it needs."""
+    names = [
+        "numpy",
+        "sklearn",
+        "skops",
+        "pandas",
+        "scipy",
+        "joblib",
+        "PIL",
+        "onnxruntime",
+        "predict_service",
+        "preprocess_service",
+    ]
+    code = f"import importlib.util, json; print(json.dumps([n for n in {names} if importlib.util.find_spec(n)]))"
+
+    found = json.loads(run([docker, "run", "--rm", "--entrypoint", "python", slim_image, "-c", code]))
+
+    assert found == ["numpy", "preprocess_service"]
 
 
 def test_the_images_of_one_build_serve_everything(docker: str, stack: Stack, repository: Path) -> None:
