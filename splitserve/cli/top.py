@@ -248,8 +248,8 @@ def run(
 async def _run(watcher: Watcher, interval_s: float, is_once: bool, is_json: bool) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(NotImplementedError):  # as on Windows
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    with contextlib.suppress(NotImplementedError, AttributeError):  # as on Windows
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             loop.add_signal_handler(number, stop.set)
     async with watcher:
         view = await _unless(stop, watcher.look())
@@ -299,6 +299,7 @@ async def _live(watcher: Watcher, view: View, stop: asyncio.Event, interval_s: f
 
         with contextlib.suppress(NotImplementedError, AttributeError):
             loop.add_signal_handler(signal.SIGWINCH, draw)
+            loop.add_signal_handler(signal.SIGTSTP, draw)  # a process that is stopped would keep the screen
         draw()
         while not await _is_set(stop, interval_s):
             seen = await _unless(stop, watcher.look())

@@ -70,8 +70,9 @@ class Terminal:
 @pytest.mark.parametrize("leave", [
     lambda terminal: terminal.type(b"q"),
     lambda terminal: terminal.type(b"\x03"),
+    lambda terminal: terminal.type(b"\x1a\x1c"),
     lambda terminal: terminal.process.send_signal(signal.SIGTERM),
-], ids=["q", "Ctrl-C", "SIGTERM"])  # fmt: skip
+], ids=["q", "Ctrl-C", "Ctrl-Z and Ctrl-backslash", "SIGTERM"])  # fmt: skip
 def test_it_leaves_the_terminal_as_it_was(server: AdminServer, leave: Callable[[Terminal], None]) -> None:
     """However it is left: the screen, the cursor, and how keys are read."""
     terminal = Terminal(command(server))
