@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import time
@@ -233,7 +234,8 @@ def open_tracing(service: str, environment: Mapping[str, str] = os.environ) -> S
     }
     protocol = _protocol(environment, wrong)
     try:
-        exporters = [_exporter(name, protocol, environment, numbers["BSP_EXPORT_TIMEOUT"] / 1000) for name in names]
+        timeout_s = min(_timeout_s(environment, wrong), numbers["BSP_EXPORT_TIMEOUT"] / 1000)
+        exporters = [_exporter(name, protocol, timeout_s) for name in names]
         resource = _resource(service, environment)
     except ImportError as error:
         # Traces are asked for, and their packages are not installed. The service serves without them.
@@ -319,7 +321,20 @@ def _protocol(environment: Mapping[str, str], wrong: list[str]) -> str:
     return "grpc" if endpoint.rstrip("/").endswith(":4317") else "http/protobuf"
 
 
-def _exporter(name: str, protocol: str, environment: Mapping[str, str], max_timeout_s: float) -> SpanExporter:
+def _timeout_s(environment: Mapping[str, str], wrong: list[str]) -> float:
+    """In seconds, as OpenTelemetry's exporters for Python take it."""
+    named = environment.get(f"{_OTLP}_TRACES_TIMEOUT") or environment.get(f"{_OTLP}_TIMEOUT") or "10"
+    try:
+        timeout_s = float(named)
+        if not 0 < timeout_s < math.inf:
+            raise ValueError
+    except ValueError:
+        wrong.append(f"{_OTLP}_TIMEOUT: expected a number of seconds, got {named[:32]}")
+        return 10.0
+    return timeout_s
+
+
+def _exporter(name: str, protocol: str, timeout_s: float) -> SpanExporter:
     import logging
 
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # each retry would be a line; `_drop` says it once a minute
@@ -327,8 +342,6 @@ def _exporter(name: str, protocol: str, environment: Mapping[str, str], max_time
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
         return ConsoleSpanExporter()
-    named = environment.get(f"{_OTLP}_TRACES_TIMEOUT") or environment.get(f"{_OTLP}_TIMEOUT") or "10"
-    timeout_s = min(float(named), max_timeout_s)
     exporter: Any
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter

@@ -118,11 +118,13 @@ async def test_values_that_cannot_be_used_are_said(monkeypatch: pytest.MonkeyPat
             OTEL_TRACES_SAMPLER="traceidratio",
             OTEL_TRACES_SAMPLER_ARG="2",
             OTEL_BSP_SCHEDULE_DELAY="soon",
+            OTEL_EXPORTER_OTLP_TIMEOUT="long",
         ):
             pass
     reasons = [line["reason"] for line in log if line["event"] == "tracing variable ignored"]
     assert [reason.partition(":")[0] for reason in reasons] == [
         "OTEL_PROPAGATORS", "OTEL_TRACES_SAMPLER_ARG", "OTEL_BSP_SCHEDULE_DELAY", "OTEL_EXPORTER_OTLP_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_TIMEOUT",
     ]  # fmt: skip
 
 

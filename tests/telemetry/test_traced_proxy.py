@@ -84,6 +84,9 @@ async def served(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     async with AsyncExitStack() as stack:
         backend = Gated()
         target = await stack.enter_async_context(serving(backend, stage="preprocess"))
+        monkeypatch.setattr(
+            "splitserve.batching.batcher.OVERDUE_S", 600.0
+        )  # what arrives during a call waits, however slow we are
         if request.param == "unary":
             monkeypatch.setattr("splitserve.remote.stream.StreamTarget.is_direct", False)
         hop = await stack.enter_async_context(RemoteInference(target, stage="preprocess"))
@@ -200,6 +203,32 @@ async def test_requests_that_are_merged_have_a_trace_of_their_call_linked_both_w
     for span in (call, *members):
         assert (span.attributes["splitserve.batch.requests"], span.attributes["splitserve.batch.rows"]) == (3, 3)
     assert {span.kind for span in recorded.spans if span.trace_id == call.trace_id} == {"internal", "client", "server"}
+
+
+async def test_each_span_ends_however_its_request_does(served: Served) -> None:
+    """Callers that leave, deadlines that pass, answers: mixed in the same calls."""
+    served.backend.gate.clear()
+    sent = [f"{n:032x}" for n in range(1, 61)]
+
+    async def one(trace_id: str, timeout: str) -> None:
+        headers = (("traceparent", f"00-{trace_id}-{CALLER}-01"), ("request-timeout", timeout))
+        await served.infer(*headers)
+
+    with tracing() as recorded:
+        leaving = [asyncio.create_task(one(trace_id, "30")) for trace_id in sent[:20]]
+        staying = [asyncio.create_task(one(trace_id, "30")) for trace_id in sent[40:]]
+        await until(lambda: sum(len(queue.requests) for queue in served.service.batcher.queues.values()) == 40)
+        await asyncio.gather(*[one(trace_id, "0.1") for trace_id in sent[20:40]])
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*leaving, return_exceptions=True)
+        served.backend.gate.set()
+        await asyncio.gather(*staying)
+        await until(lambda: len(recorded.named("POST /v2/models/{model}/infer")) == len(sent))
+    edges = {span.trace_id: span for span in recorded.named("POST /v2/models/{model}/infer")}
+    statuses = [edges[trace_id].attributes["http.response.status_code"] for trace_id in sent]
+    assert statuses == [499] * 20 + [504] * 20 + [200] * 20
+    assert {span.parent_id for span in edges.values()} == {CALLER}
 
 
 async def test_a_request_over_grpc_has_its_context_in_metadata(served: Served) -> None:
