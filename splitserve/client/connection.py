@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from splitserve import __version__
-from splitserve.errors import Unauthenticated
+from splitserve.errors import InvalidInput, Unauthenticated
 
 Compression = Literal["gzip"] | None
 
@@ -111,13 +112,17 @@ def connection_options(
         raise ValueError(f"http_client is for REST, but {url!r} is gRPC; give a channel, or a URL that begins with http://")
     if channel is not None and is_rest:
         raise ValueError(f"channel is for gRPC, but {url!r} is REST; give an http_client, or a URL that begins with grpc://")
+    try:
+        fixed = headers if callable(headers) else _lower(headers)
+    except InvalidInput as error:
+        raise ValueError(error.message) from None
     return ConnectionOptions(
         target,
         is_rest,
         (tls or TLS()) if is_secure else None,
         compression,
         max_message_bytes,
-        headers if callable(headers) else _lower(headers),
+        fixed,
         proxy or "",
         http_client,
         channel,
@@ -149,8 +154,36 @@ def _merged(headers: Headers, own: Mapping[str, str] | None) -> dict[str, str]:
     return merged
 
 
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+"""Source: RFC 9110, section 5.6.2."""
+
+_RESERVED = frozenset(
+    {"content-length", "transfer-encoding", "connection", "keep-alive", "te", "upgrade"}
+    | {"grpc-timeout", "grpc-encoding", "grpc-accept-encoding"}
+)
+"""What says how a request is sent is the transport's."""
+
+
 def _lower(headers: Mapping[str, str] | None) -> dict[str, str]:
-    return {name.lower(): value for name, value in (headers or {}).items()}
+    """With names in lower case.
+
+    Raises:
+        InvalidInput: one cannot be sent.
+    """
+    lower: dict[str, Any] = {}
+    given: Mapping[Any, Any] = headers or {}
+    for name, value in given.items():
+        key = name.lower() if isinstance(name, str) else ""
+        if not _NAME.fullmatch(key):
+            raise InvalidInput(f'header "{str(name)[:64]}": its name has characters that are not allowed')
+        if key in _RESERVED:
+            raise InvalidInput(f'header "{key}" is set by the client; timeout_s and compression are arguments')
+        if not isinstance(value, str) and not (isinstance(value, bytes) and key.endswith("-bin")):
+            raise InvalidInput(f'header "{key}": expected str, got {type(value).__name__}')
+        if isinstance(value, str) and any((sign < " " and sign != "\t") or sign == "\x7f" for sign in value):
+            raise InvalidInput(f'header "{key}": its value has characters that are not allowed')
+        lower[key] = value
+    return lower
 
 
 def _authorization(token: str | None) -> dict[str, str]:

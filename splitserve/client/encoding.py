@@ -123,12 +123,15 @@ def _named(
         names = dict.fromkeys(str(name) for record in inputs for name in record)
         texts = [{str(name): value for name, value in record.items()} for record in inputs]
         return _named({name: [record.get(name) for record in texts] for name in names}, specs, ignored, extra, columns)
+    if inputs is None or isinstance(inputs, set | frozenset):
+        raise InvalidInput(f"the inputs: expected a DataFrame, a dict, rows or an array, got {type(inputs).__name__}")
     if only:
         return {only.name: inputs}
     if specs and (rows := _rows_of(inputs, len(specs))) is not None and all(spec.is_column for spec in specs):
         return {spec.name: [row[place] for row in rows] for place, spec in enumerate(specs)}
     expected = ", ".join(f'"{spec.name}"' for spec in specs or ()) or "a dict or a DataFrame"
-    raise InvalidInput(f"the inputs have no names, expected {expected}")
+    kind = type(inputs).__name__
+    raise InvalidInput(f"the inputs have no names, expected {expected}, or rows of as many values; got {kind}")
 
 
 def _is_series(inputs: Any) -> bool:

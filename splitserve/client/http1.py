@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 from splitserve.errors import InvalidInput, TooLarge
 
@@ -34,7 +35,10 @@ def encode_request(method: str, target: str, host: str, headers: Mapping[str, st
         InvalidInput: a header cannot be sent.
     """
     lines = [f"{method} {target} HTTP/1.1\r\nhost: {host}\r\n"]
-    for name, value in headers.items():
+    given: Mapping[str, Any] = headers
+    for name, value in given.items():
+        if isinstance(value, bytes):
+            raise InvalidInput(f'header "{name[:64]}": expected str, got bytes, which are for gRPC')
         if not name.isascii() or any(sign in name for sign in "\r\n: ") or not name or any(sign in value for sign in "\r\n\0"):
             raise InvalidInput(f'header "{name[:64]}": its name or value has characters that are not allowed')
         lines.append(f"{name}: {value}\r\n")

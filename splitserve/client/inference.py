@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+
 from splitserve.arrays import Array
 from splitserve.client.answer import Answer, Text, outputs_of
 from splitserve.client.chunks import can_be_cut, cut, has_rows, join
@@ -91,8 +93,9 @@ class Core:
             ValueError: the timeout is not positive.
         """
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s}")
+        given: Any = timeout_s
+        if isinstance(given, str) or not given > 0:
+            raise ValueError(f"timeout_s: expected more than 0 seconds, got {timeout_s!r}")
         return self._clock() + timeout_s
 
     def now(self) -> float:
@@ -191,8 +194,10 @@ class InferCall:
         self._inputs = inputs
         self._options = options
         self._version = options.version
-        self._outputs = tuple(RequestedOutput(name) for name in options.outputs)
-        self._parameters = options.parameters or {}
+        if options.extra not in ("error", "drop"):
+            raise ValueError(f'extra: expected "error" or "drop", got {options.extra!r}')
+        self._outputs = requested(options.outputs)
+        self._parameters = checked(options.parameters)
         self._chunk_rows = chunk_rows
         self._timeout_s = options.timeout_s
         self._columns: list[InputColumn] = []
@@ -304,9 +309,29 @@ class InferCall:
         )
 
 
+def requested(outputs: Sequence[str]) -> tuple[RequestedOutput, ...]:
+    """The outputs of a request; one name is one output."""
+    return tuple(RequestedOutput(name) for name in ((outputs,) if isinstance(outputs, str) else outputs or ()))
+
+
+def checked(parameters: Mapping[str, Parameter] | None) -> dict[str, Parameter]:
+    """The parameters of a request; numpy's scalars as Python's.
+
+    Raises:
+        InvalidInput: one is of a type that the protocol does not have.
+    """
+    plain: dict[str, Parameter] = {}
+    for name, value in (parameters or {}).items():
+        scalar = value.item() if isinstance(value, np.generic) else value
+        if not isinstance(scalar, bool | int | float | str):
+            raise InvalidInput(f'parameter "{name}": expected bool, int, float or str, got {type(value).__name__}')
+        plain[name] = scalar
+    return plain
+
+
 def headers_of(options: RequestOptions) -> Mapping[str, str] | None:
     """The headers of a call's requests; its id is one, so that every server and proxy on the way can log it."""
-    if options.request_id:
+    if options.request_id.isascii() and options.request_id.isprintable() and options.request_id:
         return {"x-request-id": options.request_id, **(options.headers or {})}
     return options.headers
 

@@ -10,12 +10,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from splitserve.client.answer import Answer, outputs_of
-from splitserve.client.inference import Core, Known, columns_for
+from splitserve.client.inference import Core, Known, checked, columns_for, requested
 from splitserve.client.steps import Ask, JobAsk, Steps, Wait
 from splitserve.errors import DeadlineExceeded, Unavailable
 from splitserve.jobs.records import Job as JobRecord
 from splitserve.jobs.records import JobOptions, webhook_to
-from splitserve.oip.messages import InferRequest, InferResponse, Parameter, RequestedOutput
+from splitserve.oip.messages import InferRequest, InferResponse, Parameter
 
 T = TypeVar("T")
 
@@ -58,8 +58,8 @@ def submit(
             model,
             tuple(column.tensor() for column in columns),
             version=version,
-            outputs=tuple(map(RequestedOutput, outputs)),
-            parameters=parameters or {},
+            outputs=requested(outputs),
+            parameters=checked(parameters),
         )
         record: JobRecord = yield from core.ask(Ask("submit", model, version, request, JobAsk(options=options)), deadline)
         return record

@@ -126,14 +126,14 @@ class GrpcTransport:
             Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
-        metadata = tuple(request_headers(self._connection.headers, self._token, step.ask.headers).items())
+        sent = metadata(request_headers(self._connection.headers, self._token, step.ask.headers))
         request = encode(step.ask)
         timeout = None if step.timeout_s == float("inf") else step.timeout_s
         try:
             if stop is None:
-                answer = call(request, timeout=timeout, metadata=metadata)
+                answer = call(request, timeout=timeout, metadata=sent)
             else:
-                future = call.future(request, timeout=timeout, metadata=metadata)
+                future = call.future(request, timeout=timeout, metadata=sent)
                 with stop.calling(future.cancel):
                     answer = future.result()
         except grpc.FutureCancelledError as error:
@@ -176,10 +176,10 @@ class AsyncGrpcTransport:
             Failed: the error, and whether it can be retried.
         """
         call = self._calls[step.ask.verb]
-        metadata = tuple((await request_headers_async(self._connection.headers, self._token, step.ask.headers)).items())
+        sent = metadata(await request_headers_async(self._connection.headers, self._token, step.ask.headers))
         timeout = None if step.timeout_s == float("inf") else step.timeout_s
         try:
-            answer = await call(encode(step.ask), timeout=timeout, metadata=metadata)
+            answer = await call(encode(step.ask), timeout=timeout, metadata=sent)
         except grpc.aio.AioRpcError as error:
             return _failed(step.ask, error, self._connection)
         return decode(step.ask, answer)
@@ -224,6 +224,19 @@ def _calls(channel: Any) -> dict[Verb, Any]:
         )
         for verb, method in METHODS.items()
     }
+
+
+def metadata(headers: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """Headers as metadata.
+
+    Raises:
+        InvalidInput: a value is not ASCII, as gRPC requires.
+    """
+    for name, value in headers.items():
+        if not value.isascii():
+            raise InvalidInput(f'header "{name}": over gRPC expected ASCII, or bytes and a name that ends with "-bin"')
+    headers.pop("content-type", None)
+    return tuple(headers.items())
 
 
 def encode(ask: Ask) -> Any:

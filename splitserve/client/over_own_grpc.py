@@ -23,7 +23,7 @@ import grpc
 import msgspec
 
 from splitserve.client.connection import AsyncToken, ConnectionOptions, Token, request_headers, request_headers_async
-from splitserve.client.over_grpc import METHODS, AsyncGrpcTransport, as_failed, decode, encode, is_unusable
+from splitserve.client.over_grpc import METHODS, AsyncGrpcTransport, as_failed, decode, encode, is_unusable, metadata
 from splitserve.client.retries import Failed
 from splitserve.client.sockets import (
     MAX_IDLE_S,
@@ -114,7 +114,7 @@ class _Requests:
         try:
             return used.call(
                 f"/{method.service}/{method.name}",
-                {"user-agent": self._connection.user_agent, **headers}.items(),
+                metadata({"user-agent": self._connection.user_agent, **headers}),
                 message,
                 on_end,
                 timeout_s=timeout_s,

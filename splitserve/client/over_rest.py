@@ -163,7 +163,8 @@ class _Requests:
             fields["accept-encoding"] = "gzip"
         fields |= headers
         fields |= request.headers
-        return encode_request(request.method, self._base + request.path, self._host, fields, request.body)
+        host = fields.pop("host", self._host)  # of a server behind an ingress that routes by it
+        return encode_request(request.method, self._base + request.path, host, fields, request.body)
 
     def not_connected(self, error: OSError) -> Failed:
         """A failure without a connection."""

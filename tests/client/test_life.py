@@ -17,7 +17,7 @@ import pytest
 import splitserve
 from splitserve import AsyncClient, Client
 from splitserve.client import ClientClosed, over_grpc
-from splitserve.errors import DeadlineExceeded
+from splitserve.errors import DeadlineExceeded, InvalidInput
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
 from tests.client.scripted import X, answer, http, scripted
@@ -192,6 +192,60 @@ async def test_the_callers_own_connection_is_used_and_stays_open(way: Way) -> No
             await channel.close() if way.is_async else channel.close()
 
     assert result["x"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        ({"a b": "x"}, "a b"),
+        ({"": "x"}, "its name"),
+        ({":path": "x"}, ":path"),
+        ({"a": "b\r\nc: d"}, '"a": its value'),
+        ({"a": 1}, '"a": expected str, got int'),
+        ({"a": b"x"}, '"a": expected str, got bytes'),
+        ({"Content-Length": "3"}, '"content-length" is set by the client'),
+        ({"grpc-timeout": "1S"}, '"grpc-timeout" is set by the client'),
+    ],
+)
+async def test_headers_that_cannot_be_sent_are_refused_over_all_transports(way: Way, headers: Any, message: str) -> None:
+    """By their names, before anything is sent; those of the client when it is made."""
+    service = FakeInference(ECHO)
+    async with way.serving(service) as address:
+        async with way.at(address) as client:
+            with pytest.raises(InvalidInput, match=message):
+                await client.infer("echo", ROW, headers=headers)
+        with pytest.raises(ValueError, match=message):
+            AsyncClient(address, headers=headers)
+
+    assert not service.requests
+
+
+async def test_options_of_a_call_are_checked_over_all_transports(way: Way) -> None:
+    """Types that the protocol does not have are errors of the caller; numpy's scalars, one output and any id are not."""
+    service = FakeInference(ECHO)
+    async with way.to(service) as client:
+        await client.infer("echo", ROW, parameters={"n": np.int64(3)}, outputs="x", request_id="Ä 1")
+        for parameters in ({"a": [1]}, {"a": None}):
+            with pytest.raises(InvalidInput, match='parameter "a": expected bool, int, float or str'):
+                await client.infer("echo", ROW, parameters=parameters)
+        for wrong in ({"extra": "x"}, {"timeout_s": "5"}):
+            with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+                await client.infer("echo", ROW, **wrong)
+        with pytest.raises(InvalidInput, match="got NoneType"):
+            await client.infer("echo", None)
+
+    (request,) = service.requests
+    assert request.parameters["n"] == 3
+    assert [output.name for output in request.outputs] == ["x"]
+    assert request.id == "Ä 1"
+
+
+async def test_the_host_of_an_ingress_is_a_header(rest: Way) -> None:
+    """Which routes by it, as that of KServe."""
+    async with scripted(http(200, {"live": True})) as server, rest.at(server.url, headers={"Host": "birds.example"}) as client:
+        await client.is_live()
+
+    assert server.asked[0].headers["host"] == "birds.example"
 
 
 class ConnectProxy:
