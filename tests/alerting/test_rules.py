@@ -45,7 +45,9 @@ def test_alerts_are_the_same_with_scrapes_every_15_s(tmp_path: Path) -> None:
     """Windows are long enough for scrapes once a minute, and do not depend on there being few."""
     content = read("alerts_test.yml")
     content["rule_files"] = [str(PROMETHEUS / name) for name in content["rule_files"]]
-    content["tests"] = [with_interval_15s(case) for case in content["tests"] if case["interval"] == "1m" and not is_long(case)]
+    content["tests"] = [
+        with_interval_15s(case) for case in content["tests"] if case["name"].startswith("Splitserve") and not is_long(case)
+    ]
     (tmp_path / "alerts_test.yml").write_text(yaml.safe_dump(content))
 
     promtool("test", "rules", tmp_path / "alerts_test.yml")
