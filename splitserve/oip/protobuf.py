@@ -50,6 +50,9 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 STREAM_KEY = "splitserve-stream"
 """Initial metadata of a ModelStreamInfer stream that carries complete errors and many calls at once."""
 
+CALLER_KEY = "splitserve-caller"
+"""Metadata of calls and streams of our services. The one that a client calls has decided whether the request is traced."""
+
 WORKER_KEY = "splitserve-worker"
 """Initial metadata of the same stream: which of the processes that share the port answers, e.g. ``0/4``."""
 

@@ -157,7 +157,7 @@ class RemoteInference:
         self._poll_timeout_s = poll_timeout_s
         self._tls = tls
         self._files = Watched(tls.files, lambda: (tls.credentials(), tls.ssl_context())) if tls else None
-        self._metadata = bearer(token)
+        self._metadata = (*bearer(token), (protobuf.CALLER_KEY, "1"))
         self._budget = RetryBudget()
         self.n_streams_opened = 0
         """Since the start, to all replicas."""

@@ -115,6 +115,9 @@ class _GrpcInference(Inference[bytes]):
     def _credentials(self) -> Sequence[str]:
         return credentials(self._call)
 
+    def _is_from_client(self) -> bool:
+        return not any(key == protobuf.CALLER_KEY for key, _ in self._call.metadata)
+
     def _given_trace(self) -> TraceContext | None:
         return received_in(self._call.metadata)
 

@@ -140,14 +140,14 @@ class Inference(ABC, Generic[A]):
 
     def _traced(self, tracer: Tracer, request: InferRequest) -> InferRequest:
         """The request, with a span if it is recorded."""
-        trace = tracer.begin(request.trace, self._began, begins_traces=self._rules.makes_ids)
+        trace = tracer.begin(request.trace, self._began, begins_traces=self._is_from_client())
         return request if trace is request.trace else msgspec.structs.replace(request, trace=trace)
 
     def _end_trace(self, tracer: Tracer, release: str, code: str, http_status: int) -> None:
         """Export the span of the request, if it is recorded."""
         request = self.request
         if request is None:  # it was refused before it was decoded
-            trace = tracer.begin(self._given_trace(), self._began, begins_traces=self._rules.makes_ids)
+            trace = tracer.begin(self._given_trace(), self._began, begins_traces=self._is_from_client())
         else:
             trace = request.trace
         if trace is None or (span := trace.span) is None:
@@ -253,6 +253,10 @@ class Inference(ABC, Generic[A]):
 
     def _tell_id(self, identity: str) -> None:
         """Send this id with the error, in a header."""
+
+    def _is_from_client(self) -> bool:
+        """Whether no other stage has decided before whether it is traced."""
+        return True
 
     def _given_trace(self) -> TraceContext | None:
         """The context in the headers of the request."""

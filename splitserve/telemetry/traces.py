@@ -210,7 +210,7 @@ class Tracer:
         Args:
             context: that it came with.
             began: when, on the monotonic clock.
-            begins_traces: whether a request without a context can begin a trace here.
+            begins_traces: whether a request without a context can begin a trace here: not if another stage has decided already.
         """
         if context is None or not context.traceparent:
             if not begins_traces or random.getrandbits(64) >= self._bound:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import grpc
 import httpx
@@ -16,6 +17,7 @@ from proxy.service import ProxyService
 from proxy.settings import ProxySettings
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import Unavailable
+from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.protobuf import SERVICE
 from splitserve.remote.inference import RemoteInference
@@ -59,6 +61,7 @@ class Served:
     """The proxy's faces, and what is behind them."""
 
     def __init__(self, backend: Gated, faces: Faces, hop: RemoteInference, service: ProxyService, metrics: Metrics) -> None:
+        self.target = hop.target
         self.backend, self.hop, self.service, self.metrics = backend, hop, service, metrics
         self.grpc = f"127.0.0.1:{faces.grpc.port}"
         self.rest = httpx.AsyncClient(base_url=f"http://127.0.0.1:{faces.http.port}", trust_env=False, timeout=30)
@@ -240,6 +243,19 @@ async def test_a_request_over_grpc_has_its_context_in_metadata(served: Served) -
     edge = next(span for span in recorded.spans if span.parent_id == CALLER)
     assert (edge.name, edge.kind, edge.tracestate) == (f"{SERVICE}/ModelInfer", "server", STATE)
     assert edge.attributes["rpc.system.name"] == "grpc"
+
+
+async def test_a_trace_begins_at_the_stage_that_a_client_calls(served: Served) -> None:
+    """What comes from another stage without a context was left out there."""
+    with tracing() as recorded:
+        message = protobuf.decode_request(request_message())
+        await served.hop.infer(message)
+        assert recorded.spans == []
+        async with grpc.aio.insecure_channel(served.target) as channel:
+            call: Any = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            await call(request_message().SerializeToString())
+        await until(lambda: len(recorded) == 1)
+    assert [(span.name, span.parent_id) for span in recorded.spans] == [(f"{SERVICE}/ModelInfer", "")]
 
 
 def request_message(identity: str = "1", **parameters: str) -> pb.ModelInferRequest:
