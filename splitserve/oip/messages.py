@@ -63,6 +63,9 @@ EXPECTED_MANIFEST = "splitserve_manifest_sha256"
 GOLDEN_REPLAY = "splitserve_golden_replay"
 """Parameter of such a call: these are golden rows, which are not counted and wait for what clients sent."""
 
+REQUEST_ID = "splitserve_request_id"
+"""Parameter of a message on a stream between stages: the request's id, for their logs. The message has one of the stream's."""
+
 ON_BEHALF_OF = "splitserve_on_behalf_of"
 """Parameter of a job's request at the proxy: the caller that submitted it, whose rights of now count beside those of the jobs
 service."""

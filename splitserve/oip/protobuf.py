@@ -17,6 +17,7 @@ from splitserve.api.inference import inference_pb2 as pb
 from splitserve.errors import DOMAIN, InvalidInput, SplitserveError, from_wire
 from splitserve.oip.messages import (
     NO_DEADLINE,
+    REQUEST_ID,
     TIMEOUT,
     InferRequest,
     InferResponse,
@@ -105,6 +106,8 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     message.id = identity
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
+    if request.id:
+        message.parameters[REQUEST_ID].string_param = request.id
     if request.trace is not None:
         add_trace(message, request.trace)
     if not is_large:
@@ -246,9 +249,13 @@ def decode_request(
             raise InvalidInput(f"expected one raw_input_contents for each of {len(inputs)} inputs, got {len(raws)}")
     else:
         raws = [_pack_contents("input", tensor) for tensor in inputs]
+    identity: str = message.id
     parameters: Mapping[str, Parameter] = {}
     if message.parameters:
         parameters, deadline = scheduled(_decode_parameters(message.parameters), deadline)
+        if REQUEST_ID in parameters:
+            identity = str(parameters[REQUEST_ID])
+            parameters = {name: value for name, value in parameters.items() if name != REQUEST_ID}
         if TRACEPARENT in parameters or BAGGAGE in parameters:
             trace = received_in(parameters) or trace
             parameters = {name: value for name, value in parameters.items() if name not in FIELDS}
@@ -260,7 +267,7 @@ def decode_request(
         tuple([Tensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw) for tensor, raw in zip(inputs, raws, strict=True)]),
         version=message.model_version,
         outputs=outputs,
-        id=message.id,
+        id=identity,
         parameters=parameters,
         deadline=deadline,
         caller=caller,

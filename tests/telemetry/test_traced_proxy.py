@@ -342,6 +342,7 @@ async def test_the_line_of_a_request_has_its_trace(served: Served, monkeypatch: 
     lines = [line for line in log if line["event"] == "infer"]
     assert len(lines) == 4  # of two requests at two stages
     assert {line["trace_id"] for line in lines} == {TRACE, recorded.spans[-1].trace_id}
+    assert {line["request_id"] for line in lines} == {"r1"}  # at both stages
 
 
 async def test_buckets_of_latency_have_the_trace_of_a_request_as_exemplar(served: Served) -> None:
