@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,6 +96,19 @@ def test_other_clients_of_the_protocol_are_answered() -> None:
             x.set_data_from_numpy(np.ones((1, 1), np.float32))
             with module.InferenceServerClient(address) as other:
                 assert other.infer("m", [x]).as_numpy("y").tolist() == [[2]]
+
+
+def test_a_client_that_gives_up_is_no_error_of_the_fake(capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written to the terminal of a test that cancels calls, or lets them time out."""
+    with fake("penguins", {"label": ["Adelie"]}) as client:
+        host, port = client.rest_url.removeprefix("http://").split(":")
+        for sent in (b"", b"POST /v2/models/penguins/infer HTTP/1.1\r\ncontent-length: 100\r\n\r\n{"):
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(sent)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by RST
+        assert client.is_live()
+
+    assert capfd.readouterr().err == ""
 
 
 def test_fakes_are_a_fixture(splitserve_fake: Callable[..., FakeClient]) -> None:
