@@ -99,7 +99,7 @@ def _chosen(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
 
 
 def _difference(original: Features, plan: Features, tensors: Sequence[Tensor], *, is_exact: bool) -> str:
-    """Between the features of these rows, and about which are refused; "" if there is none."""
+    """Between the features of these rows, and about which are refused; "" if there is none. Without values: rows may be of X."""
     n_rows = tensors[0].n_rows
     if not n_rows:
         return ""
@@ -109,8 +109,7 @@ def _difference(original: Features, plan: Features, tensors: Sequence[Tensor], *
     if n_rows == 1:
         if wanted is None and found is None:
             return ""
-        refusing = "the transforms refuse" if wanted is None else "the plan refuses"
-        return f"{refusing} the row {', '.join(str(to_array(tensor).ravel()[:4].tolist()) for tensor in tensors[:8])}"
+        return "the transforms refuse a row" if wanted is None else "the plan refuses a row"
     halves = (range(n_rows // 2), range(n_rows // 2, n_rows))
     return next(filter(None, (_difference(original, plan, _chosen(tensors, half), is_exact=is_exact) for half in halves)), "")
 
@@ -136,4 +135,4 @@ def _unequal(wanted: Array, found: Array, *, is_exact: bool) -> str:
     if same.all():
         return ""
     at = np.unravel_index(int(np.argmin(same)), same.shape)
-    return f"feature {[int(place) for place in at[1:]]}: expected {wanted[at]!r}, got {found[at]!r}"
+    return f"feature {[int(place) for place in at[1:]]} has another value"

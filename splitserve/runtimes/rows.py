@@ -200,7 +200,7 @@ def read_columns(rows: Rows, specs: Sequence[TensorSpec], tensors: Sequence[Tens
     """The values of each column; of an array of numbers one block, widened. Numbers of a frame's columns are not widened.
 
     Args:
-        rows: a frame, or an array of numbers or text of two dimensions or more.
+        rows: a frame, or an array of numbers, of text, or of bytes.
         specs: the signature's inputs.
         tensors: in their order.
 
@@ -210,6 +210,8 @@ def read_columns(rows: Rows, specs: Sequence[TensorSpec], tensors: Sequence[Tens
     if rows.form == "frame":
         return [_values(column, tensor) for column, tensor in zip(rows.columns, tensors, strict=True)]
     column, tensor, spec = rows.columns[0], tensors[0], specs[0]
+    if column.dtype == "bytes":
+        return [to_array(tensor).ravel().tolist()]
     if column.dtype == "str":
         elements, width = _text(column, tensor), math.prod(spec.wire_shape[1:])
         return [[elements[place::width] for place in range(width)]]

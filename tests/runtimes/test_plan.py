@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 from sklearn.compose import ColumnTransformer, make_column_selector, make_column_transformer
 from sklearn.decomposition import PCA, FastICA, TruncatedSVD
 from sklearn.feature_extraction.text import CountVectorizer, HashingVectorizer, TfidfTransformer, TfidfVectorizer
@@ -53,7 +55,7 @@ from splitserve.runtimes.plans.planner import make_plan
 from splitserve.runtimes.preprocessor import Preprocessor
 from splitserve.runtimes.rows import to_tensors
 from splitserve.tensors import Tensor
-from splitserve.transformers import Flatten
+from splitserve.transformers import DecodeImage, Flatten, NormaliseImage, ResizeImage
 from tests.budgets import examples
 
 FRAME = pd.DataFrame(
@@ -449,6 +451,28 @@ def test_unknown_transforms_are_not_portable(name):
     assert manifest.not_portable.startswith(reason)
 
 
+def file_of(image: Any, form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_pictures_are_decoded_resized_and_normalised_by_the_plan():
+    """As by the transformers, and what is no picture is refused with their message."""
+    random = np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (20 + size, 30, 3)).astype(np.uint8) for size in range(4)]
+    files = np.array([[file_of(picture, form)] for picture, form in zip(pictures, ["PNG", "JPEG"] * 2, strict=True)], object)
+    transformer = make_pipeline(DecodeImage(), ResizeImage(8), NormaliseImage((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    published_case = published(transformer, files)
+    half = published_case.half
+
+    assert half.manifest.portable, half.manifest.not_portable
+    assert half.runtime.transform(half.golden.inputs) == published_case.original.transform(half.golden.inputs)
+    assert {"pillow", "libjpeg"} == msgspec.json.decode(half.files["plan.json"])["requires"].keys()
+    with pytest.raises(InvalidInput, match="the transforms refuse a row: image 0 is not a JPEG or PNG file"):
+        half.runtime.transform(to_tensors(half.rows, half.manifest.inputs, np.array([[b"no picture"]], object)))
+
+
 def test_a_plan_that_differs_is_not_written(monkeypatch):
     """If a row differs by a single bit, the bundle is not portable, and says where."""
     scale = operations.Divide
@@ -457,7 +481,7 @@ def test_a_plan_that_differs_is_not_written(monkeypatch):
     manifest = published(StandardScaler(), ARRAY).half.manifest
 
     assert manifest.portable is False
-    assert manifest.not_portable.startswith("the plan differs from the transforms on golden rows: feature [0]: expected")
+    assert manifest.not_portable.startswith("the plan differs from the transforms on golden rows: feature [0] has another value")
 
 
 def test_a_plan_of_a_process_that_differs_is_dropped():
