@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -194,6 +195,59 @@ def test_exactly_the_bad_rows_fail_in_many(demos: Demos, many: Path, tmp_path: P
     assert "infinity" in errors[0]["error_message"]
     kept = pq.read_table(tmp_path / "out.parquet")["id"].to_pylist()
     assert kept == [row for row in range(40_000) if row not in bad]
+
+
+def test_ctrl_c_ends_a_run_which_goes_on_later(demos: Demos, tmp_path: Path) -> None:
+    """It reaches the workers, too, as from a terminal: status 130, one line, no process. A worker waits here with its shard."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if '-m' in sys.orig_argv and 'splitserve.scoring.worker' in sys.orig_argv:\n"
+        "    import os, signal\n"
+        "    from splitserve.scoring import shards\n"
+        "    def score(*_):\n"
+        "        open('pid.new', 'w').write(str(os.getpid()))\n"
+        "        os.replace('pid.new', 'pid')\n"
+        "        while True:\n"
+        "            signal.pause()\n"
+        "    shards.ShardScorer.score = score\n"
+    )
+    arguments = [COMMAND, "batch", "penguins", PENGUINS, "out.csv", "--repository", demos.repository, "--workers", "1"]
+    with subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "modules")},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
+        wait_until((tmp_path / "pid").exists, "a worker with a shard")
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate()
+
+    assert (process.returncode, said) == (130, "interrupted; the same command goes on\n")
+    assert not (tmp_path / "out.csv").exists()
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+    assert in_process("penguins", PENGUINS, tmp_path / "out.csv", demos.repository).scored == 344
+
+
+def test_a_release_that_is_withdrawn_before_a_worker_has_loaded_it_does_not_score(demos: Demos, tmp_path: Path) -> None:
+    """Between the plan and the first row here; the next command finds no release."""
+    repository = tmp_path / "models"
+    shutil.copytree(demos.repository / "penguins", repository / "penguins")
+    options = ScoringOptions(repository=str(repository))
+    planned = plan("penguins", str(PENGUINS), str(tmp_path / "out.csv"), options)
+
+    splitserve.withdraw("penguins", 1, repository=repository)
+
+    with pytest.raises(
+        ScoringError, match=r"penguins/releases/0001-1\.1: the release was withdrawn or changed since the run began"
+    ):
+        run(planned, options, engine=Here())
+    with pytest.raises(ScoringError, match='model "penguins" has no release'):
+        plan("penguins", str(PENGUINS), str(tmp_path / "out.csv"), options)
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_worker_that_dies_is_named_by_its_shard(
