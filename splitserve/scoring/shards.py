@@ -209,7 +209,7 @@ class ShardScorer:
                 began = time.perf_counter()
                 if batch is not None:
                     sink.write(batch)
-                tally.add(errors, file.path, selected, refused, batch)
+                tally.add(errors, self._path_of(file), selected, refused, batch)
                 if 0 <= job.most_errors < tally.errors:
                     what = f"{tally.errors} rows have failed in shard {shard.number}, more than --max-errors allows"
                     raise TooManyErrors(f"{what}. The first: {tally.first_error}")
@@ -303,6 +303,12 @@ class ShardScorer:
         if len(places) < len(block.rows):
             kept = [column.take(pa.array(places)) for column in kept]
         return pa.RecordBatch.from_arrays([*kept, *columns], schema=self._schema)
+
+    def _path_of(self, file: InputFile) -> Callable[[int], str]:
+        """The file of a row. A picture is one, and they are numbered as rows are."""
+        if self._job.input_format == "images":
+            return lambda row: self._job.files[row - 1].path
+        return lambda _: file.path
 
     def _check_files(self, shard: Shard) -> None:
         """Raises:
@@ -523,7 +529,12 @@ class _Tally:
         self.unknown: set[str] = set()
 
     def add(
-        self, errors: _OnDemand, path: str, block: Block, refused: Mapping[int, Refused], batch: pa.RecordBatch | None
+        self,
+        errors: _OnDemand,
+        path_of: Callable[[int], str],
+        block: Block,
+        refused: Mapping[int, Refused],
+        batch: pa.RecordBatch | None,
     ) -> None:
         self.rows += len(block.rows) + len(block.unreadable)
         self.scored += 0 if batch is None else len(batch)
@@ -536,7 +547,7 @@ class _Tally:
         ]
         for row, why, values in sorted(found, key=lambda each: each[0]):
             facts = {
-                "error_file": path,
+                "error_file": path_of(row),
                 "error_row": row,
                 "error_stage": why.stage,
                 "error_reason": why.reason,
@@ -545,7 +556,7 @@ class _Tally:
             errors.write(msgspec.json.encode({**{name: json_value(value) for name, value in values.items()}, **facts}) + b"\n")
             reason = f"{why.stage}: {why.reason}"
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            self.first_error = self.first_error or f"{path}: row {row}: {why.message}"
+            self.first_error = self.first_error or f"{path_of(row)}: row {row}: {why.message}"
         self.errors += len(found)
 
     def result(self, shard: Shard, seconds: Mapping[str, float]) -> ShardResult:

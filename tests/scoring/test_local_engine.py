@@ -397,6 +397,8 @@ def test_pictures_are_rows(tmp_path: Path, made_once: Any) -> None:
     assert found["file"].tolist() == [f"{number:02d}.png" for number in range(20)]
     errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").read_text().splitlines()]
     assert [each["file"] for each in errors] == ["damaged.jpg", "text.png"]
+    assert [each["error_file"] for each in errors] == [str(folder / "damaged.jpg"), str(folder / "text.png")]
+    assert summary.first_error.startswith(f"{folder}/damaged.jpg: row 21: ")
     assert summary.skipped_files == (".DS_Store", "notes.txt")
     assert summary.exit_status == 0
 
