@@ -89,6 +89,7 @@ def test_traces_are_off(variables: dict[str, str]) -> None:
     assert Tracing.tracer is None
 
 
+@pytest.mark.heavy  # starts a process
 def test_services_without_the_variables_import_no_opentelemetry() -> None:
     code = (
         "import sys, proxy.__main__, jobs_service.__main__\n"
