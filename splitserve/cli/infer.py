@@ -20,6 +20,7 @@ from splitserve.oip.classification import labels_of
 from splitserve.oip.input_columns import input_columns
 from splitserve.oip.messages import ModelMetadata
 from splitserve.oip.rest import decode_json, decode_request
+from splitserve.oip.v1 import decode_request as decode_v1
 from splitserve.oip.v1 import from_instances
 from splitserve.tensors import DATATYPES, Tensor, unpack
 
@@ -116,12 +117,19 @@ def reader(
         return lambda metadata: _from_json(rows.encode(), "--rows", metadata)
     assert file is not None, "run checks it"
     if str(file) == "-":
-        return lambda metadata: _from_json(sys.stdin.buffer.read(), "standard input", metadata)
+        return lambda metadata: _from_stdin(sys.stdin.buffer.read(), metadata, encoding, has_header)
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return lambda metadata: _from_image(file, metadata)
     if file.suffix.lower() == ".csv":
-        return lambda metadata: _from_csv(file, metadata, encoding, has_header)
+        return lambda metadata: _from_csv(file, file.read_bytes(), metadata, encoding, has_header)
     return lambda metadata: _from_json(file.read_bytes(), str(file), metadata)
+
+
+def _from_stdin(data: bytes, metadata: ModelMetadata, encoding: str, has_header: bool) -> list[Any] | dict[str, Any]:
+    """JSON, which begins with a bracket or a brace, or CSV."""
+    if data.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"[", b"{", b""):
+        return _from_json(data, "standard input", metadata)
+    return _from_csv(Path("standard input"), data, metadata, encoding, has_header)
 
 
 def _from_image(file: Path, metadata: ModelMetadata) -> list[Any]:
@@ -135,7 +143,7 @@ def _from_image(file: Path, metadata: ModelMetadata) -> list[Any]:
 
 
 def _from_json(text: bytes, what: str, metadata: ModelMetadata) -> list[Any] | dict[str, Any]:
-    """Instances: a list, one record, one a line, or in "instances"; or the tensors of a V2 body."""
+    """Instances: a list, one record, one a line, or in "instances"; or the tensors of a V2 body, or of V1 by column."""
     text = text.removeprefix(codecs.BOM_UTF8)
     try:
         content = decode_json(text, what=what)
@@ -153,14 +161,16 @@ def _from_json(text: bytes, what: str, metadata: ModelMetadata) -> list[Any] | d
         return content["instances"]
     if isinstance(content, dict) and isinstance(content.get("inputs"), list) and "inputs" not in names:
         return {tensor.name: tensor for tensor in decode_request(metadata.name, "", text).inputs}
+    if isinstance(content, dict) and content.keys() == {"inputs"} and "inputs" not in names:  # V1, by column
+        return {tensor.name: tensor for tensor in decode_v1(text, metadata, "").request.inputs}
     if isinstance(content, dict):
         return [content]
     raise InvalidInput(f'{what}: expected a list of rows or records, a record, or an object with a list in "instances"')
 
 
-def _from_csv(file: Path, metadata: ModelMetadata, encoding: str, has_header: bool) -> list[Any]:
+def _from_csv(file: Path, data: bytes, metadata: ModelMetadata, encoding: str, has_header: bool) -> list[Any]:
     """Records by column name; columns without an input are omitted, missing values as pandas reads them."""
-    header, lines = _cells(file, encoding, has_header)
+    header, lines = _cells(file, data, encoding, has_header)
     datatypes = {spec.name: spec.datatype for spec in metadata.inputs}
     only = metadata.inputs[0] if len(metadata.inputs) == 1 else None
     if only is not None and only.name not in (header or ()):  # one input that takes all columns
@@ -180,13 +190,12 @@ def _from_csv(file: Path, metadata: ModelMetadata, encoding: str, has_header: bo
     ]
 
 
-def _cells(file: Path, encoding: str, has_header: bool) -> tuple[list[str] | None, list[tuple[int, list[str]]]]:
+def _cells(file: Path, data: bytes, encoding: str, has_header: bool) -> tuple[list[str] | None, list[tuple[int, list[str]]]]:
     """The header, and the cells of each line with its number.
 
     Raises:
         InvalidInput: the text has another encoding, or a line another number of cells.
     """
-    data = file.read_bytes()
     used = encoding or _MARKS.get(data[:2], "utf-8-sig")
     try:
         text = data.decode(used)

@@ -47,6 +47,7 @@ FILES: dict[str, bytes] = {
     "with a mark.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
     "lines.jsonl": "\n".join(map(json.dumps, ROWS)).encode() + b"\n",
     "instances.json": json.dumps({"instances": ROWS}).encode(),
+    "columns.json": json.dumps({"inputs": {"size": [1.5, None], "word": ["one", None]}}).encode(),
     "rows.csv": b"size,word\n1.5,one\n,NA\n",
     "marked.csv": b"\xef\xbb\xbfsize,word\r\n1.5,one\r\n\r\nnan,null\r\n",
     "utf16.csv": "size,word\n1.5,one\nNA,\n".encode("utf-16"),
@@ -79,11 +80,12 @@ def test_one_record_needs_no_list(model: FakeClient) -> None:
     assert model.requests[0]["word"].tolist() == [["one"]]
 
 
-def test_standard_input_is_a_file(model: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dash; lines, too."""
+@pytest.mark.parametrize("name", ["lines.jsonl", "records.json", "rows.csv", "marked.csv"])
+def test_standard_input_is_a_file(model: FakeClient, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A dash; what does not begin as JSON does is CSV."""
     from splitserve.cli import infer as command
 
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FILES["lines.jsonl"])))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FILES[name])))
 
     status = command.run("m", Path("-"), rows=None, url=model.url, version="", timeout_s=30)
 
