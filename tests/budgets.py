@@ -12,7 +12,7 @@ PAUSE_S = 0.0 if IS_CI else 0.005
 
 
 def examples(n: int) -> int:
-    """Examples of a property, ``n`` in CI."""
+    """Examples of a property, or repetitions of what might go wrong at any moment, ``n`` in CI."""
     return n if IS_CI else max(n // 5, 5)
 
 

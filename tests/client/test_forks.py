@@ -10,11 +10,12 @@ import pytest
 
 from splitserve.signature import TensorSpec
 from splitserve.testing import FakeInference, signature
+from tests.budgets import examples
 from tests.client.ways import Way
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
-N_FORKS = 100
+N_FORKS = examples(100)
 
 PROGRAM = """
 import asyncio, itertools, os, signal, sys, threading, warnings
