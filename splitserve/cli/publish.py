@@ -130,7 +130,8 @@ def _warn_of_pickle(key: BundleKey, repository: str) -> None:
     from splitserve.runtimes.sklearn_pipeline import PICKLE_FILE
 
     target = writable(repository)
-    if PICKLE_FILE in target.open(key).manifest.files:
+    manifest = target.open(key).manifest
+    if PICKLE_FILE in manifest.files and not manifest.portable:  # else the plan serves, and the pickle is not loaded
         print(
             f"skops cannot hold the transforms, so {target.place(key)} is a pickle, which can run any code: services refuse it "
             "unless PREPROCESS_ALLOW_UNSAFE_PICKLE=true",

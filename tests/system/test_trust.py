@@ -112,7 +112,7 @@ def test_an_invalid_key_stops_a_service_before_it_listens(tmp_path: Path, module
 
 def pickled() -> FunctionTransformer:
     """Passes rows on, and holds something that skops cannot."""
-    return FunctionTransformer(inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
+    return FunctionTransformer(np.nan_to_num, inv_kw_args={"pattern": re.compile("a")}).fit(ROWS)
 
 
 def test_a_pickle_is_served_only_where_a_setting_allows_it(tmp_path: Path) -> None:
