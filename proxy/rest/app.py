@@ -190,11 +190,14 @@ class RestApp:
     def _begin(self, incoming: HttpRequest, respond: Respond) -> Handled:
         try:
             handler, path = self._route(incoming.method, incoming.path)
-            headers = incoming.headers
-            is_plain = headers.get(b"content-type") == b"application/json" and b"content-encoding" not in headers
-            encoding = "" if is_plain else _body_encoding(incoming)
         except Refused as refused:
             return _refusal(refused)
+        headers = incoming.headers
+        is_plain = headers.get(b"content-type") == b"application/json" and b"content-encoding" not in headers
+        try:
+            encoding = "" if is_plain else _body_encoding(incoming)
+        except Refused as refused:
+            return self._refused(handler, path, incoming, refused, respond) if isinstance(handler, type) else _refusal(refused)
         if not isinstance(handler, type):
             return self._answer(handler, path, incoming, encoding)
         if PREFER in incoming.headers and prefers_async(incoming):
@@ -206,8 +209,16 @@ class RestApp:
             inference = handler(self._rules, path, incoming, encoding, respond)
             inference.begin()
         except Exception as error:
-            return self.failure(error) if inference is None else inference.failure(error)
+            return self._refused(handler, path, incoming, error, respond) if inference is None else inference.failure(error)
         return inference
+
+    def _refused(
+        self, kind: type[RestInference], path: PathParts, incoming: HttpRequest, error: Exception, respond: Respond
+    ) -> HttpResponse:
+        """The response to an inference whose headers or URL are refused, which is counted and logged as those whose body is."""
+        inference = kind(self._rules, path, incoming, "", respond, timeout_s=self._rules.default_timeout_s)
+        inference.refuse(InvalidInput(str(error)) if isinstance(error, Refused) else error)
+        return inference.failure(error)
 
     async def _answer(self, handler: Handler, path: PathParts, incoming: HttpRequest, encoding: str) -> HttpResponse:
         try:

@@ -138,13 +138,26 @@ class RestInference(Inference[HttpResponse]):
         incoming: the request, whose body may not be complete yet.
         encoding: of the body; "" for none.
         respond: called with the answer.
+        timeout_s: None: that of its header, or the default.
+
+    Raises:
+        InvalidInput: the header is not a positive number.
     """
 
     protocol = "rest"
 
     __slots__ = ("_body", "_encoding", "_incoming", "_made_id", "_respond", "_rest", "deadline")
 
-    def __init__(self, rules: RestRules, path: PathParts, incoming: HttpRequest, encoding: str, respond: Respond) -> None:
+    def __init__(
+        self,
+        rules: RestRules,
+        path: PathParts,
+        incoming: HttpRequest,
+        encoding: str,
+        respond: Respond,
+        *,
+        timeout_s: float | None = None,
+    ) -> None:
         super().__init__(rules, path["model"], path["version"], is_received=incoming.body.is_complete and not encoding)
         self._rest = rules
         self._incoming = incoming
@@ -152,7 +165,8 @@ class RestInference(Inference[HttpResponse]):
         self._respond = respond
         self._body: bytes | None = None
         self._made_id = ""
-        timeout_s = rules.timeout_s(incoming) if TIMEOUT in incoming.headers else rules.default_timeout_s
+        if timeout_s is None:
+            timeout_s = rules.timeout_s(incoming) if TIMEOUT in incoming.headers else rules.default_timeout_s
         self.deadline = self._began + timeout_s
 
     def _credentials(self) -> Sequence[str]:

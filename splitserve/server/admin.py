@@ -9,6 +9,7 @@
 | ``GET /log-level``, ``PUT /log-level`` | ``{"level": "debug"}`` |
 
 A request whose ``Host`` is the name of another site is refused: a web page could have made a browser send it (DNS rebinding).
+Browsers always send one; probes of load balancers that speak HTTP/1.0 may have none.
 What changes something requires a token always, the rest if one is configured, except the two probes.
 """
 
@@ -126,7 +127,7 @@ class AdminApp:
     def answer(self, request: HttpRequest, respond: Respond) -> Handled:
         """Begin to answer."""
         host = request.header(b"host") or ""
-        if not self._is_ours(host):
+        if host and not self._is_ours(host):
             return json_error(421, f"Host {host[:64]!r} is not served here; ADMIN_ALLOWED_HOSTS can add a name")
         method = "GET" if request.method == "HEAD" else request.method
         handler = self._handlers.get((method, request.path))

@@ -106,6 +106,11 @@ class Inference(ABC, Generic[A]):
             self._in_context(self._failed, error)
             raise
 
+    def refuse(self, error: Exception) -> None:
+        """Count and log it as failed, instead of `begin`: nothing is delivered."""
+        self._is_over = True
+        self._failed(error)
+
     async def _start_later(self, caller: Caller | None) -> None:
         """Start after credentials and body have been awaited."""
         try:

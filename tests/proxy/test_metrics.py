@@ -201,3 +201,27 @@ async def test_metrics_that_fail_fail_no_request(counted: Counted, monkeypatch: 
     assert await counted.infer() == 200
     failures = (await counted.snapshot())[families.TELEMETRY_FAILURES.name]
     assert failures["proxy",] == 1  # where reading has failed, the part is missing
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "status"),
+    [
+        ({"content-encoding": "br"}, "", 415),
+        ({"content-type": "multipart/form-data; boundary=b"}, "", 415),
+        ({"request-timeout": "soon"}, "", 400),
+        ({}, "?priority=1", 400),
+    ],
+    ids=["encoding", "media type", "timeout", "parameter of a job"],
+)
+@pytest.mark.parametrize("path", ["/v2/models/echo/infer", "/v1/models/echo:predict"])
+async def test_requests_whose_headers_are_refused_are_counted(
+    counted: Counted, path: str, headers: dict[str, str], query: str, status: int
+) -> None:
+    """As those whose bodies are, with the same code."""
+    async with httpx.AsyncClient(trust_env=False, verify=False, timeout=60) as client:
+        answer = await client.post(f"http://127.0.0.1:{counted.http}{path}{query}", content=json.dumps(ROWS), headers=headers)
+    requests = (await counted.snapshot())[families.REQUESTS.name]
+
+    assert answer.status_code == status
+    assert "x-request-id" in answer.headers
+    assert requests["proxy", "echo", "", "rest", "INVALID_ARGUMENT"] == 1
