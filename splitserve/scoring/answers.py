@@ -67,9 +67,25 @@ def _type(spec: TensorSpec) -> pa.DataType:
 def _arrays(spec: TensorSpec, tensor: Tensor, width: int) -> list[pa.Array]:
     if tensor.datatype != "BYTES":
         block: Array = to_array(tensor).reshape(tensor.n_rows, width)
-        return [pa.array(np.ascontiguousarray(block[:, place])) for place in range(width)]
+        return [_numbers(np.ascontiguousarray(block[:, place])) for place in range(width)]
     elements = decode_bytes(tensor)
     try:
-        return [pa.array(elements[place::width], pa.binary()).cast(pa.string()) for place in range(width)]
+        return [_binary(elements[place::width]).cast(pa.string()) for place in range(width)]
     except pa.ArrowInvalid:
         raise ScoringError(f'output "{spec.name}" is not UTF-8 text, which has no column form') from None
+
+
+def _numbers(column: Array) -> pa.Array:
+    """From its bytes: `pyarrow.array` imports pandas first, which takes longer than scoring some rows."""
+    if column.dtype == np.bool_:  # a bit each in Arrow
+        return pa.array(column)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
+
+
+def _binary(elements: Sequence[bytes]) -> pa.Array:
+    """Likewise."""
+    ends = np.cumsum([0, *map(len, elements)])
+    if ends[-1] > np.iinfo(np.int32).max:
+        return pa.array(elements, pa.binary())  # which says that it is too much
+    buffers = [None, pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(elements))]
+    return pa.Array.from_buffers(pa.binary(), len(elements), buffers)
