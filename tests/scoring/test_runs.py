@@ -642,7 +642,7 @@ def test_a_delimiter_is_one_character(tmp_path: Path, scored: Scored, delimiter:
         scored(tmp_path / "t.csv", tmp_path / "out.csv", delimiter=delimiter)
 
 
-@pytest.mark.parametrize("last", ["", "\r", "\n", "\r\n\r\n"], ids=repr)
+@pytest.mark.parametrize("last", ["", "\r", "\n", "\n\r", "\r\n\r\n"], ids=repr)
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_lines_of_spaces_are_bad_rows_and_empty_ones_are_none(tmp_path: Path, scored: Scored, suffix: str, last: str) -> None:
     """Counted alike when the file is planned and when it is read."""
