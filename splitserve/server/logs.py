@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 import structlog
+from structlog.typing import Processor
 
 from splitserve.errors import SplitserveError
 from splitserve.server.failures import in_table
@@ -27,11 +28,14 @@ def configure(*, level: Level, format: Format, service: str, requests: str = "al
     RequestLog.wanted = every_of(requests)
     LogLevel.set(level)
     is_json = format == "json" or (format == "auto" and not sys.stdout.isatty())
+    index, count = own_place()
+    place: dict[str, object] = {"service": service, **({"worker": index} if count > 1 else {})}
     renderer = structlog.processors.JSONRenderer(serializer=_to_json) if is_json else structlog.dev.ConsoleRenderer(colors=False)
     structlog.configure(
         processors=[
             LogLevel.keep,
             structlog.contextvars.merge_contextvars,
+            _adding(place),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *([structlog.processors.format_exc_info] if is_json else []),
@@ -42,11 +46,12 @@ def configure(*, level: Level, format: Format, service: str, requests: str = "al
         logger_factory=structlog.WriteLoggerFactory(sys.stdout),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(service=service)
-    index, count = own_place()
-    if count > 1:
-        structlog.contextvars.bind_contextvars(worker=index)
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)
+
+
+def _adding(facts: Mapping[str, object]) -> Processor:
+    """Adds these to each line. Variables of a context would not be there in threads, such as the one that exports spans."""
+    return lambda _logger, _method, event: {**event, **facts}
 
 
 class LogLevel:
