@@ -371,6 +371,7 @@ def test_an_imputer_of_scikit_learn_1_6_has_a_plan() -> None:
     assert make_plan(transformer, half.manifest.rows, half.manifest.inputs).steps
 
 
+@pytest.mark.heavy  # each is compared on many rows
 @pytest.mark.parametrize("name", PLANNED)
 def test_known_transforms_are_portable(name):
     """Publishing writes their plan, and says so."""
