@@ -58,6 +58,8 @@ from splitserve.tensors import Tensor
 from splitserve.transformers import DecodeImage, Flatten, NormaliseImage, ResizeImage
 from tests.budgets import examples
 
+pytestmark = [pytest.mark.heavy, pytest.mark.xdist_group("plans")]  # what is compared is made once for all tests
+
 FRAME = pd.DataFrame(
     {
         "length": [39.1, 46.5, np.nan, 50.0, 38.2, 41.0],
@@ -371,7 +373,6 @@ def test_an_imputer_of_scikit_learn_1_6_has_a_plan() -> None:
     assert make_plan(transformer, half.manifest.rows, half.manifest.inputs).steps
 
 
-@pytest.mark.heavy  # each is compared on many rows
 @pytest.mark.parametrize("name", PLANNED)
 def test_known_transforms_are_portable(name):
     """Publishing writes their plan, and says so."""
