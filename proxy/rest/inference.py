@@ -25,6 +25,7 @@ from splitserve.wire.http1.messages import HttpRequest, HttpResponse, Respond
 HEADER_LENGTH = b"inference-header-content-length"
 TIMEOUT = b"request-timeout"
 TRACEPARENT, TRACESTATE, BAGGAGE = traces.TRACEPARENT.encode(), traces.TRACESTATE.encode(), traces.BAGGAGE.encode()
+_REQUEST_ID = REQUEST_ID.decode()
 LONG_BODY_BYTES = 64 * 1024
 """Longer answers are compressed in a thread."""
 
@@ -146,7 +147,7 @@ class RestInference(Inference[HttpResponse]):
 
     protocol = "rest"
 
-    __slots__ = ("_body", "_encoding", "_incoming", "_made_id", "_respond", "_rest", "deadline")
+    __slots__ = ("_body", "_encoding", "_incoming", "_respond", "_rest", "_told_id", "deadline")
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class RestInference(Inference[HttpResponse]):
         self._encoding = encoding
         self._respond = respond
         self._body: bytes | None = None
-        self._made_id = ""
+        self._told_id = ""
         if timeout_s is None:
             timeout_s = rules.timeout_s(incoming) if TIMEOUT in incoming.headers else rules.default_timeout_s
         self.deadline = self._began + timeout_s
@@ -182,7 +183,7 @@ class RestInference(Inference[HttpResponse]):
             request = msgspec.structs.replace(request, id=named)
         if TRACEPARENT in self._incoming.headers or BAGGAGE in self._incoming.headers:
             request = msgspec.structs.replace(request, trace=trace_of(self._incoming))
-        return request
+        return self._with_id(request)
 
     def _given_trace(self) -> TraceContext | None:
         return trace_of(self._incoming)
@@ -206,6 +207,8 @@ class RestInference(Inference[HttpResponse]):
         return v2_response(response, self.request)
 
     def _deliver(self, answer: HttpResponse) -> None:
+        if self._told_id:
+            answer.headers += ((_REQUEST_ID, self._told_id),)
         is_short = len(answer.body) < compression.MIN_COMPRESSED_BYTES
         self._respond(answer if is_short or not may_be_compressed(answer, self._incoming) else compressed(answer, self._incoming))
 
@@ -215,15 +218,15 @@ class RestInference(Inference[HttpResponse]):
     def failure(self, error: Exception) -> HttpResponse:
         """The response for an error of this request."""
         response = self._rest.failure(error)
-        if self._made_id:
-            response.headers += ((REQUEST_ID.decode(), self._made_id),)
+        if self._told_id:
+            response.headers += ((_REQUEST_ID, self._told_id),)
         return response
 
     def _given_id(self) -> str:
         return request_id_of(self._incoming) or ""
 
     def _tell_id(self, identity: str) -> None:
-        self._made_id = identity
+        self._told_id = identity
 
 
 class V1Inference(RestInference):

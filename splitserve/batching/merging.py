@@ -58,7 +58,7 @@ def merge(requests: Sequence[InferRequest]) -> InferRequest:
         outputs=first.outputs,
         parameters=first.parameters,
         deadline=max([request.deadline for request in requests]),
-        id=_joined_ids([request.id for request in requests]),
+        id=_joined_ids([request.id or request.log_id for request in requests]),
         is_pinned=any(request.is_pinned for request in requests),
         trace=merged(traces, first.model, len(requests), inputs[0].shape[0]) if traces else None,
     )

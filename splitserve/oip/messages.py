@@ -116,7 +116,8 @@ class InferRequest(msgspec.Struct, frozen=True):
     """One inference. ``version`` "": the service chooses; ``outputs`` (): all.
 
     ``caller`` identifies the caller for fair queueing, e.g. its connection; it is not sent to the next stage. Neither is
-    ``is_pinned``: the caller has named the version, so that no other may answer. ``trace``: what it belongs to, if its caller or
+    ``is_pinned``: the caller has named the version, so that no other may answer. ``log_id``: what the logs of this and the next
+    stages call a request without ``id``; it is not part of the answer. ``trace``: what it belongs to, if its caller or
     this process traces it; it goes on with the request.
     """
 
@@ -130,6 +131,12 @@ class InferRequest(msgspec.Struct, frozen=True):
     caller: Hashable = None
     is_pinned: bool = False
     trace: TraceContext | None = None
+    log_id: str = ""
+
+    @property
+    def logged_id(self) -> str:
+        """What logs call it; "" if it has no name."""
+        return self.id or self.log_id
 
     @property
     def n_rows(self) -> int:

@@ -106,8 +106,8 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     message.id = identity
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
-    if request.id:
-        message.parameters[REQUEST_ID].string_param = request.id
+    if name := request.id or request.log_id:
+        message.parameters[REQUEST_ID].string_param = name
     if request.trace is not None:
         add_trace(message, request.trace)
     if not is_large:

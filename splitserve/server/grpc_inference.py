@@ -152,7 +152,8 @@ class _UnaryInference(_GrpcInference):
             self._tell_id(named)
             message.id = message.id or named
         trace = received_in(call.metadata) if has_trace else None
-        return protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer, raws, trace)
+        request = protobuf.decode_request(message, self._face.deadline(call.time_remaining()), call.peer, raws, trace)
+        return self._with_id(request)
 
     def _given_id(self) -> str:
         for key, value in self._call.metadata:
@@ -198,7 +199,8 @@ class _StreamInference(_GrpcInference):
         message, raws = self._parse()
         self.identity = message.id
         deadline = self._face.deadline(protobuf.timeout_s(message))
-        return protobuf.decode_request(message, deadline, self._call.peer, raws, self._trace)
+        request = protobuf.decode_request(message, deadline, self._call.peer, raws, self._trace)
+        return self._with_id(request)
 
     def _encode(self, response: InferResponse) -> bytes:
         return self._face.check_size(protobuf.encode_stream_response(response, self.identity))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
@@ -30,6 +29,7 @@ from splitserve.oip.messages import InferenceService, InferRequest, InferRespons
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import Authenticator, Caller, context_of
 from splitserve.server.logs import RequestLog, http_status_of, log_request, status_of
+from splitserve.server.request_ids import RequestIds
 from splitserve.telemetry.requests import RequestRecorder
 from splitserve.telemetry.traces import Attribute, TraceContext, Tracer, Tracing
 
@@ -48,7 +48,7 @@ def _milliseconds(phases: Mapping[str, float]) -> dict[str, object]:
 class InferenceRules(msgspec.Struct, frozen=True):
     """What is the same for every inference of a face. ``authenticator`` None: calls are not authenticated.
 
-    ``recorder`` None: nobody counts them. ``makes_ids``: a request that fails and has no id gets one, for the log and its caller.
+    ``recorder`` None: nobody counts them. ``makes_ids``: a request without an id gets one, for the logs and its caller.
     """
 
     service: InferenceService
@@ -163,8 +163,8 @@ class Inference(ABC, Generic[A]):
             attributes["splitserve.release"] = release[:32]
         if request is not None:
             attributes["splitserve.rows"] = request.n_rows
-            if request.id and self._rules.makes_ids:
-                attributes["splitserve.request_id"] = request.id[:MAX_ID_LENGTH]
+            if request.logged_id and self._rules.makes_ids:
+                attributes["splitserve.request_id"] = request.logged_id[:MAX_ID_LENGTH]
         span.attributes = {"splitserve.batch.requests": 1, **span.attributes, **attributes}
         tracer.end(span, code)
         if code == "OK" and (recorder := self._rules.recorder) is not None:
@@ -231,12 +231,22 @@ class Inference(ABC, Generic[A]):
                 facts["request_id"] = identity[:MAX_ID_LENGTH]
             self._log(error, facts | ({"failed_stage": stage} if stage else {}))
 
+    def _with_id(self, request: InferRequest) -> InferRequest:
+        """The request, with an id for the logs if it has none."""
+        if request.id or not self._rules.makes_ids:
+            return request
+        return msgspec.structs.replace(request, log_id=self._made_id())
+
     def _named_id(self) -> str:
-        """The id that the caller has given beside the request, or one that is made and told to the caller, or ""."""
-        identity = self._given_id()
-        if not identity and self._rules.makes_ids:
-            identity = uuid.uuid4().hex
-            self._tell_id(identity)
+        """The id that the caller has given beside the request, or one that is made, or ""."""
+        return self._given_id() or self._made_id()
+
+    def _made_id(self) -> str:
+        """A new id, which the caller is told; "" at stages that make none."""
+        if not self._rules.makes_ids:
+            return ""
+        identity = RequestIds.new()
+        self._tell_id(identity)
         return identity
 
     def _log(self, error: BaseException | None, facts: Mapping[str, object]) -> None:
@@ -250,14 +260,14 @@ class Inference(ABC, Generic[A]):
         facts: dict[str, object] = {"rows": request.n_rows, "bytes": sum([len(tensor.raw) for tensor in request.inputs])}
         if request.trace is not None and request.trace.traceparent:
             facts["trace_id"] = request.trace.trace_id
-        return {"request_id": request.id[:MAX_ID_LENGTH], **facts} if request.id else facts
+        return {"request_id": name[:MAX_ID_LENGTH], **facts} if (name := request.logged_id) else facts
 
     def _given_id(self) -> str:
         """The id in a header of the request; "" without one."""
         return ""
 
     def _tell_id(self, identity: str) -> None:
-        """Send this id with the error, in a header."""
+        """Send this id with the answer or the error, in a header."""
 
     def _is_from_client(self) -> bool:
         """Whether no other stage has decided before whether it is traced."""

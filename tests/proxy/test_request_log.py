@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from splitserve.api.inference import inference_pb2 as pb
 from splitserve.batching.merging import MAX_IDS_LENGTH, merge
 from splitserve.errors import Unavailable
+from splitserve.oip import protobuf
 from splitserve.oip.messages import InferRequest, InferResponse
 from splitserve.oip.protobuf import SERVICE
 from splitserve.server.logs import RequestLog, every_of
@@ -104,6 +106,40 @@ async def test_an_id_in_metadata_is_the_request_s_and_comes_back(engine: str) ->
     assert trailers["x-request-id"] == "r-8"
     assert [request.id for request in down.requests] == ["r-8"]
     assert dict(refused.value.trailing_metadata() or ())["x-request-id"] == "r-8"
+
+
+async def test_a_request_without_an_id_gets_one(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller finds it in the header, each stage logs it, and the answer has no id."""
+    monkeypatch.setattr(RequestLog, "every", 1)
+    tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 1])
+    tensor.contents.fp32_contents.append(1.0)
+    message = pb.ModelInferRequest(model_name="echo", inputs=[tensor]).SerializeToString()
+    with capture_logs() as log:
+        async with served(backend=backend()) as system:
+            answers = [
+                await system.rest.post(path, json=body) for path, body in ((INFER, BODY), (PREDICT, {"instances": [[1.0]]}))
+            ]
+            infer = system.channel.unary_unary(f"/{SERVICE}/ModelInfer")(message)
+            answer = pb.ModelInferResponse.FromString(await infer)
+            told = [each.headers["x-request-id"] for each in answers] + [
+                str(dict(await infer.trailing_metadata())["x-request-id"])
+            ]
+
+            assert [request.log_id for request in system.backend.requests] == told
+    assert len(set(told)) == 3
+    assert [line["request_id"] for line in lines(log)] == told
+    assert answer.id == ""
+    assert "id" not in answers[0].json()
+
+
+def test_an_id_that_was_made_reaches_the_logs_of_the_next_stage() -> None:
+    """Over a stream, where messages have numbers of their own; in a merged call too."""
+    request = InferRequest("m", (Tensor("x", "FP32", (1, 1), b"\0\0\0\0"),), log_id="made")
+    named = msgspec.structs.replace(request, id="given")
+
+    received = [protobuf.encode_stream_request(each, "7") for each in (request, named, merge([request, named]))]
+
+    assert [protobuf.decode_request(*protobuf.parse_request(each)[:1]).id for each in received] == ["made", "given", "made,given"]
 
 
 def test_a_merged_call_has_the_ids_of_its_requests() -> None:
