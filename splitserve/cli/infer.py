@@ -114,7 +114,7 @@ def reader(
 ) -> Callable[[ModelMetadata], list[Any] | dict[str, Any]]:
     """A function from the model's metadata to the instances in the input, or to tensors by name (a V2 body)."""
     if rows is not None:
-        return lambda metadata: _from_json(rows.encode(), "--rows", metadata)
+        return lambda metadata: _from_option(rows, metadata)
     assert file is not None, "run checks it"
     if str(file) == "-":
         return lambda metadata: _from_stdin(sys.stdin.buffer.read(), metadata, encoding, has_header)
@@ -123,6 +123,22 @@ def reader(
     if file.suffix.lower() == ".csv":
         return lambda metadata: _from_csv(file, file.read_bytes(), metadata, encoding, has_header)
     return lambda metadata: _from_json(file.read_bytes(), str(file), metadata)
+
+
+def _from_option(rows: str, metadata: ModelMetadata) -> list[Any] | dict[str, Any]:
+    """JSON on the command line, which may have been meant as the name of a file.
+
+    Raises:
+        InvalidInput: not JSON; says how a file is named.
+    """
+    try:
+        return _from_json(rows.encode(), "--rows", metadata)
+    except InvalidInput as error:
+        if rows.lstrip()[:1] in ("[", "{"):
+            raise
+        raise InvalidInput(
+            f"{error.message}; a file is an argument: {metadata.name} {rows.removeprefix('@')}, without --rows"
+        ) from None
 
 
 def _from_stdin(data: bytes, metadata: ModelMetadata, encoding: str, has_header: bool) -> list[Any] | dict[str, Any]:

@@ -246,7 +246,9 @@ def _of_objects(name: str, array: Array, datatype: str | None) -> Array:
         kinds = (kinds - {Decimal}) | {float}
     if not all(issubclass(kind, bool | int | float | np.number | np.bool_) for kind in kinds):
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise InvalidInput(f'input "{name}": expected text or numbers, got {found}')
+        raise InvalidInput(
+            f'input "{name}": expected text or numbers, got {found}{_first_unfit(array, is_text=datatype == "BYTES")}'
+        )
     if any(missing):
         numbers = [np.nan if is_missing else element for element, is_missing in zip(elements, missing, strict=True)]
         return np.array(numbers, dtype=np.float64).reshape(array.shape)
@@ -275,7 +277,7 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
     if datatype == "BYTES":
         return _as_text(name, array)
     if array.dtype.kind not in "biuf":
-        found = "text" if array.dtype.kind in "OSU" else str(array.dtype)
+        found = f"text{_first_unfit(array, is_text=False)}" if array.dtype.kind in "OSU" else str(array.dtype)
         raise InvalidInput(f'input "{name}": expected numbers ({datatype}), got {found}')
     expected = np.dtype("<f4") if datatype == "BF16" else DTYPES.get(datatype)
     if expected is None:
@@ -291,6 +293,32 @@ def _as_datatype(name: str, array: Array, datatype: str) -> Array:
         where = f"element {index}" if width == 1 else f"row {index // width}, element {index % width}"
         raise InvalidInput(f'input "{name}": {where} is {array.ravel()[index]}, which {datatype} cannot represent')
     return converted
+
+
+def _first_unfit(array: Array, *, is_text: bool) -> str:
+    """The first element of another kind, with its row; of text among numbers, the first that does not read as a number."""
+    elements = array.ravel().tolist()
+    kinds = str | bytes if is_text else bool | int | float | Decimal | np.number | np.bool_
+    unfit = [
+        place
+        for place, element in enumerate(elements)
+        if not (isinstance(element, kinds) or _is_missing(element) or (isinstance(element, str | bytes) and not element))
+    ]
+    if not unfit:
+        return ""
+    place = unfit[0] if is_text else next((place for place in unfit if not _reads_as_number(elements[place])), unfit[0])
+    width = array[0].size if array.ndim > 1 else 1
+    where = f"row {place}" if width == 1 else f"row {place // width}, element {place % width}"
+    shown = repr(elements[place])
+    return f"; {where} is {shown if len(shown) <= 40 else shown[:40] + '…'}"
+
+
+def _reads_as_number(element: Any) -> bool:
+    try:
+        float(element)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _as_text(name: str, array: Array) -> Array:

@@ -80,6 +80,17 @@ def test_one_record_needs_no_list(model: FakeClient) -> None:
     assert model.requests[0]["word"].tolist() == [["one"]]
 
 
+@pytest.mark.parametrize("rows", ["rows.csv", "./lines.jsonl", "@rows.json"])
+def test_a_file_in_place_of_rows_is_named_as_such(model: FakeClient, rows: str) -> None:
+    """The message has the command that reads it; JSON with a mistake gets no such advice."""
+    result = infer(model, "--rows", rows)
+
+    assert result.exit_code == 1
+    assert "--rows is not JSON" in result.output
+    assert f"a file is an argument: m {rows.removeprefix('@')}, without --rows" in result.output
+    assert "a file is" not in infer(model, "--rows", '[{"size": 1').output
+
+
 @pytest.mark.parametrize("name", ["lines.jsonl", "records.json", "rows.csv", "marked.csv"])
 def test_standard_input_is_a_file(model: FakeClient, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A dash; what does not begin as JSON does is CSV."""

@@ -87,6 +87,18 @@ REFUSED: dict[str, tuple[Any, str | None, str]] = {
     "too large for a single": ([1e300], "FP32", "which FP32 cannot represent"),
     "two as a boolean": ([2], "BOOL", "element 0 is 2, which BOOL cannot represent"),
     "text for numbers": (["1"], "FP32", 'input "x": expected numbers (FP32), got text'),
+    "one text among numbers": (
+        [1.5, None, "unknown", 2],
+        "FP32",
+        "expected text or numbers, got float, int, str; row 2 is 'unknown'",
+    ),
+    "one text among numbers that are text": (
+        ["1.5", "", "unknown"],
+        "FP32",
+        "expected numbers (FP32), got text; row 2 is 'unknown'",
+    ),
+    "text in a table": ([[1, 2], [3, "x"]], "FP32", "row 1, element 1 is 'x'"),
+    "a number among text": (["a", None, 5], "BYTES", "expected text or numbers, got int, str; row 2 is 5"),
     "numbers for text": ([1], "BYTES", 'input "x": expected text or bytes, got int64'),
     "a date": (np.array(["2020-01-01"], "datetime64[D]"), "FP64", "expected numbers (FP64), got datetime64"),
     "a guessed date": (np.array(["2020-01-01"], "datetime64[D]"), None, "no datatype in the Open Inference Protocol"),
