@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from splitserve.needed import needed
+
 if TYPE_CHECKING:
     from splitserve.client import TLS, Answer, AsyncClient, Client
     from splitserve.publishing import (
@@ -43,12 +45,16 @@ _HOMES = {
     **dict.fromkeys(("score", "score_batches"), "splitserve.scoring"),
 }
 
+_EXTRAS = {"splitserve.client": "client", "splitserve.scoring": "batch", "splitserve.publishing": "publish"}
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name on its first use: the client does not need scikit-learn, nor publishing gRPC."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, "splitserve.publishing")), name)
+    home = _HOMES.get(name, "splitserve.publishing")
+    with needed(f"splitserve.{name}", f'"splitserve[{_EXTRAS[home]}]"'):
+        return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from splitserve.arrays import Array, objects, to_array
 from splitserve.errors import InvalidInput, PairMismatch
+from splitserve.needed import needed
 from splitserve.oip.messages import InferResponse
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Answer(dict[str, Array]):
 
             print(client.infer("penguins", frame).to_frame()["label"].value_counts())
         """
-        from splitserve.client.frames import to_frame
+        with needed("to_frame()", "pandas"):
+            from splitserve.client.frames import to_frame
 
         return to_frame(self._table(names), self._index)
 
@@ -85,7 +87,8 @@ class Answer(dict[str, Array]):
 
             client.infer("penguins", polars_frame).to_polars().filter(pl.col("label") == "Gentoo")
         """
-        import polars
+        with needed("to_polars()", "polars"):
+            import polars
 
         return polars.DataFrame({name: _plain(values) for name, values in self._table(names).items()})
 
@@ -96,7 +99,8 @@ class Answer(dict[str, Array]):
 
             pyarrow.parquet.write_table(client.infer("penguins", table).to_arrow(), "answers.parquet")
         """
-        import pyarrow
+        with needed("to_arrow()", "pyarrow"):
+            import pyarrow
 
         return pyarrow.table({name: _plain(values) for name, values in self._table(names).items()})
 

@@ -15,12 +15,14 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from splitserve.client import Client
+from splitserve.needed import needed
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 POLL_INTERVAL_S = 0.05
 _OWN_SETTINGS = ("JOBS_", "PROXY_", "PREPROCESS_", "PREDICT_", "MODEL_")
 _N_LINES = 20
+_PACKAGES = '"splitserve[publish,proxy,preprocess,predict]"'
 
 
 class NotServed(Exception):
@@ -64,6 +66,7 @@ def serve(
         options: further arguments of the client.
 
     Raises:
+        ModuleNotFoundError: packages of publishing are not installed; says how to install them.
         PublishError: the pipeline cannot be published.
         NotServed: the services do not start.
     """
@@ -71,7 +74,8 @@ def serve(
         if isinstance(what, str | os.PathLike):
             repository = os.fspath(what)
         else:
-            from splitserve.publishing import publish
+            with needed("splitserve.testing.serve", _PACKAGES):
+                from splitserve.publishing import publish
 
             repository = stack.enter_context(TemporaryDirectory(prefix="splitserve-"))
             publish(what, X, name=name, repository=repository, **(publish_options or {}))
