@@ -144,7 +144,9 @@ class _Log:
     def failure(self, what: str) -> NotServed:
         """The error, with what they wrote last."""
         lines = "\n".join(self._lines[-_N_LINES:])
-        return NotServed(f"the services cannot be used: {what}; their last log lines:\n{lines}")
+        lacks = any(line.startswith("ModuleNotFoundError") for line in self._lines)
+        way_out = f" since packages are not installed: pip install {_PACKAGES}" if lacks else ""
+        return NotServed(f"the services cannot be used: {what}{way_out}; their last log lines:\n{lines}")
 
     def close(self) -> None:
         """Wait for the end of the log."""

@@ -43,3 +43,14 @@ def test_a_repository_that_has_nothing_to_serve_is_an_error(tmp_path: Path) -> N
     """With the log of the services."""
     with pytest.raises(NotServed, match="last log lines"), serve(tmp_path / "nowhere"):
         pass
+
+
+def test_services_whose_packages_are_not_installed_say_how_to_install_them(tmp_path: Path) -> None:
+    """As for a user who has the client only, and a repository that others published."""
+    (tmp_path / "structlog.py").write_text("raise ModuleNotFoundError(\"No module named 'structlog'\", name='structlog')")
+
+    with (
+        pytest.raises(NotServed, match=r'not installed: pip install "splitserve\[publish,proxy,preprocess,predict\]"'),
+        serve(tmp_path, environment={"PYTHONPATH": str(tmp_path)}),
+    ):
+        pass
