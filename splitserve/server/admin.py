@@ -52,7 +52,9 @@ from splitserve.wire.listening import Acceptor, listen
 if TYPE_CHECKING:
     from splitserve.server.lifecycle import ServiceProcess
 
-_LIMITS = HttpLimits(max_connections=64)
+_LIMITS = HttpLimits(max_connections=64, drops_waiting=True)
+"""Connections that others keep open must not make a service look dead to its orchestrator."""
+
 _MAX_BODY_BYTES = 1024
 _PROBES = ("/livez", "/readyz")
 

@@ -83,6 +83,29 @@ async def test_readiness_has_the_reason(admin: Admin) -> None:
     assert live.status_code == 200
 
 
+HELD = {
+    "new": b"",
+    "half a request": b"GET /metrics HTTP/1.1\r\nHost: x",
+    "idle": b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "half a body": b"PUT /log-level HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx",
+}
+
+
+@pytest.mark.parametrize("sent", HELD.values(), ids=HELD)
+async def test_connections_that_are_held_open_do_not_keep_probes_out(admin: Admin, sent: bytes) -> None:
+    """An orchestrator would take the service for dead: the connection that waits longest for its client is closed instead."""
+    held = []
+    for _ in range(100):
+        reader, writer = await asyncio.open_connection("127.0.0.1", admin.port)
+        writer.write(sent)
+        held.append((reader, writer))
+
+    assert [(await admin.client.get("/livez", headers={"connection": "close"})).status_code for _ in range(3)] == [200] * 3
+    await held[0][0].read()  # to the end: it was closed
+    for _, writer in held:
+        writer.close()
+
+
 async def test_the_format_is_what_the_scraper_asks_for(admin: Admin) -> None:
     """Prometheus asks for OpenMetrics by the Accept header; a person with a browser gets plain text."""
     plain = await admin.get("/metrics")

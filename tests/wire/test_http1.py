@@ -33,11 +33,20 @@ class Transport(FakeTransport):
 class Client:
     """Bytes to one connection whose handler gives each body back, with the method and the path."""
 
-    def __init__(self, *, reads_body: bool = True, max_body_bytes: int = 100_000) -> None:
+    def __init__(
+        self,
+        *,
+        reads_body: bool = True,
+        max_body_bytes: int = 100_000,
+        limits: HttpLimits | None = None,
+        beside: Client | None = None,
+    ) -> None:
         self.transport = Transport()
         self.budget = ByteBudget(10**9)
         self._reads_body = reads_body
-        self.listener = HttpListener(self._handle, HttpLimits(), max_body_bytes=max_body_bytes, budget=self.budget)
+        limits = limits or HttpLimits()
+        listener = HttpListener(self._handle, limits, max_body_bytes=max_body_bytes, budget=self.budget)
+        self.listener = beside.listener if beside else listener
         self.connection = Http1Connection(self.listener)
         self.connection.connection_made(self.transport)
 
@@ -204,3 +213,40 @@ async def test_a_new_connection_without_a_request_does_not_delay_draining() -> N
     new.connection.tick(asyncio.get_running_loop().time() + FIRST_REQUEST_GRACE_S)
 
     assert new.transport.is_closed
+
+
+WAITING = {
+    "a request": b"",
+    "the rest of a head": b"GET / HTTP/1.1\r\n",
+    "the next request": PLAIN,
+    "the rest of a body": PLAIN[:-1],
+}
+
+
+@pytest.mark.parametrize("sent", WAITING.values(), ids=WAITING)
+async def test_a_connection_that_waits_for_its_client_may_make_room(sent: bytes) -> None:
+    """Of several the one that waits longest: the first."""
+    first = Client(limits=HttpLimits(max_connections=2, drops_waiting=True))
+    await first.send(sent)
+    second = Client(beside=first)
+
+    third = Client(beside=first)
+
+    assert first.transport.is_aborted
+    assert not second.transport.is_closed
+    assert await third.send(PLAIN) == [(200, b"POST /plain abc")]
+
+
+async def test_a_connection_that_is_being_answered_makes_no_room() -> None:
+    """A new one is refused then, as where none may be dropped."""
+    busy = Client(limits=HttpLimits(max_connections=1, drops_waiting=True))
+    busy.connection.data_received(PLAIN)  # its handler has not run yet
+    idle = Client(limits=HttpLimits(max_connections=1))
+
+    refused = [Client(beside=busy), Client(beside=idle)]
+
+    for client in refused:
+        assert [status for status, _ in responses(client.transport.take())] == [503]
+    await busy.settle()
+    assert responses(busy.transport.take()) == [(200, b"POST /plain abc")]
+    assert not idle.transport.is_closed

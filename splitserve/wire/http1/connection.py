@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections import deque
 from collections.abc import Coroutine
 from enum import Enum
@@ -104,8 +105,9 @@ class Http1Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
+        is_full = len(self._listener.connections) >= self._limits.max_connections and not self._listener.make_room()
         self._listener.connections.add(self)
-        if len(self._listener.connections) > self._limits.max_connections:
+        if is_full:
             self._reject(503, f"connection limit of {self._limits.max_connections} reached")
 
     def _read_address(self) -> str:
@@ -385,6 +387,12 @@ class Http1Connection(asyncio.Protocol):
         elif self._state is _BODY and elapsed_s > BODY_GRACE_S and self._body.n_bytes < self._min_body_bytes(elapsed_s):
             self._reject(408, f"request body arrives at less than {self._limits.min_body_bytes_per_s} bytes/s")
 
+    def waits_since(self) -> float:
+        if self._is_write_paused:
+            return self._unsent_since
+        is_answering = bool(self._queue) and self._state is not _BODY
+        return math.inf if is_answering or self._state is _CLOSING else self._since
+
     def _min_body_bytes(self, elapsed_s: float) -> float:
         """What has to have arrived of a body after ``elapsed_s``."""
         return self._limits.min_body_bytes_per_s * (elapsed_s - BODY_GRACE_S + TICK_INTERVAL_S)
@@ -413,6 +421,7 @@ class Http1Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once."""
+        self._state, self._ignores_input = _CLOSING, True
         self._transport.abort()
 
     def _reject(self, status: int, message: str) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import math
 import sys
 from collections.abc import Callable
 from email.utils import formatdate
+from typing import Protocol
 
 import msgspec
 
@@ -22,7 +24,10 @@ TICK_INTERVAL_S = 1.0
 
 
 class HttpLimits(msgspec.Struct, frozen=True):
-    """Limits on one connection. Sizes are in bytes."""
+    """Limits on one connection. Sizes are in bytes.
+
+    ``drops_waiting``: at ``max_connections`` the one that has waited longest for its client is closed rather than the new one.
+    """
 
     max_url_bytes: int = 8 * 1024
     max_header_bytes: int = 64 * 1024
@@ -33,6 +38,7 @@ class HttpLimits(msgspec.Struct, frozen=True):
     min_body_bytes_per_s: int = 1_000
     keep_alive_s: float = 75.0
     write_timeout_s: float = 30.0
+    drops_waiting: bool = False
 
     @property
     def tick_interval_s(self) -> float:
@@ -44,6 +50,14 @@ class HttpLimits(msgspec.Struct, frozen=True):
 def json_error(status: int, message: str) -> HttpResponse:
     """A response with the message as ``{"error": "…"}``."""
     return HttpResponse(status, msgspec.json.encode({"error": message}))
+
+
+class OpenHttpConnection(OpenConnection, Protocol):
+    """A connection, as its listener sees it."""
+
+    def waits_since(self) -> float:
+        """Since when it waits for its client, on the loop's clock; infinity while a request is being answered."""
+        ...
 
 
 class HttpListener:
@@ -71,7 +85,7 @@ class HttpListener:
         self.max_body_bytes = max_body_bytes
         self.budget = budget or ByteBudget(sys.maxsize)
         self.error = error
-        self.connections: Connections[OpenConnection] = Connections()
+        self.connections: Connections[OpenHttpConnection] = Connections()
         self.is_draining = False
         """Whether each response is its connection's last."""
         self._heads: dict[tuple[int, str], bytes] = {}
@@ -84,6 +98,13 @@ class HttpListener:
             lines = (f"HTTP/1.1 {status} {phrase}", f"date: {formatdate(usegmt=True)}", f"content-type: {content_type}")
             head = self._heads[status, content_type] = "\r\n".join((*lines, "content-length: ")).encode()
         return head
+
+    def make_room(self) -> bool:
+        """Close the connection that has waited longest for its client. False if each is being answered, or none may be closed."""
+        waiting = [each for each in self.connections if each.waits_since() < math.inf] if self.limits.drops_waiting else []
+        if waiting:
+            min(waiting, key=lambda each: each.waits_since()).abort()
+        return bool(waiting)
 
     async def keep_ticking(self) -> None:
         """Check timeouts and renew the Date header, until cancelled."""
