@@ -28,6 +28,8 @@ Headers = Mapping[str, str] | Callable[[], Mapping[str, str]] | None
 USER_AGENT = f"splitserve/{__version__}"
 
 _SCHEMES = {"http": (True, False), "https": (True, True), "grpc": (False, False), "grpcs": (False, True)}
+_GRPC_SCHEMES = ("dns", "unix", "unix-abstract", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
+"""Of names that gRPC resolves. Source: grpc/doc/naming.md."""
 
 
 class TLS(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +99,13 @@ def connection_options(
     if compression not in (None, "gzip"):
         raise ValueError(f'compression: expected "gzip" or None, got {compression!r}')
     scheme, separator, rest = url.partition("://")
+    if separator and scheme.lower() in _SCHEMES:  # RFC 3986, 3.1: in any case
+        scheme = scheme.lower()
+        url = f"{scheme}://{rest}"
+    elif separator and scheme not in _GRPC_SCHEMES and channel is None:
+        raise ValueError(
+            f"{url!r}: expected {', '.join(f'{name}://' for name in _SCHEMES)} or a name that gRPC knows, got the scheme {scheme}"
+        )
     known = _SCHEMES.get(scheme) if separator else None
     is_rest, is_secure = known or (False, tls is not None)
     if known and not rest.strip("/"):

@@ -187,6 +187,8 @@ class InferCall:
     """
 
     def __init__(self, core: Core, model: str, inputs: Any, options: RequestOptions, *, chunk_rows: int | None) -> None:
+        if not isinstance(model, str) or not model:
+            raise ValueError(f"model: expected the name of a model, got {model!r}")
         if chunk_rows is not None and chunk_rows < 0:
             raise ValueError(f"chunk_rows: expected 0 or more, got {chunk_rows}")
         self._core = core

@@ -22,6 +22,8 @@ def connect(url: str, tls: TLS | None = None) -> ConnectionOptions:
         ("grpc://host:8001", "host:8001", False, False),
         ("grpcs://host:8001/", "host:8001", False, True),
         ("grpc://[::1]:8001", "[::1]:8001", False, False),
+        ("HTTPS://host", "https://host", True, True),
+        ("GRPC://host:8001", "host:8001", False, False),
         ("127.0.0.1:8001", "127.0.0.1:8001", False, False),
         ("dns:///proxy:8001", "dns:///proxy:8001", False, False),
         ("unix:/run/proxy.sock", "unix:/run/proxy.sock", False, False),
@@ -44,6 +46,13 @@ def test_certificates_make_a_bare_name_secure() -> None:
 def test_a_url_without_a_host_or_port_is_refused(url: str) -> None:
     """At once, not at the first call."""
     with pytest.raises(ValueError, match="expected a"):
+        connect(url)
+
+
+@pytest.mark.parametrize("url", ["ftp://host:21", "ws://host:8000", "htp://host:8000", "tcp://host:8001"])
+def test_a_scheme_that_is_none_is_refused(url: str) -> None:
+    """At once; it is no name that gRPC resolves either."""
+    with pytest.raises(ValueError, match=r"expected http://, https://, grpc://, grpcs:// or .* got the scheme"):
         connect(url)
 
 

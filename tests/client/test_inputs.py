@@ -14,6 +14,7 @@ import pytest
 import scipy.sparse
 from PIL import Image
 
+from splitserve import Client
 from splitserve.arrays import to_array
 from splitserve.client.encoding import to_columns
 from splitserve.errors import InvalidInput
@@ -164,3 +165,11 @@ def test_an_element_is_named_by_its_row() -> None:
     """Of the whole input."""
     with pytest.raises(InvalidInput, match="row 1, element 2 is 300"):
         sent([[1, 2, 3], [4, 5, 300]], [TensorSpec("x", "UINT8", ("batch", 3))])
+
+
+@pytest.mark.parametrize("model", ["", None, 7])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
+def test_what_is_no_name_of_a_model_is_refused_before_anything_is_sent(url: str, model: Any) -> None:
+    """The same over both protocols."""
+    with Client(url) as client, pytest.raises(ValueError, match="model: expected the name of a model"):
+        client.infer(model, [[1.0]])
