@@ -77,12 +77,13 @@ _used_in: int | None = None
 
 
 def blocking_transport(connection: ConnectionOptions, token: Token) -> GrpcTransport | OwnGrpcTransport:
-    """By grpcio, unless it was used before this process was forked."""
-    if is_unusable():
-        from splitserve.client.over_own_grpc import OwnGrpcTransport
+    """Without grpcio, which costs more, unless it is needed: for the caller's channel, a proxy, names, Windows."""
+    from splitserve.client.over_own_grpc import OwnGrpcTransport, has_one_address
 
-        return OwnGrpcTransport(connection, token)
-    return GrpcTransport(connection, token)
+    needs_grpcio = connection.channel is not None or connection.proxy or not has_one_address(connection)
+    if (needs_grpcio or sys.platform == "win32") and not is_unusable():
+        return GrpcTransport(connection, token)
+    return OwnGrpcTransport(connection, token)
 
 
 def async_transport(connection: ConnectionOptions, token: AsyncToken) -> AsyncGrpcTransport | AsyncOwnGrpcTransport:

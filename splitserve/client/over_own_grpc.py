@@ -1,5 +1,5 @@
-"""The client's transport over gRPC without grpcio: on event loops, where it costs less, and in forked children, where the threads
-of grpcio are missing.
+"""The client's transport over gRPC without grpcio: it costs less, and works in forked children, where the threads of grpcio are
+missing.
 
 A blocking connection has one call at a time, on the thread that makes it; its frames are read while a call waits, so nothing
 runs in the background. An event loop has one connection for all calls. Source: RFC 9113; gRPC, doc/PROTOCOL-HTTP2.md.
@@ -519,6 +519,11 @@ def _is_name(endpoint: Endpoint) -> bool:
     except ValueError:
         return True
     return False
+
+
+def has_one_address(connection: ConnectionOptions) -> bool:
+    """Whether the target is an address, so that there is nothing to balance between."""
+    return has_endpoint(connection) and not _is_name(_endpoint(connection))
 
 
 def has_endpoint(connection: ConnectionOptions) -> bool:

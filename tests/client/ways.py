@@ -13,7 +13,7 @@ from proxy.rest.app import RestApp
 from proxy.rest.config import RestConfig
 from proxy.rest.server import RestFace
 from splitserve import AsyncClient, Client
-from splitserve.client import over_grpc, over_own_grpc
+from splitserve.client import over_own_grpc
 from splitserve.errors import NotFound
 from splitserve.oip.messages import ModelMetadata, ServerMetadata
 from splitserve.testing import FakeInference, serving
@@ -57,8 +57,7 @@ async def serving_rest(service: FakeInference, **options: Any) -> AsyncIterator[
 class Way(NamedTuple):
     """One of the two clients over one of the transports.
 
-    ``is_other``: over gRPC by the transport that the client uses in special cases only: with grpcio on an event loop, without it
-    in a thread.
+    ``is_other``: over gRPC by grpcio, which the client uses in special cases only.
     """
 
     is_rest: bool
@@ -79,10 +78,8 @@ class Way(NamedTuple):
     async def at(self, address: str, **options: Any) -> AsyncIterator[Caller]:
         """A client of what is at an address."""
         with pytest.MonkeyPatch.context() as patch:
-            if self.is_other and self.is_async:
+            if self.is_other:
                 patch.setattr(over_own_grpc, "has_endpoint", lambda _: False)
-            elif self.is_other:
-                patch.setattr(over_grpc, "_used_in", 0)  # as in a forked child
             if self.is_async:
                 async with AsyncClient(address, **options) as client:
                     yield Caller(client)
@@ -114,4 +111,4 @@ WAYS += [Way(is_rest=False, is_async=is_async, is_other=True) for is_async in (F
 
 def way_name(way: Way) -> str:
     name = f"{'rest' if way.is_rest else 'grpc'}-{'async' if way.is_async else 'sync'}"
-    return name if not way.is_other else f"{name}-{'grpcio' if way.is_async else 'own'}"
+    return f"{name}-grpcio" if way.is_other else name
