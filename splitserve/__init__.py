@@ -58,5 +58,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """For completion: names that have not been imported yet, too."""
-    return sorted({*globals(), *__all__})
+    """For completion: what is public, imported yet or not."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
