@@ -33,7 +33,8 @@ settings.register_profile("full", deadline=None, max_examples=100)
 settings.register_profile("quick", deadline=None, max_examples=20)
 settings.load_profile("full" if IS_CI else "quick")
 
-ConsoleRenderer.get_active().exception_formatter = plain_traceback  # rich takes a tenth of a second for each
+if hasattr(ConsoleRenderer, "get_active"):  # from structlog 25.5 on
+    ConsoleRenderer.get_active().exception_formatter = plain_traceback  # rich takes a tenth of a second for each
 
 if importlib.util.find_spec("sniffio") is None:
     sys.modules["sniffio"] = None  # type: ignore[assignment]  # httpcore looks for it in all of the path at every request
