@@ -332,7 +332,7 @@ class SharedLogLevel:
                 logs.LogLevel.set(cast("logs.Level", level))
 
     async def keep_following(self) -> None:
-        """Look once in `FOLLOW_INTERVAL_S`, until cancelled."""
+        """Poll every `FOLLOW_INTERVAL_S`, until cancelled."""
         while True:
             self.follow()
             await asyncio.sleep(FOLLOW_INTERVAL_S)

@@ -34,7 +34,7 @@ def record(
         release: that it concerns, K.M.
         facts: more, e.g. what it was before.
     """
-    # Somebody has changed, or tried to change, what is served or logged (docs/telemetry.md). Not filtered by the log level.
+    # A change of what is served or logged, or an attempt at one (docs/telemetry.md). Not filtered by the log level.
     structlog.get_logger().info(
         "audit",
         verb=verb,

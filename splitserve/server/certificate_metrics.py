@@ -117,6 +117,6 @@ def _of_client(tls: ClientTls) -> Times:
 
 
 def _times(use: str, cert_file: str, ca_file: str) -> Times:
-    """A chain is over with its first certificate; authorities with the last, since each is trusted on its own."""
+    """A chain expires with its first certificate that does; authorities with the last, since each is trusted on its own."""
     times = {use: min(expiry_times(cert_file))} if cert_file else {}
     return times | {f"{use} CA": max(expiry_times(ca_file))} if ca_file else times

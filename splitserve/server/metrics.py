@@ -192,7 +192,7 @@ class StageMetrics:
                 yield Sample(families.IN_FLIGHT, labels, statistics.n_in_flight[model, version])
 
     def _queues(self, batcher: Batcher) -> Iterator[Sample | None]:
-        """Of each release; one without requests has no queue, which is as an empty one."""
+        """Of each release; one without requests has no queue, and counts as one with an empty queue."""
         queues = batcher.queues
         for index, place in enumerate(dict.fromkeys((state.name, state.version) for state in self._states if state.version)):
             if index % _RELEASES_AT_A_TIME == 0:

@@ -127,7 +127,7 @@ class UnaryConnection(Http2Connection):
         return len(self._streams)
 
     def broken(self) -> ConnectionBroken:
-        """Why it cannot be used any more."""
+        """The error of calls on a connection that is no longer usable."""
         broken = ConnectionBroken(self._why or "it closed the connection")
         broken.__cause__ = self._lost_by
         return broken
@@ -178,7 +178,7 @@ class UnaryConnection(Http2Connection):
         return call
 
     def cancel(self, call: UnaryCall) -> None:
-        """Abort a call, whose ``on_end`` is not called any more."""
+        """Abort a call, whose ``on_end`` is then not called."""
         if self.is_open(call):
             self.reset_stream(call, frames.CANCEL)
             self._close_if_done()
