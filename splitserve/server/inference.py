@@ -29,7 +29,7 @@ from splitserve.oip.messages import InferenceService, InferRequest, InferRespons
 from splitserve.oip.pending import Pending
 from splitserve.server.callers import Authenticator, Caller, context_of
 from splitserve.server.logs import RequestLog, http_status_of, log_request, status_of
-from splitserve.server.request_ids import RequestIds
+from splitserve.server.request_ids import new_request_id
 from splitserve.telemetry.requests import RequestRecorder
 from splitserve.telemetry.traces import Attribute, TraceContext, Tracer, Tracing
 
@@ -245,7 +245,7 @@ class Inference(ABC, Generic[A]):
         """A new id, which the caller is told; "" at stages that make none."""
         if not self._rules.makes_ids:
             return ""
-        identity = RequestIds.new()
+        identity = new_request_id()
         self._tell_id(identity)
         return identity
 

@@ -111,9 +111,9 @@ def test_a_service_does_not_import_what_only_commands_use(service: str) -> None:
 def test_workers_give_requests_other_ids() -> None:
     """They are forked from one process, which has made ids before."""
     code = (
-        "import os; from splitserve.server.request_ids import RequestIds; first = RequestIds.new()[:16]; child = os.fork()\n"
-        "if child == 0: os._exit(RequestIds.new()[:16] == first)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), RequestIds.new()[:16] == first)"
+        "import os; from splitserve.server.request_ids import new_request_id as new; first = new()[:16]; child = os.fork()\n"
+        "if child == 0: os._exit(new()[:16] == first)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), new()[:16] == first)"
     )
 
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == [
