@@ -189,6 +189,7 @@ class RestInference(Inference[HttpResponse]):
             request = msgspec.structs.replace(request, id=named)
         elif not request.log_id:
             request = self._with_id(request)
+            self._told_id = request.log_id
         if TRACEPARENT in headers or BAGGAGE in headers:
             request = msgspec.structs.replace(request, trace=trace_of(self._incoming))
         return request

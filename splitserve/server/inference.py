@@ -227,15 +227,17 @@ class Inference(ABC, Generic[A]):
             self._end_trace(Tracing.tracer, release, status_of(error), http_status_of(error))
         if isinstance(error, Exception) or RequestLog.takes():
             facts = self._facts()
-            if "request_id" not in facts and (identity := self._named_id()):
+            if self.request is not None and self.request.log_id:
+                self._tell_id(self.request.log_id)
+            elif "request_id" not in facts and (identity := self._named_id()):
                 facts["request_id"] = identity[:MAX_ID_LENGTH]
             self._log(error, facts | ({"failed_stage": stage} if stage else {}))
 
     def _with_id(self, request: InferRequest) -> InferRequest:
         """The request, with an id for the logs if it has none."""
-        if request.id or not self._rules.makes_ids:
+        if request.id or request.log_id or not self._rules.makes_ids:
             return request
-        return msgspec.structs.replace(request, log_id=self._made_id())
+        return msgspec.structs.replace(request, log_id=new_request_id())
 
     def _named_id(self) -> str:
         """The id that the caller has given beside the request, or one that is made, or ""."""

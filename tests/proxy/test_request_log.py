@@ -109,25 +109,27 @@ async def test_an_id_in_metadata_is_the_request_s_and_comes_back(engine: str) ->
 
 
 async def test_a_request_without_an_id_gets_one(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caller finds it in the header, each stage logs it, and the answer has no id."""
+    """Its caller finds it in the header over REST, each stage logs it, and the answer has no id."""
     monkeypatch.setattr(RequestLog, "every", 1)
     tensor = pb.ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=[1, 1])
     tensor.contents.fp32_contents.append(1.0)
     message = pb.ModelInferRequest(model_name="echo", inputs=[tensor]).SerializeToString()
+    down = backend(fails=True)
     with capture_logs() as log:
-        async with served(backend=backend()) as system:
-            answers = [
-                await system.rest.post(path, json=body) for path, body in ((INFER, BODY), (PREDICT, {"instances": [[1.0]]}))
-            ]
+        async with served(backend=backend()) as system, served(backend=down) as failing:
+            posts = ((INFER, BODY), (PREDICT, {"instances": [[1.0]]}))
+            answers = [await system.rest.post(path, json=body) for path, body in posts]
             infer = system.channel.unary_unary(f"/{SERVICE}/ModelInfer")(message)
             answer = pb.ModelInferResponse.FromString(await infer)
-            told = [each.headers["x-request-id"] for each in answers] + [
-                str(dict(await infer.trailing_metadata())["x-request-id"])
-            ]
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await failing.channel.unary_unary(f"/{SERVICE}/ModelInfer")(message)
 
-            assert [request.log_id for request in system.backend.requests] == told
-    assert len(set(told)) == 3
-    assert [line["request_id"] for line in lines(log)] == told
+            made = [request.log_id for request in (*system.backend.requests, *down.requests)]
+    told = [*(each.headers["x-request-id"] for each in answers), dict(refused.value.trailing_metadata() or ())["x-request-id"]]
+
+    assert len(set(made)) == 4
+    assert told == [*made[:2], made[3]]
+    assert [line["request_id"] for line in lines(log)] == made
     assert answer.id == ""
     assert "id" not in answers[0].json()
 
