@@ -17,7 +17,6 @@ from splitserve.oip import rest, v1
 from splitserve.oip.messages import InferenceService, InferRequest, InferResponse, ModelMetadata
 from splitserve.server.inference import Inference, InferenceRules
 from splitserve.server.logs import log_request
-from splitserve.server.request_ids import new_request_id
 from splitserve.telemetry import traces
 from splitserve.telemetry.traces import Attribute, TraceContext, received
 from splitserve.versions import Pair
@@ -180,19 +179,12 @@ class RestInference(Inference[HttpResponse]):
     def _decode(self) -> InferRequest:
         body, self._body = self._body, None
         headers = self._incoming.headers
-        if REQUEST_ID not in headers and self._rules.makes_ids:
-            self._told_id = new_request_id()  # here, since a copy of the request costs more than an id
         request = self.decode_body(self._incoming.body.content() if body is None else body)
-        if request.id:
-            self._told_id = ""
-        elif REQUEST_ID in headers and (named := request_id_of(self._incoming)):
+        if REQUEST_ID in headers and not request.id and (named := request_id_of(self._incoming)):
             request = msgspec.structs.replace(request, id=named)
-        elif not request.log_id:
-            request = self._with_id(request)
-            self._told_id = request.log_id
         if TRACEPARENT in headers or BAGGAGE in headers:
             request = msgspec.structs.replace(request, trace=trace_of(self._incoming))
-        return request
+        return self._with_id(request)
 
     def _given_trace(self) -> TraceContext | None:
         return trace_of(self._incoming)
@@ -208,13 +200,7 @@ class RestInference(Inference[HttpResponse]):
             _, metadata = self._rest.service.choose(model, version)
             return rest.decode_raw_request(body, metadata, version, deadline=self.deadline, caller=incoming.peer)
         return rest.decode_request(
-            model,
-            version,
-            body,
-            header_length=header_length,
-            deadline=self.deadline,
-            caller=incoming.peer,
-            log_id=self._told_id,
+            model, version, body, header_length=header_length, deadline=self.deadline, caller=incoming.peer
         )
 
     def _encode(self, response: InferResponse) -> HttpResponse:
@@ -222,8 +208,8 @@ class RestInference(Inference[HttpResponse]):
         return v2_response(response, self.request)
 
     def _deliver(self, answer: HttpResponse) -> None:
-        if self._told_id:
-            answer.headers = (*answer.headers, (_REQUEST_ID, self._told_id))
+        if self.request is not None and self.request.log_id:
+            answer.headers = (*answer.headers, (_REQUEST_ID, self.request.log_id))
         is_short = len(answer.body) < compression.MIN_COMPRESSED_BYTES
         self._respond(answer if is_short or not may_be_compressed(answer, self._incoming) else compressed(answer, self._incoming))
 
@@ -238,7 +224,7 @@ class RestInference(Inference[HttpResponse]):
         return response
 
     def _given_id(self) -> str:
-        return request_id_of(self._incoming) or self._told_id
+        return request_id_of(self._incoming) or ""
 
     def _tell_id(self, identity: str) -> None:
         self._told_id = identity

@@ -101,8 +101,7 @@ def parse(message_type: Any, data: bytes) -> Any:
 
 def encode_stream_request(request: InferRequest, identity: str) -> bytes:
     """A request as a message on a stream. Messages have no deadline; the remaining time is sent as the parameter ``timeout``."""
-    is_large = sum([len(tensor.raw) for tensor in request.inputs]) >= LARGE_BYTES
-    message = _request_envelope(request) if is_large else encode_request(request)
+    message = _request_envelope(request)
     message.id = identity
     if request.deadline != NO_DEADLINE:
         message.parameters[TIMEOUT].int64_param = max(1, int(remaining_s(request.deadline) * 1e6))
@@ -110,9 +109,23 @@ def encode_stream_request(request: InferRequest, identity: str) -> bytes:
         message.parameters[REQUEST_ID].string_param = name
     if request.trace is not None:
         add_trace(message, request.trace)
-    if not is_large:
-        return message.SerializeToString()
-    return b"".join(with_raw(message.SerializeToString(), _RAW_INPUTS, [tensor.raw for tensor in request.inputs]))
+    return b"".join(_parts(message, message.raw_input_contents, _RAW_INPUTS, request.inputs))
+
+
+def _parts(envelope: Any, contents: Any, number: int, tensors: Sequence[Tensor]) -> list[bytes]:
+    """The bytes of a message in parts: raw contents that are large are written around the library.
+
+    Args:
+        envelope: the message without them.
+        contents: its field for them.
+        number: of that field.
+        tensors: that have them.
+    """
+    raws = [tensor.raw for tensor in tensors]
+    if sum(map(len, raws)) < LARGE_BYTES:
+        contents.extend(raws)
+        return [envelope.SerializeToString()]
+    return with_raw(envelope.SerializeToString(), number, raws)
 
 
 def add_trace(message: pb.ModelInferRequest, trace: TraceContext) -> None:
@@ -159,16 +172,10 @@ def cancelled_id(data: bytes) -> str | None:
 
 def encode_stream_response(response: InferResponse, identity: str) -> bytes:
     """A response as a message on a stream, with the id of its request."""
-    if sum([len(tensor.raw) for tensor in response.outputs]) < LARGE_BYTES:
-        message = pb.ModelStreamInferResponse()
-        _fill_response(message.infer_response, response)
-        message.infer_response.id = identity
-        return message.SerializeToString()
-    envelope = pb.ModelInferResponse()
-    _fill_envelope(envelope, response)
+    envelope = _response_envelope(response)
     envelope.id = identity
-    inner = with_raw(envelope.SerializeToString(), _RAW_OUTPUTS, [tensor.raw for tensor in response.outputs])
-    return b"".join(field(_INFER_RESPONSE, *inner))
+    parts = _parts(envelope, envelope.raw_output_contents, _RAW_OUTPUTS, response.outputs)
+    return b"".join(field(_INFER_RESPONSE, *parts))
 
 
 def parse_stream_response(data: bytes) -> tuple[pb.ModelStreamInferResponse, Sequence[bytes] | None]:
@@ -328,34 +335,27 @@ def decode_response(message: pb.ModelInferResponse, raws: Sequence[bytes] | None
 
 def encode_response(response: InferResponse) -> pb.ModelInferResponse:
     """The message for a response, with raw contents."""
-    message = pb.ModelInferResponse()
-    _fill_response(message, response)
+    message = _response_envelope(response)
+    message.raw_output_contents.extend([tensor.raw for tensor in response.outputs])
     return message
 
 
 def response_bytes(response: InferResponse) -> bytes:
     """The message of `encode_response`, serialized."""
-    if sum([len(tensor.raw) for tensor in response.outputs]) < LARGE_BYTES:
-        return encode_response(response).SerializeToString()
-    envelope = pb.ModelInferResponse()
-    _fill_envelope(envelope, response)
-    return b"".join(with_raw(envelope.SerializeToString(), _RAW_OUTPUTS, [tensor.raw for tensor in response.outputs]))
+    envelope = _response_envelope(response)
+    return b"".join(_parts(envelope, envelope.raw_output_contents, _RAW_OUTPUTS, response.outputs))
 
 
-def _fill_response(message: pb.ModelInferResponse, response: InferResponse) -> None:
-    _fill_envelope(message, response)
-    for tensor in response.outputs:
-        message.raw_output_contents.append(tensor.raw)
-
-
-def _fill_envelope(message: pb.ModelInferResponse, response: InferResponse) -> None:
-    """All but the raw contents."""
+def _response_envelope(response: InferResponse) -> pb.ModelInferResponse:
+    """The message without its raw contents."""
+    message = pb.ModelInferResponse()
     message.model_name = response.model
     message.model_version = response.version
     message.id = response.id
     for tensor in response.outputs:
         message.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
     _encode_parameters(response.parameters, message.parameters)
+    return message
 
 
 def _pack_contents(side: str, tensor: pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor) -> bytes:

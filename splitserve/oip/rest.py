@@ -153,7 +153,6 @@ def decode_request(
     header_length: int | None = None,
     deadline: float = NO_DEADLINE,
     caller: Hashable = None,
-    log_id: str = "",
 ) -> InferRequest:
     """The request in a body.
 
@@ -164,7 +163,6 @@ def decode_request(
         header_length: bytes of the JSON, from the header Inference-Header-Content-Length; None: the whole body.
         deadline: of the request, which its parameter ``timeout`` can shorten.
         caller: for fair queueing.
-        log_id: what logs call the request if it has no id.
 
     Raises:
         InvalidInput: names the input, what was expected and what was sent.
@@ -199,7 +197,6 @@ def decode_request(
         parameters=parameters,
         deadline=deadline,
         caller=caller,
-        log_id=log_id,
     )
 
 

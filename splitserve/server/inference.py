@@ -240,15 +240,11 @@ class Inference(ABC, Generic[A]):
         return msgspec.structs.replace(request, log_id=new_request_id())
 
     def _named_id(self) -> str:
-        """The id that the caller has given beside the request, or one that is made, or ""."""
-        return self._given_id() or self._made_id()
-
-    def _made_id(self) -> str:
-        """A new id, which the caller is told; "" at stages that make none."""
-        if not self._rules.makes_ids:
-            return ""
-        identity = new_request_id()
-        self._tell_id(identity)
+        """The id that the caller has given beside the request, or one that is made and told to the caller, or ""."""
+        identity = self._given_id()
+        if not identity and self._rules.makes_ids:
+            identity = new_request_id()
+            self._tell_id(identity)
         return identity
 
     def _log(self, error: BaseException | None, facts: Mapping[str, object]) -> None:

@@ -287,14 +287,15 @@ async def test_a_server_without_the_stream_gets_unary_calls() -> None:
 @over_both
 async def test_a_malformed_answer_is_the_stages_fault(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw contents that are too few are a mismatch, never the caller's bad input."""
-    fill = protobuf._fill_response
+    envelope = protobuf._response_envelope
 
-    def fill_badly(message: Any, response: InferResponse) -> None:
-        fill(message, response)
+    def bad_envelope(response: InferResponse) -> Any:
+        message = envelope(response)
         message.raw_output_contents.append(b"more")
+        return message
 
     async with face(FakeInference(ECHO)) as server, connected(Name(server), over=over) as remote:
-        monkeypatch.setattr(protobuf, "_fill_response", fill_badly)
+        monkeypatch.setattr(protobuf, "_response_envelope", bad_envelope)
         with pytest.raises(PairMismatch):
             await remote.infer(request())
 
